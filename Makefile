@@ -1,0 +1,47 @@
+# Everything a newcomer needs: `make demo` and `make test` set themselves up.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all test-gpu lint format bench clean
+
+help:  ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## create .venv with the pinned versions and this checkout
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "resolvent needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup  ## train a small model on the default corpus, compare it with a 3-gram model, write some text
+	$(BIN)/python examples/demo.py
+
+test: setup  ## run the tests (CPU, under ten minutes)
+	$(BIN)/python -m pytest
+
+test-all: setup  ## run the slow tests too
+	$(BIN)/python -m pytest -m 'not gpu'
+
+test-gpu:  ## run the CUDA tests, in the current environment
+	$(PYTHON) -m pytest -m gpu
+
+lint: setup  ## ruff and the type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+format: setup  ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## measure training speed and memory beside a Transformer of the same size
+	$(BIN)/python benchmarks/cpu_speed.py
+
+clean:  ## remove the environment, runs and caches
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info

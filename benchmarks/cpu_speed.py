@@ -1,0 +1,342 @@
+"""Speed and memory on the CPU beside a Transformer of the same size: `python benchmarks/cpu_speed.py`.
+
+Both models train (forward, backward, AdamW) and generate in turns within one run, in float32 at batch 1 and without
+dropout, so that whatever else slows the machine slows both. Times are medians after a warm-up. Each peak of memory
+is that of a process of its own. Nothing is timed unless the model computes the same in one pass as token by token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from peers import GPT
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from resolvent import Phase2Config, Phase2IntegratedModel, create_phase2_model, get_phase2_preset
+
+OURS, TRANSFORMER = "resolvent", "transformer"
+MODELS = (OURS, TRANSFORMER)
+CHECKED_TOKENS = 130  # two consolidations and a bit
+TOLERANCE = 1e-4  # of the logits' scale
+STARTED = time.perf_counter()
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        preset: the model's preset, whose sizes the Transformer takes too.
+        training: sequence length, number of timed rounds and least acceptable ratio of our tokens/s to theirs.
+        read: tokens read before generation is timed; our times after the first and the last should be equal.
+        piece: tokens read in one pass.
+        generated: tokens generated in a round, as many as lie between two consolidations.
+        rounds: number of timed rounds of generation.
+    """
+
+    preset: str
+    training: tuple[tuple[int, int, float | None], ...]
+    read: tuple[int, int]
+    piece: int
+    generated: int = 64
+    rounds: int = 3
+    generation_tolerance: float | None = 0.1
+
+
+FULL = Plan("base", training=((1024, 5, 0.7), (4096, 3, 1.0)), read=(100, 20_000), piece=1000)
+QUICK = Plan(
+    "tiny", training=((64, 2, None), (128, 2, None)), read=(20, 200), piece=50, rounds=2, generation_tolerance=None
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a quantity of both models, and what it ought to be.
+
+    Attributes:
+        met: whether the target is met; None where there is none.
+    """
+
+    name: str
+    unit: str
+    ours: float
+    transformer: float
+    target: str = ""
+    met: bool | None = None
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.transformer
+
+
+def configuration(preset: str) -> Phase2Config:
+    """The preset without dropout, which the Transformer has not either."""
+    return dataclasses.replace(get_phase2_preset(preset), dropout=0.0)
+
+
+def create(name: str, preset: str) -> Phase2IntegratedModel | GPT:
+    """One of the two models, with random weights."""
+    torch.manual_seed(0)
+    config = configuration(preset)
+    return GPT.like(config) if name == TRANSFORMER else create_phase2_model(config=config, device=torch.device("cpu"))
+
+
+def random_ids(preset: str, length: int) -> Tensor:
+    return torch.randint(configuration(preset).vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+# ------------------------------------------------------------------------------------------------- correctness
+
+
+def largest_difference(preset: str, threads: int) -> float:
+    """How far the logits of one pass and those of reading token by token are apart, relative to their scale."""
+    torch.set_num_threads(threads)
+    model = create(OURS, preset).eval()
+    ids, state, single = random_ids(preset, CHECKED_TOKENS), None, []
+    with torch.inference_mode():
+        for parameter in model.parameters():
+            # Some parts of a fresh model are zero; noise lets every part have its say.
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        whole = model(ids)
+        for token in ids.split(1, dim=1):
+            logits, state = model(token, state=state, return_state=True)
+            single.append(logits)
+    return ((torch.cat(single, dim=1) - whole).abs().max() / whole.abs().max()).item()
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+class Trainer:
+    """A model with its optimizer, and one training step of it."""
+
+    def __init__(self, name: str, preset: str) -> None:
+        self.model = create(name, preset).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+
+    def step(self, ids: Tensor) -> None:
+        """Predict each of the tokens (1, N + 1) from those before it, and learn."""
+        logits = self.model(ids[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def peak_memory(name: str, preset: str, length: int, threads: int) -> int:
+    """Bytes that two training steps take at their peak, beyond what this process held before.
+
+    It has to run in a process of its own, since a process remembers its highest peak only.
+    """
+    torch.set_num_threads(threads)
+    before = peak_resident_bytes()
+    trainer = Trainer(name, preset)
+    for _ in range(2):  # from the second step on, the optimizer's averages lie beside the activations
+        trainer.step(random_ids(preset, length + 1))
+    return peak_resident_bytes() - before
+
+
+def peak_resident_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+# -------------------------------------------------------------------------------------------------- generation
+
+
+class OurReader:
+    """Generation from a state of constant size."""
+
+    def __init__(self, model: Phase2IntegratedModel, ids: Tensor, piece: int) -> None:
+        self.model, self.start = model, None
+        for part in ids.split(piece, dim=1):
+            _, self.start = model(part, state=self.start, return_state=True)
+        self.state = self.start
+
+    def restart(self) -> None:
+        """Forget what was generated."""
+        self.state = self.start
+
+    def read(self, token: Tensor) -> Tensor:
+        """Logits (1, 1, V) after one more token (1, 1)."""
+        logits, self.state = self.model(token, state=self.state, return_state=True)
+        return logits
+
+
+class TransformerReader:
+    """Generation from a cache of keys and values with room for `room` tokens to come."""
+
+    def __init__(self, model: GPT, ids: Tensor, piece: int, room: int) -> None:
+        self.model, self.length = model, ids.size(1)
+        self.cache = model.new_cache(batch_size=1, capacity=self.length + room)
+        for part in ids.split(piece, dim=1):
+            model(part, cache=self.cache)
+
+    def restart(self) -> None:
+        """Forget what was generated."""
+        self.cache.length = self.length
+
+    def read(self, token: Tensor) -> Tensor:
+        """Logits (1, 1, V) after one more token (1, 1)."""
+        return self.model(token, cache=self.cache)
+
+
+def generate(reader: OurReader | TransformerReader, count: int) -> None:
+    """Take the likeliest token, `count` times."""
+    reader.restart()
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    for _ in range(count):
+        token = reader.read(token).argmax(dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------ measurements
+
+
+def median_seconds(jobs: dict[Any, Callable[[], None]], rounds: int) -> dict[Any, float]:
+    """Median time of each job, all run once to warm up and then in turns, forwards and backwards."""
+    times: dict[Any, list[float]] = {key: [] for key in jobs}
+    for job in jobs.values():
+        job()
+    for turn in range(rounds):
+        for key in list(jobs)[:: -1 if turn % 2 else 1]:
+            start = time.perf_counter()
+            jobs[key]()
+            times[key].append(time.perf_counter() - start)
+    return {key: statistics.median(values) for key, values in times.items()}
+
+
+def measure_memory(plan: Plan, threads: int) -> Iterable[Row]:
+    for length, *_ in plan.training:
+        peaks = {}
+        for name in MODELS:
+            progress(f"peak memory of a training step of {length} tokens: {name}")
+            peaks[name] = in_fresh_process(peak_memory, name, plan.preset, length, threads) / 2**30
+        yield Row(f"peak memory, N = {length}", "GiB", peaks[OURS], peaks[TRANSFORMER])
+
+
+def measure_training(plan: Plan) -> Iterable[Row]:
+    trainers = {name: Trainer(name, plan.preset) for name in MODELS}
+    for length, rounds, least in plan.training:
+        progress(f"training steps of {length} tokens: {rounds} rounds and a warm-up")
+        ids = random_ids(plan.preset, length + 1)
+        seconds = median_seconds({name: partial(trainers[name].step, ids) for name in MODELS}, rounds)
+        ours, transformer = (length / seconds[name] for name in MODELS)
+        target, met = ("", None) if least is None else (f"ratio >= {least:.1f}", ours / transformer >= least)
+        yield Row(f"training, N = {length}", "tokens/s", ours, transformer, target, met)
+
+
+@torch.inference_mode()
+def measure_generation(plan: Plan) -> list[Row]:
+    jobs: dict[tuple[str, int], Callable[[], None]] = {}
+    for name in MODELS:
+        model = create(name, plan.preset).eval()
+        for count in plan.read:
+            progress(f"reading {count} tokens: {name}")
+            ids = random_ids(plan.preset, count)
+            if isinstance(model, GPT):
+                reader = TransformerReader(model, ids, plan.piece, room=plan.generated)
+            else:
+                reader = OurReader(model, ids, plan.piece)
+            jobs[name, count] = partial(generate, reader, plan.generated)
+    progress(f"generating {plan.generated} tokens: {plan.rounds} rounds and a warm-up")
+    seconds = median_seconds(jobs, plan.rounds)
+    ms = {key: 1000 * value / plan.generated for key, value in seconds.items()}
+    rows = [Row(f"token after {count}", "ms", ms[OURS, count], ms[TRANSFORMER, count]) for count in plan.read]
+    few, many = plan.read
+    growth = {name: ms[name, many] / ms[name, few] for name in MODELS}
+    target, met = "", None
+    if (within := plan.generation_tolerance) is not None:
+        target, met = f"ours <= {1 + within:.1f}", growth[OURS] <= 1 + within
+    return [*rows, Row(f"after {many} / {few}", "times", growth[OURS], growth[TRANSFORMER], target, met)]
+
+
+# ------------------------------------------------------------------------------------------------------ report
+
+
+def progress(message: str) -> None:
+    console.print(f"[dim]{time.perf_counter() - STARTED:4.0f} s[/] {message}", highlight=False)
+
+
+def as_table(rows: list[Row], title: str) -> Table:
+    table = Table(
+        "", "unit", OURS, TRANSFORMER, "ratio", "target", "", title=title, box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for column in table.columns[2:5]:
+        column.justify = "right"
+    for row in rows:
+        verdict = {None: "", True: "[green]met[/]", False: "[red]missed[/]"}[row.met]
+        numbers = [number(row.ours), number(row.transformer), f"{row.ratio:.2f}"]
+        table.add_row(row.name, row.unit, *numbers, row.target, verdict)
+    return table
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def as_dict(plan: Plan, threads: int, parameters: dict[str, int], difference: float, rows: list[Row]) -> dict[str, Any]:
+    return {
+        "plan": dataclasses.asdict(plan),
+        "threads": threads,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "parameters": parameters,
+        "one_pass_against_token_by_token": difference,
+        "rows": [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows],
+    }
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny models and few tokens: does it run?")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")] = None,
+) -> None:
+    """Measure training speed, generation speed and memory beside a Transformer of the same size."""
+    plan = QUICK if quick else FULL
+    threads = threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    # Models are made in other processes until all peaks are taken: a process hands its own peak on to its children.
+    progress(f"one pass against token by token, {CHECKED_TOKENS} tokens")
+    difference = in_fresh_process(largest_difference, plan.preset, threads)
+    if not difference <= TOLERANCE:
+        console.print(
+            f"[red]The model is wrong:[/] one pass and token by token differ by {difference:.1e} of the scale"
+        )
+        raise typer.Exit(1)
+    memory = list(measure_memory(plan, threads))
+    sizes = {name: create(name, plan.preset).num_parameters() for name in MODELS}
+    rows = [*measure_training(plan), *measure_generation(plan), *memory]
+    models = f"{plan.preset} ({sizes[OURS] / 1e6:.2f}M) beside a Transformer ({sizes[TRANSFORMER] / 1e6:.2f}M)"
+    console.print(as_table(rows, f"{models}\n{threads} CPU threads, float32, batch 1; ratio: ours / theirs"))
+    if json_path:
+        json_path.write_text(json.dumps(as_dict(plan, threads, sizes, difference, rows), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,137 @@
+"""Transformers of the same size as a preset, to measure beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resolvent import Phase2Config
+
+
+@dataclass
+class KVCache:
+    """The keys and values of all tokens read, in memory that is taken once.
+
+    Attributes:
+        keys: (layers, B, H, capacity, head_dim), filled up to `length`; `values` likewise.
+        length: number of tokens read. Setting it back forgets the tokens after.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values (B, H, N, head_dim) of N new tokens, and return those of all tokens."""
+        end = self.length + keys.size(-2)
+        if end > self.keys.size(-2):
+            raise ValueError(f"the cache holds {self.keys.size(-2)} tokens, but {end} were given: make a larger one")
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class GPT(nn.Module):
+    """A decoder-only Transformer: pre-norm, rotary positions, GELU feed-forward, untied head, no biases.
+
+    Args:
+        vocab_size: number of tokens V.
+        d_model: width D.
+        n_layers: number of blocks.
+        num_heads: attention heads H; D / H is their width, which must be even for the rotation.
+        ffn_dim: hidden width of the feed-forward part, 4 D by default.
+    """
+
+    def __init__(
+        self, vocab_size: int, d_model: int, n_layers: int, num_heads: int, ffn_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        if d_model % (2 * num_heads):
+            raise ValueError(f"d_model must be a multiple of 2 * num_heads = {2 * num_heads}, got {d_model}")
+        self.token_embedding = nn.Embedding(vocab_size, d_model)
+        self.blocks = nn.ModuleList(
+            Block(layer, d_model, num_heads, ffn_dim or 4 * d_model) for layer in range(n_layers)
+        )
+        self.ln_f = nn.LayerNorm(d_model)
+        self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
+        self.num_heads, self.head_dim = num_heads, d_model // num_heads
+        self._initialize()
+
+    @classmethod
+    def like(cls, config: Phase2Config) -> GPT:
+        """The Transformer with the sizes of a configuration."""
+        return cls(config.vocab_size, config.d_model, config.n_layers, config.num_heads, config.ffn_dim)
+
+    def _initialize(self) -> None:
+        """GPT-2's initialisation: what adds to the residual stream shrinks with the depth."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                into_stream = name.endswith(("attention_out.weight", "ffn_out.weight"))
+                nn.init.normal_(parameter, std=0.02 / (2 * len(self.blocks)) ** 0.5 if into_stream else 0.02)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for `capacity` tokens a sequence."""
+        weight = self.lm_head.weight
+        shape = (len(self.blocks), batch_size, self.num_heads, capacity, self.head_dim)
+        return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, N, V) of the tokens (B, N) int64 that follow those in the cache, which then holds them too."""
+        start, N = cache.length if cache else 0, input_ids.size(1)
+        rotation = rotations(start, N, self.head_dim, input_ids.device)
+        mask = None
+        if start and N > 1:
+            mask = torch.ones(N, start + N, dtype=torch.bool, device=input_ids.device).tril(start)
+        x = self.token_embedding(input_ids)
+        for block in self.blocks:
+            x = block(x, rotation, mask, cache)
+        if cache:
+            cache.length += N
+        return self.lm_head(self.ln_f(x))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with its norm before and its residual around it."""
+
+    def __init__(self, layer: int, d_model: int, num_heads: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.layer, self.num_heads = layer, num_heads
+        self.ln1, self.ln2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.attention_out = nn.Linear(d_model, d_model, bias=False)
+        self.ffn_in = nn.Linear(d_model, ffn_dim, bias=False)
+        self.ffn_out = nn.Linear(ffn_dim, d_model, bias=False)
+
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.attention_out(self._attend(self.ln1(x), rotation, mask, cache))
+        return x + self.ffn_out(F.gelu(self.ffn_in(self.ln2(x))))
+
+    def _attend(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache:
+            k, v = cache.append(self.layer, k, v)
+        # Queries and keys start together unless tokens were read before; a single query may see every key.
+        is_causal = q.size(-2) == k.size(-2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        return y.transpose(1, 2).flatten(-2)
+
+
+def rotations(start: int, length: int, head_dim: int, device: torch.device) -> Tensor:
+    """Cosines and sines (2, length, head_dim / 2) that rotary position embedding turns the pairs by."""
+    frequencies = 10_000.0 ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
+    angles = torch.outer(torch.arange(start, start + length, device=device), frequencies)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair (i, i + head_dim / 2) of x (B, H, N, head_dim) by its token's angles."""
+    cos, sin = rotation.to(x.dtype)
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)

@@ -1,0 +1,57 @@
+"""`resolvent evaluate`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resolvent.cli.loading import Device, Directory, load_trained, run_of
+
+
+def evaluate(
+    directory: Directory,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Text file, folder, .jsonl or .parquet.", show_default="the run's held-out documents"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens at once; fewer need less memory.")] = 8192,
+    device: Device = "auto",
+) -> None:
+    """Measure how well a model predicts a text: loss, perplexity and bits per byte, each document read whole.
+
+    Bits per byte compare models whatever their tokenizers; eight are those of a model that knows nothing.
+
+    Example: [bold]resolvent evaluate runs/tiny --data novel.txt --json[/bold]
+    """
+    model, tokenizer = load_trained(directory, device)
+    from resolvent.data import load_documents
+    from resolvent.evaluation import evaluate_documents
+
+    documents = load_documents(data) if data is not None else _held_out(directory)
+    score = evaluate_documents(model, documents, tokenizer, batch_tokens=batch_tokens)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(score), allow_nan=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "loss (nats a token)",
+        "perplexity",
+        "bits per byte",
+        "tokens",
+        title=f"{directory} on {data or 'its held-out documents'}",
+    )
+    table.add_row(f"{score.loss:.4f}", f"{score.perplexity:,.3f}", f"{score.bits_per_byte:.4f}", f"{score.tokens:,}")
+    Console().print(table)
+
+
+def _held_out(directory: Path) -> list[str]:
+    from resolvent.training.corpus import split_corpus
+    from resolvent.training.record import read_run
+
+    config, _ = read_run(run_of(directory))
+    return split_corpus(config)[1]

@@ -1,0 +1,83 @@
+"""`resolvent generate`."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from resolvent.cli.loading import Device, Directory, load_trained
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def generate(
+    directory: Directory,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.", show_default="the beginning of a text")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Most tokens to write.")] = 256,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes the text repeatable.", show_default="random")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Lower is safer; 0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the K likeliest.", show_default="all")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Choose among the likeliest that hold this probability.", show_default="all")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text while it is written.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Let a trained model write.
+
+    Prints the prompt and what follows, until the model ends the text or --max-new-tokens are written.
+
+    Example: [bold]resolvent generate runs/tiny --prompt "My fellow" --max-new-tokens 200 --seed 1 --stream[/bold]
+    """
+    if top_p is not None and not 0 < top_p <= 1:
+        raise typer.BadParameter(f"{top_p} is not in the range 0<x<=1.", param_hint="--top-p")
+    model, tokenizer = load_trained(directory, device)
+    import torch
+
+    from resolvent.data import EOT
+
+    generator = torch.Generator()
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # what the shell passed, as text
+    end = tokenizer.token_to_id(EOT)
+    ids = [end, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    tokens = model.stream(
+        torch.tensor([ids], device=next(model.parameters()).device),
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+        eos_token_id=end,
+    )
+    new_ids = (token.item() for token in tokens)
+    pieces = decode_stream(tokenizer, (token for token in new_ids if token != end))
+    _print(prompt)
+    for piece in pieces if stream else ["".join(pieces)]:
+        _print(piece)
+    _print("\n")
+
+
+def decode_stream(tokenizer: "Tokenizer", ids: Iterable[int]) -> Iterator[str]:
+    """Text of tokens as they come; a character is held back until all its bytes are there.
+
+    The pieces together are what decoding all tokens at once gives, bytes that are no text (U+FFFD) included.
+    """
+    from tokenizers.decoders import DecodeStream
+
+    decoder, seen, sent = DecodeStream(skip_special_tokens=False), [], 0
+    for token in ids:
+        seen.append(token)
+        if piece := decoder.step(tokenizer, token):
+            sent += len(piece)
+            yield piece
+    if rest := tokenizer.decode(seen, skip_special_tokens=False)[sent:]:
+        yield rest
+
+
+def _print(text: str) -> None:
+    """As UTF-8, whatever the terminal claims to be, and at once."""
+    sys.stdout.buffer.write(text.encode())
+    sys.stdout.buffer.flush()

@@ -1,0 +1,20 @@
+"""Text to batches: documents, their split, tokenizers, the token stream and packed windows of it."""
+
+from resolvent.data.corpus import EOT, load_documents, split_documents
+from resolvent.data.packing import Batch, PackedBatches, documents_as_windows
+from resolvent.data.stream import TokenStream, encode_documents
+from resolvent.data.tokenization import build_tokenizer, load_tokenizer, save_tokenizer
+
+__all__ = [
+    "EOT",
+    "Batch",
+    "PackedBatches",
+    "TokenStream",
+    "build_tokenizer",
+    "documents_as_windows",
+    "encode_documents",
+    "load_documents",
+    "load_tokenizer",
+    "save_tokenizer",
+    "split_documents",
+]

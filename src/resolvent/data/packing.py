@@ -1,0 +1,152 @@
+"""Windows of a token stream, laid end to end in batches that keep documents apart."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resolvent.data.stream import TokenStream
+from resolvent.errors import ConfigError, DataError
+
+
+class Batch(NamedTuple):
+    """Segments of text end to end, each to be read with a fresh state.
+
+    Attributes:
+        input_ids: (1, T) int64.
+        labels: (1, T) int64, the token after each of the `input_ids`.
+        cu_seqlens: (S + 1,) int64, where the segments begin, from 0, and T.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch on another device."""
+        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+
+class PackedBatches:
+    """Batches of windows for training, by the number of the step alone: `batches[step]`.
+
+    An epoch cuts the stream, closed to a ring, into windows of `seq_len` predictions from a random position on
+    and shuffles them. Position and order are functions of `(seed, epoch)`, so that a run resumes at any step
+    without a state. Batches take the windows of epoch after epoch, so that each window is used exactly once an epoch,
+    also where the batch size does not divide their number. Iteration does not end.
+
+    Args:
+        stream: the documents.
+        seq_len: predictions of a window.
+        batch_size: windows of a batch.
+        seed: another seed gives other windows in another order.
+
+    Raises:
+        ConfigError: a length, size or seed out of range.
+        DataError: a stream shorter than one window.
+    """
+
+    def __init__(self, stream: TokenStream, seq_len: int = 256, batch_size: int = 8, seed: int = 0) -> None:
+        for name, value, least in (("seq_len", seq_len, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if value < least:
+                raise ConfigError(f"{name} must be >= {least}, got {value}")
+        if stream.num_predictions < seq_len:
+            raise DataError(
+                f"the data has {stream.num_predictions} tokens to predict, a window of seq_len={seq_len} needs "
+                f"{seq_len}; give more text or a seq_len of at most {stream.num_predictions}"
+            )
+        self.stream = stream
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.seed = seed
+        self._opens_document = np.zeros(stream.num_predictions, bool)
+        self._opens_document[stream.starts] = True
+        self._epoch: tuple[int, np.ndarray] = (0, self._shuffled_windows(0))
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows that fit into the stream; the rest of it, shorter than a window, is left out at a random place."""
+        return self.stream.num_predictions // self.seq_len
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches after which every window of the first epoch has been used."""
+        return -(-self.windows_per_epoch // self.batch_size)
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Predictions of a batch."""
+        return self.batch_size * self.seq_len
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step, counted from 0.
+
+        Raises:
+            IndexError: a negative step.
+        """
+        if step < 0:
+            raise IndexError(f"step must be >= 0, got {step}")
+        positions = self._window_starts(step)[:, None] + np.arange(self.seq_len)
+        positions %= self.stream.num_predictions
+        opens_segment = self._opens_document[positions]
+        opens_segment[:, 0] = True
+        positions = positions.ravel()
+        return _batch(self.stream, positions, np.flatnonzero(opens_segment))
+
+    def _window_starts(self, step: int) -> np.ndarray:
+        """(batch_size,) int64 positions in the stream."""
+        numbers = step * self.batch_size + np.arange(self.batch_size)
+        epochs, places = np.divmod(numbers, self.windows_per_epoch)
+        return np.concatenate([self._windows_of(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
+
+    def _windows_of(self, epoch: int) -> np.ndarray:
+        """The shuffled windows of an epoch, kept while it lasts: shuffling costs more than reading a batch."""
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._shuffled_windows(epoch))
+        return self._epoch[1]
+
+    def _shuffled_windows(self, epoch: int) -> np.ndarray:
+        """(windows_per_epoch,) int64 positions on the ring, less than a turn beyond its end."""
+        random = np.random.default_rng((self.seed, epoch))
+        first = random.integers(self.stream.num_predictions)
+        return first + self.seq_len * random.permutation(self.windows_per_epoch)
+
+
+def documents_as_windows(stream: TokenStream, max_tokens: int) -> Iterator[Batch]:
+    """Whole documents for evaluation, in order, each a segment from its opening to before its closing separator.
+
+    Args:
+        stream: the documents.
+        max_tokens: predictions of a batch at most, but for a longer document, which comes alone and whole.
+
+    Returns:
+        Batches that predict each token of the stream but the first exactly once.
+
+    Raises:
+        ConfigError: a budget below one token.
+    """
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens must be >= 1, got {max_tokens}")
+    bounds = np.append(stream.starts, stream.num_predictions)
+    first = 0
+    while first < stream.num_documents:
+        last = int(np.searchsorted(bounds, bounds[first] + max_tokens, side="right")) - 1
+        last = max(last, first + 1)
+        positions = np.arange(bounds[first], bounds[last])
+        yield _batch(stream, positions, bounds[first:last] - bounds[first])
+        first = last
+
+
+def _batch(stream: TokenStream, positions: np.ndarray, segment_starts: np.ndarray) -> Batch:
+    """The tokens at the positions, the ones after them, and the bounds of segments counted from the first."""
+
+    def tensor(ids: np.ndarray) -> Tensor:
+        return torch.from_numpy(ids.astype(np.int64))
+
+    return Batch(
+        input_ids=tensor(stream.tokens[positions])[None],
+        labels=tensor(stream.tokens[positions + 1])[None],
+        cu_seqlens=tensor(np.append(segment_starts, len(positions))),
+    )

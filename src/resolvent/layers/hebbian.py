@@ -1,0 +1,180 @@
+"""The dissipative Hebbian layer: fast weights that learn from every token and forget at the rate Γ.
+
+Shapes: B batch, N sequence, D model width, H heads, K = V head width, S packed sequences, W convolution width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import Consolidation, MemoryState, dissipative_memory
+from ..ops.short_conv import causal_conv
+
+
+class HebbianOutput(NamedTuple):
+    """What the layer hands on.
+
+    Attributes:
+        output: what is added to the residual stream, (B, N, D).
+        readout: what the memory answered, before gate and projection, (B, N, HV).
+        values: what was written, (B, N, H, V).
+        state: the memory after the last token.
+        conv_tail: the last inputs of the convolution, (B, W - 1, 3HK) or (S, W - 1, 3HK).
+    """
+
+    output: Tensor
+    readout: Tensor
+    values: Tensor
+    state: MemoryState
+    conv_tail: Tensor
+
+
+class DissipativeHebbianLayer(nn.Module):
+    """Tokens write to a memory per head, ``S_t = exp(-Γ_t dt) S_{t-1} + η k_t v_tᵀ``, and read it: ``y_t = S_tᵀ q_t``.
+
+    Queries and keys have unit length; η is one positive number a head. A short causal convolution lets neighbouring
+    tokens meet before they are written, and a gate of low rank decides what of the read-out passes on.
+
+    Args:
+        d_model: width D.
+        num_heads: heads H.
+        head_dim: width of keys and values.
+        eta: initial learning rate η.
+        dt: time a token takes.
+        conv_size: tokens W that the convolution spans; 1 for none.
+        output_gate: gate the read-out with ``sigmoid`` of a projection of rank ``head_dim``.
+        backend: ``auto``, ``torch`` or ``triton``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        head_dim: int,
+        eta: float = 0.1,
+        dt: float = 1.0,
+        conv_size: int = 4,
+        output_gate: bool = True,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.initial_eta, self.dt, self.backend = eta, dt, backend
+        width = num_heads * head_dim
+        self.q_proj = nn.Linear(d_model, width, bias=False)
+        self.k_proj = nn.Linear(d_model, width, bias=False)
+        self.v_proj = nn.Linear(d_model, width, bias=False)
+        self.out_proj = nn.Linear(width, d_model, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(conv_size, 3 * width)) if conv_size > 1 else None
+        self.gate_proj = (
+            nn.Sequential(nn.Linear(d_model, head_dim, bias=False), nn.Linear(head_dim, width)) if output_gate else None
+        )
+        self.log_eta = nn.Parameter(torch.empty(num_heads))
+        self.log_eta.no_weight_decay = True  # type: ignore[attr-defined]
+        if self.conv_weight is not None:
+            self.conv_weight.no_weight_decay = True  # type: ignore[attr-defined]
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set what has a fixed start: η, a convolution that passes the token through, and a gate that is half open."""
+        self.log_eta.fill_(self.initial_eta).log_()
+        if self.conv_weight is not None:
+            self.conv_weight.zero_()[0] = 1.0
+        if self.gate_proj is not None:
+            self.gate_proj[1].bias.zero_()
+
+    @property
+    def eta(self) -> Tensor:
+        """Learning rate of every head, (H,) float32."""
+        return self.log_eta.float().exp()
+
+    @property
+    def state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of one sequence's memory (H, K, V) and convolution tail (W - 1, 3HK)."""
+        heads, width = self.num_heads, self.head_dim
+        return (heads, width, width), (0 if self.conv_weight is None else len(self.conv_weight) - 1, 3 * heads * width)
+
+    def forward(
+        self,
+        x: Tensor,
+        gamma: Tensor,
+        state: MemoryState | None = None,
+        conv_tail: Tensor | None = None,
+        position: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        consolidation: Consolidation | None = None,
+    ) -> HebbianOutput:
+        """Write x to the memory and read it back.
+
+        Args:
+            x: (B, N, D).
+            gamma: Γ, float32 (B, N, H).
+            state: the memory so far, one row a sequence.
+            conv_tail: the last inputs of the convolution, (B, W - 1, 3HK) or (S, W - 1, 3HK) float32.
+            position: tokens that each sequence has read before, (B,) or (S,).
+            cu_seqlens: offsets of S packed sequences.
+            consolidation: what acts on the memory at its boundaries.
+        """
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        if conv_tail is None:
+            conv_tail = torch.zeros(sequences, *self.state_shape[1], device=x.device)
+        if self.conv_weight is not None:
+            qkv, conv_tail = causal_conv(qkv, self.conv_weight.to(qkv.dtype), conv_tail, cu_seqlens)
+            qkv = F.silu(qkv)
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in qkv.chunk(3, dim=-1))
+        readout, state = dissipative_memory(
+            F.normalize(q, dim=-1),
+            F.normalize(k, dim=-1),
+            v,
+            gamma * self.dt,
+            self.eta,
+            initial_state=state,
+            position=position,
+            cu_seqlens=cu_seqlens,
+            consolidation=consolidation,
+            backend=self.backend,
+        )
+        readout = readout.flatten(-2)
+        gated = readout if self.gate_proj is None else readout * torch.sigmoid(self.gate_proj(x))
+        return HebbianOutput(self.out_proj(gated), readout, v, state, conv_tail)
+
+
+class LyapunovStabilityMonitor:
+    """The energy ``E = ||S||²`` of a memory, how fast it changes, and the bound that holds for it.
+
+    Every write adds at most ``η |k| |v| = η |v|`` to ``||S||``, every token keeps at most ``exp(-Γ_min dt)`` of it, the
+    resonance filter keeps at most all of it, and the SNR filter at most multiplies the writes of an interval by
+    ``eta_boost``. Hence ``||S_t|| <= ||S_0|| + eta_boost η max|v| / (1 - exp(-Γ_min dt))`` for all t.
+    """
+
+    @staticmethod
+    def bound(initial: Tensor, largest_write: Tensor, least_decay: Tensor, eta_boost: float) -> Tensor:
+        """Bound on E: ``||S_0||`` (B, H), ``η max|v|`` (B, H) and ``min Γ dt`` (B, H) -> (B, H)."""
+        return (initial + max(1.0, eta_boost) * largest_write / -torch.expm1(-least_decay)).square()
+
+    @staticmethod
+    def metrics(
+        before: Tensor, after: Tensor, largest_write: Tensor, least_decay: Tensor, elapsed: Tensor, eta_boost: float
+    ) -> dict[str, Tensor]:
+        """Stability of a stretch of tokens.
+
+        Args:
+            before, after: the memories around it, (B, H, K, V).
+            largest_write: ``η max|v|`` of its tokens, (B, H).
+            least_decay: ``min Γ dt`` of its tokens, (B, H).
+            elapsed: its duration ``N dt``, (B,).
+            eta_boost: boost of the SNR filter, 1 without one.
+
+        Returns:
+            ``energy``, ``energy_rate`` (mean dE/dt over the stretch) and ``energy_bound``, each (B, H).
+        """
+        energy_before, energy = (s.square().sum(dim=(-2, -1)) for s in (before, after))
+        return {
+            "energy": energy,
+            "energy_rate": (energy - energy_before) / elapsed.unsqueeze(-1),
+            "energy_bound": LyapunovStabilityMonitor.bound(energy_before.sqrt(), largest_write, least_decay, eta_boost),
+        }

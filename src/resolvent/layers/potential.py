@@ -1,0 +1,139 @@
+"""The non-Hermitian potential ``V - iΓ`` of the tokens, and the BK-Core layer that scatters them from it.
+
+Shapes: B batch, N sequence, D model width, H heads.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import effective_diagonal, resolvent_diagonal
+
+
+class NonHermitianPotential(nn.Module):
+    """Token features -> potential V and decay rate Γ of every head: ``V = v_proj(x) + memory_to_potential(r)``,
+    ``Γ = softplus(gamma_proj(x) + gamma_bias) + base_decay``.
+
+    Γ is a rate per unit time. Its bias spaces the heads' initial ``Γ dt`` geometrically from 1.5 ``base_decay dt`` to
+    one half, so that a fresh layer holds memories from many tokens down to two.
+
+    Args:
+        d_model: width D of x.
+        num_heads: heads H.
+        base_decay: least Γ, > 0.
+        adaptive_decay: let Γ depend on the token; otherwise it is one trainable number a head.
+        dt: time a token takes.
+        memory_width: width of the memory read-out r that feeds back into V; 0 for no feedback.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        base_decay: float = 0.01,
+        adaptive_decay: bool = True,
+        dt: float = 1.0,
+        memory_width: int = 0,
+    ):
+        super().__init__()
+        self.num_heads, self.base_decay, self.dt = num_heads, base_decay, dt
+        self.v_proj = nn.Linear(d_model, num_heads, bias=False)
+        self.gamma_proj = nn.Linear(d_model, num_heads, bias=False) if adaptive_decay else None
+        self.gamma_bias = nn.Parameter(torch.empty(num_heads))
+        self.gamma_bias.no_weight_decay = True  # type: ignore[attr-defined]
+        self.memory_to_potential = nn.Linear(memory_width, num_heads, bias=False) if memory_width else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set what has a fixed start: the spacing of Γ, and a feedback of zero."""
+        slowest = 1.5 * self.base_decay * self.dt
+        fastest = max(0.5, 2 * slowest)
+        steps = torch.linspace(0, 1, self.num_heads, dtype=torch.float64)
+        rate = slowest * (fastest / slowest) ** steps / self.dt - self.base_decay
+        self.gamma_bias.copy_(rate + torch.log(-torch.expm1(-rate)))  # the inverse of softplus
+        if self.memory_to_potential is not None:
+            self.memory_to_potential.weight.zero_()
+
+    def forward(self, x: Tensor, readout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, N, D) and the previous block's memory read-out (B, N, memory_width) -> V, Γ, float32 (B, N, H)."""
+        potential = self.v_proj(x)
+        if self.memory_to_potential is not None and readout is not None:
+            potential = potential + self.memory_to_potential(readout)
+        rate = self.gamma_bias.expand(*x.shape[:-1], -1)
+        if self.gamma_proj is not None:
+            rate = rate + self.gamma_proj(x)
+        return potential.float(), F.softplus(rate.float()) + self.base_decay
+
+
+class DissipativeBKLayer(nn.Module):
+    """Features of the resolvent: ``[Re g, Im g]`` of the causal chain of every head, ``(B, N, 2H)``.
+
+    Per head there is one pair of hoppings (the modulus of their product, ``m >= 0``, couples neighbours), one strength
+    κ >= 0 with which Γ damps the Hamiltonian, and one spectral point ``z = E + iζ``, ζ > 0, all trainable. The features
+    obey ``|g| <= 1 / (κ Γ + ζ)`` whatever the parameters.
+
+    Args:
+        potential: where V and Γ come from.
+        zeta: initial ζ.
+        backend: ``auto``, ``torch`` or ``triton``.
+        block_size: sites that one program of a kernel holds.
+    """
+
+    def __init__(
+        self, potential: NonHermitianPotential, zeta: float = 0.5, backend: str = "auto", block_size: int = 256
+    ):
+        super().__init__()
+        self.potential = potential
+        self.initial_zeta, self.backend, self.block_size = zeta, backend, block_size
+        for name in ("h0_super", "h0_sub", "kappa", "energy", "log_zeta"):
+            parameter = nn.Parameter(torch.empty(potential.num_heads))
+            parameter.no_weight_decay = True  # type: ignore[attr-defined]
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A chain of unit hoppings whose heads look at energies spread over its band [-2, 2]."""
+        for ones in (self.h0_super, self.h0_sub, self.kappa):
+            ones.fill_(1.0)
+        self.energy.copy_(torch.linspace(-1, 1, len(self.energy)) if len(self.energy) > 1 else torch.zeros(1))
+        self.log_zeta.fill_(math.log(self.initial_zeta))
+
+    def forward(
+        self,
+        x: Tensor,
+        readout: Tensor | None = None,
+        state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scatter the tokens.
+
+        Args:
+            x: (B, N, D).
+            readout: the previous block's memory read-out, (B, N, memory_width).
+            state: g of the last token read, complex64 (B, H) or (S, H).
+            cu_seqlens: offsets of S packed sequences.
+
+        Returns:
+            features (B, N, 2H) float32, Γ (B, N, H) float32 and the next state.
+        """
+        potential, gamma = self.potential(x, readout)
+        # Outside autocast: a resolvent near its pole has no digits to spare.
+        with torch.autocast(x.device.type, enabled=False):
+            alpha = effective_diagonal(
+                potential, gamma, self.kappa.float().abs(), self.energy.float(), self.log_zeta.float().exp()
+            )
+            coupling = (self.h0_super.float() * self.h0_sub.float()).abs()
+            g, new_state = resolvent_diagonal(
+                alpha,
+                coupling,
+                initial_state=state,
+                cu_seqlens=cu_seqlens,
+                backend=self.backend,
+                block_size=self.block_size,
+            )
+        assert new_state is not None
+        return torch.cat([g.real, g.imag], dim=-1), gamma, new_state

@@ -1,0 +1,133 @@
+"""The zeros of the Riemann zeta function, and the three things made of them: positions, weights and a basis.
+
+The first zeros come from a table that ``scripts/make_zeta_zeros.py`` computed; beyond it the smooth part of the
+counting function (Riemann-von Mangoldt), ``N(t) = t / 2π log(t / 2πe) + 7/8``, is inverted. Nothing here is random but
+what the caller's generator draws, and every decomposition runs on the CPU, so that all devices agree.
+"""
+
+import functools
+import math
+from importlib import resources
+
+import torch
+from torch import Tensor, nn
+
+
+def zeta_zeros(count: int) -> Tensor:
+    """Imaginary parts of the first ``count`` non-trivial zeros, float64 (count,)."""
+    table = _table()
+    if count <= len(table):
+        return table[:count].clone()
+    beyond = torch.arange(len(table) + 1, count + 1, dtype=torch.float64)
+    return torch.cat([table, _invert_counting_function(beyond - 0.5)])
+
+
+def counting_function(t: Tensor) -> Tensor:
+    """Smooth number of zeros with imaginary part up to ``t`` (the Riemann-von Mangoldt formula)."""
+    turns = t / (2 * math.pi)
+    return turns * torch.log(turns / math.e) + 7 / 8
+
+
+@functools.cache
+def _table() -> Tensor:
+    text = resources.files(__package__).joinpath("zeta_zeros.txt").read_text()
+    return torch.tensor([float(line) for line in text.split()], dtype=torch.float64)
+
+
+def _invert_counting_function(count: Tensor) -> Tensor:
+    """The t with ``counting_function(t) = count``, by Newton's method from above; count >= 10."""
+    t = 2 * math.pi * count
+    for _ in range(30):
+        t = t - (counting_function(t) - count) * 2 * math.pi / torch.log(t / (2 * math.pi))
+    return t
+
+
+class ZetaEmbedding(nn.Module):
+    """Positions as waves whose lengths the zeros set: ``PE(p, 2i) = sin(p / γ_i)``, ``PE(p, 2i + 1) = cos(p / γ_i)``.
+
+    Computed for any position: there is no table, and so no last one. Phases are formed in float64, so that a position
+    of a million is as sharp as the first.
+
+    Args:
+        d_model: width D of the embedding.
+        trainable: let training move the frequencies ``1 / γ_i`` and the amplitude.
+        amplitude: factor of the waves; the default matches the spread of the token embedding.
+    """
+
+    def __init__(self, d_model: int, trainable: bool = False, amplitude: float = 0.02):
+        super().__init__()
+        self.d_model, self.trainable, self.initial_amplitude = d_model, trainable, amplitude
+        if trainable:
+            self.frequency = nn.Parameter(torch.empty((d_model + 1) // 2))
+            self.amplitude = nn.Parameter(torch.empty(()))
+            self.frequency.no_weight_decay = self.amplitude.no_weight_decay = True  # type: ignore[attr-defined]
+        else:
+            self.register_buffer("frequency", torch.empty((d_model + 1) // 2), persistent=False)
+            self.register_buffer("amplitude", torch.empty(()), persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.frequency.copy_(1 / zeta_zeros(len(self.frequency)))
+        self.amplitude.fill_(self.initial_amplitude)
+
+    def forward(self, position: Tensor) -> Tensor:
+        """Positions, integer (...) -> (..., D) float32."""
+        phase = position.to(torch.float64).unsqueeze(-1) * self.frequency.to(torch.float64)
+        waves = torch.stack([torch.sin(phase), torch.cos(phase)], dim=-1).flatten(-2)[..., : self.d_model]
+        return self.amplitude * waves.to(torch.float32)
+
+
+class ZetaInitializer:
+    """Weights ``W = U diag(s) Vᵀ`` with ``s_i ∝ 1 / γ_i`` and random orthogonal U, V.
+
+    The Frobenius norm is that of the usual N(0, std²) initialisation, so that the signal keeps its size and only the
+    shape of the spectrum is the zeros'. U and V come from QR decompositions on the CPU of Gaussian matrices that
+    ``generator`` draws (the global CPU generator if None): the same seed gives the same weights on every device.
+    """
+
+    def __init__(self, std: float = 0.02, generator: torch.Generator | None = None):
+        self.std, self.generator = std, generator
+
+    @torch.no_grad()
+    def __call__(self, weight: Tensor, std: float | None = None) -> None:
+        """Fill a matrix (out, in) in place; ``std`` overrides the initialiser's own."""
+        if weight.dim() != 2:
+            raise ValueError(f"zeta initialisation is for matrices, got shape {tuple(weight.shape)}")
+        if weight.is_meta:
+            return
+        rows, columns = weight.shape
+        rank = min(rows, columns)
+        spectrum = 1 / zeta_zeros(rank)
+        norm = (std or self.std) * math.sqrt(rows * columns)
+        spectrum = (spectrum * norm / spectrum.norm()).to(torch.float32)
+        left, right = self._orthonormal(rows, rank), self._orthonormal(columns, rank)
+        weight.copy_((left * spectrum) @ right.T)
+
+    def _orthonormal(self, rows: int, columns: int) -> Tensor:
+        """Haar-distributed orthonormal columns, (rows, columns)."""
+        q, r = torch.linalg.qr(torch.randn(rows, columns, generator=self.generator))
+        return q * torch.sign(r.diagonal())
+
+
+def resonance_basis(width: int) -> Tensor:
+    """Real orthonormal (K, K) basis whose waves have the unfolded zeros as frequencies, float64.
+
+    Unfolding, ``u_j = N(γ_j)``, gives the zeros mean spacing one; ``u_j / K`` cycles an index for j <= K / 2 then cover
+    the resolvable frequencies without aliasing, and the polar factor of the cosine and sine columns is the closest
+    orthonormal basis to them.
+    """
+    return _polar_factor(_resonance_waves(width))
+
+
+def _resonance_waves(width: int) -> Tensor:
+    """The unit cosine and sine columns before they are made orthonormal, (K, K) float64."""
+    frequency = counting_function(zeta_zeros((width + 1) // 2)) / width
+    phase = 2 * math.pi * torch.arange(width, dtype=torch.float64)[:, None] * frequency
+    waves = torch.stack([torch.cos(phase), torch.sin(phase)], dim=-1).flatten(-2)[:, :width]
+    return waves / waves.norm(dim=0)
+
+
+def _polar_factor(matrix: Tensor) -> Tensor:
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right

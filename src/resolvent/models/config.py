@@ -1,0 +1,111 @@
+"""What the configurations of all models share: dictionaries, unknown fields, and faults that are reported together."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from typing import Any, Self
+
+from ..errors import ConfigError
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Base of the configuration dataclasses.
+
+    A subclass lists its rules in ``_faults``; types are checked from the annotations.
+    """
+
+    def validate(self) -> None:
+        """Check every field.
+
+        Raises:
+            ConfigError: names every faulty field with its value.
+        """
+        faults = self._type_faults()
+        # Rules compare values, which makes sense only once their types are right.
+        faults = faults or self._faults()
+        if len(faults) == 1:
+            raise ConfigError(faults[0])
+        if faults:
+            raise ConfigError("\n  - ".join([f"{type(self).__name__} has {len(faults)} faults:", *faults]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary of all fields, nested configurations included; ``from_dict`` restores an equal object."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The configuration that ``to_dict`` described.
+
+        Raises:
+            ConfigError: names every field that does not exist.
+        """
+        check_fields(cls, values)
+        nested = {
+            name: kind.from_dict(values[name])
+            for name, kind in _nested_configs(cls).items()
+            if isinstance(values.get(name), dict)
+        }
+        return cls(**{**values, **nested})
+
+    def _faults(self) -> list[str]:
+        """Every rule that a value breaks; all types are right when this is called."""
+        raise NotImplementedError
+
+    def _type_faults(self) -> list[str]:
+        hints = typing.get_type_hints(type(self))
+        pairs = ((f.name, getattr(self, f.name), hints[f.name]) for f in dataclasses.fields(self))
+        return [f"{name} must be {_say(kind)}, got {value!r}" for name, value, kind in pairs if not _fits(value, kind)]
+
+
+def check_fields(config: type[ModelConfig], values: dict[str, Any]) -> None:
+    """Raise a ConfigError that names every key of ``values`` which is no field, and the field it resembles."""
+    names = [f.name for f in dataclasses.fields(config)]
+    unknown = [key for key in values if key not in names]
+    if not unknown:
+        return
+    hints = {key: difflib.get_close_matches(str(key), names, n=1) for key in unknown}
+    told = ", ".join(repr(key) + (f" (did you mean {hint[0]!r}?)" if (hint := hints[key]) else "") for key in unknown)
+    raise ConfigError(f"unknown field of {config.__name__}: {told}. Fields: {', '.join(names)}")
+
+
+def must_be_positive(config: Any, *names: str) -> list[str]:
+    """Faults of the fields that are not above zero."""
+    return [f"{name} must be > 0, got {value}" for name in names if (value := getattr(config, name)) <= 0]
+
+
+def must_be_at_least(config: Any, least: float, *names: str) -> list[str]:
+    """Faults of the fields that are below ``least``."""
+    return [f"{name} must be >= {least:g}, got {value}" for name in names if (value := getattr(config, name)) < least]
+
+
+def _nested_configs(cls: type) -> dict[str, type[ModelConfig]]:
+    hints = typing.get_type_hints(cls)
+    options = {f.name: _options(hints[f.name]) for f in dataclasses.fields(cls)}
+    found = {
+        name: next((k for k in kinds if isinstance(k, type) and issubclass(k, ModelConfig)), None)
+        for name, kinds in options.items()
+    }
+    return {name: kind for name, kind in found.items() if kind is not None}
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    def fits_one(option: Any) -> bool:
+        if option is float:
+            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if option is int:
+            return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, option)
+
+    return any(fits_one(option) for option in _options(kind))
+
+
+def _say(kind: Any) -> str:
+    names = {float: "a finite number", int: "an integer", bool: "True or False", str: "a string", type(None): "None"}
+    return " or ".join(names.get(option, getattr(option, "__name__", str(option))) for option in _options(kind))

@@ -1,0 +1,133 @@
+"""Writing text: sampling from any model that streams with a state."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+PREFILL = 2048
+"""Tokens of a prompt that are read at once: long prompts need no more memory than this many."""
+
+
+class StreamingModel(Protocol):
+    """What generation asks of a model."""
+
+    lm_head: nn.Module
+    training: bool
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def hidden_states(
+        self, input_ids: Tensor, *, state: Any = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Any]: ...
+
+
+class Generation:
+    """Mixin that gives a model ``generate`` and ``stream``."""
+
+    def generate(self: Any, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Continue prompts: (B, N) int64 -> (B, N + new) int64. Options are those of ``stream``."""
+        new = list(self.stream(input_ids, max_new_tokens, **options))
+        return torch.cat([input_ids, *(token.unsqueeze(1) for token in new)], dim=1)
+
+    @torch.inference_mode()
+    def stream(
+        self: Any,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        eos_token_id: int | None = None,
+        attention_mask: Tensor | None = None,
+        state: Any = None,
+    ) -> Iterator[Tensor]:
+        """Continue prompts and yield each new token, int64 (B,), as soon as it is known.
+
+        The state has a constant size, so that a token costs the same however much was read.
+
+        Args:
+            input_ids: prompts, int64 (B, N).
+            max_new_tokens: most tokens to write.
+            temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
+            top_k: sample from the k likeliest tokens only.
+            top_p: sample from the smallest set of tokens that holds this much probability.
+            generator: source of randomness; the same seed gives the same text.
+            eos_token_id: token at which a sequence ends; once ended it yields this token, and when all have, the stream ends.
+            attention_mask: 1 for tokens, 0 for padding on either side, (B, N).
+            state: what the model has read before the prompt.
+
+        Raises:
+            ValueError: an option is out of range.
+        """
+        _check_options(max_new_tokens, temperature, top_k, top_p)
+        was_training = self.training
+        self.eval()
+        try:
+            hidden, state = _prefill(self, input_ids, attention_mask, state)
+            done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            for remaining in range(max_new_tokens, 0, -1):
+                token = sample(self.lm_head(hidden).float(), temperature, top_k, top_p, generator)
+                if eos_token_id is not None:
+                    token = torch.where(done, eos_token_id, token)
+                    done = done | (token == eos_token_id)
+                yield token
+                if remaining == 1 or (eos_token_id is not None and done.all()):
+                    return
+                hidden, state = self.hidden_states(token.unsqueeze(1), state=state)
+                hidden = hidden[:, -1]
+        finally:
+            self.train(was_training)
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw a token of every row: logits float (B, V) -> int64 (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        probability = ordered.softmax(-1)
+        beyond = probability.cumsum(-1) - probability >= top_p
+        logits = logits.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf)
+    device = generator.device if generator is not None else logits.device
+    return torch.multinomial(logits.softmax(-1).to(device), 1, generator=generator).squeeze(-1).to(logits.device)
+
+
+def _prefill(model: StreamingModel, input_ids: Tensor, mask: Tensor | None, state: Any) -> tuple[Tensor, Any]:
+    """Read the prompts; the hidden state of each sequence's last token (B, D), and the state after it."""
+    if mask is not None:
+        hidden, state = model.hidden_states(input_ids, state=state, attention_mask=mask)
+        place = torch.arange(input_ids.shape[1], device=mask.device)
+        last = torch.where(mask.bool(), place, -1).amax(dim=1)
+        if (last < 0).any():
+            raise ValueError("attention_mask leaves a prompt without any token; a prompt needs at least one")
+        return hidden[torch.arange(len(last)), last], state
+    hidden = None
+    for piece in input_ids.split(PREFILL, dim=1):
+        hidden, state = model.hidden_states(piece, state=state)
+    assert hidden is not None
+    return hidden[:, -1], state
+
+
+def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be >= 0 and finite, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be >= 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")

@@ -1,0 +1,156 @@
+"""Configuration of Phase 2 and its presets."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from ...errors import ConfigError
+from ...ops.backend import BACKENDS
+from ...ops.hebbian import CHUNK
+from ..config import ModelConfig, check_fields, must_be_at_least, must_be_positive
+from ..phase1.config import Phase1Config
+
+
+@dataclass
+class Phase2Config(ModelConfig):
+    """Everything that defines a Phase 2 model; ``validate`` checks it, ``to_dict`` and ``from_dict`` store it."""
+
+    # Phase 1 compatibility
+    phase1_config: Phase1Config | None = None
+    """the Phase 1 model this one grew out of, if any"""
+
+    # BK-Core Triton
+    use_triton_bk: bool = True
+    """let the BK-Core use its Triton kernel where ``backend`` does; False keeps it on torch"""
+    triton_block_size: int = 256
+    """sites of a chain that one program of the kernel holds"""
+
+    # Non-Hermitian potential
+    base_decay: float = 0.01
+    """least decay rate Γ, per unit time"""
+    adaptive_decay: bool = True
+    """let Γ depend on the token"""
+
+    # Dissipative Hebbian memory
+    hebbian_eta: float = 0.1
+    """initial learning rate η of every head"""
+    hebbian_dt: float = 1.0
+    """time a token takes"""
+    num_heads: int = 8
+    head_dim: int = 64
+
+    # SNR memory filter
+    snr_threshold: float = 2.0
+    """components of a memory above this multiple of its rms are signal"""
+    snr_gamma_boost: float = 2.0
+    """noise forgets this many times faster"""
+    snr_eta_boost: float = 1.5
+    """signal is learned this many times more strongly"""
+
+    # Memory resonance
+    resonance_enabled: bool = True
+    resonance_energy_threshold: float = 0.1
+    """modes above this multiple of the mean energy resonate"""
+
+    # Zeta initialisation
+    use_zeta_init: bool = True
+    zeta_embedding_trainable: bool = False
+    """let training move the frequencies of the positions"""
+
+    # Model architecture
+    vocab_size: int = 50257
+    d_model: int = 512
+    n_layers: int = 6
+    n_seq: int = 1024
+    """length of the sequences it is trained on; nothing ends there"""
+    ffn_dim: int | None = None
+    """hidden width of the feed-forward network; None for 4 d_model"""
+    dropout: float = 0.1
+
+    # Performance targets, which `resolvent benchmark` measures against
+    target_vram_gb: float = 8.0
+    target_speedup_triton: float = 3.0
+
+    # Beyond the report
+    snr_enabled: bool = True
+    snr_temperature: float = 0.5
+    """softness of the SNR threshold"""
+    consolidation_interval: int = CHUNK
+    """tokens between two consolidations of a memory"""
+    memory_feedback: bool = True
+    """let the previous block's memory read-out enter the potential"""
+    conv_size: int = 4
+    """tokens that the short convolution before q, k, v spans; 1 for none"""
+    output_gate: bool = True
+    """gate the memory read-out"""
+    backend: str = "auto"
+    """operators run on: auto, torch or triton"""
+
+    @classmethod
+    def from_phase1(cls, phase1_config: Phase1Config, **overrides: Any) -> Self:
+        """The Phase 2 configuration of a Phase 1 model: its sizes and targets, and Phase 2's defaults elsewhere.
+
+        Raises:
+            ConfigError: an override is no field.
+        """
+        check_fields(cls, overrides)
+        shared = ("vocab_size", "d_model", "n_layers", "n_seq", "target_vram_gb")
+        taken = {name: getattr(phase1_config, name) for name in shared}
+        return cls(**{"phase1_config": phase1_config, **taken, **overrides})
+
+    @property
+    def ffn_width(self) -> int:
+        return self.ffn_dim if self.ffn_dim is not None else 4 * self.d_model
+
+    def _faults(self) -> list[str]:
+        faults = must_be_positive(
+            self,
+            "base_decay",
+            "hebbian_eta",
+            "hebbian_dt",
+            "snr_threshold",
+            "resonance_energy_threshold",
+            "d_model",
+            "n_layers",
+            "n_seq",
+            "vocab_size",
+            "num_heads",
+            "head_dim",
+            "triton_block_size",
+            "snr_temperature",
+            "consolidation_interval",
+            "target_vram_gb",
+            "target_speedup_triton",
+        )
+        faults += must_be_at_least(self, 1, "snr_gamma_boost", "snr_eta_boost", "conv_size")
+        if self.ffn_dim is not None:
+            faults += must_be_positive(self, "ffn_dim")
+        if not 0 <= self.dropout < 1:
+            faults.append(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.consolidation_interval > 0 and self.consolidation_interval % CHUNK:
+            faults.append(f"consolidation_interval must be a multiple of {CHUNK}, got {self.consolidation_interval}")
+        if self.backend not in BACKENDS:
+            faults.append(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        if self.phase1_config is not None:
+            faults += [f"phase1_config: {fault}" for fault in self.phase1_config._faults()]
+        return faults
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        vocab_size=257, d_model=128, n_layers=3, n_seq=256, num_heads=4, head_dim=32, dropout=0.0, target_vram_gb=1.0
+    ),
+    "small": dict(d_model=256, n_layers=4, n_seq=512, num_heads=4, target_vram_gb=4.0),
+    "base": dict(d_model=512, n_layers=6, n_seq=1024, num_heads=8, target_vram_gb=8.0),
+    "large": dict(d_model=1024, n_layers=12, n_seq=2048, num_heads=16, target_vram_gb=16.0),
+}
+
+
+def get_phase2_preset(name: str) -> Phase2Config:
+    """A fresh configuration: ``tiny`` (laptops, bytes), ``small``, ``base`` or ``large``.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"Unknown preset: {name}. Available presets: {', '.join(PRESETS)}")
+    return Phase2Config(**PRESETS[name])

@@ -1,0 +1,51 @@
+"""Make Phase 2 models: from nothing, from a preset, from a configuration, or from single values."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+
+from ...errors import ConfigError
+from ..config import check_fields
+from .config import Phase2Config, get_phase2_preset
+from .model import Phase2IntegratedModel
+
+_log = logging.getLogger(__name__)
+
+
+def create_phase2_model(
+    config: Phase2Config | None = None,
+    preset: str | None = None,
+    vocab_size: int | None = None,
+    d_model: int | None = None,
+    n_layers: int | None = None,
+    n_seq: int | None = None,
+    device: torch.device | str | None = None,
+    **kwargs: Any,
+) -> Phase2IntegratedModel:
+    """Create a Phase 2 model with fresh weights.
+
+    Weights are drawn on the CPU from torch's global generator: ``torch.manual_seed`` gives the same model everywhere.
+
+    Args:
+        config: a whole configuration; it is not changed.
+        preset: ``tiny``, ``small``, ``base`` or ``large``, instead of ``config``.
+        vocab_size, d_model, n_layers, n_seq: replace the values of the configuration, the preset or the defaults.
+        device: where the model shall live; None for CUDA where there is one, and the CPU otherwise.
+        kwargs: any other field of ``Phase2Config``.
+
+    Raises:
+        ConfigError: both ``config`` and ``preset`` are given, the preset or a field is unknown, or a value is wrong.
+    """
+    if config is not None and preset is not None:
+        raise ConfigError(f"give either config or preset, not both (preset={preset!r})")
+    base = config if config is not None else get_phase2_preset(preset) if preset is not None else Phase2Config()
+    sizes = dict(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_seq=n_seq)
+    overrides = {name: value for name, value in sizes.items() if value is not None} | kwargs
+    check_fields(Phase2Config, overrides)
+    model = Phase2IntegratedModel(dataclasses.replace(base, **overrides))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _log.info("created a Phase 2 model with %s parameters on %s", f"{model.num_parameters():,}", device)
+    return model.to(device)

@@ -1,0 +1,20 @@
+"""Pure functions on tensors: what the layers compute, with nothing of modules or parameters in it."""
+
+from .bk_core import effective_diagonal, resolvent_diagonal, resolvent_diagonal_reference, resolvent_step
+from .consolidation import Consolidation, Resonance, SNRFilter, consolidate
+from .hebbian import MemoryState, dissipative_memory, dissipative_memory_reference, dissipative_memory_step
+
+__all__ = [
+    "Consolidation",
+    "MemoryState",
+    "Resonance",
+    "SNRFilter",
+    "consolidate",
+    "dissipative_memory",
+    "dissipative_memory_reference",
+    "dissipative_memory_step",
+    "effective_diagonal",
+    "resolvent_diagonal",
+    "resolvent_diagonal_reference",
+    "resolvent_step",
+]

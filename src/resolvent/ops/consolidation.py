@@ -1,0 +1,93 @@
+r"""Consolidation: what happens to a Hebbian memory at fixed boundaries, every ``interval`` tokens of a sequence.
+
+Let ``S`` be the memory at a boundary, ``ΔS`` the decayed sum of what was written since the last one and ``Γ̄`` the sum
+of ``Γ dt`` since then.
+
+* **SNR filter.** ``SNR_ij = |S_ij| / rms(S)`` per head and ``p = sigmoid((SNR - threshold) / temperature)``. Components
+  below the threshold forget as if Γ were ``gamma_boost`` times as large, those above it learn as if η were
+  ``eta_boost`` times as large: ``S <- S exp(-(gamma_boost - 1) Γ̄ (1 - p)) + (eta_boost - 1) p ΔS``.
+* **Resonance.** The modes of a memory are the rows of ``QᵀS`` for a fixed orthonormal ``Q``, with energies ``E_m``
+  relative to their mean; ``S <- Q diag(σ) QᵀS`` with ``σ_m = sigmoid(sharpness (E_m / mean(E) - threshold) + bias)``.
+
+With ``base_decay > 0`` and ``σ <= 1`` the memory stays bounded (see ``layers.hebbian.LyapunovStabilityMonitor``).
+Shapes: B batch, H heads, K key width, V value width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_TINY = 1e-20
+"""Added to a mean square, so that an empty memory has SNR 0 and energy 0: no state that was written is that small."""
+
+
+@dataclass(frozen=True)
+class SNRFilter:
+    """Constants of the SNR filter: threshold (in units of the memory's rms), softness, and the two boosts (>= 1)."""
+
+    threshold: float
+    temperature: float
+    gamma_boost: float
+    eta_boost: float
+
+
+@dataclass(frozen=True)
+class Resonance:
+    """The resonance filter: orthonormal ``basis`` Q (K, K), energy threshold, ``sharpness`` and ``bias`` (H,)."""
+
+    basis: Tensor
+    threshold: float
+    sharpness: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Consolidation:
+    """What acts at a boundary, and how many tokens lie between two of them (a multiple of the chunk of 64)."""
+
+    interval: int
+    snr: SNRFilter | None = None
+    resonance: Resonance | None = None
+
+
+def signal_to_noise(memory: Tensor) -> Tensor:
+    """``|S_ij| / rms(S)`` per head: (..., K, V) -> (..., K, V)."""
+    mean_square = memory.square().mean(dim=(-2, -1), keepdim=True)
+    return memory.abs() * torch.rsqrt(mean_square + _TINY)
+
+
+def mode_energies(memory: Tensor, basis: Tensor) -> Tensor:
+    """Energies of the modes relative to their mean: memory (..., K, V), basis (K, K) -> (..., K)."""
+    energy = (basis.to(memory.dtype).T @ memory).square().sum(-1)
+    return energy / (energy.mean(-1, keepdim=True) + _TINY)
+
+
+def resonance_gate(memory: Tensor, resonance: Resonance) -> Tensor:
+    """The factor σ in (0, 1) of every mode: memory (..., H, K, V) -> (..., H, K)."""
+    excess = mode_energies(memory, resonance.basis) - resonance.threshold
+    sharpness, bias = (p.to(memory.dtype).unsqueeze(-1) for p in (resonance.sharpness, resonance.bias))
+    return torch.sigmoid(sharpness * excess + bias)
+
+
+def consolidate(memory: Tensor, writes: Tensor, forgetting: Tensor, consolidation: Consolidation) -> Tensor:
+    """Filter a memory at a boundary. The caller then restarts ``writes`` and ``forgetting`` at zero.
+
+    Args:
+        memory: S, (B, H, K, V).
+        writes: ΔS, the decayed sum of the writes since the last boundary, (B, H, K, V).
+        forgetting: Γ̄, the sum of Γ dt since the last boundary, (B, H).
+        consolidation: which mechanisms act, with their constants.
+
+    Returns:
+        The consolidated memory, (B, H, K, V).
+    """
+    if (snr := consolidation.snr) is not None:
+        keep = torch.sigmoid((signal_to_noise(memory) - snr.threshold) / snr.temperature)
+        extra_decay = (snr.gamma_boost - 1) * forgetting[..., None, None] * (1 - keep)
+        memory = memory * torch.exp(-extra_decay) + (snr.eta_boost - 1) * keep * writes
+    if (resonance := consolidation.resonance) is not None:
+        basis = resonance.basis.to(memory.dtype)
+        gate = resonance_gate(memory, resonance).unsqueeze(-1)
+        memory = basis @ (gate * (basis.T @ memory))
+    return memory

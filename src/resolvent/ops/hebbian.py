@@ -1,0 +1,356 @@
+r"""Dissipative Hebbian memory: fast weights that learn and forget, in linear time.
+
+``dS/dt = η k vᵀ - Γ S`` discretised per token and head, read by the query:
+
+    S_t = exp(-Γ_t dt) S_{t-1} + η k_t v_tᵀ,        y_t = S_tᵀ q_t
+
+and consolidated every ``interval`` tokens (see ``ops.consolidation``). Three forms compute the same: a loop in float64
+(the reference), one token at a time (generation), and chunks of 64 tokens (training): inside a chunk a masked ``QKᵀ``,
+between chunks the state. Sums of decays are subtracted in float64 and only their differences are exponentiated, so that
+a token which erases everything does not blur its neighbours.
+
+Shapes: B batch, N sequence, H heads, K key width, V value width, S packed sequences, M chunks, C tokens of a chunk.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend as _backend
+from .consolidation import Consolidation, consolidate
+
+CHUNK = 64
+
+
+class MemoryState(NamedTuple):
+    """All that a memory knows of the past, float32 (or float64 with float64 inputs).
+
+    Attributes:
+        memory: S, (B, H, K, V).
+        writes: ΔS, the decayed sum of the writes since the last consolidation, (B, H, K, V).
+        forgetting: Γ̄, the sum of Γ dt since the last consolidation, (B, H).
+
+    Without consolidation nothing reads ``writes`` and ``forgetting``, and they stay as they are.
+    """
+
+    memory: Tensor
+    writes: Tensor
+    forgetting: Tensor
+
+
+def dissipative_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    eta: Tensor,
+    *,
+    initial_state: MemoryState | None = None,
+    position: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    consolidation: Consolidation | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, MemoryState]:
+    """Write every token into the memory and read it back.
+
+    Args:
+        q, k: queries and keys, (B, N, H, K).
+        v: values, (B, N, H, V).
+        decay: Γ dt >= 0, dimensionless, (B, N, H).
+        eta: learning rate η > 0, (H,).
+        initial_state: memory at the start, one row a sequence; empty if not given.
+        position: tokens that each sequence has read before, integer (B,) or (S,): where its next boundary lies.
+        cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1.
+        consolidation: what acts at the boundaries; None for a plain decaying memory.
+        backend: ``auto``, ``torch`` or ``triton``.
+
+    Returns:
+        The read-out (B, N, H, V) in the dtype of ``v``, and the state after the last token. Both are differentiable in
+        every real-valued input, the parameters of ``consolidation`` and the initial state included.
+
+    Raises:
+        ValueError: shapes do not fit, or the consolidation interval is no multiple of the chunk.
+    """
+    if q.dim() != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3] or decay.shape != q.shape[:3]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, decay))
+        raise ValueError(f"expected q, k (B, N, H, K), v (B, N, H, V) and decay (B, N, H), got {shapes}")
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ValueError(f"packed sequences need a batch of one, got {q.shape[0]}")
+    if consolidation is not None and consolidation.interval % CHUNK:
+        raise ValueError(f"the consolidation interval must be a multiple of {CHUNK}, got {consolidation.interval}")
+    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if position is None:
+        position = torch.zeros(sequences, dtype=torch.long, device=q.device)
+    if initial_state is None:
+        initial_state = empty_state(sequences, q, v)
+    run = _backend.implementation("dissipative_memory", backend, q.device)
+    return run(q, k, v, decay, eta, initial_state, position, cu_seqlens, consolidation)
+
+
+def empty_state(sequences: int, q: Tensor, v: Tensor) -> MemoryState:
+    """The state before the first token, for inputs like ``q`` (..., H, K) and ``v`` (..., H, V)."""
+    dtype = _accumulation_dtype(q)
+    memory = torch.zeros(sequences, *q.shape[-2:], v.shape[-1], dtype=dtype, device=q.device)
+    return MemoryState(memory, torch.zeros_like(memory), memory.new_zeros(memory.shape[:2]))
+
+
+def dissipative_memory_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    eta: Tensor,
+    state: MemoryState,
+    position: Tensor,
+    consolidation: Consolidation | None = None,
+) -> tuple[Tensor, MemoryState]:
+    """One token: q, k (B, H, K), v (B, H, V), decay (B, H), eta (H,), position (B,) -> read-out (B, H, V) and state."""
+    dtype = _accumulation_dtype(q)
+    memory, writes, forgetting = state
+    keep = torch.exp(-decay.to(dtype))[..., None, None]
+    write = (eta.to(dtype)[:, None] * k.to(dtype)).unsqueeze(-1) * v.to(dtype).unsqueeze(-2)
+    memory = keep * memory + write
+    readout = (q.to(dtype).unsqueeze(-2) @ memory).squeeze(-2).to(v.dtype)
+    if consolidation is None:
+        return readout, MemoryState(memory, writes, forgetting)
+    state = MemoryState(memory, keep * writes + write, forgetting + decay.to(dtype))
+    boundary = (position + 1) % consolidation.interval == 0
+    return readout, _consolidate_where(boundary, state, consolidation) if boundary.any() else state
+
+
+def dissipative_memory_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    eta: Tensor,
+    initial_state: MemoryState | None = None,
+    position: int = 0,
+    consolidation: Consolidation | None = None,
+) -> tuple[Tensor, MemoryState]:
+    """The definition, token by token in float64 with autograd through all of time; shapes as in the operator."""
+    q, k, v, decay, eta = (x.to(torch.float64) for x in (q, k, v, decay, eta))
+    if initial_state is None:
+        initial_state = empty_state(q.shape[0], q, v)
+    memory, writes, forgetting = (x.to(torch.float64) for x in initial_state)
+    readouts = []
+    for t in range(q.shape[1]):
+        keep = torch.exp(-decay[:, t])[..., None, None]
+        write = eta[:, None, None] * torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+        memory, writes, forgetting = keep * memory + write, keep * writes + write, forgetting + decay[:, t]
+        readouts.append(torch.einsum("bhkv,bhk->bhv", memory, q[:, t]))
+        if consolidation is not None and (position + t + 1) % consolidation.interval == 0:
+            memory = consolidate(memory, writes, forgetting, consolidation)
+            writes, forgetting = torch.zeros_like(writes), torch.zeros_like(forgetting)
+    if consolidation is None:
+        writes, forgetting = initial_state.writes, initial_state.forgetting
+    return torch.stack(readouts, dim=1), MemoryState(memory, writes, forgetting)
+
+
+@_backend.register("dissipative_memory", "torch")
+def _dissipative_memory_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    eta: Tensor,
+    state: MemoryState,
+    position: Tensor,
+    cu_seqlens: Tensor | None,
+    consolidation: Consolidation | None,
+) -> tuple[Tensor, MemoryState]:
+    batch, length = q.shape[:2]
+    if q.numel() == 0:
+        return torch.zeros_like(v), state
+    if length == 1 and cu_seqlens is None:
+        step = (q[:, 0], k[:, 0], v[:, 0], decay[:, 0], eta)
+        readout, state = dissipative_memory_step(*step, state, position, consolidation)
+        return readout.unsqueeze(1), state
+    lengths = (length,) * batch if cu_seqlens is None else tuple(cu_seqlens.diff().tolist())
+    phases = tuple((position % consolidation.interval).tolist()) if consolidation else (0,) * len(lengths)
+    layout = _chunk_layout(lengths, phases, q.device)
+    resonance = consolidation.resonance if consolidation else None
+    sharpness, bias = (resonance.sharpness, resonance.bias) if resonance else (None, None)
+    readout, *final = _ChunkedMemory.apply(layout, consolidation, q, k, v, decay, eta, *state, sharpness, bias)
+    return readout, MemoryState(*final)
+
+
+@dataclass(frozen=True)
+class _ChunkLayout:
+    """Where the tokens of ragged sequences lie on a grid of chunks that is aligned with the boundaries.
+
+    A sequence that has read ``phase`` tokens since its last boundary starts ``phase`` slots into its first chunk. The
+    sequences are ranked by how far they reach, so that those which still have a j-th chunk are always the first
+    ``active[j]``, those which fill it the first ``full[j]``, and the chunks of round j lie side by side.
+    """
+
+    slots: Tensor  # (tokens,) grid slot of every token, in the order of the flat input
+    order: Tensor  # (S,) sequence of each rank
+    active: Sequence[int]  # sequences with a chunk in round j
+    full: Sequence[int]  # sequences which reach the end of chunk j
+
+    @property
+    def chunks(self) -> int:
+        return sum(self.active)
+
+
+@functools.lru_cache(maxsize=64)
+def _chunk_layout(lengths: tuple[int, ...], phases: tuple[int, ...], device: torch.device) -> _ChunkLayout:
+    reach = torch.tensor(lengths) + torch.tensor(phases)
+    order = torch.argsort(reach, descending=True, stable=True)
+    rounds = -(-int(reach.max()) // CHUNK)
+    edges = torch.arange(rounds + 1) * CHUNK
+    active = [int((reach > edge).sum()) for edge in edges[:-1]]
+    full = [int((reach >= edge).sum()) for edge in edges[1:]]
+    first_chunk = torch.tensor([0, *active]).cumsum(0)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(lengths))
+
+    counts = torch.tensor(lengths)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), counts)
+    place = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts)[sequence] + torch.tensor(phases)[sequence]
+    slots = (first_chunk[place // CHUNK] + rank[sequence]) * CHUNK + place % CHUNK
+    return _ChunkLayout(slots.to(device), order.to(device), active, full)
+
+
+def _chunked_memory(
+    layout: _ChunkLayout,
+    consolidation: Consolidation | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    eta: Tensor,
+    state: MemoryState,
+) -> tuple[Tensor, MemoryState]:
+    """The chunked form, as differentiable torch code; arguments as in the operator."""
+    dtype = _accumulation_dtype(q)
+    q_MHCK, k_MHCK, v_MHCV = (_to_chunks(x, layout).to(dtype) for x in (q, eta[:, None] * k, v))
+    decay_MHC = _to_chunks(decay.to(torch.float64).unsqueeze(-1), layout).squeeze(-1).cumsum(-1)
+    total_MH = decay_MHC[..., -1]
+
+    between = (decay_MHC[..., :, None] - decay_MHC[..., None, :]).to(dtype)
+    future = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
+    scores = (q_MHCK @ k_MHCK.mT) * torch.exp(-between.masked_fill(future, torch.inf))
+    readout = scores @ v_MHCV
+
+    to_end = torch.exp(decay_MHC - total_MH[..., None]).to(dtype)
+    written = (k_MHCK * to_end[..., None]).mT @ v_MHCV
+    before, state = _carry(layout, consolidation, written, total_MH.to(dtype), state)
+    from_start = torch.exp(-decay_MHC).to(dtype)
+    readout = readout + (q_MHCK * from_start[..., None]) @ before
+    return _from_chunks(readout, layout, v.shape).to(v.dtype), state
+
+
+def _carry(
+    layout: _ChunkLayout,
+    consolidation: Consolidation | None,
+    written: Tensor,
+    total: Tensor,
+    state: MemoryState,
+) -> tuple[Tensor, MemoryState]:
+    """Walk over the rounds of chunks with the state.
+
+    Args:
+        written: what each chunk adds to the memory by its end, (M, H, K, V).
+        total: the sum of Γ dt of each chunk, (M, H).
+        state: one row a sequence, in the caller's order.
+
+    Returns:
+        The memory before each chunk (M, H, K, V) and the final state.
+    """
+    running = MemoryState(*(x[layout.order] for x in state))
+    keep = torch.exp(-total)[..., None, None]
+    rounds_per_boundary = consolidation.interval // CHUNK if consolidation else 0
+    before, first = [], 0
+    for j, (active, full) in enumerate(zip(layout.active, layout.full, strict=True)):
+        chunk = slice(first, first + active)
+        first += active
+        memory, writes, forgetting = (x[:active] for x in running)
+        before.append(memory)
+        memory = keep[chunk] * memory + written[chunk]
+        if consolidation is not None:
+            writes = keep[chunk] * writes + written[chunk]
+            forgetting = forgetting + total[chunk]
+        new = MemoryState(memory, writes, forgetting)
+        if consolidation is not None and (j + 1) % rounds_per_boundary == 0 and full > 0:
+            at_boundary = MemoryState(*(x[:full] for x in new))
+            new = _replace_first(new, _consolidated(at_boundary, consolidation))
+        running = _replace_first(running, new)
+    back = torch.argsort(layout.order)
+    return torch.cat(before), MemoryState(*(x[back] for x in running))
+
+
+def _consolidated(state: MemoryState, consolidation: Consolidation) -> MemoryState:
+    memory = consolidate(state.memory, state.writes, state.forgetting, consolidation)
+    return MemoryState(memory, torch.zeros_like(state.writes), torch.zeros_like(state.forgetting))
+
+
+def _consolidate_where(boundary: Tensor, state: MemoryState, consolidation: Consolidation) -> MemoryState:
+    """Consolidate the rows at which ``boundary`` (B,) is set."""
+    new = _consolidated(state, consolidation)
+    pairs = zip(new, state, strict=True)
+    return MemoryState(*(torch.where(boundary.view(-1, *[1] * (b.dim() - 1)), a, b) for a, b in pairs))
+
+
+def _replace_first(state: MemoryState, new: MemoryState) -> MemoryState:
+    """``state`` with its first rows replaced by the rows of ``new``."""
+    if len(new.memory) == len(state.memory):
+        return new
+    return MemoryState(*(torch.cat([a, b[len(a) :]]) for a, b in zip(new, state, strict=True)))
+
+
+def _to_chunks(x: Tensor, layout: _ChunkLayout) -> Tensor:
+    """(B, N, H, X) -> (M, H, C, X), zeros in empty slots."""
+    flat = x.reshape(-1, *x.shape[2:])
+    grid = flat.new_zeros(layout.chunks * CHUNK, *flat.shape[1:]).index_copy(0, layout.slots, flat)
+    return grid.unflatten(0, (layout.chunks, CHUNK)).transpose(1, 2)
+
+
+def _from_chunks(x: Tensor, layout: _ChunkLayout, shape: torch.Size) -> Tensor:
+    """(M, H, C, V) -> (B, N, H, V)."""
+    return x.transpose(1, 2).flatten(0, 1).index_select(0, layout.slots).view(shape)
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class _ChunkedMemory(torch.autograd.Function):
+    """The chunked form with its forward pass repeated in backward: the C x C scores are never kept.
+
+    Parameters that did not take part, such as the resonance's in a sequence without a boundary, get zero gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layout: _ChunkLayout, consolidation: Consolidation | None, *tensors: Tensor | None) -> Any:
+        ctx.layout, ctx.consolidation = layout, consolidation
+        ctx.save_for_backward(*tensors)
+        return _ChunkedMemory.run(layout, consolidation, *tensors)
+
+    @staticmethod
+    def run(layout: _ChunkLayout, consolidation: Consolidation | None, *tensors: Any) -> tuple[Tensor | None, ...]:
+        q, k, v, decay, eta, memory, writes, forgetting, sharpness, bias = tensors
+        if consolidation is not None and consolidation.resonance is not None:
+            resonance = replace(consolidation.resonance, sharpness=sharpness, bias=bias)
+            consolidation = replace(consolidation, resonance=resonance)
+        state = MemoryState(memory, writes, forgetting)
+        readout, state = _chunked_memory(layout, consolidation, q, k, v, decay, eta, state)
+        return readout, *state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            inputs = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
+            outputs = _ChunkedMemory.run(ctx.layout, ctx.consolidation, *inputs)
+        pairs = [
+            (y, g) for y, g in zip(outputs, grads, strict=True) if y is not None and g is not None and y.requires_grad
+        ]
+        wanted = [x for x in inputs if x is not None]
+        found = iter(torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True))
+        return None, None, *(None if x is None else next(found) for x in inputs)

@@ -1,0 +1,21 @@
+"""Training: a configuration, a loop on Accelerate, and run folders that resume exactly."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from resolvent.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from resolvent.training.interrupt import TrainingInterrupted
+    from resolvent.training.run import resume, train
+    from resolvent.training.trainer import NonFiniteError, TrainingResult
+
+__all__ = ["NonFiniteError", "TrainingConfig", "TrainingInterrupted", "TrainingResult", "resume", "train"]
+
+
+def __getattr__(name: str) -> object:
+    # The configuration alone serves `resolvent --help`; torch and Accelerate are loaded with the loop.
+    homes = {"train": "run", "resume": "run", "TrainingInterrupted": "interrupt"}
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{homes.get(name, 'trainer')}"), name)

@@ -1,0 +1,162 @@
+"""What a training run is made of. No torch in here: the command line makes its options out of these fields."""
+
+import dataclasses
+import math
+import operator
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from resolvent.errors import ConfigError
+
+if TYPE_CHECKING:
+    from resolvent.models.phase2 import Phase2Config
+
+RUN, TEXT, SIZE, OPTIMISER, REPORTS = "Run", "Model and text", "Size", "Optimiser", "Reports and checkpoints"
+
+
+def setting(default: Any, group: str, help: str, **rules: Any) -> Any:
+    """A dataclass field with what the command line says of it and the rules that its value must obey.
+
+    Args:
+        default: the default.
+        group: heading that it belongs to.
+        help: what it is for.
+        rules: `at_least`, `above`, `at_most`, `below`: bounds; `metavar`, `default_text`: how help shows it.
+    """
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, **rules})
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Everything that decides the outcome of a training run; `training.json` in the run folder keeps it.
+
+    A `model` configuration may take the place of the preset (then None); its `vocab_size` is the tokenizer's.
+    """
+
+    out: str = setting("runs/tiny", RUN, "Run folder, for model, tokenizer and metrics; empty or new.", metavar="DIR")
+    seed: int = setting(0, RUN, "Decides initial weights, order of the data and dropout.", at_least=0)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN, "auto: cuda where there is one.")
+    precision: Literal["auto", "fp32", "bf16"] = setting("auto", RUN, "auto: bf16 on cuda, fp32 on the cpu.")
+
+    preset: str | None = setting("tiny", TEXT, "Size of the model; `resolvent presets` lists them.", metavar="NAME")
+    model: "Phase2Config | None" = None
+    data: str | None = setting(
+        None,
+        TEXT,
+        "Text to learn from: a text file, folder, .jsonl or .parquet.",
+        metavar="PATH",
+        default_text="State of the Union addresses",
+    )
+    validation_data: str | None = setting(
+        None, TEXT, "Text to validate on.", metavar="PATH", default_text="a tenth of the documents of --data"
+    )
+    tokenizer: str = setting(
+        "bytes", TEXT, "Bytes, a BPE trained on the data, GPT-2's, or a tokenizers file.", metavar="bytes|bpe|gpt2|FILE"
+    )
+    vocab_size: int = setting(8192, TEXT, "Tokens that bpe learns; the other tokenizers have their own.", at_least=257)
+
+    steps: int = setting(1000, SIZE, "Optimiser steps.", at_least=1)
+    seq_len: int = setting(256, SIZE, "Tokens in a training window.", at_least=1)
+    batch_size: int = setting(8, SIZE, "Windows in a batch, on each device.", at_least=1)
+    accumulation: int = setting(1, SIZE, "Batches in a step.", at_least=1)
+
+    learning_rate: float = setting(1e-3, OPTIMISER, "Highest learning rate.", above=0)
+    schedule: Literal["cosine", "wsd", "constant"] = setting(
+        "cosine", OPTIMISER, "Learning rate after the warm-up; wsd stays, then falls in the last fifth."
+    )
+    warmup_steps: int | None = setting(
+        None, OPTIMISER, "Steps of warm-up.", at_least=0, default_text="a twentieth of --steps, at most 200"
+    )
+    min_lr_ratio: float = setting(0.1, OPTIMISER, "Last learning rate over the highest.", at_least=0, at_most=1)
+    weight_decay: float = setting(0.1, OPTIMISER, "AdamW's, on matrices only.", at_least=0)
+    beta1: float = setting(0.9, OPTIMISER, "AdamW's memory of gradients.", at_least=0, below=1)
+    beta2: float = setting(0.95, OPTIMISER, "AdamW's memory of their squares.", at_least=0, below=1)
+    grad_clip: float = setting(1.0, OPTIMISER, "Largest gradient norm; 0 for any.", at_least=0)
+
+    log_interval: int = setting(10, REPORTS, "Steps between two lines where output is no terminal.", at_least=1)
+    eval_interval: int = setting(250, REPORTS, "Steps between validations; 0 for one at the end only.", at_least=0)
+    eval_tokens: int = setting(
+        65536, REPORTS, "Tokens, in whole documents, of a validation on the way; 0 for all.", at_least=0
+    )
+    checkpoint_interval: int = setting(250, REPORTS, "Steps between checkpoints; 0 for the end only.", at_least=0)
+    keep_checkpoints: int = setting(2, REPORTS, "Newest checkpoints to keep.", at_least=1)
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up, the default worked out."""
+        return min(200, self.steps // 20) if self.warmup_steps is None else self.warmup_steps
+
+    def validate(self) -> None:
+        """Check every field.
+
+        Raises:
+            ConfigError: lists all faults at once, each with field and value.
+        """
+        faults = [fault for field in dataclasses.fields(self) for fault in _faults(field, getattr(self, field.name))]
+        if (self.preset is None) == (self.model is None):
+            faults.append(f"one of preset and model must be None, got {self.preset!r} and {self.model!r}")
+        if self.model is not None:
+            try:
+                self.model.validate()
+            except ConfigError as error:
+                faults.append(f"model: {error}")
+        if len(faults) == 1:
+            raise ConfigError(faults[0])
+        if faults:
+            raise ConfigError("\n  - ".join([f"TrainingConfig has {len(faults)} faults:", *faults]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by field, for JSON; `from_dict` restores an equal object."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The configuration that `to_dict` described.
+
+        Raises:
+            ConfigError: names every field that does not exist.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [repr(name) for name in values if name not in known]:
+            raise ConfigError(f"unknown field of TrainingConfig: {', '.join(unknown)}. Fields: {', '.join(known)}")
+        if not isinstance(values.get("model"), dict):
+            return cls(**values)
+        from resolvent.models.phase2 import Phase2Config
+
+        return cls(**{**values, "model": Phase2Config.from_dict(values["model"])})
+
+
+_BOUNDS = {
+    "at_least": (operator.ge, ">="),
+    "above": (operator.gt, ">"),
+    "at_most": (operator.le, "<="),
+    "below": (operator.lt, "<"),
+}
+_NAMES = {int: "an integer", float: "a finite number", str: "a string", types.NoneType: "None"}
+
+
+def _faults(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
+    """What is wrong with a field's value; a nested configuration checks itself."""
+    kind, rules = field.type, field.metadata
+    if "help" not in rules:
+        return
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            yield f"{field.name} must be one of {', '.join(typing.get_args(kind))}, got {value!r}"
+        return
+    options = typing.get_args(kind) or (kind,)
+    if not any(_fits(value, option) for option in options):
+        yield f"{field.name} must be {' or '.join(_NAMES[option] for option in options)}, got {value!r}"
+        return
+    for rule, (holds, sign) in _BOUNDS.items():
+        if value is not None and rule in rules and not holds(value, rules[rule]):
+            yield f"{field.name} must be {sign} {rules[rule]}, got {value}"
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int | float) and math.isfinite(value) if kind is float else isinstance(value, kind)

@@ -1,0 +1,76 @@
+"""The text of a run: read, split by document, encoded, and recognised again."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from resolvent.data import TokenStream, build_tokenizer, encode_documents, load_documents, split_documents
+from resolvent.evaluation.language import document_tokens
+from resolvent.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training and held-out text as tokens."""
+
+    tokenizer: Tokenizer
+    train: TokenStream
+    validation: TokenStream
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of every token and document boundary."""
+        digest = hashlib.sha256()
+        for stream in (self.train, self.validation):
+            for array in (stream.tokens, stream.starts):
+                digest.update(f"{array.dtype.str}{array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+def load_corpus(config: TrainingConfig, tokenizer: Tokenizer | None = None, *, progress: bool = False) -> Corpus:
+    """Read the text that a configuration names.
+
+    Args:
+        config: names the text, how to split it and the tokenizer.
+        tokenizer: used in place of the configuration's (a resumed run's own).
+        progress: show a progress bar while encoding.
+
+    Raises:
+        DataError: text or tokenizer that cannot be used.
+    """
+    train, validation = split_corpus(config)
+    if tokenizer is None:
+        tokenizer = build_tokenizer(config.tokenizer, train, vocab_size=config.vocab_size)
+    return Corpus(
+        tokenizer,
+        encode_documents(train, tokenizer, progress=progress),
+        encode_documents(validation, tokenizer, progress=progress),
+    )
+
+
+def split_corpus(config: TrainingConfig) -> tuple[list[str], list[str]]:
+    """Training and held-out documents. The split does not depend on the run's seed, so that runs can be compared."""
+    documents = load_documents(config.data)
+    if config.validation_data is not None:
+        return documents, load_documents(config.validation_data)
+    return split_documents(documents)
+
+
+def sample_documents(stream: TokenStream, max_tokens: int) -> TokenStream:
+    """Whole documents from all over a stream, up to a number of tokens but at least one; 0 takes all."""
+    if not max_tokens or stream.num_predictions <= max_tokens:
+        return stream
+    lengths = np.diff(stream.starts, append=stream.num_predictions)
+    order = np.random.default_rng(0).permutation(stream.num_documents)
+    count = max(1, int(np.searchsorted(np.cumsum(lengths[order]), max_tokens, side="right")))
+    chosen = np.sort(order[:count])
+    documents = document_tokens(stream)
+    parts = [documents[number][:-1] for number in chosen]
+    return TokenStream(
+        tokens=np.concatenate([*parts, stream.tokens[-1:]]),
+        starts=np.cumsum(lengths[chosen]) - lengths[chosen],
+        byte_lengths=stream.byte_lengths[chosen],
+    )

@@ -1,0 +1,57 @@
+"""AdamW over a model's parameters, with decay on matrices only, and its state as named tensors."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from resolvent.errors import CheckpointError
+
+
+def build_optimizer(
+    model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    """AdamW with two parameter groups: matrices, which decay, and everything else, which does not.
+
+    Positions, biases, norms and every parameter marked `no_weight_decay` (rates, hoppings, energies) are
+    quantities with a meaning of their own; pulling them to zero changes what they say.
+    """
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if _decays(name, parameter) else kept).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    fused = all(parameter.device.type == "cuda" for parameter in model.parameters())
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused)
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    is_position = "position_embedding" in name.split(".")
+    return parameter.ndim >= 2 and not is_position and not getattr(parameter, "no_weight_decay", False)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state under names such as `blocks.0.ffn.weight/exp_avg`, for safetensors."""
+    return {
+        f"{name}/{key}": value.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors of `optimizer_tensors` back. A parameter that never had a gradient has none.
+
+    Raises:
+        CheckpointError: names the tensors that belong to no parameter of the model.
+    """
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("/")
+        by_parameter.setdefault(name, {})[key] = tensor
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    if foreign := sorted(set(by_parameter) - set(order)):
+        raise CheckpointError(f"the optimiser's state is of another model; this one lacks {', '.join(foreign)}")
+    state = {index: by_parameter[name] for index, name in enumerate(order) if name in by_parameter}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

