@@ -33,7 +33,7 @@ from torch import Tensor
 
 from resolvent import Phase2Config, Phase2IntegratedModel, create_phase2_model, get_phase2_preset
 
-OURS, TRANSFORMER = "resolvent", "transformer"
+OURS, TRANSFORMER = "resolvent", "GPT"
 MODELS = (OURS, TRANSFORMER)
 CHECKED_TOKENS = 130  # two consolidations and a bit
 TOLERANCE = 1e-4  # of the logits' scale
@@ -236,7 +236,7 @@ def measure_memory(plan: Plan, threads: int) -> Iterable[Row]:
         for name in MODELS:
             progress(f"peak memory of a training step of {length} tokens: {name}")
             peaks[name] = in_fresh_process(peak_memory, name, plan.preset, length, threads) / 2**30
-        yield Row(f"peak memory, N = {length}", "GiB", peaks[OURS], peaks[TRANSFORMER])
+        yield Row(f"memory, N = {length}", "GiB", peaks[OURS], peaks[TRANSFORMER])
 
 
 def measure_training(plan: Plan) -> Iterable[Row]:
@@ -283,11 +283,10 @@ def progress(message: str) -> None:
 
 
 def as_table(rows: list[Row], title: str) -> Table:
-    table = Table(
-        "", "unit", OURS, TRANSFORMER, "ratio", "target", "", title=title, box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for column in table.columns[2:5]:
-        column.justify = "right"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for header in ("", "unit", OURS, TRANSFORMER, "ratio", "target", ""):
+        is_number = header in (OURS, TRANSFORMER, "ratio")
+        table.add_column(header, justify="right" if is_number else "left", no_wrap=True)
     for row in rows:
         verdict = {None: "", True: "[green]met[/]", False: "[red]missed[/]"}[row.met]
         numbers = [number(row.ours), number(row.transformer), f"{row.ratio:.2f}"]
@@ -332,8 +331,8 @@ def main(
     memory = list(measure_memory(plan, threads))
     sizes = {name: create(name, plan.preset).num_parameters() for name in MODELS}
     rows = [*measure_training(plan), *measure_generation(plan), *memory]
-    models = f"{plan.preset} ({sizes[OURS] / 1e6:.2f}M) beside a Transformer ({sizes[TRANSFORMER] / 1e6:.2f}M)"
-    console.print(as_table(rows, f"{models}\n{threads} CPU threads, float32, batch 1; ratio: ours / theirs"))
+    models = f"{plan.preset} ({sizes[OURS] / 1e6:.2f}M) beside a GPT ({sizes[TRANSFORMER] / 1e6:.2f}M)"
+    console.print(as_table(rows, f"{models}\n{threads} CPU threads, float32, batch 1; ratio: ours / GPT"))
     if json_path:
         json_path.write_text(json.dumps(as_dict(plan, threads, sizes, difference, rows), indent=2) + "\n")
 

@@ -25,4 +25,5 @@ def _explain(error: Exception) -> str:
         return str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: use a smaller batch size or shorter sequences ({error})"
-    return f"unexpected {type(error).__name__}: {error} (--debug before the command shows where)"
+    command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+    return f"unexpected {type(error).__name__}: {error} (resolvent --debug {command} ... shows where)"

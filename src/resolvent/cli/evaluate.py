@@ -20,9 +20,10 @@ def evaluate(
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens at once; fewer need less memory.")] = 8192,
     device: Device = "auto",
 ) -> None:
-    """Measure how well a model predicts a text: loss, perplexity and bits per byte, each document read whole.
+    """Measure how well a model predicts text.
 
-    Bits per byte compare models whatever their tokenizers; eight are those of a model that knows nothing.
+    Prints loss, perplexity and bits per byte; each document is read whole, from its beginning. Bits per byte compare
+    models whatever their tokenizers; eight are those of a model that knows nothing.
 
     Example: [bold]resolvent evaluate runs/tiny --data novel.txt --json[/bold]
     """
@@ -39,19 +40,21 @@ def evaluate(
     from rich.table import Table
 
     table = Table(
-        "loss (nats a token)",
-        "perplexity",
-        "bits per byte",
-        "tokens",
-        title=f"{directory} on {data or 'its held-out documents'}",
+        box=None, pad_edge=False, title=f"{directory} on {data or 'its held-out documents'}", title_justify="left"
     )
+    for heading in ("loss (nats a token)", "perplexity", "bits per byte", "tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_row(f"{score.loss:.4f}", f"{score.perplexity:,.3f}", f"{score.bits_per_byte:.4f}", f"{score.tokens:,}")
     Console().print(table)
 
 
 def _held_out(directory: Path) -> list[str]:
+    from resolvent.errors import CheckpointError
     from resolvent.training.corpus import split_corpus
-    from resolvent.training.record import read_run
+    from resolvent.training.record import RUN_FILE, read_run
 
-    config, _ = read_run(run_of(directory))
+    run_dir = run_of(directory)
+    if not (run_dir / RUN_FILE).exists():
+        raise CheckpointError(f"{run_dir} does not say what it was trained on: name a text with --data")
+    config, _ = read_run(run_dir)
     return split_corpus(config)[1]

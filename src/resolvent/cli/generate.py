@@ -52,7 +52,7 @@ def generate(
         generator=generator,
         eos_token_id=end,
     )
-    new_ids = (token.item() for token in tokens)
+    new_ids = (int(token) for token in tokens)
     pieces = decode_stream(tokenizer, (token for token in new_ids if token != end))
     _print(prompt)
     for piece in pieces if stream else ["".join(pieces)]:

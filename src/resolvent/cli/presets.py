@@ -2,7 +2,9 @@
 
 
 def presets() -> None:
-    """List the models that --preset knows, with GPT-2's vocabulary where they have no other.
+    """List the models that --preset knows.
+
+    Parameters are counted with the vocabulary shown; `resolvent train` gives a model its tokenizer's.
 
     Example: [bold]resolvent presets[/bold]
     """
@@ -13,9 +15,10 @@ def presets() -> None:
     from resolvent.models.phase2 import Phase2IntegratedModel, get_phase2_preset
     from resolvent.models.phase2.config import PRESETS
 
-    table = Table("preset")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("preset", no_wrap=True)
     for heading in ("parameters", "vocabulary", "d_model", "layers", "heads", "n_seq", "target VRAM"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name in PRESETS:
         config = get_phase2_preset(name)
         with torch.device("meta"):  # sizes without the memory

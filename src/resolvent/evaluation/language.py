@@ -52,7 +52,7 @@ def evaluate_documents(
     tokenizer: Tokenizer | None = None,
     *,
     batch_tokens: int = 8192,
-    piece_tokens: int = 1024,
+    piece_tokens: int = 512,
 ) -> LanguageScore:
     """Score whole documents, each read from its first token to its end of text.
 

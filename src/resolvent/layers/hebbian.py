@@ -18,7 +18,7 @@ class HebbianOutput(NamedTuple):
 
     Attributes:
         output: what is added to the residual stream, (B, N, D).
-        readout: what the memory answered, before gate and projection, (B, N, HV).
+        readout: what the memory answered, normalised but not gated, (B, N, HV).
         values: what was written, (B, N, H, V).
         state: the memory after the last token.
         conv_tail: the last inputs of the convolution, (B, W - 1, 3HK) or (S, W - 1, 3HK).
@@ -35,7 +35,8 @@ class DissipativeHebbianLayer(nn.Module):
     """Tokens write to a memory per head, ``S_t = exp(-Γ_t dt) S_{t-1} + η k_t v_tᵀ``, and read it: ``y_t = S_tᵀ q_t``.
 
     Queries and keys have unit length; η is one positive number a head. A short causal convolution lets neighbouring
-    tokens meet before they are written, and a gate of low rank decides what of the read-out passes on.
+    tokens meet before they are written, the read-out of each head is brought to unit RMS, and a gate of low rank
+    decides what of it passes on.
 
     Args:
         d_model: width D.
@@ -44,6 +45,7 @@ class DissipativeHebbianLayer(nn.Module):
         eta: initial learning rate η.
         dt: time a token takes.
         conv_size: tokens W that the convolution spans; 1 for none.
+        output_norm: RMS-normalise the read-out of each head.
         output_gate: gate the read-out with ``sigmoid`` of a projection of rank ``head_dim``.
         backend: ``auto``, ``torch`` or ``triton``.
     """
@@ -56,12 +58,13 @@ class DissipativeHebbianLayer(nn.Module):
         eta: float = 0.1,
         dt: float = 1.0,
         conv_size: int = 4,
+        output_norm: bool = True,
         output_gate: bool = True,
         backend: str = "auto",
     ):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.initial_eta, self.dt, self.backend = eta, dt, backend
+        self.initial_eta, self.dt, self.output_norm, self.backend = eta, dt, output_norm, backend
         width = num_heads * head_dim
         self.q_proj = nn.Linear(d_model, width, bias=False)
         self.k_proj = nn.Linear(d_model, width, bias=False)
@@ -138,6 +141,8 @@ class DissipativeHebbianLayer(nn.Module):
             consolidation=consolidation,
             backend=self.backend,
         )
+        if self.output_norm:
+            readout = F.rms_norm(readout, readout.shape[-1:], eps=1e-6)
         readout = readout.flatten(-2)
         gated = readout if self.gate_proj is None else readout * torch.sigmoid(self.gate_proj(x))
         return HebbianOutput(self.out_proj(gated), readout, v, state, conv_tail)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Resonance
-from ..ops.consolidation import mode_energies, resonance_gate
+from ..ops.consolidation import mode_energies, modes, resonance_gate
 from .zeta import resonance_basis
 
 
@@ -51,11 +51,11 @@ class MemoryResonanceLayer(nn.Module):
         ``resonance_mask`` (energy above the threshold), and per head (B, H) ``num_resonant``, ``total_energy`` and
         ``sparsity_ratio`` (the share of modes that do not resonate).
         """
-        energy = mode_energies(memory, self.basis)
+        energy = mode_energies(modes(memory, self.basis))
         mask = energy > self.energy_threshold
         return {
             "diag_energy": energy,
-            "gate": resonance_gate(memory, self.constants()),
+            "gate": resonance_gate(energy, self.constants()),
             "resonance_mask": mask,
             "num_resonant": mask.sum(-1),
             "total_energy": memory.square().sum(dim=(-2, -1)),

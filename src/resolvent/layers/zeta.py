@@ -46,36 +46,38 @@ class ZetaEmbedding(nn.Module):
     """Positions as waves whose lengths the zeros set: ``PE(p, 2i) = sin(p / γ_i)``, ``PE(p, 2i + 1) = cos(p / γ_i)``.
 
     Computed for any position: there is no table, and so no last one. Phases are formed in float64, so that a position
-    of a million is as sharp as the first.
+    of a million is as sharp as the first. The waves enter with the amplitude ``gain * scale``; ``gain`` is trained and
+    starts at zero, so that a fresh model reads no position until training asks for it.
 
     Args:
         d_model: width D of the embedding.
-        trainable: let training move the frequencies ``1 / γ_i`` and the amplitude.
-        amplitude: factor of the waves; the default matches the spread of the token embedding.
+        trainable: let training move the frequencies ``1 / γ_i`` as well.
+        scale: amplitude at a gain of one; the default matches the spread of the token embedding.
     """
 
-    def __init__(self, d_model: int, trainable: bool = False, amplitude: float = 0.02):
+    def __init__(self, d_model: int, trainable: bool = False, scale: float = 0.02):
         super().__init__()
-        self.d_model, self.trainable, self.initial_amplitude = d_model, trainable, amplitude
+        self.d_model, self.trainable, self.scale = d_model, trainable, scale
+        frequency = torch.empty((d_model + 1) // 2)
         if trainable:
-            self.frequency = nn.Parameter(torch.empty((d_model + 1) // 2))
-            self.amplitude = nn.Parameter(torch.empty(()))
-            self.frequency.no_weight_decay = self.amplitude.no_weight_decay = True  # type: ignore[attr-defined]
+            self.frequency = nn.Parameter(frequency)
+            self.frequency.no_weight_decay = True  # type: ignore[attr-defined]
         else:
-            self.register_buffer("frequency", torch.empty((d_model + 1) // 2), persistent=False)
-            self.register_buffer("amplitude", torch.empty(()), persistent=False)
+            self.register_buffer("frequency", frequency, persistent=False)
+        self.gain = nn.Parameter(torch.empty(()))
+        self.gain.no_weight_decay = True  # type: ignore[attr-defined]
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.frequency.copy_(1 / zeta_zeros(len(self.frequency)))
-        self.amplitude.fill_(self.initial_amplitude)
+        self.gain.zero_()
 
     def forward(self, position: Tensor) -> Tensor:
         """Positions, integer (...) -> (..., D) float32."""
         phase = position.to(torch.float64).unsqueeze(-1) * self.frequency.to(torch.float64)
         waves = torch.stack([torch.sin(phase), torch.cos(phase)], dim=-1).flatten(-2)[..., : self.d_model]
-        return self.amplitude * waves.to(torch.float32)
+        return self.gain * self.scale * waves.to(torch.float32)
 
 
 class ZetaInitializer:
@@ -86,12 +88,16 @@ class ZetaInitializer:
     ``generator`` draws (the global CPU generator if None): the same seed gives the same weights on every device.
     """
 
-    def __init__(self, std: float = 0.02, generator: torch.Generator | None = None):
-        self.std, self.generator = std, generator
+    def __init__(self, generator: torch.Generator | None = None):
+        self.generator = generator
 
     @torch.no_grad()
-    def __call__(self, weight: Tensor, std: float | None = None) -> None:
-        """Fill a matrix (out, in) in place; ``std`` overrides the initialiser's own."""
+    def __call__(self, weight: Tensor, std: float = 0.02) -> None:
+        """Fill a matrix (out, in) in place.
+
+        Raises:
+            ValueError: the weight is no matrix.
+        """
         if weight.dim() != 2:
             raise ValueError(f"zeta initialisation is for matrices, got shape {tuple(weight.shape)}")
         if weight.is_meta:
@@ -99,7 +105,7 @@ class ZetaInitializer:
         rows, columns = weight.shape
         rank = min(rows, columns)
         spectrum = 1 / zeta_zeros(rank)
-        norm = (std or self.std) * math.sqrt(rows * columns)
+        norm = std * math.sqrt(rows * columns)
         spectrum = (spectrum * norm / spectrum.norm()).to(torch.float32)
         left, right = self._orthonormal(rows, rank), self._orthonormal(columns, rank)
         weight.copy_((left * spectrum) @ right.T)

@@ -56,7 +56,8 @@ class Generation:
             top_k: sample from the k likeliest tokens only.
             top_p: sample from the smallest set of tokens that holds this much probability.
             generator: source of randomness; the same seed gives the same text.
-            eos_token_id: token at which a sequence ends; once ended it yields this token, and when all have, the stream ends.
+            eos_token_id: token at which a sequence ends; from then on it yields this token, and the stream ends when
+                every sequence has.
             attention_mask: 1 for tokens, 0 for padding on either side, (B, N).
             state: what the model has read before the prompt.
 

@@ -35,9 +35,8 @@ def unpad(input_ids: Tensor, attention_mask: Tensor) -> Unpadded:
         ValueError: the mask does not fit the tokens.
     """
     if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
-        )
+        expected, got = tuple(input_ids.shape), tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask must have the shape of input_ids, {expected}, got {got}")
     mask = attention_mask.bool()
     cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
     places = mask.flatten().nonzero().squeeze(1)

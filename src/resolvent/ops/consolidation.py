@@ -57,17 +57,21 @@ def signal_to_noise(memory: Tensor) -> Tensor:
     return memory.abs() * torch.rsqrt(mean_square + _TINY)
 
 
-def mode_energies(memory: Tensor, basis: Tensor) -> Tensor:
-    """Energies of the modes relative to their mean: memory (..., K, V), basis (K, K) -> (..., K)."""
-    energy = (basis.to(memory.dtype).T @ memory).square().sum(-1)
+def modes(memory: Tensor, basis: Tensor) -> Tensor:
+    """``(QᵀS)ᵀ``: memory (..., K, V), basis (K, K) -> (..., V, K), a mode a column."""
+    return memory.mT @ basis.to(memory.dtype)
+
+
+def mode_energies(modes_VK: Tensor) -> Tensor:
+    """Energies of the modes (..., V, K) relative to their mean, (..., K)."""
+    energy = modes_VK.square().sum(-2)
     return energy / (energy.mean(-1, keepdim=True) + _TINY)
 
 
-def resonance_gate(memory: Tensor, resonance: Resonance) -> Tensor:
-    """The factor σ in (0, 1) of every mode: memory (..., H, K, V) -> (..., H, K)."""
-    excess = mode_energies(memory, resonance.basis) - resonance.threshold
-    sharpness, bias = (p.to(memory.dtype).unsqueeze(-1) for p in (resonance.sharpness, resonance.bias))
-    return torch.sigmoid(sharpness * excess + bias)
+def resonance_gate(energies: Tensor, resonance: Resonance) -> Tensor:
+    """The factor σ in (0, 1) of every mode: relative energies (..., H, K) -> (..., H, K)."""
+    sharpness, bias = (p.to(energies.dtype).unsqueeze(-1) for p in (resonance.sharpness, resonance.bias))
+    return torch.sigmoid(sharpness * (energies - resonance.threshold) + bias)
 
 
 def consolidate(memory: Tensor, writes: Tensor, forgetting: Tensor, consolidation: Consolidation) -> Tensor:
@@ -87,7 +91,7 @@ def consolidate(memory: Tensor, writes: Tensor, forgetting: Tensor, consolidatio
         extra_decay = (snr.gamma_boost - 1) * forgetting[..., None, None] * (1 - keep)
         memory = memory * torch.exp(-extra_decay) + (snr.eta_boost - 1) * keep * writes
     if (resonance := consolidation.resonance) is not None:
-        basis = resonance.basis.to(memory.dtype)
-        gate = resonance_gate(memory, resonance).unsqueeze(-1)
-        memory = basis @ (gate * (basis.T @ memory))
+        modes_VK = modes(memory, resonance.basis)
+        gate = resonance_gate(mode_energies(modes_VK), resonance)
+        memory = ((gate.unsqueeze(-2) * modes_VK) @ resonance.basis.to(memory.dtype).T).mT
     return memory

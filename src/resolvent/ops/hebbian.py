@@ -13,7 +13,6 @@ Shapes: B batch, N sequence, H heads, K key width, V value width, S packed seque
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -190,8 +189,8 @@ class _ChunkLayout:
 
     slots: Tensor  # (tokens,) grid slot of every token, in the order of the flat input
     order: Tensor  # (S,) sequence of each rank
-    active: Sequence[int]  # sequences with a chunk in round j
-    full: Sequence[int]  # sequences which reach the end of chunk j
+    active: list[int]  # sequences with a chunk in round j
+    full: list[int]  # sequences which reach the end of chunk j
 
     @property
     def chunks(self) -> int:
@@ -264,22 +263,20 @@ def _carry(
         The memory before each chunk (M, H, K, V) and the final state.
     """
     running = MemoryState(*(x[layout.order] for x in state))
-    keep = torch.exp(-total)[..., None, None]
     rounds_per_boundary = consolidation.interval // CHUNK if consolidation else 0
-    before, first = [], 0
-    for j, (active, full) in enumerate(zip(layout.active, layout.full, strict=True)):
-        chunk = slice(first, first + active)
-        first += active
-        memory, writes, forgetting = (x[:active] for x in running)
+    before = []
+    # Split, not sliced in the loop: the gradient of a slice is a whole tensor of zeros, and of M slices M of them.
+    rounds = zip(*(x.split(layout.active) for x in (torch.exp(-total)[..., None, None], written, total)), strict=True)
+    for j, (keep, write, decay) in enumerate(rounds):
+        memory, writes, forgetting = _first(running, layout.active[j])
         before.append(memory)
-        memory = keep[chunk] * memory + written[chunk]
+        memory = keep * memory + write
         if consolidation is not None:
-            writes = keep[chunk] * writes + written[chunk]
-            forgetting = forgetting + total[chunk]
+            writes = keep * writes + write
+            forgetting = forgetting + decay
         new = MemoryState(memory, writes, forgetting)
-        if consolidation is not None and (j + 1) % rounds_per_boundary == 0 and full > 0:
-            at_boundary = MemoryState(*(x[:full] for x in new))
-            new = _replace_first(new, _consolidated(at_boundary, consolidation))
+        if consolidation is not None and (j + 1) % rounds_per_boundary == 0 and layout.full[j] > 0:
+            new = _replace_first(new, _consolidated(_first(new, layout.full[j]), consolidation))
         running = _replace_first(running, new)
     back = torch.argsort(layout.order)
     return torch.cat(before), MemoryState(*(x[back] for x in running))
@@ -295,6 +292,11 @@ def _consolidate_where(boundary: Tensor, state: MemoryState, consolidation: Cons
     new = _consolidated(state, consolidation)
     pairs = zip(new, state, strict=True)
     return MemoryState(*(torch.where(boundary.view(-1, *[1] * (b.dim() - 1)), a, b) for a, b in pairs))
+
+
+def _first(state: MemoryState, count: int) -> MemoryState:
+    """The first rows of ``state``."""
+    return state if count == len(state.memory) else MemoryState(*(x[:count] for x in state))
 
 
 def _replace_first(state: MemoryState, new: MemoryState) -> MemoryState:

@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from resolvent.errors import ConfigError
@@ -36,7 +37,9 @@ class TrainingConfig:
     A `model` configuration may take the place of the preset (then None); its `vocab_size` is the tokenizer's.
     """
 
-    out: str = setting("runs/tiny", RUN, "Run folder, for model, tokenizer and metrics; empty or new.", metavar="DIR")
+    out: str | None = setting(
+        None, RUN, "Run folder for model and metrics; new or empty.", metavar="DIR", default_text="runs/PRESET"
+    )
     seed: int = setting(0, RUN, "Decides initial weights, order of the data and dropout.", at_least=0)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN, "auto: cuda where there is one.")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", RUN, "auto: bf16 on cuda, fp32 on the cpu.")
@@ -81,8 +84,14 @@ class TrainingConfig:
     eval_tokens: int = setting(
         65536, REPORTS, "Tokens, in whole documents, of a validation on the way; 0 for all.", at_least=0
     )
+    final_eval_tokens: int = setting(0, REPORTS, "The same for the validation at the end.", at_least=0)
     checkpoint_interval: int = setting(250, REPORTS, "Steps between checkpoints; 0 for the end only.", at_least=0)
     keep_checkpoints: int = setting(2, REPORTS, "Newest checkpoints to keep.", at_least=1)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder, the default worked out."""
+        return Path(self.out if self.out is not None else f"runs/{self.preset or 'model'}")
 
     @property
     def warmup(self) -> int:
@@ -122,11 +131,12 @@ class TrainingConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := [repr(name) for name in values if name not in known]:
             raise ConfigError(f"unknown field of TrainingConfig: {', '.join(unknown)}. Fields: {', '.join(known)}")
-        if not isinstance(values.get("model"), dict):
-            return cls(**values)
-        from resolvent.models.phase2 import Phase2Config
+        fields = dict(values)
+        if isinstance(fields.get("model"), dict):
+            from resolvent.models.phase2 import Phase2Config
 
-        return cls(**{**values, "model": Phase2Config.from_dict(values["model"])})
+            fields["model"] = Phase2Config.from_dict(fields["model"])
+        return cls(**fields)
 
 
 _BOUNDS = {
@@ -135,12 +145,13 @@ _BOUNDS = {
     "at_most": (operator.le, "<="),
     "below": (operator.lt, "<"),
 }
-_NAMES = {int: "an integer", float: "a finite number", str: "a string", types.NoneType: "None"}
+_NAMES: dict[Any, str] = {int: "an integer", float: "a finite number", str: "a string", types.NoneType: "None"}
 
 
 def _faults(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
     """What is wrong with a field's value; a nested configuration checks itself."""
-    kind, rules = field.type, field.metadata
+    kind: Any = field.type
+    rules = field.metadata
     if "help" not in rules:
         return
     if typing.get_origin(kind) is Literal:
@@ -156,7 +167,7 @@ def _faults(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
             yield f"{field.name} must be {sign} {rules[rule]}, got {value}"
 
 
-def _fits(value: Any, kind: type) -> bool:
+def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return False
     return isinstance(value, int | float) and math.isfinite(value) if kind is float else isinstance(value, kind)

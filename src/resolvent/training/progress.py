@@ -3,7 +3,8 @@
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from resolvent.evaluation import LanguageScore
 from resolvent.training.average import Average
@@ -32,11 +33,11 @@ class TrainingDisplay:
         self._shown = {first_step + 1, steps}
         self._step_seconds = Average()
         self._bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # gives way to the numbers
+            TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True)),
             console=console,
+            expand=True,
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=steps, completed=first_step, status="")
@@ -52,8 +53,8 @@ class TrainingDisplay:
         """Show a finished step, with the smoothed loss; `tokens` and `seconds` are this step's own."""
         average_seconds = self._step_seconds.update(seconds)
         status = (
-            f"loss {loss:.4f}  {bits_per_byte:.4f} bits/byte  {tokens / average_seconds:,.0f} tokens/s  "
-            f"lr {lr:.2e}  ETA {format_duration(average_seconds * (self._steps - step))}"
+            f"loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  {tokens / average_seconds:,.0f} tokens/s  "
+            f"lr {lr:.1e}  ETA {format_duration(average_seconds * (self._steps - step))}"
         )
         self._bar.update(self._task, completed=step, status=status)
         if not self.console.is_terminal and (step % self._log_interval == 0 or step in self._shown):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,7 @@ from resolvent.data import load_tokenizer, save_tokenizer
 from resolvent.device import pick_device
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.models import load_model
-from resolvent.models.phase2 import Phase2IntegratedModel, create_phase2_model, get_phase2_preset
+from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel, create_phase2_model, get_phase2_preset
 from resolvent.training.checkpoint import latest_checkpoint
 from resolvent.training.config import TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus
@@ -34,7 +35,8 @@ def train(config: TrainingConfig, *, console: Console | None = None) -> Training
         TrainingInterrupted: SIGINT or SIGTERM, after saving a checkpoint.
     """
     config.validate()
-    run_dir = Path(config.out)
+    run_dir = config.run_dir
+    _model_config(config)  # an unknown preset shall not wait for the data
     if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
         raise ConfigError(
             f"the run folder {run_dir} is not empty: continue its run with --resume {run_dir}, "
@@ -53,7 +55,9 @@ def train(config: TrainingConfig, *, console: Console | None = None) -> Training
     return trainer.run()
 
 
-def resume(run_dir: str | Path, *, device: str | None = None, console: Console | None = None) -> TrainingResult:
+def resume(
+    run_dir: str | Path, *, device: Literal["auto", "cpu", "cuda"] | None = None, console: Console | None = None
+) -> TrainingResult:
     """Go on with a run from its last checkpoint, or from its beginning where there is none.
 
     On the CPU, the result is bit for bit that of a run that was never interrupted.
@@ -89,12 +93,15 @@ def resume(run_dir: str | Path, *, device: str | None = None, console: Console |
     return trainer.run()
 
 
+def _model_config(config: TrainingConfig) -> Phase2Config:
+    return config.model if config.model is not None else get_phase2_preset(str(config.preset))
+
+
 def _initial_model(config: TrainingConfig, corpus: Corpus, accelerator: Accelerator) -> Phase2IntegratedModel:
     """Every process makes the same weights, from the seed."""
-    base = config.model if config.model is not None else get_phase2_preset(str(config.preset))
     torch.manual_seed(config.seed)
-    model_config = dataclasses.replace(base, vocab_size=corpus.tokenizer.get_vocab_size())
-    return create_phase2_model(config=model_config, device=accelerator.device)
+    vocab_size = corpus.tokenizer.get_vocab_size()
+    return create_phase2_model(config=_model_config(config), vocab_size=vocab_size, device=accelerator.device)
 
 
 def _accelerator(config: TrainingConfig) -> Accelerator:

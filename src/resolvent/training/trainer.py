@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from rich.console import Console
 from tokenizers import Tokenizer
+from torch.nn.utils import clip_grad_norm_
 
 from resolvent.data import PackedBatches, TokenStream
 from resolvent.errors import CheckpointError, ResolventError
@@ -42,7 +43,7 @@ class TrainingResult:
         run_dir: the run folder, which `load_model` and `load_tokenizer` read.
         model: the trained model, in evaluation mode.
         tokenizer: its tokenizer.
-        validation: its score on all held-out documents.
+        validation: its score on held-out documents, all of them unless `final_eval_tokens` says less.
     """
 
     run_dir: Path
@@ -71,7 +72,7 @@ class Trainer:
         console: Console,
     ) -> None:
         self.config, self.accelerator, self.corpus, self.console = config, accelerator, corpus, console
-        self.run_dir = Path(config.out)
+        self.run_dir = config.run_dir
         self.device = accelerator.device
         self.standing = Standing(step=0, processes=accelerator.num_processes, loss_average=Average())
         self.batches = PackedBatches(
@@ -100,7 +101,7 @@ class Trainer:
         load_optimizer(checkpoint, self.raw_model, self.raw_optimizer)
 
     def run(self) -> TrainingResult:
-        """Train until the last step, validate on all held-out documents and save the model.
+        """Train until the last step, save the model, and validate it.
 
         Raises:
             NonFiniteError: the loss or its gradient is not finite.
@@ -115,10 +116,12 @@ class Trainer:
                 while self.standing.step < self.config.steps:
                     self._step()
                     self._after_step(stop)
-            score = self._validate(self.corpus.validation, final=True)
+            held_out = sample_documents(self.corpus.validation, self.config.final_eval_tokens)
+            self.display.say(f"Validating on {held_out.num_predictions:,} held-out tokens")
+            score = self._validate(held_out, final=True)
         self.display.say(f"Done in {format_duration(time.perf_counter() - started)}; the model is in {self.run_dir}")
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        return TrainingResult(self.run_dir, model.eval(), self.corpus.tokenizer, score)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off the model
+        return TrainingResult(self.run_dir, self.raw_model.eval(), self.corpus.tokenizer, score)
 
     def _step(self) -> None:
         """Update the weights once, along the gradient of the mean loss over this step's batches."""
@@ -153,14 +156,15 @@ class Trainer:
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         loss_sum = torch.zeros((), device=self.device)
         for part in range(config.accumulation):
-            batch = self.batches[(step * config.accumulation + part) * ranks + rank].to(self.device)
+            batch = self.batches[(step * config.accumulation + part) * ranks + rank]
             with accelerator.accumulate(self.model):
-                logits = self.model(batch.input_ids, cu_seqlens=batch.cu_seqlens)
-                loss = F.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten())
+                # The offsets stay on the CPU, where the model looks at them without waiting for the device.
+                logits = self.model(batch.input_ids.to(self.device), cu_seqlens=batch.cu_seqlens)
+                loss = F.cross_entropy(logits.float().flatten(0, 1), batch.labels.to(self.device).flatten())
                 accelerator.backward(loss)
             loss_sum += loss.detach()
         mean_loss = accelerator.reduce(loss_sum / config.accumulation, reduction="mean")
-        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        grad_norm = clip_grad_norm_(self.raw_model.parameters(), config.grad_clip or math.inf)
         return mean_loss.item(), grad_norm.item()
 
     def _report(self, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
@@ -191,7 +195,7 @@ class Trainer:
         # A signal may reach the processes at different steps; they stop at the same one.
         stopping = self.accelerator.check_trigger() and step < config.steps
         if stopping:
-            self.display.say(f"Stopping after step {step}: saving a checkpoint (once more to stop without)")
+            self.display.say(f"Stopping after step {step}: saving a checkpoint (once more to stop at once)")
         if _is_due(step, config.eval_interval) and step < config.steps:
             self._validate(self.validation_sample)
         if _is_due(step, config.checkpoint_interval) or stopping or step == config.steps:
@@ -206,8 +210,8 @@ class Trainer:
         nats = sum_of_nats(
             accelerator.unwrap_model(self.model),
             documents,
-            batch_tokens=max(self.batches.tokens_per_batch, 1024),
-            piece_tokens=1024,
+            batch_tokens=max(self.batches.tokens_per_batch, 4096),
+            piece_tokens=512,
         )
         total = accelerator.reduce(torch.tensor(nats, dtype=torch.float64, device=self.device)).item()
         score = LanguageScore.from_totals(total, stream.num_predictions, stream.num_bytes)
@@ -244,12 +248,12 @@ class Trainer:
         self.display.say(
             f"Model     {config.preset or 'own configuration'}: {self.raw_model.num_parameters():,} parameters, "
             f"{precision} on {self.device}\n"
-            f"Text      {train.num_documents:,} documents of {train.num_bytes:,} bytes to learn from, "
-            f"{held_out.num_documents:,} of {held_out.num_bytes:,} bytes held out\n"
+            f"Text      {train.num_bytes:,} bytes in {train.num_documents:,} document(s) to learn from, "
+            f"{held_out.num_bytes:,} in {held_out.num_documents:,} held out\n"
             f"Tokens    {train.num_predictions:,} to learn from, vocabulary of "
             f"{self.corpus.tokenizer.get_vocab_size():,}\n"
             f"Training  {start} {config.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2g} times the "
-            f"text), into {config.out}"
+            f"text), into {self.run_dir}"
         )
 
     def _new_display(self) -> TrainingDisplay:

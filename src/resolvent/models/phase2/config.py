@@ -80,6 +80,8 @@ class Phase2Config(ModelConfig):
     """let the previous block's memory read-out enter the potential"""
     conv_size: int = 4
     """tokens that the short convolution before q, k, v spans; 1 for none"""
+    output_norm: bool = True
+    """bring the memory read-out of each head to unit RMS"""
     output_gate: bool = True
     """gate the memory read-out"""
     backend: str = "auto"

@@ -59,6 +59,7 @@ class Phase2Block(nn.Module):
             config.hebbian_eta,
             config.hebbian_dt,
             config.conv_size,
+            config.output_norm,
             config.output_gate,
             config.backend,
         )
@@ -145,14 +146,15 @@ class Phase2IntegratedModel(nn.Module, Generation):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw fresh weights on the CPU from ``generator`` (the global one if None), whatever the model's device.
 
-        Matrices inside the blocks get the zeta spectrum, or N(0, std²) without ``use_zeta_init``, with the standard
-        deviation ``0.5 / sqrt(fan_in)`` in both cases. What BK-Core adds to the stream starts at zero.
+        Matrices inside the blocks get N(0, std²) with the standard deviation ``1 / sqrt(fan_in)``; with
+        ``use_zeta_init`` those of the potential get the zeta spectrum at the same norm. What BK-Core adds to the stream
+        starts at zero.
         """
-        zeta = ZetaInitializer(generator=generator)
-        for module in self.modules():
+        zeta = ZetaInitializer(generator)
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and module is not self.lm_head:
-                std = 0.5 / module.in_features**0.5
-                if self.config.use_zeta_init:
+                std = module.in_features**-0.5
+                if self.config.use_zeta_init and ".potential." in name:
                     zeta(module.weight, std)
                 else:
                     _normal(module.weight, std, generator)

@@ -1,0 +1,256 @@
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resolvent import __version__
+from resolvent.data import load_documents, load_tokenizer
+from resolvent.evaluation import evaluate_documents
+from resolvent.models import load_model
+from resolvent.training import TrainingConfig
+from resolvent.training.corpus import split_corpus
+from resolvent.training.record import read_run
+
+Resolvent = Callable[..., Any]
+
+
+def test_version(resolvent: Resolvent):
+    assert resolvent("--version") == (0, f"resolvent {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "presets"])
+def test_help_teaches_by_an_example(resolvent: Resolvent, command: str):
+    outcome = resolvent(command, "--help")
+    assert outcome.code == 0
+    assert f"Example: resolvent {command}" in outcome.out
+
+
+def test_help_lists_the_commands(resolvent: Resolvent):
+    for arguments in (["--help"], []):
+        text = resolvent(*arguments).out
+        assert all(command in text for command in ("train", "generate", "evaluate", "presets"))
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, resolvent.cli.app; sys.exit(any(name in sys.modules for name in ('torch', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_setting_is_an_option(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = resolvent("train", "--help").out
+    for field in dataclasses.fields(TrainingConfig):
+        if field.name != "model":
+            assert f"--{field.name.replace('_', '-')} " in text, field.name
+
+
+def test_options_reach_the_run(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
+    options = {
+        "steps": 2,
+        "seed": 5,
+        "precision": "bf16",
+        "accumulation": 2,
+        "learning-rate": 0.003,
+        "schedule": "wsd",
+        "warmup-steps": 1,
+        "weight-decay": 0.2,
+        "beta2": 0.9,
+        "keep-checkpoints": 1,
+        "tokenizer": "bpe",
+        "vocab-size": 270,
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    outcome = resolvent("train", "--data", text_file, "--out", tmp_path / "run", *arguments, *small)
+    assert outcome.code == 0, outcome.err
+    config, _ = read_run(tmp_path / "run")
+    for name, value in options.items():
+        assert getattr(config, name.replace("-", "_")) == value, name
+    model = load_model(tmp_path / "run", device="cpu")
+    assert (model.d_model, model.n_layers, model.vocab_size) == (32, 2, 270)
+
+
+def test_train_says_what_it_does_and_what_comes_next(
+    resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path
+):
+    outcome = resolvent("train", "--data", text_file, "--out", tmp_path / "run", "--steps", 3, *small)
+    assert outcome.code == 0
+    for part in ("parameters, fp32 on cpu", "in 5 document(s) to learn from", "held out", "step 3/3", "validation: loss"):
+        assert part in outcome.out
+    assert outcome.out.splitlines()[-1].startswith(f"Let it write: resolvent generate {tmp_path / 'run'}")
+
+
+def test_evaluate_as_json_has_the_four_keys(resolvent: Resolvent, run_dir: Path, text_file: Path):
+    outcome = resolvent("evaluate", run_dir, "--data", text_file, "--json")
+    assert outcome.code == 0
+    values = json.loads(outcome.out)
+    assert list(values) == ["loss", "perplexity", "bits_per_byte", "tokens"]
+    score = evaluate_documents(load_model(run_dir, "cpu"), load_documents(text_file), load_tokenizer(run_dir))
+    assert values == pytest.approx(dataclasses.asdict(score))
+    assert values["perplexity"] == pytest.approx(math.exp(values["loss"]))
+
+
+def test_evaluate_takes_the_held_out_documents_by_default(resolvent: Resolvent, run_dir: Path):
+    values = json.loads(resolvent("evaluate", run_dir, "--json").out)
+    held_out = split_corpus(read_run(run_dir)[0])[1]
+    score = evaluate_documents(load_model(run_dir, "cpu"), held_out, load_tokenizer(run_dir))
+    assert values == pytest.approx(dataclasses.asdict(score))
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["validation_bits_per_byte"] == pytest.approx(values["bits_per_byte"])
+
+
+def test_evaluate_as_a_table(resolvent: Resolvent, run_dir: Path, text_file: Path):
+    values = json.loads(resolvent("evaluate", run_dir, "--data", text_file, "--json").out)
+    table = resolvent("evaluate", run_dir, "--data", text_file).out
+    assert "bits per byte" in table
+    assert f"{values['bits_per_byte']:.4f}" in table
+
+
+def test_a_checkpoint_can_be_used_like_its_run(resolvent: Resolvent, run_dir: Path, text_file: Path):
+    checkpoint = run_dir / "checkpoints" / "step-00000150"
+    for arguments in (["evaluate", "--data", text_file, "--json"], ["generate", "--seed", 1, "--prompt", "Rhyme"]):
+        command, *options = arguments
+        assert resolvent(command, checkpoint, *options) == resolvent(command, run_dir, *options)
+
+
+def test_presets_are_counted():
+    command = [sys.executable, "-c", "from resolvent.cli import main; main()", "presets"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows = {line.split()[0]: line.split() for line in text.splitlines()}
+    assert {"tiny", "small", "base", "large"} <= rows.keys()
+    assert int(rows["base"][1].replace(",", "")) == pytest.approx(70.95e6, rel=0.02)
+    assert rows["base"][2:] == ["50,257", "512", "6", "8", "1,024", "8", "GB"]
+
+
+def test_resume_goes_on_with_a_run(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
+    run = tmp_path / "run"
+    resolvent("train", "--data", text_file, "--out", run, "--steps", 3, *small)
+    outcome = resolvent("train", "--resume", run)
+    assert outcome.code == 0
+    assert "from step 3 of 3" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "many"], "--steps"),
+        (["--schedule", "linear"], "--schedule"),
+        (["--set", "d_model"], "FIELD=VALUE"),
+        (["--set", "vocab_size=9"], "--tokenizer"),
+        (["--resume", "x", "--steps", "3"], "--steps"),
+        (["--resume", "x", "--set", "n_layers=3"], "--set"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(resolvent: Resolvent, arguments: list[str], message: str):
+    outcome = resolvent("train", *arguments)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not outcome.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "missing.txt"], "missing.txt"),
+        (["train", "--preset", "huge"], "Unknown preset: huge"),
+        (["train", "--learning-rate", "-1"], "learning_rate must be > 0, got -1.0"),
+        (["train", "--set", "d_modell=3"], "d_modell"),
+        (["train", "--tokenizer", "missing.json"], "missing.json"),
+        (["train", "--resume", "missing"], "missing holds no training run"),
+        (["evaluate", "missing"], "missing holds no model"),
+        (["generate", "missing"], "missing holds no model"),
+    ],
+)
+def test_errors_are_a_line_on_stderr(
+    resolvent: Resolvent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+):
+    monkeypatch.chdir(tmp_path)
+    outcome = resolvent(*arguments)
+    assert outcome.code == 1
+    assert outcome.err.startswith("Error: ") and outcome.err.count("\n") == 1
+    assert message in outcome.err
+    assert not outcome.out
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_used_folder_names_both_remedies(resolvent: Resolvent, run_dir: Path):
+    outcome = resolvent("train", "--out", run_dir)
+    assert outcome.code == 1
+    assert "--resume" in outcome.err and "--out" in outcome.err
+
+
+def test_evaluate_without_a_run_asks_for_data(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes((run_dir / name).read_bytes())
+    outcome = resolvent("evaluate", tmp_path)
+    assert outcome.code == 1
+    assert "--data" in outcome.err
+
+
+def test_a_tokenizer_of_another_run_is_refused(resolvent: Resolvent, run_dir: Path, text_file: Path, tmp_path: Path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((run_dir / name).read_bytes())
+    from resolvent.data import build_tokenizer, save_tokenizer
+
+    save_tokenizer(build_tokenizer("bpe", load_documents(text_file), vocab_size=260), tmp_path)
+    outcome = resolvent("generate", tmp_path)
+    assert outcome.code == 1
+    assert "260 tokens, the model 257" in outcome.err
+
+
+def test_unexpected_errors_are_a_line_and_debug_shows_where(
+    resolvent: Resolvent, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise RuntimeError("something broke")
+
+    monkeypatch.setenv("RESOLVENT_DEBUG", "")
+    monkeypatch.setattr("resolvent.data.load_tokenizer", fail)
+    outcome = resolvent("generate", run_dir)
+    assert outcome.code == 1
+    assert outcome.err == (
+        "Error: unexpected RuntimeError: something broke (resolvent --debug generate ... shows where)\n"
+    )
+    with pytest.raises(RuntimeError, match="something broke"):
+        resolvent("--debug", "generate", run_dir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(
+    text_file: Path, small: list[str], tmp_path: Path, number: signal.Signals
+):
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", "from resolvent.cli import main; main()", "train", "--steps", "1000000"]
+    process = subprocess.Popen(
+        [*command, "--data", str(text_file), "--out", str(run), *small],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert err == ""
+    last_step = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert f"Stopping after step {last_step}" in out
+    assert out.splitlines()[-1] == f"Stopped. Go on with: resolvent train --resume {run}"
+    assert (run / "checkpoints" / f"step-{last_step:08d}" / "optimizer.safetensors").exists()
+    assert (run / "model.safetensors").exists()

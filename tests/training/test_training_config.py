@@ -1,0 +1,88 @@
+import dataclasses
+import json
+
+import pytest
+
+from resolvent.errors import ConfigError
+from resolvent.models.phase2 import Phase2Config, get_phase2_preset
+from resolvent.training import TrainingConfig
+
+
+def test_the_defaults_are_valid():
+    TrainingConfig().validate()
+
+
+def test_all_faults_are_reported_at_once_with_field_and_value():
+    faulty = {
+        "steps": 0,
+        "learning_rate": -0.5,
+        "schedule": "linear",
+        "beta2": 1.0,
+        "min_lr_ratio": 1.5,
+        "vocab_size": 256,
+        "seed": -1,
+        "out": 7,
+        "batch_size": 2.5,
+        "grad_clip": float("nan"),
+        "warmup_steps": True,
+    }
+    with pytest.raises(ConfigError) as raised:
+        TrainingConfig(**faulty).validate()
+    lines = str(raised.value).splitlines()
+    assert lines[0] == f"TrainingConfig has {len(faulty)} faults:"
+    for name, value in faulty.items():
+        assert any(line.startswith(f"  - {name} must be") and line.endswith(f"got {value!r}") for line in lines), name
+
+
+def test_a_single_fault_is_one_line():
+    with pytest.raises(ConfigError, match=r"^steps must be >= 1, got -3$"):
+        TrainingConfig(steps=-3).validate()
+
+
+@pytest.mark.parametrize("preset_and_model", [(None, None), ("tiny", get_phase2_preset("tiny"))])
+def test_one_of_preset_and_model_is_needed(preset_and_model: tuple[str | None, Phase2Config | None]):
+    preset, model = preset_and_model
+    with pytest.raises(ConfigError, match="one of preset and model"):
+        TrainingConfig(preset=preset, model=model).validate()
+
+
+def test_faults_of_the_model_are_reported_too():
+    model = dataclasses.replace(get_phase2_preset("tiny"), n_layers=0)
+    with pytest.raises(ConfigError) as raised:
+        TrainingConfig(preset=None, model=model, steps=0).validate()
+    assert "n_layers must be > 0, got 0" in str(raised.value)
+    assert "steps must be >= 1, got 0" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainingConfig(),
+        TrainingConfig(warmup_steps=3, data="text.txt", schedule="wsd"),
+        TrainingConfig(preset=None, model=get_phase2_preset("tiny")),
+    ],
+)
+def test_the_round_trip_through_json_is_equal(config: TrainingConfig):
+    assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_unknown_fields_are_named():
+    with pytest.raises(ConfigError, match="'stepps', 'lr'"):
+        TrainingConfig.from_dict({"stepps": 3, "lr": 1.0, "steps": 5})
+
+
+def test_every_field_but_the_model_has_help_and_a_group():
+    for field in dataclasses.fields(TrainingConfig):
+        if field.name != "model":
+            assert field.metadata["help"].endswith(".") and field.metadata["group"], field.name
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 0), (100, 5), (4000, 200), (10**6, 200)])
+def test_the_default_warm_up(steps: int, warmup: int):
+    assert TrainingConfig(steps=steps).warmup == warmup
+    assert TrainingConfig(steps=steps, warmup_steps=7).warmup == 7
+
+
+def test_the_default_run_folder_is_named_after_the_preset():
+    assert TrainingConfig(preset="small").run_dir.as_posix() == "runs/small"
+    assert TrainingConfig(preset="small", out="elsewhere").run_dir.as_posix() == "elsewhere"

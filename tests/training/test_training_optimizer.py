@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from resolvent.errors import CheckpointError
+from resolvent.models.phase2 import Phase2IntegratedModel, create_phase2_model
+from resolvent.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+
+
+@pytest.fixture
+def model() -> Phase2IntegratedModel:
+    return new_model()
+
+
+def new_model() -> Phase2IntegratedModel:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=257, d_model=32, n_layers=2, n_seq=64, num_heads=2, head_dim=16)
+    return create_phase2_model(**sizes, zeta_embedding_trainable=True, dropout=0.0, device=torch.device("cpu"))
+
+
+def optimizer_of(model: Phase2IntegratedModel) -> torch.optim.AdamW:
+    return build_optimizer(model, learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
+
+
+def step(model: Phase2IntegratedModel, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.arange(100).reshape(1, 100)).square().mean().backward()
+    optimizer.step()
+
+
+def test_only_matrices_decay(model: Phase2IntegratedModel):
+    decayed, kept = optimizer_of(model).param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed_names = {names[parameter] for parameter in decayed["params"]}
+    kept_names = {names[parameter] for parameter in kept["params"]}
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    assert decayed_names | kept_names == set(names.values())
+    assert not decayed_names & kept_names
+    assert {"token_embedding.weight", "lm_head.weight", "blocks.1.ffn.0.weight"} <= decayed_names
+    for name, parameter in model.named_parameters():
+        meant_to_stay = getattr(parameter, "no_weight_decay", False) or name.startswith("position_embedding")
+        if parameter.ndim < 2 or meant_to_stay:
+            assert name in kept_names, name
+    assert {"ln_f.weight", "blocks.0.ffn.0.bias"} <= kept_names
+
+
+def test_a_parameter_marked_no_weight_decay_does_not_decay(model: Phase2IntegratedModel):
+    model.lm_head.weight.no_weight_decay = True
+    kept = optimizer_of(model).param_groups[1]["params"]
+    assert any(parameter is model.lm_head.weight for parameter in kept)
+
+
+def test_frozen_parameters_are_left_out(model: Phase2IntegratedModel):
+    model.token_embedding.weight.requires_grad_(False)
+    for group in optimizer_of(model).param_groups:
+        assert all(parameter is not model.token_embedding.weight for parameter in group["params"])
+
+
+def test_the_state_survives_its_way_through_tensors(model: Phase2IntegratedModel):
+    optimizer = optimizer_of(model)
+    for _ in range(3):
+        step(model, optimizer)
+    twin = new_model()
+    twin.load_state_dict(model.state_dict())
+    twin_optimizer = optimizer_of(twin)
+    stored = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizer).items()}
+    load_optimizer_tensors(twin, twin_optimizer, stored)
+    for _ in range(3):
+        step(model, optimizer)
+        step(twin, twin_optimizer)
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_the_state_of_another_model_is_refused(model: Phase2IntegratedModel):
+    optimizer = optimizer_of(model)
+    step(model, optimizer)
+    tensors = optimizer_tensors(model, optimizer) | {"blocks.7.ffn.0.weight/exp_avg": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"lacks blocks\.7\.ffn\.0\.weight"):
+        load_optimizer_tensors(model, optimizer, tensors)

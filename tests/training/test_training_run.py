@@ -1,0 +1,349 @@
+"""Whole runs of a model that is small enough to train in a second."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from resolvent.data import encode_documents, load_tokenizer
+from resolvent.errors import CheckpointError, ConfigError, DataError
+from resolvent.evaluation import evaluate_documents
+from resolvent.models import load_model
+from resolvent.models.phase2 import Phase2IntegratedModel
+from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupted, resume, train
+from resolvent.training.corpus import split_corpus
+from resolvent.training.trainer import Trainer
+
+MakeConfig = Callable[..., TrainingConfig]
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The run's metrics but for how fast it was."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record.pop("tokens_per_second", None)
+    return records
+
+
+def tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
+    """Weights and optimiser state."""
+    checkpoint = run_dir / "checkpoints" / f"step-{step:08d}"
+    return load_file(run_dir / "model.safetensors") | load_file(checkpoint / "optimizer.safetensors")
+
+
+def assert_same_run(ours: Path, theirs: Path, steps: int) -> None:
+    assert metrics(ours) == metrics(theirs)
+    mine, yours = tensors(ours, steps), tensors(theirs, steps)
+    assert mine.keys() == yours.keys()
+    for name in mine:
+        assert torch.equal(mine[name], yours[name]), name
+
+
+def after_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
+    """Do something once, in the middle of a run."""
+    report = Trainer._report
+
+    def report_and_act(self: Trainer, *values: float) -> None:
+        report(self, *values)
+        if self.standing.step == step:
+            monkeypatch.setattr(Trainer, "_report", report)
+            action()
+
+    monkeypatch.setattr(Trainer, "_report", report_and_act)
+
+
+def test_a_run_leaves_what_its_use_needs(small_config: MakeConfig, tmp_path: Path):
+    config = small_config()
+    result = train(config)
+    run_dir = tmp_path / "run"
+    assert result.run_dir == run_dir
+    names = {path.name for path in run_dir.iterdir()}
+    files = {"config.json", "model.safetensors", "tokenizer.json", "training.json", "metrics.jsonl"}
+    assert names == files | {"checkpoints"}
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step-00000008", "step-00000010"}
+    loaded = load_model(run_dir, device="cpu")
+    assert loaded.state_dict().keys() == result.model.state_dict().keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, result.model.state_dict()[name]), name
+    record = json.loads((run_dir / "training.json").read_text())
+    assert TrainingConfig.from_dict(record["training"]) == config
+    assert not result.model.training
+
+
+def test_the_metrics_say_what_happened(small_config: MakeConfig, tmp_path: Path):
+    config = small_config(accumulation=2)
+    result = train(config)
+    records = metrics(tmp_path / "run")
+    steps = [record for record in records if "loss" in record]
+    validations = [record for record in records if "validation_loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 11))
+    assert [record["tokens"] for record in steps] == [step * 2 * 2 * 64 for step in range(1, 11)]
+    assert [(record["step"], record["final"]) for record in validations] == [
+        (3, False),
+        (6, False),
+        (9, False),
+        (10, True),
+    ]
+    held_out = split_corpus(config)[1]
+    score = evaluate_documents(load_model(tmp_path / "run", device="cpu"), held_out, load_tokenizer(tmp_path / "run"))
+    assert validations[-1]["validation_bits_per_byte"] == pytest.approx(score.bits_per_byte, rel=1e-6)
+    assert validations[-1]["validation_tokens"] == score.tokens
+    assert result.validation.loss == pytest.approx(score.loss, rel=1e-6)
+    stream = encode_documents(split_corpus(config)[0], load_tokenizer(tmp_path / "run"))
+    for record in steps:
+        bits = record["loss"] / math.log(2) * stream.num_predictions / stream.num_bytes
+        assert record["bits_per_byte"] == pytest.approx(bits)
+        assert record["grad_norm"] > 0
+
+
+def test_training_learns(small_config: MakeConfig):
+    untrained = train(small_config(steps=1, learning_rate=1e-9)).validation
+    config = small_config(steps=100, learning_rate=1e-2, out=small_config().out + "2", eval_interval=0)
+    trained = train(config).validation
+    assert untrained.bits_per_byte == pytest.approx(8, abs=0.3)
+    assert trained.bits_per_byte < 3
+
+
+def test_the_speed_is_tokens_over_seconds(small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("resolvent.training.trainer.time.perf_counter", lambda: next(ticks) * 0.5)
+    train(small_config(steps=3))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    speeds = [json.loads(line)["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    assert speeds == [2 * 64 / 0.5] * 3
+
+
+@pytest.mark.parametrize("stopped_after", [3, 4, 7])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_resumes_bit_for_bit(
+    small_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped_after: int,
+    number: signal.Signals,
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(small_config(out=str(whole), accumulation=2))
+    after_step(monkeypatch, stopped_after, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(TrainingInterrupted) as stop:
+        train(small_config(out=str(parts), accumulation=2))
+    assert (stop.value.signal_number, stop.value.step) == (number, stopped_after)
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert metrics(parts) == [record for record in metrics(whole) if record["step"] <= stopped_after]
+    resume(parts)
+    assert_same_run(whole, parts, steps=10)
+
+
+@pytest.mark.parametrize("killed_after", [2, 7])
+def test_a_killed_run_resumes_bit_for_bit(
+    small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
+):
+    """After step 7 from the checkpoint of step 4, after step 2 from the beginning."""
+
+    def kill() -> None:
+        raise RuntimeError("killed")
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(small_config(out=str(whole)))
+    after_step(monkeypatch, killed_after, kill)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(small_config(out=str(parts)))
+    assert metrics(parts)[-1]["step"] == killed_after
+    resume(parts)
+    assert_same_run(whole, parts, steps=10)
+
+
+def test_resuming_twice_and_after_the_end_changes_nothing(small_config: MakeConfig, tmp_path: Path):
+    train(small_config())
+    before, weights = metrics(tmp_path / "run"), tensors(tmp_path / "run", 10)
+    result = resume(tmp_path / "run")
+    assert metrics(tmp_path / "run") == before
+    assert result.validation.loss == before[-1]["validation_loss"]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in tensors(tmp_path / "run", 10).items())
+
+
+def test_a_run_resumes_from_another_working_directory(
+    small_config: MakeConfig, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(text_file.parent)
+    after_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(TrainingInterrupted):
+        train(small_config(data=text_file.name))
+    monkeypatch.chdir(tmp_path)
+    resume("run")
+    assert metrics(tmp_path / "run")[-1]["final"]
+
+
+def test_changed_data_is_refused(small_config: MakeConfig, text_file: Path, tmp_path: Path):
+    data = tmp_path / "data.txt"
+    data.write_text(text_file.read_text())
+    train(small_config(data=str(data)))
+    data.write_text(text_file.read_text().replace("eldest", "oldest"))
+    with pytest.raises(CheckpointError, match=r"data\.txt has changed since the run"):
+        resume(tmp_path / "run")
+
+
+def test_another_number_of_processes_is_refused(small_config: MakeConfig, tmp_path: Path):
+    train(small_config())
+    path = tmp_path / "run" / "checkpoints" / "step-00000010" / "trainer.json"
+    path.write_text(path.read_text().replace('"processes": 1', '"processes": 8'))
+    with pytest.raises(CheckpointError, match="by 8 processes, this is 1"):
+        resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize("file", ["trainer.json", "optimizer.safetensors", "model.safetensors"])
+def test_a_damaged_checkpoint_is_refused(small_config: MakeConfig, tmp_path: Path, file: str):
+    train(small_config(steps=1))
+    (tmp_path / "run" / "checkpoints" / "step-00000001" / file).write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=file):
+        resume(tmp_path / "run")
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"no training\.json"):
+        resume(tmp_path)
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_read(small_config: MakeConfig, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"not empty: continue its run with --resume .*, or choose another .*--out"):
+        train(small_config(data=str(tmp_path / "missing.txt")))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data": "missing.txt"}, DataError, r"missing\.txt"),
+        ({"seq_len": 100_000}, DataError, "seq_len"),
+        ({"model": None, "preset": "huge"}, ConfigError, "Unknown preset: huge"),
+        ({"steps": 0, "seed": -1}, ConfigError, "2 faults"),
+    ],
+)
+def test_a_run_that_cannot_start_leaves_no_folder(
+    small_config: MakeConfig, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+):
+    with pytest.raises(error, match=message):
+        train(small_config(**changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_the_newest_checkpoints_stay(small_config: MakeConfig, tmp_path: Path):
+    train(small_config(checkpoint_interval=1, keep_checkpoints=3))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000008", "step-00000009", "step-00000010"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    forward, calls = Phase2IntegratedModel.forward, []
+
+    def fail_in_step_5(self: Phase2IntegratedModel, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self.training)
+        return forward(self, *args, **kwargs) * (math.nan if sum(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(Phase2IntegratedModel, "forward", fail_in_step_5)
+    with pytest.raises(NonFiniteError, match="step 5: the loss is nan"):
+        train(small_config(eval_interval=0))
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(
+    small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    before: dict[str, Tensor] = {}
+
+    def spoil_the_gradient(trainer: Trainer) -> None:
+        trainer.raw_model.ln_f.bias.register_hook(lambda gradient: gradient * math.inf)
+        before.update({name: weight.clone() for name, weight in trainer.raw_model.state_dict().items()})
+        trainers.append(trainer)
+
+    trainers: list[Trainer] = []
+    introduce = Trainer._introduce
+    monkeypatch.setattr(Trainer, "_introduce", lambda self: (introduce(self), spoil_the_gradient(self)))
+    with pytest.raises(NonFiniteError, match=r"step 1: the loss is 5\.\d+ and its gradient's norm (inf|nan)"):
+        train(small_config())
+    assert all(torch.equal(weight, before[name]) for name, weight in trainers[0].raw_model.state_dict().items())
+
+
+def test_accumulated_batches_are_one_large_batch(small_config: MakeConfig, tmp_path: Path):
+    model = small_config().model
+    assert model is not None
+    model.dropout = 0.0
+    train(small_config(model=model, batch_size=4, out=str(tmp_path / "large")))
+    train(small_config(model=model, batch_size=1, accumulation=4, out=str(tmp_path / "parts")))
+    for large, parts in zip(metrics(tmp_path / "large"), metrics(tmp_path / "parts"), strict=True):
+        assert large == pytest.approx(parts, rel=1e-4)
+
+
+def test_validations_and_checkpoints_do_not_touch_the_training(small_config: MakeConfig, tmp_path: Path):
+    train(small_config(out=str(tmp_path / "often"), eval_interval=1, checkpoint_interval=1))
+    train(small_config(out=str(tmp_path / "never"), eval_interval=0, checkpoint_interval=0))
+    often = [record for record in metrics(tmp_path / "often") if "loss" in record]
+    never = [record for record in metrics(tmp_path / "never") if "loss" in record]
+    assert often == never
+
+
+def test_the_seed_decides(small_config: MakeConfig, tmp_path: Path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(small_config(out=str(tmp_path / name), seed=seed))
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert metrics(tmp_path / "a")[0]["loss"] != metrics(tmp_path / "c")[0]["loss"]
+
+
+def test_dropout_is_active_in_training_and_not_in_validation(small_config: MakeConfig, tmp_path: Path):
+    model = small_config().model
+    assert model is not None
+    losses = {}
+    for dropout in (0.0, 0.5):
+        model.dropout = dropout
+        train(small_config(model=model, out=str(tmp_path / str(dropout)), steps=1, learning_rate=1e-12))
+        losses[dropout] = metrics(tmp_path / str(dropout))
+    assert losses[0.0][0]["loss"] != losses[0.5][0]["loss"]
+    assert losses[0.0][1]["validation_loss"] == pytest.approx(losses[0.5][1]["validation_loss"], rel=1e-6)
+
+
+def test_bf16_computes_in_bf16_and_leaves_a_float32_model(small_config: MakeConfig, tmp_path: Path):
+    train(small_config(out=str(tmp_path / "fp32")))
+    result = train(small_config(out=str(tmp_path / "bf16"), precision="bf16"))
+    exact, rounded = metrics(tmp_path / "fp32"), metrics(tmp_path / "bf16")
+    assert exact[0]["loss"] != rounded[0]["loss"]
+    assert exact[0]["loss"] == pytest.approx(rounded[0]["loss"], rel=0.02)
+    assert all(parameter.dtype == torch.float32 for parameter in result.model.parameters())
+    ids = torch.arange(64)[None]
+    assert torch.equal(result.model(ids), load_model(tmp_path / "bf16", device="cpu")(ids))
+
+
+def test_the_tokenizer_decides_the_vocabulary(small_config: MakeConfig, tmp_path: Path):
+    result = train(small_config(tokenizer="bpe", vocab_size=280))
+    assert result.model.vocab_size == result.tokenizer.get_vocab_size() == 280
+    assert small_config().model.vocab_size == 257  # the caller's is as it was
+
+
+def test_plain_output_is_a_line_at_intervals(small_config: MakeConfig, tmp_path: Path):
+    output = StringIO()
+    train(small_config(log_interval=4), console=Console(file=output, width=60))
+    lines = output.getvalue().splitlines()
+    steps = [line.split()[1] for line in lines if "tokens/s" in line]
+    assert steps == ["1/10", "4/10", "8/10", "10/10"]
+    assert all(part in lines[4] for part in ("loss ", " bits/byte", " tokens/s", "lr ", "ETA "))
+    validations = [line for line in lines if "validation: loss" in line]
+    assert [line.split()[1] for line in validations] == ["3/10", "6/10", "9/10", "10/10"]
+    assert "\x1b" not in output.getvalue()
+
+
+def test_without_a_console_nothing_is_printed(small_config: MakeConfig, capfd: pytest.CaptureFixture[str]):
+    train(small_config(steps=2))
+    assert capfd.readouterr() == ("", "")
