@@ -91,8 +91,8 @@ class DissipativeHebbianLayer(nn.Module):
 
     @property
     def eta(self) -> Tensor:
-        """Learning rate of every head, (H,) float32."""
-        return self.log_eta.float().exp()
+        """Learning rate of every head, (H,) float32 or wider."""
+        return self.log_eta.to(torch.promote_types(self.log_eta.dtype, torch.float32)).exp()
 
     @property
     def state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops import Resonance
 from ..ops.consolidation import mode_energies, modes, resonance_gate
-from .zeta import resonance_basis
+from .zeta import ExactConstant, resonance_basis
 
 
 class MemoryResonanceLayer(nn.Module):
@@ -22,8 +22,6 @@ class MemoryResonanceLayer(nn.Module):
         energy_threshold: energy, in units of the mean over modes, above which a mode resonates.
     """
 
-    basis: Tensor
-
     def __init__(self, num_heads: int, head_dim: int, energy_threshold: float = 0.1):
         super().__init__()
         self.energy_threshold = energy_threshold
@@ -31,18 +29,17 @@ class MemoryResonanceLayer(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_heads))
         for parameter in (self.sharpness, self.bias):
             parameter.no_weight_decay = True  # type: ignore[attr-defined]
-        self.register_buffer("basis", torch.empty(head_dim, head_dim), persistent=False)
+        self.basis = ExactConstant(lambda: resonance_basis(head_dim))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.sharpness.fill_(1.0)
         self.bias.fill_(4.0)
-        self.basis.copy_(resonance_basis(len(self.basis)))
 
     def constants(self) -> Resonance:
         """What the operator needs."""
-        return Resonance(self.basis, self.energy_threshold, self.sharpness, self.bias)
+        return Resonance(self.basis.value, self.energy_threshold, self.sharpness, self.bias)
 
     def statistics(self, memory: Tensor) -> dict[str, Tensor]:
         """What the layer sees in a memory (B, H, K, V).
@@ -51,7 +48,7 @@ class MemoryResonanceLayer(nn.Module):
         ``resonance_mask`` (energy above the threshold), and per head (B, H) ``num_resonant``, ``total_energy`` and
         ``sparsity_ratio`` (the share of modes that do not resonate).
         """
-        energy = mode_energies(modes(memory, self.basis))
+        energy = mode_energies(modes(memory, self.basis.value))
         mask = energy > self.energy_threshold
         return {
             "diag_energy": energy,

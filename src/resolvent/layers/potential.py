@@ -58,14 +58,14 @@ class NonHermitianPotential(nn.Module):
             self.memory_to_potential.weight.zero_()
 
     def forward(self, x: Tensor, readout: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (B, N, D) and the previous block's memory read-out (B, N, memory_width) -> V, Γ, float32 (B, N, H)."""
+        """x (B, N, D) and the previous block's read-out (B, N, memory_width) -> V, Γ, at least float32 (B, N, H)."""
         potential = self.v_proj(x)
         if self.memory_to_potential is not None and readout is not None:
             potential = potential + self.memory_to_potential(readout)
         rate = self.gamma_bias.expand(*x.shape[:-1], -1)
         if self.gamma_proj is not None:
             rate = rate + self.gamma_proj(x)
-        return potential.float(), F.softplus(rate.float()) + self.base_decay
+        return _widened(potential), F.softplus(_widened(rate)) + self.base_decay
 
 
 class DissipativeBKLayer(nn.Module):
@@ -123,10 +123,9 @@ class DissipativeBKLayer(nn.Module):
         potential, gamma = self.potential(x, readout)
         # Outside autocast: a resolvent near its pole has no digits to spare.
         with torch.autocast(x.device.type, enabled=False):
-            alpha = effective_diagonal(
-                potential, gamma, self.kappa.float().abs(), self.energy.float(), self.log_zeta.float().exp()
-            )
-            coupling = (self.h0_super.float() * self.h0_sub.float()).abs()
+            kappa, energy, zeta = _widened(self.kappa).abs(), _widened(self.energy), _widened(self.log_zeta).exp()
+            alpha = effective_diagonal(potential, gamma, kappa, energy, zeta)
+            coupling = (_widened(self.h0_super) * _widened(self.h0_sub)).abs()
             g, new_state = resolvent_diagonal(
                 alpha,
                 coupling,
@@ -137,3 +136,8 @@ class DissipativeBKLayer(nn.Module):
             )
         assert new_state is not None
         return torch.cat([g.real, g.imag], dim=-1), gamma, new_state
+
+
+def _widened(x: Tensor) -> Tensor:
+    """At least float32: half precision is for products of matrices, not for rates and resonances."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -7,7 +7,9 @@ what the caller's generator draws, and every decomposition runs on the CPU, so t
 
 import functools
 import math
+from collections.abc import Callable
 from importlib import resources
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +44,27 @@ def _invert_counting_function(count: Tensor) -> Tensor:
     return t
 
 
+class ExactConstant(nn.Module):
+    """A float64 tensor that moves with its module but keeps its precision when the module is cast, and is not saved.
+
+    Args:
+        make: computes it, on the CPU.
+    """
+
+    value: Tensor
+
+    def __init__(self, make: Callable[[], Tensor]):
+        super().__init__()
+        self.make = make
+        self.register_buffer("value", make(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.value.dtype != torch.float64:
+            self.value = self.make().to(self.value.device)
+        return self
+
+
 class ZetaEmbedding(nn.Module):
     """Positions as waves whose lengths the zeros set: ``PE(p, 2i) = sin(p / γ_i)``, ``PE(p, 2i + 1) = cos(p / γ_i)``.
 
@@ -58,26 +81,26 @@ class ZetaEmbedding(nn.Module):
     def __init__(self, d_model: int, trainable: bool = False, scale: float = 0.02):
         super().__init__()
         self.d_model, self.trainable, self.scale = d_model, trainable, scale
-        frequency = torch.empty((d_model + 1) // 2)
-        if trainable:
-            self.frequency = nn.Parameter(frequency)
+        self.initial_frequency = ExactConstant(lambda: 1 / zeta_zeros((d_model + 1) // 2))
+        self.frequency = nn.Parameter(torch.empty((d_model + 1) // 2)) if trainable else None
+        if self.frequency is not None:
             self.frequency.no_weight_decay = True  # type: ignore[attr-defined]
-        else:
-            self.register_buffer("frequency", frequency, persistent=False)
         self.gain = nn.Parameter(torch.empty(()))
         self.gain.no_weight_decay = True  # type: ignore[attr-defined]
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.frequency.copy_(1 / zeta_zeros(len(self.frequency)))
+        if self.frequency is not None:
+            self.frequency.copy_(self.initial_frequency.value)
         self.gain.zero_()
 
     def forward(self, position: Tensor) -> Tensor:
-        """Positions, integer (...) -> (..., D) float32."""
-        phase = position.to(torch.float64).unsqueeze(-1) * self.frequency.to(torch.float64)
+        """Positions, integer (...) -> (..., D), at least float32."""
+        frequency = self.initial_frequency.value if self.frequency is None else self.frequency.to(torch.float64)
+        phase = position.to(torch.float64).unsqueeze(-1) * frequency
         waves = torch.stack([torch.sin(phase), torch.cos(phase)], dim=-1).flatten(-2)[..., : self.d_model]
-        return self.gain * self.scale * waves.to(torch.float32)
+        return self.gain * self.scale * waves.to(torch.promote_types(self.gain.dtype, torch.float32))
 
 
 class ZetaInitializer:

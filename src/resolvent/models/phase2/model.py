@@ -205,7 +205,7 @@ class Phase2IntegratedModel(nn.Module, Generation):
         )
         logits = self.lm_head(hidden)
         if not torch.is_autocast_enabled(logits.device.type):
-            logits = logits.float()
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         extras = ([state] if return_state else []) + ([diagnostics] if return_diagnostics else [])
         return (logits, *extras) if extras else logits
 
@@ -316,7 +316,7 @@ class Phase2IntegratedModel(nn.Module, Generation):
 
 def _stability(block: Phase2Block, trace: _Trace, lengths: Tensor) -> dict[str, Tensor]:
     layer, after = block.hebbian, trace.hebbian.state.memory
-    writes = trace.hebbian.values.float().norm(dim=-1) * layer.eta
+    writes = trace.hebbian.values.norm(dim=-1, dtype=layer.eta.dtype) * layer.eta
     before = trace.before.memory if trace.before is not None else torch.zeros_like(after)
     return LyapunovStabilityMonitor.metrics(
         before,

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resolvent.layers import (
+    DissipativeHebbianLayer,
+    LyapunovStabilityMonitor,
+    MemoryResonanceLayer,
+    SNRMemoryFilter,
+)
+from resolvent.ops import Consolidation, dissipative_memory
+
+
+@pytest.mark.parametrize("options", [{}, {"conv_size": 1}, {"output_gate": False}, {"output_norm": False}])
+def test_shapes_with_and_without_options(options):
+    layer = DissipativeHebbianLayer(32, 2, 8, **options)
+    out = layer(torch.randn(3, 70, 32), torch.rand(3, 70, 2))
+    assert out.output.shape == (3, 70, 32)
+    assert out.readout.shape == (3, 70, 16)
+    assert out.state.memory.shape[1:] == layer.state_shape[0]
+    assert out.conv_tail.shape[1:] == layer.state_shape[1]
+
+
+def test_options_remove_their_parameters():
+    names = {name for name, _ in DissipativeHebbianLayer(32, 2, 8, conv_size=1, output_gate=False).named_parameters()}
+    assert names == {"log_eta", "q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight"}
+
+
+def test_the_read_out_has_unit_rms():
+    layer = DissipativeHebbianLayer(32, 2, 8, eta=100.0)
+    readout = layer(torch.randn(3, 70, 32), torch.rand(3, 70, 2)).readout.unflatten(-1, (2, 8))
+    torch.testing.assert_close(readout.square().mean(-1), torch.ones(3, 70, 2), rtol=0.05, atol=0)
+
+
+def test_eta_and_dt_reach_the_memory():
+    def state(**options):
+        torch.manual_seed(0)
+        layer = DissipativeHebbianLayer(32, 2, 8, **options)
+        return layer(torch.randn(1, 20, 32), torch.ones(1, 20, 2) * 0.3).state
+
+    torch.testing.assert_close(state(eta=0.4).memory, 4 * state(eta=0.1).memory)
+    torch.testing.assert_close(state(dt=0.5).memory, state(dt=0.5).memory)
+    assert state(dt=0.5).memory.norm() > state(dt=2.0).memory.norm()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    decay=st.floats(1e-4, 5.0),
+    eta=st.floats(1e-3, 10.0),
+    size=st.floats(1e-3, 1e3),
+    boost=st.floats(1.0, 5.0),
+    sharpness=st.floats(-20, 20),
+    bias=st.floats(-20, 20),
+    same_token=st.booleans(),
+)
+def test_the_energy_bound_holds(seed, decay, eta, size, boost, sharpness, bias, same_token):
+    torch.manual_seed(seed)
+    length, heads, width = 300, 2, 8
+    resonance = MemoryResonanceLayer(heads, width)
+    resonance.sharpness.data.fill_(sharpness)
+    resonance.bias.data.fill_(bias)
+    rule = Consolidation(64, SNRMemoryFilter(eta_boost=boost).constants, resonance.constants())
+    k, v = torch.randn(2, 1, length, heads, width, dtype=torch.float64)
+    if same_token:  # the worst case: every write adds to the last
+        k, v = k[:, :1].expand_as(k), v[:, :1].expand_as(v)
+    k, v = torch.nn.functional.normalize(k, dim=-1), size * v
+    gamma = decay * (1 + torch.rand(1, length, heads, dtype=torch.float64) * (not same_token))
+    etas = torch.full((heads,), eta, dtype=torch.float64)
+    before = None
+    for piece in (slice(0, 100), slice(100, 300)):
+        start = before.memory if before else torch.zeros(1, heads, width, width, dtype=torch.float64)
+        position = torch.tensor([piece.start])
+        parts = [x[:, piece] for x in (k, k, v, gamma)]
+        _, after = dissipative_memory(*parts, etas, initial_state=before, position=position, consolidation=rule)
+        metrics = LyapunovStabilityMonitor.metrics(
+            start,
+            after.memory,
+            (etas * v[:, piece].norm(dim=-1)).amax(1),
+            gamma[:, piece].amin(1),
+            torch.tensor([piece.stop - piece.start]),
+            boost,
+        )
+        assert (metrics["energy"] <= metrics["energy_bound"] * (1 + 1e-9)).all()
+        before = after
+
+
+def test_the_energy_rate_is_a_difference_quotient():
+    before, after = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+    one = torch.ones(1, 1)
+    metrics = LyapunovStabilityMonitor.metrics(before, after, one, one, torch.tensor([8.0]), 1.0)
+    assert metrics["energy"].item() == 4
+    assert metrics["energy_rate"].item() == 0.5
+
+
+def test_statistics_of_the_filters():
+    memory = torch.zeros(1, 1, 4, 4)
+    memory[0, 0, 1, 2] = 3.0
+    snr = SNRMemoryFilter(threshold=2.0).statistics(memory)
+    assert snr["max_snr"].item() == pytest.approx(4.0)  # |S| = 3, rms = 3/4
+    assert snr["low_snr_ratio"].item() == pytest.approx(15 / 16)
+    layer = MemoryResonanceLayer(1, 4, energy_threshold=0.5)
+    mode = layer.basis.value[:, 2].float().unsqueeze(-1).expand(4, 4).view(1, 1, 4, 4)
+    info = layer.statistics(mode)
+    assert info["resonance_mask"].tolist() == [[[False, False, True, False]]]
+    assert info["num_resonant"].item() == 1
+    assert info["sparsity_ratio"].item() == pytest.approx(0.75)
+    assert info["total_energy"].item() == pytest.approx(4.0, rel=1e-5)

@@ -1,0 +1,77 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from resolvent.layers import DissipativeBKLayer, NonHermitianPotential
+
+
+@pytest.mark.parametrize("base_decay", [0.001, 0.01, 0.3])
+def test_gamma_starts_spaced_from_the_base_to_one_half(base_decay):
+    layer = NonHermitianPotential(16, 8, base_decay=base_decay)
+    _, gamma = layer(torch.zeros(1, 1, 16))
+    gamma = gamma[0, 0]
+    assert gamma[0].item() == pytest.approx(1.5 * base_decay, rel=1e-4)
+    assert gamma[-1].item() == pytest.approx(max(0.5, 3 * base_decay), rel=1e-4)
+    ratios = gamma[1:] / gamma[:-1]
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-4, atol=0)
+
+
+def test_gamma_spacing_is_in_units_of_the_time_step():
+    gamma = [NonHermitianPotential(8, 4, dt=dt)(torch.zeros(1, 1, 8))[1] * dt for dt in (0.5, 2.0)]
+    assert all(g[0, 0, -1].item() == pytest.approx(0.5, rel=1e-4) for g in gamma)
+
+
+def test_gamma_never_falls_below_the_base_decay():
+    layer = NonHermitianPotential(16, 4, base_decay=0.02)
+    layer.gamma_proj.weight.data.normal_(std=100)
+    _, gamma = layer(torch.randn(4, 50, 16))
+    assert (gamma >= 0.02).all()
+
+
+def test_adaptive_decay_off_keeps_a_trainable_gamma_that_no_token_moves():
+    layer = NonHermitianPotential(16, 4, adaptive_decay=False)
+    _, gamma = layer(torch.randn(2, 5, 16))
+    assert torch.equal(gamma, gamma[:1, :1].expand_as(gamma))
+    gamma.sum().backward()
+    assert (layer.gamma_bias.grad != 0).all()
+    _, adaptive = NonHermitianPotential(16, 4)(torch.randn(2, 5, 16))
+    assert not torch.equal(adaptive, adaptive[:1, :1].expand_as(adaptive))
+
+
+def test_the_memory_feeds_back_from_zero():
+    layer = NonHermitianPotential(16, 4, memory_width=8)
+    x, readout = torch.randn(2, 5, 16), torch.randn(2, 5, 8)
+    fresh, _ = layer(x, readout)
+    assert torch.equal(fresh, layer.v_proj(x))
+    layer.memory_to_potential.weight.data.normal_()
+    torch.testing.assert_close(layer(x, readout)[0], layer.v_proj(x) + layer.memory_to_potential(readout))
+
+
+def test_bk_features_are_bounded_for_any_parameters():
+    layer = DissipativeBKLayer(NonHermitianPotential(16, 4))
+    for parameter in layer.parameters():
+        parameter.data.normal_(std=3)
+    features, gamma, state = layer(10 * torch.randn(2, 100, 16))
+    g = torch.complex(*features.chunk(2, dim=-1))
+    bound = 1 / (layer.kappa.abs() * gamma + layer.log_zeta.exp())
+    assert (g.abs() <= bound * (1 + 1e-4)).all()
+    torch.testing.assert_close(state, g[:, -1])
+
+
+def test_gamma_acts_in_the_hamiltonian():
+    layer = DissipativeBKLayer(NonHermitianPotential(16, 4))
+    x = torch.randn(1, 20, 16)
+    with_gamma = layer(x)[0]
+    layer.kappa.data.zero_()
+    without = layer(x)[0]
+    layer.potential.gamma_bias.data.add_(3)
+    assert not torch.equal(with_gamma, without)
+    assert torch.equal(layer(x)[0], without)
+
+
+def test_every_parameter_of_the_hamiltonian_learns():
+    layer = DissipativeBKLayer(NonHermitianPotential(16, 4, memory_width=8))
+    features, _, _ = layer(torch.randn(2, 30, 16), torch.randn(2, 30, 8))
+    F.mse_loss(features, torch.randn_like(features)).backward()
+    for name, parameter in layer.named_parameters():
+        assert (parameter.grad != 0).any(), name

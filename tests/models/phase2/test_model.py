@@ -1,0 +1,256 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from resolvent import CheckpointError, Phase2Config, Phase2State, create_phase2_model, load_model, save_model
+
+from .conftest import SMALL, small_model
+
+
+def tokens(length=100, batch=2):
+    return torch.randint(0, 97, (batch, length))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(2, 5), "must be integers"),
+        (torch.zeros(5, dtype=torch.long), "shape"),
+        (torch.zeros(2, 0, dtype=torch.long), "hold a token"),
+        (torch.tensor([[1, 97]]), "token id 97 is outside the vocabulary of 97"),
+        (torch.tensor([[1, -2]]), "token id -2"),
+    ],
+)
+def test_wrong_tokens_are_named(model, ids, message):
+    with pytest.raises(ValueError, match=message):
+        model(ids)
+
+
+def test_wrong_offsets_and_masks_are_named(model):
+    ids = tokens(10, 1)
+    for offsets in ([0, 5], [1, 10], [0, 7, 5, 10]):
+        with pytest.raises(ValueError, match="rise from 0"):
+            model(ids, cu_seqlens=torch.tensor(offsets))
+    with pytest.raises(ValueError, match=r"shape \(1, T\)"):
+        model(tokens(10, 2), cu_seqlens=torch.tensor([0, 10]))
+    with pytest.raises(ValueError, match="integers"):
+        model(ids, cu_seqlens=torch.tensor([0.0, 10.0]))
+    with pytest.raises(ValueError, match="attention_mask must have the shape"):
+        model(ids, attention_mask=torch.ones(1, 9))
+    with pytest.raises(ValueError, match="not both"):
+        model(ids, attention_mask=torch.ones(1, 10), cu_seqlens=torch.tensor([0, 10]))
+    with pytest.raises(ValueError, match="without any token"):
+        model.generate(ids, 1, attention_mask=torch.zeros(1, 10))
+
+
+def test_a_foreign_state_is_refused(model):
+    _, state = model(tokens(10, 2), return_state=True)
+    with pytest.raises(ValueError, match="holds 2 sequences, the input has 3"):
+        model(tokens(10, 3), state=state)
+    for options in (dict(n_layers=2), dict(num_heads=2), dict(head_dim=8), dict(conv_size=3)):
+        with pytest.raises(ValueError, match="belongs to another model"):
+            small_model(**options)(tokens(10, 2), state=state)
+
+
+def test_diagnostics_change_no_logit_and_hold_what_the_report_names(model):
+    ids = tokens(130)
+    plain = model(ids)
+    logits, state, diagnostics = model(ids, return_state=True, return_diagnostics=True)
+    assert torch.equal(logits, plain)
+    assert isinstance(state, Phase2State)
+    for name in ("layer_outputs", "gamma_values", "snr_stats", "resonance_info", "stability_metrics"):
+        assert len(diagnostics[name]) == 3
+    assert diagnostics["gamma_values"][0].shape == (2, 130, 3)
+    assert diagnostics["input_embeddings"].shape == diagnostics["final_hidden_states"].shape == (2, 130, 48)
+    assert diagnostics["resonance_info"][0]["diag_energy"].shape == (2, 3, 16)
+    for metrics in diagnostics["stability_metrics"]:
+        assert (metrics["energy"] <= metrics["energy_bound"]).all()
+
+
+def test_diagnostics_follow_padding_and_packing(model):
+    ids, mask = tokens(50), torch.ones(2, 50)
+    mask[0, :20] = 0
+    _, padded = model(ids, attention_mask=mask, return_diagnostics=True)
+    _, alone = model(ids[:1, 20:], return_diagnostics=True)
+    assert padded["gamma_values"][1].shape == (2, 50, 3)
+    torch.testing.assert_close(padded["gamma_values"][1][0, 20:], alone["gamma_values"][1][0], rtol=1e-4, atol=1e-4)
+    for name, value in alone["stability_metrics"][1].items():
+        torch.testing.assert_close(padded["stability_metrics"][1][name][:1], value, rtol=1e-3, atol=1e-3)
+
+
+def test_switched_off_mechanisms_leave_no_trace():
+    model = small_model(snr_enabled=False, resonance_enabled=False)
+    assert model.blocks[0].consolidation() is None
+    _, diagnostics = model(tokens(), return_diagnostics=True)
+    assert diagnostics["snr_stats"] == [{}] * 3
+    assert not any("resonance" in name for name, _ in model.named_parameters())
+
+
+def test_logits_are_float32_even_of_a_bfloat16_model(model):
+    half = model.to(torch.bfloat16)
+    assert half(tokens()).dtype == torch.float32
+    _, state = half(tokens(1), return_state=True)
+    assert state.layers[0].memory.memory.dtype == torch.float32
+
+
+def test_bfloat16_autocast_stays_close(model):
+    ids = tokens(200)
+    exact = model(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        small = model(ids)
+    assert (small.float() - exact).norm() / exact.norm() < 0.1
+
+
+FIELDS = {
+    "base_decay": (0.01, 0.2),
+    "adaptive_decay": (True, False),
+    "hebbian_eta": (0.1, 0.7),
+    "hebbian_dt": (1.0, 0.3),
+    "num_heads": (3, 2),
+    "head_dim": (16, 8),
+    "snr_threshold": (2.0, 0.5),
+    "snr_gamma_boost": (2.0, 5.0),
+    "snr_eta_boost": (1.5, 3.0),
+    "snr_temperature": (0.5, 2.0),
+    "snr_enabled": (True, False),
+    "resonance_enabled": (True, False),
+    "resonance_energy_threshold": (0.1, 2.0),
+    "use_zeta_init": (True, False),
+    "d_model": (48, 32),
+    "n_layers": (3, 2),
+    "ffn_dim": (None, 40),
+    "vocab_size": (97, 120),
+    "consolidation_interval": (64, 128),
+    "memory_feedback": (True, False),
+    "conv_size": (4, 2),
+    "output_norm": (True, False),
+    "output_gate": (True, False),
+}
+"""Fields that change what a model computes, with two values each."""
+
+REACHES = {
+    "use_triton_bk": ((True, False), lambda m: m.blocks[0].dissipative_bk.backend),
+    "triton_block_size": ((256, 128), lambda m: m.blocks[0].dissipative_bk.block_size),
+    "backend": (("auto", "torch"), lambda m: m.blocks[0].hebbian.backend),
+    "zeta_embedding_trainable": ((False, True), lambda m: len(list(m.position_embedding.parameters()))),
+    "n_seq": ((64, 128), lambda m: m.n_seq),
+    "dropout": ((0.0, 0.5), lambda m: m.blocks[0].dropout.p + m.dropout.p),
+}
+"""Fields that change no number of an evaluation, with the part that they name."""
+
+TARGETS = {"phase1_config", "target_vram_gb", "target_speedup_triton"}
+"""Fields that describe where a model comes from and what it shall reach."""
+
+
+def test_every_field_is_accounted_for():
+    assert {f.name for f in dataclasses.fields(Phase2Config)} == {*FIELDS, *REACHES, *TARGETS}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_changes_what_the_model_computes(name):
+    def logits(value):
+        torch.manual_seed(0)
+        model = small_model(spread=0.1, **{name: value})
+        torch.manual_seed(1)
+        return model(tokens(200))
+
+    first, second = (logits(value) for value in FIELDS[name])
+    assert first.shape != second.shape or not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", REACHES)
+def test_a_field_reaches_its_part(name):
+    values, look = REACHES[name]
+    first, second = (look(small_model(**{name: value})) for value in values)
+    assert first != second
+
+
+def test_dropout_acts_in_training_only():
+    model = small_model(dropout=0.5)
+    ids = tokens()
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+def test_every_trainable_parameter_moves_within_a_few_steps():
+    model = create_phase2_model(**{**SMALL, "zeta_embedding_trainable": True}).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for _ in range(4):
+        ids = tokens(200)
+        loss = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_gradients_match_finite_differences(model):
+    """The derivative of the loss along a random direction of all parameters, in float64."""
+    model, ids = model.double(), tokens(130)
+
+    def loss():
+        return torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    loss().backward()
+    direction = [torch.randn_like(p) for p in model.parameters()]
+    slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction, strict=True)).item()
+
+    def moved(step):
+        with torch.no_grad():
+            for p, d in zip(model.parameters(), direction, strict=True):
+                p.add_(d, alpha=step)
+            value = loss().item()
+            for p, d in zip(model.parameters(), direction, strict=True):
+                p.add_(d, alpha=-step)
+        return value
+
+    estimate = (moved(1e-6) - moved(-1e-6)) / 2e-6
+    assert slope == pytest.approx(estimate, rel=1e-5)
+
+
+def test_saved_and_loaded_is_the_same_model(model, tmp_path):
+    save_model(model, tmp_path / "run")
+    loaded = load_model(tmp_path / "run", device="cpu")
+    ids = tokens()
+    assert loaded.config == model.config
+    assert torch.equal(loaded(ids), model(ids))
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "cannot read"),
+        (lambda d: (d / "config.json").write_text("{"), "cannot read"),
+        (lambda d: (d / "config.json").write_text("{}"), "does not describe a resolvent model"),
+        (lambda d: (d / "model.safetensors").unlink(), "cannot read"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"garbage" * 100), "cannot read"),
+        (lambda d: _edit(d, format_version=99), "format version 99"),
+        (lambda d: _edit(d, d_model=32), "do not fit"),
+        (lambda d: _edit(d, base_decay=-1), "base_decay must be > 0"),
+        (lambda d: _edit(d, surprise=1), "unknown field of Phase2Config: 'surprise'"),
+    ],
+)
+def test_damaged_folders_are_named(model, tmp_path, damage, message):
+    save_model(model, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path, device="cpu")
+
+
+def _edit(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    (tmp_path / "state").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="holds no saved state"):
+        Phase2State.load(tmp_path / "state")

@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from resolvent import create_phase2_model
+from resolvent.models.generation import PREFILL, sample
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return create_phase2_model(
+        vocab_size=50, d_model=32, n_layers=2, n_seq=32, num_heads=2, head_dim=16, dropout=0.3, device="cpu"
+    )
+
+
+def test_greedy_generation_is_the_argmax_of_the_forward(model):
+    prompt = torch.randint(0, 50, (2, 7))
+    out = model.generate(prompt, 20, temperature=0)
+    logits = model.eval()(out[:, :-1])
+    assert torch.equal(out[:, 7:], logits.argmax(-1)[:, 6:])
+
+
+def test_streaming_yields_what_generate_returns_and_restores_the_mode(model):
+    model.train()
+    prompt = torch.randint(0, 50, (2, 7))
+    seed = lambda: torch.Generator().manual_seed(5)  # noqa: E731
+    streamed = torch.stack(list(model.stream(prompt, 10, generator=seed())), dim=1)
+    assert torch.equal(streamed, model.generate(prompt, 10, generator=seed())[:, 7:])
+    assert model.training
+    assert not torch.equal(streamed, model.generate(prompt, 10, generator=torch.Generator().manual_seed(6))[:, 7:])
+
+
+def test_long_prompts_are_read_in_pieces(model):
+    prompt = torch.randint(0, 50, (1, PREFILL + 70))
+    out = model.generate(prompt, 1, temperature=0)
+    assert out[0, -1] == model.eval()(prompt)[0, -1].argmax()
+
+
+def test_a_state_continues_a_conversation(model):
+    model.eval()
+    prompt = torch.randint(0, 50, (1, 30))
+    _, state = model(prompt[:, :20], return_state=True)
+    assert torch.equal(
+        model.generate(prompt[:, 20:], 8, temperature=0, state=state)[:, 10:],
+        model.generate(prompt, 8, temperature=0)[:, 30:],
+    )
+
+
+def test_generation_ends_when_all_sequences_have_ended(model):
+    prompt = torch.randint(0, 50, (2, 5))
+    free = model.generate(prompt, 30, temperature=0)[:, 5:]
+    eos = int(free[0, 3])
+    out = model.generate(prompt, 30, temperature=0, eos_token_id=eos)[:, 5:]
+    end = int((out[0] == eos).nonzero()[0])
+    assert (out[0, end:] == eos).all()
+    other = (free[1] == eos).nonzero()
+    assert out.shape[1] == (max(end, int(other[0])) + 1 if len(other) else 30)
+
+
+def test_no_new_tokens(model):
+    prompt = torch.randint(0, 50, (2, 5))
+    assert torch.equal(model.generate(prompt, 0), prompt)
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, -1)
+    assert set(sample(logits, top_k=2).tolist()) == {0, 1}
+    assert set(sample(logits, top_p=0.75).tolist()) == {0, 1}
+    assert set(sample(logits, top_p=0.81).tolist()) == {0, 1, 2}
+    assert set(sample(logits, top_p=0.1).tolist()) == {0}
+    assert set(sample(logits, temperature=0).tolist()) == {0}
+    counts = torch.bincount(sample(logits), minlength=4) / 4000
+    torch.testing.assert_close(counts, logits[0].exp(), rtol=0, atol=0.04)
+    hot = torch.bincount(sample(logits, temperature=5.0), minlength=4) / 4000
+    assert hot[3] > 0.12
+
+
+@pytest.mark.parametrize(
+    "options", [dict(temperature=-1), dict(temperature=float("inf")), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)]
+)
+def test_options_out_of_range_are_named(model, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        model.generate(torch.zeros(1, 3, dtype=torch.long), 2, **options)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate(torch.zeros(1, 3, dtype=torch.long), -1)
