@@ -64,7 +64,7 @@ class Plan:
     generation_tolerance: float | None = 0.1
 
 
-FULL = Plan("base", training=((1024, 5, 0.7), (4096, 3, 1.0)), read=(100, 20_000), piece=1000)
+FULL = Plan("base", training=((1024, 5, 0.7), (4096, 5, 1.0)), read=(100, 20_000), piece=1000)
 QUICK = Plan(
     "tiny", training=((64, 2, None), (128, 2, None)), read=(20, 200), piece=50, rounds=2, generation_tolerance=None
 )

@@ -83,7 +83,13 @@ def test_train_says_what_it_does_and_what_comes_next(
 ):
     outcome = resolvent("train", "--data", text_file, "--out", tmp_path / "run", "--steps", 3, *small)
     assert outcome.code == 0
-    for part in ("parameters, fp32 on cpu", "in 5 document(s) to learn from", "held out", "step 3/3", "validation: loss"):
+    for part in (
+        "parameters, fp32 on cpu",
+        "in 5 document(s) to learn from",
+        "held out",
+        "step 3/3",
+        "validation: loss",
+    ):
         assert part in outcome.out
     assert outcome.out.splitlines()[-1].startswith(f"Let it write: resolvent generate {tmp_path / 'run'}")
 

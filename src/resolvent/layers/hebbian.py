@@ -71,23 +71,17 @@ class DissipativeHebbianLayer(nn.Module):
         self.v_proj = nn.Linear(d_model, width, bias=False)
         self.out_proj = nn.Linear(width, d_model, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(conv_size, 3 * width)) if conv_size > 1 else None
-        self.gate_proj = (
-            nn.Sequential(nn.Linear(d_model, head_dim, bias=False), nn.Linear(head_dim, width)) if output_gate else None
-        )
+        self.gate_down = nn.Linear(d_model, head_dim, bias=False) if output_gate else None
+        self.gate_up = nn.Linear(head_dim, width) if output_gate else None
         self.log_eta = nn.Parameter(torch.empty(num_heads))
-        self.log_eta.no_weight_decay = True  # type: ignore[attr-defined]
-        if self.conv_weight is not None:
-            self.conv_weight.no_weight_decay = True  # type: ignore[attr-defined]
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set what has a fixed start: η, a convolution that passes the token through, and a gate that is half open."""
+        """Set what has a fixed start: η, and a convolution that passes the token through."""
         self.log_eta.fill_(self.initial_eta).log_()
         if self.conv_weight is not None:
             self.conv_weight.zero_()[0] = 1.0
-        if self.gate_proj is not None:
-            self.gate_proj[1].bias.zero_()
 
     @property
     def eta(self) -> Tensor:
@@ -144,7 +138,9 @@ class DissipativeHebbianLayer(nn.Module):
         if self.output_norm:
             readout = F.rms_norm(readout, readout.shape[-1:], eps=1e-6)
         readout = readout.flatten(-2)
-        gated = readout if self.gate_proj is None else readout * torch.sigmoid(self.gate_proj(x))
+        gated = readout
+        if self.gate_down is not None and self.gate_up is not None:
+            gated = readout * torch.sigmoid(self.gate_up(self.gate_down(x)))
         return HebbianOutput(self.out_proj(gated), readout, v, state, conv_tail)
 
 

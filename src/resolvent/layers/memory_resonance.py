@@ -27,8 +27,6 @@ class MemoryResonanceLayer(nn.Module):
         self.energy_threshold = energy_threshold
         self.sharpness = nn.Parameter(torch.empty(num_heads))
         self.bias = nn.Parameter(torch.empty(num_heads))
-        for parameter in (self.sharpness, self.bias):
-            parameter.no_weight_decay = True  # type: ignore[attr-defined]
         self.basis = ExactConstant(lambda: resonance_basis(head_dim))
         self.reset_parameters()
 

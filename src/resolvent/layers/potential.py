@@ -42,7 +42,6 @@ class NonHermitianPotential(nn.Module):
         self.v_proj = nn.Linear(d_model, num_heads, bias=False)
         self.gamma_proj = nn.Linear(d_model, num_heads, bias=False) if adaptive_decay else None
         self.gamma_bias = nn.Parameter(torch.empty(num_heads))
-        self.gamma_bias.no_weight_decay = True  # type: ignore[attr-defined]
         self.memory_to_potential = nn.Linear(memory_width, num_heads, bias=False) if memory_width else None
         self.reset_parameters()
 
@@ -88,10 +87,12 @@ class DissipativeBKLayer(nn.Module):
         super().__init__()
         self.potential = potential
         self.initial_zeta, self.backend, self.block_size = zeta, backend, block_size
-        for name in ("h0_super", "h0_sub", "kappa", "energy", "log_zeta"):
-            parameter = nn.Parameter(torch.empty(potential.num_heads))
-            parameter.no_weight_decay = True  # type: ignore[attr-defined]
-            self.register_parameter(name, parameter)
+        heads = potential.num_heads
+        self.h0_super = nn.Parameter(torch.empty(heads))
+        self.h0_sub = nn.Parameter(torch.empty(heads))
+        self.kappa = nn.Parameter(torch.empty(heads))
+        self.energy = nn.Parameter(torch.empty(heads))
+        self.log_zeta = nn.Parameter(torch.empty(heads))
         self.reset_parameters()
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ def zeta_zeros(count: int) -> Tensor:
     table = _table()
     if count <= len(table):
         return table[:count].clone()
-    beyond = torch.arange(len(table) + 1, count + 1, dtype=torch.float64)
+    beyond = torch.arange(len(table) + 1, count + 1, dtype=torch.float64, device="cpu")
     return torch.cat([table, _invert_counting_function(beyond - 0.5)])
 
 
@@ -32,8 +32,8 @@ def counting_function(t: Tensor) -> Tensor:
 
 @functools.cache
 def _table() -> Tensor:
-    text = resources.files(__package__).joinpath("zeta_zeros.txt").read_text()
-    return torch.tensor([float(line) for line in text.split()], dtype=torch.float64)
+    text = resources.files("resolvent.layers").joinpath("zeta_zeros.txt").read_text()
+    return torch.tensor([float(line) for line in text.split()], dtype=torch.float64, device="cpu")
 
 
 def _invert_counting_function(count: Tensor) -> Tensor:
@@ -83,10 +83,7 @@ class ZetaEmbedding(nn.Module):
         self.d_model, self.trainable, self.scale = d_model, trainable, scale
         self.initial_frequency = ExactConstant(lambda: 1 / zeta_zeros((d_model + 1) // 2))
         self.frequency = nn.Parameter(torch.empty((d_model + 1) // 2)) if trainable else None
-        if self.frequency is not None:
-            self.frequency.no_weight_decay = True  # type: ignore[attr-defined]
         self.gain = nn.Parameter(torch.empty(()))
-        self.gain.no_weight_decay = True  # type: ignore[attr-defined]
         self.reset_parameters()
 
     @torch.no_grad()
@@ -135,7 +132,7 @@ class ZetaInitializer:
 
     def _orthonormal(self, rows: int, columns: int) -> Tensor:
         """Haar-distributed orthonormal columns, (rows, columns)."""
-        q, r = torch.linalg.qr(torch.randn(rows, columns, generator=self.generator))
+        q, r = torch.linalg.qr(torch.randn(rows, columns, generator=self.generator, device="cpu"))
         return q * torch.sign(r.diagonal())
 
 
@@ -152,7 +149,7 @@ def resonance_basis(width: int) -> Tensor:
 def _resonance_waves(width: int) -> Tensor:
     """The unit cosine and sine columns before they are made orthonormal, (K, K) float64."""
     frequency = counting_function(zeta_zeros((width + 1) // 2)) / width
-    phase = 2 * math.pi * torch.arange(width, dtype=torch.float64)[:, None] * frequency
+    phase = 2 * math.pi * torch.arange(width, dtype=torch.float64, device="cpu")[:, None] * frequency
     waves = torch.stack([torch.cos(phase), torch.sin(phase)], dim=-1).flatten(-2)[:, :width]
     return waves / waves.norm(dim=0)
 

@@ -172,7 +172,7 @@ class _Moebius(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyrefly: ignore[bad-override]
         g, links = ctx.saved_tensors
         slope = (links * g * g).conj()
         slope_from_next = torch.nn.functional.pad(slope[:, 1:], (0, 0, 0, 1))

@@ -346,7 +346,7 @@ class _ChunkedMemory(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pyrefly: ignore[bad-override]
         with torch.enable_grad():
             inputs = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
             outputs = _ChunkedMemory.run(ctx.layout, ctx.consolidation, *inputs)

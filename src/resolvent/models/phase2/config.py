@@ -96,8 +96,9 @@ class Phase2Config(ModelConfig):
         """
         check_fields(cls, overrides)
         shared = ("vocab_size", "d_model", "n_layers", "n_seq", "target_vram_gb")
-        taken = {name: getattr(phase1_config, name) for name in shared}
-        return cls(**{"phase1_config": phase1_config, **taken, **overrides})
+        taken: dict[str, Any] = {name: getattr(phase1_config, name) for name in shared}
+        values: dict[str, Any] = {"phase1_config": phase1_config, **taken, **overrides}
+        return cls(**values)
 
     @property
     def ffn_width(self) -> int:

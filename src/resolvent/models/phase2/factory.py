@@ -42,7 +42,7 @@ def create_phase2_model(
         raise ConfigError(f"give either config or preset, not both (preset={preset!r})")
     base = config if config is not None else get_phase2_preset(preset) if preset is not None else Phase2Config()
     sizes = dict(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_seq=n_seq)
-    overrides = {name: value for name, value in sizes.items() if value is not None} | kwargs
+    overrides: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None} | kwargs
     check_fields(Phase2Config, overrides)
     model = Phase2IntegratedModel(dataclasses.replace(base, **overrides))
     if device is None:

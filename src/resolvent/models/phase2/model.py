@@ -7,8 +7,9 @@ potential.
 Shapes: B batch, N sequence, D model width, H heads, K = V head width, S sequences.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +108,15 @@ class Phase2Block(nn.Module):
         return x, gamma, hebbian, LayerState(resolvent, hebbian.state, hebbian.conv_tail)
 
 
+_WITH_A_FIXED_START = (
+    ZetaEmbedding,
+    NonHermitianPotential,
+    DissipativeBKLayer,
+    DissipativeHebbianLayer,
+    MemoryResonanceLayer,
+)
+
+
 @dataclass
 class _Trace:
     """What one block did, kept for diagnostics."""
@@ -163,9 +173,9 @@ class Phase2IntegratedModel(nn.Module, Generation):
         for weight in (self.token_embedding.weight, self.lm_head.weight):
             _normal(weight, 0.02, generator)
         for module in self.modules():
-            if hasattr(module, "reset_parameters") and not isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
+            if isinstance(module, _WITH_A_FIXED_START):
                 module.reset_parameters()
-        for block in self.blocks:
+        for block in self._blocks:
             block.bk_proj.weight.zero_()
 
     def forward(
@@ -261,6 +271,10 @@ class Phase2IntegratedModel(nn.Module, Generation):
         """Number of parameters."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
+    @property
+    def _blocks(self) -> list[Phase2Block]:
+        return list(cast(Iterable[Phase2Block], self.blocks))
+
     def _diagnose(
         self, diagnostics: dict[str, Any], traces: list[_Trace], embedded: Tensor, hidden: Tensor, lengths: Tensor
     ) -> None:
@@ -274,7 +288,7 @@ class Phase2IntegratedModel(nn.Module, Generation):
                 resonance_info=[],
                 stability_metrics=[],
             )
-            for block, trace in zip(self.blocks, traces, strict=True):
+            for block, trace in zip(self._blocks, traces, strict=True):
                 memory = trace.hebbian.state.memory
                 snr, resonance = block.snr_filter, block.resonance
                 diagnostics["snr_stats"].append(snr.statistics(memory) if snr else {})
@@ -304,7 +318,7 @@ class Phase2IntegratedModel(nn.Module, Generation):
             raise ValueError(f"the state holds {len(state)} sequences, the input has {sequences}")
         if state.position.device != device:
             raise ValueError(f"the state is on {state.position.device}, the input on {device}; use state.to(device)")
-        wanted = [(block.dissipative_bk.potential.num_heads, *block.hebbian.state_shape) for block in self.blocks]
+        wanted = [(block.dissipative_bk.potential.num_heads, *block.hebbian.state_shape) for block in self._blocks]
         given = [
             (layer.resolvent.shape[1], layer.memory.memory.shape[1:], layer.conv_tail.shape[1:])
             for layer in state.layers
@@ -343,4 +357,4 @@ def _map_tensors(value: Any, function: Any) -> Any:
 def _normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
     """N(0, std²) drawn on the CPU, so that every device gets the same weights."""
     if not weight.is_meta:
-        weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+        weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu") * std)
