@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 import typer
@@ -37,6 +39,7 @@ OURS, TRANSFORMER = "resolvent", "GPT"
 MODELS = (OURS, TRANSFORMER)
 CHECKED_TOKENS = 130  # two consolidations and a bit
 TOLERANCE = 1e-4  # of the logits' scale
+NOTABLE_SHARE = 0.05  # of the CPU, taken by other processes
 STARTED = time.perf_counter()
 
 console = Console()
@@ -222,12 +225,22 @@ def median_seconds(jobs: dict[Any, Callable[[], None]], rounds: int) -> dict[Any
     times: dict[Any, list[float]] = {key: [] for key in jobs}
     for job in jobs.values():
         job()
+    started, others = time.perf_counter(), cpu_seconds_of_others()
     for turn in range(rounds):
         for key in list(jobs)[:: -1 if turn % 2 else 1]:
             start = time.perf_counter()
             jobs[key]()
             times[key].append(time.perf_counter() - start)
+    share = (cpu_seconds_of_others() - others) / (time.perf_counter() - started) / (os.cpu_count() or 1)
+    if share > NOTABLE_SHARE:
+        progress(f"[yellow]other processes used {share:.0%} of the CPU meanwhile: measure again when it is idle[/]")
     return {key: statistics.median(values) for key, values in times.items()}
+
+
+def cpu_seconds_of_others() -> float:
+    """Time that this machine's processors have spent so far on anything but this process."""
+    machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    return sum(machine) - machine.idle - getattr(machine, "iowait", 0.0) - own.user - own.system
 
 
 def measure_memory(plan: Plan, threads: int) -> Iterable[Row]:

@@ -1,16 +1,21 @@
 """Linear-time language models built on the resolvent of a Hamiltonian and a dissipative Hebbian memory."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 from ._version import __version__
 from .errors import CheckpointError, ConfigError, DataError, ResolventError
-from .models import load_model, save_model
-from .models.phase1 import Phase1Config
-from .models.phase2 import (
-    Phase2Config,
-    Phase2IntegratedModel,
-    Phase2State,
-    create_phase2_model,
-    get_phase2_preset,
-)
+
+if TYPE_CHECKING:
+    from .models import load_model, save_model
+    from .models.phase1 import Phase1Config
+    from .models.phase2 import (
+        Phase2Config,
+        Phase2IntegratedModel,
+        Phase2State,
+        create_phase2_model,
+        get_phase2_preset,
+    )
 
 __all__ = [
     "CheckpointError",
@@ -27,3 +32,12 @@ __all__ = [
     "load_model",
     "save_model",
 ]
+
+_HOMES = {"load_model": "models", "save_model": "models", "Phase1Config": "models.phase1"}
+
+
+def __getattr__(name: str) -> object:
+    # Loading torch takes a second, which `resolvent --help` need not wait for.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'models.phase2')}"), name)

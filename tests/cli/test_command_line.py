@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from resolvent import __version__
+from resolvent import __version__, training
 from resolvent.data import load_documents, load_tokenizer
 from resolvent.evaluation import evaluate_documents
 from resolvent.models import load_model
@@ -142,6 +142,33 @@ def test_resume_goes_on_with_a_run(resolvent: Resolvent, text_file: Path, small:
     outcome = resolvent("train", "--resume", run)
     assert outcome.code == 0
     assert "from step 3 of 3" in outcome.out
+
+
+@pytest.mark.parametrize(("arguments", "device"), [([], None), (["--device", "cpu"], "cpu")])
+def test_resume_keeps_the_device_unless_told(
+    resolvent: Resolvent, run_dir: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], device: str | None
+):
+    seen: list[str | None] = []
+    resume = training.run.resume
+
+    def look(directory: Path, *, device: Literal["auto", "cpu", "cuda"] | None, console: Any) -> Any:
+        seen.append(device)
+        return resume(directory, device=device, console=console)
+
+    monkeypatch.setattr("resolvent.training.run.resume", look)
+    assert resolvent("train", "--resume", run_dir, *arguments).code == 0
+    assert seen == [device]
+
+
+def test_stopping_before_the_run_began_offers_nothing_to_resume(
+    resolvent: Resolvent, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("resolvent.training.run.load_corpus", stop)
+    outcome = resolvent("train", "--data", text_file, "--out", tmp_path / "run")
+    assert outcome == (130, "Stopped.\n", "")
 
 
 @pytest.mark.parametrize(

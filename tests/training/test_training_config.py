@@ -83,6 +83,12 @@ def test_the_default_warm_up(steps: int, warmup: int):
     assert TrainingConfig(steps=steps, warmup_steps=7).warmup == 7
 
 
+def test_the_default_learning_rate_falls_with_the_width():
+    assert TrainingConfig().peak_learning_rate(d_model=512) == pytest.approx(1e-3, rel=0.03)
+    assert TrainingConfig().peak_learning_rate(d_model=128) == pytest.approx(4e-3, rel=0.03)
+    assert TrainingConfig(learning_rate=0.25).peak_learning_rate(d_model=128) == 0.25
+
+
 def test_the_default_run_folder_is_named_after_the_preset():
     assert TrainingConfig(preset="small").run_dir.as_posix() == "runs/small"
     assert TrainingConfig(preset="small", out="elsewhere").run_dir.as_posix() == "elsewhere"

@@ -37,16 +37,8 @@ def test_only_matrices_decay(model: Phase2IntegratedModel):
     assert not decayed_names & kept_names
     assert {"token_embedding.weight", "lm_head.weight", "blocks.1.ffn.0.weight"} <= decayed_names
     for name, parameter in model.named_parameters():
-        meant_to_stay = getattr(parameter, "no_weight_decay", False) or name.startswith("position_embedding")
-        if parameter.ndim < 2 or meant_to_stay:
-            assert name in kept_names, name
+        assert (name in kept_names) == (parameter.ndim < 2), name
     assert {"ln_f.weight", "blocks.0.ffn.0.bias"} <= kept_names
-
-
-def test_a_parameter_marked_no_weight_decay_does_not_decay(model: Phase2IntegratedModel):
-    model.lm_head.weight.no_weight_decay = True
-    kept = optimizer_of(model).param_groups[1]["params"]
-    assert any(parameter is model.lm_head.weight for parameter in kept)
 
 
 def test_frozen_parameters_are_left_out(model: Phase2IntegratedModel):

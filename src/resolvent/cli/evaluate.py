@@ -17,7 +17,7 @@ def evaluate(
         typer.Option(help="Text file, folder, .jsonl or .parquet.", show_default="the run's held-out documents"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens at once; fewer need less memory.")] = 8192,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens at once; fewer need less memory.")] = 4096,
     device: Device = "auto",
 ) -> None:
     """Measure how well a model predicts text.
@@ -28,15 +28,17 @@ def evaluate(
     Example: [bold]resolvent evaluate runs/tiny --data novel.txt --json[/bold]
     """
     model, tokenizer = load_trained(directory, device)
+    from rich.console import Console
+
     from resolvent.data import load_documents
     from resolvent.evaluation import evaluate_documents
 
     documents = load_documents(data) if data is not None else _held_out(directory)
-    score = evaluate_documents(model, documents, tokenizer, batch_tokens=batch_tokens)
+    with Console(stderr=True).status(f"Reading {len(documents):,} document(s)"):
+        score = evaluate_documents(model, documents, tokenizer, batch_tokens=batch_tokens)
     if as_json:
         print(json.dumps(dataclasses.asdict(score), allow_nan=False))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resolvent.training.config import RUN, TEXT, TrainingConfig
+from resolvent.training.record import RUN_FILE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,14 +66,17 @@ def train(
 
     console = Console()
     config = TrainingConfig(**settings)
+    run_dir = resume or config.run_dir
     try:
         if resume is not None:
-            result = training.resume(resume, device=config.device, console=console)
+            device = None if config.device == "auto" else config.device
+            result = training.resume(resume, device=device, console=console)
         else:
             result = training.train(config, console=console)
     except (training.TrainingInterrupted, KeyboardInterrupt) as stop:
         number = stop.signal_number if isinstance(stop, training.TrainingInterrupted) else signal.SIGINT
-        _say(console, f"Stopped. Go on with: resolvent train --resume {resume or config.run_dir}")
+        begun = (run_dir / RUN_FILE).exists()
+        _say(console, f"Stopped. Go on with: resolvent train --resume {run_dir}" if begun else "Stopped.")
         raise typer.Exit(128 + number) from None
     _say(console, f"Let it write: resolvent generate {result.run_dir} --prompt 'The' --stream")
 

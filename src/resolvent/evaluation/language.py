@@ -51,7 +51,7 @@ def evaluate_documents(
     documents: list[str] | TokenStream,
     tokenizer: Tokenizer | None = None,
     *,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 4096,
     piece_tokens: int = 512,
 ) -> LanguageScore:
     """Score whole documents, each read from its first token to its end of text.

@@ -38,6 +38,8 @@ def unpad(input_ids: Tensor, attention_mask: Tensor) -> Unpadded:
         expected, got = tuple(input_ids.shape), tuple(attention_mask.shape)
         raise ValueError(f"attention_mask must have the shape of input_ids, {expected}, got {got}")
     mask = attention_mask.bool()
+    if not mask.any():
+        raise ValueError("attention_mask leaves the batch without any token; keep at least one")
     cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
     places = mask.flatten().nonzero().squeeze(1)
     return Unpadded(input_ids.flatten()[places].unsqueeze(0), cu_seqlens, places)

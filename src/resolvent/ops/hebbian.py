@@ -13,7 +13,7 @@ Shapes: B batch, N sequence, H heads, K key width, V value width, S packed seque
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +87,9 @@ def dissipative_memory(
     if initial_state is None:
         initial_state = empty_state(sequences, q, v)
     run = _backend.implementation("dissipative_memory", backend, q.device)
-    return run(q, k, v, decay, eta, initial_state, position, cu_seqlens, consolidation)
+    # Autocast would turn the float32 products of the state into half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        return run(q, k, v, decay, eta, initial_state, position, cu_seqlens, consolidation)
 
 
 def empty_state(sequences: int, q: Tensor, v: Tensor) -> MemoryState:
@@ -172,10 +174,10 @@ def _dissipative_memory_torch(
     lengths = (length,) * batch if cu_seqlens is None else tuple(cu_seqlens.diff().tolist())
     phases = tuple((position % consolidation.interval).tolist()) if consolidation else (0,) * len(lengths)
     layout = _chunk_layout(lengths, phases, q.device)
-    resonance = consolidation.resonance if consolidation else None
-    sharpness, bias = (resonance.sharpness, resonance.bias) if resonance else (None, None)
-    readout, *final = _ChunkedMemory.apply(layout, consolidation, q, k, v, decay, eta, *state, sharpness, bias)
-    return readout, MemoryState(*final)
+    readout, state = _chunked_memory(layout, consolidation, q, k, v, decay, eta, state)
+    if consolidation is not None and consolidation.resonance is not None:
+        readout = _TakesPart.apply(readout, consolidation.resonance.sharpness, consolidation.resonance.bias)
+    return readout, state
 
 
 @dataclass(frozen=True)
@@ -232,11 +234,7 @@ def _chunked_memory(
     decay_MHC = _to_chunks(decay.to(torch.float64).unsqueeze(-1), layout).squeeze(-1).cumsum(-1)
     total_MH = decay_MHC[..., -1]
 
-    between = (decay_MHC[..., :, None] - decay_MHC[..., None, :]).to(dtype)
-    future = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
-    scores = (q_MHCK @ k_MHCK.mT) * torch.exp(-between.masked_fill(future, torch.inf))
-    readout = scores @ v_MHCV
-
+    readout = _WithinChunk.apply(q_MHCK, k_MHCK, v_MHCV, decay_MHC)
     to_end = torch.exp(decay_MHC - total_MH[..., None]).to(dtype)
     written = (k_MHCK * to_end[..., None]).mT @ v_MHCV
     before, state = _carry(layout, consolidation, written, total_MH.to(dtype), state)
@@ -309,7 +307,7 @@ def _replace_first(state: MemoryState, new: MemoryState) -> MemoryState:
 def _to_chunks(x: Tensor, layout: _ChunkLayout) -> Tensor:
     """(B, N, H, X) -> (M, H, C, X), zeros in empty slots."""
     flat = x.reshape(-1, *x.shape[2:])
-    grid = flat.new_zeros(layout.chunks * CHUNK, *flat.shape[1:]).index_copy(0, layout.slots, flat)
+    grid = flat.new_zeros(layout.chunks * CHUNK, *flat.shape[1:]).index_copy_(0, layout.slots, flat)
     return grid.unflatten(0, (layout.chunks, CHUNK)).transpose(1, 2)
 
 
@@ -322,37 +320,51 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-class _ChunkedMemory(torch.autograd.Function):
-    """The chunked form with its forward pass repeated in backward: the C x C scores are never kept.
+class _WithinChunk(torch.autograd.Function):
+    """What tokens read of their own chunk: ``y_t = sum_{s <= t} exp(L_s - L_t) (q_t . k_s) v_s``.
 
-    Parameters that did not take part, such as the resonance's in a sequence without a boundary, get zero gradients.
+    q, k (M, H, C, K), v (M, H, C, V) and the cumulative decay L (M, H, C) float64 -> (M, H, C, V). The C x C factors
+    are computed anew in backward and never kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, layout: _ChunkLayout, consolidation: Consolidation | None, *tensors: Tensor | None) -> Any:
-        ctx.layout, ctx.consolidation = layout, consolidation
-        ctx.save_for_backward(*tensors)
-        return _ChunkedMemory.run(layout, consolidation, *tensors)
-
-    @staticmethod
-    def run(layout: _ChunkLayout, consolidation: Consolidation | None, *tensors: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, eta, memory, writes, forgetting, sharpness, bias = tensors
-        if consolidation is not None and consolidation.resonance is not None:
-            resonance = replace(consolidation.resonance, sharpness=sharpness, bias=bias)
-            consolidation = replace(consolidation, resonance=resonance)
-        state = MemoryState(memory, writes, forgetting)
-        readout, state = _chunked_memory(layout, consolidation, q, k, v, decay, eta, state)
-        return readout, *state
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cumulative: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v, cumulative)
+        return (q @ k.mT).mul_(_decay_between(cumulative, q.dtype)) @ v
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pyrefly: ignore[bad-override]
-        with torch.enable_grad():
-            inputs = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
-            outputs = _ChunkedMemory.run(ctx.layout, ctx.consolidation, *inputs)
-        pairs = [
-            (y, g) for y, g in zip(outputs, grads, strict=True) if y is not None and g is not None and y.requires_grad
-        ]
-        wanted = [x for x in inputs if x is not None]
-        found = iter(torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True))
-        return None, None, *(None if x is None else next(found) for x in inputs)
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        q, k, v, cumulative = ctx.saved_tensors
+        scores, decay = q @ k.mT, _decay_between(cumulative, q.dtype)
+        grad_scores = (grad @ v.mT).mul_(decay)
+        grad_q, grad_k = grad_scores @ k, grad_scores.mT @ q
+        # A token's own term does not depend on the decay: left out, it costs the others no digits.
+        exponents = (grad_scores * scores).tril_(-1)
+        grad_cumulative = exponents.sum(-2) - exponents.sum(-1)
+        grad_v = scores.mul_(decay).mT @ grad
+        return grad_q, grad_k, grad_v, grad_cumulative.to(cumulative.dtype)
+
+
+def _decay_between(cumulative: Tensor, dtype: torch.dtype) -> Tensor:
+    """``exp(L_s - L_t)`` for s <= t and zero elsewhere: (M, H, C) float64 -> (M, H, C, C)."""
+    between = torch.empty(*cumulative.shape, cumulative.shape[-1], dtype=dtype, device=cumulative.device)
+    torch.sub(cumulative.unsqueeze(-2), cumulative.unsqueeze(-1), out=between)
+    return between.exp_().tril_()
+
+
+class _TakesPart(torch.autograd.Function):
+    """Pass ``x`` on, and give parameters zero gradients where they took no part in it.
+
+    A resonance does nothing in a sequence without a boundary; its parameters are the model's all the same, and
+    optimisers and data-parallel wrappers expect a gradient of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.parameters)

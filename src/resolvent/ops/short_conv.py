@@ -3,6 +3,8 @@
 Shapes: B batch, N sequence, D channels, W kernel width, S packed sequences.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,31 +24,59 @@ def causal_conv(x: Tensor, weight: Tensor, tail: Tensor, cu_seqlens: Tensor | No
     width, length = len(weight), x.shape[1]
     if cu_seqlens is None:
         extended = torch.cat([tail.to(x.dtype), x], dim=1)
-        taps = [extended[:, width - 1 - j : width - 1 - j + length] for j in range(width)]
-        return _weighted_sum(taps, weight), extended[:, length:].to(tail.dtype)
+        return _DepthwiseConv.apply(extended, weight), extended[:, length:].to(tail.dtype)
 
-    # One pool of rows holds the tokens, then every sequence's tail; taps that reach before a start point into the tail.
-    pool = torch.cat([x[0], tail.to(x.dtype).flatten(0, 1)])
+    # Convolve across the starts, and put right the first W - 1 outputs of every sequence: they saw the inputs that
+    # happened to stand before the start, and should have seen the tail.
+    y, _ = causal_conv(x, weight, x.new_zeros(1, width - 1, x.shape[-1]))
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
-    token = torch.arange(length, device=x.device)
-    sequence = torch.searchsorted(ends, token, right=True)
-    rows = [_rows(token - j, sequence, starts, length, width) for j in range(width)]
-    y = _weighted_sum([pool[r] for r in rows], weight).unsqueeze(0)
-    last = torch.arange(len(starts), device=x.device)
-    new_tail = [_rows(ends - back, last, starts, length, width) for back in range(width - 1, 0, -1)]
-    if not new_tail:
-        return y, tail
-    return y, pool[torch.stack(new_tail, dim=1)].to(tail.dtype)
+    seen = _new_tails(x[0], torch.zeros_like(tail), torch.zeros_like(starts), starts)
+    correction, _ = causal_conv(torch.zeros_like(tail, dtype=x.dtype), weight, tail - seen)
+    rows = starts.unsqueeze(1) + torch.arange(width - 1, device=x.device)
+    inside = (rows < ends.unsqueeze(1)).unsqueeze(-1)
+    y = y.index_add(1, rows.clamp(max=length - 1).flatten(), (correction * inside).flatten(0, 1).unsqueeze(0))
+    return y, _new_tails(x[0], tail, starts, ends)
 
 
-def _weighted_sum(taps: list[Tensor], weight: Tensor) -> Tensor:
-    y = taps[0] * weight[0]
-    for tap, w in zip(taps[1:], weight[1:], strict=True):
-        y = torch.addcmul(y, tap, w)
-    return y
+def _new_tails(x: Tensor, tail: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """The last W - 1 inputs of every sequence (S, W - 1, D), out of its old tail where it is shorter: x is (T, D)."""
+    kept = tail.shape[1]
+    back = torch.arange(kept, 0, -1, device=x.device)
+    rows = ends.unsqueeze(1) - back
+    old = (ends - starts).unsqueeze(1) - back + kept
+    from_x = x[rows.clamp(min=0)].to(tail.dtype)
+    from_tail = tail.gather(1, old.clamp(min=0, max=max(kept - 1, 0)).unsqueeze(-1).expand_as(tail))
+    return torch.where((rows >= starts.unsqueeze(1)).unsqueeze(-1), from_x, from_tail)
 
 
-def _rows(token: Tensor, sequence: Tensor, starts: Tensor, length: int, width: int) -> Tensor:
-    """Row of the pool that holds ``token`` of ``sequence``, which may lie up to W - 1 tokens before its start."""
-    before = token - starts[sequence]
-    return torch.where(before >= 0, token, length + (sequence + 1) * (width - 1) + before)
+class _DepthwiseConv(torch.autograd.Function):
+    """``y_t = sum_j weight_j x_{t + W - 1 - j}``: x (B, N + W - 1, D), weight (W, D) -> (B, N, D).
+
+    A few scaled additions of shifted rows; the convolutions of cuDNN and oneDNN want channels first, and turning the
+    tensors around costs more than the sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        taps = _taps(x, len(weight))
+        y = taps[0] * weight[0]
+        for tap, w in zip(taps[1:], weight[1:], strict=True):
+            y.addcmul_(tap, w)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        x, weight = ctx.saved_tensors
+        grad_x = torch.zeros_like(x)
+        for tap, w in zip(_taps(grad_x, len(weight)), weight, strict=True):
+            tap.addcmul_(grad, w)
+        grad_weight = torch.stack([(grad * tap).sum(dim=(0, 1)) for tap in _taps(x, len(weight))])
+        return grad_x, grad_weight
+
+
+def _taps(x: Tensor, width: int) -> list[Tensor]:
+    """The rows that each tap of the kernel meets, nearest first: views (B, N, D) of (B, N + W - 1, D)."""
+    length = x.shape[1] - width + 1
+    return [x[:, width - 1 - j : width - 1 - j + length] for j in range(width)]

@@ -40,7 +40,7 @@ class TrainingConfig:
     out: str | None = setting(
         None, RUN, "Run folder for model and metrics; new or empty.", metavar="DIR", default_text="runs/PRESET"
     )
-    seed: int = setting(0, RUN, "Decides initial weights, order of the data and dropout.", at_least=0)
+    seed: int = setting(0, RUN, "Decides weights, order of the data and dropout.", at_least=0, at_most=2**63 - 1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN, "auto: cuda where there is one.")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", RUN, "auto: bf16 on cuda, fp32 on the cpu.")
 
@@ -66,7 +66,9 @@ class TrainingConfig:
     batch_size: int = setting(8, SIZE, "Windows in a batch, on each device.", at_least=1)
     accumulation: int = setting(1, SIZE, "Batches in a step.", at_least=1)
 
-    learning_rate: float = setting(1e-3, OPTIMISER, "Highest learning rate.", above=0)
+    learning_rate: float | None = setting(
+        None, OPTIMISER, "Highest learning rate.", above=0, default_text="0.5 / d_model: 0.004 for tiny, 0.001 for base"
+    )
     schedule: Literal["cosine", "wsd", "constant"] = setting(
         "cosine", OPTIMISER, "Learning rate after the warm-up; wsd stays, then falls in the last fifth."
     )
@@ -97,6 +99,10 @@ class TrainingConfig:
     def warmup(self) -> int:
         """Steps of warm-up, the default worked out."""
         return min(200, self.steps // 20) if self.warmup_steps is None else self.warmup_steps
+
+    def peak_learning_rate(self, d_model: int) -> float:
+        """The highest learning rate, the default worked out: the wider a model, the smaller are good steps."""
+        return 0.5 / d_model if self.learning_rate is None else self.learning_rate
 
     def validate(self) -> None:
         """Check every field.

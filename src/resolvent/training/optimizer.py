@@ -13,21 +13,15 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW with two parameter groups: matrices, which decay, and everything else, which does not.
 
-    Positions, biases, norms and every parameter marked `no_weight_decay` (rates, hoppings, energies) are
-    quantities with a meaning of their own; pulling them to zero changes what they say.
+    Biases, norms, rates, hoppings and energies are quantities with a meaning of their own; pulling them to zero
+    changes what they say.
     """
-    decayed, kept = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (decayed if _decays(name, parameter) else kept).append(parameter)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.ndim >= 2]
+    kept = [parameter for parameter in trained if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     fused = all(parameter.device.type == "cuda" for parameter in model.parameters())
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused)
-
-
-def _decays(name: str, parameter: nn.Parameter) -> bool:
-    is_position = "position_embedding" in name.split(".")
-    return parameter.ndim >= 2 and not is_position and not getattr(parameter, "no_weight_decay", False)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

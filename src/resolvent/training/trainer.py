@@ -81,10 +81,11 @@ class Trainer:
         self.validation_sample = sample_documents(corpus.validation, config.eval_tokens)
         self.tokens_per_step = self.batches.tokens_per_batch * config.accumulation * accelerator.num_processes
         self.bits_per_byte_per_nat = corpus.train.num_predictions / corpus.train.num_bytes / math.log(2)
+        self.peak_learning_rate = config.peak_learning_rate(model.d_model)
         self.raw_model = model
         self.raw_optimizer = build_optimizer(
             model,
-            learning_rate=config.learning_rate,
+            learning_rate=self.peak_learning_rate,
             weight_decay=config.weight_decay,
             betas=(config.beta1, config.beta2),
         )
@@ -126,7 +127,7 @@ class Trainer:
     def _step(self) -> None:
         """Update the weights once, along the gradient of the mean loss over this step's batches."""
         config, step, started = self.config, self.standing.step, time.perf_counter()
-        lr = config.learning_rate * learning_rate_factor(
+        lr = self.peak_learning_rate * learning_rate_factor(
             step,
             steps=config.steps,
             warmup=config.warmup,
@@ -139,7 +140,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(
                 f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}; the step was not taken. "
-                f"Train again with a learning rate below {config.learning_rate:g} or a warm-up of more than "
+                f"Train again with a learning rate below {self.peak_learning_rate:g} or a warm-up of more than "
                 f"{config.warmup} steps"
             )
         self.optimizer.step()

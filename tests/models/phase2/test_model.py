@@ -95,12 +95,24 @@ def test_logits_are_float32_even_of_a_bfloat16_model(model):
     assert state.layers[0].memory.memory.dtype == torch.float32
 
 
-def test_bfloat16_autocast_stays_close(model):
-    ids = tokens(200)
-    exact = model(ids)
+@pytest.mark.parametrize("packed", [False, True])
+def test_bfloat16_autocast_stays_close_gradients_included(packed):
+    model, ids = small_model(spread=0.0), tokens(200, 1)
+    options = {"cu_seqlens": torch.tensor([0, 70, 200])} if packed else {}
+
+    def logits_and_gradient():
+        model.zero_grad()
+        logits = model(ids, **options)
+        logits.float().square().sum().backward()
+        return logits.float(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    exact, exact_gradient = logits_and_gradient()
     with torch.autocast("cpu", torch.bfloat16):
-        small = model(ids)
-    assert (small.float() - exact).norm() / exact.norm() < 0.1
+        found, gradient = logits_and_gradient()
+        _, state = model(ids, return_state=True)
+    assert (found - exact).norm() / exact.norm() < 0.1
+    assert (gradient - exact_gradient).norm() / exact_gradient.norm() < 0.1
+    assert state.layers[1].memory.memory.dtype == torch.float32
 
 
 FIELDS = {
