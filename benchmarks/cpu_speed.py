@@ -39,6 +39,7 @@ OURS, TRANSFORMER = "resolvent", "GPT"
 MODELS = (OURS, TRANSFORMER)
 CHECKED_TOKENS = 130  # two consolidations and a bit
 TOLERANCE = 1e-4  # of the logits' scale
+WARM_UPS = 2  # the first steps pay for fresh pages of memory
 NOTABLE_SHARE = 0.05  # of the CPU, taken by other processes
 STARTED = time.perf_counter()
 
@@ -221,9 +222,9 @@ def generate(reader: OurReader | TransformerReader, count: int) -> None:
 
 
 def median_seconds(jobs: dict[Any, Callable[[], None]], rounds: int) -> dict[Any, float]:
-    """Median time of each job, all run once to warm up and then in turns, forwards and backwards."""
+    """Median time of each job, all run to warm up and then timed in turns, forwards and backwards."""
     times: dict[Any, list[float]] = {key: [] for key in jobs}
-    for job in jobs.values():
+    for job in [*jobs.values()] * WARM_UPS:
         job()
     started, others = time.perf_counter(), cpu_seconds_of_others()
     for turn in range(rounds):
@@ -255,7 +256,7 @@ def measure_memory(plan: Plan, threads: int) -> Iterable[Row]:
 def measure_training(plan: Plan) -> Iterable[Row]:
     trainers = {name: Trainer(name, plan.preset) for name in MODELS}
     for length, rounds, least in plan.training:
-        progress(f"training steps of {length} tokens: {rounds} rounds and a warm-up")
+        progress(f"training steps of {length} tokens: {rounds} rounds after {WARM_UPS} to warm up")
         ids = random_ids(plan.preset, length + 1)
         seconds = median_seconds({name: partial(trainers[name].step, ids) for name in MODELS}, rounds)
         ours, transformer = (length / seconds[name] for name in MODELS)
@@ -276,7 +277,7 @@ def measure_generation(plan: Plan) -> list[Row]:
             else:
                 reader = OurReader(model, ids, plan.piece)
             jobs[name, count] = partial(generate, reader, plan.generated)
-    progress(f"generating {plan.generated} tokens: {plan.rounds} rounds and a warm-up")
+    progress(f"generating {plan.generated} tokens: {plan.rounds} rounds after {WARM_UPS} to warm up")
     seconds = median_seconds(jobs, plan.rounds)
     ms = {key: 1000 * value / plan.generated for key, value in seconds.items()}
     rows = [Row(f"token after {count}", "ms", ms[OURS, count], ms[TRANSFORMER, count]) for count in plan.read]

@@ -22,9 +22,18 @@ def app() -> cpu_speed.typer.Typer:
 def test_jobs_take_turns_after_a_warm_up():
     calls: list[str] = []
     seconds = cpu_speed.median_seconds({name: partial(calls.append, name) for name in "ab"}, rounds=3)
-    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert "".join(calls) == "ab" * cpu_speed.WARM_UPS + "ab" + "ba" + "ab"
     assert set(seconds) == {"a", "b"}
     assert all(0 < value < 1 for value in seconds.values())
+
+
+def test_other_work_on_the_machine_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    clock = iter([0.0, 1e6, 0.0, 0.0])
+    monkeypatch.setattr(cpu_speed, "cpu_seconds_of_others", lambda: next(clock))
+    cpu_speed.median_seconds({"a": lambda: None}, rounds=1)
+    assert "other processes used" in capsys.readouterr().out
+    cpu_speed.median_seconds({"a": lambda: None}, rounds=1)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", [OURS, TRANSFORMER])

@@ -180,6 +180,15 @@ def test_parameters_that_took_no_part_get_zero_gradients():
     assert torch.equal(rule.resonance.bias.grad, torch.zeros(2))
 
 
+def test_training_after_inference_on_the_same_lengths():
+    values = inputs(77)
+    with torch.inference_mode():
+        dissipative_memory(*values)
+    values[0].requires_grad_()
+    dissipative_memory(*values)[0].sum().backward()
+    assert values[0].grad.isfinite().all()
+
+
 def test_reads_out_what_was_written():
     """One association stored at a key comes back at that key: y = S'q, not S q."""
     k = torch.zeros(1, 2, 1, 16, dtype=torch.float64)

@@ -136,7 +136,7 @@ class DissipativeHebbianLayer(nn.Module):
             backend=self.backend,
         )
         if self.output_norm:
-            readout = F.rms_norm(readout, readout.shape[-1:], eps=1e-6)
+            readout = F.rms_norm(readout, readout.shape[-1:], eps=1e-5)
         readout = readout.flatten(-2)
         gated = readout
         if self.gate_down is not None and self.gate_up is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..errors import CheckpointError, ConfigError
 from .phase2 import Phase2Config, Phase2IntegratedModel
@@ -26,12 +26,8 @@ def save_model(model: Phase2IntegratedModel, directory: str | Path) -> None:
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        weights = directory / (WEIGHTS + ".partial")
-        save_file(tensors, weights, metadata={"format": "pt"})
-        os.replace(weights, directory / WEIGHTS)
-        config = directory / (CONFIG + ".partial")
-        config.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        os.replace(config, directory / CONFIG)
+        _write(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+        _write(directory / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
     except OSError as error:
         raise CheckpointError(f"cannot write the model to {directory}: {error}") from error
 
@@ -55,6 +51,12 @@ def load_model(directory: str | Path, device: torch.device | str | None = None) 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 def _read_config(path: Path) -> Phase2Config:

@@ -200,6 +200,7 @@ class _ChunkLayout:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept for later calls must serve training, too
 def _chunk_layout(lengths: tuple[int, ...], phases: tuple[int, ...], device: torch.device) -> _ChunkLayout:
     reach = torch.tensor(lengths) + torch.tensor(phases)
     order = torch.argsort(reach, descending=True, stable=True)

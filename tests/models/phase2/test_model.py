@@ -98,6 +98,7 @@ def test_logits_are_float32_even_of_a_bfloat16_model(model):
 @pytest.mark.parametrize("packed", [False, True])
 def test_bfloat16_autocast_stays_close_gradients_included(packed):
     model, ids = small_model(spread=0.0), tokens(200, 1)
+    model.token_embedding.weight.data.mul_(50)  # the first norm would amplify the rounding of a small one
     options = {"cu_seqlens": torch.tensor([0, 70, 200])} if packed else {}
 
     def logits_and_gradient():
@@ -110,8 +111,8 @@ def test_bfloat16_autocast_stays_close_gradients_included(packed):
     with torch.autocast("cpu", torch.bfloat16):
         found, gradient = logits_and_gradient()
         _, state = model(ids, return_state=True)
-    assert (found - exact).norm() / exact.norm() < 0.1
-    assert (gradient - exact_gradient).norm() / exact_gradient.norm() < 0.1
+    assert (found - exact).norm() / exact.norm() < 0.02
+    assert (gradient - exact_gradient).norm() / exact_gradient.norm() < 0.03
     assert state.layers[1].memory.memory.dtype == torch.float32
 
 
