@@ -14,7 +14,7 @@ class Unpadded(NamedTuple):
 
     Attributes:
         tokens: (1, T).
-        cu_seqlens: offsets of the B sequences, int64 (B + 1,).
+        cu_seqlens: offsets of the B sequences, int64 (B + 1,), on the CPU.
         places: where each token stood in the flat (B * N,) batch, int64 (T,).
     """
 
@@ -40,7 +40,7 @@ def unpad(input_ids: Tensor, attention_mask: Tensor) -> Unpadded:
     mask = attention_mask.bool()
     if not mask.any():
         raise ValueError("attention_mask leaves the batch without any token; keep at least one")
-    cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).cpu()
     places = mask.flatten().nonzero().squeeze(1)
     return Unpadded(input_ids.flatten()[places].unsqueeze(0), cu_seqlens, places)
 
@@ -56,10 +56,12 @@ def check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens {shape[1]}, got {offsets}")
 
 
-def positions(start: Tensor, shape: tuple[int, int], cu_seqlens: Tensor | None) -> Tensor:
+def positions(start: Tensor, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Position of every token in its sequence, int64 (B, N), for sequences that have read ``start`` (S,) tokens."""
-    index = torch.arange(shape[1], device=start.device)
+    start = start.to(input_ids.device)
+    index = torch.arange(input_ids.shape[1], device=input_ids.device)
     if cu_seqlens is None:
         return start.unsqueeze(1) + index
+    cu_seqlens = cu_seqlens.to(input_ids.device)
     sequence = torch.searchsorted(cu_seqlens[1:], index, right=True)
     return (index - cu_seqlens[sequence] + start[sequence]).unsqueeze(0)

@@ -122,8 +122,11 @@ def _resolvent_diagonal_torch(
 ) -> tuple[Tensor, Tensor | None]:
     del block_size  # the scan below has no blocks
     batch, length, heads = alpha.shape
-    offsets = cu_seqlens if cu_seqlens is not None else torch.tensor([0, length], device=alpha.device)
-    starts, ends = offsets[:-1], offsets[1:]
+    if cu_seqlens is None:
+        starts = torch.zeros(1, dtype=torch.long, device=alpha.device)
+        ends = starts + length
+    else:
+        starts, ends = cu_seqlens.to(alpha.device)[:-1], cu_seqlens.to(alpha.device)[1:]
     links = _links(coupling, starts, length)
     if form == "two_sided":
         g_left = _Moebius.apply(alpha, links.expand_as(alpha))

@@ -63,7 +63,8 @@ def dissipative_memory(
         eta: learning rate η > 0, (H,).
         initial_state: memory at the start, one row a sequence; empty if not given.
         position: tokens that each sequence has read before, integer (B,) or (S,): where its next boundary lies.
-        cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1.
+        cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1. Python reads both
+            ``position`` and ``cu_seqlens``: on the CPU it need not wait for the device.
         consolidation: what acts at the boundaries; None for a plain decaying memory.
         backend: ``auto``, ``torch`` or ``triton``.
 
@@ -83,7 +84,7 @@ def dissipative_memory(
         raise ValueError(f"the consolidation interval must be a multiple of {CHUNK}, got {consolidation.interval}")
     sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if position is None:
-        position = torch.zeros(sequences, dtype=torch.long, device=q.device)
+        position = torch.zeros(sequences, dtype=torch.long)
     if initial_state is None:
         initial_state = empty_state(sequences, q, v)
     run = _backend.implementation("dissipative_memory", backend, q.device)
@@ -289,6 +290,7 @@ def _consolidated(state: MemoryState, consolidation: Consolidation) -> MemorySta
 def _consolidate_where(boundary: Tensor, state: MemoryState, consolidation: Consolidation) -> MemoryState:
     """Consolidate the rows at which ``boundary`` (B,) is set."""
     new = _consolidated(state, consolidation)
+    boundary = boundary.to(state.memory.device)
     pairs = zip(new, state, strict=True)
     return MemoryState(*(torch.where(boundary.view(-1, *[1] * (b.dim() - 1)), a, b) for a, b in pairs))
 

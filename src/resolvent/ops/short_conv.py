@@ -29,7 +29,7 @@ def causal_conv(x: Tensor, weight: Tensor, tail: Tensor, cu_seqlens: Tensor | No
     # Convolve across the starts, and put right the first W - 1 outputs of every sequence: they saw the inputs that
     # happened to stand before the start, and should have seen the tail.
     y, _ = causal_conv(x, weight, x.new_zeros(1, width - 1, x.shape[-1]))
-    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    starts, ends = cu_seqlens.to(x.device)[:-1], cu_seqlens.to(x.device)[1:]
     seen = _new_tails(x[0], torch.zeros_like(tail), torch.zeros_like(starts), starts)
     correction, _ = causal_conv(torch.zeros_like(tail, dtype=x.dtype), weight, tail - seen)
     rows = starts.unsqueeze(1) + torch.arange(width - 1, device=x.device)

@@ -240,13 +240,12 @@ class Phase2IntegratedModel(nn.Module, Generation):
             input_ids, cu_seqlens = unpadded.tokens, unpadded.cu_seqlens
         elif cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, shape)
-            cu_seqlens = cu_seqlens.to(input_ids.device)
+            cu_seqlens = cu_seqlens.cpu()  # Python reads the offsets, in every layer
         sequences = len(input_ids) if cu_seqlens is None else len(cu_seqlens) - 1
         position = self._start_position(state, sequences, input_ids.device)
 
         x = self.token_embedding(input_ids)
-        shape_now = (input_ids.shape[0], input_ids.shape[1])
-        embedded = x + self.position_embedding(positions(position, shape_now, cu_seqlens)).to(x.dtype)
+        embedded = x + self.position_embedding(positions(position, input_ids, cu_seqlens)).to(x.dtype)
         x, readout, layers, traces = self.dropout(embedded), None, [], []
         for i, block in enumerate(self.blocks):
             before = state.layers[i] if state is not None else None
@@ -313,11 +312,11 @@ class Phase2IntegratedModel(nn.Module, Generation):
 
     def _start_position(self, state: Phase2State | None, sequences: int, device: torch.device) -> Tensor:
         if state is None:
-            return torch.zeros(sequences, dtype=torch.long, device=device)
+            return torch.zeros(sequences, dtype=torch.long)
         if len(state) != sequences:
             raise ValueError(f"the state holds {len(state)} sequences, the input has {sequences}")
-        if state.position.device != device:
-            raise ValueError(f"the state is on {state.position.device}, the input on {device}; use state.to(device)")
+        if state.device != device:
+            raise ValueError(f"the state is on {state.device}, the input on {device}; use state.to(device)")
         wanted = [(block.dissipative_bk.potential.num_heads, *block.hebbian.state_shape) for block in self._blocks]
         given = [
             (layer.resolvent.shape[1], layer.memory.memory.shape[1:], layer.conv_tail.shape[1:])
@@ -337,7 +336,7 @@ def _stability(block: Phase2Block, trace: _Trace, lengths: Tensor) -> dict[str, 
         after,
         _per_sequence(writes, lengths, "amax", 0.0),
         _per_sequence(trace.gamma * layer.dt, lengths, "amin", torch.inf),
-        lengths * layer.dt,
+        (lengths * layer.dt).to(after.device),
         block.snr_filter.constants.eta_boost if block.snr_filter else 1.0,
     )
 
@@ -345,7 +344,7 @@ def _stability(block: Phase2Block, trace: _Trace, lengths: Tensor) -> dict[str, 
 def _per_sequence(x: Tensor, lengths: Tensor, reduce: str, empty: float) -> Tensor:
     """Extreme over the tokens of each sequence: (B, N, H) -> (S, H)."""
     heads = x.shape[-1]
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(x.device)
     out = x.new_full((len(lengths), heads), empty)
     return out.scatter_reduce(0, sequence[:, None].expand(-1, heads), x.reshape(-1, heads), reduce)
 

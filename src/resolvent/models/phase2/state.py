@@ -41,7 +41,7 @@ class Phase2State:
     """State of a model for B sequences: differentiable, movable, and of a size that does not depend on what was read.
 
     Attributes:
-        position: tokens that each sequence has read, int64 (B,).
+        position: tokens that each sequence has read, int64 (B,); on the CPU, where Python reads it without waiting.
         layers: one state a block.
     """
 
@@ -65,13 +65,21 @@ class Phase2State:
         """Cut the graph: what comes next sends no gradient to what came before."""
         return self.map(Tensor.detach)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layers' states are."""
+        return self.layers[0].resolvent.device
+
     def to(self, device: torch.device | str) -> Self:
-        return self.map(lambda x: x.to(device))
+        """The state with its layers on another device."""
+        return type(self)(self.position, tuple(layer.map(lambda x: x.to(device)) for layer in self.layers))
 
     def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> Self:
         """The state of some sequences, in the order asked for."""
-        index = torch.as_tensor(rows, device=self.position.device) if not isinstance(rows, slice) else rows
-        return self.map(lambda x: x[index])
+        if isinstance(rows, slice):
+            return self.map(lambda x: x[rows])
+        index = torch.as_tensor(rows)
+        return self.map(lambda x: x[index.to(x.device)])
 
     def repeat(self, times: int) -> Self:
         """Every sequence ``times`` in a row, to continue one beginning in several ways."""
@@ -90,7 +98,7 @@ class Phase2State:
             CheckpointError: the file cannot be read or holds no state.
         """
         try:
-            tensors = load_file(path, device=str(device))
+            tensors = load_file(path)
             count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
             layers = tuple(
                 LayerState(
@@ -100,7 +108,7 @@ class Phase2State:
                 )
                 for i in range(count)
             )
-            return cls(tensors["position"], layers)
+            return cls(tensors["position"], layers).to(device)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} holds no saved state: {error}") from error
 

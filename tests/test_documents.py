@@ -1,0 +1,48 @@
+"""What README and examples show is run."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_python_of_the_readme_runs():
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_the_commands_of_the_readme_exist():
+    from typer.main import get_command
+
+    from resolvent.cli.app import app
+
+    commands = get_command(app).commands
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"^resolvent (\w+)(.*)$", text, re.MULTILINE)
+    assert len(named) >= 5
+    for name, rest in named:
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[\w-]+", rest)) <= options, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["phase2_factory_demo.py"])
+def test_examples_run(example, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [example])
+    runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
+
+
+@pytest.mark.slow
+def test_the_demo_beats_a_3_gram_model(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--steps", "60", "--out", str(tmp_path / "demo")])
+    runpy.run_path(str(ROOT / "examples/demo.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    scores = re.findall(r"│\s+(\d\.\d{3})\s+│", shown)
+    assert len(scores) == 2
+    assert float(scores[1]) < float(scores[0])
