@@ -1,9 +1,10 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from resolvent.ops import Consolidation, Resonance, SNRFilter, consolidate
-from resolvent.ops.consolidation import mode_energies, modes, resonance_gate, signal_to_noise
+from resolvent.ops.consolidation import consolidate_gradient, mode_energies, modes, resonance_gate, signal_to_noise
 
 
 def filters(heads=2, key=8, sharpness=1.0, bias=0.0):
@@ -34,6 +35,22 @@ def test_the_resonance_is_its_formula():
         energy = spectrum.square().sum(1)
         gate = torch.sigmoid(1.7 * (energy / energy.mean() - 0.1) - 0.3)
         torch.testing.assert_close(found[0, head], q @ torch.diag(gate) @ spectrum, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", ["snr", "resonance", "both"])
+def test_the_written_out_gradient_is_autograds(which):
+    memory, writes, grad = torch.randn(3, 2, 2, 8, 4, dtype=torch.float64)
+    forgetting = torch.rand(2, 2, dtype=torch.float64)
+    snr, resonance = filters(sharpness=1.3, bias=0.2)
+    rule = Consolidation(64, snr if which != "resonance" else None, resonance if which != "snr" else None)
+    sources = [memory, writes, forgetting, *([resonance.sharpness, resonance.bias] if rule.resonance else [])]
+    for source in sources:
+        source.requires_grad_()
+    expected = torch.autograd.grad(consolidate(memory, writes, forgetting, rule), sources, grad, materialize_grads=True)
+    with torch.no_grad():
+        found = consolidate_gradient(grad, memory, writes, forgetting, rule)
+    for a, b in zip((*found[:3], *found.parameters), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_an_empty_memory_stays_empty_with_finite_gradients():

@@ -56,12 +56,18 @@ def check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens {shape[1]}, got {offsets}")
 
 
-def positions(start: Tensor, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Position of every token in its sequence, int64 (B, N), for sequences that have read ``start`` (S,) tokens."""
-    start = start.to(input_ids.device)
-    index = torch.arange(input_ids.shape[1], device=input_ids.device)
-    if cu_seqlens is None:
-        return start.unsqueeze(1) + index
-    cu_seqlens = cu_seqlens.to(input_ids.device)
-    sequence = torch.searchsorted(cu_seqlens[1:], index, right=True)
-    return (index - cu_seqlens[sequence] + start[sequence]).unsqueeze(0)
+def positions(start: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Position of every token in its sequence, int64, broadcastable to (B, N).
+
+    Args:
+        start: tokens that each sequence has read before, (S,); None for none.
+        input_ids: tokens (B, N).
+        cu_seqlens: offsets of S packed sequences.
+    """
+    device = input_ids.device
+    index = torch.arange(input_ids.shape[1], device=device).unsqueeze(0)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(device)
+        sequence = torch.searchsorted(cu_seqlens[1:], index, right=True)
+        return index - cu_seqlens[sequence] + (start.to(device)[sequence] if start is not None else 0)
+    return index if start is None else start.to(device).unsqueeze(1) + index

@@ -14,6 +14,7 @@ Shapes: B batch, H heads, K key width, V value width.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,3 +96,60 @@ def consolidate(memory: Tensor, writes: Tensor, forgetting: Tensor, consolidatio
         gate = resonance_gate(mode_energies(modes_VK), resonance)
         memory = ((gate.unsqueeze(-2) * modes_VK) @ resonance.basis.to(memory.dtype).T).mT
     return memory
+
+
+class ConsolidationGradient(NamedTuple):
+    """Gradients of ``consolidate`` in its inputs and in the resonance's sharpness and bias, if there is one."""
+
+    memory: Tensor
+    writes: Tensor
+    forgetting: Tensor
+    parameters: tuple[Tensor, ...]
+
+
+def consolidate_gradient(
+    grad: Tensor, memory: Tensor, writes: Tensor, forgetting: Tensor, consolidation: Consolidation
+) -> ConsolidationGradient:
+    """The adjoint of ``consolidate``, written out: autograd would keep a dozen memories for every boundary.
+
+    ``grad`` is the gradient of the consolidated memory, (B, H, K, V); the other arguments are those of ``consolidate``.
+    """
+    parameters: tuple[Tensor, ...] = ()
+    if (resonance := consolidation.resonance) is not None:
+        unfiltered = consolidate(memory, writes, forgetting, Consolidation(consolidation.interval, consolidation.snr))
+        grad, *grads = _resonance_gradient(grad, unfiltered, resonance)
+        parameters = tuple(grads)
+    if (snr := consolidation.snr) is None:
+        return ConsolidationGradient(grad, torch.zeros_like(writes), torch.zeros_like(forgetting), parameters)
+    size, scale = memory.abs(), torch.rsqrt(memory.square().mean(dim=(-2, -1), keepdim=True) + _TINY)
+    keep = torch.sigmoid((size * scale - snr.threshold) / snr.temperature)
+    boost = (snr.gamma_boost - 1) * forgetting[..., None, None]
+    survival = torch.exp(boost * (keep - 1))
+    grad_exponent = grad * memory * survival
+    grad_keep = boost * grad_exponent + (snr.eta_boost - 1) * writes * grad
+    grad_ratio = grad_keep * keep * (1 - keep) / snr.temperature
+    from_scale = (grad_ratio * size).sum(dim=(-2, -1), keepdim=True) * scale**3 / memory[0, 0].numel()
+    return ConsolidationGradient(
+        grad * survival + grad_ratio * torch.sign(memory) * scale - from_scale * memory,
+        (snr.eta_boost - 1) * keep * grad,
+        (snr.gamma_boost - 1) * ((keep - 1) * grad_exponent).sum(dim=(-2, -1)),
+        parameters,
+    )
+
+
+def _resonance_gradient(grad: Tensor, memory: Tensor, resonance: Resonance) -> tuple[Tensor, Tensor, Tensor]:
+    """Adjoint of the resonance filter: gradients of the memory (B, H, K, V), of the sharpness and of the bias (H,)."""
+    basis = resonance.basis.to(memory.dtype)
+    modes_VK = modes(memory, basis)
+    energy = modes_VK.square().sum(-2)
+    mean = energy.mean(-1, keepdim=True) + _TINY
+    gate = resonance_gate(energy / mean, resonance)
+
+    grad_modes = grad.mT @ basis
+    grad_logit = (grad_modes * modes_VK).sum(-2) * gate * (1 - gate)
+    grad_relative = resonance.sharpness.to(memory.dtype).unsqueeze(-1) * grad_logit
+    correlation = (grad_relative * energy).mean(-1, keepdim=True) / mean
+    grad_energy = (grad_relative - correlation) / mean
+    grad_modes = grad_modes * gate.unsqueeze(-2) + 2 * modes_VK * grad_energy.unsqueeze(-2)
+    grad_sharpness = (grad_logit * (energy / mean - resonance.threshold)).sum(dim=(0, -1))
+    return (grad_modes @ basis.T).mT, grad_sharpness, grad_logit.sum(dim=(0, -1))

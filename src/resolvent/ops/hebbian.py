@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
-from .consolidation import Consolidation, consolidate
+from .consolidation import Consolidation, consolidate, consolidate_gradient
 
 CHUNK = 64
 
@@ -175,10 +175,7 @@ def _dissipative_memory_torch(
     lengths = (length,) * batch if cu_seqlens is None else tuple(cu_seqlens.diff().tolist())
     phases = tuple((position % consolidation.interval).tolist()) if consolidation else (0,) * len(lengths)
     layout = _chunk_layout(lengths, phases, q.device)
-    readout, state = _chunked_memory(layout, consolidation, q, k, v, decay, eta, state)
-    if consolidation is not None and consolidation.resonance is not None:
-        readout = _TakesPart.apply(readout, consolidation.resonance.sharpness, consolidation.resonance.bias)
-    return readout, state
+    return _chunked_memory(layout, consolidation, q, k, v, decay, eta, state)
 
 
 @dataclass(frozen=True)
@@ -198,6 +195,10 @@ class _ChunkLayout:
     @property
     def chunks(self) -> int:
         return sum(self.active)
+
+    def at_boundary(self, j: int, interval: int) -> int:
+        """Sequences that stand at a boundary after round j."""
+        return 0 if (j + 1) * CHUNK % interval else self.full[j]
 
 
 @functools.lru_cache(maxsize=64)
@@ -239,47 +240,12 @@ def _chunked_memory(
     readout = _WithinChunk.apply(q_MHCK, k_MHCK, v_MHCV, decay_MHC)
     to_end = torch.exp(decay_MHC - total_MH[..., None]).to(dtype)
     written = (k_MHCK * to_end[..., None]).mT @ v_MHCV
-    before, state = _carry(layout, consolidation, written, total_MH.to(dtype), state)
+    resonance = consolidation.resonance if consolidation else None
+    parameters = (resonance.sharpness, resonance.bias) if resonance else (None, None)
+    before, *final = _Carry.apply(layout, consolidation, written, total_MH.to(dtype), *state, *parameters)
     from_start = torch.exp(-decay_MHC).to(dtype)
     readout = readout + (q_MHCK * from_start[..., None]) @ before
-    return _from_chunks(readout, layout, v.shape).to(v.dtype), state
-
-
-def _carry(
-    layout: _ChunkLayout,
-    consolidation: Consolidation | None,
-    written: Tensor,
-    total: Tensor,
-    state: MemoryState,
-) -> tuple[Tensor, MemoryState]:
-    """Walk over the rounds of chunks with the state.
-
-    Args:
-        written: what each chunk adds to the memory by its end, (M, H, K, V).
-        total: the sum of Γ dt of each chunk, (M, H).
-        state: one row a sequence, in the caller's order.
-
-    Returns:
-        The memory before each chunk (M, H, K, V) and the final state.
-    """
-    running = MemoryState(*(x[layout.order] for x in state))
-    rounds_per_boundary = consolidation.interval // CHUNK if consolidation else 0
-    before = []
-    # Split, not sliced in the loop: the gradient of a slice is a whole tensor of zeros, and of M slices M of them.
-    rounds = zip(*(x.split(layout.active) for x in (torch.exp(-total)[..., None, None], written, total)), strict=True)
-    for j, (keep, write, decay) in enumerate(rounds):
-        memory, writes, forgetting = _first(running, layout.active[j])
-        before.append(memory)
-        memory = keep * memory + write
-        if consolidation is not None:
-            writes = keep * writes + write
-            forgetting = forgetting + decay
-        new = MemoryState(memory, writes, forgetting)
-        if consolidation is not None and (j + 1) % rounds_per_boundary == 0 and layout.full[j] > 0:
-            new = _replace_first(new, _consolidated(_first(new, layout.full[j]), consolidation))
-        running = _replace_first(running, new)
-    back = torch.argsort(layout.order)
-    return torch.cat(before), MemoryState(*(x[back] for x in running))
+    return _from_chunks(readout, layout, v.shape).to(v.dtype), MemoryState(*final)
 
 
 def _consolidated(state: MemoryState, consolidation: Consolidation) -> MemoryState:
@@ -356,18 +322,90 @@ def _decay_between(cumulative: Tensor, dtype: torch.dtype) -> Tensor:
     return between.exp_().tril_()
 
 
-class _TakesPart(torch.autograd.Function):
-    """Pass ``x`` on, and give parameters zero gradients where they took no part in it.
+class _Carry(torch.autograd.Function):
+    """Walk over the rounds of chunks with the state, consolidating at the boundaries.
 
-    A resonance does nothing in a sequence without a boundary; its parameters are the model's all the same, and
-    optimisers and data-parallel wrappers expect a gradient of them.
+    Args:
+        written: what each chunk adds to the memory by its end, (M, H, K, V).
+        total: the sum of Γ dt of each chunk, (M, H).
+        memory, writes, forgetting: the state, one row a sequence, in the caller's order.
+        sharpness, bias: the resonance's parameters, named here to be differentiated; None without a resonance.
+
+    Returns:
+        The memory before each chunk (M, H, K, V), and the final memory, writes and forgetting.
+
+    The gradient walks back over the memories before the chunks and needs nothing else of the way forward, but ΔS.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
-        return x.view_as(x)
+    def forward(
+        ctx: Any,
+        layout: _ChunkLayout,
+        consolidation: Consolidation | None,
+        written: Tensor,
+        total: Tensor,
+        memory: Tensor,
+        writes: Tensor,
+        forgetting: Tensor,
+        sharpness: Tensor | None,
+        bias: Tensor | None,
+    ) -> Any:
+        running = MemoryState(memory[layout.order], writes[layout.order], forgetting[layout.order])
+        keep = torch.exp(-total)[..., None, None]
+        before, accumulated = [], []
+        rounds = zip(*(x.split(layout.active) for x in (keep, written, total)), strict=True)
+        for j, (kept, write, decay) in enumerate(rounds):
+            memory, writes, forgetting = _first(running, layout.active[j])
+            before.append(memory)
+            accumulated.append((writes, forgetting))
+            memory = torch.addcmul(write, kept, memory)
+            if consolidation is not None:
+                writes = torch.addcmul(write, kept, writes)
+                forgetting = forgetting + decay
+            new = MemoryState(memory, writes, forgetting)
+            if consolidation is not None and (full := layout.at_boundary(j, consolidation.interval)):
+                new = _replace_first(new, _consolidated(_first(new, full), consolidation))
+            running = _replace_first(running, new)
+        back = torch.argsort(layout.order)
+        ctx.layout, ctx.consolidation, ctx.accumulated = layout, consolidation, accumulated
+        memories = torch.cat(before)
+        ctx.save_for_backward(memories, keep, written, total)
+        return memories, *(x[back] for x in running)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyrefly: ignore[bad-override]
-        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.parameters)
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_before: Tensor, *grad_final: Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        layout, consolidation = ctx.layout, ctx.consolidation
+        grad = MemoryState(*(x[layout.order] for x in grad_final))
+        resonance = consolidation.resonance if consolidation else None
+        grad_parameters = [torch.zeros_like(p) for p in ((resonance.sharpness, resonance.bias) if resonance else ())]
+        grad_written, grad_total = [], []
+        rounds = [x.split(layout.active) for x in (*ctx.saved_tensors, grad_before)]
+        for j, (memory, keep, write, decay, from_readout) in reversed(list(enumerate(zip(*rounds, strict=True)))):
+            now = _first(grad, layout.active[j])
+            writes, forgetting = ctx.accumulated[j]
+            if consolidation is not None and (full := layout.at_boundary(j, consolidation.interval)):
+                found = consolidate_gradient(
+                    now.memory[:full],
+                    torch.addcmul(write, keep, memory)[:full],
+                    torch.addcmul(write, keep, writes)[:full],
+                    (forgetting + decay)[:full],
+                    consolidation,
+                )
+                now = _replace_first(now, MemoryState(found.memory, found.writes, found.forgetting))
+                grad_parameters = [a + b for a, b in zip(grad_parameters, found.parameters, strict=True)]
+            grad_write, grad_keep = now.memory, (now.memory * memory).sum(dim=(-2, -1))
+            if consolidation is not None:
+                grad_write = grad_write + now.writes
+                grad_keep = grad_keep + (now.writes * writes).sum(dim=(-2, -1))
+                now = now._replace(writes=keep * now.writes)
+            grad_decay = -keep[..., 0, 0] * grad_keep
+            if consolidation is not None:
+                grad_decay = grad_decay + now.forgetting
+            grad_written.append(grad_write)
+            grad_total.append(grad_decay)
+            grad = _replace_first(grad, now._replace(memory=torch.addcmul(from_readout, keep, now.memory)))
+        back = torch.argsort(layout.order)
+        grad_state = (x[back] for x in grad)
+        grads = (torch.cat(grad_written[::-1]), torch.cat(grad_total[::-1]), *grad_state)
+        return None, None, *grads, *(grad_parameters or (None, None))

@@ -245,7 +245,8 @@ class Phase2IntegratedModel(nn.Module, Generation):
         position = self._start_position(state, sequences, input_ids.device)
 
         x = self.token_embedding(input_ids)
-        embedded = x + self.position_embedding(positions(position, input_ids, cu_seqlens)).to(x.dtype)
+        place = positions(state.position if state is not None else None, input_ids, cu_seqlens)
+        embedded = x + self.position_embedding(place).to(x.dtype)
         x, readout, layers, traces = self.dropout(embedded), None, [], []
         for i, block in enumerate(self.blocks):
             before = state.layers[i] if state is not None else None

@@ -1,0 +1,87 @@
+"""The same model on CUDA: same numbers, same gradients, and a forward pass that waits for nothing."""
+
+import copy
+
+import pytest
+import torch
+
+from .conftest import small_model
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _full_precision(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def pair(**options):
+    here = small_model(spread=0.1, **options)
+    return here, copy.deepcopy(here).cuda()
+
+
+def close(found, expected):
+    return (found.cpu() - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_logits_and_gradients_are_those_of_the_cpu(packed):
+    here, there = pair()
+    ids = torch.randint(0, 97, (1, 300))
+    options = {"cu_seqlens": torch.tensor([0, 5, 130, 300])} if packed else {}
+    expected, found = here(ids, **options), there(ids.cuda(), **options)
+    assert close(found, expected)
+    expected.square().mean().backward()
+    found.square().mean().backward()
+    a = torch.cat([p.grad.flatten() for p in here.parameters()])
+    b = torch.cat([p.grad.cpu().flatten() for p in there.parameters()])
+    assert (a - b).norm() / a.norm() < 1e-2
+
+
+@torch.no_grad()
+def test_streaming_moving_and_generating():
+    here, there = pair()
+    ids = torch.randint(0, 97, (2, 150))
+    expected, last = here(ids, return_state=True)
+    logits, state = there(ids[:, :100].cuda(), return_state=True)
+    more, state = there(ids[:, 100:].cuda(), state=state, return_state=True)
+    assert close(torch.cat([logits, more], 1), expected)
+    assert close(state.layers[1].memory.memory, last.layers[1].memory.memory)
+    assert close(there(ids.cuda(), state=last.to("cuda")), here(ids, state=last))
+    with pytest.raises(ValueError, match=r"use state\.to"):
+        there(ids.cuda(), state=last)
+    mask = torch.ones(2, 150)
+    mask[0, :40] = 0
+    assert close(there(ids.cuda(), attention_mask=mask.cuda())[0, 40:], here(ids[:1, 40:])[0])
+    assert torch.equal(
+        there.generate(ids.cuda(), 30, temperature=0).cpu()[:, :160], here.generate(ids, 30, temperature=0)[:, :160]
+    )
+
+
+def test_a_training_step_waits_for_nothing():
+    _, there = pair()
+    ids = torch.randint(0, 97, (1, 256), device="cuda")
+    there(ids).sum().backward()  # what is made once may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there(ids).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_bfloat16_autocast_trains():
+    _, there = pair(dropout=0.1)
+    there.train()
+    optimizer = torch.optim.AdamW(there.parameters(), lr=3e-3, fused=True)
+    ids = torch.randint(0, 97, (4, 200), device="cuda")
+    losses = []
+    for _ in range(100):
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = there(ids[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
