@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import Consolidation, MemoryState, dissipative_memory
+from ..ops.normalize import unit_length, unit_rms
 from ..ops.short_conv import causal_conv
 
 
@@ -124,8 +125,8 @@ class DissipativeHebbianLayer(nn.Module):
             qkv = F.silu(qkv)
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in qkv.chunk(3, dim=-1))
         readout, state = dissipative_memory(
-            F.normalize(q, dim=-1),
-            F.normalize(k, dim=-1),
+            unit_length(q),
+            unit_length(k),
             v,
             gamma * self.dt,
             self.eta,
@@ -136,7 +137,7 @@ class DissipativeHebbianLayer(nn.Module):
             backend=self.backend,
         )
         if self.output_norm:
-            readout = F.rms_norm(readout, readout.shape[-1:], eps=1e-5)
+            readout = unit_rms(readout)
         readout = readout.flatten(-2)
         gated = readout
         if self.gate_down is not None and self.gate_up is not None:

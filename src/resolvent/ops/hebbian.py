@@ -191,6 +191,7 @@ class _ChunkLayout:
     order: Tensor  # (S,) sequence of each rank
     active: list[int]  # sequences with a chunk in round j
     full: list[int]  # sequences which reach the end of chunk j
+    rectangle: bool  # all sequences fill the same number of chunks: the grid is a view of the input
 
     @property
     def chunks(self) -> int:
@@ -218,7 +219,8 @@ def _chunk_layout(lengths: tuple[int, ...], phases: tuple[int, ...], device: tor
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), counts)
     place = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts)[sequence] + torch.tensor(phases)[sequence]
     slots = (first_chunk[place // CHUNK] + rank[sequence]) * CHUNK + place % CHUNK
-    return _ChunkLayout(slots.to(device), order.to(device), active, full)
+    rectangle = len(set(lengths)) == 1 and lengths[0] % CHUNK == 0 and not any(phases)
+    return _ChunkLayout(slots.to(device), order.to(device), active, full, rectangle)
 
 
 def _chunked_memory(
@@ -275,6 +277,9 @@ def _replace_first(state: MemoryState, new: MemoryState) -> MemoryState:
 
 def _to_chunks(x: Tensor, layout: _ChunkLayout) -> Tensor:
     """(B, N, H, X) -> (M, H, C, X), zeros in empty slots."""
+    if layout.rectangle:
+        grid = x.reshape(len(layout.order), len(layout.active), CHUNK, *x.shape[2:])
+        return grid.permute(1, 0, 3, 2, 4).flatten(0, 1)
     flat = x.reshape(-1, *x.shape[2:])
     grid = flat.new_zeros(layout.chunks * CHUNK, *flat.shape[1:]).index_copy_(0, layout.slots, flat)
     return grid.unflatten(0, (layout.chunks, CHUNK)).transpose(1, 2)
@@ -282,6 +287,9 @@ def _to_chunks(x: Tensor, layout: _ChunkLayout) -> Tensor:
 
 def _from_chunks(x: Tensor, layout: _ChunkLayout, shape: torch.Size) -> Tensor:
     """(M, H, C, V) -> (B, N, H, V)."""
+    if layout.rectangle:
+        grid = x.unflatten(0, (len(layout.active), len(layout.order)))
+        return grid.permute(1, 0, 3, 2, 4).reshape(shape)
     return x.transpose(1, 2).flatten(0, 1).index_select(0, layout.slots).view(shape)
 
 

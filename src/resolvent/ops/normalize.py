@@ -1,0 +1,39 @@
+"""Vectors brought to a given root mean square; the gradient is written out, in half of the passes that autograd takes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def unit_rms(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """``x / sqrt(mean(x²) + eps)`` over the last axis: (..., D) -> (..., D) in the dtype of x."""
+    return _Normalize.apply(x, 1.0, eps)
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """``x / |x|`` over the last axis, zero for a zero vector: (..., D) -> (..., D) in the dtype of x."""
+    return _Normalize.apply(x, x.shape[-1] ** -0.5, 1e-12)
+
+
+class _Normalize(torch.autograd.Function):
+    """``y = rms x / sqrt(mean(x²) + eps)``, computed in at least float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rms: float, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.rsqrt(
+            torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps)
+        )
+        ctx.save_for_backward(x, inverse)
+        ctx.rms = rms
+        return (wide * (rms * inverse)).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        x, inverse = ctx.saved_tensors
+        wide, wide_grad = x.to(inverse.dtype), grad.to(inverse.dtype)
+        along = torch.linalg.vecdot(wide, wide_grad).unsqueeze(-1) * inverse.square() / x.shape[-1]
+        grad_x = torch.addcmul(wide_grad, wide, along, value=-1).mul_(ctx.rms * inverse)
+        return grad_x.to(x.dtype), None, None
