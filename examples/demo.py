@@ -3,7 +3,7 @@
 Trains the `tiny` preset on the State of the Union addresses, compares it on held-out addresses with an interpolated
 3-gram model of the same training text, and lets it continue a sentence.
 
-    python examples/demo.py [--steps 600] [--out runs/demo]
+    python examples/demo.py [--steps 500] [--out runs/demo]
 """
 
 import argparse
@@ -24,7 +24,7 @@ PROMPT = "Fellow citizens of the Senate and of the House of Representatives:\n"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600, help="optimiser steps of 2,048 tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="optimiser steps of 2,048 tokens (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: %(default)s)")
     options = parser.parse_args()
     console = Console()

@@ -1,4 +1,4 @@
-"""Vectors brought to a given root mean square; the gradient is written out, in half of the passes that autograd takes."""
+"""Vectors brought to a given root mean square; the gradient is written out, in half the passes of autograd."""
 
 from typing import Any
 
