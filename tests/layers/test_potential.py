@@ -75,3 +75,14 @@ def test_every_parameter_of_the_hamiltonian_learns():
     F.mse_loss(features, torch.randn_like(features)).backward()
     for name, parameter in layer.named_parameters():
         assert (parameter.grad != 0).any(), name
+
+
+def test_a_strength_of_zero_is_exact_and_can_leave_zero():
+    layer = DissipativeBKLayer(NonHermitianPotential(16, 4))
+    x = torch.randn(2, 10, 16)
+    layer.kappa.data.zero_()
+    features, _, _ = layer(x)
+    layer.potential.gamma_bias.data.add_(5)
+    assert torch.equal(layer(x)[0], features)
+    features.square().sum().backward()
+    assert (layer.kappa.grad != 0).all()

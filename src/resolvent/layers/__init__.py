@@ -1,18 +1,26 @@
 """The parts of a block: modules that hold parameters and call one operator each."""
 
 from .hebbian import DissipativeHebbianLayer, LyapunovStabilityMonitor
+from .low_rank import LowRankLinear
 from .memory_resonance import MemoryResonanceLayer
 from .memory_selection import SNRMemoryFilter
-from .potential import DissipativeBKLayer, NonHermitianPotential
+from .potential import DissipativeBKLayer, NonHermitianPotential, StaticBKLayer
+from .semiseparable import AdaptiveRankSemiseparableLayer, SemiseparableState
+from .tensor_train import TensorTrainEmbedding
 from .zeta import ZetaEmbedding, ZetaInitializer, resonance_basis, zeta_zeros
 
 __all__ = [
+    "AdaptiveRankSemiseparableLayer",
     "DissipativeBKLayer",
     "DissipativeHebbianLayer",
+    "LowRankLinear",
     "LyapunovStabilityMonitor",
     "MemoryResonanceLayer",
     "NonHermitianPotential",
     "SNRMemoryFilter",
+    "SemiseparableState",
+    "StaticBKLayer",
+    "TensorTrainEmbedding",
     "ZetaEmbedding",
     "ZetaInitializer",
     "resonance_basis",

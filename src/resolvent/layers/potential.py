@@ -124,7 +124,7 @@ class DissipativeBKLayer(nn.Module):
         potential, gamma = self.potential(x, readout)
         # Outside autocast: a resolvent near its pole has no digits to spare.
         with torch.autocast(x.device.type, enabled=False):
-            kappa, energy, zeta = _widened(self.kappa).abs(), _widened(self.energy), _widened(self.log_zeta).exp()
+            kappa, energy, zeta = _modulus(_widened(self.kappa)), _widened(self.energy), _widened(self.log_zeta).exp()
             alpha = effective_diagonal(potential, gamma, kappa, energy, zeta)
             coupling = (_widened(self.h0_super) * _widened(self.h0_sub)).abs()
             g, new_state = resolvent_diagonal(
@@ -137,6 +137,57 @@ class DissipativeBKLayer(nn.Module):
             )
         assert new_state is not None
         return torch.cat([g.real, g.imag], dim=-1), gamma, new_state
+
+
+class StaticBKLayer(nn.Module):
+    """Features of the resolvent of a fixed Hamiltonian: ``[Re g, Im g]`` of every head's causal chain, ``(B, N, 2H)``.
+
+    The free chain has the diagonal -2 and unit hoppings, it is looked at from ``z = i``, and nothing dissipates; all
+    that is trained is the potential ``V = v_proj(x)``. So ``|g| <= 1``.
+
+    Args:
+        d_model: width D of x.
+        num_heads: heads H.
+        backend: ``auto``, ``torch`` or ``triton``.
+    """
+
+    H0_DIAG, ENERGY, ZETA, HOPPING = -2.0, 0.0, 1.0, 1.0
+
+    def __init__(self, d_model: int, num_heads: int, backend: str = "auto"):
+        super().__init__()
+        self.num_heads, self.backend = num_heads, backend
+        self.v_proj = nn.Linear(d_model, num_heads)
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, N, D), g of the last token read (complex, a row a sequence) and the offsets of packed sequences ->
+        features (B, N, 2H), at least float32, and the next state."""
+        potential = _widened(self.v_proj(x))
+        with torch.autocast(x.device.type, enabled=False):
+            constant = potential.new_ones(self.num_heads)
+            alpha = effective_diagonal(
+                potential,
+                gamma=torch.zeros_like(potential),
+                kappa=0 * constant,
+                energy=self.ENERGY * constant,
+                zeta=self.ZETA * constant,
+                h0_diag=self.H0_DIAG,
+            )
+            g, new_state = resolvent_diagonal(
+                alpha,
+                self.HOPPING**2 * constant,
+                initial_state=state,
+                cu_seqlens=cu_seqlens,
+                backend=self.backend,
+            )
+        assert new_state is not None
+        return torch.cat([g.real, g.imag], dim=-1), new_state
+
+
+def _modulus(x: Tensor) -> Tensor:
+    """``|x|`` with the slope 1 at zero, where that of ``abs`` is 0: a strength that starts at zero can leave it."""
+    return torch.where(x < 0, -x, x)
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from .bk_core import effective_diagonal, resolvent_diagonal, resolvent_diagonal_reference, resolvent_step
 from .consolidation import Consolidation, Resonance, SNRFilter, consolidate
 from .hebbian import MemoryState, dissipative_memory, dissipative_memory_reference, dissipative_memory_step
+from .semiseparable import gated_prefix_sum, gated_prefix_sum_reference, gated_prefix_sum_step
 
 __all__ = [
     "Consolidation",
@@ -14,6 +15,9 @@ __all__ = [
     "dissipative_memory_reference",
     "dissipative_memory_step",
     "effective_diagonal",
+    "gated_prefix_sum",
+    "gated_prefix_sum_reference",
+    "gated_prefix_sum_step",
     "resolvent_diagonal",
     "resolvent_diagonal_reference",
     "resolvent_step",

@@ -1,0 +1,28 @@
+"""A linear map of low rank."""
+
+import torch
+from torch import Tensor, nn
+
+
+class LowRankLinear(nn.Module):
+    """``x -> up(down(x))``: a linear map through ``rank`` channels.
+
+    Args:
+        in_features, out_features: widths.
+        rank: channels between them.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return self.up(self.down(x))
+
+    @torch.no_grad()
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Weight (out, in) and bias (out,) of the same map as one matrix, multiplied out on the CPU in float64."""
+        down, up = (layer.weight.to("cpu", torch.float64) for layer in (self.down, self.up))
+        return (up @ down).to(self.up.weight.dtype), self.up.bias.cpu().clone()

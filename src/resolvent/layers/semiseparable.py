@@ -1,0 +1,115 @@
+"""The adaptive-rank semiseparable layer (AR-SSM): a gated sum over all of the past, and a glance at the last tokens.
+
+Shapes: B batch, N sequence, D model width, R rank, S packed sequences.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import gated_prefix_sum
+from ..ops.short_conv import causal_conv
+
+CONV_SIZE = 3
+"""Tokens that the layer's convolution spans."""
+
+
+class SemiseparableState(NamedTuple):
+    """All that the layer knows of the past.
+
+    Attributes:
+        total: c of the last token, float64 (B, R).
+        conv_tail: the last inputs of the convolution, float32 (B, 2, D).
+    """
+
+    total: Tensor
+    conv_tail: Tensor
+
+
+class AdaptiveRankSemiseparableLayer(nn.Module):
+    """``y_t = W_o (c_t g_t V x_t) + conv(x)_t`` with ``c_t = sum_{s <= t} g_s U x_s`` and ``g = sigmoid(gate(x))``.
+
+    The layer computes with its first ``rank`` channels only: the weights are sliced, so that a low rank saves the
+    work. What it adds to the stream starts at zero, channel by channel, so that a channel which was never in use adds
+    nothing, and raising the rank changes no output until training has used the new channels.
+
+    Args:
+        d_model: width D.
+        max_rank: channels R.
+        gate_hidden_dim: hidden width of the gate.
+        backend: ``auto``, ``torch`` or ``triton``.
+    """
+
+    def __init__(self, d_model: int, max_rank: int, gate_hidden_dim: int, backend: str = "auto"):
+        super().__init__()
+        self.d_model, self.max_rank, self.backend = d_model, max_rank, backend
+        self.rank = max_rank
+        self.gate_hidden = nn.Linear(d_model, gate_hidden_dim)
+        self.gate_proj = nn.Linear(gate_hidden_dim, max_rank)
+        self.u_proj = nn.Linear(d_model, max_rank, bias=False)
+        self.v_proj = nn.Linear(d_model, max_rank, bias=False)
+        self.out_proj = nn.Linear(max_rank, d_model, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(CONV_SIZE, d_model))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set what has a fixed start: an output of zero."""
+        self.out_proj.weight.zero_()
+        self.conv_weight.zero_()
+
+    def set_rank(self, rank: int) -> None:
+        """Compute with the first ``rank`` channels from now on.
+
+        Raises:
+            ValueError: the layer has not as many, or ``rank`` is none.
+        """
+        if not 1 <= rank <= self.max_rank:
+            raise ValueError(f"rank must be between 1 and the layer's {self.max_rank}, got {rank}")
+        self.rank = rank
+
+    @property
+    def state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of one sequence's total (R,) and convolution tail (2, D)."""
+        return (self.max_rank,), (CONV_SIZE - 1, self.d_model)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank} of {self.max_rank}"
+
+    def forward(
+        self, x: Tensor, state: SemiseparableState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, SemiseparableState]:
+        """Mix the tokens.
+
+        Args:
+            x: (B, N, D).
+            state: what was read before, one row a sequence.
+            cu_seqlens: offsets of S packed sequences.
+
+        Returns:
+            what is added to the residual stream (B, N, D), the gates (B, N, rank) and the next state.
+        """
+        state = state if state is not None else self._empty_state(x, cu_seqlens)
+        rank = self.rank
+        hidden = F.relu(self.gate_hidden(x))
+        gates = torch.sigmoid(F.linear(hidden, self.gate_proj.weight[:rank], self.gate_proj.bias[:rank]))
+        u = F.linear(x, self.u_proj.weight[:rank])
+        v = F.linear(x, self.v_proj.weight[:rank])
+        sums, total = gated_prefix_sum(
+            gates, u, initial_state=state.total[:, :rank], cu_seqlens=cu_seqlens, backend=self.backend
+        )
+        far = F.linear((sums * (gates * v)).to(x.dtype), self.out_proj.weight[:, :rank])
+        near, conv_tail = causal_conv(x, self.conv_weight.to(x.dtype), state.conv_tail, cu_seqlens)
+        if rank < self.max_rank:
+            total = torch.cat([total, state.total[:, rank:]], dim=1)
+        return far + near, gates, SemiseparableState(total, conv_tail)
+
+    def _empty_state(self, x: Tensor, cu_seqlens: Tensor | None) -> SemiseparableState:
+        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        total, tail = self.state_shape
+        return SemiseparableState(
+            torch.zeros(sequences, *total, dtype=torch.float64, device=x.device),
+            torch.zeros(sequences, *tail, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device),
+        )

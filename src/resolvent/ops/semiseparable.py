@@ -1,0 +1,97 @@
+r"""Gated prefix sum: the token mixer of the adaptive-rank semiseparable layer (AR-SSM).
+
+``c_t = sum_{s <= t} g_s u_s``, a channel at a time. Nothing decays, so ``|c_t|`` grows with the length: like its square
+root for terms of changing sign, in proportion to it for terms of one sign. In float32 a sum of 10^7 terms no longer
+notices the next one; the sum and its state are therefore kept in float64, which costs nothing beside the projections
+around it, and only the result is rounded. So one forward, any split of it and one token at a time agree however much
+was read.
+
+Shapes: B batch, N sequence, R rank, S packed sequences.
+"""
+
+import torch
+from torch import Tensor
+
+from . import backend as _backend
+
+
+def gated_prefix_sum(
+    gates: Tensor,
+    values: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``c_t = c_{-1} + sum_{s <= t} gates_s * values_s`` of every sequence and channel.
+
+    Args:
+        gates, values: (B, N, R).
+        initial_state: ``c_{-1}``, float64 (B, R), or (S, R) for packed sequences; zero if not given.
+        cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1.
+        backend: ``auto``, ``torch`` or ``triton``.
+
+    Returns:
+        c (B, N, R), at least float32, and c of each sequence's last token, float64 (B, R) or (S, R). Both are
+        differentiable in ``gates``, ``values`` and ``initial_state``.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if gates.dim() != 3 or gates.shape != values.shape:
+        raise ValueError(f"expected gates and values (B, N, R), got {tuple(gates.shape)}, {tuple(values.shape)}")
+    if cu_seqlens is not None and gates.shape[0] != 1:
+        raise ValueError(f"packed sequences need a batch of one, got {gates.shape[0]}")
+    sequences = gates.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if initial_state is None:
+        initial_state = gates.new_zeros(sequences, gates.shape[2], dtype=torch.float64)
+    if initial_state.shape != (sequences, gates.shape[2]):
+        expected, got = (sequences, gates.shape[2]), tuple(initial_state.shape)
+        raise ValueError(f"initial_state must have shape {expected}, got {got}")
+    run = _backend.implementation("gated_prefix_sum", backend, gates.device)
+    return run(gates, values, initial_state, cu_seqlens)
+
+
+def gated_prefix_sum_step(gates: Tensor, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token: gates, values (B, R), state float64 (B, R) -> c (B, R), at least float32, and the next state."""
+    state = state + _terms(gates, values)
+    return state.to(_result_dtype(values)), state
+
+
+def gated_prefix_sum_reference(gates: Tensor, values: Tensor, initial_state: Tensor | None = None) -> Tensor:
+    """The definition, token by token in float64: gates, values (B, N, R), initial_state (B, R) -> c (B, N, R)."""
+    gates, values = gates.to(torch.float64), values.to(torch.float64)
+    total = torch.zeros_like(gates[:, 0]) if initial_state is None else initial_state.to(torch.float64)
+    sums = []
+    for gate, value in zip(gates.unbind(1), values.unbind(1), strict=True):
+        total = total + gate * value
+        sums.append(total)
+    return torch.stack(sums, dim=1)
+
+
+@_backend.register("gated_prefix_sum", "torch")
+def _gated_prefix_sum_torch(
+    gates: Tensor, values: Tensor, state: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    sums = _terms(gates, values).cumsum(dim=1, dtype=torch.float64)
+    if cu_seqlens is None:
+        sums = state.unsqueeze(1) + sums
+        final = sums[:, -1] if sums.shape[1] else state
+        return sums.to(_result_dtype(values)), final
+    # One sum over the whole row; each sequence then takes off what the row had reached before it.
+    reached = torch.nn.functional.pad(sums[0], (0, 0, 1, 0))
+    index = torch.arange(sums.shape[1], device=sums.device)
+    sequence = torch.searchsorted(cu_seqlens[1:], index, right=True)
+    before = reached[cu_seqlens[:-1]]
+    sums = state[sequence] + (reached[1:] - before[sequence])
+    return sums.unsqueeze(0).to(_result_dtype(values)), state + (reached[cu_seqlens[1:]] - before)
+
+
+def _terms(gates: Tensor, values: Tensor) -> Tensor:
+    """``gates * values``, at least float32: half precision is for products of matrices, not for long sums."""
+    dtype = _result_dtype(values)
+    return gates.to(dtype) * values.to(dtype)
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
