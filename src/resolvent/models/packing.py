@@ -3,6 +3,7 @@
 Shapes: B batch, N longest sequence, T tokens in all, S sequences.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,73 @@ class Unpadded(NamedTuple):
         """(1, T, ...) -> (B, N, ...), zero where there was padding."""
         flat = x.new_zeros(shape[0] * shape[1], *x.shape[2:]).index_copy(0, self.places, x[0])
         return flat.unflatten(0, shape)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Tokens as the blocks read them: a rectangle of sequences of one length, or one row of packed sequences.
+
+    Attributes:
+        input_ids: (B, N), or (1, T).
+        cu_seqlens: offsets of the packed sequences, on the CPU, where Python reads them in every layer; None for a
+            rectangle.
+        shape: of the tokens as they were given.
+        unpadded: where they stood, if there was padding.
+    """
+
+    input_ids: Tensor
+    cu_seqlens: Tensor | None
+    shape: tuple[int, int]
+    unpadded: Unpadded | None
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of every sequence, int64 (S,) on the CPU."""
+        return torch.full((self.shape[0],), self.shape[1]) if self.cu_seqlens is None else self.cu_seqlens.diff()
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences S."""
+        return self.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Results for the tokens as they were given: zero where there was padding."""
+        return x if self.unpadded is None else self.unpadded.restore(x, self.shape)
+
+
+def read_tokens(
+    input_ids: Tensor, vocab_size: int, cu_seqlens: Tensor | None, attention_mask: Tensor | None
+) -> TokenBatch:
+    """Check what a model is given to read, and drop its padding.
+
+    Raises:
+        ValueError: tokens, offsets or mask do not fit each other or the vocabulary.
+    """
+    check_tokens(input_ids, vocab_size)
+    shape = (input_ids.shape[0], input_ids.shape[1])
+    if attention_mask is not None:
+        if cu_seqlens is not None:
+            raise ValueError("give either attention_mask (padded) or cu_seqlens (packed), not both")
+        unpadded = unpad(input_ids, attention_mask)
+        return TokenBatch(unpadded.tokens, unpadded.cu_seqlens, shape, unpadded)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, shape)
+        cu_seqlens = cu_seqlens.cpu()
+    return TokenBatch(input_ids, cu_seqlens, shape, None)
+
+
+def check_tokens(input_ids: Tensor, vocab_size: int) -> None:
+    """Raise a ValueError unless these are tokens of the vocabulary, integer (B, N)."""
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be integers (int64 or int32), got {input_ids.dtype}")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids must have shape (batch, sequence) and hold a token, got {tuple(input_ids.shape)}")
+    # On CUDA a look at the values would stall the queue; the embedding's own device assertion guards there.
+    if input_ids.device.type == "cpu":
+        least, most = input_ids.aminmax()
+        if least < 0 or most >= vocab_size:
+            wrong = least if least < 0 else most
+            raise ValueError(f"token id {wrong} is outside the vocabulary of {vocab_size} (0..{vocab_size - 1})")
 
 
 def unpad(input_ids: Tensor, attention_mask: Tensor) -> Unpadded:

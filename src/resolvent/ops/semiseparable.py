@@ -78,6 +78,7 @@ def _gated_prefix_sum_torch(
         sums = state.unsqueeze(1) + sums
         final = sums[:, -1] if sums.shape[1] else state
         return sums.to(_result_dtype(values)), final
+    cu_seqlens = cu_seqlens.to(sums.device)
     # One sum over the whole row; each sequence then takes off what the row had reached before it.
     reached = torch.nn.functional.pad(sums[0], (0, 0, 1, 0))
     index = torch.arange(sums.shape[1], device=sums.device)

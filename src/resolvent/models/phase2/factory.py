@@ -1,17 +1,12 @@
 """Make Phase 2 models: from nothing, from a preset, from a configuration, or from single values."""
 
-import dataclasses
-import logging
 from typing import Any
 
 import torch
 
-from ...errors import ConfigError
-from ..config import check_fields
+from ..base import check_single_origin, place, resolve_config
 from .config import Phase2Config, get_phase2_preset
 from .model import Phase2IntegratedModel
-
-_log = logging.getLogger(__name__)
 
 
 def create_phase2_model(
@@ -38,14 +33,7 @@ def create_phase2_model(
     Raises:
         ConfigError: both ``config`` and ``preset`` are given, the preset or a field is unknown, or a value is wrong.
     """
-    if config is not None and preset is not None:
-        raise ConfigError(f"give either config or preset, not both (preset={preset!r})")
+    check_single_origin(config, preset)
     base = config if config is not None else get_phase2_preset(preset) if preset is not None else Phase2Config()
     sizes = dict(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_seq=n_seq)
-    overrides: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None} | kwargs
-    check_fields(Phase2Config, overrides)
-    model = Phase2IntegratedModel(dataclasses.replace(base, **overrides))
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    _log.info("created a Phase 2 model with %s parameters on %s", f"{model.num_parameters():,}", device)
-    return model.to(device)
+    return place(Phase2IntegratedModel(resolve_config(base, sizes, kwargs)), device)

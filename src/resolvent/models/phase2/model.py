@@ -22,12 +22,12 @@ from ...layers import (
     NonHermitianPotential,
     SNRMemoryFilter,
     ZetaEmbedding,
-    ZetaInitializer,
 )
 from ...layers.hebbian import HebbianOutput
 from ...ops import Consolidation, MemoryState
-from ..generation import Generation
-from ..packing import check_cu_seqlens, positions, unpad
+from ..base import IntegratedModel
+from ..initialization import init_weights
+from ..packing import TokenBatch, positions, read_tokens
 from .config import Phase2Config
 from .state import LayerState, Phase2State
 
@@ -89,6 +89,12 @@ class Phase2Block(nn.Module):
             self.resonance.constants() if self.resonance else None,
         )
 
+    def state_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of one sequence's state, tensor by tensor."""
+        heads = self.dissipative_bk.potential.num_heads
+        memory, conv_tail = self.hebbian.state_shape
+        return [(heads,), memory, memory, memory[:1], conv_tail]
+
     def forward(
         self,
         x: Tensor,
@@ -99,22 +105,13 @@ class Phase2Block(nn.Module):
     ) -> tuple[Tensor, Tensor, HebbianOutput, LayerState]:
         """x (B, N, D), the previous block's read-out, the block's state and the sequences' positions (S,) ->
         x, Γ (B, N, H), what the memory layer hands on, and the next state."""
-        resolvent, memory, conv_tail = state if state is not None else (None, None, None)
+        resolvent, memory, conv_tail, _ = state if state is not None else (None, None, None, None)
         features, gamma, resolvent = self.dissipative_bk(self.ln1(x), readout, resolvent, cu_seqlens)
         x = x + self.dropout(self.bk_proj(features.to(x.dtype)))
         hebbian = self.hebbian(self.ln2(x), gamma, memory, conv_tail, position, cu_seqlens, self.consolidation())
         x = x + self.dropout(hebbian.output)
         x = x + self.dropout(self.ffn(self.ln3(x)))
         return x, gamma, hebbian, LayerState(resolvent, hebbian.state, hebbian.conv_tail)
-
-
-_WITH_A_FIXED_START = (
-    ZetaEmbedding,
-    NonHermitianPotential,
-    DissipativeBKLayer,
-    DissipativeHebbianLayer,
-    MemoryResonanceLayer,
-)
 
 
 @dataclass
@@ -127,7 +124,7 @@ class _Trace:
     before: MemoryState | None
 
 
-class Phase2IntegratedModel(nn.Module, Generation):
+class Phase2IntegratedModel(IntegratedModel):
     """A language model whose tokens mix through a resolvent and a dissipative memory, in linear time.
 
     The model keeps nothing between calls: what it read is in the state that ``forward`` returns.
@@ -154,29 +151,9 @@ class Phase2IntegratedModel(nn.Module, Generation):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh weights on the CPU from ``generator`` (the global one if None), whatever the model's device.
-
-        Matrices inside the blocks get N(0, std²) with the standard deviation ``1 / sqrt(fan_in)``; with
-        ``use_zeta_init`` those of the potential get the zeta spectrum at the same norm. What BK-Core adds to the stream
-        starts at zero.
-        """
-        zeta = ZetaInitializer(generator)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and module is not self.lm_head:
-                std = module.in_features**-0.5
-                if self.config.use_zeta_init and ".potential." in name:
-                    zeta(module.weight, std)
-                else:
-                    _normal(module.weight, std, generator)
-                if module.bias is not None:
-                    module.bias.zero_()
-        for weight in (self.token_embedding.weight, self.lm_head.weight):
-            _normal(weight, 0.02, generator)
-        for module in self.modules():
-            if isinstance(module, _WITH_A_FIXED_START):
-                module.reset_parameters()
-        for block in self._blocks:
-            block.bk_proj.weight.zero_()
+        """Draw fresh weights on the CPU from ``generator`` (the global one if None), whatever the model's device; see
+        ``models.initialization``."""
+        init_weights(self, generator, self.config.use_zeta_init)
 
     def forward(
         self,
@@ -213,9 +190,7 @@ class Phase2IntegratedModel(nn.Module, Generation):
         hidden, state = self.hidden_states(
             input_ids, state=state, cu_seqlens=cu_seqlens, attention_mask=attention_mask, diagnostics=diagnostics
         )
-        logits = self.lm_head(hidden)
-        if not torch.is_autocast_enabled(logits.device.type):
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = self._logits(hidden)
         extras = ([state] if return_state else []) + ([diagnostics] if return_diagnostics else [])
         return (logits, *extras) if extras else logits
 
@@ -230,60 +205,41 @@ class Phase2IntegratedModel(nn.Module, Generation):
     ) -> tuple[Tensor, Phase2State]:
         """Everything but the head: final hidden states (B, N, D) and the next state; arguments as in ``forward``.
         ``diagnostics`` is a dictionary to fill."""
-        self._check_input(input_ids)
-        shape = (input_ids.shape[0], input_ids.shape[1])
-        unpadded = None
-        if attention_mask is not None:
-            if cu_seqlens is not None:
-                raise ValueError("give either attention_mask (padded) or cu_seqlens (packed), not both")
-            unpadded = unpad(input_ids, attention_mask)
-            input_ids, cu_seqlens = unpadded.tokens, unpadded.cu_seqlens
-        elif cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, shape)
-            cu_seqlens = cu_seqlens.cpu()  # Python reads the offsets, in every layer
-        sequences = len(input_ids) if cu_seqlens is None else len(cu_seqlens) - 1
-        position = self._start_position(state, sequences, input_ids.device)
-
-        x = self.token_embedding(input_ids)
-        place = positions(state.position if state is not None else None, input_ids, cu_seqlens)
+        batch = read_tokens(input_ids, self.vocab_size, cu_seqlens, attention_mask)
+        position = self._start_position(state, batch.sequences, input_ids.device)
+        x = self.token_embedding(batch.input_ids)
+        place = positions(state.position if state is not None else None, batch.input_ids, batch.cu_seqlens)
         embedded = x + self.position_embedding(place).to(x.dtype)
         x, readout, layers, traces = self.dropout(embedded), None, [], []
         for i, block in enumerate(self.blocks):
             before = state.layers[i] if state is not None else None
-            x, gamma, hebbian, layer = block(x, readout, before, position, cu_seqlens)
+            x, gamma, hebbian, layer = block(x, readout, before, position, batch.cu_seqlens)
             readout = hebbian.readout
             layers.append(layer)
             if diagnostics is not None:
                 traces.append(_Trace(x, gamma, hebbian, before.memory if before else None))
         hidden = self.ln_f(x)
 
-        lengths = cu_seqlens.diff() if cu_seqlens is not None else torch.full_like(position, shape[1])
         if diagnostics is not None:
-            self._diagnose(diagnostics, traces, embedded, hidden, lengths)
-        if unpadded is not None:
-            hidden = unpadded.restore(hidden, shape)
-            for name in ("layer_outputs", "gamma_values", "input_embeddings", "final_hidden_states"):
-                if diagnostics is not None:
-                    diagnostics[name] = _map_tensors(diagnostics[name], lambda t: unpadded.restore(t, shape))
-        return hidden, Phase2State(position + lengths, tuple(layers))
+            self._diagnose(diagnostics, traces, embedded, hidden, batch)
+        return batch.restore(hidden), Phase2State(position + batch.lengths, tuple(layers))
 
-    def num_parameters(self, trainable_only: bool = False) -> int:
-        """Number of parameters."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
+    def state_shapes(self) -> list[list[tuple[int, ...]]]:
+        return [block.state_shapes() for block in self._blocks]
 
     @property
     def _blocks(self) -> list[Phase2Block]:
         return list(cast(Iterable[Phase2Block], self.blocks))
 
     def _diagnose(
-        self, diagnostics: dict[str, Any], traces: list[_Trace], embedded: Tensor, hidden: Tensor, lengths: Tensor
+        self, diagnostics: dict[str, Any], traces: list[_Trace], embedded: Tensor, hidden: Tensor, batch: TokenBatch
     ) -> None:
         with torch.no_grad():
             diagnostics.update(
-                input_embeddings=embedded.detach(),
-                final_hidden_states=hidden.detach(),
-                layer_outputs=[trace.output.detach() for trace in traces],
-                gamma_values=[trace.gamma.detach() for trace in traces],
+                input_embeddings=batch.restore(embedded.detach()),
+                final_hidden_states=batch.restore(hidden.detach()),
+                layer_outputs=[batch.restore(trace.output.detach()) for trace in traces],
+                gamma_values=[batch.restore(trace.gamma.detach()) for trace in traces],
                 snr_stats=[],
                 resonance_info=[],
                 stability_metrics=[],
@@ -293,39 +249,7 @@ class Phase2IntegratedModel(nn.Module, Generation):
                 snr, resonance = block.snr_filter, block.resonance
                 diagnostics["snr_stats"].append(snr.statistics(memory) if snr else {})
                 diagnostics["resonance_info"].append(resonance.statistics(memory) if resonance else {})
-                diagnostics["stability_metrics"].append(_stability(block, trace, lengths))
-
-    def _check_input(self, input_ids: Tensor) -> None:
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids must be integers (int64 or int32), got {input_ids.dtype}")
-        if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise ValueError(
-                f"input_ids must have shape (batch, sequence) and hold a token, got {tuple(input_ids.shape)}"
-            )
-        # On CUDA a look at the values would stall the queue; the embedding's own device assertion guards there.
-        if input_ids.device.type == "cpu":
-            least, most = input_ids.aminmax()
-            if least < 0 or most >= self.vocab_size:
-                wrong = least if least < 0 else most
-                raise ValueError(
-                    f"token id {wrong} is outside the vocabulary of {self.vocab_size} (0..{self.vocab_size - 1})"
-                )
-
-    def _start_position(self, state: Phase2State | None, sequences: int, device: torch.device) -> Tensor:
-        if state is None:
-            return torch.zeros(sequences, dtype=torch.long)
-        if len(state) != sequences:
-            raise ValueError(f"the state holds {len(state)} sequences, the input has {sequences}")
-        if state.device != device:
-            raise ValueError(f"the state is on {state.device}, the input on {device}; use state.to(device)")
-        wanted = [(block.dissipative_bk.potential.num_heads, *block.hebbian.state_shape) for block in self._blocks]
-        given = [
-            (layer.resolvent.shape[1], layer.memory.memory.shape[1:], layer.conv_tail.shape[1:])
-            for layer in state.layers
-        ]
-        if wanted != given:
-            raise ValueError("the state belongs to another model: its layers, heads or widths differ")
-        return state.position
+                diagnostics["stability_metrics"].append(_stability(block, trace, batch.lengths))
 
 
 def _stability(block: Phase2Block, trace: _Trace, lengths: Tensor) -> dict[str, Tensor]:
@@ -348,13 +272,3 @@ def _per_sequence(x: Tensor, lengths: Tensor, reduce: str, empty: float) -> Tens
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(x.device)
     out = x.new_full((len(lengths), heads), empty)
     return out.scatter_reduce(0, sequence[:, None].expand(-1, heads), x.reshape(-1, heads), reduce)
-
-
-def _map_tensors(value: Any, function: Any) -> Any:
-    return [function(v) for v in value] if isinstance(value, list) else function(value)
-
-
-def _normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
-    """N(0, std²) drawn on the CPU, so that every device gets the same weights."""
-    if not weight.is_meta:
-        weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu") * std)

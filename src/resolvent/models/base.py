@@ -1,0 +1,85 @@
+"""What the models of both phases are: text in, logits out, with a state that the caller holds."""
+
+import dataclasses
+import logging
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .config import ModelConfig, check_fields
+from .generation import Generation
+from .state import ModelState, named_tensors
+
+_log = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=ModelConfig)
+Model = TypeVar("Model", bound="IntegratedModel")
+
+
+class IntegratedModel(nn.Module, Generation):
+    """A language model that keeps nothing between calls: what it read is in the state that ``forward`` returns."""
+
+    token_embedding: nn.Module
+    position_embedding: nn.Module
+    blocks: nn.ModuleList
+    ln_f: nn.LayerNorm
+    lm_head: nn.Linear
+
+    def num_parameters(self, trainable_only: bool = False) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
+
+    def state_shapes(self) -> list[list[tuple[int, ...]]]:
+        """Shapes of one sequence's state: of every layer, every tensor."""
+        raise NotImplementedError
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, at least float32 outside autocast."""
+        logits = self.lm_head(hidden)
+        if not torch.is_autocast_enabled(logits.device.type):
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits
+
+    def _start_position(self, state: ModelState | None, sequences: int, device: torch.device) -> Tensor:
+        """Tokens that the sequences have read, int64 (S,) on the CPU.
+
+        Raises:
+            ValueError: the state is of other sequences, another device or another model.
+        """
+        if state is None:
+            return torch.zeros(sequences, dtype=torch.long)
+        if len(state) != sequences:
+            raise ValueError(f"the state holds {len(state)} sequences, the input has {sequences}")
+        if state.device != device:
+            raise ValueError(f"the state is on {state.device}, the input on {device}; use state.to(device)")
+        given = [[tuple(x.shape[1:]) for _, x in named_tensors(layer)] for layer in state.layers]
+        if self.state_shapes() != given:
+            raise ValueError("the state belongs to another model: its layers, heads or widths differ")
+        return state.position
+
+
+def resolve_config(base: Config, sizes: dict[str, int | None], others: dict[str, Any]) -> Config:
+    """A copy of ``base`` with the sizes that are not None and the other fields replaced.
+
+    Raises:
+        ConfigError: a field does not exist.
+    """
+    overrides: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None} | others
+    check_fields(type(base), overrides)
+    return dataclasses.replace(base, **overrides)
+
+
+def check_single_origin(config: ModelConfig | None, preset: str | None) -> None:
+    """Raise a ConfigError where a model shall be made from both a configuration and a preset."""
+    if config is not None and preset is not None:
+        raise ConfigError(f"give either config or preset, not both (preset={preset!r})")
+
+
+def place(model: Model, device: torch.device | str | None) -> Model:
+    """The model on ``device``; None for CUDA where there is one, and the CPU otherwise."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _log.info("created %s with %s parameters on %s", type(model).__name__, f"{model.num_parameters():,}", device)
+    return model.to(device)

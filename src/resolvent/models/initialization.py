@@ -1,0 +1,68 @@
+"""How a model's fresh weights are drawn: on the CPU, so that the same seed gives the same weights on every device."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import (
+    AdaptiveRankSemiseparableLayer,
+    DissipativeBKLayer,
+    DissipativeHebbianLayer,
+    MemoryResonanceLayer,
+    NonHermitianPotential,
+    TensorTrainEmbedding,
+    ZetaEmbedding,
+    ZetaInitializer,
+)
+
+_WITH_A_FIXED_START = (
+    ZetaEmbedding,
+    NonHermitianPotential,
+    DissipativeBKLayer,
+    DissipativeHebbianLayer,
+    MemoryResonanceLayer,
+    AdaptiveRankSemiseparableLayer,
+)
+
+
+@torch.no_grad()
+def init_weights(model: Any, generator: torch.Generator | None, zeta_potential: bool = False) -> None:
+    """Draw the weights of a model of either phase.
+
+    Matrices inside the blocks get N(0, std²) with the standard deviation ``1 / sqrt(fan_in)``; with ``zeta_potential``
+    those of the potential get the zeta spectrum at the same norm. A sum over all of the past gets its input scaled so
+    that it has about unit size after ``n_seq`` tokens. What BK-Core and AR-SSM add to the stream starts at zero.
+
+    Args:
+        model: has ``blocks``, ``token_embedding``, ``lm_head`` and ``n_seq``.
+        generator: the global CPU generator if None.
+        zeta_potential: whether the potential gets the zeta spectrum.
+    """
+    zeta = ZetaInitializer(generator)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not model.lm_head:
+            std = module.in_features**-0.5
+            if zeta_potential and ".potential." in name:
+                zeta(module.weight, std)
+            else:
+                scale = model.n_seq**-0.5 if name.endswith(".ar_ssm.u_proj") else 1.0
+                _normal(module.weight, std * scale, generator)
+            if module.bias is not None:
+                module.bias.zero_()
+    if isinstance(model.token_embedding, TensorTrainEmbedding):
+        model.token_embedding.reset_parameters(0.02, generator)
+    else:
+        _normal(model.token_embedding.weight, 0.02, generator)
+    _normal(model.lm_head.weight, 0.02, generator)
+    for module in model.modules():
+        if isinstance(module, _WITH_A_FIXED_START):
+            module.reset_parameters()
+    for block in model.blocks:
+        block.bk_proj.weight.zero_()
+
+
+def _normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """N(0, std²) drawn on the CPU."""
+    if not weight.is_meta:
+        weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu") * std)

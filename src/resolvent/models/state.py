@@ -1,0 +1,135 @@
+"""What a model knows of the past: an explicit object, handed in and out of ``forward``.
+
+Shapes: B sequences; the first axis of every tensor of a state counts them.
+"""
+
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+_COMPLEX = ":complex"
+"""Marks the name of a complex tensor in a file, which holds its real and imaginary parts."""
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """State of a model for B sequences: differentiable, movable, and of a size that does not depend on what was read.
+
+    Attributes:
+        position: tokens that each sequence has read, int64 (B,); on the CPU, where Python reads it without waiting.
+        layers: one state a block, a named tuple of tensors and of such tuples.
+    """
+
+    layer_type: ClassVar[Any]
+
+    position: Tensor
+    layers: tuple[Any, ...]
+
+    def __len__(self) -> int:
+        """Number of sequences B."""
+        return len(self.position)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(x.numel() * x.element_size() for x in self._tensors().values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers' states are."""
+        return next(x for _, x in named_tensors(self.layers[0])).device
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply ``function`` to every tensor; the first axis of each counts the sequences."""
+        return type(self)(function(self.position), self._map_layers(function))
+
+    def detach(self) -> Self:
+        """Cut the graph: what comes next sends no gradient to what came before."""
+        return self.map(Tensor.detach)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The state with its layers on another device."""
+        return type(self)(self.position, self._map_layers(lambda x: x.to(device)))
+
+    def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> Self:
+        """The state of some sequences, in the order asked for."""
+        if isinstance(rows, slice):
+            return self.map(lambda x: x[rows])
+        index = torch.as_tensor(rows)
+        return self.map(lambda x: x[index.to(x.device)])
+
+    def repeat(self, times: int) -> Self:
+        """Every sequence ``times`` in a row, to continue one beginning in several ways."""
+        return self.map(lambda x: x.repeat_interleave(times, dim=0))
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file."""
+        tensors = {}
+        for name, x in self._tensors().items():
+            x = x.detach().resolve_conj()
+            tensors[name + _COMPLEX * x.is_complex()] = torch.view_as_real(x) if x.is_complex() else x
+        save_file({name: x.contiguous().cpu() for name, x in tensors.items()}, path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
+        """Read what ``save`` wrote.
+
+        Raises:
+            CheckpointError: the file cannot be read or holds no state.
+        """
+        try:
+            stored = load_file(path).items()
+            tensors = {
+                name.removesuffix(_COMPLEX): torch.view_as_complex(x) if name.endswith(_COMPLEX) else x
+                for name, x in stored
+            }
+            count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
+            layers = tuple(_assemble(cls.layer_type, tensors, f"layers.{i}") for i in range(count))
+            return cls(tensors["position"], layers).to(device)
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path} holds no saved state: {error}") from error
+
+    def _map_layers(self, function: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+        return tuple(map_tensors(layer, function) for layer in self.layers)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        layers = (pair for i, layer in enumerate(self.layers) for pair in named_tensors(layer, f"layers.{i}"))
+        return {"position": self.position, **dict(layers)}
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure of named tuples with ``function`` applied to every tensor; None stays None."""
+    if value is None or isinstance(value, Tensor):
+        return value if value is None else function(value)
+    return type(value)(*(map_tensors(part, function) for part in value))
+
+
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a structure of named tuples, with the path of fields that leads to each."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif value is not None:
+        for field, part in value._asdict().items():
+            yield from named_tensors(part, f"{name}.{field}")
+
+
+def _assemble(kind: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """Inverse of ``named_tensors``: a part that is optional is None where none of its tensors is there."""
+    if kind is Tensor:
+        return tensors[name]
+    options = typing.get_args(kind)
+    if type(None) in options:
+        if not any(stored.startswith(f"{name}.") for stored in tensors):
+            return None
+        kind = next(option for option in options if option is not type(None))
+    parts = typing.get_type_hints(kind).items()
+    return kind(*(_assemble(part_kind, tensors, f"{name}.{field}") for field, part_kind in parts))
