@@ -8,7 +8,13 @@ from .errors import CheckpointError, ConfigError, DataError, ResolventError
 
 if TYPE_CHECKING:
     from .models import load_model, save_model
-    from .models.phase1 import Phase1Config
+    from .models.phase1 import (
+        Phase1Config,
+        Phase1IntegratedModel,
+        Phase1State,
+        create_phase1_model,
+        get_phase1_preset,
+    )
     from .models.phase2 import (
         Phase2Config,
         Phase2IntegratedModel,
@@ -22,18 +28,23 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Phase1Config",
+    "Phase1IntegratedModel",
+    "Phase1State",
     "Phase2Config",
     "Phase2IntegratedModel",
     "Phase2State",
     "ResolventError",
     "__version__",
+    "create_phase1_model",
     "create_phase2_model",
+    "get_phase1_preset",
     "get_phase2_preset",
     "load_model",
     "save_model",
 ]
 
-_HOMES = {"load_model": "models", "save_model": "models", "Phase1Config": "models.phase1"}
+_PHASE1 = ("Phase1Config", "Phase1IntegratedModel", "Phase1State", "create_phase1_model", "get_phase1_preset")
+_HOMES = {"load_model": "models", "save_model": "models", **dict.fromkeys(_PHASE1, "models.phase1")}
 
 
 def __getattr__(name: str) -> object:

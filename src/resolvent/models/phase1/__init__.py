@@ -1,5 +1,16 @@
-"""Phase 1: the static-Hamiltonian model."""
+"""Phase 1: the static-Hamiltonian model that Phase 2 grows out of."""
 
-from .config import Phase1Config
+from .config import Phase1Config, get_phase1_preset
+from .factory import create_phase1_model
+from .model import Phase1Block, Phase1IntegratedModel
+from .state import Phase1LayerState, Phase1State
 
-__all__ = ["Phase1Config"]
+__all__ = [
+    "Phase1Block",
+    "Phase1Config",
+    "Phase1IntegratedModel",
+    "Phase1LayerState",
+    "Phase1State",
+    "create_phase1_model",
+    "get_phase1_preset",
+]

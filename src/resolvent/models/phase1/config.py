@@ -1,30 +1,42 @@
-"""Configuration of Phase 1, the static-Hamiltonian model that Phase 2 grows out of."""
+"""Configuration of Phase 1, the static-Hamiltonian model that Phase 2 grows out of, and its presets."""
 
 from dataclasses import dataclass
+from typing import Any, Self
 
+from ...errors import ConfigError
+from ...ops.backend import BACKENDS
 from ..config import ModelConfig, must_be_at_least, must_be_positive
 
 
 @dataclass
 class Phase1Config(ModelConfig):
-    """Sizes and switches of a Phase 1 model."""
+    """Everything that defines a Phase 1 model; ``validate`` checks it, ``to_dict`` and ``from_dict`` store it."""
 
     # Adaptive-rank semiseparable layer (AR-SSM)
     ar_ssm_enabled: bool = True
     ar_ssm_max_rank: int = 32
+    """channels of the layer"""
     ar_ssm_min_rank: int = 4
+    """channels in use when training begins"""
     ar_ssm_gate_hidden_dim: int | None = None
+    """hidden width of the gate; None for a quarter of d_model"""
     ar_ssm_l1_regularization: float = 0.001
+    """weight of the mean gate in the penalty that training adds to the loss"""
     ar_ssm_use_fused_scan: bool = True
+    """let the prefix sum use a kernel where ``backend`` does; False keeps it on torch"""
 
     # Holographic tensor-train embedding (HTT)
     htt_enabled: bool = True
+    """embed tokens with a tensor train instead of a table"""
     htt_rank: int = 16
     htt_num_cores: int = 2
+    """a train of two cores is the only one there is"""
     htt_phase_encoding: bool = True
+    """a trainable phase for every rank"""
     htt_compression_target: float = 0.1
+    """parameters over those of a table; diagnostics say what it is"""
 
-    # Stability
+    # Stability, which diagnostics report on
     stability_monitoring_enabled: bool = True
     stability_threshold: float = 1e-6
     schatten_s1_bound: float = 100.0
@@ -33,21 +45,88 @@ class Phase1Config(ModelConfig):
 
     # Memory
     use_gradient_checkpointing: bool = True
+    """compute the branches of a block anew in the backward pass instead of keeping what they computed"""
     checkpoint_ar_ssm: bool = True
+    """... the semiseparable branch included"""
     checkpoint_htt: bool = False
+    """... and the tensor-train embedding"""
     ffn_rank: int | None = None
+    """rank of the feed-forward network's matrices; None for full ones"""
     ffn_compression_enabled: bool = True
+    """False keeps the matrices full whatever ``ffn_rank`` says"""
 
     # Model architecture
     vocab_size: int = 50257
     d_model: int = 512
     n_layers: int = 6
     n_seq: int = 1024
+    """length of the sequences it is trained on; nothing ends there"""
 
     # Performance targets
     target_vram_gb: float = 8.0
     target_ppl_degradation: float = 0.05
     target_speedup: float = 3.0
+
+    # Beyond the original
+    num_heads: int = 8
+    """chains of the BK-Core"""
+    ffn_dim: int | None = None
+    """hidden width of the feed-forward network; None for 4 d_model"""
+    dropout: float = 0.1
+    rank_warmup_steps: int = 1000
+    """training steps in which the rank rises from its least to its most"""
+    backend: str = "auto"
+    """operators run on: auto, torch or triton"""
+
+    @classmethod
+    def for_hardware(cls, vram_gb: float) -> Self:
+        """The configuration for a GPU of this memory: three sizes, up to 8, up to 10 and more GB.
+
+        Raises:
+            ConfigError: the memory is not above zero.
+        """
+        if not vram_gb > 0:
+            raise ConfigError(f"vram_gb must be > 0, got {vram_gb}")
+        for limit, values in _HARDWARE.items():
+            if vram_gb <= limit:
+                return cls(**values)
+        return cls(**_LARGE_HARDWARE)
+
+    @classmethod
+    def for_inference(cls) -> Self:
+        """Nothing is computed twice."""
+        return cls(use_gradient_checkpointing=False, checkpoint_ar_ssm=False)
+
+    @classmethod
+    def for_maximum_quality(cls) -> Self:
+        """High ranks."""
+        return cls(**_ranks(128, 16, 64, 0.3), ar_ssm_l1_regularization=1e-4, target_ppl_degradation=0.01)
+
+    @classmethod
+    def for_maximum_efficiency(cls) -> Self:
+        """Low ranks."""
+        return cls(**_ranks(16, 2, 8, 0.05), ar_ssm_l1_regularization=0.01, target_vram_gb=6.0)
+
+    @property
+    def ffn_width(self) -> int:
+        return self.ffn_dim if self.ffn_dim is not None else 4 * self.d_model
+
+    @property
+    def effective_ffn_rank(self) -> int | None:
+        """Rank of the feed-forward network's matrices, None for full ones."""
+        return self.ffn_rank if self.ffn_compression_enabled else None
+
+    @property
+    def gate_width(self) -> int:
+        """Hidden width of the semiseparable layer's gate."""
+        if self.ar_ssm_gate_hidden_dim is not None:
+            return self.ar_ssm_gate_hidden_dim
+        return max(self.d_model // 4, self.ar_ssm_min_rank)
+
+    def rank_at(self, step: int) -> int:
+        """Rank of the semiseparable layers at a training step: from the least to the most, linearly."""
+        progress = min(1.0, step / self.rank_warmup_steps) if self.rank_warmup_steps else 1.0
+        return int(self.ar_ssm_min_rank + progress * (self.ar_ssm_max_rank - self.ar_ssm_min_rank))
 
     def _faults(self) -> list[str]:
         faults = []
@@ -57,7 +136,7 @@ class Phase1Config(ModelConfig):
             )
         faults += must_be_at_least(self, 1, "ar_ssm_min_rank", "htt_rank")
         faults += must_be_at_least(self, 2, "htt_num_cores")
-        faults += must_be_at_least(self, 0, "ar_ssm_l1_regularization")
+        faults += must_be_at_least(self, 0, "ar_ssm_l1_regularization", "rank_warmup_steps")
         if not 0 < self.htt_compression_target < 1:
             faults.append(f"htt_compression_target must be in range (0, 1), got {self.htt_compression_target}")
         faults += must_be_positive(
@@ -70,9 +149,86 @@ class Phase1Config(ModelConfig):
             "d_model",
             "n_layers",
             "n_seq",
+            "num_heads",
             "target_vram_gb",
             "target_ppl_degradation",
             "target_speedup",
         )
-        optional = [name for name in ("ar_ssm_gate_hidden_dim", "ffn_rank") if getattr(self, name) is not None]
-        return faults + must_be_positive(self, *optional)
+        if not 0 <= self.dropout < 1:
+            faults.append(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.backend not in BACKENDS:
+            faults.append(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        names = ("ar_ssm_gate_hidden_dim", "ffn_rank", "ffn_dim")
+        return faults + must_be_positive(self, *(name for name in names if getattr(self, name) is not None))
+
+
+def _ranks(max_rank: int, min_rank: int, htt_rank: int, compression: float) -> dict[str, Any]:
+    return dict(
+        ar_ssm_max_rank=max_rank,
+        ar_ssm_min_rank=min_rank,
+        htt_rank=htt_rank,
+        htt_compression_target=compression,
+    )
+
+
+_NO_CHECKPOINTS = dict(use_gradient_checkpointing=False, checkpoint_ar_ssm=False)
+_HARDWARE: dict[float, dict[str, Any]] = {
+    8.0: dict(**_ranks(16, 4, 8, 0.05), target_vram_gb=8.0),
+    10.0: dict(**_ranks(32, 4, 16, 0.1), target_vram_gb=10.0),
+}
+_LARGE_HARDWARE: dict[str, Any] = dict(**_ranks(64, 8, 32, 0.2), **_NO_CHECKPOINTS, target_vram_gb=24.0)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        **_ranks(16, 4, 16, 0.5),
+        **_NO_CHECKPOINTS,
+        vocab_size=257,
+        d_model=128,
+        n_layers=3,
+        n_seq=256,
+        num_heads=4,
+        dropout=0.0,
+        target_vram_gb=1.0,
+    ),
+    "8gb": dict(**_ranks(16, 4, 8, 0.05), ar_ssm_l1_regularization=0.01, target_vram_gb=8.0),
+    "10gb": dict(**_ranks(32, 4, 16, 0.1), target_vram_gb=10.0),
+    "24gb": dict(
+        **_ranks(64, 8, 32, 0.2),
+        **_NO_CHECKPOINTS,
+        ar_ssm_l1_regularization=1e-4,
+        target_vram_gb=24.0,
+        target_ppl_degradation=0.01,
+    ),
+    "inference": dict(**_ranks(32, 4, 16, 0.1), **_NO_CHECKPOINTS, target_speedup=5.0),
+    "max_quality": dict(
+        **_ranks(128, 16, 64, 0.3),
+        **_NO_CHECKPOINTS,
+        ar_ssm_l1_regularization=1e-4,
+        target_vram_gb=40.0,
+        target_ppl_degradation=0.01,
+    ),
+    "max_efficiency": dict(
+        **_ranks(16, 2, 8, 0.05), ar_ssm_l1_regularization=0.01, target_vram_gb=6.0, target_ppl_degradation=0.1
+    ),
+}
+
+ALIASES = {
+    "speed_oriented": "24gb",
+    "memory_oriented": "8gb",
+    "balanced": "10gb",
+    "quality": "max_quality",
+    "efficiency": "max_efficiency",
+}
+
+
+def get_phase1_preset(name: str) -> Phase1Config:
+    """A fresh configuration: ``tiny`` (laptops, bytes), a size of GPU memory, or an aim; aliases are known too.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    key = ALIASES.get(name, name)
+    if key not in PRESETS:
+        known = ", ".join([*PRESETS, *ALIASES])
+        raise ConfigError(f"Unknown preset: {name}. Available presets: {known}")
+    return Phase1Config(**PRESETS[key])

@@ -1,0 +1,39 @@
+"""Make Phase 1 models: from nothing, from a preset, from a configuration, or from single values."""
+
+from typing import Any
+
+import torch
+
+from ..base import check_single_origin, place, resolve_config
+from .config import Phase1Config, get_phase1_preset
+from .model import Phase1IntegratedModel
+
+
+def create_phase1_model(
+    config: Phase1Config | None = None,
+    preset: str | None = None,
+    vocab_size: int | None = None,
+    d_model: int | None = None,
+    n_layers: int | None = None,
+    n_seq: int | None = None,
+    device: torch.device | str | None = None,
+    **kwargs: Any,
+) -> Phase1IntegratedModel:
+    """Create a Phase 1 model with fresh weights.
+
+    Weights are drawn on the CPU from torch's global generator: ``torch.manual_seed`` gives the same model everywhere.
+
+    Args:
+        config: a whole configuration; it is not changed.
+        preset: a name that ``get_phase1_preset`` knows, instead of ``config``.
+        vocab_size, d_model, n_layers, n_seq: replace the values of the configuration, the preset or the defaults.
+        device: where the model shall live; None for CUDA where there is one, and the CPU otherwise.
+        kwargs: any other field of ``Phase1Config``.
+
+    Raises:
+        ConfigError: both ``config`` and ``preset`` are given, the preset or a field is unknown, or a value is wrong.
+    """
+    check_single_origin(config, preset)
+    base = config if config is not None else get_phase1_preset(preset) if preset is not None else Phase1Config()
+    sizes = dict(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_seq=n_seq)
+    return place(Phase1IntegratedModel(resolve_config(base, sizes, kwargs)), device)

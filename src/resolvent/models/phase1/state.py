@@ -1,0 +1,30 @@
+"""What a Phase 1 model knows of the past. Shapes: B sequences, H heads."""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from ...layers import SemiseparableState
+from ..state import ModelState
+
+
+class Phase1LayerState(NamedTuple):
+    """State of one block.
+
+    Attributes:
+        resolvent: g of the last token, complex64 (B, H).
+        ar_ssm: the semiseparable layer's sum and tail, where a block has one.
+    """
+
+    resolvent: Tensor
+    ar_ssm: SemiseparableState | None = None
+
+
+@dataclass(frozen=True)
+class Phase1State(ModelState):
+    """State of a Phase 1 model: per layer the resolvent's last value, and the semiseparable layer's sum."""
+
+    layer_type: ClassVar[type[Phase1LayerState]] = Phase1LayerState
+
+    layers: tuple[Phase1LayerState, ...]
