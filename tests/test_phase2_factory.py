@@ -1,13 +1,14 @@
-"""The tests that the factory report names (conversion excepted), under its names."""
+"""The tests that the factory report names, under its names."""
 
 import pytest
 import torch
 from torch import nn
 
-from resolvent.models.phase1 import Phase1Config
+from resolvent.models.phase1 import Phase1Config, create_phase1_model
 from resolvent.models.phase2 import (
     Phase2Config,
     Phase2IntegratedModel,
+    convert_phase1_to_phase2,
     create_phase2_model,
     get_phase2_preset,
 )
@@ -183,6 +184,59 @@ class TestCreatePhase2Model:
         assert len(diagnostics["gamma_values"]) == 2
 
 
+class DummyPhase1Model(nn.Module):
+    """A model of which only embedding and output mean anything to Phase 2."""
+
+    def __init__(self, vocab_size: int = 1000, d_model: int = 128):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.linear1 = nn.Linear(d_model, d_model)
+        self.linear2 = nn.Linear(d_model, d_model)
+        self.output = nn.Linear(d_model, vocab_size)
+
+    def forward(self, x):
+        return self.output(self.linear2(self.linear1(self.embedding(x)).relu()))
+
+
+SIZES = dict(vocab_size=1000, d_model=128, n_layers=2, n_seq=64, num_heads=2)
+
+
+class TestConvertPhase1ToPhase2:
+    def test_convert_simple_model(self):
+        model = convert_phase1_to_phase2(DummyPhase1Model(), Phase2Config(**SIZES))
+        assert isinstance(model, Phase2IntegratedModel)
+        assert (model.vocab_size, model.d_model, model.n_layers, model.n_seq) == (1000, 128, 2, 64)
+        logits = model(torch.randint(0, 1000, (2, 64)))
+        assert logits.shape == (2, 64, 1000)
+        assert logits.isfinite().all()
+
+    def test_convert_with_weight_copying(self):
+        source = DummyPhase1Model()
+        model = convert_phase1_to_phase2(source, Phase2Config(**SIZES), copy_compatible_weights=True)
+        assert torch.equal(model.token_embedding.weight, source.embedding.weight)
+        assert torch.equal(model.lm_head.weight, source.output.weight)
+        fresh = convert_phase1_to_phase2(source, Phase2Config(**SIZES), copy_compatible_weights=False)
+        assert not torch.equal(fresh.token_embedding.weight, source.embedding.weight)
+
+    def test_convert_with_weight_freezing(self):
+        model = convert_phase1_to_phase2(DummyPhase1Model(), Phase2Config(**SIZES), freeze_phase1_weights=True)
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        assert frozen == {"token_embedding.weight", "lm_head.weight"}
+        free = convert_phase1_to_phase2(DummyPhase1Model(), Phase2Config(**SIZES))
+        assert all(p.requires_grad for p in free.parameters())
+
+    @torch.no_grad()
+    def test_convert_with_weights_of_phase_1(self):
+        source = create_phase1_model(**SIZES, device="cpu")
+        for parameter in source.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        model = convert_phase1_to_phase2(source.eval()).eval()
+        ids = torch.randint(0, 1000, (2, 200))
+        assert (model(ids) - source(ids)).abs().max() <= 1e-5
+        for ours, theirs in zip(model.blocks, source.blocks, strict=True):
+            assert torch.equal(ours.bk_proj.weight, theirs.bk_proj.weight)
+
+
 class TestIntegration:
     @pytest.mark.parametrize(
         "preset",
@@ -274,7 +328,9 @@ class TestIntegration:
 
 def test_the_import_path_of_the_report_works_from_the_root():
     from src.models.phase1 import Phase1Config as ReportPhase1Config
+    from src.models.phase2 import convert_phase1_to_phase2 as report_convert
     from src.models.phase2 import create_phase2_model as report_create
 
     assert report_create is create_phase2_model
+    assert report_convert is convert_phase1_to_phase2
     assert ReportPhase1Config is Phase1Config

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
         get_phase1_preset,
     )
     from .models.phase2 import (
+        ConversionReport,
         Phase2Config,
         Phase2IntegratedModel,
         Phase2State,
+        convert_phase1_to_phase2,
         create_phase2_model,
         get_phase2_preset,
     )
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ConversionReport",
     "DataError",
     "Phase1Config",
     "Phase1IntegratedModel",
@@ -35,6 +38,7 @@ __all__ = [
     "Phase2State",
     "ResolventError",
     "__version__",
+    "convert_phase1_to_phase2",
     "create_phase1_model",
     "create_phase2_model",
     "get_phase1_preset",

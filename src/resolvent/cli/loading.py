@@ -8,7 +8,7 @@ import typer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from resolvent.models.phase2 import Phase2IntegratedModel
+    from resolvent.models import IntegratedModel
 
 Directory = Annotated[
     Path, typer.Argument(metavar="DIR", help="Run folder, or a checkpoint in it.", show_default=False)
@@ -21,7 +21,7 @@ def run_of(directory: Path) -> Path:
     return directory.parent.parent if directory.parent.name == "checkpoints" else directory
 
 
-def load_trained(directory: Path, device: str) -> "tuple[Phase2IntegratedModel, Tokenizer]":
+def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokenizer]":
     """A model and its tokenizer.
 
     Raises:

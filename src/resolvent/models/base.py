@@ -21,11 +21,21 @@ Model = TypeVar("Model", bound="IntegratedModel")
 class IntegratedModel(nn.Module, Generation):
     """A language model that keeps nothing between calls: what it read is in the state that ``forward`` returns."""
 
+    config: Any
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_seq: int
     token_embedding: nn.Module
     position_embedding: nn.Module
     blocks: nn.ModuleList
     ln_f: nn.LayerNorm
     lm_head: nn.Linear
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head uses the token embedding's table."""
+        return self.lm_head.weight is getattr(self.token_embedding, "weight", None)
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         """Number of parameters."""

@@ -9,21 +9,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ..errors import CheckpointError, ConfigError
+from .base import IntegratedModel
+from .phase1 import Phase1Config, Phase1IntegratedModel
 from .phase2 import Phase2Config, Phase2IntegratedModel
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
+_TYPES = {"resolvent_phase1": Phase1IntegratedModel, "resolvent_phase2": Phase2IntegratedModel}
+_TIED = "lm_head.weight"
+"""A head that is the token embedding's table has no copy of its own in the file."""
 
-def save_model(model: Phase2IntegratedModel, directory: str | Path) -> None:
+
+def save_model(model: IntegratedModel, directory: str | Path) -> None:
     """Write configuration and weights; each file appears whole or not at all.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
     directory = Path(directory)
-    description = {"model_type": "resolvent_phase2", "format_version": FORMAT_VERSION, **model.config.to_dict()}
+    model_type = next(name for name, kind in _TYPES.items() if isinstance(model, kind))
+    description = {"model_type": model_type, "format_version": FORMAT_VERSION, **model.config.to_dict()}
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    if model.tied:
+        del tensors[_TIED]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
@@ -32,18 +41,20 @@ def save_model(model: Phase2IntegratedModel, directory: str | Path) -> None:
         raise CheckpointError(f"cannot write the model to {directory}: {error}") from error
 
 
-def load_model(directory: str | Path, device: torch.device | str | None = None) -> Phase2IntegratedModel:
+def load_model(directory: str | Path, device: torch.device | str | None = None) -> IntegratedModel:
     """Read what ``save_model`` wrote, in evaluation mode, onto ``device`` (None for CUDA where there is one).
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.
     """
     directory = Path(directory)
-    model = Phase2IntegratedModel(_read_config(directory / CONFIG), init=False)
+    model = _read_description(directory / CONFIG)
     try:
         tensors = load_file(directory / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {directory / WEIGHTS}: {error}") from error
+    if model.tied:
+        tensors[_TIED] = model.lm_head.weight  # the table is there, under its own name
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -59,19 +70,22 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def _read_config(path: Path) -> Phase2Config:
+def _read_description(path: Path) -> IntegratedModel:
+    """The model that a configuration file describes, without its weights."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(values, dict) or values.pop("model_type", None) != "resolvent_phase2":
-        raise CheckpointError(f"{path} does not describe a resolvent model (model_type is not 'resolvent_phase2')")
+    model_type = values.pop("model_type", None) if isinstance(values, dict) else None
+    if model_type not in _TYPES:
+        known = " or ".join(_TYPES)
+        raise CheckpointError(f"{path} does not describe a resolvent model (model_type is {model_type!r}, not {known})")
     version = values.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version!r}; this release reads version {FORMAT_VERSION}")
     try:
-        config = Phase2Config.from_dict(values)
-        config.validate()
+        if model_type == "resolvent_phase1":
+            return Phase1IntegratedModel(Phase1Config.from_dict(values), init=False)
+        return Phase2IntegratedModel(Phase2Config.from_dict(values), init=False)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return config

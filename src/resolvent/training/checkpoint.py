@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from resolvent.errors import CheckpointError
-from resolvent.models import save_model
-from resolvent.models.phase2 import Phase2IntegratedModel
+from resolvent.models import IntegratedModel, save_model
 from resolvent.training.average import Average
 from resolvent.training.files import atomic_directory, read_json, write_json
 from resolvent.training.optimizer import load_optimizer_tensors, optimizer_tensors
@@ -46,7 +45,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def save_checkpoint(
-    run_dir: Path, model: Phase2IntegratedModel, optimizer: torch.optim.Optimizer, standing: Standing, *, keep: int
+    run_dir: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer, standing: Standing, *, keep: int
 ) -> Path:
     """Save a run's step, then remove all but the `keep` newest checkpoints."""
     target = checkpoint_path(run_dir, standing.step)

@@ -12,8 +12,8 @@ from rich.console import Console
 from resolvent.data import load_tokenizer, save_tokenizer
 from resolvent.device import pick_device
 from resolvent.errors import CheckpointError, ConfigError
-from resolvent.models import load_model
-from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel, create_phase2_model, get_phase2_preset
+from resolvent.models import IntegratedModel, load_model
+from resolvent.models.phase2 import Phase2Config, create_phase2_model, get_phase2_preset
 from resolvent.training.checkpoint import latest_checkpoint
 from resolvent.training.config import TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus
@@ -97,7 +97,7 @@ def _model_config(config: TrainingConfig) -> Phase2Config:
     return config.model if config.model is not None else get_phase2_preset(str(config.preset))
 
 
-def _initial_model(config: TrainingConfig, corpus: Corpus, accelerator: Accelerator) -> Phase2IntegratedModel:
+def _initial_model(config: TrainingConfig, corpus: Corpus, accelerator: Accelerator) -> IntegratedModel:
     """Every process makes the same weights, from the seed."""
     torch.manual_seed(config.seed)
     vocab_size = corpus.tokenizer.get_vocab_size()

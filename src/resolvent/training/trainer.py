@@ -18,8 +18,7 @@ from resolvent.data import PackedBatches, TokenStream
 from resolvent.errors import CheckpointError, ResolventError
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.language import document_tokens, sum_of_nats
-from resolvent.models import save_model
-from resolvent.models.phase2 import Phase2IntegratedModel
+from resolvent.models import IntegratedModel, save_model
 from resolvent.training.average import Average
 from resolvent.training.checkpoint import Standing, load_optimizer, load_standing, save_checkpoint
 from resolvent.training.config import TrainingConfig
@@ -47,7 +46,7 @@ class TrainingResult:
     """
 
     run_dir: Path
-    model: Phase2IntegratedModel
+    model: IntegratedModel
     tokenizer: Tokenizer
     validation: LanguageScore
 
@@ -68,7 +67,7 @@ class Trainer:
         config: TrainingConfig,
         accelerator: Accelerator,
         corpus: Corpus,
-        model: Phase2IntegratedModel,
+        model: IntegratedModel,
         console: Console,
     ) -> None:
         self.config, self.accelerator, self.corpus, self.console = config, accelerator, corpus, console

@@ -53,6 +53,9 @@ def test_any_split_is_the_whole(model, length, size):
         dict(adaptive_decay=False),
         dict(consolidation_interval=128),
         dict(zeta_embedding_trainable=True),
+        dict(ar_ssm_rank=5),
+        dict(htt_rank=6),
+        dict(tie_embeddings=True),
     ],
 )
 def test_the_law_holds_for_every_switch(options):

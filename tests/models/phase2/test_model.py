@@ -140,8 +140,16 @@ FIELDS = {
     "conv_size": (4, 2),
     "output_norm": (True, False),
     "output_gate": (True, False),
+    "ar_ssm_rank": (0, 8),
+    "ar_ssm_gate_hidden_dim": (None, 7),
+    "htt_rank": (None, 6),
+    "htt_phase_encoding": (True, False),
+    "tie_embeddings": (False, True),
 }
 """Fields that change what a model computes, with two values each."""
+
+NEEDS = {"ar_ssm_gate_hidden_dim": dict(ar_ssm_rank=8), "htt_phase_encoding": dict(htt_rank=6)}
+"""Fields that say more about what another one switches on."""
 
 REACHES = {
     "use_triton_bk": ((True, False), lambda m: m.blocks[0].dissipative_bk.backend),
@@ -165,7 +173,7 @@ def test_every_field_is_accounted_for():
 def test_a_field_changes_what_the_model_computes(name):
     def logits(value):
         torch.manual_seed(0)
-        model = small_model(spread=0.1, **{name: value})
+        model = small_model(spread=0.1, **{name: value}, **NEEDS.get(name, {}))
         torch.manual_seed(1)
         return model(tokens(200))
 

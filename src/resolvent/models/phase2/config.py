@@ -87,6 +87,18 @@ class Phase2Config(ModelConfig):
     backend: str = "auto"
     """operators run on: auto, torch or triton"""
 
+    # What a converted model carries over
+    ar_ssm_rank: int = 0
+    """channels of Phase 1's semiseparable branch; 0 for none"""
+    ar_ssm_gate_hidden_dim: int | None = None
+    """hidden width of that branch's gate; None for a quarter of d_model"""
+    htt_rank: int | None = None
+    """embed tokens with a tensor train of this rank; None for a table"""
+    htt_phase_encoding: bool = True
+    """a trainable phase for every rank of the tensor train"""
+    tie_embeddings: bool = False
+    """let the head use the token embedding's table"""
+
     @classmethod
     def from_phase1(cls, phase1_config: Phase1Config, **overrides: Any) -> Self:
         """The Phase 2 configuration of a Phase 1 model: its sizes and targets, and Phase 2's defaults elsewhere.
@@ -95,14 +107,22 @@ class Phase2Config(ModelConfig):
             ConfigError: an override is no field.
         """
         check_fields(cls, overrides)
-        shared = ("vocab_size", "d_model", "n_layers", "n_seq", "target_vram_gb")
+        shared = (
+            "vocab_size", "d_model", "n_layers", "n_seq", "num_heads", "ffn_dim", "dropout", "backend", "target_vram_gb"
+        )  # fmt: skip
         taken: dict[str, Any] = {name: getattr(phase1_config, name) for name in shared}
         values: dict[str, Any] = {"phase1_config": phase1_config, **taken, **overrides}
+        values.setdefault("head_dim", max(1, values["d_model"] // max(1, values["num_heads"])))
         return cls(**values)
 
     @property
     def ffn_width(self) -> int:
         return self.ffn_dim if self.ffn_dim is not None else 4 * self.d_model
+
+    @property
+    def gate_width(self) -> int:
+        """Hidden width of the semiseparable branch's gate."""
+        return self.ar_ssm_gate_hidden_dim if self.ar_ssm_gate_hidden_dim is not None else max(1, self.d_model // 4)
 
     def _faults(self) -> list[str]:
         faults = must_be_positive(
@@ -125,8 +145,11 @@ class Phase2Config(ModelConfig):
             "target_speedup_triton",
         )
         faults += must_be_at_least(self, 1, "snr_gamma_boost", "snr_eta_boost", "conv_size")
-        if self.ffn_dim is not None:
-            faults += must_be_positive(self, "ffn_dim")
+        faults += must_be_at_least(self, 0, "ar_ssm_rank")
+        optional = ("ffn_dim", "ar_ssm_gate_hidden_dim", "htt_rank")
+        faults += must_be_positive(self, *(name for name in optional if getattr(self, name) is not None))
+        if self.tie_embeddings and self.htt_rank is not None:
+            faults.append(f"tie_embeddings needs a table to share: htt_rank must be None, got {self.htt_rank}")
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout must be in [0, 1), got {self.dropout}")
         if self.consolidation_interval > 0 and self.consolidation_interval % CHUNK:

@@ -2,25 +2,27 @@
 
 A block is three residual branches: the resolvent of the tokens' Hamiltonian (BK-Core), the dissipative Hebbian memory,
 and a feed-forward network. Γ acts in both of the first two, and a block's memory read-out enters the next block's
-potential.
+potential. A model that grew out of Phase 1 keeps its semiseparable branch, behind the memory.
 
 Shapes: B batch, N sequence, D model width, H heads, K = V head width, S sequences.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...layers import (
+    AdaptiveRankSemiseparableLayer,
     DissipativeBKLayer,
     DissipativeHebbianLayer,
     LyapunovStabilityMonitor,
     MemoryResonanceLayer,
     NonHermitianPotential,
     SNRMemoryFilter,
+    TensorTrainEmbedding,
     ZetaEmbedding,
 )
 from ...layers.hebbian import HebbianOutput
@@ -30,6 +32,9 @@ from ..initialization import init_weights
 from ..packing import TokenBatch, positions, read_tokens
 from .config import Phase2Config
 from .state import LayerState, Phase2State
+
+if TYPE_CHECKING:
+    from .conversion import ConversionReport
 
 
 class Phase2Block(nn.Module):
@@ -75,6 +80,12 @@ class Phase2Block(nn.Module):
             if config.resonance_enabled
             else None
         )
+        self.ln_ssm = nn.LayerNorm(width) if config.ar_ssm_rank else None
+        self.ar_ssm = (
+            AdaptiveRankSemiseparableLayer(width, config.ar_ssm_rank, config.gate_width, config.backend)
+            if config.ar_ssm_rank
+            else None
+        )
         self.ln3 = nn.LayerNorm(width)
         self.ffn = nn.Sequential(nn.Linear(width, config.ffn_width), nn.GELU(), nn.Linear(config.ffn_width, width))
         self.dropout = nn.Dropout(config.dropout)
@@ -93,7 +104,7 @@ class Phase2Block(nn.Module):
         """Shapes of one sequence's state, tensor by tensor."""
         heads = self.dissipative_bk.potential.num_heads
         memory, conv_tail = self.hebbian.state_shape
-        return [(heads,), memory, memory, memory[:1], conv_tail]
+        return [(heads,), memory, memory, memory[:1], conv_tail, *(self.ar_ssm.state_shape if self.ar_ssm else ())]
 
     def forward(
         self,
@@ -105,13 +116,16 @@ class Phase2Block(nn.Module):
     ) -> tuple[Tensor, Tensor, HebbianOutput, LayerState]:
         """x (B, N, D), the previous block's read-out, the block's state and the sequences' positions (S,) ->
         x, Γ (B, N, H), what the memory layer hands on, and the next state."""
-        resolvent, memory, conv_tail, _ = state if state is not None else (None, None, None, None)
+        resolvent, memory, conv_tail, ar_ssm = state if state is not None else (None, None, None, None)
         features, gamma, resolvent = self.dissipative_bk(self.ln1(x), readout, resolvent, cu_seqlens)
         x = x + self.dropout(self.bk_proj(features.to(x.dtype)))
         hebbian = self.hebbian(self.ln2(x), gamma, memory, conv_tail, position, cu_seqlens, self.consolidation())
         x = x + self.dropout(hebbian.output)
+        if self.ar_ssm is not None and self.ln_ssm is not None:
+            output, _, ar_ssm = self.ar_ssm(self.ln_ssm(x), ar_ssm, cu_seqlens)
+            x = x + self.dropout(output)
         x = x + self.dropout(self.ffn(self.ln3(x)))
-        return x, gamma, hebbian, LayerState(resolvent, hebbian.state, hebbian.conv_tail)
+        return x, gamma, hebbian, LayerState(resolvent, hebbian.state, hebbian.conv_tail, ar_ssm)
 
 
 @dataclass
@@ -132,7 +146,12 @@ class Phase2IntegratedModel(IntegratedModel):
     Args:
         config: its configuration.
         init: draw fresh weights from the global CPU generator; False where they will be loaded.
+
+    Attributes:
+        conversion_report: what became of every tensor, where the model was converted.
     """
+
+    conversion_report: "ConversionReport | None" = None
 
     def __init__(self, config: Phase2Config, init: bool = True):
         super().__init__()
@@ -140,12 +159,20 @@ class Phase2IntegratedModel(IntegratedModel):
         self.config = config
         self.vocab_size, self.d_model = config.vocab_size, config.d_model
         self.n_layers, self.n_seq = config.n_layers, config.n_seq
-        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.token_embedding = (
+            nn.Embedding(config.vocab_size, config.d_model)
+            if config.htt_rank is None
+            else TensorTrainEmbedding(
+                config.vocab_size, config.d_model, config.htt_rank, phase_encoding=config.htt_phase_encoding
+            )
+        )
         self.position_embedding = ZetaEmbedding(config.d_model, config.zeta_embedding_trainable)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Phase2Block(config, first=i == 0) for i in range(config.n_layers))
         self.ln_f = nn.LayerNorm(config.d_model)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = cast(nn.Embedding, self.token_embedding).weight
         if init:
             self.init_weights()
 

@@ -1,0 +1,293 @@
+"""Phase 1 grows into Phase 2 and computes the same; other modules hand over what has a role."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from resolvent import (
+    ConfigError,
+    Phase2Config,
+    convert_phase1_to_phase2,
+    create_phase1_model,
+    load_model,
+    save_model,
+)
+from resolvent.layers import TensorTrainEmbedding
+
+SMALL = dict(
+    vocab_size=97, d_model=48, n_layers=3, n_seq=64, num_heads=3, dropout=0.1, ar_ssm_max_rank=8, htt_rank=6,
+    device="cpu",
+)  # fmt: skip
+
+
+def tokens(length=100, batch=2):
+    return torch.randint(0, 97, (batch, length))
+
+
+@torch.enable_grad()
+def trained(steps=25, **options):
+    """A Phase 1 model after some steps of training, whose every part does something."""
+    model = create_phase1_model(**{**SMALL, **options}).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        ids = tokens(64, 4).sort(1).values
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+    assert all(block.bk_proj.weight.abs().max() > 1e-3 for block in model.blocks)
+    return model.eval()
+
+
+VARIANTS = {
+    "htt and ar-ssm": {},
+    "table": dict(htt_enabled=False),
+    "no ar-ssm": dict(ar_ssm_enabled=False),
+    "plain": dict(htt_enabled=False, ar_ssm_enabled=False),
+    "low rank": dict(ffn_rank=5, htt_phase_encoding=False),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "carried"),
+    [*((name, False) for name in VARIANTS), *((name, True) for name in ("htt and ar-ssm", "no ar-ssm", "low rank"))],
+)
+def test_the_function_is_preserved_at_any_length_full_and_streaming(name, carried):
+    source = trained(**VARIANTS[name])
+    wanted = Phase2Config.from_phase1(source.config, htt_rank=6) if carried else None
+    model = convert_phase1_to_phase2(source, wanted).eval()
+    assert isinstance(model.token_embedding, TensorTrainEmbedding if carried else nn.Embedding)
+    for length in (1, 40, 64, 300):
+        ids = tokens(length)
+        expected = source(ids)
+        assert (model(ids) - expected).abs().max() <= 1e-5
+        state, pieces = None, []
+        for piece in ids.split(37, dim=1):
+            logits, state = model(piece, state=state, return_state=True)
+            pieces.append(logits)
+        assert (torch.cat(pieces, 1) - expected).abs().max() <= 1e-5
+    prompt = tokens(5)
+    assert torch.equal(model.generate(prompt, 30, temperature=0), source.generate(prompt, 30, temperature=0))
+
+
+def test_every_new_parameter_learns_after_two_steps():
+    model = convert_phase1_to_phase2(trained()).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for _ in range(4):
+        ids = tokens(150)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("options", [{}, dict(htt_enabled=False, ar_ssm_enabled=False), dict(ffn_rank=5)])
+def test_freezing_freezes_exactly_what_was_copied(options):
+    source = trained(steps=5, **options)
+    model = convert_phase1_to_phase2(source, freeze_phase1_weights=True).train()
+    copied = {tensor.name for tensor in model.conversion_report.copied}
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == copied
+    assert model.num_parameters(trainable_only=True) == model.conversion_report.parameters("new")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(4):
+        ids = tokens(150)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == before.keys() - copied
+    assert all(p.requires_grad for p in source.parameters())
+
+
+def test_the_report_accounts_for_every_tensor(caplog):
+    source = trained(steps=1)
+    with caplog.at_level(logging.DEBUG, logger="resolvent"):
+        model = convert_phase1_to_phase2(source)
+    report = model.conversion_report
+    assert report.summary() in caplog.text
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert {t.name: t.shape for t in report.copied + report.new} == shapes
+    assert report.parameters("copied") + report.parameters("new") == model.num_parameters()
+    assert report.left_behind == []
+    used = {name for tensor in report.copied for name in tensor.sources}
+    assert used == {name for name, _ in source.named_parameters()}
+    entry = next(t for t in report.tensors if t.name == "token_embedding.weight")
+    assert entry.sources == tuple(f"token_embedding.{part}" for part in ("core1", "core2", "phase_shift"))
+    assert (entry.status, entry.count, entry.note) == ("copied", 97 * 48, "tensor train made a table")
+    new = {t.name.split(".", 2)[2] for t in report.new if t.name.startswith("blocks.1.")}
+    assert {"dissipative_bk.kappa", "hebbian.q_proj.weight", "ln2.weight", "resonance.bias"} <= new
+    assert not any(part.startswith(("ln1", "ln3", "ffn", "bk_proj", "ar_ssm", "ln_ssm")) for part in new)
+    assert report.to_dict()["tensors"][0]["status"] == "copied"
+
+
+def test_layers_go_to_their_own_layer():
+    source = trained(steps=1)
+    model = convert_phase1_to_phase2(source)
+    for ours, theirs in zip(model.blocks, source.blocks, strict=True):
+        assert torch.equal(ours.dissipative_bk.potential.v_proj.weight, theirs.bk.v_proj.weight)
+        assert torch.equal(ours.ffn[0].weight, theirs.ffn[0].weight)
+    assert not torch.equal(model.blocks[0].ffn[0].weight, model.blocks[1].ffn[0].weight)
+
+
+def test_the_sizes_of_the_source_are_taken_over():
+    source = create_phase1_model(**{**SMALL, "ffn_dim": 50})
+    config = convert_phase1_to_phase2(source).config
+    assert (config.vocab_size, config.d_model, config.n_layers, config.n_seq) == (97, 48, 3, 64)
+    assert (config.num_heads, config.head_dim, config.ffn_dim, config.dropout) == (3, 16, 50, 0.1)
+    assert config.phase1_config == source.config
+
+
+def test_a_configuration_is_followed_where_it_can_be_and_refused_where_not():
+    source = create_phase1_model(**SMALL)
+    wanted = Phase2Config.from_phase1(source.config, head_dim=8, base_decay=0.05, zeta_embedding_trainable=True)
+    before = wanted.to_dict()
+    model = convert_phase1_to_phase2(source, wanted)
+    assert (model.config.head_dim, model.config.base_decay) == (8, 0.05)
+    assert wanted.to_dict() == before
+    assert model.conversion_report.config_changes == {"ar_ssm_rank": (0, 8), "ar_ssm_gate_hidden_dim": (None, 12)}
+    ids = tokens()
+    assert (model.eval()(ids) - source.eval()(ids)).abs().max() <= 1e-5
+
+    faulty = dataclasses.replace(wanted, d_model=64, n_layers=2, num_heads=4, vocab_size=98, htt_rank=5)
+    with pytest.raises(ConfigError) as error:
+        convert_phase1_to_phase2(source, faulty)
+    for text in ("vocab_size is 98", "d_model is 64, that of the Phase 1 model 48", "n_layers is 2", "num_heads is 4"):
+        assert text in str(error.value)
+    assert "htt_rank is 5, but the Phase 1 model's token embedding has rank 6" in str(error.value)
+    with pytest.raises(ConfigError, match="tie_embeddings"):
+        convert_phase1_to_phase2(source, Phase2Config.from_phase1(source.config, tie_embeddings=True))
+    with pytest.raises(ConfigError, match="token embedding is a table"):
+        convert_phase1_to_phase2(create_phase1_model(**{**SMALL, "htt_enabled": False}), wanted_with_train(wanted))
+
+
+def wanted_with_train(config):
+    return dataclasses.replace(config, htt_rank=6)
+
+
+def test_copying_can_be_left_out():
+    source = create_phase1_model(**SMALL)
+    model = convert_phase1_to_phase2(source, copy_compatible_weights=False, freeze_phase1_weights=True)
+    report = model.conversion_report
+    assert report.copied == []
+    assert len(report.left_behind) == len(list(source.parameters()))
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.blocks[0].hebbian.out_proj.weight.any()
+
+
+def test_the_same_seed_gives_the_same_conversion_and_the_source_is_left_alone():
+    source = trained(steps=1)
+    before = {name: p.clone() for name, p in source.state_dict().items()}
+
+    def weights(seed):
+        torch.manual_seed(seed)
+        return torch.cat([p.detach().flatten() for p in convert_phase1_to_phase2(source).parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+    assert all(torch.equal(p, before[name]) for name, p in source.state_dict().items())
+
+
+@pytest.mark.gpu
+def test_the_same_seed_gives_the_same_conversion_on_cuda():
+    source = trained(steps=2)
+    torch.manual_seed(3)
+    here = convert_phase1_to_phase2(source)
+    torch.manual_seed(3)
+    there = convert_phase1_to_phase2(source.cuda())
+    for (name, a), b in zip(here.named_parameters(), there.parameters(), strict=True):
+        assert b.is_cuda
+        assert torch.equal(a, b.cpu()), name
+    ids = tokens(300).cuda()
+    assert (there.eval()(ids) - source(ids)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_converted_models_are_saved_and_loaded(tmp_path, carried):
+    source = trained(steps=2)
+    save_model(source, tmp_path / "one")
+    again = load_model(tmp_path / "one", device="cpu")
+    ids = tokens()
+    assert again.config == source.config
+    assert torch.equal(again(ids), source(ids))
+    wanted = Phase2Config.from_phase1(again.config, htt_rank=6) if carried else None
+    model = convert_phase1_to_phase2(again, wanted).eval()
+    save_model(model, tmp_path / "two")
+    loaded = load_model(tmp_path / "two", device="cpu")
+    assert loaded.config == model.config
+    assert torch.equal(loaded(ids), model(ids))
+
+
+class Foreign(nn.Module):
+    """A Transformer whose modules have names that say nothing."""
+
+    def __init__(self, tied=False, vocab_size=90, width=32, layers=4, positions=50):
+        super().__init__()
+        self.a = nn.Embedding(positions, width)
+        self.b = nn.Embedding(vocab_size, width)
+        self.c = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 4, 64, batch_first=True, norm_first=True) for _ in range(layers)
+        )
+        self.d = nn.LayerNorm(width)
+        self.e = nn.Linear(width, vocab_size)
+        if tied:
+            self.e.weight = self.b.weight
+        for parameter in self.parameters():
+            parameter.data.normal_()
+
+
+def test_foreign_modules_are_matched_by_shape_and_role():
+    source = Foreign()
+    model = convert_phase1_to_phase2(source)
+    assert (model.vocab_size, model.d_model, model.n_layers) == (90, 32, 4)
+    assert torch.equal(model.token_embedding.weight, source.b.weight)
+    assert torch.equal(model.lm_head.weight, source.e.weight)
+    assert torch.equal(model.ln_f.weight, source.d.weight)
+    for ours, theirs in zip(model.blocks, source.c, strict=True):
+        assert torch.equal(ours.ln1.bias, theirs.norm1.bias)
+        assert torch.equal(ours.ln3.weight, theirs.norm2.weight)
+    report = model.conversion_report
+    assert len(report.copied) == 2 + 2 + 4 * 4
+    assert {"a.weight", "e.bias"} <= {t.name for t in report.left_behind}
+    assert any("self_attn" in t.name for t in report.left_behind)
+    assert model(torch.randint(0, 90, (1, 200))).isfinite().all()
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    source = Foreign(tied=True)
+    model = convert_phase1_to_phase2(source, freeze_phase1_weights=True)
+    assert model.config.tie_embeddings
+    assert model.lm_head.weight is model.token_embedding.weight
+    assert not model.lm_head.weight.requires_grad
+    assert torch.equal(model.lm_head.weight, source.b.weight)
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path, device="cpu")
+    assert loaded.lm_head.weight is loaded.token_embedding.weight
+    ids = torch.randint(0, 90, (1, 20))
+    assert torch.equal(loaded(ids), model.eval()(ids))
+    wanted = Phase2Config(vocab_size=90, d_model=32, n_layers=2, num_heads=2, head_dim=16)
+    report = convert_phase1_to_phase2(source, wanted).conversion_report
+    assert report.config_changes == {"tie_embeddings": (False, True)}
+
+
+def test_a_foreign_module_that_does_not_fit_is_told(caplog):
+    wanted = Phase2Config(vocab_size=91, d_model=16, n_layers=1, num_heads=2, head_dim=8)
+    model = convert_phase1_to_phase2(Foreign(), wanted)
+    assert model.conversion_report.copied == []
+    assert "nothing of the source fits" in caplog.text
+    with pytest.raises(ConfigError, match="give phase2_config"):
+        convert_phase1_to_phase2(nn.Linear(3, 4))
+
+
+def test_parts_that_fit_are_taken_alone():
+    wanted = Phase2Config(vocab_size=90, d_model=32, n_layers=2, num_heads=2, head_dim=16, htt_rank=4)
+    model = convert_phase1_to_phase2(Foreign(), wanted)
+    names = {t.name for t in model.conversion_report.copied}
+    assert "lm_head.weight" in names
+    assert not any(name.startswith("token_embedding") for name in names)
+    assert {"blocks.0.ln1.weight", "blocks.1.ln3.bias"} <= names
