@@ -27,7 +27,7 @@ def test_version(resolvent: Resolvent):
     assert resolvent("--version") == (0, f"resolvent {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "presets"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "convert", "presets"])
 def test_help_teaches_by_an_example(resolvent: Resolvent, command: str):
     outcome = resolvent(command, "--help")
     assert outcome.code == 0
@@ -37,7 +37,7 @@ def test_help_teaches_by_an_example(resolvent: Resolvent, command: str):
 def test_help_lists_the_commands(resolvent: Resolvent):
     for arguments in (["--help"], []):
         text = resolvent(*arguments).out
-        assert all(command in text for command in ("train", "generate", "evaluate", "presets"))
+        assert all(command in text for command in ("train", "generate", "evaluate", "convert", "presets"))
 
 
 def test_help_does_not_wait_for_torch():

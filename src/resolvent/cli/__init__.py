@@ -1,4 +1,4 @@
-"""The command line: `resolvent train | generate | evaluate | presets`."""
+"""The command line: `resolvent train | generate | evaluate | convert | presets`."""
 
 import os
 import sys

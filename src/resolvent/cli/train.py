@@ -16,6 +16,7 @@ from resolvent.training.record import RUN_FILE
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from resolvent.models.phase1 import Phase1Config
     from resolvent.models.phase2 import Phase2Config
 
 
@@ -59,7 +60,7 @@ def train(
     if resume is not None:
         _refuse_beside_resume(settings, change)
     elif change:
-        settings |= {"model": _changed_preset(settings["preset"], change), "preset": None}
+        settings |= {"model": _changed_preset(settings["phase"], settings["preset"], change), "preset": None}
     from rich.console import Console
 
     from resolvent import training
@@ -94,11 +95,17 @@ def _refuse_beside_resume(settings: dict[str, Any], change: list[str] | None) ->
         raise typer.BadParameter(f"the run keeps its settings; leave out {options}", param_hint="--resume")
 
 
-def _changed_preset(preset: str, assignments: list[str]) -> "Phase2Config":
+def _changed_preset(phase: int, preset: str, assignments: list[str]) -> "Phase1Config | Phase2Config":
     """A preset with some fields replaced, each given as FIELD=VALUE."""
-    from resolvent.models.phase2 import Phase2Config, get_phase2_preset
+    from resolvent.models.phases import PHASES
 
-    values = get_phase2_preset(preset).to_dict()
+    values = PHASES[phase].preset(preset).to_dict() | parse_assignments(assignments)
+    return PHASES[phase].config.from_dict(values)
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """Fields of a configuration, each given as FIELD=VALUE."""
+    values = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
@@ -106,7 +113,7 @@ def _changed_preset(preset: str, assignments: list[str]) -> "Phase2Config":
         if name == "vocab_size":
             raise typer.BadParameter("the tokenizer decides vocab_size; see --tokenizer", param_hint="--set")
         values[name] = _parse(value)
-    return Phase2Config.from_dict(values)
+    return values
 
 
 def _parse(value: str) -> Any:

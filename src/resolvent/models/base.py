@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ Model = TypeVar("Model", bound="IntegratedModel")
 class IntegratedModel(nn.Module, Generation):
     """A language model that keeps nothing between calls: what it read is in the state that ``forward`` returns."""
 
+    penalised: ClassVar[bool] = False
+    """Whether ``forward`` has a penalty to return, with ``return_penalty=True``, that training adds to the loss."""
+
     config: Any
     vocab_size: int
     d_model: int
@@ -37,9 +40,22 @@ class IntegratedModel(nn.Module, Generation):
         """Whether the head uses the token embedding's table."""
         return self.lm_head.weight is getattr(self.token_embedding, "weight", None)
 
+    def __init__(self, config: Any, init: bool = True):
+        """A model of a configuration; ``init=False`` leaves its weights to be loaded."""
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.vocab_size, self.d_model = config.vocab_size, config.d_model
+        self.n_layers, self.n_seq = config.n_layers, config.n_seq
+
     def num_parameters(self, trainable_only: bool = False) -> int:
         """Number of parameters."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
+
+    def update_rank_schedule(self, step: int) -> int | None:
+        """Adapt to a training step, before it; a model without a schedule does nothing and returns None."""
+        del step
+        return None
 
     def state_shapes(self) -> list[list[tuple[int, ...]]]:
         """Shapes of one sequence's state: of every layer, every tensor."""

@@ -10,13 +10,12 @@ from safetensors.torch import load_file, save
 
 from ..errors import CheckpointError, ConfigError
 from .base import IntegratedModel
-from .phase1 import Phase1Config, Phase1IntegratedModel
-from .phase2 import Phase2Config, Phase2IntegratedModel
+from .phases import PHASES
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
-_TYPES = {"resolvent_phase1": Phase1IntegratedModel, "resolvent_phase2": Phase2IntegratedModel}
+_TYPES = {f"resolvent_phase{number}": phase for number, phase in PHASES.items()}
 _TIED = "lm_head.weight"
 """A head that is the token embedding's table has no copy of its own in the file."""
 
@@ -28,7 +27,7 @@ def save_model(model: IntegratedModel, directory: str | Path) -> None:
         CheckpointError: the folder cannot be written.
     """
     directory = Path(directory)
-    model_type = next(name for name, kind in _TYPES.items() if isinstance(model, kind))
+    model_type = next(name for name, phase in _TYPES.items() if isinstance(model, phase.model))
     description = {"model_type": model_type, "format_version": FORMAT_VERSION, **model.config.to_dict()}
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
     if model.tied:
@@ -84,8 +83,7 @@ def _read_description(path: Path) -> IntegratedModel:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version!r}; this release reads version {FORMAT_VERSION}")
     try:
-        if model_type == "resolvent_phase1":
-            return Phase1IntegratedModel(Phase1Config.from_dict(values), init=False)
-        return Phase2IntegratedModel(Phase2Config.from_dict(values), init=False)
+        phase = _TYPES[model_type]
+        return phase.model(phase.config.from_dict(values), init=False)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error

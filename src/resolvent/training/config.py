@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from resolvent.errors import ConfigError
 
 if TYPE_CHECKING:
+    from resolvent.models.phase1 import Phase1Config
     from resolvent.models.phase2 import Phase2Config
 
 RUN, TEXT, SIZE, OPTIMISER, REPORTS = "Run", "Model and text", "Size", "Optimiser", "Reports and checkpoints"
@@ -44,8 +45,11 @@ class TrainingConfig:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN, "auto: cuda where there is one.")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", RUN, "auto: bf16 on cuda, fp32 on the cpu.")
 
+    phase: int = setting(
+        2, TEXT, "2: resolvent and memory; 1: the static Hamiltonian it grows out of.", at_least=1, at_most=2
+    )
     preset: str | None = setting("tiny", TEXT, "Size of the model; `resolvent presets` lists them.", metavar="NAME")
-    model: "Phase2Config | None" = None
+    model: "Phase1Config | Phase2Config | None" = None
     data: str | None = setting(
         None,
         TEXT,
@@ -93,7 +97,8 @@ class TrainingConfig:
     @property
     def run_dir(self) -> Path:
         """The run folder, the default worked out."""
-        return Path(self.out if self.out is not None else f"runs/{self.preset or 'model'}")
+        name = self.preset or "model"
+        return Path(self.out if self.out is not None else f"runs/{name if self.phase == 2 else f'phase1-{name}'}")
 
     @property
     def warmup(self) -> int:
@@ -114,6 +119,8 @@ class TrainingConfig:
         if (self.preset is None) == (self.model is None):
             faults.append(f"one of preset and model must be None, got {self.preset!r} and {self.model!r}")
         if self.model is not None:
+            if type(self.model).__name__ != f"Phase{self.phase}Config":
+                faults.append(f"model is a {type(self.model).__name__}, but phase is {self.phase}")
             try:
                 self.model.validate()
             except ConfigError as error:
@@ -139,9 +146,12 @@ class TrainingConfig:
             raise ConfigError(f"unknown field of TrainingConfig: {', '.join(unknown)}. Fields: {', '.join(known)}")
         fields = dict(values)
         if isinstance(fields.get("model"), dict):
-            from resolvent.models.phase2 import Phase2Config
+            from resolvent.models.phases import PHASES
 
-            fields["model"] = Phase2Config.from_dict(fields["model"])
+            phase = fields.get("phase", cls.phase)
+            if phase not in PHASES:
+                raise ConfigError(f"phase must be 1 or 2, got {phase!r}")
+            fields["model"] = PHASES[phase].config.from_dict(fields["model"])
         return cls(**fields)
 
 

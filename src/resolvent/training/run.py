@@ -13,7 +13,9 @@ from resolvent.data import load_tokenizer, save_tokenizer
 from resolvent.device import pick_device
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.models import IntegratedModel, load_model
-from resolvent.models.phase2 import Phase2Config, create_phase2_model, get_phase2_preset
+from resolvent.models.phase1 import Phase1Config
+from resolvent.models.phase2 import Phase2Config
+from resolvent.models.phases import PHASES
 from resolvent.training.checkpoint import latest_checkpoint
 from resolvent.training.config import TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus
@@ -93,15 +95,16 @@ def resume(
     return trainer.run()
 
 
-def _model_config(config: TrainingConfig) -> Phase2Config:
-    return config.model if config.model is not None else get_phase2_preset(str(config.preset))
+def _model_config(config: TrainingConfig) -> Phase1Config | Phase2Config:
+    return config.model if config.model is not None else PHASES[config.phase].preset(str(config.preset))
 
 
 def _initial_model(config: TrainingConfig, corpus: Corpus, accelerator: Accelerator) -> IntegratedModel:
     """Every process makes the same weights, from the seed."""
     torch.manual_seed(config.seed)
     vocab_size = corpus.tokenizer.get_vocab_size()
-    return create_phase2_model(config=_model_config(config), vocab_size=vocab_size, device=accelerator.device)
+    create = PHASES[config.phase].create
+    return create(config=_model_config(config), vocab_size=vocab_size, device=accelerator.device)
 
 
 def _accelerator(config: TrainingConfig) -> Accelerator:

@@ -14,7 +14,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch.nn.utils import clip_grad_norm_
 
-from resolvent.data import PackedBatches, TokenStream
+from resolvent.data import Batch, PackedBatches, TokenStream
 from resolvent.errors import CheckpointError, ResolventError
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.language import document_tokens, sum_of_nats
@@ -135,6 +135,7 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.raw_model.update_rank_schedule(step)
         loss, grad_norm = self._gradient(step)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(
@@ -158,14 +159,20 @@ class Trainer:
         for part in range(config.accumulation):
             batch = self.batches[(step * config.accumulation + part) * ranks + rank]
             with accelerator.accumulate(self.model):
-                # The offsets stay on the CPU, where the model looks at them without waiting for the device.
-                logits = self.model(batch.input_ids.to(self.device), cu_seqlens=batch.cu_seqlens)
-                loss = F.cross_entropy(logits.float().flatten(0, 1), batch.labels.to(self.device).flatten())
-                accelerator.backward(loss)
+                loss, penalty = self._loss(batch)
+                accelerator.backward(loss + penalty)
             loss_sum += loss.detach()
         mean_loss = accelerator.reduce(loss_sum / config.accumulation, reduction="mean")
         grad_norm = clip_grad_norm_(self.raw_model.parameters(), config.grad_clip or math.inf)
         return mean_loss.item(), grad_norm.item()
+
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Mean nats a token, and what the model asks to be added."""
+        options = {"return_penalty": True} if self.raw_model.penalised else {}
+        # The offsets stay on the CPU, where the model looks at them without waiting for the device.
+        output = self.model(batch.input_ids.to(self.device), cu_seqlens=batch.cu_seqlens, **options)
+        logits, penalty = output if options else (output, 0.0)
+        return F.cross_entropy(logits.float().flatten(0, 1), batch.labels.to(self.device).flatten()), penalty
 
     def _report(self, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
         step, average = self.standing.step, self.standing.loss_average.update(loss)
@@ -246,8 +253,8 @@ class Trainer:
         epochs = config.steps * self.tokens_per_step / train.num_predictions
         start = f"from step {self.standing.step:,} of" if self.standing.step else "for"
         self.display.say(
-            f"Model     {config.preset or 'own configuration'}: {self.raw_model.num_parameters():,} parameters, "
-            f"{precision} on {self.device}\n"
+            f"Model     Phase {config.phase}, {config.preset or 'own configuration'}: "
+            f"{self.raw_model.num_parameters():,} parameters, {precision} on {self.device}\n"
             f"Text      {train.num_bytes:,} bytes in {train.num_documents:,} document(s) to learn from, "
             f"{held_out.num_bytes:,} in {held_out.num_documents:,} held out\n"
             f"Tokens    {train.num_predictions:,} to learn from, vocabulary of "

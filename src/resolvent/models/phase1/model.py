@@ -105,12 +105,10 @@ class Phase1IntegratedModel(IntegratedModel):
         init: draw fresh weights from the global CPU generator; False where they will be loaded.
     """
 
+    penalised = True
+
     def __init__(self, config: Phase1Config, init: bool = True):
-        super().__init__()
-        config.validate()
-        self.config = config
-        self.vocab_size, self.d_model = config.vocab_size, config.d_model
-        self.n_layers, self.n_seq = config.n_layers, config.n_seq
+        super().__init__(config)
         self.token_embedding = (
             TensorTrainEmbedding(
                 config.vocab_size, config.d_model, config.htt_rank, config.htt_num_cores, config.htt_phase_encoding

@@ -154,11 +154,7 @@ class Phase2IntegratedModel(IntegratedModel):
     conversion_report: "ConversionReport | None" = None
 
     def __init__(self, config: Phase2Config, init: bool = True):
-        super().__init__()
-        config.validate()
-        self.config = config
-        self.vocab_size, self.d_model = config.vocab_size, config.d_model
-        self.n_layers, self.n_seq = config.n_layers, config.n_seq
+        super().__init__(config)
         self.token_embedding = (
             nn.Embedding(config.vocab_size, config.d_model)
             if config.htt_rank is None

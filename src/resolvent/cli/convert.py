@@ -1,0 +1,84 @@
+"""`resolvent convert`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from resolvent.cli.loading import Directory, load_trained, run_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from resolvent.models.phase1 import Phase1Config
+    from resolvent.models.phase2 import ConversionReport, Phase2Config
+
+
+def convert(
+    directory: Directory,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the Phase 2 model; new or empty.")],
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change the Phase 2 configuration (repeatable)."),
+    ] = None,
+    keep_tensor_train: Annotated[
+        bool, typer.Option("--keep-tensor-train", help="Keep a token embedding that is one; otherwise make it a table.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the new weights.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Turn a Phase 1 model into a Phase 2 model that computes the same.
+
+    Prints what became of every tensor. What is new in Phase 2 starts at zero, and training can use it.
+
+    Example: [bold]resolvent convert runs/phase1-tiny runs/converted[/bold]
+    """
+    from rich.console import Console
+
+    from resolvent.data import save_tokenizer
+    from resolvent.errors import CheckpointError, ConfigError
+    from resolvent.models import save_model
+
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty: choose another folder for the converted model")
+    source, tokenizer = load_trained(directory, "cpu")
+    import torch
+
+    from resolvent.models.phase1 import Phase1IntegratedModel
+    from resolvent.models.phase2 import convert_phase1_to_phase2
+
+    if not isinstance(source, Phase1IntegratedModel):
+        raise CheckpointError(f"{run_of(directory)} holds no Phase 1 model; `resolvent train --phase 1` trains one")
+    torch.manual_seed(seed)
+    model = convert_phase1_to_phase2(source, _config(source.config, change or [], keep_tensor_train))
+    report = model.conversion_report
+    assert report is not None
+    save_model(model, out)
+    save_tokenizer(tokenizer, out)
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    else:
+        _show(report, Console())
+
+
+def _config(phase1: "Phase1Config", assignments: list[str], keep_tensor_train: bool) -> "Phase2Config":
+    from resolvent.cli.train import parse_assignments
+    from resolvent.models.phase2 import Phase2Config
+
+    kept = {"htt_rank": phase1.htt_rank} if keep_tensor_train and phase1.htt_enabled else {}
+    return Phase2Config.from_phase1(phase1, **{**kept, **parse_assignments(assignments)})
+
+
+def _show(report: "ConversionReport", console: "Console") -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("tensor", "shape", "parameters", "status", "from"):
+        table.add_column(heading, justify="right" if heading == "parameters" else "left", overflow="fold")
+    for tensor in report.tensors:
+        shape = " x ".join(map(str, tensor.shape)) or "scalar"
+        origin = "; ".join(part for part in (" + ".join(tensor.sources), tensor.note) if part)
+        table.add_row(tensor.name, shape, f"{tensor.count:,}", tensor.status, origin)
+    console.print(table)
+    console.print(report.summary(), highlight=False)

@@ -1,0 +1,26 @@
+"""The two phases side by side: what a command that serves both has to choose between."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .base import IntegratedModel
+from .phase1 import Phase1Config, Phase1IntegratedModel, create_phase1_model, get_phase1_preset
+from .phase1.config import PRESETS as PHASE1_PRESETS
+from .phase2 import Phase2Config, Phase2IntegratedModel, create_phase2_model, get_phase2_preset
+from .phase2.config import PRESETS as PHASE2_PRESETS
+
+
+class Phase(NamedTuple):
+    """A phase's configuration, model, presets and ways to make them."""
+
+    config: type[Phase1Config] | type[Phase2Config]
+    model: type[IntegratedModel]
+    create: Callable[..., IntegratedModel]
+    preset: Callable[[str], Any]
+    presets: tuple[str, ...]
+
+
+PHASES = {
+    1: Phase(Phase1Config, Phase1IntegratedModel, create_phase1_model, get_phase1_preset, tuple(PHASE1_PRESETS)),
+    2: Phase(Phase2Config, Phase2IntegratedModel, create_phase2_model, get_phase2_preset, tuple(PHASE2_PRESETS)),
+}

@@ -1,0 +1,83 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resolvent.models import load_model
+from resolvent.models.phase1 import Phase1IntegratedModel
+from resolvent.models.phase2 import Phase2IntegratedModel
+
+from .conftest import call
+
+Resolvent = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def phase1_run(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "phase1"
+    sizes = ("d_model=32", "n_layers=2", "num_heads=2", "ar_ssm_max_rank=6", "htt_rank=5")
+    options = [part for size in sizes for part in ("--set", size)]
+    options += ["--seq-len", "64", "--batch-size", "2", "--device", "cpu", "--steps", "30", "--learning-rate", "1e-2"]
+    assert call("train", "--phase", 1, "--data", text_file, "--out", path, *options) == 0
+    return path
+
+
+def test_a_phase_1_run_is_a_run(resolvent: Resolvent, phase1_run: Path):
+    assert isinstance(load_model(phase1_run, device="cpu"), Phase1IntegratedModel)
+    score = json.loads(resolvent("evaluate", phase1_run, "--json").out)
+    assert 0 < score["bits_per_byte"] < 8
+    outcome = resolvent("generate", phase1_run, "--prompt", "Rhyme", "--max-new-tokens", 5, "--seed", 1)
+    assert outcome.code == 0 and outcome.out.startswith("Rhyme")
+    assert resolvent("train", "--resume", phase1_run).code == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--keep-tensor-train"], ["--set", "head_dim=8"]])
+def test_conversion_keeps_the_function_and_shows_what_became_of_every_tensor(
+    resolvent: Resolvent, phase1_run: Path, tmp_path: Path, text_file: Path, options: list[str], monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    outcome = resolvent("convert", phase1_run, tmp_path / "out", *options)
+    assert outcome.code == 0, outcome.err
+    model, source = load_model(tmp_path / "out", device="cpu"), load_model(phase1_run, device="cpu")
+    assert isinstance(model, Phase2IntegratedModel)
+    assert (model.config.htt_rank == 5) == ("--keep-tensor-train" in options)
+    assert model.config.head_dim == (8 if "head_dim=8" in options else 16)
+    ids = torch.randint(0, 257, (1, 200))
+    assert (model(ids) - source(ids)).abs().max() <= 1e-5
+    for name, _ in model.named_parameters():
+        assert name in outcome.out
+    for word in ("copied", "new", "constant of Phase 1", "blocks.1.bk.v_proj.bias"):
+        assert word in outcome.out
+    scores = [
+        json.loads(resolvent("evaluate", d, "--data", text_file, "--json").out) for d in (phase1_run, tmp_path / "out")
+    ]
+    assert scores[0]["bits_per_byte"] == pytest.approx(scores[1]["bits_per_byte"], abs=1e-5)
+
+
+def test_conversion_as_json_and_by_seed(resolvent: Resolvent, phase1_run: Path, tmp_path: Path):
+    report = json.loads(resolvent("convert", phase1_run, tmp_path / "a", "--json").out)
+    assert {tensor["status"] for tensor in report["tensors"]} == {"copied", "new"}
+    resolvent("convert", phase1_run, tmp_path / "b")
+    resolvent("convert", phase1_run, tmp_path / "c", "--seed", 1)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_what_cannot_be_converted_is_named(resolvent: Resolvent, phase1_run: Path, run_dir: Path, tmp_path: Path):
+    outcome = resolvent("convert", run_dir, tmp_path / "out")
+    assert outcome.code == 1 and "holds no Phase 1 model" in outcome.err
+    outcome = resolvent("convert", phase1_run, run_dir)
+    assert outcome.code == 1 and "is not empty" in outcome.err
+    outcome = resolvent("convert", phase1_run, tmp_path / "out", "--set", "n_layers=3")
+    assert outcome.code == 1 and "n_layers is 3, that of the Phase 1 model 2" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_presets_of_both_phases_are_listed(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = resolvent("presets", "--phase", 1).out
+    assert all(name in text for name in ("8gb", "max_quality", "24 GB"))
+    assert "large" in resolvent("presets").out
