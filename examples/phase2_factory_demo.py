@@ -2,8 +2,8 @@
 
     python examples/phase2_factory_demo.py
 
-Presets, a custom configuration, single values, a forward pass with diagnostics, validation, a comparison of the
-presets, and the report's training loop.
+Presets, a custom configuration, single values, a forward pass with diagnostics, conversion from Phase 1, validation, a
+comparison of the presets, and the report's training loop.
 """
 
 import torch
@@ -11,9 +11,11 @@ import torch.nn as nn
 from rich.console import Console
 from rich.table import Table
 
+from resolvent.models.phase1 import create_phase1_model
 from resolvent.models.phase2 import (
     Phase2Config,
     Phase2IntegratedModel,
+    convert_phase1_to_phase2,
     create_phase2_model,
     get_phase2_preset,
 )
@@ -64,6 +66,35 @@ def demo_forward_pass() -> None:
     console.print(table)
 
 
+class DummyPhase1Model(nn.Module):
+    """Any module: token embedding and output are found by their shapes and roles."""
+
+    def __init__(self, vocab_size: int = 50257, d_model: int = 512) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.layers = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(6))
+        self.output = nn.Linear(d_model, vocab_size)
+
+
+def demo_conversion() -> None:
+    dummy = DummyPhase1Model()
+    model = convert_phase1_to_phase2(dummy)
+    before, after = sum(p.numel() for p in dummy.parameters()), model.num_parameters()
+    console.print(f"  a dummy: {before:,} -> {after:,} parameters; {model.conversion_report.summary()}")
+
+    phase1 = create_phase1_model(preset="tiny").eval()
+    for parameter in phase1.parameters():  # as if it were trained: fresh branches add nothing
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    model = convert_phase1_to_phase2(phase1, freeze_phase1_weights=True).eval()
+    input_ids = torch.randint(0, 257, (2, 600), device=model.lm_head.weight.device)
+    with torch.no_grad():
+        difference = (model(input_ids) - phase1(input_ids)).abs().max().item()
+    console.print(
+        f"  Phase 1: {phase1.num_parameters():,} -> {model.num_parameters():,} parameters, of which "
+        f"{model.num_parameters(trainable_only=True):,} are new and train; logits differ by {difference:.1e}"
+    )
+
+
 def demo_validation() -> None:
     Phase2Config().validate()
     console.print("  the defaults are valid")
@@ -111,6 +142,7 @@ DEMOS = {
     "A custom configuration": demo_custom_configuration,
     "Single values": demo_direct_parameters,
     "Forward pass with diagnostics": demo_forward_pass,
+    "Phase 1 becomes Phase 2": demo_conversion,
     "Validation": demo_validation,
     "The presets side by side": demo_comparison,
     "The training loop of the report": demo_training_loop,

@@ -218,7 +218,8 @@ class Phase1IntegratedModel(IntegratedModel):
         x = _recomputed(
             config.use_gradient_checkpointing and config.checkpoint_htt, self.token_embedding, batch.input_ids
         )
-        embedded = x + self.position_embedding(positions(position, batch.input_ids, batch.cu_seqlens)).to(x.dtype)
+        place = positions(state.position if state is not None else None, batch.input_ids, batch.cu_seqlens)
+        embedded = x + self.position_embedding(place).to(x.dtype)
         x, layers = self.dropout(embedded), []
         for i, block in enumerate(self.blocks):
             x, features, gates, layer = block(x, state.layers[i] if state is not None else None, batch.cu_seqlens)
