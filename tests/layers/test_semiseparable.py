@@ -12,13 +12,15 @@ def trained(rank=8, **options):
     return layer
 
 
-def test_is_the_formula():
-    layer, x = trained().double(), torch.randn(2, 9, 24, dtype=torch.float64)
+@pytest.mark.parametrize("bounded", [True, False])
+def test_is_the_formula(bounded):
+    layer, x = trained(bounded=bounded).double(), torch.randn(2, 9, 24, dtype=torch.float64)
     output, gates, _ = layer(x)
     g = torch.sigmoid(layer.gate_proj(torch.relu(layer.gate_hidden(x))))
     assert torch.equal(g, gates)
     for t in range(9):
         c = (g[:, : t + 1] * layer.u_proj(x[:, : t + 1])).sum(1)
+        c = c / (1 + c**2).sqrt() if bounded else c
         near = sum(layer.conv_weight[j] * x[:, t - j] for j in range(3) if t >= j)
         expected = layer.out_proj(c * g[:, t] * layer.v_proj(x[:, t])) + near
         torch.testing.assert_close(output[:, t], expected, rtol=1e-10, atol=1e-10)
@@ -41,6 +43,18 @@ def test_split_packed_and_stepwise_are_the_whole(rank):
     torch.testing.assert_close(packed[:, :13], layer(x[:, :13])[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(packed[:, 13:], layer(x[:, 13:])[0], rtol=1e-4, atol=1e-5)
     assert torch.equal(states.total[1], torch.zeros(8).double())
+
+
+def test_what_the_layer_reads_of_a_long_past_is_bounded():
+    """The same last tokens behind a past of the same tokens that is a hundred times as long."""
+    piece, last = torch.randn(1, 50, 24), torch.randn(1, 3, 24)
+
+    def answer(layer, times):
+        return layer(torch.cat([piece] * times + [last], dim=1))[0][:, -1].norm()
+
+    layer, free = trained(), trained(bounded=False)
+    assert answer(layer, 100) < 2 * answer(layer, 1)
+    assert answer(free, 100) > 20 * answer(free, 1)
 
 
 def test_the_output_starts_at_zero_and_every_weight_learns():

@@ -31,6 +31,10 @@ class SemiseparableState(NamedTuple):
 class AdaptiveRankSemiseparableLayer(nn.Module):
     """``y_t = W_o (c_t g_t V x_t) + conv(x)_t`` with ``c_t = sum_{s <= t} g_s U x_s`` and ``g = sigmoid(gate(x))``.
 
+    The sum grows with the length, and what was learned from short texts would read numbers it has never seen in long
+    ones. So the layer reads ``c / sqrt(1 + c²)`` instead of c, a channel at a time; the sum itself, and its state, stay
+    exact.
+
     The layer computes with its first ``rank`` channels only: the weights are sliced, so that a low rank saves the
     work. What it adds to the stream starts at zero, channel by channel, so that a channel which was never in use adds
     nothing, and raising the rank changes no output until training has used the new channels.
@@ -39,12 +43,13 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         d_model: width D.
         max_rank: channels R.
         gate_hidden_dim: hidden width of the gate.
+        bounded: read the sum through that bound; otherwise as it is.
         backend: ``auto``, ``torch`` or ``triton``.
     """
 
-    def __init__(self, d_model: int, max_rank: int, gate_hidden_dim: int, backend: str = "auto"):
+    def __init__(self, d_model: int, max_rank: int, gate_hidden_dim: int, bounded: bool = True, backend: str = "auto"):
         super().__init__()
-        self.d_model, self.max_rank, self.backend = d_model, max_rank, backend
+        self.d_model, self.max_rank, self.bounded, self.backend = d_model, max_rank, bounded, backend
         self.rank = max_rank
         self.gate_hidden = nn.Linear(d_model, gate_hidden_dim)
         self.gate_proj = nn.Linear(gate_hidden_dim, max_rank)
@@ -100,6 +105,8 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         sums, total = gated_prefix_sum(
             gates, u, initial_state=state.total[:, :rank], cu_seqlens=cu_seqlens, backend=self.backend
         )
+        if self.bounded:
+            sums = sums * torch.rsqrt(1 + sums.square())
         far = F.linear((sums * (gates * v)).to(x.dtype), self.out_proj.weight[:, :rank])
         near, conv_tail = causal_conv(x, self.conv_weight.to(x.dtype), state.conv_tail, cu_seqlens)
         if rank < self.max_rank:

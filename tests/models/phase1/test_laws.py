@@ -44,6 +44,7 @@ def test_any_split_is_the_whole(model, length, size):
     "options",
     [
         dict(ar_ssm_enabled=False),
+        dict(ar_ssm_bounded=False),
         dict(htt_enabled=False),
         dict(htt_phase_encoding=False),
         dict(ffn_rank=5),

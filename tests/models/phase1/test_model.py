@@ -228,6 +228,7 @@ FIELDS = {
     "ar_ssm_enabled": (True, False),
     "ar_ssm_max_rank": (8, 6),
     "ar_ssm_gate_hidden_dim": (None, 7),
+    "ar_ssm_bounded": (True, False),
     "htt_enabled": (True, False),
     "htt_rank": (6, 4),
     "htt_phase_encoding": (True, False),

@@ -46,6 +46,7 @@ VARIANTS = {
     "table": dict(htt_enabled=False),
     "no ar-ssm": dict(ar_ssm_enabled=False),
     "plain": dict(htt_enabled=False, ar_ssm_enabled=False),
+    "unbounded sum": dict(ar_ssm_bounded=False),
     "low rank": dict(ffn_rank=5, htt_phase_encoding=False),
 }
 

@@ -142,13 +142,18 @@ FIELDS = {
     "output_gate": (True, False),
     "ar_ssm_rank": (0, 8),
     "ar_ssm_gate_hidden_dim": (None, 7),
+    "ar_ssm_bounded": (True, False),
     "htt_rank": (None, 6),
     "htt_phase_encoding": (True, False),
     "tie_embeddings": (False, True),
 }
 """Fields that change what a model computes, with two values each."""
 
-NEEDS = {"ar_ssm_gate_hidden_dim": dict(ar_ssm_rank=8), "htt_phase_encoding": dict(htt_rank=6)}
+NEEDS = {
+    "ar_ssm_gate_hidden_dim": dict(ar_ssm_rank=8),
+    "ar_ssm_bounded": dict(ar_ssm_rank=8),
+    "htt_phase_encoding": dict(htt_rank=6),
+}
 """Fields that say more about what another one switches on."""
 
 REACHES = {

@@ -75,6 +75,8 @@ class Phase1Config(ModelConfig):
     dropout: float = 0.1
     rank_warmup_steps: int = 1000
     """training steps in which the rank rises from its least to its most"""
+    ar_ssm_bounded: bool = True
+    """let the semiseparable layers read their sum through ``c / sqrt(1 + c²)``; False reads it as it is"""
     backend: str = "auto"
     """operators run on: auto, torch or triton"""
 

@@ -43,6 +43,7 @@ class Phase1Block(nn.Module):
                 width,
                 config.ar_ssm_max_rank,
                 config.gate_width,
+                config.ar_ssm_bounded,
                 backend=config.backend if config.ar_ssm_use_fused_scan else "torch",
             )
             if config.ar_ssm_enabled

@@ -92,6 +92,8 @@ class Phase2Config(ModelConfig):
     """channels of Phase 1's semiseparable branch; 0 for none"""
     ar_ssm_gate_hidden_dim: int | None = None
     """hidden width of that branch's gate; None for a quarter of d_model"""
+    ar_ssm_bounded: bool = True
+    """let that branch read its sum through ``c / sqrt(1 + c²)``"""
     htt_rank: int | None = None
     """embed tokens with a tensor train of this rank; None for a table"""
     htt_phase_encoding: bool = True

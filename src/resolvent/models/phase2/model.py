@@ -82,7 +82,9 @@ class Phase2Block(nn.Module):
         )
         self.ln_ssm = nn.LayerNorm(width) if config.ar_ssm_rank else None
         self.ar_ssm = (
-            AdaptiveRankSemiseparableLayer(width, config.ar_ssm_rank, config.gate_width, config.backend)
+            AdaptiveRankSemiseparableLayer(
+                width, config.ar_ssm_rank, config.gate_width, config.ar_ssm_bounded, config.backend
+            )
             if config.ar_ssm_rank
             else None
         )
