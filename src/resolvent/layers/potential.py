@@ -158,22 +158,23 @@ class StaticBKLayer(nn.Module):
         self.num_heads, self.backend = num_heads, backend
         self.v_proj = nn.Linear(d_model, num_heads)
 
+    @property
+    def energy(self) -> Tensor:
+        """What is constant in ``alpha = h0_diag + W x + bias - E - iζ``, with its sign turned, at least float32 (H,).
+
+        Seen from the tokens it is an energy; Phase 2, whose chain has a diagonal of zero, starts from this one."""
+        return self.ENERGY - self.H0_DIAG - _widened(self.v_proj.bias)
+
     def forward(
         self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, N, D), g of the last token read (complex, a row a sequence) and the offsets of packed sequences ->
         features (B, N, 2H), at least float32, and the next state."""
-        potential = _widened(self.v_proj(x))
+        potential = _widened(F.linear(x, self.v_proj.weight))
         with torch.autocast(x.device.type, enabled=False):
             constant = potential.new_ones(self.num_heads)
-            alpha = effective_diagonal(
-                potential,
-                gamma=torch.zeros_like(potential),
-                kappa=0 * constant,
-                energy=self.ENERGY * constant,
-                zeta=self.ZETA * constant,
-                h0_diag=self.H0_DIAG,
-            )
+            no_decay = torch.zeros_like(potential)
+            alpha = effective_diagonal(potential, no_decay, 0 * constant, self.energy, self.ZETA * constant)
             g, new_state = resolvent_diagonal(
                 alpha,
                 self.HOPPING**2 * constant,

@@ -1,4 +1,5 @@
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -282,3 +283,27 @@ def test_presets_shrink_the_embedding(name):
     with torch.device("meta"):
         model = Phase1IntegratedModel(get_phase1_preset(name), init=False)
     assert model.token_embedding.compression_ratio < model.config.htt_compression_target
+
+
+@torch.no_grad()
+def test_a_pass_without_gradients_keeps_one_layer_at_a_time():
+    model, outputs, alive = small_model(n_layers=4), [], []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, __, out: outputs.append(weakref.ref(out[0])))
+    model.blocks[3].register_forward_pre_hook(lambda *_: alive.append(sum(ref() is not None for ref in outputs)))
+    model(tokens())
+    assert alive == [1]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_cuda_computes_what_the_cpu_computes():
+    model, ids = small_model(), tokens(300)
+    expected, offsets = model(ids), torch.tensor([0, 100, 100, 300])
+    packed = model(ids[:1], cu_seqlens=offsets)
+    model.cuda()
+    torch.testing.assert_close(model(ids.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model(ids[:1].cuda(), cu_seqlens=offsets).cpu(), packed, rtol=1e-3, atol=1e-3)
+    _, state = model(ids[:, :200].cuda(), return_state=True)
+    rest = model(ids[:, 200:].cuda(), state=state).cpu()
+    torch.testing.assert_close(rest, expected[:, 200:], rtol=1e-3, atol=1e-3)

@@ -89,7 +89,7 @@ class Phase1Block(nn.Module):
 
 @dataclass
 class _Trace:
-    """What one block did, kept for diagnostics and the penalty."""
+    """What one block did, kept for diagnostics."""
 
     output: Tensor
     features: Tensor
@@ -186,18 +186,18 @@ class Phase1IntegratedModel(IntegratedModel):
             ValueError: tokens, offsets, mask or state do not fit each other or the model.
         """
         diagnostics: dict[str, Any] | None = {} if return_diagnostics else None
-        traces: list[_Trace] = []
+        gates: list[Tensor] | None = [] if return_penalty else None
         hidden, state = self.hidden_states(
             input_ids,
             state=state,
             cu_seqlens=cu_seqlens,
             attention_mask=attention_mask,
             diagnostics=diagnostics,
-            traces=traces,
+            gates=gates,
         )
         extras: list[Any] = [state] * return_state + [diagnostics] * return_diagnostics
-        if return_penalty:
-            extras.append(self._penalty(traces))
+        if gates is not None:
+            extras.append(self._penalty(gates, hidden))
         logits = self._logits(hidden)
         return (logits, *extras) if extras else logits
 
@@ -209,23 +209,26 @@ class Phase1IntegratedModel(IntegratedModel):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         diagnostics: dict[str, Any] | None = None,
-        traces: list[_Trace] | None = None,
+        gates: list[Tensor] | None = None,
     ) -> tuple[Tensor, Phase1State]:
         """Everything but the head: final hidden states (B, N, D) and the next state; arguments as in ``forward``.
-        ``diagnostics`` is a dictionary and ``traces`` a list to fill."""
+        ``diagnostics`` is a dictionary to fill, ``gates`` a list for the gates (B, N, rank) of every layer."""
         batch = read_tokens(input_ids, self.vocab_size, cu_seqlens, attention_mask)
         position = self._start_position(state, batch.sequences, input_ids.device)
-        config, traces = self.config, [] if traces is None else traces
+        config = self.config
         x = _recomputed(
             config.use_gradient_checkpointing and config.checkpoint_htt, self.token_embedding, batch.input_ids
         )
         place = positions(state.position if state is not None else None, batch.input_ids, batch.cu_seqlens)
         embedded = x + self.position_embedding(place).to(x.dtype)
-        x, layers = self.dropout(embedded), []
+        x, layers, traces = self.dropout(embedded), [], []
         for i, block in enumerate(self.blocks):
-            x, features, gates, layer = block(x, state.layers[i] if state is not None else None, batch.cu_seqlens)
+            x, features, gate, layer = block(x, state.layers[i] if state is not None else None, batch.cu_seqlens)
             layers.append(layer)
-            traces.append(_Trace(x, features, gates))
+            if gates is not None and gate is not None:
+                gates.append(gate)
+            if diagnostics is not None:
+                traces.append(_Trace(x, features, gate))
         hidden = self.ln_f(x)
         if diagnostics is not None:
             self._diagnose(diagnostics, traces, embedded, hidden, batch)
@@ -238,13 +241,10 @@ class Phase1IntegratedModel(IntegratedModel):
     def _blocks(self) -> list[Phase1Block]:
         return list(cast(Iterable[Phase1Block], self.blocks))
 
-    def _penalty(self, traces: list[_Trace]) -> Tensor:
-        gates = [
-            trace.gates.mean(dtype=torch.promote_types(trace.gates.dtype, torch.float32))
-            for trace in traces
-            if trace.gates is not None
-        ]
-        mean = torch.stack(gates).mean() if gates else torch.zeros((), device=traces[0].output.device)
+    def _penalty(self, gates: list[Tensor], like: Tensor) -> Tensor:
+        """The mean gate of all layers, weighted; zero without layers that have gates, on the device of ``like``."""
+        means = [gate.mean(dtype=torch.promote_types(gate.dtype, torch.float32)) for gate in gates]
+        mean = torch.stack(means).mean() if means else torch.zeros((), device=like.device)
         return self.config.ar_ssm_l1_regularization * mean
 
     @torch.no_grad()

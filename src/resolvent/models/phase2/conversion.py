@@ -249,10 +249,12 @@ def _copy_block(block: Phase1Block, name: str, transfer: _Transfer) -> None:
     static, chain = StaticBKLayer, f"{name}.dissipative_bk"
     transfer.copy_module(f"{name}.ln1", block.ln1)
     transfer.copy(f"{chain}.potential.v_proj.weight", block.bk.v_proj.weight)
-    # alpha = h0_diag + (W x + bias) - E - i zeta: what is constant in it is Phase 2's energy.
-    bias = block.bk.v_proj.bias
-    energy = static.ENERGY - static.H0_DIAG - bias
-    transfer.copy(f"{chain}.energy", bias, value=energy, note="the constants of alpha: E - h0_diag - bias")
+    transfer.copy(
+        f"{chain}.energy",
+        block.bk.v_proj.bias,
+        value=block.bk.energy,
+        note="what is constant in alpha: E - h0_diag - bias",
+    )
     transfer.set(f"{chain}.log_zeta", math.log(static.ZETA), "constant of Phase 1")
     for hopping in ("h0_super", "h0_sub"):
         transfer.set(f"{chain}.{hopping}", static.HOPPING, "constant of Phase 1")
