@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+# OpenMP's threads else wait for each other by spinning: ruinous where another process holds a core.
+export GOMP_SPINCOUNT ?= 10000
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-gpu lint format bench clean
 

@@ -45,6 +45,7 @@ NOTABLE_SHARE = 0.05  # of the CPU, taken by other processes
 STARTED = time.perf_counter()
 
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**35), "MALLOC_TOP_PAD_": str(2**28)}
+SHORT_SPIN = {"GOMP_SPINCOUNT": "10000"}  # as the command line sets it; threads else spin while others compute
 """glibc otherwise returns every large tensor to the kernel, and a step measures how fast that one hands out pages."""
 
 console = Console()
@@ -171,8 +172,9 @@ def peak_resident_bytes() -> int:
 
 def start_over_keeping_freed_memory() -> None:
     """glibc reads its settings when a process starts."""
-    if not KEEP_FREED_MEMORY.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_FREED_MEMORY})
+    settings = KEEP_FREED_MEMORY | SHORT_SPIN
+    if not settings.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
