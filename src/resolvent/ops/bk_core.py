@@ -151,7 +151,7 @@ def _resolvent_diagonal_torch(
 def _links(coupling: Tensor, starts: Tensor, length: int) -> Tensor:
     """(1, N, H): the coupling of each site to the one before it, zero where a sequence starts."""
     first = torch.zeros(length + 1, 1, dtype=torch.bool, device=coupling.device)
-    first[starts] = True
+    first.index_fill_(0, starts, True)
     return torch.where(first[:length], coupling.new_zeros(()), coupling).unsqueeze(0)
 
 

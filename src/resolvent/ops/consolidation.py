@@ -88,14 +88,33 @@ def consolidate(memory: Tensor, writes: Tensor, forgetting: Tensor, consolidatio
         The consolidated memory, (B, H, K, V).
     """
     if (snr := consolidation.snr) is not None:
-        keep = torch.sigmoid((signal_to_noise(memory) - snr.threshold) / snr.temperature)
-        extra_decay = (snr.gamma_boost - 1) * forgetting[..., None, None] * (1 - keep)
-        memory = memory * torch.exp(-extra_decay) + (snr.eta_boost - 1) * keep * writes
+        memory = _filtered(memory, writes, _snr_factors(memory, forgetting, snr), snr)
     if (resonance := consolidation.resonance) is not None:
         modes_VK = modes(memory, resonance.basis)
         gate = resonance_gate(mode_energies(modes_VK), resonance)
         memory = ((gate.unsqueeze(-2) * modes_VK) @ resonance.basis.to(memory.dtype).T).mT
     return memory
+
+
+class _SNRFactors(NamedTuple):
+    """What the SNR filter makes of a memory: ``p`` and ``exp(-(gamma_boost - 1) Γ̄ (1 - p))``, both (B, H, K, V), and
+    the scale ``1 / rms`` and the strength ``(gamma_boost - 1) Γ̄``, both (B, H, 1, 1)."""
+
+    keep: Tensor
+    survival: Tensor
+    scale: Tensor
+    strength: Tensor
+
+
+def _snr_factors(memory: Tensor, forgetting: Tensor, snr: SNRFilter) -> _SNRFactors:
+    scale = torch.rsqrt(memory.square().mean(dim=(-2, -1), keepdim=True) + _TINY)
+    keep = torch.sigmoid(memory.abs() * (scale / snr.temperature) - snr.threshold / snr.temperature)
+    strength = (snr.gamma_boost - 1) * forgetting[..., None, None]
+    return _SNRFactors(keep, torch.exp(strength * (keep - 1)), scale, strength)
+
+
+def _filtered(memory: Tensor, writes: Tensor, factors: _SNRFactors, snr: SNRFilter) -> Tensor:
+    return torch.addcmul(memory * factors.survival, factors.keep, writes, value=snr.eta_boost - 1)
 
 
 class ConsolidationGradient(NamedTuple):
@@ -114,24 +133,26 @@ def consolidate_gradient(
 
     ``grad`` is the gradient of the consolidated memory, (B, H, K, V); the other arguments are those of ``consolidate``.
     """
+    snr, resonance = consolidation.snr, consolidation.resonance
+    factors = _snr_factors(memory, forgetting, snr) if snr is not None else None
     parameters: tuple[Tensor, ...] = ()
-    if (resonance := consolidation.resonance) is not None:
-        unfiltered = consolidate(memory, writes, forgetting, Consolidation(consolidation.interval, consolidation.snr))
+    if resonance is not None:
+        unfiltered = memory if snr is None or factors is None else _filtered(memory, writes, factors, snr)
         grad, *grads = _resonance_gradient(grad, unfiltered, resonance)
         parameters = tuple(grads)
-    if (snr := consolidation.snr) is None:
+    if snr is None or factors is None:
         return ConsolidationGradient(grad, torch.zeros_like(writes), torch.zeros_like(forgetting), parameters)
-    size, scale = memory.abs(), torch.rsqrt(memory.square().mean(dim=(-2, -1), keepdim=True) + _TINY)
-    keep = torch.sigmoid((size * scale - snr.threshold) / snr.temperature)
-    boost = (snr.gamma_boost - 1) * forgetting[..., None, None]
-    survival = torch.exp(boost * (keep - 1))
-    grad_exponent = grad * memory * survival
-    grad_keep = boost * grad_exponent + (snr.eta_boost - 1) * writes * grad
-    grad_ratio = grad_keep * keep * (1 - keep) / snr.temperature
-    from_scale = (grad_ratio * size).sum(dim=(-2, -1), keepdim=True) * scale**3 / memory[0, 0].numel()
+
+    keep, survival, scale, strength = factors
+    direct = grad * survival
+    grad_exponent = direct * memory
+    grad_keep = torch.addcmul(strength * grad_exponent, writes, grad, value=snr.eta_boost - 1)
+    grad_ratio = torch.ops.aten.sigmoid_backward(grad_keep, keep) / snr.temperature
+    from_scale = (grad_ratio * memory.abs()).sum(dim=(-2, -1), keepdim=True) * scale**3 / memory[0, 0].numel()
+    grad_memory = torch.addcmul(direct, grad_ratio * scale, torch.sign(memory)).addcmul_(from_scale, memory, value=-1)
     return ConsolidationGradient(
-        grad * survival + grad_ratio * torch.sign(memory) * scale - from_scale * memory,
-        (snr.eta_boost - 1) * keep * grad,
+        grad_memory,
+        (snr.eta_boost - 1) * (keep * grad),
         (snr.gamma_boost - 1) * ((keep - 1) * grad_exponent).sum(dim=(-2, -1)),
         parameters,
     )

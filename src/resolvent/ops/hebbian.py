@@ -13,7 +13,7 @@ Shapes: B batch, N sequence, H heads, K key width, V value width, S packed seque
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -243,6 +243,8 @@ def _chunked_memory(
     to_end = torch.exp(decay_MHC - total_MH[..., None]).to(dtype)
     written = (k_MHCK * to_end[..., None]).mT @ v_MHCV
     resonance = consolidation.resonance if consolidation else None
+    if consolidation is not None and resonance is not None:  # cast the basis once, not at every boundary
+        consolidation = replace(consolidation, resonance=replace(resonance, basis=resonance.basis.to(dtype)))
     parameters = (resonance.sharpness, resonance.bias) if resonance else (None, None)
     before, *final = _Carry.apply(layout, consolidation, written, total_MH.to(dtype), *state, *parameters)
     from_start = torch.exp(-decay_MHC).to(dtype)
