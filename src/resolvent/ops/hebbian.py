@@ -241,7 +241,7 @@ def _chunked_memory(
 
     readout = _WithinChunk.apply(q_MHCK, k_MHCK, v_MHCV, decay_MHC)
     to_end = torch.exp(decay_MHC - total_MH[..., None]).to(dtype)
-    written = (k_MHCK * to_end[..., None]).mT @ v_MHCV
+    written = (v_MHCV.mT @ (k_MHCK * to_end[..., None])).mT
     resonance = consolidation.resonance if consolidation else None
     if consolidation is not None and resonance is not None:  # cast the basis once, not at every boundary
         consolidation = replace(consolidation, resonance=replace(resonance, basis=resonance.basis.to(dtype)))
@@ -345,6 +345,8 @@ class _Carry(torch.autograd.Function):
         The memory before each chunk (M, H, K, V), and the final memory, writes and forgetting.
 
     The gradient walks back over the memories before the chunks and needs nothing else of the way forward, but ΔS.
+    All memories lie with their keys innermost, where the resonance multiplies them: every operation then meets tensors
+    of one layout, and no product has to turn them around.
     """
 
     @staticmethod
@@ -360,7 +362,10 @@ class _Carry(torch.autograd.Function):
         sharpness: Tensor | None,
         bias: Tensor | None,
     ) -> Any:
-        running = MemoryState(memory[layout.order], writes[layout.order], forgetting[layout.order])
+        running = MemoryState(
+            _keys_innermost(memory[layout.order]), _keys_innermost(writes[layout.order]), forgetting[layout.order]
+        )
+        written = _keys_innermost(written)
         keep = torch.exp(-total)[..., None, None]
         before, accumulated = [], []
         rounds = zip(*(x.split(layout.active) for x in (keep, written, total)), strict=True)
@@ -378,7 +383,7 @@ class _Carry(torch.autograd.Function):
             running = _replace_first(running, new)
         back = torch.argsort(layout.order)
         ctx.layout, ctx.consolidation, ctx.accumulated = layout, consolidation, accumulated
-        memories = torch.cat(before)
+        memories = torch.cat([x.mT for x in before]).mT
         ctx.save_for_backward(memories, keep, written, total)
         return memories, *(x[back] for x in running)
 
@@ -386,11 +391,12 @@ class _Carry(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_before: Tensor, *grad_final: Tensor) -> Any:  # pyrefly: ignore[bad-override]
         layout, consolidation = ctx.layout, ctx.consolidation
-        grad = MemoryState(*(x[layout.order] for x in grad_final))
+        grad_memory, grad_writes, grad_forgetting = (x[layout.order] for x in grad_final)
+        grad = MemoryState(_keys_innermost(grad_memory), _keys_innermost(grad_writes), grad_forgetting)
         resonance = consolidation.resonance if consolidation else None
         grad_parameters = [torch.zeros_like(p) for p in ((resonance.sharpness, resonance.bias) if resonance else ())]
         grad_written, grad_total = [], []
-        rounds = [x.split(layout.active) for x in (*ctx.saved_tensors, grad_before)]
+        rounds = [x.split(layout.active) for x in (*ctx.saved_tensors, _keys_innermost(grad_before))]
         for j, (memory, keep, write, decay, from_readout) in reversed(list(enumerate(zip(*rounds, strict=True)))):
             now = _first(grad, layout.active[j])
             writes, forgetting = ctx.accumulated[j]
@@ -417,5 +423,10 @@ class _Carry(torch.autograd.Function):
             grad = _replace_first(grad, now._replace(memory=torch.addcmul(from_readout, keep, now.memory)))
         back = torch.argsort(layout.order)
         grad_state = (x[back] for x in grad)
-        grads = (torch.cat(grad_written[::-1]), torch.cat(grad_total[::-1]), *grad_state)
+        grads = (torch.cat([x.mT for x in grad_written[::-1]]).mT, torch.cat(grad_total[::-1]), *grad_state)
         return None, None, *grads, *(grad_parameters or (None, None))
+
+
+def _keys_innermost(memory: Tensor) -> Tensor:
+    """The same (..., K, V) tensor, laid out with neighbouring keys side by side."""
+    return memory.mT.contiguous().mT
