@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..device import pick_device
 from ..errors import ConfigError
 from .config import ModelConfig, check_fields
 from .generation import Generation
@@ -105,7 +106,6 @@ def check_single_origin(config: ModelConfig | None, preset: str | None) -> None:
 
 def place(model: Model, device: torch.device | str | None) -> Model:
     """The model on ``device``; None for CUDA where there is one, and the CPU otherwise."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device if device is not None else pick_device("auto")
     _log.info("created %s with %s parameters on %s", type(model).__name__, f"{model.num_parameters():,}", device)
     return model.to(device)

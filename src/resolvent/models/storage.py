@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from ..device import pick_device
 from ..errors import CheckpointError, ConfigError
 from .base import IntegratedModel
 from .phases import PHASES
@@ -58,8 +59,7 @@ def load_model(directory: str | Path, device: torch.device | str | None = None) 
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"the weights in {directory / WEIGHTS} do not fit {CONFIG}: {error}") from error
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device if device is not None else pick_device("auto")
     return model.to(device).eval()
 
 
