@@ -17,7 +17,11 @@ def test_what_ran_is_counted():
     assert backend.calls["resolvent_diagonal", "torch"] == before + 2
 
 
-def test_a_request_that_cannot_be_met_raises():
+def test_a_request_that_cannot_be_met_raises(monkeypatch):
+    monkeypatch.setitem(backend._implementations, "kernelless", {"torch": max})
+    with pytest.raises(ConfigError, match="backend='triton' cannot run kernelless: there is no such kernel"):
+        backend.implementation("kernelless", "triton", torch.device("cuda"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match="backend='triton' cannot run resolvent_diagonal"):
         call(backend="triton")
     with pytest.raises(ConfigError, match="must be one of auto, torch, triton, got 'jax'"):
@@ -41,7 +45,8 @@ def test_a_fallback_is_said_once(monkeypatch, caplog):
     assert caplog.text.count("no Triton kernel") == 1
 
 
-def test_operators_accept_the_switch():
+def test_operators_accept_the_switch(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x = torch.randn(1, 3, 2, 4)
     with pytest.raises(ConfigError, match="dissipative_memory"):
         dissipative_memory(x, x, x, torch.rand(1, 3, 2), torch.ones(2), backend="triton")

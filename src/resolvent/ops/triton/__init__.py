@@ -1,0 +1,1 @@
+"""Triton kernels of the operators, forward and backward. Importing this package registers them."""
