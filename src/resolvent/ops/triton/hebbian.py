@@ -32,6 +32,7 @@ from ..consolidation import Consolidation
 from ..hebbian import CHUNK, MemoryState
 
 _TINY = tl.constexpr(1e-20)
+_PRECISION = tl.constexpr("tf32x3")  # of float32 products
 _WIDEST_HEAD = 128
 _LAUNCH = {
     "narrow": {
@@ -137,21 +138,25 @@ def _square(keys, values, K, V):
 
 
 @triton.jit
-def _decays(pointer, stride, tokens, inside):
-    """Of a chunk with the cumulative decay L: ``exp(-L)``, ``exp(L - L_C)``, ``L_C``, and L in two floats."""
-    decay = tl.load(pointer + tokens * stride, mask=inside, other=0.0).to(tl.float64)
-    cumulative, total = tl.cumsum(decay, 0), tl.sum(decay, 0)
-    high = cumulative.to(tl.float32)
-    low = (cumulative - high.to(tl.float64)).to(tl.float32)
-    to_end = tl.exp((cumulative - total).to(tl.float32))
-    return tl.exp(-high), to_end, total.to(tl.float32), high, low
+def _decays(high, low, place, C: tl.constexpr, HALF: tl.constexpr):
+    """The cumulative decay L of a chunk, in two floats: ``exp(-L)``, ``exp(L - L_C)``, and L itself."""
+    slots = place * C + tl.arange(0, C)
+    cumulative, total = tl.load(high + slots), tl.load(high + place * C + C - 1)
+    rest = tl.zeros_like(cumulative)
+    to_end = cumulative - total
+    if not HALF:
+        rest += tl.load(low + slots)
+        to_end += rest - tl.load(low + place * C + C - 1)
+    return tl.exp(-cumulative), tl.exp(to_end), cumulative, rest
 
 
 @triton.jit
-def _decay_between(high, low, C: tl.constexpr):
+def _decay_between(high, low, C: tl.constexpr, HALF: tl.constexpr):
     """``exp(L_s - L_t)`` for s <= t, zero elsewhere: [t, s]."""
     later = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
-    between = (high[None, :] - high[:, None]) + (low[None, :] - low[:, None])
+    between = high[None, :] - high[:, None]
+    if not HALF:
+        between += low[None, :] - low[:, None]
     return tl.exp(tl.where(later, between, float("-inf")))
 
 
@@ -170,25 +175,36 @@ def _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, size):
 
 
 @triton.jit
+def _rotate(basis, x, size, HALF: tl.constexpr):
+    """``basis @ x``. Brought to unit rms, float16 holds x as well as tf32 would, and the products cost half as much."""
+    if HALF:
+        scale = tl.rsqrt(tl.sum(x * x) / size + _TINY)
+        rotated = tl.dot(basis, (x * scale).to(tl.float16)) / scale
+    else:
+        rotated = tl.dot(basis, x, input_precision=_PRECISION)
+    return rotated
+
+
+@triton.jit
 def _consolidate(
     memory, writes, forgetting, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy, K, V,
-    SNR: tl.constexpr, RESONANCE: tl.constexpr, PRECISION: tl.constexpr,
+    SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     if SNR:
         _, keep, _, survival = _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, K * V)
         memory = memory * survival + (eta_boost - 1) * (keep * writes)
     if RESONANCE:
-        modes = tl.dot(tl.trans(basis), memory, input_precision=PRECISION)
+        modes = _rotate(tl.trans(basis), memory, K * V, HALF)
         energies = tl.sum(modes * modes, 1)
         gate = _sigmoid(sharpness * (energies / (tl.sum(energies) / K + _TINY) - energy) + bias)
-        memory = tl.dot(basis, gate[:, None] * modes, input_precision=PRECISION)
+        memory = _rotate(basis, gate[:, None] * modes, K * V, HALF)
     return memory
 
 
 @triton.jit
 def _consolidate_back(
     grad, memory, writes, forgetting, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy,
-    K, V, SNR: tl.constexpr, RESONANCE: tl.constexpr, PRECISION: tl.constexpr,
+    K, V, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the memory, the writes, Γ̄, the sharpness and the bias."""
     grad_sharpness, grad_bias, grad_forgetting = 0.0, 0.0, 0.0
@@ -198,8 +214,8 @@ def _consolidate_back(
         filtered = memory
         if SNR:
             filtered = memory * survival + (eta_boost - 1) * (keep * writes)
-        modes = tl.dot(tl.trans(basis), filtered, input_precision=PRECISION)
-        grad_modes = tl.dot(tl.trans(basis), grad, input_precision=PRECISION)
+        modes = _rotate(tl.trans(basis), filtered, K * V, HALF)
+        grad_modes = _rotate(tl.trans(basis), grad, K * V, HALF)
         energies = tl.sum(modes * modes, 1)
         mean = tl.sum(energies) / K + _TINY
         gate = _sigmoid(sharpness * (energies / mean - energy) + bias)
@@ -209,7 +225,7 @@ def _consolidate_back(
         grad_modes = grad_modes * gate[:, None] + 2 * modes * grad_energy[:, None]
         grad_sharpness = tl.sum(grad_logit * (energies / mean - energy))
         grad_bias = tl.sum(grad_logit)
-        grad = tl.dot(basis, grad_modes, input_precision=PRECISION)
+        grad = _rotate(basis, grad_modes, K * V, HALF)
     if SNR:
         direct = grad * survival
         grad_exponent = direct * memory
@@ -229,14 +245,34 @@ _LENGTHS = ["heads"]  # no new kernel for another shape
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
+def _sum_decays(
+    decay, segments, chunks, high, low, totals, decay_token, decay_head, heads, C: tl.constexpr, HALF: tl.constexpr
+):
+    """Add up the decays of every chunk, in float64 and into two floats: their differences shall be exact, too."""
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    segment, i = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+    tokens = tl.load(segments + 6 * segment + 2) + i * C + tl.arange(0, C)
+    inside = (tokens >= tl.load(segments + 6 * segment)) & (tokens < tl.load(segments + 6 * segment + 1))
+    given = tl.load(decay + head * decay_head + tokens * decay_token, mask=inside, other=0.0).to(tl.float64)
+    place = chunk * heads + head
+    tl.store(totals + place, tl.sum(given, 0).to(tl.float32))
+    # What is left after 40 is nothing in float32; smaller sums keep more digits.
+    cumulative = tl.cumsum(tl.minimum(given, 40.0), 0)
+    rounded, slots = cumulative.to(tl.float32), place * C + tl.arange(0, C)
+    tl.store(high + slots, rounded)
+    if not HALF:
+        tl.store(low + slots, (cumulative - rounded.to(tl.float64)).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
 def _walk(
-    q, k, v, decay, eta, segments, initial, initial_writes, initial_forgetting, basis, sharpness, bias,
+    q, k, v, high, low, totals, eta, segments, initial, initial_writes, initial_forgetting, basis, sharpness, bias,
     readout, final, final_writes, final_forgetting, before, writes_before, forgetting_before,
-    q_token, q_head, k_token, k_head, v_token, v_head, decay_token, decay_head,
+    q_token, q_head, k_token, k_head, v_token, v_head,
     threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     READ: tl.constexpr, SAVE: tl.constexpr, SAVE_WRITES: tl.constexpr, STATE: tl.constexpr, SNR: tl.constexpr,
-    RESONANCE: tl.constexpr, PRECISION: tl.constexpr,
+    RESONANCE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Walk over a segment with the memory of a head. Without consolidation its total decay stands for the final Γ̄."""
     segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -259,16 +295,19 @@ def _walk(
         modes += _tile(basis, K, keys, keys, keys < K, K)
         steepness += tl.load(sharpness + head)
         offset += tl.load(bias + head)
+    if HALF:
+        modes = modes.to(tl.float16)
 
-    q, k, v, decay = q + head * q_head, k + head * k_head, v + head * v_head, decay + head * decay_head
+    q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
     total_decay = 0.0
     for i in range(0, tl.where(end > start, tl.cdiv(end - slot, C), 0).to(tl.int32)):
         tokens = slot + i * C + tl.arange(0, C)
         inside = (tokens >= start) & (tokens < end)
         key = _tile(k, k_token, tokens, keys, inside, K)
         value = _tile(v, v_token, tokens, values, inside, V)
-        from_start, to_end, total, high, low = _decays(decay, decay_token, tokens, inside)
         place = (chunk + i) * heads + head
+        from_start, to_end, cumulative, rest = _decays(high, low, place, C, HALF)
+        total = tl.load(totals + place)
         if SAVE:
             tl.store(before + place * K * V + square, memory.to(before.dtype.element_ty), mask=in_square)
             if CONSOLIDATE:
@@ -277,13 +316,13 @@ def _walk(
                 tl.store(writes_before + place * K * V + square, writes.to(before.dtype.element_ty), mask=in_square)
         if READ:
             query = _tile(q, q_token, tokens, keys, inside, K)
-            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-            scores = scores * _decay_between(high, low, C) * rate
-            out = tl.dot(query, memory.to(query.dtype), input_precision=PRECISION) * from_start[:, None]
-            out = tl.dot(scores.to(value.dtype), value, out, input_precision=PRECISION)
+            scores = tl.dot(query, tl.trans(key), input_precision=_PRECISION)
+            scores = scores * _decay_between(cumulative, rest, C, HALF) * rate
+            out = tl.dot(query, memory.to(query.dtype), input_precision=_PRECISION) * from_start[:, None]
+            out = tl.dot(scores.to(value.dtype), value, out, input_precision=_PRECISION)
             _store_tile(readout + head * V, heads * V, tokens, values, inside, V, out.to(readout.dtype.element_ty))
         key = (key * (rate * to_end)[:, None]).to(value.dtype)
-        written = tl.dot(tl.trans(key), value, input_precision=PRECISION)
+        written = tl.dot(tl.trans(key), value, input_precision=_PRECISION)
         kept = tl.exp(-total)
         memory = memory * kept + written
         total_decay += total
@@ -293,7 +332,7 @@ def _walk(
             if ((since_boundary + i + 1) * C % interval == 0) & (slot + (i + 1) * C <= end):
                 memory = _consolidate(
                     memory, writes, forgetting, modes, steepness, offset, threshold, temperature, gamma_boost,
-                    eta_boost, energy, K, V, SNR, RESONANCE, PRECISION,
+                    eta_boost, energy, K, V, SNR, RESONANCE, HALF,
                 )  # fmt: skip
                 writes = tl.zeros_like(writes)
                 forgetting = 0.0
@@ -308,14 +347,14 @@ def _walk(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _walk_back(
-    q, k, v, decay, eta, segments, grad_readout, grad_final, grad_final_writes, grad_final_forgetting,
+    q, k, v, high, low, totals, eta, segments, grad_readout, grad_final, grad_final_writes, grad_final_forgetting,
     initial_writes, basis, sharpness, bias, before, writes_before, forgetting_before,
     grad_written, grad_total, grad_initial, grad_initial_writes, grad_initial_forgetting, grad_sharpness, grad_bias,
-    q_token, q_head, k_token, k_head, v_token, v_head, decay_token, decay_head,
+    q_token, q_head, k_token, k_head, v_token, v_head,
     threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SAVE: tl.constexpr, SAVED_WRITES: tl.constexpr, STATE: tl.constexpr, FINAL: tl.constexpr, SNR: tl.constexpr,
-    RESONANCE: tl.constexpr, PRECISION: tl.constexpr,
+    RESONANCE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Walk back over a segment with the gradient of the memory of a head.
 
@@ -342,9 +381,11 @@ def _walk_back(
         modes += _tile(basis, K, keys, keys, keys < K, K)
         steepness += tl.load(sharpness + head)
         offset += tl.load(bias + head)
+    if HALF:
+        modes = modes.to(tl.float16)
     sum_sharpness, sum_bias, total_decay = 0.0, 0.0, 0.0
 
-    q, k, v, decay = q + head * q_head, k + head * k_head, v + head * v_head, decay + head * decay_head
+    q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
     grad_readout += head * V
     count = tl.where(end > start, tl.cdiv(end - slot, C), 0).to(tl.int32)
     for j in range(0, count):
@@ -353,10 +394,11 @@ def _walk_back(
         inside = (tokens >= start) & (tokens < end)
         query = _tile(q, q_token, tokens, keys, inside, K)
         upstream = _tile(grad_readout, heads * V, tokens, values, inside, V)
-        from_start, to_end, total, _, _ = _decays(decay, decay_token, tokens, inside)
+        place = (chunk + i) * heads + head
+        from_start, to_end, _, _ = _decays(high, low, place, C, HALF)
+        total = tl.load(totals + place)
         kept = tl.exp(-total)
         total_decay += total
-        place = (chunk + i) * heads + head
         if SAVE:
             memory = tl.load(before + place * K * V + square, mask=in_square, other=0.0).to(tl.float32)
         if CONSOLIDATE:
@@ -370,11 +412,11 @@ def _walk_back(
                 key = _tile(k, k_token, tokens, keys, inside, K)
                 value = _tile(v, v_token, tokens, values, inside, V)
                 key = (key * (rate * to_end)[:, None]).to(value.dtype)
-                written = tl.dot(tl.trans(key), value, input_precision=PRECISION)
+                written = tl.dot(tl.trans(key), value, input_precision=_PRECISION)
                 forgetting = tl.load(forgetting_before + place) + total
                 grad, grad_writes, grad_forgetting, one_sharpness, one_bias = _consolidate_back(
                     grad, memory * kept + written, writes * kept + written, forgetting, modes, steepness, offset,
-                    threshold, temperature, gamma_boost, eta_boost, energy, K, V, SNR, RESONANCE, PRECISION,
+                    threshold, temperature, gamma_boost, eta_boost, energy, K, V, SNR, RESONANCE, HALF,
                 )  # fmt: skip
                 sum_sharpness += one_sharpness
                 sum_bias += one_bias
@@ -389,7 +431,7 @@ def _walk_back(
         if CONSOLIDATE:
             grad_writes = grad_writes * kept
         query = (query * from_start[:, None]).to(query.dtype)
-        grad = tl.dot(tl.trans(query), upstream, grad * kept, input_precision=PRECISION)
+        grad = tl.dot(tl.trans(query), upstream, grad * kept, input_precision=_PRECISION)
 
     tl.store(grad_initial + row * K * V + square, grad, mask=in_square)
     if CONSOLIDATE:
@@ -404,10 +446,10 @@ def _walk_back(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _chunk_gradients(
-    q, k, v, decay, eta, segments, chunks, grad_readout, before, grad_written, grad_total,
+    q, k, v, high, low, totals, eta, segments, chunks, grad_readout, before, grad_written, grad_total,
     grad_q, grad_k, grad_v, grad_decay, grad_eta,
-    q_token, q_head, k_token, k_head, v_token, v_head, decay_token, decay_head, heads,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    q_token, q_head, k_token, k_head, v_token, v_head, heads,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the tokens of one chunk, given the memory before it and the gradient of the memory after it."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -423,38 +465,41 @@ def _chunk_gradients(
     key = _tile(k + head * k_head, k_token, tokens, keys, inside, K)
     value = _tile(v + head * v_head, v_token, tokens, values, inside, V)
     upstream = _tile(grad_readout + head * V, heads * V, tokens, values, inside, V)
-    from_start, to_end, _, high, low = _decays(decay + head * decay_head, decay_token, tokens, inside)
-    memory = tl.load(before + place * K * V + square, mask=in_square, other=0.0)
+    from_start, to_end, cumulative, rest = _decays(high, low, place, C, HALF)
+    memory = tl.load(before + place * K * V + square, mask=in_square, other=0.0).to(query.dtype)
     of_written = tl.load(grad_written + place * K * V + square, mask=in_square, other=0.0)
 
-    # Through the memory.
-    query_grad = tl.dot(upstream, tl.trans(memory), input_precision=PRECISION) * from_start[:, None]
-    key_grad = tl.dot(value, tl.trans(of_written), input_precision=PRECISION) * (rate * to_end)[:, None]
-    from_keys = tl.sum(key_grad * key, 1)
-    of_cumulative = from_keys - tl.sum(query_grad * query, 1)
-    scaled_key = (key * (rate * to_end)[:, None]).to(value.dtype)
-    value_grad = tl.dot(scaled_key, of_written, input_precision=PRECISION)
-
     # Within the chunk. A token's own term does not depend on the decay: left out, it costs the others no digits.
-    between = _decay_between(high, low, C) * rate
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    score_grad = tl.dot(upstream, tl.trans(value), input_precision=PRECISION) * between
+    between = _decay_between(cumulative, rest, C, HALF) * rate
+    scores = tl.dot(query, tl.trans(key), input_precision=_PRECISION)
+    score_grad = tl.dot(upstream, tl.trans(value), input_precision=_PRECISION) * between
     earlier = tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
     exponents = tl.where(earlier, score_grad * scores, 0.0)
-    of_cumulative += tl.sum(exponents, 0) - tl.sum(exponents, 1)
+    of_cumulative = tl.sum(exponents, 0) - tl.sum(exponents, 1)
     scores = (scores * between).to(value.dtype)
     score_grad = score_grad.to(value.dtype)
-    value_grad = tl.dot(tl.trans(scores), upstream, value_grad, input_precision=PRECISION)
-    query_grad = tl.dot(score_grad, key, query_grad, input_precision=PRECISION)
-    key_grad = tl.dot(tl.trans(score_grad), query, key_grad, input_precision=PRECISION)
+
+    # And through the memory.
+    scaled_key = (key * (rate * to_end)[:, None]).to(value.dtype)
+    value_grad = tl.dot(scaled_key, of_written, input_precision=_PRECISION)
+    value_grad = tl.dot(tl.trans(scores), upstream, value_grad, input_precision=_PRECISION)
+    _store_tile(grad_v + head * V, heads * V, tokens, values, inside, V, value_grad.to(grad_v.dtype.element_ty))
+
+    query_grad = tl.dot(upstream, tl.trans(memory), input_precision=_PRECISION) * from_start[:, None]
+    of_cumulative -= tl.sum(query_grad * query, 1)
+    query_grad = tl.dot(score_grad, key, query_grad, input_precision=_PRECISION)
+    _store_tile(grad_q + head * K, heads * K, tokens, keys, inside, K, query_grad.to(grad_q.dtype.element_ty))
+
+    key_grad = tl.dot(value, tl.trans(of_written), input_precision=_PRECISION) * (rate * to_end)[:, None]
+    from_keys = tl.sum(key_grad * key, 1)
+    of_cumulative += from_keys
+    key_grad = tl.dot(tl.trans(score_grad), query, key_grad, input_precision=_PRECISION)
+    _store_tile(grad_k + head * K, heads * K, tokens, keys, inside, K, key_grad.to(grad_k.dtype.element_ty))
+    tl.store(grad_eta + place, tl.sum(key_grad * key) / rate)
 
     of_total = tl.load(grad_total + place) - tl.sum(from_keys)
     of_decay = tl.cumsum(of_cumulative, 0, reverse=True) + of_total
     tl.store(grad_decay + tokens * heads + head, of_decay, mask=inside)
-    tl.store(grad_eta + place, tl.sum(key_grad * key) / rate)
-    _store_tile(grad_q + head * K, heads * K, tokens, keys, inside, K, query_grad.to(query.dtype))
-    _store_tile(grad_k + head * K, heads * K, tokens, keys, inside, K, key_grad.to(query.dtype))
-    _store_tile(grad_v + head * V, heads * V, tokens, values, inside, V, value_grad.to(query.dtype))
 
 
 @triton.jit(do_not_specialize=["heads", "size"])
@@ -508,7 +553,7 @@ class _Call:
         consolidates = len(snr) > 0 or basis is not None
         self.layout = _layout_of(q, position, cu_seqlens, interval if consolidates else 0)
         (*_, self.heads, key), value = q.shape, v.shape[-1]
-        self.tokens = [_rows(x.to(_product_dtype(q, k, v))) for x in (q, k, v)] + [_rows(decay)]
+        self.tokens = [_rows(x.to(_product_dtype(q, k, v))) for x in (q, k, v)]
         self.eta = eta.float().contiguous()
         self.modes = [x if x is None else x.float().contiguous() for x in (basis, sharpness, bias)]
         self.strides = [stride for x in self.tokens for stride in x.stride()[:2]]
@@ -519,11 +564,35 @@ class _Call:
             BK=max(16, triton.next_power_of_2(key)),
             BV=max(16, triton.next_power_of_2(value)),
             C=CHUNK,
-            PRECISION="tf32x3" if self.tokens[0].dtype == torch.float32 else "tf32",
+            HALF=self.tokens[0].dtype != torch.float32,
         )
         self.mechanisms = dict(SNR=len(snr) > 0, RESONANCE=basis is not None)
         self.segments = len(self.layout.segments)
         self.launch = _LAUNCH["narrow" if max(key, value) <= 64 else "wide"]
+        self.decays = self._sums_of(decay)
+
+    def _sums_of(self, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cumulative decays of every chunk, in two floats (M, H, C), and their totals (M, H)."""
+        chunks = len(self.layout.chunks)
+        high, rows = self.eta.new_empty((chunks, self.heads, CHUNK)), _rows(decay)
+        low = high if self.sizes["HALF"] else torch.empty_like(high)
+        totals = self.eta.new_empty((chunks, self.heads))
+        if chunks:
+            with _on_device_of(decay):
+                _sum_decays[(chunks, self.heads)](
+                    rows,
+                    self.layout.segments,
+                    self.layout.chunks,
+                    high,
+                    low,
+                    totals,
+                    *rows.stride(),
+                    self.heads,
+                    C=CHUNK,
+                    HALF=self.sizes["HALF"],
+                    num_warps=1,
+                )
+        return high, low, totals
 
     def segment_memories(self) -> Tensor:
         """Room for a memory, or its gradient, of every segment."""
@@ -539,6 +608,7 @@ class _Call:
         with _on_device_of(self.eta):
             _walk[(self.segments, self.heads)](
                 *self.tokens,
+                *self.decays,
                 self.eta,
                 self.layout.segments,
                 *(x if x is None else x.contiguous() for x in start),
@@ -574,6 +644,7 @@ class _Call:
         with _on_device_of(self.eta):
             _walk_back[(self.segments, self.heads)](
                 *self.tokens,
+                *self.decays,
                 self.eta,
                 self.layout.segments,
                 grad_readout,
@@ -605,6 +676,7 @@ class _Call:
         with _on_device_of(self.eta):
             _chunk_gradients[(len(self.layout.chunks), self.heads)](
                 *self.tokens,
+                *self.decays,
                 self.eta,
                 self.layout.segments,
                 self.layout.chunks,
@@ -764,8 +836,9 @@ def _room(
         room(sequences, heads, key, value),
         room(sequences if interval else 0, heads, key, value),
         room(sequences, heads),
-        room(chunks, heads, key, value, dtype=_product_dtype(q, k, v)),
-        room(chunks if interval > CHUNK else 0, heads, key, value, dtype=_product_dtype(q, k, v)),
+        # The gradient of a consolidation asks for digits that products do not.
+        room(chunks, heads, key, value, dtype=torch.float32 if interval else _product_dtype(q, k, v)),
+        room(chunks if interval > CHUNK else 0, heads, key, value),
         room(chunks if interval else 0, heads),
     )
 
@@ -801,8 +874,9 @@ def _memory_backward(
     call = _Call(q, k, v, decay, eta, basis, sharpness, bias, position, cu_seqlens, interval, snr, energy)
     outputs = _room_for_gradients(grad_readout, q, k, v, decay, before, basis, cu_seqlens, interval)
     grad_q, grad_k, grad_v, grad_decay, grad_eta, grad_initial, *others = outputs
-    upstream = grad_readout.to(before.dtype).contiguous()
-    grad_written, grad_total = torch.empty_like(before), before.new_empty(before.shape[:2], dtype=torch.float32)
+    upstream = grad_readout.to(call.tokens[0].dtype).contiguous()
+    grad_written = before.new_empty(before.shape, dtype=upstream.dtype)
+    grad_total = before.new_empty(before.shape[:2], dtype=torch.float32)
     saved = (before, writes_before, forgetting_before, grad_written, grad_total)
     if not call.layout.segmented:
         final = (grad_memory, grad_writes, grad_forgetting)
