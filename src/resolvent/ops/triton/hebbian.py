@@ -175,14 +175,23 @@ def _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, size):
 
 
 @triton.jit
-def _rotate(basis, x, size, HALF: tl.constexpr):
-    """``basis @ x``. Brought to unit rms, float16 holds x as well as tf32 would, and the products cost half as much."""
+def _rotate(basis, x, mean_square, HALF: tl.constexpr):
+    """``basis @ x``. Divided by its rms, x is held by float16 as well as by tf32, and its product costs half as much."""
     if HALF:
-        scale = tl.rsqrt(tl.sum(x * x) / size + _TINY)
-        rotated = tl.dot(basis, (x * scale).to(tl.float16)) / scale
+        rotated = tl.dot(basis, (x * tl.rsqrt(mean_square)).to(tl.float16)) * tl.sqrt(mean_square)
     else:
         rotated = tl.dot(basis, x, input_precision=_PRECISION)
     return rotated
+
+
+@triton.jit
+def _resonate(memory, basis, sharpness, bias, energy, K, V, HALF: tl.constexpr):
+    """Modes of a memory, their energies relative to the mean, that mean, the gate, and the memory's mean square."""
+    mean_square = tl.sum(memory * memory) / (K * V) + _TINY
+    modes = _rotate(tl.trans(basis), memory, mean_square, HALF)
+    mean = mean_square * V  # of the energies: the basis is orthonormal
+    relative = tl.sum(modes * modes, 1) / mean
+    return modes, relative, mean, _sigmoid(sharpness * (relative - energy) + bias), mean_square
 
 
 @triton.jit
@@ -194,48 +203,42 @@ def _consolidate(
         _, keep, _, survival = _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, K * V)
         memory = memory * survival + (eta_boost - 1) * (keep * writes)
     if RESONANCE:
-        modes = _rotate(tl.trans(basis), memory, K * V, HALF)
-        energies = tl.sum(modes * modes, 1)
-        gate = _sigmoid(sharpness * (energies / (tl.sum(energies) / K + _TINY) - energy) + bias)
-        memory = _rotate(basis, gate[:, None] * modes, K * V, HALF)
+        modes, _, _, gate, mean_square = _resonate(memory, basis, sharpness, bias, energy, K, V, HALF)
+        memory = _rotate(basis, gate[:, None] * modes, mean_square, HALF)
     return memory
 
 
 @triton.jit
 def _consolidate_back(
     grad, memory, writes, forgetting, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy,
-    K, V, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
+    K, V, BK: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the memory, the writes, Γ̄, the sharpness and the bias."""
-    grad_sharpness, grad_bias, grad_forgetting = 0.0, 0.0, 0.0
-    grad_writes = tl.zeros_like(grad)
+    """Gradients of the memory, the writes, Γ̄, and of the sharpness and the bias by mode."""
+    grad_sharpness, grad_bias = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
+    grad_writes, grad_forgetting = tl.zeros_like(grad), 0.0
     scale, keep, strength, survival = _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, K * V)
     if RESONANCE:
         filtered = memory
         if SNR:
             filtered = memory * survival + (eta_boost - 1) * (keep * writes)
-        modes = _rotate(tl.trans(basis), filtered, K * V, HALF)
-        grad_modes = _rotate(tl.trans(basis), grad, K * V, HALF)
-        energies = tl.sum(modes * modes, 1)
-        mean = tl.sum(energies) / K + _TINY
-        gate = _sigmoid(sharpness * (energies / mean - energy) + bias)
-        grad_logit = tl.sum(grad_modes * modes, 1) * gate * (1 - gate)
-        grad_relative = sharpness * grad_logit
-        grad_energy = (grad_relative - tl.sum(grad_relative * energies) / (K * mean)) / mean
-        grad_modes = grad_modes * gate[:, None] + 2 * modes * grad_energy[:, None]
-        grad_sharpness = tl.sum(grad_logit * (energies / mean - energy))
-        grad_bias = tl.sum(grad_logit)
-        grad = _rotate(basis, grad_modes, K * V, HALF)
+        modes, relative, mean, gate, _ = _resonate(filtered, basis, sharpness, bias, energy, K, V, HALF)
+        grad_modes = _rotate(tl.trans(basis), grad, tl.sum(grad * grad) / (K * V) + _TINY, HALF)
+        grad_bias = tl.sum(grad_modes * modes, 1) * gate * (1 - gate)
+        grad_sharpness = grad_bias * (relative - energy)
+        grad_relative = sharpness * grad_bias
+        grad_energy = (grad_relative - tl.sum(grad_relative * relative) / K) / mean
+        grad_modes = grad_modes * gate[:, None] + modes * (2 * grad_energy)[:, None]
+        grad = _rotate(basis, grad_modes, tl.sum(grad_modes * grad_modes) / (K * V) + _TINY, HALF)
     if SNR:
         direct = grad * survival
         grad_exponent = direct * memory
         grad_keep = strength * grad_exponent + (eta_boost - 1) * (writes * grad)
-        grad_ratio = grad_keep * keep * (1 - keep) / temperature
-        from_scale = tl.sum(grad_ratio * tl.abs(memory)) * scale * scale * scale / (K * V)
-        sign = tl.where(memory > 0, 1.0, tl.where(memory < 0, -1.0, 0.0))
+        grad_ratio = grad_keep * (keep * (1 - keep) * (1 / temperature))
+        from_scale = tl.sum(grad_ratio * tl.abs(memory)) * (scale * scale * scale / (K * V))
         grad_writes = (eta_boost - 1) * (keep * grad)
         grad_forgetting = (gamma_boost - 1) * tl.sum((keep - 1) * grad_exponent)
-        grad = direct + grad_ratio * scale * sign - from_scale * memory
+        grad_ratio = tl.where(memory < 0, -grad_ratio, tl.where(memory > 0, grad_ratio, 0.0))
+        grad = direct + grad_ratio * scale - from_scale * memory
     return grad, grad_writes, grad_forgetting, grad_sharpness, grad_bias
 
 
@@ -383,7 +386,7 @@ def _walk_back(
         offset += tl.load(bias + head)
     if HALF:
         modes = modes.to(tl.float16)
-    sum_sharpness, sum_bias, total_decay = 0.0, 0.0, 0.0
+    sum_sharpness, sum_bias, total_decay = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32), 0.0
 
     q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
     grad_readout += head * V
@@ -414,9 +417,12 @@ def _walk_back(
                 key = (key * (rate * to_end)[:, None]).to(value.dtype)
                 written = tl.dot(tl.trans(key), value, input_precision=_PRECISION)
                 forgetting = tl.load(forgetting_before + place) + total
+                wrote = written
+                if SAVED_WRITES or STATE:
+                    wrote += writes * kept
                 grad, grad_writes, grad_forgetting, one_sharpness, one_bias = _consolidate_back(
-                    grad, memory * kept + written, writes * kept + written, forgetting, modes, steepness, offset,
-                    threshold, temperature, gamma_boost, eta_boost, energy, K, V, SNR, RESONANCE, HALF,
+                    grad, memory * kept + written, wrote, forgetting, modes, steepness, offset,
+                    threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK, SNR, RESONANCE, HALF,
                 )  # fmt: skip
                 sum_sharpness += one_sharpness
                 sum_bias += one_bias
@@ -425,7 +431,8 @@ def _walk_back(
             of_kept = tl.sum(grad * memory)
             if CONSOLIDATE:
                 of_written += grad_writes
-                of_kept += tl.sum(grad_writes * writes)
+                if SAVED_WRITES or STATE:
+                    of_kept += tl.sum(grad_writes * writes)
             tl.store(grad_written + place * K * V + square, of_written.to(query.dtype), mask=in_square)
             tl.store(grad_total + place, grad_forgetting - kept * of_kept)
         if CONSOLIDATE:
@@ -440,8 +447,8 @@ def _walk_back(
     else:
         tl.store(grad_initial_forgetting + row, total_decay)
     if RESONANCE:
-        tl.store(grad_sharpness + row, sum_sharpness)
-        tl.store(grad_bias + row, sum_bias)
+        tl.store(grad_sharpness + row, tl.sum(sum_sharpness))
+        tl.store(grad_bias + row, tl.sum(sum_bias))
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
