@@ -778,7 +778,7 @@ def _dissipative_memory_triton(
     return readout, MemoryState(memory, *kept)
 
 
-@torch.library.custom_op("resolvent::memory", mutates_args=())
+@_backend.operator("memory")
 def _memory(
     q: Tensor,
     k: Tensor,
@@ -817,7 +817,7 @@ def _memory(
     return outputs
 
 
-@_memory.register_fake
+@torch.library.register_fake("resolvent::memory")
 def _(
     q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, cu_seqlens, interval, snr, energy,
     save,
@@ -850,7 +850,7 @@ def _room(
     )
 
 
-@torch.library.custom_op("resolvent::memory_backward", mutates_args=())
+@_backend.operator("memory_backward")
 def _memory_backward(
     grad_readout: Tensor,
     grad_memory: Tensor | None,
@@ -898,7 +898,7 @@ def _memory_backward(
     return outputs
 
 
-@_memory_backward.register_fake
+@torch.library.register_fake("resolvent::memory_backward")
 def _(
     grad_readout, grad_memory, grad_writes, grad_forgetting, q, k, v, decay, eta, writes, basis, sharpness, bias, before,
     writes_before, forgetting_before, position, cu_seqlens, interval, snr, energy,
@@ -976,4 +976,4 @@ def _gradient(
     return *grads, None, None, None, None, None, None
 
 
-_memory.register_autograd(_gradient, setup_context=_keep_for_gradient)
+torch.library.register_autograd("resolvent::memory", _gradient, setup_context=_keep_for_gradient)
