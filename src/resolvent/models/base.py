@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..device import pick_device
 from ..errors import ConfigError
+from ..ops.precision import at_least_float32
 from .config import ModelConfig, check_fields
 from .generation import Generation
 from .state import ModelState, named_tensors
@@ -66,7 +67,7 @@ class IntegratedModel(nn.Module, Generation):
         """Logits of hidden states, at least float32 outside autocast."""
         logits = self.lm_head(hidden)
         if not torch.is_autocast_enabled(logits.device.type):
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = at_least_float32(logits)
         return logits
 
     def _start_position(self, state: ModelState | None, sequences: int, device: torch.device) -> Tensor:
