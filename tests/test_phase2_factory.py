@@ -325,3 +325,10 @@ def test_the_import_path_of_the_report_works_from_the_root():
     assert report_create is create_phase2_model
     assert report_convert is convert_phase1_to_phase2
     assert ReportPhase1Config is Phase1Config
+
+
+def test_the_factory_is_the_module_that_the_report_names():
+    import src.models.phase2.factory as report_factory
+
+    names = ("Phase2Config", "get_phase2_preset", "create_phase2_model", "convert_phase1_to_phase2")
+    assert [getattr(report_factory, name) for name in names] == [globals()[name] for name in names]
