@@ -26,7 +26,6 @@ from typing import Annotated, Any
 
 import psutil
 import torch
-import torch.nn.functional as F
 import typer
 from peers import GPT
 from rich import box
@@ -146,8 +145,7 @@ class Trainer:
 
     def step(self, ids: Tensor) -> None:
         """Predict each of the tokens (1, N + 1) from those before it, and learn."""
-        logits = self.model(ids[:, :-1])
-        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        self.model(ids[:, :-1], labels=ids[:, 1:]).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resolvent import Phase2Config
+from resolvent.ops import linear_cross_entropy
 
 
 @dataclass
@@ -81,8 +82,9 @@ class GPT(nn.Module):
         shape = (len(self.blocks), batch_size, self.num_heads, capacity, self.head_dim)
         return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, N, V) of the tokens (B, N) int64 that follow those in the cache, which then holds them too."""
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, *, labels: Tensor | None = None) -> Tensor:
+        """Logits (B, N, V) of the tokens (B, N) int64 that follow those in the cache, which then holds them too; given
+        labels (B, N) int64, their mean nats instead, computed as our models do."""
         start, N = cache.length if cache else 0, input_ids.size(1)
         rotation = rotations(start, N, self.head_dim, input_ids.device)
         mask = None
@@ -93,7 +95,10 @@ class GPT(nn.Module):
             x = block(x, rotation, mask, cache)
         if cache:
             cache.length += N
-        return self.lm_head(self.ln_f(x))
+        x = self.ln_f(x)
+        if labels is not None:
+            return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, labels.flatten())
+        return self.lm_head(x)
 
 
 class Block(nn.Module):

@@ -70,6 +70,12 @@ def test_rotation_depends_on_distance_only():
     torch.testing.assert_close(score(5, 5), q @ k)
 
 
+def test_labels_give_the_cross_entropy_of_the_logits(gpt: GPT):
+    ids, labels = torch.randint(50, (2, 3, 20))
+    expected = F.cross_entropy(gpt(ids).flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(gpt(ids, labels=labels), expected, rtol=1e-10, atol=0)
+
+
 def test_starts_at_chance_and_learns():
     torch.manual_seed(0)
     gpt = GPT(vocab_size=50, d_model=32, n_layers=2, num_heads=4)

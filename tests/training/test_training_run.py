@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from resolvent.data import encode_documents, load_tokenizer
+from resolvent.data import Batch, encode_documents, load_tokenizer
 from resolvent.errors import CheckpointError, ConfigError, DataError
 from resolvent.evaluation import evaluate_documents
 from resolvent.models import load_model
@@ -301,6 +302,25 @@ def test_steps_follow_the_schedule_with_a_clipped_gradient(
     assert [rate for rate, _ in seen] == pytest.approx([0.005, *[0.01] * 7, 0.005 + 0.005 * (1 - 0.5**0.5), 0.005])
     assert all(record["grad_norm"] > 0.25 for record in records)
     assert [norm for _, norm in seen] == pytest.approx([0.25] * 10, rel=1e-3)
+
+
+def test_the_loss_is_cross_entropy_of_the_logits(small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch):
+    model = small_config().model
+    assert model is not None
+    model.dropout = 0.0
+    losses: list[tuple[float, float]] = []
+    loss_of = Trainer._loss
+
+    def compare(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor | float]:
+        loss, penalty = loss_of(trainer, batch)
+        logits = trainer.raw_model(batch.input_ids, cu_seqlens=batch.cu_seqlens)
+        losses.append((loss.item(), F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).item()))
+        return loss, penalty
+
+    monkeypatch.setattr(Trainer, "_loss", compare)
+    train(small_config(model=model))
+    assert len(losses) == 10
+    assert [ours for ours, _ in losses] == pytest.approx([expected for _, expected in losses], rel=1e-6)
 
 
 def test_accumulated_batches_are_one_large_batch(small_config: MakeConfig, tmp_path: Path):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
 
 from resolvent.data import TokenStream, encode_documents
 from resolvent.errors import DataError, ResolventError
+from resolvent.ops import IGNORED
 
 
 @dataclass(frozen=True)
@@ -121,16 +121,16 @@ def _batch_nats(model: nn.Module, lanes: list[np.ndarray], piece_tokens: int, de
         if state is not None:
             state = state[: len(active)]
         inputs, labels = _rectangle(active)
-        logits, state = model(inputs.to(device), state=state, return_state=True)
-        total += F.cross_entropy(logits.float().flatten(0, 1), labels.to(device).flatten(), reduction="sum").double()
+        loss, state = model(inputs.to(device), labels=labels.to(device), state=state, return_state=True)
+        total += loss.double() * (labels != IGNORED).sum()
     return total
 
 
 def _rectangle(pieces: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs (B, N) padded with token 0, and their labels padded with the index that cross_entropy ignores."""
+    """Inputs (B, N) padded with token 0, and their labels with one that does not count."""
     width = len(pieces[0]) - 1
     inputs = torch.zeros(len(pieces), width, dtype=torch.int64)
-    labels = torch.full_like(inputs, -100)
+    labels = torch.full_like(inputs, IGNORED)
     for row, piece in enumerate(pieces):
         tokens = torch.from_numpy(piece.astype(np.int64))
         inputs[row, : len(piece) - 1] = tokens[:-1]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..device import pick_device
 from ..errors import ConfigError
+from ..ops import linear_cross_entropy
 from ..ops.precision import at_least_float32
 from .config import ModelConfig, check_fields
 from .generation import Generation
@@ -63,8 +64,19 @@ class IntegratedModel(nn.Module, Generation):
         """Shapes of one sequence's state: of every layer, every tensor."""
         raise NotImplementedError
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states, at least float32 outside autocast."""
+    def _predict(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
+        """Logits of hidden states (B, N, D), at least float32 outside autocast; given labels (B, N), their mean nats
+        instead, and no more than a chunk of the logits lies in memory at once.
+
+        Raises:
+            ValueError: the labels have another shape than the tokens.
+        """
+        if labels is not None:
+            if labels.shape != hidden.shape[:-1]:
+                expected, got = tuple(hidden.shape[:-1]), tuple(labels.shape)
+                raise ValueError(f"labels must have the shape of input_ids, {expected}, got {got}")
+            backend = self.config.backend
+            return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), backend=backend)
         logits = self.lm_head(hidden)
         if not torch.is_autocast_enabled(logits.device.type):
             logits = at_least_float32(logits)

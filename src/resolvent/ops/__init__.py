@@ -2,10 +2,12 @@
 
 from .bk_core import effective_diagonal, resolvent_diagonal, resolvent_diagonal_reference, resolvent_step
 from .consolidation import Consolidation, Resonance, SNRFilter, consolidate
+from .cross_entropy import IGNORED, linear_cross_entropy
 from .hebbian import MemoryState, dissipative_memory, dissipative_memory_reference, dissipative_memory_step
 from .semiseparable import gated_prefix_sum, gated_prefix_sum_reference, gated_prefix_sum_step
 
 __all__ = [
+    "IGNORED",
     "Consolidation",
     "MemoryState",
     "Resonance",
@@ -18,6 +20,7 @@ __all__ = [
     "gated_prefix_sum",
     "gated_prefix_sum_reference",
     "gated_prefix_sum_step",
+    "linear_cross_entropy",
     "resolvent_diagonal",
     "resolvent_diagonal_reference",
     "resolvent_step",

@@ -23,43 +23,54 @@ calls: Counter[tuple[str, str]] = Counter()
 """How often each (operator, back end) ran in this process."""
 
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {}
-_announced: set[str] = set()
+_refusals: dict[tuple[str, str], Callable[..., str | None]] = {}
+_announced: set[tuple[str, str]] = set()
 _log = logging.getLogger(__name__)
 
 
-def register(operator: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: make a function the ``backend`` implementation of ``operator``."""
+def register(
+    operator: str, backend: str, refuses: Callable[..., str | None] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: make a function the ``backend`` implementation of ``operator``.
+
+    ``refuses`` says what keeps it from inputs of a dtype and of certain widths, or None: see ``implementation``.
+    """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         _implementations.setdefault(operator, {})[backend] = function
+        if refuses is not None:
+            _refusals[operator, backend] = refuses
         return function
 
     return add
 
 
-def implementation(operator: str, backend: str, device: torch.device) -> Callable[..., Any]:
-    """The function that shall run ``operator`` on ``device``.
+@torch.compiler.assume_constant_result
+def implementation(
+    operator: str, backend: str, device: torch.device, dtype: torch.dtype, *widths: int
+) -> Callable[..., Any]:
+    """The function that shall run ``operator`` on tensors of a ``device``, a ``dtype`` and certain ``widths``.
 
-    ``auto`` takes the Triton kernel on CUDA and torch elsewhere; where a kernel is missing it falls back to torch,
-    says so once in the log, and the fallback shows in ``calls``.
+    ``auto`` takes the Triton kernel on CUDA and torch elsewhere. Where a kernel is missing or refuses the tensors it
+    falls back to torch, says so once in the log, and the fallback shows in ``calls``.
 
     Raises:
-        ConfigError: the back end is unknown, or was asked for by name and cannot serve this operator and device.
+        ConfigError: the back end is unknown, or was asked for by name and cannot serve this operator and these tensors.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    chosen = "torch"
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
-        _load_kernels()
-    available = _implementations[operator]
-    if backend == "triton" and (obstacle := _obstacle(operator, device)):
-        raise ConfigError(f"backend='triton' cannot run {operator}: {obstacle}; use backend='auto' or 'torch'")
-    if backend == "auto":
-        backend = "triton" if device.type == "cuda" and "triton" in available else "torch"
-        if device.type == "cuda" and backend == "torch" and operator not in _announced:
-            _announced.add(operator)
-            _log.info("%s has no Triton kernel: running the torch implementation on %s", operator, device)
-    calls[operator, backend] += 1
-    return available[backend]
+        obstacle = _obstacle(operator, device, dtype, *widths)
+        if obstacle is None:
+            chosen = "triton"
+        elif backend == "triton":
+            raise ConfigError(f"backend='triton' cannot run {operator}: {obstacle}; use backend='auto' or 'torch'")
+        elif (operator, obstacle) not in _announced:
+            _announced.add((operator, obstacle))
+            _log.info("running the torch implementation of %s on %s: %s", operator, device, obstacle)
+    calls[operator, chosen] += 1
+    return _implementations[operator][chosen]
 
 
 def interpreting() -> bool:
@@ -67,19 +78,20 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _obstacle(operator: str, device: torch.device) -> str | None:
-    """What keeps a kernel from running an operator on a device."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if "triton" not in _implementations[operator]:
-        return "there is no such kernel"
+def _obstacle(operator: str, device: torch.device, dtype: torch.dtype, *widths: int) -> str | None:
+    """What keeps the Triton kernel from running an operator, if anything does."""
     if device.type != "cuda" and not interpreting():
         return f"the tensors are on {device.type}"
-    return None
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    _load_kernels()
+    if "triton" not in _implementations[operator]:
+        return "there is no such kernel"
+    refuses = _refusals.get((operator, "triton"))
+    return refuses(dtype, *widths) if refuses else None
 
 
 @functools.cache
 def _load_kernels() -> None:
     """Import the kernels, which register themselves: only where they may run, for it takes a while."""
-    if importlib.util.find_spec("triton") is not None:
-        importlib.import_module("resolvent.ops.triton")
+    importlib.import_module("resolvent.ops.triton")

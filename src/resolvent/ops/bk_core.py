@@ -86,7 +86,7 @@ def resolvent_diagonal(
         raise ValueError(f"packed sequences need a batch of one, got {alpha.shape[0]}")
     if form == "two_sided" and initial_state is not None:
         raise ValueError("the two-sided form sees the whole chain at once and takes no initial_state")
-    run = _backend.implementation("resolvent_diagonal", backend, alpha.device)
+    run = _backend.implementation("resolvent_diagonal", backend, alpha.device, alpha.dtype)
     return run(alpha, coupling, initial_state, cu_seqlens, form, block_size)
 
 

@@ -82,12 +82,7 @@ def dissipative_memory(
         raise ValueError(f"packed sequences need a batch of one, got {q.shape[0]}")
     if consolidation is not None and consolidation.interval % CHUNK:
         raise ValueError(f"the consolidation interval must be a multiple of {CHUNK}, got {consolidation.interval}")
-    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    if position is None:
-        position = torch.zeros(sequences, dtype=torch.long)
-    if initial_state is None:
-        initial_state = empty_state(sequences, q, v)
-    run = _backend.implementation("dissipative_memory", backend, q.device)
+    run = _backend.implementation("dissipative_memory", backend, q.device, q.dtype, q.shape[-1], v.shape[-1])
     # Autocast would turn the float32 products of the state into half precision.
     with torch.autocast(q.device.type, enabled=False):
         return run(q, k, v, decay, eta, initial_state, position, cu_seqlens, consolidation)
@@ -160,12 +155,17 @@ def _dissipative_memory_torch(
     v: Tensor,
     decay: Tensor,
     eta: Tensor,
-    state: MemoryState,
-    position: Tensor,
+    state: MemoryState | None,
+    position: Tensor | None,
     cu_seqlens: Tensor | None,
     consolidation: Consolidation | None,
 ) -> tuple[Tensor, MemoryState]:
     batch, length = q.shape[:2]
+    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    if position is None:
+        position = torch.zeros(sequences, dtype=torch.long)
+    if state is None:
+        state = empty_state(sequences, q, v)
     if q.numel() == 0:
         return torch.zeros_like(v), state
     if length == 1 and cu_seqlens is None:

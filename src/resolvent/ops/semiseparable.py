@@ -49,7 +49,7 @@ def gated_prefix_sum(
     if initial_state.shape != (sequences, gates.shape[2]):
         expected, got = (sequences, gates.shape[2]), tuple(initial_state.shape)
         raise ValueError(f"initial_state must have shape {expected}, got {got}")
-    run = _backend.implementation("gated_prefix_sum", backend, gates.device)
+    run = _backend.implementation("gated_prefix_sum", backend, gates.device, gates.dtype)
     return run(gates, values, initial_state, cu_seqlens)
 
 

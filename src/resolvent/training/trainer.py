@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from rich.console import Console
 from tokenizers import Tokenizer
@@ -170,9 +169,9 @@ class Trainer:
         """Mean nats a token, and what the model asks to be added."""
         options = {"return_penalty": True} if self.raw_model.penalised else {}
         # The offsets stay on the CPU, where the model looks at them without waiting for the device.
-        output = self.model(batch.input_ids.to(self.device), cu_seqlens=batch.cu_seqlens, **options)
-        logits, penalty = output if options else (output, 0.0)
-        return F.cross_entropy(logits.float().flatten(0, 1), batch.labels.to(self.device).flatten()), penalty
+        input_ids, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
+        output = self.model(input_ids, labels=labels, cu_seqlens=batch.cu_seqlens, **options)
+        return output if options else (output, 0.0)
 
     def _report(self, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
         step, average = self.standing.step, self.standing.loss_average.update(loss)

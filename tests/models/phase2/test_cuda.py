@@ -60,12 +60,12 @@ def test_streaming_moving_and_generating():
 
 def test_a_training_step_waits_for_nothing():
     _, there = pair()
-    ids = torch.randint(0, 97, (1, 256), device="cuda")
-    there(ids).sum().backward()  # what is made once may wait
+    ids, labels = torch.randint(0, 97, (2, 1, 256), device="cuda")
+    there(ids, labels=labels).backward()  # what is made once may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        there(ids).sum().backward()
+        there(ids, labels=labels).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

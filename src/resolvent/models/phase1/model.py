@@ -156,6 +156,7 @@ class Phase1IntegratedModel(IntegratedModel):
         self,
         input_ids: Tensor,
         *,
+        labels: Tensor | None = None,
         state: Phase1State | None = None,
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
@@ -163,10 +164,12 @@ class Phase1IntegratedModel(IntegratedModel):
         return_diagnostics: bool = False,
         return_penalty: bool = False,
     ) -> Any:
-        """Logits of the next token at every place.
+        """Logits of the next token at every place, or, given labels, how well they are predicted.
 
         Args:
             input_ids: tokens, integer (B, N).
+            labels: the token that follows each of ``input_ids``, int64 (B, N), or -100 at places that do not count,
+                padding among them. The mean loss takes the place of the logits, which then are never held all at once.
             state: what the sequences have read before; None for a fresh start.
             return_state: also return the state after the last token.
             cu_seqlens: offsets of S sequences packed in one row, integer (S + 1,), from 0 to N; needs B = 1. The state
@@ -178,13 +181,14 @@ class Phase1IntegratedModel(IntegratedModel):
                 times ``ar_ssm_l1_regularization``, a float32 scalar; zero without such layers.
 
         Returns:
-            logits (B, N, vocabulary), float32 outside autocast; followed by the ``Phase1State``, by the dictionary of
-            diagnostics and by the penalty where asked for. The dictionary holds a list with an entry per layer under
-            ``layer_outputs``, ``gate_values``, ``effective_rank``, ``gate_sparsity`` and ``stability_metrics``, and
-            ``stability_warnings``, ``htt_compression_ratio``, ``input_embeddings`` and ``final_hidden_states``.
+            logits (B, N, vocabulary), float32 outside autocast, or the labels' mean nats, a scalar; followed by the
+            ``Phase1State``, by the dictionary of diagnostics and by the penalty where asked for. The dictionary holds a
+            list with an entry per layer under ``layer_outputs``, ``gate_values``, ``effective_rank``,
+            ``gate_sparsity`` and ``stability_metrics``, and ``stability_warnings``, ``htt_compression_ratio``,
+            ``input_embeddings`` and ``final_hidden_states``.
 
         Raises:
-            ValueError: tokens, offsets, mask or state do not fit each other or the model.
+            ValueError: tokens, labels, offsets, mask or state do not fit each other or the model.
         """
         diagnostics: dict[str, Any] | None = {} if return_diagnostics else None
         gates: list[Tensor] | None = [] if return_penalty else None
@@ -199,8 +203,8 @@ class Phase1IntegratedModel(IntegratedModel):
         extras: list[Any] = [state] * return_state + [diagnostics] * return_diagnostics
         if gates is not None:
             extras.append(self._penalty(gates, hidden))
-        logits = self._logits(hidden)
-        return (logits, *extras) if extras else logits
+        output = self._predict(hidden, labels)
+        return (output, *extras) if extras else output
 
     def hidden_states(
         self,

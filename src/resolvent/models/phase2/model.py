@@ -184,16 +184,19 @@ class Phase2IntegratedModel(IntegratedModel):
         self,
         input_ids: Tensor,
         *,
+        labels: Tensor | None = None,
         state: Phase2State | None = None,
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         return_diagnostics: bool = False,
     ) -> Any:
-        """Logits of the next token at every place.
+        """Logits of the next token at every place, or, given labels, how well they are predicted.
 
         Args:
             input_ids: tokens, integer (B, N).
+            labels: the token that follows each of ``input_ids``, int64 (B, N), or -100 at places that do not count,
+                padding among them. The mean loss takes the place of the logits, which then are never held all at once.
             state: what the sequences have read before; None for a fresh start.
             return_state: also return the state after the last token.
             cu_seqlens: offsets of S sequences packed in one row, integer (S + 1,), from 0 to N; needs B = 1. State and
@@ -203,21 +206,21 @@ class Phase2IntegratedModel(IntegratedModel):
             return_diagnostics: also return what happened inside; changes no logit.
 
         Returns:
-            logits (B, N, vocabulary), float32 outside autocast; followed by the ``Phase2State`` and by the dictionary
-            of diagnostics where asked for. The dictionary holds a list with an entry per layer under ``layer_outputs``,
-            ``gamma_values``, ``snr_stats``, ``resonance_info`` and ``stability_metrics``, and ``input_embeddings`` and
-            ``final_hidden_states``.
+            logits (B, N, vocabulary), float32 outside autocast, or the labels' mean nats, a scalar; followed by the
+            ``Phase2State`` and by the dictionary of diagnostics where asked for. The dictionary holds a list with an
+            entry per layer under ``layer_outputs``, ``gamma_values``, ``snr_stats``, ``resonance_info`` and
+            ``stability_metrics``, and ``input_embeddings`` and ``final_hidden_states``.
 
         Raises:
-            ValueError: tokens, offsets, mask or state do not fit each other or the model.
+            ValueError: tokens, labels, offsets, mask or state do not fit each other or the model.
         """
         diagnostics: dict[str, Any] | None = {} if return_diagnostics else None
         hidden, state = self.hidden_states(
             input_ids, state=state, cu_seqlens=cu_seqlens, attention_mask=attention_mask, diagnostics=diagnostics
         )
-        logits = self._logits(hidden)
+        output = self._predict(hidden, labels)
         extras = ([state] if return_state else []) + ([diagnostics] if return_diagnostics else [])
-        return (logits, *extras) if extras else logits
+        return (output, *extras) if extras else output
 
     def hidden_states(
         self,

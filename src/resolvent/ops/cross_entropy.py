@@ -1,0 +1,202 @@
+r"""Cross-entropy of a linear head, a chunk of tokens at a time: the logits of all tokens never lie in memory together.
+
+``loss = mean over t of (logsumexp(W h_t) - (W h_t)[label_t])``. The gradient of a token's logits is
+``softmax(W h_t) - onehot(label_t)``: known as soon as the logits are, it takes their place in memory. So one walk
+over the chunks leaves the loss and both gradients, and backward only scales them. Sums over the vocabulary and over the
+tokens are taken in at least float32, whatever the dtype of the products: precision does not depend on the chunks.
+
+Shapes: T tokens, D width, V vocabulary, C tokens of a chunk.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend as _backend
+
+IGNORED = -100
+"""Label of a place that does not count."""
+
+_CPU_LOGITS_BYTES = 2**27
+"""Memory for the logits of a chunk on the CPU, whose cache they should not outgrow by far ..."""
+_LOGITS_BYTES = 2**29
+"""... and elsewhere, where long products run best."""
+_ALIGNMENT = 64
+"""Rows of logits end on a multiple of this: matrix units and wide loads want it."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = IGNORED,
+    chunk_tokens: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Mean negative log-likelihood of the labels under ``softmax(hidden @ weight.T)``, as ``F.cross_entropy`` has it.
+
+    Args:
+        hidden: (T, D). Under autocast, it and ``weight`` are cast to autocast's dtype for the products.
+        weight: (V, D).
+        labels: tokens, int64 (T,), in 0..V - 1, or ``ignore_index`` for places that do not count.
+        ignore_index: label of places that do not count.
+        chunk_tokens: tokens whose logits are held at once; by default as many as suit the device.
+        backend: ``auto``, ``torch`` or ``triton``.
+
+    Returns:
+        Mean nats of the labels that count, a scalar of at least float32; NaN where none counts. Differentiable, once,
+        in ``hidden`` and ``weight``, whose gradients come in their own dtypes.
+
+    Raises:
+        ValueError: shapes do not fit, or ``chunk_tokens`` is not above zero.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (hidden, weight, labels))
+        raise ValueError(f"expected hidden (T, D), weight (V, D) and labels (T,), got {shapes}")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be >= 1, got {chunk_tokens}")
+    device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    total, _, _ = _linear_cross_entropy(hidden, weight, labels, ignore_index, chunk_tokens, dtype, backend, *wanted)
+    return total / (labels != ignore_index).sum()
+
+
+@torch.library.custom_op("resolvent::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    chunk_tokens: int | None,
+    dtype: torch.dtype,
+    backend: str,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of nats, and its gradients in ``hidden`` and ``weight``; empty tensors in place of those not wanted.
+
+    ``dtype`` is that of the products; the other arguments are those of ``linear_cross_entropy``.
+    """
+    device, tokens, vocabulary = hidden.device, len(hidden), len(weight)
+    run = _backend.implementation("softmax_cross_entropy", backend, device, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(device.type, enabled=False):
+        table = _aligned(weight, dtype)
+        chunk = chunk_tokens or _chunk_tokens(tokens, len(table), dtype, device)
+        buffer = torch.empty(min(chunk, tokens), len(table), dtype=dtype, device=device)
+        total = torch.zeros((), dtype=wide, device=device)
+        grad_hidden = torch.empty(hidden.shape if wants_hidden else 0, dtype=hidden.dtype, device=device)
+        grad_table = torch.empty(table.shape if wants_weight else 0, dtype=wide, device=device)
+        for start in range(0, max(tokens, 1), chunk):
+            part = slice(start, start + chunk)
+            states = hidden[part].to(dtype)
+            logits = torch.mm(states, table.T, out=buffer[: len(states)])
+            total += run(logits[:, :vocabulary], labels[part], ignore_index, wants_hidden or wants_weight).sum()
+            if wants_hidden:
+                grad_hidden[part] = logits @ table
+            if wants_weight:
+                _accumulate(grad_table, logits.T, states, beta=1 if start else 0)
+    return total, grad_hidden, grad_table[:vocabulary].to(weight.dtype)
+
+
+@_linear_cross_entropy.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    chunk_tokens: int | None,
+    dtype: torch.dtype,
+    backend: str,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
+    return (
+        total,
+        hidden.new_empty(hidden.shape if wants_hidden else 0),
+        weight.new_empty(weight.shape if wants_weight else 0),
+    )
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, *gradients = output
+    ctx.wanted = inputs[-2:]
+    ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*gradients)
+
+
+@torch.autograd.function.once_differentiable
+def _scale_gradients(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    scaled = [x * grad_total if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+    return *scaled, *[None] * 7
+
+
+_linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+@_backend.register("softmax_cross_entropy", "torch")
+def _softmax_cross_entropy_torch(logits: Tensor, labels: Tensor, ignore_index: int, wants_gradient: bool) -> Tensor:
+    """Negative log-likelihood of each row's label, zero where it is ignored; the logits become its gradient.
+
+    Args:
+        logits: (C, V), any float; replaced by the gradient of the nats in them. Rows may be views of longer ones, which
+            end in zeros; then these stay, or become zeros again.
+        labels: int64 (C,).
+        ignore_index: label of rows that do not count.
+        wants_gradient: False leaves anything in ``logits``.
+
+    Returns:
+        nats (C,), at least float32.
+    """
+    ignored = labels == ignore_index
+    label = torch.where(ignored, 0, labels).unsqueeze(1)
+    narrow = logits.dtype in (torch.bfloat16, torch.float16)
+    if narrow:
+        log_probability = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    else:
+        log_probability = torch.log_softmax(logits, dim=-1, out=logits)
+    nats = torch.where(ignored, 0.0, -log_probability.gather(1, label).squeeze(1))
+    if wants_gradient:
+        gradient = log_probability.exp_()
+        gradient.scatter_add_(1, label, gradient.new_full((), -1.0).expand_as(label))
+        gradient[ignored] = 0.0
+        if narrow:
+            logits.copy_(gradient)
+    return nats
+
+
+def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head in the dtype of the products, with rows of zeros added up to an aligned vocabulary.
+
+    Their logits are zero, which is their gradient, too. On the CPU they gain nothing and would cost a copy.
+    """
+    if weight.device.type == "cpu" and weight.dtype == dtype:
+        return weight
+    rows = -(-len(weight) // _ALIGNMENT) * _ALIGNMENT
+    table = weight.new_zeros(rows, weight.shape[1], dtype=dtype)
+    table[: len(weight)] = weight
+    return table
+
+
+def _chunk_tokens(tokens: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens of a chunk: as few chunks of equal size as the memory for their logits allows."""
+    budget = _CPU_LOGITS_BYTES if device.type == "cpu" else _LOGITS_BYTES
+    most = max(1, budget // (vocabulary * dtype.itemsize))
+    chunks = max(1, -(-tokens // most))
+    return max(1, -(-tokens // chunks))
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """``total = beta total + a @ b``, summed in the dtype of ``total``, which may be wider than that of the factors."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif total.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)

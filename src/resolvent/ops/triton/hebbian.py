@@ -1,0 +1,979 @@
+r"""Triton kernels of the dissipative Hebbian memory (see ``ops.hebbian`` for the mathematics), forward and backward.
+
+A program holds the memory of one head of one sequence in registers and walks over chunks of 64 tokens with it: inside a
+chunk a masked ``QKᵀ``, between chunks the state, at the boundaries the consolidation. Four kernels:
+
+* ``_walk``: reads, writes and consolidates, forwards. For training it leaves the memory before every chunk.
+* ``_walk_back``: carries the gradient of the memory backwards, and leaves it after every chunk.
+* ``_chunk_gradients``: with both at hand all chunks are independent, and give the gradients of q, k, v and the decay.
+* ``_chain``: where few heads meet a long sequence and nothing is consolidated, the memory is linear in its past. The
+  sequence is cut into segments that walk at the same time from an empty memory; this kernel joins their ends, and the
+  segments walk once more from what came before them.
+
+Sums of decays are taken in float64 and only their differences are exponentiated, so that a token which erases
+everything does not blur its neighbours. Products take bfloat16 (or float32 as three tf32 products), sums are float32.
+
+Shapes: B batch, N sequence, T = B N tokens, H heads, K key width, V value width, S sequences, G segments, M chunks,
+C tokens of a chunk.
+"""
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import backend as _backend
+from ..consolidation import Consolidation
+from ..hebbian import CHUNK, MemoryState
+
+_TINY = tl.constexpr(1e-20)
+_PRECISION = tl.constexpr("tf32x3")  # of float32 products
+_WIDEST_HEAD = 128
+_LAUNCH = {
+    "narrow": {
+        "walk": dict(num_warps=4, num_stages=3),
+        "walk_back": dict(num_warps=4, num_stages=3),
+        "chunk_gradients": dict(num_warps=4, num_stages=1),
+    },
+    "wide": {
+        "walk": dict(num_warps=8, num_stages=2),
+        "walk_back": dict(num_warps=8, num_stages=2),
+        "chunk_gradients": dict(num_warps=8, num_stages=1),
+    },
+}
+_LEAST_PROGRAMS, _WANTED_PROGRAMS, _SHORTEST_SEGMENT = 64, 528, 8
+
+
+# ------------------------------------------------------------------------------------------------------ the layout
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which tokens each program walks over.
+
+    Attributes:
+        segments: one row a segment, int64 (G, 6): its first and its last token + 1; the place of its first chunk's
+            first slot, which lies up to 63 slots before the first token where the sequence goes on inside a chunk; the
+            number of its first chunk; its sequence; the chunks since the last boundary.
+        first_segment: of every sequence, int64 (S + 1,).
+        chunks: one row a chunk, its segment and its number in it, int64 (M, 2).
+    """
+
+    segments: Tensor
+    first_segment: Tensor
+    chunks: Tensor
+
+    @property
+    def segmented(self) -> bool:
+        return len(self.segments) > len(self.first_segment) - 1
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept for later calls must serve training, too
+def _layout(lengths: tuple[int, ...], phases: tuple[int, ...], longest_segment: int, device: torch.device) -> _Layout:
+    """``lengths`` and ``phases`` (tokens read since the last boundary) of the sequences; ``longest_segment`` in chunks,
+    0 for no end."""
+    segments, first_segment, chunks, start, chunk = [], [0], [], 0, 0
+    for sequence, (length, phase) in enumerate(zip(lengths, phases, strict=True)):
+        end, slot, since_boundary = start + length, start - phase % CHUNK, phase // CHUNK
+        while True:
+            stop = end if longest_segment == 0 else min(end, slot + longest_segment * CHUNK)
+            count = -(-(stop - slot) // CHUNK) if stop > start else 0
+            chunks += [(len(segments), i) for i in range(count)]
+            segments.append((max(start, slot), stop, slot, chunk, sequence, since_boundary))
+            slot, chunk = slot + count * CHUNK, chunk + count
+            if stop == end:
+                break
+        first_segment.append(len(segments))
+        start = end
+    table = (torch.tensor(rows, dtype=torch.int64) for rows in (segments, first_segment, chunks))
+    return _Layout(*(_on(rows, device) for rows in table))
+
+
+def _on(x: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for the work that is queued there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def _layout_of(q: Tensor, position: Tensor, cu_seqlens: Tensor | None, interval: int) -> _Layout:
+    batch, length, heads = q.shape[:3]
+    lengths = (length,) * batch if cu_seqlens is None else tuple(cu_seqlens.diff().tolist())
+    phases = (0,) * len(lengths)
+    if interval:
+        if position is not None:
+            phases = tuple((position % interval).tolist())
+        return _layout(lengths, phases, 0, q.device)
+    programs, longest = len(lengths) * heads, 0
+    if programs < _LEAST_PROGRAMS:
+        chunks = sum(-(-n // CHUNK) for n in lengths)
+        longest = max(_SHORTEST_SEGMENT, triton.next_power_of_2(-(-chunks * heads // _WANTED_PROGRAMS)))
+    return _layout(lengths, phases, longest, q.device)
+
+
+# --------------------------------------------------------------------------------------------- what the kernels share
+
+
+@triton.jit
+def _tile(pointer, stride, rows, columns, inside, width):
+    """Rows of a tensor whose columns are neighbours, zero outside: [rows, columns]."""
+    mask = inside[:, None] & (columns < width)[None, :]
+    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_tile(pointer, stride, rows, columns, inside, width, x):
+    mask = inside[:, None] & (columns < width)[None, :]
+    tl.store(pointer + rows[:, None] * stride + columns[None, :], x, mask=mask)
+
+
+@triton.jit
+def _square(keys, values, K, V):
+    """Places and mask of a (K, V) matrix in memory."""
+    return keys[:, None] * V + values[None, :], (keys < K)[:, None] & (values < V)[None, :]
+
+
+@triton.jit
+def _decays(high, low, place, C: tl.constexpr, HALF: tl.constexpr):
+    """The cumulative decay L of a chunk, in two floats: ``exp(-L)``, ``exp(L - L_C)``, and L itself."""
+    slots = place * C + tl.arange(0, C)
+    cumulative, total = tl.load(high + slots), tl.load(high + place * C + C - 1)
+    rest = tl.zeros_like(cumulative)
+    to_end = cumulative - total
+    if not HALF:
+        rest += tl.load(low + slots)
+        to_end += rest - tl.load(low + place * C + C - 1)
+    return tl.exp(-cumulative), tl.exp(to_end), cumulative, rest
+
+
+@triton.jit
+def _decay_between(high, low, C: tl.constexpr, HALF: tl.constexpr):
+    """``exp(L_s - L_t)`` for s <= t, zero elsewhere: [t, s]."""
+    later = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
+    between = high[None, :] - high[:, None]
+    if not HALF:
+        between += low[None, :] - low[:, None]
+    return tl.exp(tl.where(later, between, float("-inf")))
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, size):
+    """``1 / rms``, ``p``, the strength ``(gamma_boost - 1) Γ̄`` and the survival (see ``ops.consolidation``)."""
+    scale = tl.rsqrt(tl.sum(memory * memory) / size + _TINY)
+    keep = _sigmoid(tl.abs(memory) * (scale / temperature) - threshold / temperature)
+    strength = (gamma_boost - 1) * forgetting
+    return scale, keep, strength, tl.exp(strength * (keep - 1))
+
+
+@triton.jit
+def _rotate(basis, x, mean_square, HALF: tl.constexpr):
+    """``basis @ x``. Divided by its rms, x is held by float16 as well as by tf32, and its product costs half as much."""
+    if HALF:
+        rotated = tl.dot(basis, (x * tl.rsqrt(mean_square)).to(tl.float16)) * tl.sqrt(mean_square)
+    else:
+        rotated = tl.dot(basis, x, input_precision=_PRECISION)
+    return rotated
+
+
+@triton.jit
+def _resonate(memory, basis, sharpness, bias, energy, K, V, HALF: tl.constexpr):
+    """Modes of a memory, their energies relative to the mean, that mean, the gate, and the memory's mean square."""
+    mean_square = tl.sum(memory * memory) / (K * V) + _TINY
+    modes = _rotate(tl.trans(basis), memory, mean_square, HALF)
+    mean = mean_square * V  # of the energies: the basis is orthonormal
+    relative = tl.sum(modes * modes, 1) / mean
+    return modes, relative, mean, _sigmoid(sharpness * (relative - energy) + bias), mean_square
+
+
+@triton.jit
+def _consolidate(
+    memory, writes, forgetting, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy, K, V,
+    SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    if SNR:
+        _, keep, _, survival = _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, K * V)
+        memory = memory * survival + (eta_boost - 1) * (keep * writes)
+    if RESONANCE:
+        modes, _, _, gate, mean_square = _resonate(memory, basis, sharpness, bias, energy, K, V, HALF)
+        memory = _rotate(basis, gate[:, None] * modes, mean_square, HALF)
+    return memory
+
+
+@triton.jit
+def _consolidate_back(
+    grad, memory, writes, forgetting, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy,
+    K, V, BK: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the memory, the writes, Γ̄, and of the sharpness and the bias by mode."""
+    grad_sharpness, grad_bias = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
+    grad_writes, grad_forgetting = tl.zeros_like(grad), 0.0
+    scale, keep, strength, survival = _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, K * V)
+    if RESONANCE:
+        filtered = memory
+        if SNR:
+            filtered = memory * survival + (eta_boost - 1) * (keep * writes)
+        modes, relative, mean, gate, _ = _resonate(filtered, basis, sharpness, bias, energy, K, V, HALF)
+        grad_modes = _rotate(tl.trans(basis), grad, tl.sum(grad * grad) / (K * V) + _TINY, HALF)
+        grad_bias = tl.sum(grad_modes * modes, 1) * gate * (1 - gate)
+        grad_sharpness = grad_bias * (relative - energy)
+        grad_relative = sharpness * grad_bias
+        grad_energy = (grad_relative - tl.sum(grad_relative * relative) / K) / mean
+        grad_modes = grad_modes * gate[:, None] + modes * (2 * grad_energy)[:, None]
+        grad = _rotate(basis, grad_modes, tl.sum(grad_modes * grad_modes) / (K * V) + _TINY, HALF)
+    if SNR:
+        direct = grad * survival
+        grad_exponent = direct * memory
+        grad_keep = strength * grad_exponent + (eta_boost - 1) * (writes * grad)
+        grad_ratio = grad_keep * (keep * (1 - keep) * (1 / temperature))
+        from_scale = tl.sum(grad_ratio * tl.abs(memory)) * (scale * scale * scale / (K * V))
+        grad_writes = (eta_boost - 1) * (keep * grad)
+        grad_forgetting = (gamma_boost - 1) * tl.sum((keep - 1) * grad_exponent)
+        grad_ratio = tl.where(memory < 0, -grad_ratio, tl.where(memory > 0, grad_ratio, 0.0))
+        grad = direct + grad_ratio * scale - from_scale * memory
+    return grad, grad_writes, grad_forgetting, grad_sharpness, grad_bias
+
+
+# -------------------------------------------------------------------------------------------------------- the kernels
+
+_LENGTHS = ["heads"]  # no new kernel for another shape
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _sum_decays(
+    decay, segments, chunks, high, low, totals, decay_token, decay_head, heads, C: tl.constexpr, HALF: tl.constexpr
+):
+    """Add up the decays of every chunk, in float64 and into two floats: their differences shall be exact, too."""
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    segment, i = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+    tokens = tl.load(segments + 6 * segment + 2) + i * C + tl.arange(0, C)
+    inside = (tokens >= tl.load(segments + 6 * segment)) & (tokens < tl.load(segments + 6 * segment + 1))
+    given = tl.load(decay + head * decay_head + tokens * decay_token, mask=inside, other=0.0).to(tl.float64)
+    place = chunk * heads + head
+    tl.store(totals + place, tl.sum(given, 0).to(tl.float32))
+    # What is left after 40 is nothing in float32; smaller sums keep more digits.
+    cumulative = tl.cumsum(tl.minimum(given, 40.0), 0)
+    rounded, slots = cumulative.to(tl.float32), place * C + tl.arange(0, C)
+    tl.store(high + slots, rounded)
+    if not HALF:
+        tl.store(low + slots, (cumulative - rounded.to(tl.float64)).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _walk(
+    q, k, v, high, low, totals, eta, segments, initial, initial_writes, initial_forgetting, basis, sharpness, bias,
+    readout, final, final_writes, final_forgetting, before, writes_before, forgetting_before,
+    q_token, q_head, k_token, k_head, v_token, v_head,
+    threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    READ: tl.constexpr, SAVE: tl.constexpr, SAVE_WRITES: tl.constexpr, STATE: tl.constexpr, SNR: tl.constexpr,
+    RESONANCE: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Walk over a segment with the memory of a head. Without consolidation its total decay stands for the final Γ̄."""
+    segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    CONSOLIDATE: tl.constexpr = SNR or RESONANCE
+    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
+    slot, chunk = tl.load(segments + 6 * segment + 2), tl.load(segments + 6 * segment + 3)
+    since_boundary = tl.load(segments + 6 * segment + 5)
+    rate, row = tl.load(eta + head), segment * heads + head
+    keys, values = tl.arange(0, BK), tl.arange(0, BV)
+    square, in_square = _square(keys, values, K, V)
+
+    memory, writes, forgetting = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
+    if STATE:
+        memory += tl.load(initial + row * K * V + square, mask=in_square, other=0.0)
+        if CONSOLIDATE:
+            writes += tl.load(initial_writes + row * K * V + square, mask=in_square, other=0.0)
+            forgetting += tl.load(initial_forgetting + row)
+    modes, steepness, offset = tl.zeros([BK, BK], tl.float32), 0.0, 0.0
+    if RESONANCE:
+        modes += _tile(basis, K, keys, keys, keys < K, K)
+        steepness += tl.load(sharpness + head)
+        offset += tl.load(bias + head)
+    if HALF:
+        modes = modes.to(tl.float16)
+
+    q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
+    total_decay = 0.0
+    for i in range(0, tl.where(end > start, tl.cdiv(end - slot, C), 0).to(tl.int32)):
+        tokens = slot + i * C + tl.arange(0, C)
+        inside = (tokens >= start) & (tokens < end)
+        key = _tile(k, k_token, tokens, keys, inside, K)
+        value = _tile(v, v_token, tokens, values, inside, V)
+        place = (chunk + i) * heads + head
+        from_start, to_end, cumulative, rest = _decays(high, low, place, C, HALF)
+        total = tl.load(totals + place)
+        if SAVE:
+            tl.store(before + place * K * V + square, memory.to(before.dtype.element_ty), mask=in_square)
+            if CONSOLIDATE:
+                tl.store(forgetting_before + place, forgetting)
+            if SAVE_WRITES:
+                tl.store(writes_before + place * K * V + square, writes.to(before.dtype.element_ty), mask=in_square)
+        if READ:
+            query = _tile(q, q_token, tokens, keys, inside, K)
+            scores = tl.dot(query, tl.trans(key), input_precision=_PRECISION)
+            scores = scores * _decay_between(cumulative, rest, C, HALF) * rate
+            out = tl.dot(query, memory.to(query.dtype), input_precision=_PRECISION) * from_start[:, None]
+            out = tl.dot(scores.to(value.dtype), value, out, input_precision=_PRECISION)
+            _store_tile(readout + head * V, heads * V, tokens, values, inside, V, out.to(readout.dtype.element_ty))
+        key = (key * (rate * to_end)[:, None]).to(value.dtype)
+        written = tl.dot(tl.trans(key), value, input_precision=_PRECISION)
+        kept = tl.exp(-total)
+        memory = memory * kept + written
+        total_decay += total
+        if CONSOLIDATE:
+            writes = writes * kept + written
+            forgetting += total
+            if ((since_boundary + i + 1) * C % interval == 0) & (slot + (i + 1) * C <= end):
+                memory = _consolidate(
+                    memory, writes, forgetting, modes, steepness, offset, threshold, temperature, gamma_boost,
+                    eta_boost, energy, K, V, SNR, RESONANCE, HALF,
+                )  # fmt: skip
+                writes = tl.zeros_like(writes)
+                forgetting = 0.0
+
+    tl.store(final + row * K * V + square, memory, mask=in_square)
+    if CONSOLIDATE:
+        tl.store(final_writes + row * K * V + square, writes, mask=in_square)
+        tl.store(final_forgetting + row, forgetting)
+    else:
+        tl.store(final_forgetting + row, total_decay)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _walk_back(
+    q, k, v, high, low, totals, eta, segments, grad_readout, grad_final, grad_final_writes, grad_final_forgetting,
+    initial_writes, basis, sharpness, bias, before, writes_before, forgetting_before,
+    grad_written, grad_total, grad_initial, grad_initial_writes, grad_initial_forgetting, grad_sharpness, grad_bias,
+    q_token, q_head, k_token, k_head, v_token, v_head,
+    threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    SAVE: tl.constexpr, SAVED_WRITES: tl.constexpr, STATE: tl.constexpr, FINAL: tl.constexpr, SNR: tl.constexpr,
+    RESONANCE: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Walk back over a segment with the gradient of the memory of a head.
+
+    Leaves after every chunk the gradient of what the chunk wrote, and of its total decay as far as it acts on the
+    memory. Without consolidation the total decay of the segment stands for the gradient of the initial Γ̄.
+    """
+    segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    CONSOLIDATE: tl.constexpr = SNR or RESONANCE
+    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
+    slot, chunk = tl.load(segments + 6 * segment + 2), tl.load(segments + 6 * segment + 3)
+    since_boundary = tl.load(segments + 6 * segment + 5)
+    rate, row = tl.load(eta + head), segment * heads + head
+    keys, values = tl.arange(0, BK), tl.arange(0, BV)
+    square, in_square = _square(keys, values, K, V)
+
+    grad, grad_writes, grad_forgetting = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
+    if FINAL:
+        grad += tl.load(grad_final + row * K * V + square, mask=in_square, other=0.0)
+        if CONSOLIDATE:
+            grad_writes += tl.load(grad_final_writes + row * K * V + square, mask=in_square, other=0.0)
+            grad_forgetting += tl.load(grad_final_forgetting + row)
+    modes, steepness, offset = tl.zeros([BK, BK], tl.float32), 0.0, 0.0
+    if RESONANCE:
+        modes += _tile(basis, K, keys, keys, keys < K, K)
+        steepness += tl.load(sharpness + head)
+        offset += tl.load(bias + head)
+    if HALF:
+        modes = modes.to(tl.float16)
+    sum_sharpness, sum_bias, total_decay = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32), 0.0
+
+    q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
+    grad_readout += head * V
+    count = tl.where(end > start, tl.cdiv(end - slot, C), 0).to(tl.int32)
+    for j in range(0, count):
+        i = count - 1 - j
+        tokens = slot + i * C + tl.arange(0, C)
+        inside = (tokens >= start) & (tokens < end)
+        query = _tile(q, q_token, tokens, keys, inside, K)
+        upstream = _tile(grad_readout, heads * V, tokens, values, inside, V)
+        place = (chunk + i) * heads + head
+        from_start, to_end, _, _ = _decays(high, low, place, C, HALF)
+        total = tl.load(totals + place)
+        kept = tl.exp(-total)
+        total_decay += total
+        if SAVE:
+            memory = tl.load(before + place * K * V + square, mask=in_square, other=0.0).to(tl.float32)
+        if CONSOLIDATE:
+            writes = tl.zeros([BK, BV], tl.float32)
+            if SAVED_WRITES:
+                writes += tl.load(writes_before + place * K * V + square, mask=in_square, other=0.0).to(tl.float32)
+            elif STATE:
+                if i == 0:
+                    writes += tl.load(initial_writes + row * K * V + square, mask=in_square, other=0.0)
+            if ((since_boundary + i + 1) * C % interval == 0) & (slot + (i + 1) * C <= end):
+                key = _tile(k, k_token, tokens, keys, inside, K)
+                value = _tile(v, v_token, tokens, values, inside, V)
+                key = (key * (rate * to_end)[:, None]).to(value.dtype)
+                written = tl.dot(tl.trans(key), value, input_precision=_PRECISION)
+                forgetting = tl.load(forgetting_before + place) + total
+                wrote = written
+                if SAVED_WRITES or STATE:
+                    wrote += writes * kept
+                grad, grad_writes, grad_forgetting, one_sharpness, one_bias = _consolidate_back(
+                    grad, memory * kept + written, wrote, forgetting, modes, steepness, offset,
+                    threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK, SNR, RESONANCE, HALF,
+                )  # fmt: skip
+                sum_sharpness += one_sharpness
+                sum_bias += one_bias
+        if SAVE:
+            of_written = grad
+            of_kept = tl.sum(grad * memory)
+            if CONSOLIDATE:
+                of_written += grad_writes
+                if SAVED_WRITES or STATE:
+                    of_kept += tl.sum(grad_writes * writes)
+            tl.store(grad_written + place * K * V + square, of_written.to(query.dtype), mask=in_square)
+            tl.store(grad_total + place, grad_forgetting - kept * of_kept)
+        if CONSOLIDATE:
+            grad_writes = grad_writes * kept
+        query = (query * from_start[:, None]).to(query.dtype)
+        grad = tl.dot(tl.trans(query), upstream, grad * kept, input_precision=_PRECISION)
+
+    tl.store(grad_initial + row * K * V + square, grad, mask=in_square)
+    if CONSOLIDATE:
+        tl.store(grad_initial_writes + row * K * V + square, grad_writes, mask=in_square)
+        tl.store(grad_initial_forgetting + row, grad_forgetting)
+    else:
+        tl.store(grad_initial_forgetting + row, total_decay)
+    if RESONANCE:
+        tl.store(grad_sharpness + row, tl.sum(sum_sharpness))
+        tl.store(grad_bias + row, tl.sum(sum_bias))
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _chunk_gradients(
+    q, k, v, high, low, totals, eta, segments, chunks, grad_readout, before, grad_written, grad_total,
+    grad_q, grad_k, grad_v, grad_decay, grad_eta,
+    q_token, q_head, k_token, k_head, v_token, v_head, heads,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the tokens of one chunk, given the memory before it and the gradient of the memory after it."""
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    segment, i = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
+    tokens = tl.load(segments + 6 * segment + 2) + i * C + tl.arange(0, C)
+    inside = (tokens >= start) & (tokens < end)
+    rate, place = tl.load(eta + head), chunk * heads + head
+    keys, values = tl.arange(0, BK), tl.arange(0, BV)
+    square, in_square = _square(keys, values, K, V)
+
+    query = _tile(q + head * q_head, q_token, tokens, keys, inside, K)
+    key = _tile(k + head * k_head, k_token, tokens, keys, inside, K)
+    value = _tile(v + head * v_head, v_token, tokens, values, inside, V)
+    upstream = _tile(grad_readout + head * V, heads * V, tokens, values, inside, V)
+    from_start, to_end, cumulative, rest = _decays(high, low, place, C, HALF)
+    memory = tl.load(before + place * K * V + square, mask=in_square, other=0.0).to(query.dtype)
+    of_written = tl.load(grad_written + place * K * V + square, mask=in_square, other=0.0)
+
+    # Within the chunk. A token's own term does not depend on the decay: left out, it costs the others no digits.
+    between = _decay_between(cumulative, rest, C, HALF) * rate
+    scores = tl.dot(query, tl.trans(key), input_precision=_PRECISION)
+    score_grad = tl.dot(upstream, tl.trans(value), input_precision=_PRECISION) * between
+    earlier = tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
+    exponents = tl.where(earlier, score_grad * scores, 0.0)
+    of_cumulative = tl.sum(exponents, 0) - tl.sum(exponents, 1)
+    scores = (scores * between).to(value.dtype)
+    score_grad = score_grad.to(value.dtype)
+
+    # And through the memory.
+    scaled_key = (key * (rate * to_end)[:, None]).to(value.dtype)
+    value_grad = tl.dot(scaled_key, of_written, input_precision=_PRECISION)
+    value_grad = tl.dot(tl.trans(scores), upstream, value_grad, input_precision=_PRECISION)
+    _store_tile(grad_v + head * V, heads * V, tokens, values, inside, V, value_grad.to(grad_v.dtype.element_ty))
+
+    query_grad = tl.dot(upstream, tl.trans(memory), input_precision=_PRECISION) * from_start[:, None]
+    of_cumulative -= tl.sum(query_grad * query, 1)
+    query_grad = tl.dot(score_grad, key, query_grad, input_precision=_PRECISION)
+    _store_tile(grad_q + head * K, heads * K, tokens, keys, inside, K, query_grad.to(grad_q.dtype.element_ty))
+
+    key_grad = tl.dot(value, tl.trans(of_written), input_precision=_PRECISION) * (rate * to_end)[:, None]
+    from_keys = tl.sum(key_grad * key, 1)
+    of_cumulative += from_keys
+    key_grad = tl.dot(tl.trans(score_grad), query, key_grad, input_precision=_PRECISION)
+    _store_tile(grad_k + head * K, heads * K, tokens, keys, inside, K, key_grad.to(grad_k.dtype.element_ty))
+    tl.store(grad_eta + place, tl.sum(key_grad * key) / rate)
+
+    of_total = tl.load(grad_total + place) - tl.sum(from_keys)
+    of_decay = tl.cumsum(of_cumulative, 0, reverse=True) + of_total
+    tl.store(grad_decay + tokens * heads + head, of_decay, mask=inside)
+
+
+@triton.jit(do_not_specialize=["heads", "size"])
+def _chain(
+    ends, decay, first_segment, start, starts, last, heads, size,
+    BLOCK: tl.constexpr, START: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Join segments that walked from an empty memory: what stood before each of them, and what is left at the end."""
+    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    places = tl.program_id(2).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < size
+    first, stop = tl.load(first_segment + sequence), tl.load(first_segment + sequence + 1)
+    row = (sequence * heads + head) * size + places
+    memory = tl.zeros([BLOCK], tl.float32)
+    if START:
+        memory += tl.load(start + row, mask=inside, other=0.0)
+    for j in range(0, (stop - first).to(tl.int32)):
+        segment = tl.where(REVERSE, stop - 1 - j, first + j) * heads + head
+        tl.store(starts + segment * size + places, memory, mask=inside)
+        end = tl.load(ends + segment * size + places, mask=inside, other=0.0)
+        memory = tl.exp(-tl.load(decay + segment)) * memory + end
+    tl.store(last + row, memory, mask=inside)
+
+
+# ------------------------------------------------------------------------------------------------------- the launches
+
+_Optional = Tensor | None
+_State = tuple[_Optional, _Optional, _Optional]
+"""Memory, writes and Γ̄, or their gradients."""
+
+
+class _Call:
+    """One call of the operator: its inputs as the kernels want them, and the kernels' launches."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        eta: Tensor,
+        basis: _Optional,
+        sharpness: _Optional,
+        bias: _Optional,
+        position: _Optional,
+        cu_seqlens: _Optional,
+        interval: int,
+        snr: list[float],
+        energy: float,
+    ):
+        consolidates = len(snr) > 0 or basis is not None
+        self.layout = _layout_of(q, position, cu_seqlens, interval if consolidates else 0)
+        (*_, self.heads, key), value = q.shape, v.shape[-1]
+        self.tokens = [_rows(x.to(_product_dtype(q, k, v))) for x in (q, k, v)]
+        self.eta = eta.float().contiguous()
+        self.modes = [x if x is None else x.float().contiguous() for x in (basis, sharpness, bias)]
+        self.strides = [stride for x in self.tokens for stride in x.stride()[:2]]
+        self.constants = (*(snr or (0.0, 1.0, 1.0, 1.0)), energy, interval)
+        self.sizes: dict[str, Any] = dict(
+            K=key,
+            V=value,
+            BK=max(16, triton.next_power_of_2(key)),
+            BV=max(16, triton.next_power_of_2(value)),
+            C=CHUNK,
+            HALF=self.tokens[0].dtype != torch.float32,
+        )
+        self.mechanisms = dict(SNR=len(snr) > 0, RESONANCE=basis is not None)
+        self.segments = len(self.layout.segments)
+        self.launch = _LAUNCH["narrow" if max(key, value) <= 64 else "wide"]
+        self.decays = self._sums_of(decay)
+
+    def _sums_of(self, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cumulative decays of every chunk, in two floats (M, H, C), and their totals (M, H)."""
+        chunks = len(self.layout.chunks)
+        high, rows = self.eta.new_empty((chunks, self.heads, CHUNK)), _rows(decay)
+        low = high if self.sizes["HALF"] else torch.empty_like(high)
+        totals = self.eta.new_empty((chunks, self.heads))
+        if chunks:
+            with _on_device_of(decay):
+                _sum_decays[(chunks, self.heads)](
+                    rows,
+                    self.layout.segments,
+                    self.layout.chunks,
+                    high,
+                    low,
+                    totals,
+                    *rows.stride(),
+                    self.heads,
+                    C=CHUNK,
+                    HALF=self.sizes["HALF"],
+                    num_warps=1,
+                )
+        return high, low, totals
+
+    def segment_memories(self) -> Tensor:
+        """Room for a memory, or its gradient, of every segment."""
+        return self.eta.new_empty((self.segments, self.heads, self.sizes["K"], self.sizes["V"]))
+
+    def segment_decays(self) -> Tensor:
+        """Room for the total decay of every segment."""
+        return self.eta.new_empty((self.segments, self.heads))
+
+    def walk(self, readout: _Optional, start: _State, final: _State, saved: _State | None) -> None:
+        """Read the segments from their ``start`` into ``readout``, their ``final`` states and what is ``saved``."""
+        before, writes_before, forgetting_before = saved or (None, None, None)
+        with _on_device_of(self.eta):
+            _walk[(self.segments, self.heads)](
+                *self.tokens,
+                *self.decays,
+                self.eta,
+                self.layout.segments,
+                *(x if x is None else x.contiguous() for x in start),
+                *self.modes,
+                readout,
+                *final,
+                before,
+                writes_before,
+                forgetting_before,
+                *self.strides,
+                *self.constants,
+                self.heads,
+                READ=readout is not None,
+                SAVE=before is not None,
+                SAVE_WRITES=writes_before is not None and writes_before.numel() > 0,
+                STATE=start[0] is not None,
+                **self.launch["walk"],
+                **self.sizes,
+                **self.mechanisms,
+            )
+
+    def walk_back(
+        self,
+        grad_readout: Tensor,
+        grad_final: _State,
+        writes: _Optional,
+        saved: tuple[Tensor, ...] | None,
+        grad_start: tuple[_Optional, ...],
+    ) -> None:
+        """Carry the gradient of the memory back to the start of the segments. ``saved`` holds the memory, the writes
+        and Γ̄ before every chunk, and room for the gradients of what it wrote and of its total decay."""
+        before, writes_before, forgetting_before, grad_written, grad_total = saved or [None] * 5
+        with _on_device_of(self.eta):
+            _walk_back[(self.segments, self.heads)](
+                *self.tokens,
+                *self.decays,
+                self.eta,
+                self.layout.segments,
+                grad_readout,
+                *(x if x is None else x.contiguous() for x in grad_final),
+                writes if writes is None else writes.contiguous(),
+                *self.modes,
+                before,
+                writes_before,
+                forgetting_before,
+                grad_written,
+                grad_total,
+                *grad_start,
+                *self.strides,
+                *self.constants,
+                self.heads,
+                SAVE=before is not None,
+                SAVED_WRITES=writes_before is not None and writes_before.numel() > 0,
+                STATE=writes is not None,
+                FINAL=grad_final[0] is not None,
+                **self.launch["walk_back"],
+                **self.sizes,
+                **self.mechanisms,
+            )
+
+    def chunk_gradients(
+        self, grad_readout: Tensor, before: Tensor, grad_written: Tensor, grad_total: Tensor, grads: tuple[Tensor, ...]
+    ) -> None:
+        """The gradients of q, k, v, decay and eta, a row a chunk of the last."""
+        with _on_device_of(self.eta):
+            _chunk_gradients[(len(self.layout.chunks), self.heads)](
+                *self.tokens,
+                *self.decays,
+                self.eta,
+                self.layout.segments,
+                self.layout.chunks,
+                grad_readout,
+                before,
+                grad_written,
+                grad_total,
+                *grads,
+                *self.strides,
+                self.heads,
+                **self.launch["chunk_gradients"],
+                **self.sizes,
+            )
+
+    def chain(
+        self, ends: Tensor, decays: Tensor, start: _Optional, starts: Tensor, last: Tensor, reverse: bool
+    ) -> None:
+        """Join the segments: ``ends`` of their walks from nothing, from ``start`` to ``last`` through ``starts``."""
+        size, block = self.sizes["K"] * self.sizes["V"], 256
+        with _on_device_of(self.eta):
+            _chain[(len(last), self.heads, triton.cdiv(size, block))](
+                ends,
+                decays,
+                self.layout.first_segment,
+                start if start is None else start.contiguous(),
+                starts,
+                last,
+                self.heads,
+                size,
+                BLOCK=block,
+                START=start is not None,
+                REVERSE=reverse,
+            )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, N, H, ...) -> (T, H, ...) with neighbours in the last axis; a view where the layout allows it."""
+    x = x.flatten(0, 1)
+    return x if x.dim() == 2 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _product_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+
+
+def _on_device_of(x: Tensor) -> Any:
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+# ------------------------------------------------------------------------------------------------------- the operator
+
+
+def _refuses(dtype: torch.dtype, *widths: int) -> str | None:
+    """What the kernels cannot do."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"its kernel computes in float32, the tensors are {dtype}"
+    if max(widths) > _WIDEST_HEAD:
+        return f"its kernel holds heads up to a width of {_WIDEST_HEAD}, got {max(widths)}"
+    return None
+
+
+@_backend.register("dissipative_memory", "triton", refuses=_refuses)
+def _dissipative_memory_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    eta: Tensor,
+    state: MemoryState | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    consolidation: Consolidation | None,
+) -> tuple[Tensor, MemoryState]:
+    snr = consolidation.snr if consolidation else None
+    resonance = consolidation.resonance if consolidation else None
+    parameters = (resonance.basis, resonance.sharpness, resonance.bias) if resonance else (None, None, None)
+    tensors = (q, k, v, decay, eta, *(state or (None, None, None)), *parameters)
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    readout, memory, writes, forgetting, *_ = _memory(
+        *tensors,
+        position,
+        cu_seqlens,
+        interval=consolidation.interval if consolidation else 0,
+        snr=[snr.threshold, snr.temperature, snr.gamma_boost, snr.eta_boost] if snr else [],
+        energy=resonance.threshold if resonance else 0.0,
+        save=needs_gradient,
+    )
+    if consolidation is not None:
+        return readout, MemoryState(memory, writes, forgetting)
+    # Nothing reads the rest without consolidation: it stays as it was.
+    kept = (state.writes, state.forgetting) if state else (torch.zeros_like(memory), memory.new_zeros(memory.shape[:2]))
+    return readout, MemoryState(memory, *kept)
+
+
+@torch.library.custom_op("resolvent::memory", mutates_args=())
+def _memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    eta: Tensor,
+    memory: Tensor | None,
+    writes: Tensor | None,
+    forgetting: Tensor | None,
+    basis: Tensor | None,
+    sharpness: Tensor | None,
+    bias: Tensor | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interval: int,
+    snr: list[float],
+    energy: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The read-out, the final state, and what the gradient needs: the memory, the writes and Γ̄ before every chunk.
+
+    ``snr`` holds threshold, temperature, gamma_boost and eta_boost, or nothing; ``interval`` is 0 without
+    consolidation, and then the final writes and Γ̄ mean nothing. What is saved has a row for every chunk there may be.
+    """
+    call = _Call(q, k, v, decay, eta, basis, sharpness, bias, position, cu_seqlens, interval, snr, energy)
+    outputs = _room(q, k, v, decay, position, cu_seqlens, interval, save)
+    readout, final, final_writes, final_forgetting, *saved = outputs
+    to_save = (saved[0], saved[1], saved[2]) if save else None
+    if not call.layout.segmented:
+        call.walk(readout, (memory, writes, forgetting), (final, final_writes, final_forgetting), to_save)
+        return outputs
+    ends, starts, decays = call.segment_memories(), call.segment_memories(), call.segment_decays()
+    call.walk(None, (None, None, None), (ends, None, decays), None)
+    call.chain(ends, decays, memory, starts, final, reverse=False)
+    call.walk(readout, (starts, None, None), (ends, None, decays), to_save)
+    return outputs
+
+
+@_memory.register_fake
+def _(
+    q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, cu_seqlens, interval, snr, energy,
+    save,
+):  # fmt: skip
+    return _room(q, k, v, decay, position, cu_seqlens, interval, save)
+
+
+def _room(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, position: _Optional, cu_seqlens: _Optional, interval: int, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``_memory`` returns, yet to be filled."""
+    (batch, length, heads, key), value = q.shape, v.shape[-1]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    # A bound that follows from the shapes alone: a sequence that goes on inside a chunk may touch one more.
+    chunks = batch * -(-length // CHUNK) if cu_seqlens is None else length // CHUNK + sequences
+    chunks = (chunks + (sequences if position is not None else 0)) if save else 0
+
+    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return decay.new_empty(shape, dtype=dtype)
+
+    return (
+        room(batch, length, heads, value, dtype=v.dtype),
+        room(sequences, heads, key, value),
+        room(sequences if interval else 0, heads, key, value),
+        room(sequences, heads),
+        # The gradient of a consolidation asks for digits that products do not.
+        room(chunks, heads, key, value, dtype=torch.float32 if interval else _product_dtype(q, k, v)),
+        room(chunks if interval > CHUNK else 0, heads, key, value),
+        room(chunks if interval else 0, heads),
+    )
+
+
+@torch.library.custom_op("resolvent::memory_backward", mutates_args=())
+def _memory_backward(
+    grad_readout: Tensor,
+    grad_memory: Tensor | None,
+    grad_writes: Tensor | None,
+    grad_forgetting: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    eta: Tensor,
+    writes: Tensor | None,
+    basis: Tensor | None,
+    sharpness: Tensor | None,
+    bias: Tensor | None,
+    before: Tensor,
+    writes_before: Tensor,
+    forgetting_before: Tensor,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interval: int,
+    snr: list[float],
+    energy: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, decay, eta, the initial state, the sharpness and the bias.
+
+    That of eta has a row for every chunk, those of the sharpness and the bias one for every sequence, to be summed up.
+    """
+    call = _Call(q, k, v, decay, eta, basis, sharpness, bias, position, cu_seqlens, interval, snr, energy)
+    outputs = _room_for_gradients(grad_readout, q, k, v, decay, before, basis, cu_seqlens, interval)
+    grad_q, grad_k, grad_v, grad_decay, grad_eta, grad_initial, *others = outputs
+    upstream = grad_readout.to(call.tokens[0].dtype).contiguous()
+    grad_written = before.new_empty(before.shape, dtype=upstream.dtype)
+    grad_total = before.new_empty(before.shape[:2], dtype=torch.float32)
+    saved = (before, writes_before, forgetting_before, grad_written, grad_total)
+    if not call.layout.segmented:
+        final = (grad_memory, grad_writes, grad_forgetting)
+        call.walk_back(upstream, final, writes if interval else None, saved, (grad_initial, *others))
+    else:
+        ends, starts, decays = call.segment_memories(), call.segment_memories(), call.segment_decays()
+        to_segments = (ends, None, decays, None, None)
+        call.walk_back(upstream, (None, None, None), None, None, to_segments)
+        call.chain(ends, decays, grad_memory, starts, grad_initial, reverse=True)
+        call.walk_back(upstream, (starts, None, None), None, saved, to_segments)
+    call.chunk_gradients(upstream, before, grad_written, grad_total, (grad_q, grad_k, grad_v, grad_decay, grad_eta))
+    return outputs
+
+
+@_memory_backward.register_fake
+def _(
+    grad_readout, grad_memory, grad_writes, grad_forgetting, q, k, v, decay, eta, writes, basis, sharpness, bias, before,
+    writes_before, forgetting_before, position, cu_seqlens, interval, snr, energy,
+):  # fmt: skip
+    return _room_for_gradients(grad_readout, q, k, v, decay, before, basis, cu_seqlens, interval)
+
+
+def _room_for_gradients(
+    grad_readout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    before: Tensor,
+    basis: _Optional,
+    cu_seqlens: _Optional,
+    interval: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``_memory_backward`` returns, yet to be filled; rows of chunks that are not there stay zero."""
+    (batch, length, heads, key), value = q.shape, v.shape[-1]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return decay.new_empty(shape, dtype=dtype)
+
+    return (
+        room(batch, length, heads, key, dtype=q.dtype),
+        room(batch, length, heads, key, dtype=k.dtype),
+        room(batch, length, heads, value, dtype=v.dtype),
+        room(batch, length, heads, dtype=decay.dtype),
+        decay.new_zeros(before.shape[:2], dtype=torch.float32),
+        room(sequences, heads, key, value),
+        room(sequences if interval else 0, heads, key, value),
+        room(sequences, heads),
+        room(sequences if basis is not None else 0, heads),
+        room(sequences if basis is not None else 0, heads),
+    )
+
+
+def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.interval, ctx.snr, ctx.energy, _ = inputs
+    before, writes_before, forgetting_before = output[4:]
+    ctx.save_for_backward(*tensors, before, writes_before, forgetting_before)
+    ctx.mark_non_differentiable(before, writes_before, forgetting_before)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(
+    ctx: Any, grad_readout: _Optional, grad_memory: _Optional, grad_writes: _Optional, grad_forgetting: _Optional, *_: Any
+) -> Any:
+    q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, cu_seqlens, *saved = (
+        ctx.saved_tensors
+    )
+    final: list[_Optional] = [grad_memory, grad_writes, grad_forgetting]
+    if not ctx.interval:
+        final[1:] = None, None
+    if any(x is not None for x in final):
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        matrix = (sequences, *q.shape[2:], v.shape[-1])
+        shapes = (matrix, matrix, matrix[:2])
+        final = [saved[0].new_zeros(n, dtype=torch.float32) if x is None else x for x, n in zip(final, shapes, strict=True)]
+    grad_q, grad_k, grad_v, grad_decay, grad_eta, *grad_state, grad_sharpness, grad_bias = _memory_backward(
+        grad_readout if grad_readout is not None else torch.zeros_like(v),
+        *final,
+        *(q, k, v, decay, eta, writes, basis, sharpness, bias, *saved, position, cu_seqlens),
+        ctx.interval,
+        ctx.snr,
+        ctx.energy,
+    )
+    of_state = [None if x is None else grad for x, grad in zip((memory, writes, forgetting), grad_state, strict=True)]
+    if not ctx.interval:
+        of_state[1:] = None, None
+    of_resonance = (None, grad_sharpness.sum(0), grad_bias.sum(0)) if basis is not None else (None, None, None)
+    grads = (grad_q, grad_k, grad_v, grad_decay, grad_eta.sum(0).to(eta.dtype), *of_state, *of_resonance)
+    return *grads, None, None, None, None, None, None
+
+
+_memory.register_autograd(_gradient, setup_context=_keep_for_gradient)
