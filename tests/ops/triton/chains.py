@@ -35,7 +35,9 @@ def run(alpha, coupling, initial_state=None, *, dtype=torch.complex64, **options
     state = inputs[2] if initial_state is not None else None
     results = [x for x in resolvent_diagonal(*inputs[:2], initial_state=state, **options) if x is not None]
     torch.manual_seed(1)  # the same loss whatever computes it
-    loss = sum((torch.randn_like(x, dtype=torch.complex128) * x).sum().real for x in results)
+    # Weights with a mean: without, the gradient of a coupling is what random signs leave of a long sum.
+    weights = [torch.randn_like(x, dtype=torch.complex128) + (1 + 1j) for x in results]
+    loss = sum((weight * x).sum().real for weight, x in zip(weights, results, strict=True))
     return [x.detach() for x in results] + list(torch.autograd.grad(loss, inputs))
 
 

@@ -56,21 +56,25 @@ def test_the_plan_covers_every_site():
             assert plan.segments <= plan.lanes <= 256
 
 
-@pytest.mark.parametrize("lengths", [[0, 1, 40, 0, 7, 1, 0], [3, 130, 0, 1]], ids=["short", "with one that is cut"])
-def test_packed_is_separate(lengths):
-    alpha, coupling = chain(sum(lengths), heads=1)
+@pytest.mark.parametrize(
+    ("lengths", "block_size"),
+    [([0, 1, 40, 0, 7, 1, 0], 4), ([3, 66, 0, 1], 2)],
+    ids=["short", "with one that is cut"],
+)
+def test_packed_is_separate(lengths, block_size):
+    alpha, coupling = chain(sum(lengths), heads=1, disorder=0.1)
     initial = states(len(lengths), 1)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    check(alpha, coupling, initial, 4, cu_seqlens=offsets)
+    check(alpha, coupling, initial, block_size, cu_seqlens=offsets)
 
-    options = {"backend": "triton", "block_size": 4}
+    options = {"backend": "triton", "block_size": block_size}
     alpha, coupling, initial = alpha.to(torch.complex64), coupling.float(), initial.to(torch.complex64)
     packed, last = resolvent_diagonal(alpha, coupling, initial_state=initial, cu_seqlens=offsets, **options)
     for i, length in enumerate(lengths):
         span = slice(offsets[i], offsets[i + 1])
         if length == 0:
             assert torch.equal(last[i], initial[i])
-        elif length < 30:
+        elif length < 10:
             g, alone = resolvent_diagonal(alpha[:, span], coupling, initial_state=initial[i : i + 1], **options)
             assert torch.equal(packed[:, span], g)
             assert torch.equal(last[i], alone[0])
@@ -82,7 +86,7 @@ def test_two_sided_gradients():
 
 
 def test_the_state_is_the_last_site_and_carries_on():
-    alpha, coupling = (x.to(y) for x, y in zip(chain(45), (torch.complex64, torch.float32), strict=True))
+    alpha, coupling = (x.to(y) for x, y in zip(chain(45, 1), (torch.complex64, torch.float32), strict=True))
     whole, last = resolvent_diagonal(alpha, coupling, backend="triton", block_size=4)
     assert torch.equal(last, whole[:, -1])
     pieces, state = [], None
@@ -135,7 +139,7 @@ def test_a_result_that_nobody_reads_has_no_gradient_to_bring():
 
 
 def test_two_runs_agree_to_the_bit():
-    alpha, coupling = chain(129, heads=1)
+    alpha, coupling = chain(40, heads=1)
     options = {"backend": "triton", "block_size": 4}
     for one, other in zip(run(alpha, coupling, **options), run(alpha, coupling, **options), strict=True):
         assert torch.equal(one, other)
