@@ -107,6 +107,13 @@ def test_freezing_freezes_exactly_what_was_copied(options):
     assert all(p.requires_grad for p in source.parameters())
 
 
+def test_freezing_ends_with_the_object(tmp_path):
+    model = convert_phase1_to_phase2(trained(steps=1), freeze_phase1_weights=True)
+    assert not all(p.requires_grad for p in model.parameters())
+    save_model(model, tmp_path)
+    assert all(p.requires_grad for p in load_model(tmp_path, device="cpu").parameters())
+
+
 def test_the_report_accounts_for_every_tensor(caplog):
     source = trained(steps=1)
     with caplog.at_level(logging.DEBUG, logger="resolvent"):
