@@ -43,7 +43,7 @@ def test_a_single_fault_is_one_line():
 def test_a_saved_model_leaves_nothing_else_to_say_of_the_model():
     TrainingConfig(start_from="runs/old").validate()
     given = dict(phase=1, preset=None, model=get_phase1_preset("tiny"), tokenizer="bpe", vocab_size=300)
-    with pytest.raises(ConfigError, match="leave out phase, preset, model, tokenizer, vocab_size$"):
+    with pytest.raises(ConfigError, match=r"leave out phase, preset, model, tokenizer, vocab_size$"):
         TrainingConfig(start_from="runs/old", **given).validate()
     assert TrainingConfig(start_from="runs/old").run_dir.as_posix() == "runs/from-old"
 
