@@ -50,7 +50,7 @@ def test_every_setting_is_an_option(resolvent: Resolvent, monkeypatch: pytest.Mo
     text = resolvent("train", "--help").out
     for field in dataclasses.fields(TrainingConfig):
         if field.name != "model":
-            assert f"--{field.name.replace('_', '-')} " in text, field.name
+            assert f"{field.metadata.get('option', '--' + field.name.replace('_', '-'))} " in text, field.name
 
 
 def test_options_reach_the_run(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
@@ -180,6 +180,8 @@ def test_stopping_before_the_run_began_offers_nothing_to_resume(
         (["--set", "vocab_size=9"], "--tokenizer"),
         (["--resume", "x", "--steps", "3"], "--steps"),
         (["--resume", "x", "--set", "n_layers=3"], "--set"),
+        (["--resume", "x", "--steps", "1000"], "--steps"),
+        (["--resume", "x", "--from", "y"], "--from"),
         (["--frobnicate"], "--frobnicate"),
     ],
 )
@@ -200,6 +202,7 @@ def test_wrong_usage_is_exit_code_2(resolvent: Resolvent, arguments: list[str], 
         (["train", "--set", "d_modell=3"], "d_modell"),
         (["train", "--tokenizer", "missing.json"], "missing.json"),
         (["train", "--resume", "missing"], "missing holds no training run"),
+        (["train", "--from", "missing"], "missing holds no model"),
         (["evaluate", "missing"], "missing holds no model"),
         (["generate", "missing"], "missing holds no model"),
     ],
