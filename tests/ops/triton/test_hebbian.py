@@ -134,7 +134,7 @@ def test_the_operators_are_registered_as_pytorch_wants_them(kind):
 
 def test_kernels_refuse_what_they_cannot_do():
     values = inputs(10)
-    with pytest.raises(ConfigError, match="computes in float32, the tensors are torch.float64"):
+    with pytest.raises(ConfigError, match=r"computes in float32, the tensors are torch\.float64"):
         dissipative_memory(*values, backend="triton")
     with pytest.raises(ConfigError, match="up to a width of 128, got 160"):
         dissipative_memory(*(x.float() for x in inputs(10, key=160)), backend="triton")

@@ -132,7 +132,9 @@ def test_segments(dtype):
 
 def test_another_length_needs_no_new_kernel():
     def sizes():
-        of_device = [kernel.device_caches[torch.cuda.current_device()] for kernel in (kernels._walk, kernels._walk_back)]
+        of_device = [
+            kernel.device_caches[torch.cuda.current_device()] for kernel in (kernels._walk, kernels._walk_back)
+        ]
         return [len(caches[0]) for caches in of_device]
 
     for length in (200, 333, 1024, 77):

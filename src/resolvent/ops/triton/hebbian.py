@@ -32,6 +32,8 @@ from .. import backend as _backend
 from ..consolidation import Consolidation
 from ..hebbian import CHUNK, MemoryState
 
+_kernel: Any = triton.jit  # what it makes is launched on a grid, which no type of a function allows
+
 _TINY = tl.constexpr(1e-20)
 _LEAST = tl.constexpr(1e-35)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -103,7 +105,7 @@ def _on(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-def _layout_of(q: Tensor, position: Tensor, cu_seqlens: Tensor | None, interval: int) -> _Layout:
+def _layout_of(q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, interval: int) -> _Layout:
     batch, length, heads = q.shape[:3]
     lengths = (length,) * batch if cu_seqlens is None else tuple(cu_seqlens.diff().tolist())
     phases = (0,) * len(lengths)
@@ -121,26 +123,26 @@ def _layout_of(q: Tensor, position: Tensor, cu_seqlens: Tensor | None, interval:
 # --------------------------------------------------------------------------------------------- what the kernels share
 
 
-@triton.jit
+@_kernel
 def _tile(pointer, stride, rows, columns, inside, width):
     """Rows of a tensor whose columns are neighbours, zero outside: [rows, columns]."""
     mask = inside[:, None] & (columns < width)[None, :]
     return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@_kernel
 def _store_tile(pointer, stride, rows, columns, inside, width, x):
     mask = inside[:, None] & (columns < width)[None, :]
     tl.store(pointer + rows[:, None] * stride + columns[None, :], x, mask=mask)
 
 
-@triton.jit
+@_kernel
 def _square(keys, values, K, V):
     """Places and mask of a (K, V) matrix in memory."""
     return keys[:, None] * V + values[None, :], (keys < K)[:, None] & (values < V)[None, :]
 
 
-@triton.jit
+@_kernel
 def _decays(high, low, place, C: tl.constexpr, HALF: tl.constexpr):
     """The cumulative decay L of a chunk, as ``_sum_decays`` left it: ``exp(-L)``, ``exp(L - L_C)``, and L itself."""
     slots = place * C + tl.arange(0, C)
@@ -153,7 +155,7 @@ def _decays(high, low, place, C: tl.constexpr, HALF: tl.constexpr):
     return tl.exp2(-cumulative), tl.exp2(to_end), cumulative, rest
 
 
-@triton.jit
+@_kernel
 def _decay_between(high, low, C: tl.constexpr, HALF: tl.constexpr):
     """``exp(L_s - L_t)`` for s <= t, zero elsewhere: [t, s]."""
     later = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
@@ -163,14 +165,14 @@ def _decay_between(high, low, C: tl.constexpr, HALF: tl.constexpr):
     return tl.exp2(tl.where(later, between, float("-inf")))
 
 
-@triton.jit
+@_kernel
 def _sigmoid(x):
     # 1 / y is rsqrt(y)²: two instructions, where a division takes eight.
     root = tl.rsqrt(1 + tl.exp2(-(x * _LOG2_E)))
     return root * root
 
 
-@triton.jit
+@_kernel
 def _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, size):
     """``1 / rms``, ``p``, the strength ``(gamma_boost - 1) Γ̄`` and the survival (see ``ops.consolidation``)."""
     scale = tl.rsqrt(tl.sum(memory * memory) / size + _TINY)
@@ -179,7 +181,7 @@ def _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, size):
     return scale, keep, strength, tl.exp2((strength * _LOG2_E) * (keep - 1))
 
 
-@triton.jit
+@_kernel
 def _unit_rms(x, size, tiny):
     """x divided by its rms, and the rms."""
     mean_square = tl.sum(x * x) / size + tiny
@@ -187,13 +189,13 @@ def _unit_rms(x, size, tiny):
     return x * inverse, mean_square * inverse
 
 
-@triton.jit
+@_kernel
 def _rotate(basis, x):
     """``basis @ x``: numbers of unit rms are held by float16 as well as by tf32, whose products cost twice as much."""
     return tl.dot(basis, x.to(basis.dtype), input_precision=_PRECISION)
 
 
-@triton.jit
+@_kernel
 def _resonate(memory, basis, sharpness, bias, energy, K, V):
     """Modes of a memory in units of its rms, their energies relative to the mean, the gate, and the rms."""
     unit, rms = _unit_rms(memory, K * V, _TINY)
@@ -202,7 +204,7 @@ def _resonate(memory, basis, sharpness, bias, energy, K, V):
     return modes, relative, _sigmoid(sharpness * (relative - energy) + bias), rms
 
 
-@triton.jit
+@_kernel
 def _consolidate(
     memory, writes, forgetting, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy, K, V,
     SNR: tl.constexpr, RESONANCE: tl.constexpr,
@@ -216,7 +218,7 @@ def _consolidate(
     return memory
 
 
-@triton.jit
+@_kernel
 def _consolidate_back(
     grad, memory, writes, forgetting, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy,
     K, V, BK: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr,
@@ -257,7 +259,7 @@ def _consolidate_back(
 _LENGTHS = ["heads"]  # no new kernel for another shape
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@_kernel(do_not_specialize=_LENGTHS)
 def _sum_decays(
     decay, segments, chunks, high, low, totals, decay_token, decay_head, heads, C: tl.constexpr, HALF: tl.constexpr
 ):
@@ -278,7 +280,7 @@ def _sum_decays(
         tl.store(low + slots, (cumulative - rounded.to(tl.float64)).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@_kernel(do_not_specialize=_LENGTHS)
 def _walk(
     q, k, v, high, low, totals, eta, segments, initial, initial_writes, initial_forgetting, basis, sharpness, bias,
     readout, final, final_writes, final_forgetting, before, writes_before, forgetting_before,
@@ -359,7 +361,7 @@ def _walk(
         tl.store(final_forgetting + row, total_decay)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@_kernel(do_not_specialize=_LENGTHS)
 def _walk_back(
     q, k, v, high, low, totals, eta, segments, grad_readout, grad_final, grad_final_writes, grad_final_forgetting,
     initial_writes, basis, sharpness, bias, before, writes_before, forgetting_before,
@@ -423,7 +425,7 @@ def _walk_back(
             writes = tl.zeros([BK, BV], tl.float32)
             if SAVED_WRITES:
                 writes += tl.load(writes_before + place * K * V + square, mask=in_square, other=0.0).to(tl.float32)
-            elif STATE:
+            elif STATE:  # noqa: SIM102 (this branch is taken when the kernel is compiled, the next when it runs)
                 if i == 0:
                     writes += tl.load(initial_writes + row * K * V + square, mask=in_square, other=0.0)
             if ((since_boundary + i + 1) * C % interval == 0) & (slot + (i + 1) * C <= end):
@@ -463,7 +465,7 @@ def _walk_back(
         tl.store(grad_bias + row, tl.sum(sum_bias))
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@_kernel(do_not_specialize=_LENGTHS)
 def _chunk_gradients(
     q, k, v, high, low, totals, eta, segments, chunks, grad_readout, before, grad_written, grad_total,
     grad_q, grad_k, grad_v, grad_decay, grad_eta,
@@ -521,7 +523,7 @@ def _chunk_gradients(
     tl.store(grad_decay + tokens * heads + head, of_decay, mask=inside)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@_kernel(do_not_specialize=_LENGTHS)
 def _step(
     q, k, v, decay, eta, memory, writes, forgetting, position, basis, sharpness, bias,
     readout, new_memory, new_writes, new_forgetting,
@@ -566,7 +568,7 @@ def _step(
     tl.store(new_memory + row * K * V + square, state, mask=in_square)
 
 
-@triton.jit(do_not_specialize=["heads", "size"])
+@_kernel(do_not_specialize=["heads", "size"])
 def _chain(
     ends, decay, first_segment, start, starts, last, heads, size,
     BLOCK: tl.constexpr, START: tl.constexpr, REVERSE: tl.constexpr,
@@ -778,7 +780,9 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     """What every kernel is compiled for: the widths of a head, padded to what products take, and their precision."""
     key, value = q.shape[-1], v.shape[-1]
     padded = (max(16, triton.next_power_of_2(width)) for width in (key, value))
-    return dict(zip(("K", "V", "BK", "BV"), (key, value, *padded), strict=True), HALF=_product_dtype(q, k, v) != torch.float32)
+    return dict(
+        zip(("K", "V", "BK", "BV"), (key, value, *padded), strict=True), HALF=_product_dtype(q, k, v) != torch.float32
+    )
 
 
 def _constants(snr: list[float], energy: float, interval: int) -> tuple[float | int, ...]:
@@ -867,7 +871,7 @@ def _memory_step(
     (batch, _, heads, _), sizes = q.shape, _sizes(q, k, v)
     readout = v.new_empty((batch, 1, heads, sizes["V"]))
     state = [x.contiguous() for x in (memory, writes, forgetting)]
-    new = [torch.empty_like(x) for x in state[: 3 if interval else 1]]
+    new = [torch.empty_like(x) if interval or x is state[0] else x.new_empty(0) for x in state]
     tokens = [x[:, 0] if x.stride(-1) == 1 or x.dim() == 3 else x[:, 0].contiguous() for x in (q, k, v, decay)]
     with _on_device_of(q):
         _step[(batch, heads)](
@@ -877,7 +881,7 @@ def _memory_step(
             position,
             *(x if x is None else x.float().contiguous() for x in (basis, sharpness, bias)),
             readout,
-            *(new if interval else (*new, None, None)),
+            *new,
             *(stride for x in tokens for stride in x.stride()[:2]),
             *_constants(snr, energy, interval),
             heads,
@@ -886,7 +890,7 @@ def _memory_step(
             num_warps=8,
             **sizes,
         )
-    return readout, *(new if interval else (*new, writes.new_empty(0), forgetting.new_empty(0)))
+    return readout, new[0], new[1], new[2]
 
 
 @torch.library.register_fake("resolvent::memory_step")
@@ -937,14 +941,21 @@ def _memory(
 
 @torch.library.register_fake("resolvent::memory")
 def _(
-    q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, cu_seqlens, interval, snr, energy,
-    save,
+    q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, cu_seqlens, interval, snr,
+    energy, save,
 ):  # fmt: skip
     return _room(q, k, v, decay, position, cu_seqlens, interval, save)
 
 
 def _room(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, position: _Optional, cu_seqlens: _Optional, interval: int, save: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    position: _Optional,
+    cu_seqlens: _Optional,
+    interval: int,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``_memory`` returns, yet to be filled."""
     (batch, length, heads, key), value = q.shape, v.shape[-1]
@@ -1018,7 +1029,8 @@ def _memory_backward(
 
 @torch.library.register_fake("resolvent::memory_backward")
 def _(
-    grad_readout, grad_memory, grad_writes, grad_forgetting, q, k, v, decay, eta, writes, basis, sharpness, bias, before,
+    grad_readout, grad_memory, grad_writes, grad_forgetting, q, k, v, decay, eta, writes, basis, sharpness, bias,
+    before,
     writes_before, forgetting_before, position, cu_seqlens, interval, snr, energy,
 ):  # fmt: skip
     return _room_for_gradients(grad_readout, q, k, v, decay, before, basis, cu_seqlens, interval)
@@ -1065,7 +1077,12 @@ def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _gradient(
-    ctx: Any, grad_readout: _Optional, grad_memory: _Optional, grad_writes: _Optional, grad_forgetting: _Optional, *_: Any
+    ctx: Any,
+    grad_readout: _Optional,
+    grad_memory: _Optional,
+    grad_writes: _Optional,
+    grad_forgetting: _Optional,
+    *_: Any,
 ) -> Any:
     q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, cu_seqlens, *saved = (
         ctx.saved_tensors
@@ -1077,7 +1094,9 @@ def _gradient(
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         matrix = (sequences, *q.shape[2:], v.shape[-1])
         shapes = (matrix, matrix, matrix[:2])
-        final = [saved[0].new_zeros(n, dtype=torch.float32) if x is None else x for x, n in zip(final, shapes, strict=True)]
+        final = [
+            saved[0].new_zeros(n, dtype=torch.float32) if x is None else x for x, n in zip(final, shapes, strict=True)
+        ]
     grad_q, grad_k, grad_v, grad_decay, grad_eta, *grad_state, grad_sharpness, grad_bias = _memory_backward(
         grad_readout if grad_readout is not None else torch.zeros_like(v),
         *final,
