@@ -7,7 +7,7 @@ import torch
 @pytest.fixture(autouse=True)
 def _poison_unwritten_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised floats come as NaN, so that an output which nobody wrote cannot pass for a number."""
-    empty, empty_like = torch.empty, torch.empty_like
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def poisoned(make):
         def make_poisoned(*args, **kwargs):
@@ -20,3 +20,4 @@ def _poison_unwritten_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poisoned(empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))

@@ -1,0 +1,515 @@
+r"""Triton kernels of the BK-Core.
+
+What a block of sites does to the g that arrives at it is given by the corners of its own resolvent ``G``,
+
+    f(g) = p + t g / (1 - q g),    p = G_nn,    q = m G_11,    t = m G_1n G_n1,
+
+and adding a site, or joining two blocks, is a star product (Redheffer's). The corners are bounded as g is and ``t``
+decays with the length of the block: unlike a product of transfer matrices, nothing needs to be rescaled, and nothing is
+the difference of large numbers. The adjoint runs the other way through the affine maps
+``x -> conj(m g_i^2) (gbar_i + x)``: what arrives at the end of a chain is the gradient of its final state, what
+leaves at its start that of its initial state.
+
+A program holds one chain, or one segment of it, and walks over it in blocks of ``lanes * SITES`` sites. In a block
+
+* every lane folds SITES consecutive sites (the first lane: together with what arrives at the block);
+* a scan over the lanes makes of that what leaves every lane, which is what arrives at the next one;
+* from there each lane steps through its sites once more, exactly as the recurrence is written.
+
+Where there are too few chains to fill the device, chains are cut into segments, and a first launch of the same kernel
+with ``FOLD`` reduces every segment to its map. The sums behind the gradient of the coupling are one a program and are
+added up by torch, in an order that does not change.
+
+Shapes: B batch, N sequence, H heads, S sequences (B, or those which ``cu_seqlens`` packs). Complex numbers are pairs of
+float32, their real and imaginary parts, in a last dimension of two.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import backend as _backend
+
+SITES = 8
+"""Consecutive sites that a lane holds in a block: unrolled, so that all of them are read at once."""
+
+MIN_LANES, MAX_LANES = 32, 1024
+FEW_BLOCKS = 4
+"""A chain of so many blocks is never cut: a second launch costs as much as walking over them."""
+
+ENOUGH_PROGRAMS = 512
+"""As many programs as fill a large device several times over."""
+
+
+def _refuses(dtype: torch.dtype) -> str | None:
+    """What the kernels cannot do."""
+    return None if dtype == torch.complex64 else f"its kernel computes in complex64, the tensors are {dtype}"
+
+
+@_backend.register("resolvent_diagonal", "triton", refuses=_refuses)
+def _resolvent_diagonal_triton(
+    alpha: Tensor,
+    coupling: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    form: str,
+    block_size: int,
+) -> tuple[Tensor, Tensor | None]:
+    """See ``ops.resolvent_diagonal``. ``block_size`` is the number of lanes that a program has at most, rounded down to
+    a power of two; each holds ``SITES`` sites of a block. ``cu_seqlens`` on the CPU lets a launch fit the longest
+    sequence."""
+    if form == "causal":
+        return _causal(alpha, coupling, initial_state, cu_seqlens, block_size)
+    from_left, _ = _causal(alpha, coupling, None, cu_seqlens, block_size)
+    mirrored = None if cu_seqlens is None else alpha.shape[1] - cu_seqlens.flip(0)
+    from_right, _ = _causal(alpha.flip(1), coupling, None, mirrored, block_size)
+    return 1 / (1 / from_left + 1 / from_right.flip(1) - alpha), None
+
+
+def _causal(
+    alpha: Tensor, coupling: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, block_size: int
+) -> tuple[Tensor, Tensor]:
+    pairs = None if state is None else torch.view_as_real(state.resolve_conj().to(alpha.dtype))
+    alpha_pairs = torch.view_as_real(alpha.resolve_conj())
+    g, final_state = causal_diagonal(alpha_pairs, coupling.float(), pairs, cu_seqlens, block_size)
+    return torch.view_as_complex(g), torch.view_as_complex(final_state)
+
+
+@_backend.operator("causal_diagonal")
+def causal_diagonal(
+    alpha: Tensor, coupling: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """``g_i = 1 / (alpha_i - m g_{i-1})`` along every chain, in real tensors.
+
+    Args:
+        alpha: float32 (B, N, H, 2).
+        coupling: m, float32 (H,).
+        state: ``g_{-1}``, float32 (S, H, 2); zero if not given.
+        cu_seqlens: offsets of S packed sequences, integer (S + 1,), on any device; needs B = 1.
+        block_size: lanes of a program at most.
+
+    Returns:
+        g (B, N, H, 2) and its last value in every sequence (S, H, 2).
+    """
+    alpha, coupling = alpha.contiguous(), coupling.contiguous()
+    plan = _plan(alpha, cu_seqlens, block_size)
+    g, final_state = torch.empty_like(alpha), alpha.new_empty(plan.sequences, *alpha.shape[2:])
+    maps = alpha.new_empty(plan.programs, 6)
+    arguments = (alpha, coupling, _contiguous(state), plan.offsets, maps, g, final_state)
+    _launch(_forward_kernel, plan, alpha, arguments)
+    return g, final_state
+
+
+@_backend.operator("causal_diagonal_backward")
+def causal_diagonal_backward(
+    grad: Tensor,
+    grad_final: Tensor | None,
+    g: Tensor,
+    coupling: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of alpha (B, N, H, 2), coupling (H,) and state (S, H, 2), from those of both results."""
+    coupling = coupling.contiguous()
+    plan = _plan(g, cu_seqlens, block_size)
+    grad_alpha, grad_state = torch.empty_like(g), g.new_empty(plan.sequences, *g.shape[2:])
+    sums = g.new_empty(plan.sequences, plan.segments, plan.heads)
+    maps = g.new_empty(plan.programs, 4)
+    arguments = (grad.contiguous(), _contiguous(grad_final), g, coupling, _contiguous(state), plan.offsets, maps)
+    _launch(_backward_kernel, plan, g, (*arguments, grad_alpha, grad_state, sums))
+    return grad_alpha, sums.sum((0, 1)), grad_state
+
+
+@torch.library.register_fake("resolvent::causal_diagonal")
+def _(alpha: Tensor, coupling: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, block_size: int) -> Any:
+    sequences = alpha.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    g = torch.empty_like(alpha, memory_format=torch.contiguous_format)
+    return g, alpha.new_empty(sequences, *alpha.shape[2:])
+
+
+@torch.library.register_fake("resolvent::causal_diagonal_backward")
+def _(
+    grad: Tensor,
+    grad_final: Tensor | None,
+    g: Tensor,
+    coupling: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    block_size: int,
+) -> Any:
+    sequences = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.empty_like(g), torch.empty_like(coupling), g.new_empty(sequences, *g.shape[2:])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, coupling, state, cu_seqlens, ctx.block_size = inputs
+    ctx.save_for_backward(output[0], coupling, state, cu_seqlens)
+    ctx.set_materialize_grads(False)  # a final state that nobody reads costs nothing
+
+
+def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    g, coupling, state, cu_seqlens = ctx.saved_tensors
+    grad = torch.zeros_like(g) if grad is None else grad
+    grad_alpha, grad_coupling, grad_state = causal_diagonal_backward(
+        grad, grad_final, g, coupling, state, cu_seqlens, ctx.block_size
+    )
+    return grad_alpha, grad_coupling, None if state is None else grad_state, None, None
+
+
+torch.library.register_autograd("resolvent::causal_diagonal", _backward, setup_context=_save)
+
+
+class _Plan(NamedTuple):
+    """How chains are laid out on programs.
+
+    Attributes:
+        offsets: of packed sequences, on the device of the kernel; None for a rectangle.
+        length: N, the sites of a chain of the rectangle.
+        sequences, segments, heads: of the grid, heads innermost.
+        span: sites of a segment, a multiple of a block.
+        lanes: of a program.
+    """
+
+    offsets: Tensor | None
+    length: int
+    sequences: int
+    segments: int
+    heads: int
+    span: int
+    lanes: int
+
+    @property
+    def programs(self) -> int:
+        return self.sequences * self.segments * self.heads
+
+
+def _plan(chains: Tensor, cu_seqlens: Tensor | None, block_size: int) -> _Plan:
+    """Lay out chains (B, N, H, 2)."""
+    sequences, length, heads, _ = chains.shape
+    longest = length
+    if cu_seqlens is not None:
+        sequences = len(cu_seqlens) - 1
+        if cu_seqlens.device.type == "cpu":  # elsewhere a look at the lengths would stall the queue
+            longest = max(cu_seqlens.diff().tolist(), default=0)
+        cu_seqlens = cu_seqlens.to(chains.device, torch.int64, non_blocking=True).contiguous()
+
+    widest = min(MAX_LANES, 1 << (block_size.bit_length() - 1))
+    lanes = min(widest, max(MIN_LANES, triton.next_power_of_2(triton.cdiv(longest, SITES))))
+    block = lanes * SITES
+    segments = 1
+    if longest > FEW_BLOCKS * block:
+        fair_share = triton.cdiv(chains.shape[0] * length * heads, ENOUGH_PROGRAMS)
+        segments = min(lanes, triton.cdiv(longest, max(block, fair_share)))
+    span = max(block, triton.cdiv(triton.cdiv(longest, segments), block) * block)
+    return _Plan(cu_seqlens, length, sequences, max(1, triton.cdiv(longest, span)), heads, span, lanes)
+
+
+def _launch(kernel: Any, plan: _Plan, chains: Tensor, arguments: tuple[Tensor | None, ...]) -> None:
+    if plan.programs == 0:
+        return
+    sizes = (plan.length, plan.heads, plan.segments, plan.span)
+    with torch.cuda.device_of(chains):
+        for fold in (True, False) if plan.segments > 1 else (False,):
+            kernel[(plan.programs,)](*arguments, *sizes, plan.lanes, SITES, fold, num_warps=triton.cdiv(plan.lanes, 32))
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+# In the kernels a complex number is a tuple of its real and its imaginary part.
+
+
+@triton.jit
+def _plus(a, b):
+    return a[0] + b[0], a[1] + b[1]
+
+
+@triton.jit
+def _times(a, b):
+    return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
+
+
+@triton.jit
+def _scaled(m, a):
+    return m * a[0], m * a[1]
+
+
+@triton.jit
+def _squared_conj(a):
+    return a[0] * a[0] - a[1] * a[1], -2.0 * a[0] * a[1]
+
+
+@triton.jit
+def _reciprocal(a):
+    # Scaled by a power of two, which is exact: squares of numbers from 1e-30 to 1e30 leave the range of float32.
+    exponent = tl.maximum(tl.abs(a[0]), tl.abs(a[1])).to(tl.int32, bitcast=True) & 0x7F800000
+    scale = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    re, im = a[0] * scale, a[1] * scale
+    factor = scale / (re * re + im * im)
+    return re * factor, -im * factor
+
+
+@triton.jit
+def _choose(condition, a, b):
+    return tl.where(condition, a[0], b[0]), tl.where(condition, a[1], b[1])
+
+
+@triton.jit
+def _pick(chosen, a):
+    """The one element that is chosen."""
+    return tl.sum(tl.where(chosen, a[0], 0.0), 0), tl.sum(tl.where(chosen, a[1], 0.0), 0)
+
+
+@triton.jit
+def _load(pointer, index, mask, other):
+    re = tl.load(pointer + 2 * index, mask=mask, other=other)
+    im = tl.load(pointer + 2 * index + 1, mask=mask, other=other)
+    return re, im
+
+
+@triton.jit
+def _store(pointer, index, a):
+    tl.store(pointer + 2 * index, a[0])
+    tl.store(pointer + 2 * index + 1, a[1])
+
+
+@triton.jit
+def _pointers(pointer, site, stride):
+    """To the two parts of every lane's number at its site."""
+    return pointer + (2 * site * stride)[:, None] + tl.arange(0, 2)[None, :]
+
+
+@triton.jit
+def _load_row(pointer, site, stride, left, other, SITES: tl.constexpr):
+    """SITES numbers from ``site`` on for every lane, all at once: their latencies overlap."""
+    pointers, row = _pointers(pointer, site, stride), ()
+    for i in tl.static_range(SITES):
+        pair = tl.load(pointers + 2 * i * stride, mask=(site + i < left)[:, None], other=other)
+        row = row + (tl.split(pair),)  # noqa: RUF005 (Triton has no starred tuples)
+    return row
+
+
+@triton.jit
+def _load_optional(pointer, index):
+    """A number, zero without a pointer."""
+    value = (tl.zeros((), tl.float32), tl.zeros((), tl.float32))
+    if pointer is not None:
+        value = _load(pointer, index, None, None)
+    return value
+
+
+@triton.jit
+def _of_lane_before(a, lane, first):
+    """What the lane before holds; for the first lane, ``first``."""
+    before = tl.maximum(lane - 1, 0)
+    return _choose(lane == 0, first, (tl.gather(a[0], before, 0), tl.gather(a[1], before, 0)))
+
+
+@triton.jit
+def _next(m, alpha, g):
+    return _reciprocal((alpha[0] - m * g[0], alpha[1] - m * g[1]))
+
+
+@triton.jit
+def _append(m, alpha, p, q, t):
+    """Corners (p, q, t) of a block and one more site."""
+    g = _next(m, alpha, p)
+    gt = _scaled(m, _times(g, t))
+    return g, _plus(q, gt), _times(gt, g)
+
+
+@triton.jit
+def _join(p1_re, p1_im, q1_re, q1_im, t1_re, t1_im, p2_re, p2_im, q2_re, q2_im, t2_re, t2_im):
+    """Corners of a block and of the next one, as those of both together."""
+    p1, q1, t1 = (p1_re, p1_im), (q1_re, q1_im), (t1_re, t1_im)
+    p2, q2, t2 = (p2_re, p2_im), (q2_re, q2_im), (t2_re, t2_im)
+    once = _times(q2, p1)
+    u = _reciprocal((1.0 - once[0], -once[1]))  # the sum over all reflections between the two
+    ut = _times(u, t2)
+    return _plus(p2, _times(ut, p1)) + _plus(q1, _times(_times(u, q2), t1)) + _times(ut, t1)
+
+
+@triton.jit
+def _scan_corners(p, q, t):
+    p_re, p_im, q_re, q_im, t_re, t_im = tl.associative_scan(p + q + t, 0, _join)
+    return (p_re, p_im), (q_re, q_im), (t_re, t_im)
+
+
+@triton.jit
+def _join_affine(a1_re, a1_im, b1_re, b1_im, a2_re, a2_im, b2_re, b2_im):
+    """``x -> a x + b`` of a block and of the next one, as one."""
+    a2 = (a2_re, a2_im)
+    return _times(a2, (a1_re, a1_im)) + _plus(_times(a2, (b1_re, b1_im)), (b2_re, b2_im))
+
+
+@triton.jit
+def _scan_affine(a, b):
+    a_re, a_im, b_re, b_im = tl.associative_scan(a + b, 0, _join_affine)
+    return (a_re, a_im), (b_re, b_im)
+
+
+@triton.jit
+def _chain(cu_seqlens, length, heads, segments):
+    """Head, sequence and segment of this program, and the first row and the number of sites of its chain."""
+    program = tl.program_id(0).to(tl.int64)
+    sequence = program // heads // segments
+    if cu_seqlens is None:
+        start, count = sequence * length, tl.zeros((), tl.int64) + length
+    else:
+        start = tl.load(cu_seqlens + sequence)
+        count = tl.load(cu_seqlens + sequence + 1) - start
+    return program % heads, sequence, program // heads % segments, start, count
+
+
+@triton.jit(do_not_specialize=["length", "heads", "segments", "span"])
+def _forward_kernel(
+    alpha,
+    coupling,
+    state,
+    cu_seqlens,
+    maps,
+    g,
+    final_state,
+    length,
+    heads,
+    segments,
+    span,
+    LANES: tl.constexpr,
+    SITES: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """g of a segment from what arrives at it; with FOLD the segment's corners instead, (p, q, t)."""
+    head, sequence, segment, start, count = _chain(cu_seqlens, length, heads, segments)
+    m = tl.load(coupling + head)
+    alpha += 2 * (start * heads + head)
+    g += 2 * (start * heads + head)
+    maps += 6 * tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    site = lane * SITES  # the lane's first in a block
+    zero, one = tl.zeros((), tl.float32), tl.full((), 1.0, tl.float32)
+
+    # What arrives: the corners of all sites before. Without FOLD that is a number, p, and nothing passes it.
+    p0, q0, t0 = (zero, zero), (zero, zero), (one, zero)
+    if not FOLD:
+        p0, t0 = _load_optional(state, sequence * heads + head), (zero, zero)
+        if segment > 0:
+            earlier = (lane > 0) & (lane <= segment)
+            corners = 3 * heads * (lane - 1 - segment)
+            p = _choose(lane == 0, p0, _load(maps, corners, earlier, 0.0))
+            q, t = _load(maps, corners + 1, earlier, 0.0), _load(maps, corners + 2, earlier, 0.0)
+            p0 = _pick(lane == segment, _scan_corners(p, q, t)[0])
+
+    for block in range(segment * span, tl.minimum((segment + 1) * span, count), LANES * SITES):
+        left = tl.minimum(count - block, LANES * SITES).to(tl.int32)
+        row = _load_row(alpha + 2 * heads * block, site, heads, left, 1.0, SITES)
+        p, q, t = (
+            _choose(lane == 0, p0, (0.0, 0.0)),
+            _choose(lane == 0, q0, (0.0, 0.0)),
+            _choose(lane == 0, t0, (1.0, 0.0)),
+        )
+        for i in tl.static_range(SITES):
+            p, q, t = _append(m, row[i], p, q, t)  # past the end of the chain, too: nobody reads that
+        p, q, t = _scan_corners(p, q, t)
+        if FOLD:
+            last = lane == LANES - 1
+            p0, q0, t0 = _pick(last, p), _pick(last, q), _pick(last, t)
+        else:
+            p = _of_lane_before(p, lane, p0)
+            pointers = _pointers(g + 2 * heads * block, site, heads)
+            for i in tl.static_range(SITES):
+                valid = site + i < left
+                p = _choose(valid, _next(m, row[i], p), p)
+                tl.store(pointers + 2 * heads * i, tl.join(p[0], p[1]), mask=valid[:, None])
+            p0 = _pick(lane == (left - 1) // SITES, p)
+
+    if FOLD:
+        _store(maps, 0, p0)
+        _store(maps, 1, q0)
+        _store(maps, 2, t0)
+    elif segment == tl.maximum(count - 1, 0) // span:
+        _store(final_state, sequence * heads + head, p0)
+
+
+@triton.jit(do_not_specialize=["length", "heads", "segments", "span"])
+def _backward_kernel(
+    grad,
+    grad_final,
+    g,
+    coupling,
+    state,
+    cu_seqlens,
+    maps,
+    grad_alpha,
+    grad_state,
+    sums,
+    length,
+    heads,
+    segments,
+    span,
+    LANES: tl.constexpr,
+    SITES: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """Gradients of a segment from what arrives at its end; with FOLD the segment's map instead, ``x -> a x + b``.
+
+    Sites, lanes and segments count from the end of the chain."""
+    head, sequence, segment, start, count = _chain(cu_seqlens, length, heads, segments)
+    m = tl.load(coupling + head)
+    end = 2 * ((start + count - 1) * heads + head)
+    grad += end
+    grad_alpha += end
+    g += end
+    maps += 4 * tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    site = lane * SITES  # the lane's first in a block
+    zero, one = tl.zeros((), tl.float32), tl.full((), 1.0, tl.float32)
+
+    # What arrives: the map of all sites that were passed. Without FOLD that is a number, b.
+    a0, b0 = (one, zero), (zero, zero)
+    if not FOLD:
+        a0, b0 = (zero, zero), _load_optional(grad_final, sequence * heads + head)
+        if segment > 0:
+            passed = (lane > 0) & (lane <= segment)
+            affine = 2 * heads * (lane - 1 - segment)
+            a = _load(maps, affine, passed, 0.0)
+            b = _choose(lane == 0, b0, _load(maps, affine + 1, passed, 0.0))
+            b0 = _pick(lane == segment, _scan_affine(a, b)[1])
+
+    before_chain = _load_optional(state, sequence * heads + head)
+    total = tl.zeros((LANES,), tl.float32)
+    for block in range(segment * span, tl.minimum((segment + 1) * span, count), LANES * SITES):
+        left = tl.minimum(count - block, LANES * SITES + 1).to(tl.int32)
+        g_row = _load_row(g - 2 * heads * block, site, -heads, left, 0.0, SITES + 1)
+        grad_row = _load_row(grad - 2 * heads * block, site, -heads, left, 0.0, SITES)
+        a, b = _choose(lane == 0, a0, (1.0, 0.0)), _choose(lane == 0, b0, (0.0, 0.0))
+        for i in tl.static_range(SITES):
+            slope = _scaled(m, _squared_conj(g_row[i]))
+            a, b = _times(slope, a), _times(slope, _plus(grad_row[i], b))
+        a, b = _scan_affine(a, b)
+        if FOLD:
+            last = lane == LANES - 1
+            a0, b0 = _pick(last, a), _pick(last, b)
+        else:
+            b = _of_lane_before(b, lane, b0)
+            pointers = _pointers(grad_alpha - 2 * heads * block, site, -heads)
+            for i in tl.static_range(SITES):
+                valid = site + i < left
+                through = _times(_squared_conj(g_row[i]), _plus(grad_row[i], b))
+                tl.store(pointers - 2 * heads * i, tl.join(-through[0], -through[1]), mask=valid[:, None])
+                g_before = _choose(site + i + 1 == left, before_chain, g_row[i + 1])
+                total += through[0] * g_before[0] + through[1] * g_before[1]
+                b = _choose(valid, _scaled(m, through), b)
+            b0 = _pick(lane == (tl.minimum(left, LANES * SITES) - 1) // SITES, b)
+
+    if FOLD:
+        _store(maps, 0, a0)
+        _store(maps, 1, b0)
+    else:
+        tl.store(sums + tl.program_id(0), tl.sum(total, 0))
+        if segment == tl.maximum(count - 1, 0) // span:
+            _store(grad_state, sequence * heads + head, b0)

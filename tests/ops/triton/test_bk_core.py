@@ -1,0 +1,212 @@
+"""The kernels of the BK-Core in Triton's interpreter. A lane holds eight sites of a block: four lanes make it 32."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resolvent.errors import ConfigError
+from resolvent.ops import backend, effective_diagonal, resolvent_diagonal, resolvent_diagonal_reference
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("Triton compiles for the GPU: see test_bk_core_cuda.py", allow_module_level=True)
+from resolvent.ops.triton import bk_core
+
+from .chains import STRONG, WEAK, chain, check, relative, run, states
+
+
+@pytest.mark.parametrize(
+    ("length", "form"), [*((n, "causal") for n in (1, 2, 31, 32, 33, 63)), (1, "two_sided"), (33, "two_sided")]
+)
+def test_matches_the_dense_inverse(length, form):
+    alpha, coupling = chain(length)
+    found, _ = resolvent_diagonal(
+        alpha.to(torch.complex64), coupling.float(), form=form, backend="triton", block_size=4
+    )
+    assert found.dtype == torch.complex64
+    assert relative(found, resolvent_diagonal_reference(alpha, coupling, form)) <= 1e-5
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize(
+    ("length", "heads", "batch", "block_size"),
+    [(1, 3, 2, 4), (33, 3, 1, 4), (70, 1, 2, 4), (300, 1, 1, 256)],
+    ids=["one site", "two blocks", "three blocks", "one block of many lanes"],
+)
+def test_results_and_gradients(length, heads, batch, block_size, with_state):
+    alpha, coupling = chain(length, heads, batch)
+    check(alpha, coupling, states(batch, heads) if with_state else None, block_size)
+
+
+@pytest.mark.parametrize("damping", [WEAK, STRONG])
+def test_long_chains_are_cut_into_segments(damping):
+    alpha, coupling = chain(150, heads=1, damping=damping)
+    plan = bk_core._plan(torch.view_as_real(alpha), None, 4)
+    assert (plan.segments, plan.span) == (3, 64)  # two blocks each, and the last one is not full
+    check(alpha, coupling, states(1, 1), 4)
+
+
+def test_the_plan_covers_every_site():
+    for length in (0, 1, 255, 256, 2048, 2049, 8192, 8193, 100_000, 1_048_576, 10**9):
+        for batch, heads in ((1, 1), (64, 16)):
+            plan = bk_core._plan(torch.empty(1, device="meta").expand(batch, length, heads, 2), None, 256)
+            assert plan.span % (plan.lanes * bk_core.SITES) == 0
+            assert (plan.segments - 1) * plan.span < max(length, 1) <= plan.segments * plan.span
+            assert plan.segments <= plan.lanes <= 256
+
+
+@pytest.mark.parametrize("lengths", [[0, 1, 40, 0, 0, 7, 1, 0], [3, 140, 0, 20]], ids=["short", "with one that is cut"])
+def test_packed_is_separate(lengths):
+    alpha, coupling = chain(sum(lengths), heads=1)
+    initial = states(len(lengths), 1)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    check(alpha, coupling, initial, 4, cu_seqlens=offsets)
+
+    options = {"backend": "triton", "block_size": 4}
+    alpha, coupling, initial = alpha.to(torch.complex64), coupling.float(), initial.to(torch.complex64)
+    packed, last = resolvent_diagonal(alpha, coupling, initial_state=initial, cu_seqlens=offsets, **options)
+    for i, length in enumerate(lengths):
+        span = slice(offsets[i], offsets[i + 1])
+        if length == 0:
+            assert torch.equal(last[i], initial[i])
+        elif length < 30:
+            g, alone = resolvent_diagonal(alpha[:, span], coupling, initial_state=initial[i : i + 1], **options)
+            assert torch.equal(packed[:, span], g)
+            assert torch.equal(last[i], alone[0])
+
+
+def test_two_sided_gradients():
+    alpha, coupling = chain(40, heads=1)
+    check(alpha, coupling, None, 4, form="two_sided")
+    check(alpha, coupling, None, 4, form="two_sided", cu_seqlens=torch.tensor([0, 0, 33, 40]))
+
+
+def test_the_state_is_the_last_site_and_carries_on():
+    alpha, coupling = (x.to(y) for x, y in zip(chain(45), (torch.complex64, torch.float32), strict=True))
+    whole, last = resolvent_diagonal(alpha, coupling, backend="triton", block_size=4)
+    assert torch.equal(last, whole[:, -1])
+    pieces, state = [], None
+    for piece in alpha.split([1, 32, 12], 1):
+        g, state = resolvent_diagonal(piece, coupling, initial_state=state, backend="triton", block_size=4)
+        pieces.append(g)
+    assert relative(torch.cat(pieces, 1), whole) <= 1e-6
+
+
+def test_strided_and_conjugated_inputs():
+    alpha, coupling = chain(3, heads=2, batch=2)
+    alpha, coupling = alpha.to(torch.complex64), coupling.float()
+    expected, last = resolvent_diagonal(alpha, coupling, backend="triton", block_size=4)
+    others = (
+        alpha.transpose(1, 2).contiguous().transpose(1, 2),
+        torch.stack([alpha, alpha], -1)[..., 1],
+        alpha.conj().resolve_conj().conj(),
+    )
+    for other in others:
+        assert not other.is_contiguous() or other.is_conj()
+        wide_coupling = torch.stack([coupling, coupling], -1)[:, 0]
+        found, state = resolvent_diagonal(other, wide_coupling, backend="triton", block_size=4)
+        assert torch.equal(found, expected)
+        assert torch.equal(state, last)
+
+
+def test_nothing_to_read():
+    initial = states(2).to(torch.complex64).requires_grad_()
+    coupling = torch.ones(3, requires_grad=True)
+    g, last = resolvent_diagonal(initial.new_zeros(2, 0, 3), coupling, initial_state=initial, backend="triton")
+    assert g.shape == (2, 0, 3)
+    assert torch.equal(last, initial)
+    torch.view_as_real(last).square().sum().backward()
+    assert torch.equal(initial.grad, 2 * initial)
+    assert not coupling.grad.any()
+    g, last = resolvent_diagonal(initial.new_zeros(0, 5, 3), coupling, backend="triton")
+    assert g.shape == (0, 5, 3) and last.shape == (0, 3)
+
+
+def test_a_result_that_nobody_reads_has_no_gradient_to_bring():
+    alpha, coupling = chain(20, heads=1)
+    for read in (0, 1):
+        gradients = []
+        for dtype, name in ((torch.complex64, "triton"), (torch.complex128, "torch")):
+            inputs = (alpha.to(dtype).requires_grad_(), coupling.to(dtype.to_real()).requires_grad_())
+            result = resolvent_diagonal(*inputs, backend=name, block_size=4)[read]
+            gradients.append(torch.autograd.grad(torch.view_as_real(result).square().sum(), inputs))
+        for ours, reference in zip(*gradients, strict=True):
+            assert relative(ours, reference) <= 1e-4
+
+
+def test_two_runs_agree_to_the_bit():
+    alpha, coupling = chain(130, heads=1)
+    options = {"backend": "triton", "block_size": 4}
+    for one, other in zip(run(alpha, coupling, **options), run(alpha, coupling, **options), strict=True):
+        assert torch.equal(one, other)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    potentials=st.lists(
+        st.one_of(st.floats(-3, 3), st.floats(-1e30, 1e30).filter(lambda x: abs(x) > 1e-30)), min_size=1, max_size=40
+    ),
+    gamma=st.floats(0, 1e3),
+    kappa=st.floats(0, 10),
+    zeta=st.floats(1e-3, 10),
+    coupling=st.floats(0, 100),
+)
+def test_bounded_by_construction(potentials, gamma, kappa, zeta, coupling):
+    potential = torch.tensor(potentials, dtype=torch.float32).view(1, -1, 1)
+    one = torch.ones(1)
+    alpha = effective_diagonal(potential, gamma * one.expand_as(potential), kappa * one, 0 * one, zeta * one)
+    g, _ = resolvent_diagonal(alpha, coupling * one, backend="triton", block_size=4)
+    assert torch.view_as_real(g).isfinite().all()
+    assert (g.abs() * alpha.imag.abs() <= 1 + 1e-5).all()
+    assert (g.imag >= 0).all()
+
+
+def test_non_finite_input_stays_visible_and_in_its_sequence():
+    alpha, coupling = chain(20, heads=1)
+    alpha[0, 3] = complex(float("nan"), -1)
+    alpha = alpha.to(torch.complex64)
+    offsets = torch.tensor([0, 10, 20])
+    g, last = resolvent_diagonal(alpha, coupling.float(), cu_seqlens=offsets, backend="triton", block_size=4)
+    assert torch.view_as_real(g)[0, :3].isfinite().all()
+    assert g[0, 3:10].isnan().all() and last[0].isnan().all()
+    assert torch.view_as_real(g)[0, 10:].isfinite().all()
+
+
+def test_only_single_precision_runs_here_and_is_counted():
+    alpha, coupling = chain(1)
+    with pytest.raises(ConfigError, match=r"complex64, the tensors are torch\.complex128; use"):
+        resolvent_diagonal(alpha, coupling, backend="triton")
+    before = backend.calls["resolvent_diagonal", "triton"]
+    resolvent_diagonal(alpha.to(torch.complex64), coupling.float(), backend="triton")
+    assert backend.calls["resolvent_diagonal", "triton"] == before + 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_operators_keep_the_rules_of_torch_library(packed):
+    heads, offsets = 1, torch.tensor([0, 0, 2, 3]) if packed else None
+    sequences = 3 if packed else 1
+    alpha = (torch.randn(1, 3, heads, 2) - torch.tensor([0.0, 3.0])).requires_grad_()
+    coupling = torch.rand(heads, requires_grad=True)
+    state = torch.rand(sequences, heads, 2, requires_grad=True) if packed else None
+    torch.library.opcheck(bk_core.causal_diagonal, (alpha, coupling, state, offsets, 4))
+    g = bk_core.causal_diagonal(alpha, coupling, state, offsets, 4)[0].detach()
+    inputs = (torch.randn_like(g), torch.randn(sequences, heads, 2), g, coupling, state, offsets, 4)
+    detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs)
+    torch.library.opcheck(bk_core.causal_diagonal_backward, detached)
+
+
+@pytest.mark.parametrize("form", ["causal", "two_sided"])
+def test_compiles_without_a_graph_break(form):
+    alpha, coupling = chain(10, heads=1)
+    inputs = (alpha.to(torch.complex64).requires_grad_(), coupling.float().requires_grad_())
+
+    def loss(alpha, coupling):
+        results = resolvent_diagonal(alpha, coupling, form=form, backend="triton", block_size=4)
+        return sum(torch.view_as_real(x).square().sum() for x in results if x is not None)
+
+    expected = loss(*inputs)
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    for a, b in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        assert relative(a, b) <= 1e-6
