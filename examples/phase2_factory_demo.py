@@ -78,9 +78,10 @@ class DummyPhase1Model(nn.Module):
 
 def demo_conversion() -> None:
     dummy = DummyPhase1Model()
-    model = convert_phase1_to_phase2(dummy)
+    model = convert_phase1_to_phase2(dummy, Phase2Config(n_layers=4))  # at which the report's counts are reached
     before, after = sum(p.numel() for p in dummy.parameters()), model.num_parameters()
-    console.print(f"  a dummy: {before:,} -> {after:,} parameters; {model.conversion_report.summary()}")
+    console.print(f"  a dummy: {before:,} -> {after:,} parameters ({after / before - 1:+.1%})")
+    console.print(f"    {model.conversion_report.summary()}")
 
     phase1 = create_phase1_model(preset="tiny").eval()
     for parameter in phase1.parameters():  # as if it were trained: fresh branches add nothing

@@ -31,6 +31,23 @@ def test_the_commands_of_the_readme_exist():
         assert set(re.findall(r"--[\w-]+", rest)) <= options, name
 
 
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" not in target:
+            path, _, section = target.partition("#")
+            found = (ROOT / page).parent / path if path else ROOT / page
+            assert found.exists(), target
+            assert not section or section in sections(found.read_text(encoding="utf-8")), target
+
+
+def sections(text):
+    """The names by which links reach the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ["phase2_factory_demo.py"])
 def test_examples_run(example, monkeypatch):

@@ -1,5 +1,7 @@
 """The errors a user can cause. The command line shows each as one line."""
 
+from typing import Self
+
 
 class ResolventError(Exception):
     """Base of all errors that name a thing, its value and the remedy."""
@@ -7,6 +9,13 @@ class ResolventError(Exception):
 
 class ConfigError(ResolventError, ValueError):
     """A configuration holds wrong values; the message lists every one of them."""
+
+    @classmethod
+    def of(cls, config: object, faults: list[str]) -> Self:
+        """The error of a configuration with these faults, at least one."""
+        if len(faults) == 1:
+            return cls(faults[0])
+        return cls("\n  - ".join([f"{type(config).__name__} has {len(faults)} faults:", *faults]))
 
 
 class DataError(ResolventError, ValueError):

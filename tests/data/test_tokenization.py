@@ -139,11 +139,11 @@ def test_save_replaces_the_old_file(tokenizers, tmp_path):
 def test_failed_save_keeps_the_old_file(tokenizers, tmp_path, monkeypatch):
     save_tokenizer(tokenizers["bytes"], tmp_path)
 
-    def fail(path, text, encoding):
-        path.write_bytes(text.encode()[:10])
+    def fail(path, content):
+        path.write_text(content[:10].decode())
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", fail)
+    monkeypatch.setattr("pathlib.Path.write_bytes", fail)
     with pytest.raises(OSError, match="No space left"):
         save_tokenizer(tokenizers["bpe"], tmp_path)
     assert load_tokenizer(tmp_path).get_vocab_size() == 257

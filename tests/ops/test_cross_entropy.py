@@ -130,7 +130,7 @@ def test_a_frozen_side_costs_no_gradient(frozen):
 def test_without_gradients_only_the_loss_is_computed(monkeypatch):
     hidden, weight, labels = inputs()
     seen = []
-    run = backend.implementation("softmax_cross_entropy", "torch", hidden.device)
+    run = backend.implementation("softmax_cross_entropy", "torch", hidden.device, hidden.dtype)
     kernels = {"torch": lambda *args: seen.append(args[3]) or run(*args)}
     monkeypatch.setitem(backend._implementations, "softmax_cross_entropy", kernels)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_without_gradients_only_the_loss_is_computed(monkeypatch):
 
 def test_logits_of_a_chunk_are_all_that_is_held(monkeypatch):
     rows = []
-    run = backend.implementation("softmax_cross_entropy", "torch", torch.device("cpu"))
+    run = backend.implementation("softmax_cross_entropy", "torch", torch.device("cpu"), torch.float32)
     kernels = {"torch": lambda logits, *args: rows.append(logits.untyped_storage().nbytes()) or run(logits, *args)}
     monkeypatch.setitem(backend._implementations, "softmax_cross_entropy", kernels)
     linear_cross_entropy(*inputs(50), chunk_tokens=16).backward()

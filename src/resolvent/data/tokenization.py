@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from resolvent.data.corpus import EOT, package_folder
 from resolvent.data.pieces import pieces
 from resolvent.errors import ConfigError, DataError
+from resolvent.files import write_file
 
 FILE_NAME = "tokenizer.json"
 GPT2_SHA256 = {
@@ -79,9 +79,9 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{FILE_NAME}.{os.getpid()}"
-    partial.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    return partial.replace(directory / FILE_NAME)
+    path = directory / FILE_NAME
+    write_file(path, tokenizer.to_str(pretty=True).encode())
+    return path
 
 
 def bytes_tokenizer() -> Tokenizer:

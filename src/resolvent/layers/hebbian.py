@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..ops import Consolidation, MemoryState, dissipative_memory
 from ..ops.normalize import unit_length, unit_rms
+from ..ops.precision import at_least_float32
 from ..ops.short_conv import causal_conv
 
 
@@ -87,7 +88,7 @@ class DissipativeHebbianLayer(nn.Module):
     @property
     def eta(self) -> Tensor:
         """Learning rate of every head, (H,) float32 or wider."""
-        return self.log_eta.to(torch.promote_types(self.log_eta.dtype, torch.float32)).exp()
+        return at_least_float32(self.log_eta).exp()
 
     @property
     def state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import effective_diagonal, resolvent_diagonal
+from ..ops.precision import at_least_float32
 
 
 class NonHermitianPotential(nn.Module):
@@ -64,7 +65,7 @@ class NonHermitianPotential(nn.Module):
         rate = self.gamma_bias.expand(*x.shape[:-1], -1)
         if self.gamma_proj is not None:
             rate = rate + self.gamma_proj(x)
-        return _widened(potential), F.softplus(_widened(rate)) + self.base_decay
+        return at_least_float32(potential), F.softplus(at_least_float32(rate)) + self.base_decay
 
 
 class DissipativeBKLayer(nn.Module):
@@ -124,9 +125,10 @@ class DissipativeBKLayer(nn.Module):
         potential, gamma = self.potential(x, readout)
         # Outside autocast: a resolvent near its pole has no digits to spare.
         with torch.autocast(x.device.type, enabled=False):
-            kappa, energy, zeta = _modulus(_widened(self.kappa)), _widened(self.energy), _widened(self.log_zeta).exp()
+            kappa = _modulus(at_least_float32(self.kappa))
+            energy, zeta = at_least_float32(self.energy), at_least_float32(self.log_zeta).exp()
             alpha = effective_diagonal(potential, gamma, kappa, energy, zeta)
-            coupling = (_widened(self.h0_super) * _widened(self.h0_sub)).abs()
+            coupling = (at_least_float32(self.h0_super) * at_least_float32(self.h0_sub)).abs()
             g, new_state = resolvent_diagonal(
                 alpha,
                 coupling,
@@ -163,14 +165,14 @@ class StaticBKLayer(nn.Module):
         """What is constant in ``alpha = h0_diag + W x + bias - E - iζ``, with its sign turned, at least float32 (H,).
 
         Seen from the tokens it is an energy; Phase 2, whose chain has a diagonal of zero, starts from this one."""
-        return self.ENERGY - self.H0_DIAG - _widened(self.v_proj.bias)
+        return self.ENERGY - self.H0_DIAG - at_least_float32(self.v_proj.bias)
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, N, D), g of the last token read (complex, a row a sequence) and the offsets of packed sequences ->
         features (B, N, 2H), at least float32, and the next state."""
-        potential = _widened(F.linear(x, self.v_proj.weight))
+        potential = at_least_float32(F.linear(x, self.v_proj.weight))
         with torch.autocast(x.device.type, enabled=False):
             constant = potential.new_ones(self.num_heads)
             no_decay = torch.zeros_like(potential)
@@ -189,8 +191,3 @@ class StaticBKLayer(nn.Module):
 def _modulus(x: Tensor) -> Tensor:
     """``|x|`` with the slope 1 at zero, where that of ``abs`` is 0: a strength that starts at zero can leave it."""
     return torch.where(x < 0, -x, x)
-
-
-def _widened(x: Tensor) -> Tensor:
-    """At least float32: half precision is for products of matrices, not for rates and resonances."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import gated_prefix_sum
+from ..ops.precision import wide_dtype
 from ..ops.short_conv import causal_conv
 
 CONV_SIZE = 3
@@ -118,5 +119,5 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         total, tail = self.state_shape
         return SemiseparableState(
             torch.zeros(sequences, *total, dtype=torch.float64, device=x.device),
-            torch.zeros(sequences, *tail, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device),
+            torch.zeros(sequences, *tail, dtype=wide_dtype(x), device=x.device),
         )

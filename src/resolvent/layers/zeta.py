@@ -14,6 +14,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ..ops.precision import wide_dtype
+
 
 def zeta_zeros(count: int) -> Tensor:
     """Imaginary parts of the first ``count`` non-trivial zeros, float64 (count,)."""
@@ -97,7 +99,7 @@ class ZetaEmbedding(nn.Module):
         frequency = self.initial_frequency.value if self.frequency is None else self.frequency.to(torch.float64)
         phase = position.to(torch.float64).unsqueeze(-1) * frequency
         waves = torch.stack([torch.sin(phase), torch.cos(phase)], dim=-1).flatten(-2)[..., : self.d_model]
-        return self.gain * self.scale * waves.to(torch.promote_types(self.gain.dtype, torch.float32))
+        return self.gain * self.scale * waves.to(wide_dtype(self.gain))
 
 
 class ZetaInitializer:

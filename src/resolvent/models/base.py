@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..device import pick_device
 from ..errors import ConfigError
 from ..ops import linear_cross_entropy
+from ..ops.precision import at_least_float32
 from .config import ModelConfig, check_fields
 from .generation import Generation
 from .state import ModelState, named_tensors
@@ -78,7 +79,7 @@ class IntegratedModel(nn.Module, Generation):
             return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), backend=backend)
         logits = self.lm_head(hidden)
         if not torch.is_autocast_enabled(logits.device.type):
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = at_least_float32(logits)
         return logits
 
     def _start_position(self, state: ModelState | None, sequences: int, device: torch.device) -> Tensor:

@@ -25,11 +25,8 @@ class ModelConfig:
         """
         faults = self._type_faults()
         # Rules compare values, which makes sense only once their types are right.
-        faults = faults or self._faults()
-        if len(faults) == 1:
-            raise ConfigError(faults[0])
-        if faults:
-            raise ConfigError("\n  - ".join([f"{type(self).__name__} has {len(faults)} faults:", *faults]))
+        if faults := faults or self._faults():
+            raise ConfigError.of(self, faults)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary of all fields, nested configurations included; ``from_dict`` restores an equal object."""

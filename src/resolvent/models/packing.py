@@ -88,8 +88,9 @@ def check_tokens(input_ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"input_ids must be integers (int64 or int32), got {input_ids.dtype}")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids must have shape (batch, sequence) and hold a token, got {tuple(input_ids.shape)}")
-    # On CUDA a look at the values would stall the queue; the embedding's own device assertion guards there.
-    if input_ids.device.type == "cpu":
+    # On CUDA a look at the values would stall the queue, and a compiled graph has no place for it: there the embedding
+    # itself stands guard.
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         least, most = input_ids.aminmax()
         if least < 0 or most >= vocab_size:
             wrong = least if least < 0 else most

@@ -1,7 +1,5 @@
 """Saved models: a folder with ``config.json`` and ``model.safetensors``."""
 
-import json
-import os
 from pathlib import Path
 
 import torch
@@ -10,6 +8,7 @@ from safetensors.torch import load_file, save
 
 from ..device import pick_device
 from ..errors import CheckpointError, ConfigError
+from ..files import read_json, write_file, write_json
 from .base import IntegratedModel
 from .phases import PHASES
 
@@ -35,8 +34,8 @@ def save_model(model: IntegratedModel, directory: str | Path) -> None:
         del tensors[_TIED]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        _write(directory / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
+        write_file(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+        write_json(directory / CONFIG, description)
     except OSError as error:
         raise CheckpointError(f"cannot write the model to {directory}: {error}") from error
 
@@ -63,19 +62,10 @@ def load_model(directory: str | Path, device: torch.device | str | None = None) 
     return model.to(device).eval()
 
 
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
 def _read_description(path: Path) -> IntegratedModel:
     """The model that a configuration file describes, without its weights."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    model_type = values.pop("model_type", None) if isinstance(values, dict) else None
+    values = read_json(path)
+    model_type = values.pop("model_type", None)
     if model_type not in _TYPES:
         known = " or ".join(_TYPES)
         raise CheckpointError(f"{path} does not describe a resolvent model (model_type is {model_type!r}, not {known})")

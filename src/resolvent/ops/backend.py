@@ -22,6 +22,7 @@ BACKENDS = ("auto", "torch", "triton")
 calls: Counter[tuple[str, str]] = Counter()
 """How often each (operator, back end) ran in this process."""
 
+_library = torch.library.Library("resolvent", "FRAGMENT")
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {}
 _refusals: dict[tuple[str, str], Callable[..., str | None]] = {}
 _announced: set[tuple[str, str]] = set()
@@ -45,7 +46,6 @@ def register(
     return add
 
 
-@torch.compiler.assume_constant_result
 def implementation(
     operator: str, backend: str, device: torch.device, dtype: torch.dtype, *widths: int
 ) -> Callable[..., Any]:
@@ -57,12 +57,18 @@ def implementation(
     Raises:
         ConfigError: the back end is unknown, or was asked for by name and cannot serve this operator and these tensors.
     """
+    return _implementations[operator][_choose(operator, backend, device, dtype, *widths)]
+
+
+@torch.compiler.assume_constant_result
+def _choose(operator: str, backend: str, device: torch.device, dtype: torch.dtype, *widths: int) -> str:
+    """The back end that ``implementation`` shall use; a compiled graph decides once, when it is traced."""
     if backend not in BACKENDS:
         raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     chosen = "torch"
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
         obstacle = _obstacle(operator, device, dtype, *widths)
-        if obstacle is None:
+        if not obstacle:
             chosen = "triton"
         elif backend == "triton":
             raise ConfigError(f"backend='triton' cannot run {operator}: {obstacle}; use backend='auto' or 'torch'")
@@ -70,7 +76,22 @@ def implementation(
             _announced.add((operator, obstacle))
             _log.info("running the torch implementation of %s on %s: %s", operator, device, obstacle)
     calls[operator, chosen] += 1
-    return _implementations[operator][chosen]
+    return chosen
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: make a function of tensors, which changes none of them, the PyTorch operator ``resolvent::name``.
+
+    It is opaque to ``torch.compile``, which asks ``torch.library.register_fake`` and ``register_autograd`` about it.
+    This is ``torch.library.custom_op`` without the checks of every call, which cost more time than a kernel runs.
+    """
+
+    def add(function: Callable[..., Any]) -> Any:
+        _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.resolvent, name).default
+
+    return add
 
 
 def interpreting() -> bool:

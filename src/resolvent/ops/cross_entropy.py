@@ -65,7 +65,7 @@ def linear_cross_entropy(
     return total / (labels != ignore_index).sum()
 
 
-@torch.library.custom_op("resolvent::linear_cross_entropy", mutates_args=())
+@_backend.operator("linear_cross_entropy")
 def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -103,7 +103,7 @@ def _linear_cross_entropy(
     return total, grad_hidden, grad_table[:vocabulary].to(weight.dtype)
 
 
-@_linear_cross_entropy.register_fake
+@torch.library.register_fake("resolvent::linear_cross_entropy")
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -137,7 +137,7 @@ def _scale_gradients(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | No
     return *scaled, *[None] * 7
 
 
-_linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+torch.library.register_autograd("resolvent::linear_cross_entropy", _scale_gradients, setup_context=_keep_gradients)
 
 
 @_backend.register("softmax_cross_entropy", "torch")

@@ -13,6 +13,7 @@ Shapes: B batch, N sequence, H heads, K key width, V value width, S packed seque
 """
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -162,18 +163,20 @@ def _dissipative_memory_torch(
 ) -> tuple[Tensor, MemoryState]:
     batch, length = q.shape[:2]
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    if position is None:
-        position = torch.zeros(sequences, dtype=torch.long)
     if state is None:
         state = empty_state(sequences, q, v)
     if q.numel() == 0:
         return torch.zeros_like(v), state
     if length == 1 and cu_seqlens is None:
+        if position is None:
+            position = torch.zeros(sequences, dtype=torch.long)
         step = (q[:, 0], k[:, 0], v[:, 0], decay[:, 0], eta)
         readout, state = dissipative_memory_step(*step, state, position, consolidation)
         return readout.unsqueeze(1), state
     lengths = (length,) * batch if cu_seqlens is None else tuple(cu_seqlens.diff().tolist())
-    phases = tuple((position % consolidation.interval).tolist()) if consolidation else (0,) * len(lengths)
+    phases = (0,) * sequences
+    if consolidation is not None and position is not None:
+        phases = tuple((position % consolidation.interval).tolist())
     layout = _chunk_layout(lengths, phases, q.device)
     return _chunked_memory(layout, consolidation, q, k, v, decay, eta, state)
 
@@ -205,22 +208,27 @@ class _ChunkLayout:
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept for later calls must serve training, too
 def _chunk_layout(lengths: tuple[int, ...], phases: tuple[int, ...], device: torch.device) -> _ChunkLayout:
-    reach = torch.tensor(lengths) + torch.tensor(phases)
-    order = torch.argsort(reach, descending=True, stable=True)
-    rounds = -(-int(reach.max()) // CHUNK)
-    edges = torch.arange(rounds + 1) * CHUNK
-    active = [int((reach > edge).sum()) for edge in edges[:-1]]
-    full = [int((reach >= edge).sum()) for edge in edges[1:]]
-    first_chunk = torch.tensor([0, *active]).cumsum(0)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(lengths))
-
-    counts = torch.tensor(lengths)
-    sequence = torch.repeat_interleave(torch.arange(len(lengths)), counts)
-    place = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts)[sequence] + torch.tensor(phases)[sequence]
-    slots = (first_chunk[place // CHUNK] + rank[sequence]) * CHUNK + place % CHUNK
+    reach = [length + phase for length, phase in zip(lengths, phases, strict=True)]
+    order = sorted(range(len(reach)), key=lambda sequence: -reach[sequence])
+    rounds = -(-max(reach) // CHUNK)
+    active = _how_many_exceed([-(-r // CHUNK) for r in reach], rounds)
+    full = _how_many_exceed([r // CHUNK for r in reach], rounds)
+    first_chunk = torch.tensor([0, *itertools.accumulate(active)])
+    ranks = {sequence: rank for rank, sequence in enumerate(order)}
+    slots = []
+    for sequence, (length, phase) in enumerate(zip(lengths, phases, strict=True)):
+        place = torch.arange(phase, phase + length)
+        slots.append((first_chunk[place // CHUNK] + ranks[sequence]) * CHUNK + place % CHUNK)
     rectangle = len(set(lengths)) == 1 and lengths[0] % CHUNK == 0 and not any(phases)
-    return _ChunkLayout(slots.to(device), order.to(device), active, full, rectangle)
+    return _ChunkLayout(torch.cat(slots).to(device), torch.tensor(order).to(device), active, full, rectangle)
+
+
+def _how_many_exceed(counts: list[int], limit: int) -> list[int]:
+    """How many of the counts exceed 0, 1, ..., limit - 1."""
+    tally = [0] * (max(counts) + limit + 1)
+    for count in counts:
+        tally[count] += 1
+    return [len(counts) - fewer for fewer in itertools.accumulate(tally[:limit])]
 
 
 def _chunked_memory(

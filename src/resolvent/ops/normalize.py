@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import at_least_float32
+
 
 def unit_rms(x: Tensor, eps: float = 1e-5) -> Tensor:
     """``x / sqrt(mean(x²) + eps)`` over the last axis: (..., D) -> (..., D) in the dtype of x."""
@@ -21,7 +23,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rms: float, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = at_least_float32(x)
         inverse = torch.rsqrt(
             torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps)
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
+from .precision import at_least_float32, wide_dtype
 
 
 def gated_prefix_sum(
@@ -55,7 +56,7 @@ def gated_prefix_sum(
 def gated_prefix_sum_step(gates: Tensor, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token: gates, values (B, R), state float64 (B, R) -> c (B, R), at least float32, and the next state."""
     state = state + _terms(gates, values)
-    return state.to(_result_dtype(values)), state
+    return state.to(wide_dtype(values)), state
 
 
 def gated_prefix_sum_reference(gates: Tensor, values: Tensor, initial_state: Tensor | None = None) -> Tensor:
@@ -77,7 +78,7 @@ def _gated_prefix_sum_torch(
     if cu_seqlens is None:
         sums = state.unsqueeze(1) + sums
         final = sums[:, -1] if sums.shape[1] else state
-        return sums.to(_result_dtype(values)), final
+        return sums.to(wide_dtype(values)), final
     cu_seqlens = cu_seqlens.to(sums.device)
     # One sum over the whole row; each sequence then takes off what the row had reached before it.
     reached = torch.nn.functional.pad(sums[0], (0, 0, 1, 0))
@@ -85,14 +86,9 @@ def _gated_prefix_sum_torch(
     sequence = torch.searchsorted(cu_seqlens[1:], index, right=True)
     before = reached[cu_seqlens[:-1]]
     sums = state[sequence] + (reached[1:] - before[sequence])
-    return sums.unsqueeze(0).to(_result_dtype(values)), state + (reached[cu_seqlens[1:]] - before)
+    return sums.unsqueeze(0).to(wide_dtype(values)), state + (reached[cu_seqlens[1:]] - before)
 
 
 def _terms(gates: Tensor, values: Tensor) -> Tensor:
-    """``gates * values``, at least float32: half precision is for products of matrices, not for long sums."""
-    dtype = _result_dtype(values)
-    return gates.to(dtype) * values.to(dtype)
-
-
-def _result_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    values = at_least_float32(values)
+    return gates.to(values.dtype) * values

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from resolvent.errors import CheckpointError
+from resolvent.files import atomic_directory, read_json, write_json
 from resolvent.models import IntegratedModel, save_model
 from resolvent.training.average import Average
-from resolvent.training.files import atomic_directory, read_json, write_json
 from resolvent.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -125,10 +125,8 @@ class TrainingConfig:
                 self.model.validate()
             except ConfigError as error:
                 faults.append(f"model: {error}")
-        if len(faults) == 1:
-            raise ConfigError(faults[0])
         if faults:
-            raise ConfigError("\n  - ".join([f"TrainingConfig has {len(faults)} faults:", *faults]))
+            raise ConfigError.of(self, faults)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field, for JSON; `from_dict` restores an equal object."""

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Self, TextIO
 
+from resolvent.files import write_file
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -25,9 +27,7 @@ class MetricsLog:
     def __enter__(self) -> Self:
         if self._enabled:
             kept = [line for line in _complete_lines(self._path) if _is_kept(line, self._last_step)]
-            partial = self._path.with_name(f".{FILE_NAME}.partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(self._path)
+            write_file(self._path, "".join(kept).encode())
             self._file = open(self._path, "a", encoding="utf-8", buffering=1)
         return self
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from resolvent._version import __version__
 from resolvent.errors import CheckpointError, ConfigError
+from resolvent.files import read_json, write_json
 from resolvent.training.config import TrainingConfig
-from resolvent.training.files import read_json, write_json
 
 RUN_FILE = "training.json"
 

@@ -8,11 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resolvent import Phase1Config, Phase1IntegratedModel, create_phase1_model, get_phase1_preset
 
+from ...learning import moved_by_training, train
+from ..small import tokens
 from .conftest import SMALL, small_model
-
-
-def tokens(length=100, batch=2):
-    return torch.randint(0, 97, (batch, length))
 
 
 def test_the_model_has_the_named_parts():
@@ -54,59 +52,19 @@ def test_the_same_seed_gives_the_same_weights():
     "options", [{}, dict(ar_ssm_enabled=False), dict(htt_enabled=False), dict(ffn_rank=4), dict(dropout=0.1)]
 )
 def test_every_trainable_parameter_moves_within_a_few_steps(options):
-    model = create_phase1_model(**{**SMALL, **options}).train()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    for _ in range(4):
-        ids = tokens(80)
-        logits, penalty = model(ids, return_penalty=True)
-        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) + penalty
-        optimizer.zero_grad()
-        loss.backward()
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        optimizer.step()
-    for name, parameter in model.named_parameters():
-        assert not torch.equal(parameter, before[name]), name
-
-
-def test_gradients_match_finite_differences():
-    """The derivative of the loss along a random direction of all parameters, in float64."""
-    model, ids = small_model().double(), tokens(70)
-
-    def loss():
-        logits, penalty = model(ids, return_penalty=True)
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) + 100 * penalty
-
-    loss().backward()
-    direction = [torch.randn_like(p) for p in model.parameters()]
-    slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction, strict=True)).item()
-
-    @torch.no_grad()
-    def moved(step):
-        for p, d in zip(model.parameters(), direction, strict=True):
-            p.add_(d, alpha=step)
-        value = loss().item()
-        for p, d in zip(model.parameters(), direction, strict=True):
-            p.add_(d, alpha=-step)
-        return value
-
-    assert slope == pytest.approx((moved(1e-6) - moved(-1e-6)) / 2e-6, rel=1e-5)
+    model = create_phase1_model(**{**SMALL, **options})
+    assert moved_by_training(model, (tokens(80) for _ in range(4))) == {name for name, _ in model.named_parameters()}
 
 
 def test_it_learns_a_rule():
-    model = create_phase1_model(**{**SMALL, "vocab_size": 30}).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for step in range(60):
-        ids = torch.randint(0, 30, (8, 33)).sort(dim=1).values
-        model.update_rank_schedule(20 * step)
-        logits, penalty = model(ids[:, :-1], return_penalty=True)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        optimizer.zero_grad()
-        (loss + penalty).backward()
-        optimizer.step()
-        losses.append(loss.item())
+    model = create_phase1_model(**{**SMALL, "vocab_size": 30})
+
+    def batches():
+        for step in range(60):
+            model.update_rank_schedule(20 * step)
+            yield torch.randint(0, 30, (8, 33)).sort(dim=1).values
+
+    losses = train(model, batches(), lr=3e-3)
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -142,14 +100,9 @@ def test_the_rank_schedule_acts():
 
 
 def test_raising_the_rank_during_training_is_no_jump_and_full_rank_is_the_same_model():
-    model = create_phase1_model(**SMALL).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model, ids = create_phase1_model(**SMALL), tokens(60)
     model.update_rank_schedule(0)
-    for _ in range(3):
-        ids = tokens(60)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-        optimizer.step()
+    train(model, [ids] * 3, lr=1e-2)
     model.eval()
     assert model.rank == 4 and model.blocks[0].ar_ssm.out_proj.weight[:, :4].all()
     low = model(ids)

@@ -21,6 +21,7 @@ from ...layers import (
     TensorTrainEmbedding,
     ZetaEmbedding,
 )
+from ...ops.precision import wide_dtype
 from ..base import IntegratedModel
 from ..initialization import init_weights
 from ..packing import TokenBatch, positions, read_tokens
@@ -247,7 +248,7 @@ class Phase1IntegratedModel(IntegratedModel):
 
     def _penalty(self, gates: list[Tensor], like: Tensor) -> Tensor:
         """The mean gate of all layers, weighted; zero without layers that have gates, on the device of ``like``."""
-        means = [gate.mean(dtype=torch.promote_types(gate.dtype, torch.float32)) for gate in gates]
+        means = [gate.mean(dtype=wide_dtype(gate)) for gate in gates]
         mean = torch.stack(means).mean() if means else torch.zeros((), device=like.device)
         return self.config.ar_ssm_l1_regularization * mean
 

@@ -1,4 +1,4 @@
-"""Make Phase 2 models: from nothing, from a preset, from a configuration, or from single values."""
+"""Make Phase 2 models: from nothing, from a preset, a configuration or single values, or out of a Phase 1 model."""
 
 from typing import Any
 
@@ -6,7 +6,10 @@ import torch
 
 from ..base import check_single_origin, place, resolve_config
 from .config import Phase2Config, get_phase2_preset
+from .conversion import convert_phase1_to_phase2
 from .model import Phase2IntegratedModel
+
+__all__ = ["Phase2Config", "convert_phase1_to_phase2", "create_phase2_model", "get_phase2_preset"]
 
 
 def create_phase2_model(

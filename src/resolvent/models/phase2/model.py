@@ -113,11 +113,11 @@ class Phase2Block(nn.Module):
         x: Tensor,
         readout: Tensor | None,
         state: LayerState | None,
-        position: Tensor,
+        position: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, HebbianOutput, LayerState]:
-        """x (B, N, D), the previous block's read-out, the block's state and the sequences' positions (S,) ->
-        x, Γ (B, N, H), what the memory layer hands on, and the next state."""
+        """x (B, N, D), the previous block's read-out, the block's state and the sequences' positions (S,), if they read
+        before -> x, Γ (B, N, H), what the memory layer hands on, and the next state."""
         resolvent, memory, conv_tail, ar_ssm = state if state is not None else (None, None, None, None)
         features, gamma, resolvent = self.dissipative_bk(self.ln1(x), readout, resolvent, cu_seqlens)
         x = x + self.dropout(self.bk_proj(features.to(x.dtype)))
@@ -241,7 +241,7 @@ class Phase2IntegratedModel(IntegratedModel):
         x, readout, layers, traces = self.dropout(embedded), None, [], []
         for i, block in enumerate(self.blocks):
             before = state.layers[i] if state is not None else None
-            x, gamma, hebbian, layer = block(x, readout, before, position, batch.cu_seqlens)
+            x, gamma, hebbian, layer = block(x, readout, before, position if state else None, batch.cu_seqlens)
             readout = hebbian.readout
             layers.append(layer)
             if diagnostics is not None:

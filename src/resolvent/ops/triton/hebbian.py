@@ -32,6 +32,8 @@ from ..consolidation import Consolidation
 from ..hebbian import CHUNK, MemoryState
 
 _TINY = tl.constexpr(1e-20)
+_LEAST = tl.constexpr(1e-35)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _PRECISION = tl.constexpr("tf32x3")  # of float32 products
 _WIDEST_HEAD = 128
 _LAUNCH = {
@@ -139,7 +141,7 @@ def _square(keys, values, K, V):
 
 @triton.jit
 def _decays(high, low, place, C: tl.constexpr, HALF: tl.constexpr):
-    """The cumulative decay L of a chunk, in two floats: ``exp(-L)``, ``exp(L - L_C)``, and L itself."""
+    """The cumulative decay L of a chunk, as ``_sum_decays`` left it: ``exp(-L)``, ``exp(L - L_C)``, and L itself."""
     slots = place * C + tl.arange(0, C)
     cumulative, total = tl.load(high + slots), tl.load(high + place * C + C - 1)
     rest = tl.zeros_like(cumulative)
@@ -147,7 +149,7 @@ def _decays(high, low, place, C: tl.constexpr, HALF: tl.constexpr):
     if not HALF:
         rest += tl.load(low + slots)
         to_end += rest - tl.load(low + place * C + C - 1)
-    return tl.exp(-cumulative), tl.exp(to_end), cumulative, rest
+    return tl.exp2(-cumulative), tl.exp2(to_end), cumulative, rest
 
 
 @triton.jit
@@ -157,12 +159,14 @@ def _decay_between(high, low, C: tl.constexpr, HALF: tl.constexpr):
     between = high[None, :] - high[:, None]
     if not HALF:
         between += low[None, :] - low[:, None]
-    return tl.exp(tl.where(later, between, float("-inf")))
+    return tl.exp2(tl.where(later, between, float("-inf")))
 
 
 @triton.jit
 def _sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
+    # 1 / y is rsqrt(y)²: two instructions, where a division takes eight.
+    root = tl.rsqrt(1 + tl.exp2(-(x * _LOG2_E)))
+    return root * root
 
 
 @triton.jit
@@ -171,47 +175,50 @@ def _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, size):
     scale = tl.rsqrt(tl.sum(memory * memory) / size + _TINY)
     keep = _sigmoid(tl.abs(memory) * (scale / temperature) - threshold / temperature)
     strength = (gamma_boost - 1) * forgetting
-    return scale, keep, strength, tl.exp(strength * (keep - 1))
+    return scale, keep, strength, tl.exp2((strength * _LOG2_E) * (keep - 1))
 
 
 @triton.jit
-def _rotate(basis, x, mean_square, HALF: tl.constexpr):
-    """``basis @ x``. Divided by its rms, x is held by float16 as well as by tf32, and its product costs half as much."""
-    if HALF:
-        rotated = tl.dot(basis, (x * tl.rsqrt(mean_square)).to(tl.float16)) * tl.sqrt(mean_square)
-    else:
-        rotated = tl.dot(basis, x, input_precision=_PRECISION)
-    return rotated
+def _unit_rms(x, size, tiny):
+    """x divided by its rms, and the rms."""
+    mean_square = tl.sum(x * x) / size + tiny
+    inverse = tl.rsqrt(mean_square)
+    return x * inverse, mean_square * inverse
 
 
 @triton.jit
-def _resonate(memory, basis, sharpness, bias, energy, K, V, HALF: tl.constexpr):
-    """Modes of a memory, their energies relative to the mean, that mean, the gate, and the memory's mean square."""
-    mean_square = tl.sum(memory * memory) / (K * V) + _TINY
-    modes = _rotate(tl.trans(basis), memory, mean_square, HALF)
-    mean = mean_square * V  # of the energies: the basis is orthonormal
-    relative = tl.sum(modes * modes, 1) / mean
-    return modes, relative, mean, _sigmoid(sharpness * (relative - energy) + bias), mean_square
+def _rotate(basis, x):
+    """``basis @ x``: numbers of unit rms are held by float16 as well as by tf32, whose products cost twice as much."""
+    return tl.dot(basis, x.to(basis.dtype), input_precision=_PRECISION)
+
+
+@triton.jit
+def _resonate(memory, basis, sharpness, bias, energy, K, V):
+    """Modes of a memory in units of its rms, their energies relative to the mean, the gate, and the rms."""
+    unit, rms = _unit_rms(memory, K * V, _TINY)
+    modes = _rotate(tl.trans(basis), unit)
+    relative = tl.sum(modes * modes, 1) / V  # the basis is orthonormal: the mean energy of unit rms is V
+    return modes, relative, _sigmoid(sharpness * (relative - energy) + bias), rms
 
 
 @triton.jit
 def _consolidate(
     memory, writes, forgetting, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy, K, V,
-    SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
+    SNR: tl.constexpr, RESONANCE: tl.constexpr,
 ):  # fmt: skip
     if SNR:
         _, keep, _, survival = _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, K * V)
         memory = memory * survival + (eta_boost - 1) * (keep * writes)
     if RESONANCE:
-        modes, _, _, gate, mean_square = _resonate(memory, basis, sharpness, bias, energy, K, V, HALF)
-        memory = _rotate(basis, gate[:, None] * modes, mean_square, HALF)
+        modes, _, gate, rms = _resonate(memory, basis, sharpness, bias, energy, K, V)
+        memory = _rotate(basis, gate[:, None] * modes) * rms
     return memory
 
 
 @triton.jit
 def _consolidate_back(
     grad, memory, writes, forgetting, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy,
-    K, V, BK: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
+    K, V, BK: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the memory, the writes, Γ̄, and of the sharpness and the bias by mode."""
     grad_sharpness, grad_bias = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
@@ -221,14 +228,16 @@ def _consolidate_back(
         filtered = memory
         if SNR:
             filtered = memory * survival + (eta_boost - 1) * (keep * writes)
-        modes, relative, mean, gate, _ = _resonate(filtered, basis, sharpness, bias, energy, K, V, HALF)
-        grad_modes = _rotate(tl.trans(basis), grad, tl.sum(grad * grad) / (K * V) + _TINY, HALF)
-        grad_bias = tl.sum(grad_modes * modes, 1) * gate * (1 - gate)
+        modes, relative, gate, rms = _resonate(filtered, basis, sharpness, bias, energy, K, V)
+        unit, grad_rms = _unit_rms(grad, K * V, _LEAST)
+        grad_modes = _rotate(tl.trans(basis), unit)
+        grad_bias = tl.sum(grad_modes * modes, 1) * (gate * (1 - gate) * (grad_rms * rms))
         grad_sharpness = grad_bias * (relative - energy)
         grad_relative = sharpness * grad_bias
-        grad_energy = (grad_relative - tl.sum(grad_relative * relative) / K) / mean
-        grad_modes = grad_modes * gate[:, None] + modes * (2 * grad_energy)[:, None]
-        grad = _rotate(basis, grad_modes, tl.sum(grad_modes * grad_modes) / (K * V) + _TINY, HALF)
+        grad_energy = (grad_relative - tl.sum(grad_relative * relative) / K) * (2 / (V * rms))
+        grad_modes = grad_modes * (gate * grad_rms)[:, None] + modes * grad_energy[:, None]
+        unit, grad_rms = _unit_rms(grad_modes, K * V, _LEAST)
+        grad = _rotate(basis, unit) * grad_rms
     if SNR:
         direct = grad * survival
         grad_exponent = direct * memory
@@ -251,7 +260,8 @@ _LENGTHS = ["heads"]  # no new kernel for another shape
 def _sum_decays(
     decay, segments, chunks, high, low, totals, decay_token, decay_head, heads, C: tl.constexpr, HALF: tl.constexpr
 ):
-    """Add up the decays of every chunk, in float64 and into two floats: their differences shall be exact, too."""
+    """Add up the decays of every chunk, in float64 and into two floats: their differences shall be exact, too. They are
+    in bits, for exp2 is an instruction and exp is several; the totals are not."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     segment, i = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
     tokens = tl.load(segments + 6 * segment + 2) + i * C + tl.arange(0, C)
@@ -260,7 +270,7 @@ def _sum_decays(
     place = chunk * heads + head
     tl.store(totals + place, tl.sum(given, 0).to(tl.float32))
     # What is left after 40 is nothing in float32; smaller sums keep more digits.
-    cumulative = tl.cumsum(tl.minimum(given, 40.0), 0)
+    cumulative = tl.cumsum(tl.minimum(given, 40.0), 0) * _LOG2_E
     rounded, slots = cumulative.to(tl.float32), place * C + tl.arange(0, C)
     tl.store(high + slots, rounded)
     if not HALF:
@@ -335,7 +345,7 @@ def _walk(
             if ((since_boundary + i + 1) * C % interval == 0) & (slot + (i + 1) * C <= end):
                 memory = _consolidate(
                     memory, writes, forgetting, modes, steepness, offset, threshold, temperature, gamma_boost,
-                    eta_boost, energy, K, V, SNR, RESONANCE, HALF,
+                    eta_boost, energy, K, V, SNR, RESONANCE,
                 )  # fmt: skip
                 writes = tl.zeros_like(writes)
                 forgetting = 0.0
@@ -422,7 +432,7 @@ def _walk_back(
                     wrote += writes * kept
                 grad, grad_writes, grad_forgetting, one_sharpness, one_bias = _consolidate_back(
                     grad, memory * kept + written, wrote, forgetting, modes, steepness, offset,
-                    threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK, SNR, RESONANCE, HALF,
+                    threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK, SNR, RESONANCE,
                 )  # fmt: skip
                 sum_sharpness += one_sharpness
                 sum_bias += one_bias
@@ -778,7 +788,7 @@ def _dissipative_memory_triton(
     return readout, MemoryState(memory, *kept)
 
 
-@torch.library.custom_op("resolvent::memory", mutates_args=())
+@_backend.operator("memory")
 def _memory(
     q: Tensor,
     k: Tensor,
@@ -817,7 +827,7 @@ def _memory(
     return outputs
 
 
-@_memory.register_fake
+@torch.library.register_fake("resolvent::memory")
 def _(
     q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, cu_seqlens, interval, snr, energy,
     save,
@@ -850,7 +860,7 @@ def _room(
     )
 
 
-@torch.library.custom_op("resolvent::memory_backward", mutates_args=())
+@_backend.operator("memory_backward")
 def _memory_backward(
     grad_readout: Tensor,
     grad_memory: Tensor | None,
@@ -898,7 +908,7 @@ def _memory_backward(
     return outputs
 
 
-@_memory_backward.register_fake
+@torch.library.register_fake("resolvent::memory_backward")
 def _(
     grad_readout, grad_memory, grad_writes, grad_forgetting, q, k, v, decay, eta, writes, basis, sharpness, bias, before,
     writes_before, forgetting_before, position, cu_seqlens, interval, snr, energy,
@@ -976,4 +986,4 @@ def _gradient(
     return *grads, None, None, None, None, None, None
 
 
-_memory.register_autograd(_gradient, setup_context=_keep_for_gradient)
+torch.library.register_autograd("resolvent::memory", _gradient, setup_context=_keep_for_gradient)

@@ -24,12 +24,17 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     _sync(target.parent)
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file under a temporary name, and rename it once it is on disk."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, and rename it once it is on disk."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_bytes(content)
     _sync(partial)
     partial.replace(path)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object as `write_file` does."""
+    write_file(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

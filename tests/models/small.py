@@ -1,0 +1,45 @@
+"""Small models whose weights are large, so that nothing they do is lost in rounding."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from resolvent import Phase1State, Phase2State, create_phase1_model, create_phase2_model
+from resolvent.models import IntegratedModel
+from resolvent.models.state import ModelState
+
+
+@dataclass(frozen=True)
+class SmallPhase:
+    """A phase at a size for tests.
+
+    Attributes:
+        create: its factory.
+        sizes: what the factory is called with.
+        spread: standard deviation of what is added to every weight.
+        state: type of its states.
+    """
+
+    create: Callable[..., Any]
+    sizes: dict[str, Any]
+    spread: float
+    state: type[ModelState]
+
+    def model(self, spread: float | None = None, **options: Any) -> IntegratedModel:
+        """A model in evaluation mode; ``spread`` and options replace the phase's own."""
+        model = self.create(**{**self.sizes, **options})
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * (self.spread if spread is None else spread))
+        return model.eval()
+
+
+SIZES = dict(vocab_size=97, d_model=48, n_layers=3, n_seq=64, num_heads=3, dropout=0.0, device="cpu")
+PHASE1 = SmallPhase(create_phase1_model, {**SIZES, "ar_ssm_max_rank": 8, "htt_rank": 6}, 0.15, Phase1State)
+PHASE2 = SmallPhase(create_phase2_model, {**SIZES, "head_dim": 16}, 0.3, Phase2State)
+
+
+def tokens(length: int = 100, batch: int = 2) -> torch.Tensor:
+    """Random tokens of a small model's vocabulary."""
+    return torch.randint(0, SIZES["vocab_size"], (batch, length))
