@@ -27,7 +27,7 @@ def test_version(resolvent: Resolvent):
     assert resolvent("--version") == (0, f"resolvent {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "convert", "presets"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "convert", "presets", "benchmark"])
 def test_help_teaches_by_an_example(resolvent: Resolvent, command: str):
     outcome = resolvent(command, "--help")
     assert outcome.code == 0
@@ -37,12 +37,17 @@ def test_help_teaches_by_an_example(resolvent: Resolvent, command: str):
 def test_help_lists_the_commands(resolvent: Resolvent):
     for arguments in (["--help"], []):
         text = resolvent(*arguments).out
-        assert all(command in text for command in ("train", "generate", "evaluate", "convert", "presets"))
+        assert all(command in text for command in ("train", "generate", "evaluate", "convert", "presets", "benchmark"))
 
 
 def test_help_does_not_wait_for_torch():
     code = "import sys, resolvent.cli.app; sys.exit(any(name in sys.modules for name in ('torch', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "resolvent", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"resolvent {__version__}\n"
 
 
 def test_every_setting_is_an_option(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch):
