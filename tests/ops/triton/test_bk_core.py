@@ -13,6 +13,8 @@ if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU: see test_bk_core_cuda.py", allow_module_level=True)
 from resolvent.ops.triton import bk_core
 
+triton, tl = bk_core.triton, bk_core.tl
+
 from .chains import STRONG, WEAK, chain, check, relative, run, states
 
 
@@ -210,3 +212,40 @@ def test_compiles_without_a_graph_break(form):
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     for a, b in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
         assert relative(a, b) <= 1e-6
+
+
+@triton.jit
+def _join_pairs(first, second, joined, PAIRS: tl.constexpr):
+    """Corners (6, PAIRS) of blocks and of the next ones, as those of both together."""
+    lane = tl.arange(0, PAIRS)
+    a, b = (), ()
+    for i in tl.static_range(6):
+        a, b = (*a, tl.load(first + i * PAIRS + lane)), (*b, tl.load(second + i * PAIRS + lane))
+    both = bk_core._join(*a, *b)
+    for i in tl.static_range(6):
+        tl.store(joined + i * PAIRS + lane, both[i])
+
+
+def test_joining_blocks_composes_their_maps():
+    """The interpreter scans from left to right, a GPU joins any two neighbours: every corner of a join must be right."""
+
+    def corners(length):
+        alpha = torch.complex(torch.randn(16, length), -torch.rand(16, length) - 0.1).to(torch.complex128)
+        hops = torch.ones(length - 1)
+        inverse = torch.linalg.inv(torch.diag_embed(alpha) + torch.diag(hops, 1) + torch.diag(hops, -1))
+        return torch.stack([inverse[:, -1, -1], inverse[:, 0, 0], inverse[:, 0, -1] ** 2])
+
+    def image(block, g):
+        p, q, t = block
+        return p + t * g / (1 - q * g)
+
+    def as_rows(block):
+        return torch.view_as_real(block).permute(0, 2, 1).float().contiguous()  # real and imaginary parts in turn
+
+    first, second = corners(3), corners(4)
+    joined = torch.empty(3, 2, 16)
+    _join_pairs[(1,)](as_rows(first), as_rows(second), joined, 16)
+    joined = torch.view_as_complex(joined.permute(0, 2, 1).contiguous().double())
+    for g in (0.3 + 0.2j, -1 + 0.5j):
+        expected = image(second, image(first, torch.tensor(g, dtype=torch.complex128)))
+        assert relative(image(joined, g), expected) <= 1e-5

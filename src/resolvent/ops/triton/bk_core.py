@@ -331,7 +331,7 @@ def _join(p1_re, p1_im, q1_re, q1_im, t1_re, t1_im, p2_re, p2_im, q2_re, q2_im, 
     once = _times(q2, p1)
     u = _reciprocal((1.0 - once[0], -once[1]))  # the sum over all reflections between the two
     ut = _times(u, t2)
-    return _plus(p2, _times(ut, p1)) + _plus(q1, _times(_times(u, q2), t1)) + _times(ut, t1)
+    return _plus(p2, _times(ut, p1)) + _plus(q1, _times(_times(u, q2), t1)) + _times(_times(u, ut), t1)
 
 
 @triton.jit
