@@ -150,8 +150,8 @@ class Bench:
 
     def _clear(self) -> None:
         """Nobody shall pay for what the one before left behind."""
-        torch.compiler.reset()
         gc.collect()
         if self.device.type == "cuda":
+            torch.compiler.reset()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -22,7 +22,9 @@ def benchmark(
         str | None,
         typer.Option(metavar="SECTION[,SECTION]", help="Of operators, training, memory, decoding.", show_default="all"),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, for a minute: does it run?")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes, whose figures mean nothing: does it run?")
+    ] = False,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all figures to FILE, too.")
     ] = None,
@@ -34,8 +36,8 @@ def benchmark(
     """Measure speed and memory beside peers, after checking that what is measured is right.
 
     Peers are attention (PyTorch's SDPA), a Transformer of the same size with a compiled training step and a CUDA-graph
-    decoder, and flash-linear-attention where it is installed. On CUDA, all of it takes about six minutes, most of which
-    is compilation; a section alone takes one or two.
+    decoder, and flash-linear-attention where it is installed. On CUDA it takes minutes, most of them for compilation;
+    choose sections with --only. Without CUDA, sizes are small and float32.
 
     Reading the tables: [bold]times better[/bold] compares with the best peer, [bold]% of limit[/bold] with the time
     that the bytes (MB) or the arithmetic (GFLOP) would take at the speed of a large copy or a large product of matrices
