@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,13 +24,15 @@ from typing import Annotated, Any
 import psutil
 import torch
 import typer
-from peers import GPT
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from resolvent import Phase2Config, Phase2IntegratedModel, create_phase2_model, get_phase2_preset
+from resolvent.benchmark import memory
+from resolvent.benchmark.memory import peak_resident_bytes
+from resolvent.benchmark.peers import GPT
 
 OURS, TRANSFORMER = "resolvent", "GPT"
 MODELS = (OURS, TRANSFORMER)
@@ -163,11 +162,6 @@ def peak_memory(name: str, preset: str, length: int, threads: int) -> int:
     return peak_resident_bytes() - before
 
 
-def peak_resident_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def start_over_keeping_freed_memory() -> None:
     """glibc reads its settings when a process starts."""
     settings = KEEP_FREED_MEMORY | SHORT_SPIN
@@ -176,10 +170,10 @@ def start_over_keeping_freed_memory() -> None:
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """In one whose allocator is as it comes."""
     for name in KEEP_FREED_MEMORY:
         os.environ.pop(name, None)
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    return memory.in_fresh_process(function, *arguments)
 
 
 # -------------------------------------------------------------------------------------------------- generation

@@ -27,7 +27,7 @@ def test_version(resolvent: Resolvent):
     assert resolvent("--version") == (0, f"resolvent {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "convert", "presets"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "convert", "presets", "benchmark"])
 def test_help_teaches_by_an_example(resolvent: Resolvent, command: str):
     outcome = resolvent(command, "--help")
     assert outcome.code == 0
@@ -37,7 +37,7 @@ def test_help_teaches_by_an_example(resolvent: Resolvent, command: str):
 def test_help_lists_the_commands(resolvent: Resolvent):
     for arguments in (["--help"], []):
         text = resolvent(*arguments).out
-        assert all(command in text for command in ("train", "generate", "evaluate", "convert", "presets"))
+        assert all(command in text for command in ("train", "generate", "evaluate", "convert", "presets", "benchmark"))
 
 
 def test_help_does_not_wait_for_torch():
@@ -45,12 +45,17 @@ def test_help_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "resolvent", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"resolvent {__version__}\n"
+
+
 def test_every_setting_is_an_option(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = resolvent("train", "--help").out
     for field in dataclasses.fields(TrainingConfig):
         if field.name != "model":
-            assert f"--{field.name.replace('_', '-')} " in text, field.name
+            assert f"{field.metadata.get('option', '--' + field.name.replace('_', '-'))} " in text, field.name
 
 
 def test_options_reach_the_run(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
@@ -180,6 +185,8 @@ def test_stopping_before_the_run_began_offers_nothing_to_resume(
         (["--set", "vocab_size=9"], "--tokenizer"),
         (["--resume", "x", "--steps", "3"], "--steps"),
         (["--resume", "x", "--set", "n_layers=3"], "--set"),
+        (["--resume", "x", "--steps", "1000"], "--steps"),
+        (["--resume", "x", "--from", "y"], "--from"),
         (["--frobnicate"], "--frobnicate"),
     ],
 )
@@ -200,6 +207,7 @@ def test_wrong_usage_is_exit_code_2(resolvent: Resolvent, arguments: list[str], 
         (["train", "--set", "d_modell=3"], "d_modell"),
         (["train", "--tokenizer", "missing.json"], "missing.json"),
         (["train", "--resume", "missing"], "missing holds no training run"),
+        (["train", "--from", "missing"], "missing holds no model"),
         (["evaluate", "missing"], "missing holds no model"),
         (["generate", "missing"], "missing holds no model"),
     ],

@@ -57,6 +57,32 @@ def test_conversion_keeps_the_function_and_shows_what_became_of_every_tensor(
     assert scores[0]["bits_per_byte"] == pytest.approx(scores[1]["bits_per_byte"], abs=1e-5)
 
 
+def test_a_converted_model_writes_and_is_trained_on(
+    resolvent: Resolvent, phase1_run: Path, tmp_path: Path, text_file: Path
+):
+    out, run = tmp_path / "out", tmp_path / "run"
+    assert f"Train it on: resolvent train --from {out}" in resolvent("convert", phase1_run, out).out
+    written = [resolvent("generate", d, "--prompt", "Rhyme", "--temperature", 0) for d in (phase1_run, out)]
+    assert written[0].code == 0 and written[0] == written[1]
+    options = ["--data", text_file, "--out", run, "--steps", 30, "--seq-len", 64, "--batch-size", 2, "--device", "cpu"]
+    outcome = resolvent("train", "--from", out, *options)
+    assert outcome.code == 0, outcome.err
+    assert f"Phase 2, from {out}: " in outcome.out
+    scores = [json.loads(resolvent("evaluate", d, "--data", text_file, "--json").out) for d in (out, run)]
+    assert scores[1]["bits_per_byte"] < scores[0]["bits_per_byte"]
+    assert resolvent("generate", run, "--max-new-tokens", 5).code == 0
+    assert "from step 30 of 30" in resolvent("train", "--resume", run).out
+
+
+def test_from_names_all_that_the_saved_model_decides(resolvent: Resolvent, phase1_run: Path, tmp_path: Path):
+    given = ["--phase", 2, "--preset", "tiny", "--set", "d_model=16", "--tokenizer", "bytes", "--vocab-size", 300]
+    outcome = resolvent("train", "--from", phase1_run, "--out", tmp_path / "run", *given)
+    assert outcome.code == 2
+    told = " ".join(outcome.err.replace("│", " ").split())
+    assert "leave out --phase, --preset, --tokenizer, --vocab-size, --set" in told
+    assert not (tmp_path / "run").exists()
+
+
 def test_conversion_as_json_and_by_seed(resolvent: Resolvent, phase1_run: Path, tmp_path: Path):
     report = json.loads(resolvent("convert", phase1_run, tmp_path / "a", "--json").out)
     assert {tensor["status"] for tensor in report["tensors"]} == {"copied", "new"}

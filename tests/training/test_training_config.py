@@ -4,6 +4,7 @@ import json
 import pytest
 
 from resolvent.errors import ConfigError
+from resolvent.models.phase1 import get_phase1_preset
 from resolvent.models.phase2 import Phase2Config, get_phase2_preset
 from resolvent.training import TrainingConfig
 
@@ -39,6 +40,14 @@ def test_a_single_fault_is_one_line():
         TrainingConfig(steps=-3).validate()
 
 
+def test_a_saved_model_leaves_nothing_else_to_say_of_the_model():
+    TrainingConfig(start_from="runs/old").validate()
+    given = dict(phase=1, preset=None, model=get_phase1_preset("tiny"), tokenizer="bpe", vocab_size=300)
+    with pytest.raises(ConfigError, match=r"leave out phase, preset, model, tokenizer, vocab_size$"):
+        TrainingConfig(start_from="runs/old", **given).validate()
+    assert TrainingConfig(start_from="runs/old").run_dir.as_posix() == "runs/from-old"
+
+
 @pytest.mark.parametrize("preset_and_model", [(None, None), ("tiny", get_phase2_preset("tiny"))])
 def test_one_of_preset_and_model_is_needed(preset_and_model: tuple[str | None, Phase2Config | None]):
     preset, model = preset_and_model
@@ -60,6 +69,7 @@ def test_faults_of_the_model_are_reported_too():
         TrainingConfig(),
         TrainingConfig(warmup_steps=3, data="text.txt", schedule="wsd"),
         TrainingConfig(preset=None, model=get_phase2_preset("tiny")),
+        TrainingConfig(start_from="runs/old"),
     ],
 )
 def test_the_round_trip_through_json_is_equal(config: TrainingConfig):

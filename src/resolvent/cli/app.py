@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from resolvent._version import __version__
+from resolvent.cli.benchmark import benchmark
 from resolvent.cli.convert import convert
 from resolvent.cli.evaluate import evaluate
 from resolvent.cli.generate import generate
@@ -20,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: resolvent train --out runs/first --steps 300",
 )
-for command in (train, generate, evaluate, convert, presets):
+for command in (train, generate, evaluate, convert, presets, benchmark):
     app.command(no_args_is_help=False)(command)
 
 

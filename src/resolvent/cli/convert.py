@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resolvent.cli.loading import Directory, load_trained, run_of
+from resolvent.cli.loading import Directory
+from resolvent.training.trained import load_trained, run_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +60,9 @@ def convert(
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
-        _show(report, Console())
+        console = Console()
+        _show(report, console)
+        console.print(f"Train it on: resolvent train --from {out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _config(phase1: "Phase1Config", assignments: list[str], keep_tensor_train: bool) -> "Phase2Config":

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from resolvent.cli.loading import Device, Directory, load_trained, run_of
+from resolvent.cli.loading import Device, Directory
+from resolvent.training.trained import load_trained, run_of
 
 
 def evaluate(

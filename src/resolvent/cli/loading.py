@@ -1,48 +1,11 @@
-"""What `generate` and `evaluate` have in common."""
+"""Parameters that several commands have in common."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from resolvent.models import IntegratedModel
 
 Directory = Annotated[
     Path, typer.Argument(metavar="DIR", help="Run folder, or a checkpoint in it.", show_default=False)
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
-
-
-def run_of(directory: Path) -> Path:
-    """The run folder that a directory is, or that its checkpoint belongs to."""
-    return directory.parent.parent if directory.parent.name == "checkpoints" else directory
-
-
-def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokenizer]":
-    """A model and its tokenizer.
-
-    Raises:
-        CheckpointError: there is no model, or it does not fit the tokenizer.
-        DataError: there is no tokenizer.
-    """
-    from resolvent.data import load_tokenizer
-    from resolvent.device import pick_device
-    from resolvent.errors import CheckpointError
-    from resolvent.models import load_model
-
-    if not (directory / "config.json").exists():
-        raise CheckpointError(
-            f"{directory} holds no model: there is no config.json in it. `resolvent train` saves one with every "
-            "checkpoint and at the end"
-        )
-    model = load_model(directory, device=pick_device(device))
-    tokenizer = load_tokenizer(run_of(directory))
-    if tokenizer.get_vocab_size() != model.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer in {run_of(directory)} has {tokenizer.get_vocab_size()} tokens, the model "
-            f"{model.vocab_size}: they are not of the same run"
-        )
-    return model, tokenizer

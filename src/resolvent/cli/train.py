@@ -5,12 +5,13 @@ import inspect
 import json
 import signal
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resolvent.training.config import RUN, TEXT, TrainingConfig
+from resolvent.training.config import RUN, SAVED_WITH_A_MODEL, TEXT, TrainingConfig
 from resolvent.training.record import RUN_FILE
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def _with_settings(command: Any) -> Any:
         rules, kind = field.metadata, typing.cast(Any, field.type)
         if "help" in rules:
             option = typer.Option(
+                *filter(None, [rules.get("option")]),
                 help=rules["help"],
                 rich_help_panel=rules["group"],
                 metavar=rules.get("metavar"),
@@ -42,6 +44,7 @@ def _with_settings(command: Any) -> Any:
 
 @_with_settings
 def train(
+    context: typer.Context,
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Go on with the run in DIR.", rich_help_panel=RUN)
     ] = None,
@@ -57,16 +60,20 @@ def train(
 
     Example: [bold]resolvent train --data novel.txt --tokenizer bpe --vocab-size 2048 --out runs/novel[/bold]
     """
+    config = TrainingConfig(**settings)
     if resume is not None:
-        _refuse_beside_resume(settings, change)
+        settled = [name for name in settings if name != "device"]
+        _refuse(context, [*settled, "change"], "--resume", "the run keeps its settings")
+    elif config.start_from is not None:
+        settled = [*SAVED_WITH_A_MODEL, "change"]
+        _refuse(context, settled, "--from", "the model brings its sizes and its tokenizer along")
     elif change:
-        settings |= {"model": _changed_preset(settings["phase"], settings["preset"], change), "preset": None}
+        config.model, config.preset = _changed_preset(config.phase, str(config.preset), change), None
     from rich.console import Console
 
     from resolvent import training
 
     console = Console()
-    config = TrainingConfig(**settings)
     run_dir = resume or config.run_dir
     try:
         if resume is not None:
@@ -86,13 +93,13 @@ def _say(console: "Console", text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _refuse_beside_resume(settings: dict[str, Any], change: list[str] | None) -> None:
-    """A resumed run keeps its settings; only the device may be another."""
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
-    given = [name for name, value in settings.items() if value != defaults[name] and name != "device"]
-    if given or change:
-        options = ", ".join([f"--{name.replace('_', '-')}" for name in given] + ["--set"] * bool(change))
-        raise typer.BadParameter(f"the run keeps its settings; leave out {options}", param_hint="--resume")
+def _refuse(context: typer.Context, settled: Iterable[str], beside: str, reason: str) -> None:
+    """Name all options that were given beside one that has settled them."""
+    names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in settled}
+    given = [names[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        raise typer.BadParameter(f"{reason}; leave out {', '.join(given)}", param_hint=beside)
 
 
 def _changed_preset(phase: int, preset: str, assignments: list[str]) -> "Phase1Config | Phase2Config":

@@ -44,7 +44,8 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         d_model: width D.
         max_rank: channels R.
         gate_hidden_dim: hidden width of the gate.
-        bounded: read the sum through that bound; otherwise as it is.
+        bounded: read the sum through that bound; False for the plain formula, which breaks down on texts longer than
+            those of training (docs/conversion.md has figures).
         backend: ``auto``, ``torch`` or ``triton``.
     """
 

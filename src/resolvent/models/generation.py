@@ -1,13 +1,19 @@
 """Writing text: sampling from any model that streams with a state."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .decoding import CapturedStep
+
 PREFILL = 2048
 """Tokens of a prompt that are read at once: long prompts need no more memory than this many."""
+
+
+WORTH_CAPTURING = 64
+"""Tokens from which on it pays to capture the step as a CUDA graph."""
 
 
 class StreamingModel(Protocol):
@@ -69,6 +75,7 @@ class Generation:
         self.eval()
         try:
             hidden, state = _prefill(self, input_ids, attention_mask, state)
+            step = _stepper(self, state, max_new_tokens)
             done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
             for remaining in range(max_new_tokens, 0, -1):
                 token = sample(self.lm_head(hidden).float(), temperature, top_k, top_p, generator)
@@ -78,8 +85,7 @@ class Generation:
                 yield token
                 if remaining == 1 or (eos_token_id is not None and done.all()):
                     return
-                hidden, state = self.hidden_states(token.unsqueeze(1), state=state)
-                hidden = hidden[:, -1]
+                hidden = step(token)
         finally:
             self.train(was_training)
 
@@ -121,6 +127,19 @@ def _prefill(model: StreamingModel, input_ids: Tensor, mask: Tensor | None, stat
         hidden, state = model.hidden_states(piece, state=state)
     assert hidden is not None
     return hidden[:, -1], state
+
+
+def _stepper(model: StreamingModel, state: Any, tokens: int) -> Callable[[Tensor], Tensor]:
+    """What reads one token of every sequence, (B,), after another, each time for the hidden states (B, D)."""
+    if state.device.type == "cuda" and tokens >= WORTH_CAPTURING:
+        return CapturedStep(model, state)
+
+    def step(token: Tensor) -> Tensor:
+        nonlocal state
+        hidden, state = model.hidden_states(token.unsqueeze(1), state=state)
+        return hidden[:, -1]
+
+    return step
 
 
 def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -56,6 +56,10 @@ class TokenBatch:
         """Number of sequences S."""
         return self.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
+    def advance(self, position: Tensor) -> Tensor:
+        """Where the sequences stand after these tokens: tokens read, before and after, (S,)."""
+        return position + (self.shape[1] if self.cu_seqlens is None else self.cu_seqlens.diff())
+
     def restore(self, x: Tensor) -> Tensor:
         """Results for the tokens as they were given: zero where there was padding."""
         return x if self.unpadded is None else self.unpadded.restore(x, self.shape)

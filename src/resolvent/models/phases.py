@@ -24,3 +24,8 @@ PHASES = {
     1: Phase(Phase1Config, Phase1IntegratedModel, create_phase1_model, get_phase1_preset, tuple(PHASE1_PRESETS)),
     2: Phase(Phase2Config, Phase2IntegratedModel, create_phase2_model, get_phase2_preset, tuple(PHASE2_PRESETS)),
 }
+
+
+def phase_of(model: IntegratedModel) -> int:
+    """The number of a model's phase."""
+    return next(number for number, phase in PHASES.items() if isinstance(model, phase.model))

@@ -25,7 +25,8 @@ class ModelState:
     """State of a model for B sequences: differentiable, movable, and of a size that does not depend on what was read.
 
     Attributes:
-        position: tokens that each sequence has read, int64 (B,); on the CPU, where Python reads it without waiting.
+        position: tokens that each sequence has read, int64 (B,); on the CPU, where Python reads it without waiting,
+            but for steps that are captured as a graph.
         layers: one state a block, a named tuple of tensors and of such tuples.
     """
 
@@ -59,6 +60,14 @@ class ModelState:
     def to(self, device: torch.device | str) -> Self:
         """The state with its layers on another device."""
         return type(self)(self.position, self._map_layers(lambda x: x.to(device)))
+
+    def with_position_on(self, device: torch.device) -> Self:
+        """The state with its position where the kernels read it, and Python does not."""
+        return type(self)(self.position.to(device), self.layers)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, always in the same order."""
+        return list(self._tensors().values())
 
     def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> Self:
         """The state of some sequences, in the order asked for."""

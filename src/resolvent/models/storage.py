@@ -10,12 +10,13 @@ from ..device import pick_device
 from ..errors import CheckpointError, ConfigError
 from ..files import read_json, write_file, write_json
 from .base import IntegratedModel
-from .phases import PHASES
+from .phases import PHASES, phase_of
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
-_TYPES = {f"resolvent_phase{number}": phase for number, phase in PHASES.items()}
+_TYPE = "resolvent_phase{}"
+_TYPES = {_TYPE.format(number): phase for number, phase in PHASES.items()}
 _TIED = "lm_head.weight"
 """A head that is the token embedding's table has no copy of its own in the file."""
 
@@ -27,7 +28,7 @@ def save_model(model: IntegratedModel, directory: str | Path) -> None:
         CheckpointError: the folder cannot be written.
     """
     directory = Path(directory)
-    model_type = next(name for name, phase in _TYPES.items() if isinstance(model, phase.model))
+    model_type = _TYPE.format(phase_of(model))
     description = {"model_type": model_type, "format_version": FORMAT_VERSION, **model.config.to_dict()}
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
     if model.tied:

@@ -65,7 +65,8 @@ def dissipative_memory(
         initial_state: memory at the start, one row a sequence; empty if not given.
         position: tokens that each sequence has read before, integer (B,) or (S,): where its next boundary lies.
         cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1. Python reads both
-            ``position`` and ``cu_seqlens``: on the CPU it need not wait for the device.
+            ``position`` and ``cu_seqlens``: on the CPU it need not wait for the device. Only the ``position`` of single
+            tokens (N = 1) is read where the tensors are.
         consolidation: what acts at the boundaries; None for a plain decaying memory.
         backend: ``auto``, ``torch`` or ``triton``.
 
@@ -117,7 +118,9 @@ def dissipative_memory_step(
         return readout, MemoryState(memory, writes, forgetting)
     state = MemoryState(memory, keep * writes + write, forgetting + decay.to(dtype))
     boundary = (position + 1) % consolidation.interval == 0
-    return readout, _consolidate_where(boundary, state, consolidation) if boundary.any() else state
+    if boundary.device.type == "cpu" and not boundary.any():  # elsewhere a look at it would have to wait
+        return readout, state
+    return readout, _consolidate_where(boundary, state, consolidation)
 
 
 def dissipative_memory_reference(

@@ -26,7 +26,7 @@ def setting(default: Any, group: str, help: str, **rules: Any) -> Any:
         default: the default.
         group: heading that it belongs to.
         help: what it is for.
-        rules: `at_least`, `above`, `at_most`, `below`: bounds; `metavar`, `default_text`: how help shows it.
+        rules: `at_least`, `above`, `at_most`, `below`: bounds; `option`, `metavar`, `default_text`: how help shows it.
     """
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **rules})
 
@@ -35,7 +35,9 @@ def setting(default: Any, group: str, help: str, **rules: Any) -> Any:
 class TrainingConfig:
     """Everything that decides the outcome of a training run; `training.json` in the run folder keeps it.
 
-    A `model` configuration may take the place of the preset (then None); its `vocab_size` is the tokenizer's.
+    A `model` configuration may take the place of the preset (then None); its `vocab_size` is the tokenizer's. A saved
+    model, `start_from`, takes the place of all that describes a model, tokenizer included; these fields then keep their
+    defaults. Its rank schedule is behind it: it trains with all its channels.
     """
 
     out: str | None = setting(
@@ -50,6 +52,14 @@ class TrainingConfig:
     )
     preset: str | None = setting("tiny", TEXT, "Size of the model; `resolvent presets` lists them.", metavar="NAME")
     model: "Phase1Config | Phase2Config | None" = None
+    start_from: str | None = setting(
+        None,
+        TEXT,
+        "Start from the model in DIR: its sizes, weights and tokenizer; the rest of the run is new.",
+        option="--from",
+        metavar="DIR",
+        default_text="fresh weights",
+    )
     data: str | None = setting(
         None,
         TEXT,
@@ -97,8 +107,12 @@ class TrainingConfig:
     @property
     def run_dir(self) -> Path:
         """The run folder, the default worked out."""
+        if self.out is not None:
+            return Path(self.out)
+        if self.start_from is not None:
+            return Path("runs") / f"from-{Path(self.start_from).name}"
         name = self.preset or "model"
-        return Path(self.out if self.out is not None else f"runs/{name if self.phase == 2 else f'phase1-{name}'}")
+        return Path("runs") / (name if self.phase == 2 else f"phase1-{name}")
 
     @property
     def warmup(self) -> int:
@@ -116,7 +130,11 @@ class TrainingConfig:
             ConfigError: lists all faults at once, each with field and value.
         """
         faults = [fault for field in dataclasses.fields(self) for fault in _faults(field, getattr(self, field.name))]
-        if (self.preset is None) == (self.model is None):
+        if self.start_from is not None:
+            saved = (field for field in dataclasses.fields(self) if field.name in SAVED_WITH_A_MODEL)
+            if given := [field.name for field in saved if getattr(self, field.name) != field.default]:
+                faults.append(f"start_from brings a model and its tokenizer along: leave out {', '.join(given)}")
+        elif (self.preset is None) == (self.model is None):
             faults.append(f"one of preset and model must be None, got {self.preset!r} and {self.model!r}")
         if self.model is not None:
             if type(self.model).__name__ != f"Phase{self.phase}Config":
@@ -152,6 +170,9 @@ class TrainingConfig:
             fields["model"] = PHASES[phase].config.from_dict(fields["model"])
         return cls(**fields)
 
+
+SAVED_WITH_A_MODEL = ("phase", "preset", "model", "tokenizer", "vocab_size")
+"""Fields that `start_from` takes the place of."""
 
 _BOUNDS = {
     "at_least": (operator.ge, ">="),

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from resolvent.data import load_tokenizer, save_tokenizer
 from resolvent.device import pick_device
@@ -20,11 +21,12 @@ from resolvent.training.checkpoint import latest_checkpoint
 from resolvent.training.config import TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus
 from resolvent.training.record import read_run, write_run
+from resolvent.training.trained import load_trained
 from resolvent.training.trainer import Trainer, TrainingResult
 
 
 def train(config: TrainingConfig, *, console: Console | None = None) -> TrainingResult:
-    """Train a model from its beginning.
+    """Train a model, fresh or saved, from the first step of a new run.
 
     Args:
         config: the run.
@@ -32,27 +34,35 @@ def train(config: TrainingConfig, *, console: Console | None = None) -> Training
 
     Raises:
         ConfigError: faults of the configuration, or a run folder that is in use.
+        CheckpointError: there is no model to start from.
         DataError: text or tokenizer that cannot be used.
         NonFiniteError: the loss or its gradient is not finite.
         TrainingInterrupted: SIGINT or SIGTERM, after saving a checkpoint.
     """
     config.validate()
     run_dir = config.run_dir
-    _model_config(config)  # an unknown preset shall not wait for the data
     if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
         raise ConfigError(
             f"the run folder {run_dir} is not empty: continue its run with --resume {run_dir}, "
             "or choose another one with --out"
         )
-    config = dataclasses.replace(config, data=_absolute(config.data), validation_data=_absolute(config.validation_data))
+    config = dataclasses.replace(
+        config,
+        data=_absolute(config.data),
+        validation_data=_absolute(config.validation_data),
+        start_from=_absolute(config.start_from),
+    )
+    tokenizer = _saved_tokenizer(config)
     accelerator = _accelerator(config)
     console = _console(console, accelerator)
-    corpus = load_corpus(config, progress=console.is_terminal)
+    corpus = load_corpus(config, tokenizer, progress=console.is_terminal)
     model = _initial_model(config, corpus, accelerator)
     trainer = Trainer(config, accelerator, corpus, model, console)
     accelerator.wait_for_everyone()  # nobody writes before everybody has found the folder empty
     if accelerator.is_main_process:
         save_tokenizer(corpus.tokenizer, run_dir)
+        if config.start_from is not None:
+            trainer.save()  # the run resumes whatever becomes of the folder it started from
         write_run(run_dir, config, corpus.fingerprint)  # last: from here on the run can be resumed
     return trainer.run()
 
@@ -95,12 +105,25 @@ def resume(
     return trainer.run()
 
 
+def _saved_tokenizer(config: TrainingConfig) -> Tokenizer | None:
+    """The tokenizer of the model to start from; None for the configuration's own.
+
+    What no run can start from, a missing model or an unknown preset, shall not wait for the data.
+    """
+    if config.start_from is not None:
+        return load_trained(Path(config.start_from), "cpu")[1]
+    _model_config(config)
+    return None
+
+
 def _model_config(config: TrainingConfig) -> Phase1Config | Phase2Config:
     return config.model if config.model is not None else PHASES[config.phase].preset(str(config.preset))
 
 
 def _initial_model(config: TrainingConfig, corpus: Corpus, accelerator: Accelerator) -> IntegratedModel:
-    """Every process makes the same weights, from the seed."""
+    """A saved model, or fresh weights, the same in every process, from the seed."""
+    if config.start_from is not None:
+        return load_trained(Path(config.start_from), "cpu")[0].to(accelerator.device)
     torch.manual_seed(config.seed)
     vocab_size = corpus.tokenizer.get_vocab_size()
     create = PHASES[config.phase].create

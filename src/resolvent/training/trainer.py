@@ -18,6 +18,7 @@ from resolvent.errors import CheckpointError, ResolventError
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.language import document_tokens, sum_of_nats
 from resolvent.models import IntegratedModel, save_model
+from resolvent.models.phases import phase_of
 from resolvent.training.average import Average
 from resolvent.training.checkpoint import Standing, load_optimizer, load_standing, save_checkpoint
 from resolvent.training.config import TrainingConfig
@@ -134,7 +135,8 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.raw_model.update_rank_schedule(step)
+        if config.start_from is None:  # fewer channels of a saved model would be another function
+            self.raw_model.update_rank_schedule(step)
         loss, grad_norm = self._gradient(step)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(
@@ -231,18 +233,17 @@ class Trainer:
         self.display.validation(self.standing.step, score)
         return score
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Write a checkpoint, and the weights into the run folder, which so is ready for use at any time."""
+        keep = self.config.keep_checkpoints
+        save_checkpoint(self.run_dir, self.raw_model, self.raw_optimizer, self.standing, keep=keep)
+        save_model(self.raw_model, self.run_dir)
+
+    def _save(self) -> None:
+        """Save, by the first process alone, after the metrics."""
         if self.accelerator.is_main_process:
             self.metrics.sync()
-            save_checkpoint(
-                self.run_dir,
-                self.raw_model,
-                self.raw_optimizer,
-                self.standing,
-                keep=self.config.keep_checkpoints,
-            )
-            save_model(self.raw_model, self.run_dir)
+            self.save()
         self.accelerator.wait_for_everyone()
 
     def _introduce(self) -> None:
@@ -250,9 +251,10 @@ class Trainer:
         config, train, held_out = self.config, self.corpus.train, self.corpus.validation
         precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
         epochs = config.steps * self.tokens_per_step / train.num_predictions
+        origin = f"from {config.start_from}" if config.start_from else config.preset or "own configuration"
         start = f"from step {self.standing.step:,} of" if self.standing.step else "for"
         self.display.say(
-            f"Model     Phase {config.phase}, {config.preset or 'own configuration'}: "
+            f"Model     Phase {phase_of(self.raw_model)}, {origin}: "
             f"{self.raw_model.num_parameters():,} parameters, {precision} on {self.device}\n"
             f"Text      {train.num_bytes:,} bytes in {train.num_documents:,} document(s) to learn from, "
             f"{held_out.num_bytes:,} in {held_out.num_documents:,} held out\n"

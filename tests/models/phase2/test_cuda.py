@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from resolvent.models import generation
+
 from .conftest import small_model
 
 pytestmark = pytest.mark.gpu
@@ -56,6 +58,16 @@ def test_streaming_moving_and_generating():
     assert torch.equal(
         there.generate(ids.cuda(), 30, temperature=0).cpu()[:, :160], here.generate(ids, 30, temperature=0)[:, :160]
     )
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_captured_step_writes_what_single_steps_write(kernels, monkeypatch):
+    _, there = pair(**({} if kernels else {"backend": "torch"}))
+    prompts, mask = torch.randint(0, 97, (3, 50), device="cuda"), torch.ones(3, 50, device="cuda")
+    mask[1, :21] = 0  # rows reach their boundaries at different steps
+    captured = there.generate(prompts, 150, temperature=0, attention_mask=mask)
+    monkeypatch.setattr(generation, "WORTH_CAPTURING", 1000)
+    assert torch.equal(there.generate(prompts, 150, temperature=0, attention_mask=mask), captured)
 
 
 def test_a_training_step_waits_for_nothing():

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from resolvent.errors import ConfigError
 from resolvent.ops import backend, effective_diagonal, resolvent_diagonal, resolvent_diagonal_reference
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU: see test_bk_core_cuda.py", allow_module_level=True)
 from resolvent.ops.triton import bk_core
@@ -213,3 +214,40 @@ def test_compiles_without_a_graph_break(form):
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     for a, b in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
         assert relative(a, b) <= 1e-6
+
+
+@triton.jit
+def _join_pairs(first, second, joined, PAIRS: tl.constexpr):
+    """Matrices (8, PAIRS) of blocks and of the next ones, as those of both together."""
+    lane = tl.arange(0, PAIRS)
+    a, b = (), ()
+    for i in tl.static_range(8):
+        a, b = (*a, tl.load(first + i * PAIRS + lane)), (*b, tl.load(second + i * PAIRS + lane))
+    both = bk_core._join(*a, *b)
+    for i in tl.static_range(8):
+        tl.store(joined + i * PAIRS + lane, both[i])
+
+
+def test_joining_blocks_composes_their_maps():
+    """The interpreter scans from left to right, a GPU joins any two neighbours: every entry of a join must be right."""
+
+    def matrices(length):
+        alpha = torch.complex(torch.randn(length, 16), -torch.rand(length, 16) - 0.1).to(torch.complex128)
+        product = torch.eye(2).to(alpha.dtype)
+        for site in alpha:
+            step = torch.stack([0 * site, 1 + 0 * site, -1 + 0 * site, site], -1).unflatten(-1, (2, 2))
+            product = step @ product
+        return product
+
+    def as_rows(matrix):
+        entries = torch.view_as_real(matrix.flatten(-2)).flatten(-2)  # real and imaginary parts in turn
+        return entries.T.float().contiguous()
+
+    first, second = matrices(3), matrices(4)
+    rows = torch.empty(8, 16)
+    _join_pairs[(1,)](as_rows(first), as_rows(second), rows, 16)
+    joined = torch.view_as_complex(rows.T.double().unflatten(-1, (4, 2)).contiguous()).unflatten(-1, (2, 2))
+    factor = joined[:, :1, :1] / (second @ first)[:, :1, :1]
+    assert relative(joined, factor * (second @ first)) <= 1e-5
+    largest = torch.view_as_real(joined).abs().amax((1, 2, 3))
+    assert ((largest >= 1) & (largest < 2)).all()

@@ -76,7 +76,8 @@ class Phase1Config(ModelConfig):
     rank_warmup_steps: int = 1000
     """training steps in which the rank rises from its least to its most"""
     ar_ssm_bounded: bool = True
-    """let the semiseparable layers read their sum through ``c / sqrt(1 + c²)``; False reads it as it is"""
+    """let the semiseparable layers read their sum through ``c / sqrt(1 + c²)``, which keeps what was learned on texts
+    longer than those of training; False is the plain formula"""
     backend: str = "auto"
     """operators run on: auto, torch or triton"""
 

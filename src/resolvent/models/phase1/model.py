@@ -237,7 +237,7 @@ class Phase1IntegratedModel(IntegratedModel):
         hidden = self.ln_f(x)
         if diagnostics is not None:
             self._diagnose(diagnostics, traces, embedded, hidden, batch)
-        return batch.restore(hidden), Phase1State(position + batch.lengths, tuple(layers))
+        return batch.restore(hidden), Phase1State(batch.advance(position), tuple(layers))
 
     def state_shapes(self) -> list[list[tuple[int, ...]]]:
         return [block.state_shapes() for block in self._blocks]

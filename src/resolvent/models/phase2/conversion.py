@@ -114,7 +114,8 @@ def convert_phase1_to_phase2(
         phase2_config: the configuration; None for the sizes of the source. It is not changed. Its ``htt_rank`` decides
             what becomes of a tensor-train embedding: that of the source carries it over, None makes it a table.
         copy_compatible_weights: False makes a fresh model of the configuration that conversion would use.
-        freeze_phase1_weights: exclude from training exactly what was copied.
+        freeze_phase1_weights: exclude from training exactly what was copied. This holds for the object alone: it is
+            no part of the model, and one that was saved and loaded again trains as a whole.
 
     Raises:
         ConfigError: the configuration's sizes are not those of the Phase 1 model, which then could not be preserved;

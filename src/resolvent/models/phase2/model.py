@@ -250,7 +250,7 @@ class Phase2IntegratedModel(IntegratedModel):
 
         if diagnostics is not None:
             self._diagnose(diagnostics, traces, embedded, hidden, batch)
-        return batch.restore(hidden), Phase2State(position + batch.lengths, tuple(layers))
+        return batch.restore(hidden), Phase2State(batch.advance(position), tuple(layers))
 
     def state_shapes(self) -> list[list[tuple[int, ...]]]:
         return [block.state_shapes() for block in self._blocks]

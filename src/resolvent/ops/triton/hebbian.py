@@ -1,11 +1,12 @@
 r"""Triton kernels of the dissipative Hebbian memory (see ``ops.hebbian`` for the mathematics), forward and backward.
 
 A program holds the memory of one head of one sequence in registers and walks over chunks of 64 tokens with it: inside a
-chunk a masked ``QKᵀ``, between chunks the state, at the boundaries the consolidation. Four kernels:
+chunk a masked ``QKᵀ``, between chunks the state, at the boundaries the consolidation. Its kernels:
 
 * ``_walk``: reads, writes and consolidates, forwards. For training it leaves the memory before every chunk.
 * ``_walk_back``: carries the gradient of the memory backwards, and leaves it after every chunk.
 * ``_chunk_gradients``: with both at hand all chunks are independent, and give the gradients of q, k, v and the decay.
+* ``_step``: one token of every sequence, for generation.
 * ``_chain``: where few heads meet a long sequence and nothing is consolidated, the memory is linear in its past. The
   sequence is cut into segments that walk at the same time from an empty memory; this kernel joins their ends, and the
   segments walk once more from what came before them.
@@ -31,6 +32,8 @@ from .. import backend as _backend
 from ..consolidation import Consolidation
 from ..hebbian import CHUNK, MemoryState
 
+_kernel: Any = triton.jit  # what it makes is launched on a grid, which no type of a function allows
+
 _TINY = tl.constexpr(1e-20)
 _LEAST = tl.constexpr(1e-35)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -39,12 +42,12 @@ _WIDEST_HEAD = 128
 _LAUNCH = {
     "narrow": {
         "walk": dict(num_warps=4, num_stages=3),
-        "walk_back": dict(num_warps=4, num_stages=3),
+        "walk_back": dict(num_warps=4, num_stages=2, STAGES=2),
         "chunk_gradients": dict(num_warps=4, num_stages=1),
     },
     "wide": {
         "walk": dict(num_warps=8, num_stages=2),
-        "walk_back": dict(num_warps=8, num_stages=2),
+        "walk_back": dict(num_warps=8, num_stages=1, STAGES=1),
         "chunk_gradients": dict(num_warps=8, num_stages=1),
     },
 }
@@ -102,7 +105,7 @@ def _on(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-def _layout_of(q: Tensor, position: Tensor, cu_seqlens: Tensor | None, interval: int) -> _Layout:
+def _layout_of(q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, interval: int) -> _Layout:
     batch, length, heads = q.shape[:3]
     lengths = (length,) * batch if cu_seqlens is None else tuple(cu_seqlens.diff().tolist())
     phases = (0,) * len(lengths)
@@ -120,26 +123,26 @@ def _layout_of(q: Tensor, position: Tensor, cu_seqlens: Tensor | None, interval:
 # --------------------------------------------------------------------------------------------- what the kernels share
 
 
-@triton.jit
+@_kernel
 def _tile(pointer, stride, rows, columns, inside, width):
     """Rows of a tensor whose columns are neighbours, zero outside: [rows, columns]."""
     mask = inside[:, None] & (columns < width)[None, :]
     return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@_kernel
 def _store_tile(pointer, stride, rows, columns, inside, width, x):
     mask = inside[:, None] & (columns < width)[None, :]
     tl.store(pointer + rows[:, None] * stride + columns[None, :], x, mask=mask)
 
 
-@triton.jit
+@_kernel
 def _square(keys, values, K, V):
     """Places and mask of a (K, V) matrix in memory."""
     return keys[:, None] * V + values[None, :], (keys < K)[:, None] & (values < V)[None, :]
 
 
-@triton.jit
+@_kernel
 def _decays(high, low, place, C: tl.constexpr, HALF: tl.constexpr):
     """The cumulative decay L of a chunk, as ``_sum_decays`` left it: ``exp(-L)``, ``exp(L - L_C)``, and L itself."""
     slots = place * C + tl.arange(0, C)
@@ -152,7 +155,7 @@ def _decays(high, low, place, C: tl.constexpr, HALF: tl.constexpr):
     return tl.exp2(-cumulative), tl.exp2(to_end), cumulative, rest
 
 
-@triton.jit
+@_kernel
 def _decay_between(high, low, C: tl.constexpr, HALF: tl.constexpr):
     """``exp(L_s - L_t)`` for s <= t, zero elsewhere: [t, s]."""
     later = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
@@ -162,14 +165,14 @@ def _decay_between(high, low, C: tl.constexpr, HALF: tl.constexpr):
     return tl.exp2(tl.where(later, between, float("-inf")))
 
 
-@triton.jit
+@_kernel
 def _sigmoid(x):
     # 1 / y is rsqrt(y)²: two instructions, where a division takes eight.
     root = tl.rsqrt(1 + tl.exp2(-(x * _LOG2_E)))
     return root * root
 
 
-@triton.jit
+@_kernel
 def _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, size):
     """``1 / rms``, ``p``, the strength ``(gamma_boost - 1) Γ̄`` and the survival (see ``ops.consolidation``)."""
     scale = tl.rsqrt(tl.sum(memory * memory) / size + _TINY)
@@ -178,7 +181,7 @@ def _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, size):
     return scale, keep, strength, tl.exp2((strength * _LOG2_E) * (keep - 1))
 
 
-@triton.jit
+@_kernel
 def _unit_rms(x, size, tiny):
     """x divided by its rms, and the rms."""
     mean_square = tl.sum(x * x) / size + tiny
@@ -186,13 +189,13 @@ def _unit_rms(x, size, tiny):
     return x * inverse, mean_square * inverse
 
 
-@triton.jit
+@_kernel
 def _rotate(basis, x):
     """``basis @ x``: numbers of unit rms are held by float16 as well as by tf32, whose products cost twice as much."""
     return tl.dot(basis, x.to(basis.dtype), input_precision=_PRECISION)
 
 
-@triton.jit
+@_kernel
 def _resonate(memory, basis, sharpness, bias, energy, K, V):
     """Modes of a memory in units of its rms, their energies relative to the mean, the gate, and the rms."""
     unit, rms = _unit_rms(memory, K * V, _TINY)
@@ -201,7 +204,7 @@ def _resonate(memory, basis, sharpness, bias, energy, K, V):
     return modes, relative, _sigmoid(sharpness * (relative - energy) + bias), rms
 
 
-@triton.jit
+@_kernel
 def _consolidate(
     memory, writes, forgetting, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy, K, V,
     SNR: tl.constexpr, RESONANCE: tl.constexpr,
@@ -215,7 +218,7 @@ def _consolidate(
     return memory
 
 
-@triton.jit
+@_kernel
 def _consolidate_back(
     grad, memory, writes, forgetting, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy,
     K, V, BK: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr,
@@ -256,7 +259,7 @@ def _consolidate_back(
 _LENGTHS = ["heads"]  # no new kernel for another shape
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@_kernel(do_not_specialize=_LENGTHS)
 def _sum_decays(
     decay, segments, chunks, high, low, totals, decay_token, decay_head, heads, C: tl.constexpr, HALF: tl.constexpr
 ):
@@ -277,7 +280,7 @@ def _sum_decays(
         tl.store(low + slots, (cumulative - rounded.to(tl.float64)).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@_kernel(do_not_specialize=_LENGTHS)
 def _walk(
     q, k, v, high, low, totals, eta, segments, initial, initial_writes, initial_forgetting, basis, sharpness, bias,
     readout, final, final_writes, final_forgetting, before, writes_before, forgetting_before,
@@ -358,7 +361,7 @@ def _walk(
         tl.store(final_forgetting + row, total_decay)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@_kernel(do_not_specialize=_LENGTHS)
 def _walk_back(
     q, k, v, high, low, totals, eta, segments, grad_readout, grad_final, grad_final_writes, grad_final_forgetting,
     initial_writes, basis, sharpness, bias, before, writes_before, forgetting_before,
@@ -367,7 +370,7 @@ def _walk_back(
     threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SAVE: tl.constexpr, SAVED_WRITES: tl.constexpr, STATE: tl.constexpr, FINAL: tl.constexpr, SNR: tl.constexpr,
-    RESONANCE: tl.constexpr, HALF: tl.constexpr,
+    RESONANCE: tl.constexpr, HALF: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk back over a segment with the gradient of the memory of a head.
 
@@ -401,13 +404,17 @@ def _walk_back(
     q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
     grad_readout += head * V
     count = tl.where(end > start, tl.cdiv(end - slot, C), 0).to(tl.int32)
-    for j in range(0, count):
+    for j in tl.range(0, count, num_stages=STAGES):
         i = count - 1 - j
         tokens = slot + i * C + tl.arange(0, C)
         inside = (tokens >= start) & (tokens < end)
         query = _tile(q, q_token, tokens, keys, inside, K)
         upstream = _tile(grad_readout, heads * V, tokens, values, inside, V)
         place = (chunk + i) * heads + head
+        if CONSOLIDATE:
+            key = _tile(k, k_token, tokens, keys, inside, K)
+            value = _tile(v, v_token, tokens, values, inside, V)
+            forgetting = tl.load(forgetting_before + place)
         from_start, to_end, _, _ = _decays(high, low, place, C, HALF)
         total = tl.load(totals + place)
         kept = tl.exp(-total)
@@ -418,20 +425,17 @@ def _walk_back(
             writes = tl.zeros([BK, BV], tl.float32)
             if SAVED_WRITES:
                 writes += tl.load(writes_before + place * K * V + square, mask=in_square, other=0.0).to(tl.float32)
-            elif STATE:
+            elif STATE:  # noqa: SIM102 (this branch is taken when the kernel is compiled, the next when it runs)
                 if i == 0:
                     writes += tl.load(initial_writes + row * K * V + square, mask=in_square, other=0.0)
             if ((since_boundary + i + 1) * C % interval == 0) & (slot + (i + 1) * C <= end):
-                key = _tile(k, k_token, tokens, keys, inside, K)
-                value = _tile(v, v_token, tokens, values, inside, V)
                 key = (key * (rate * to_end)[:, None]).to(value.dtype)
                 written = tl.dot(tl.trans(key), value, input_precision=_PRECISION)
-                forgetting = tl.load(forgetting_before + place) + total
                 wrote = written
                 if SAVED_WRITES or STATE:
                     wrote += writes * kept
                 grad, grad_writes, grad_forgetting, one_sharpness, one_bias = _consolidate_back(
-                    grad, memory * kept + written, wrote, forgetting, modes, steepness, offset,
+                    grad, memory * kept + written, wrote, forgetting + total, modes, steepness, offset,
                     threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK, SNR, RESONANCE,
                 )  # fmt: skip
                 sum_sharpness += one_sharpness
@@ -461,7 +465,7 @@ def _walk_back(
         tl.store(grad_bias + row, tl.sum(sum_bias))
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@_kernel(do_not_specialize=_LENGTHS)
 def _chunk_gradients(
     q, k, v, high, low, totals, eta, segments, chunks, grad_readout, before, grad_written, grad_total,
     grad_q, grad_k, grad_v, grad_decay, grad_eta,
@@ -519,7 +523,52 @@ def _chunk_gradients(
     tl.store(grad_decay + tokens * heads + head, of_decay, mask=inside)
 
 
-@triton.jit(do_not_specialize=["heads", "size"])
+@_kernel(do_not_specialize=_LENGTHS)
+def _step(
+    q, k, v, decay, eta, memory, writes, forgetting, position, basis, sharpness, bias,
+    readout, new_memory, new_writes, new_forgetting,
+    q_row, q_head, k_row, k_head, v_row, v_head, decay_row, decay_head,
+    threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """One token of a head of a sequence."""
+    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    keys, values = tl.arange(0, BK), tl.arange(0, BV)
+    square, in_square = _square(keys, values, K, V)
+    row = sequence * heads + head
+    query = tl.load(q + sequence * q_row + head * q_head + keys, mask=keys < K, other=0.0).to(tl.float32)
+    key = tl.load(k + sequence * k_row + head * k_head + keys, mask=keys < K, other=0.0).to(tl.float32)
+    value = tl.load(v + sequence * v_row + head * v_head + values, mask=values < V, other=0.0).to(tl.float32)
+    forgot = tl.load(decay + sequence * decay_row + head * decay_head).to(tl.float32)
+    kept = tl.exp(-forgot)
+    written = (key * tl.load(eta + head))[:, None] * value[None, :]
+    state = tl.load(memory + row * K * V + square, mask=in_square, other=0.0) * kept + written
+    answer = tl.sum(state * query[:, None], 0)
+    tl.store(readout + row * V + values, answer.to(readout.dtype.element_ty), mask=values < V)
+    if SNR or RESONANCE:
+        wrote = tl.load(writes + row * K * V + square, mask=in_square, other=0.0) * kept + written
+        forgetting_now = tl.load(forgetting + row) + forgot
+        if (tl.load(position + sequence) + 1) % interval == 0:
+            modes, steepness, offset = tl.zeros([BK, BK], tl.float32), 0.0, 0.0
+            if RESONANCE:
+                modes += _tile(basis, K, keys, keys, keys < K, K)
+                steepness += tl.load(sharpness + head)
+                offset += tl.load(bias + head)
+            if HALF:
+                modes = modes.to(tl.float16)
+            state = _consolidate(
+                state, wrote, forgetting_now, modes, steepness, offset, threshold, temperature, gamma_boost, eta_boost,
+                energy, K, V, SNR, RESONANCE,
+            )  # fmt: skip
+            wrote = tl.zeros_like(wrote)
+            forgetting_now = 0.0
+        tl.store(new_writes + row * K * V + square, wrote, mask=in_square)
+        tl.store(new_forgetting + row, forgetting_now)
+    tl.store(new_memory + row * K * V + square, state, mask=in_square)
+
+
+@_kernel(do_not_specialize=["heads", "size"])
 def _chain(
     ends, decay, first_segment, start, starts, last, heads, size,
     BLOCK: tl.constexpr, START: tl.constexpr, REVERSE: tl.constexpr,
@@ -567,25 +616,17 @@ class _Call:
         snr: list[float],
         energy: float,
     ):
-        consolidates = len(snr) > 0 or basis is not None
-        self.layout = _layout_of(q, position, cu_seqlens, interval if consolidates else 0)
-        (*_, self.heads, key), value = q.shape, v.shape[-1]
+        self.layout = _layout_of(q, position, cu_seqlens, interval)
+        self.heads = q.shape[2]
         self.tokens = [_rows(x.to(_product_dtype(q, k, v))) for x in (q, k, v)]
         self.eta = eta.float().contiguous()
         self.modes = [x if x is None else x.float().contiguous() for x in (basis, sharpness, bias)]
         self.strides = [stride for x in self.tokens for stride in x.stride()[:2]]
-        self.constants = (*(snr or (0.0, 1.0, 1.0, 1.0)), energy, interval)
-        self.sizes: dict[str, Any] = dict(
-            K=key,
-            V=value,
-            BK=max(16, triton.next_power_of_2(key)),
-            BV=max(16, triton.next_power_of_2(value)),
-            C=CHUNK,
-            HALF=self.tokens[0].dtype != torch.float32,
-        )
+        self.constants = _constants(snr, energy, interval)
+        self.sizes: dict[str, Any] = dict(_sizes(q, k, v), C=CHUNK)
         self.mechanisms = dict(SNR=len(snr) > 0, RESONANCE=basis is not None)
         self.segments = len(self.layout.segments)
-        self.launch = _LAUNCH["narrow" if max(key, value) <= 64 else "wide"]
+        self.launch = _LAUNCH["narrow" if max(self.sizes["K"], self.sizes["V"]) <= 64 else "wide"]
         self.decays = self._sums_of(decay)
 
     def _sums_of(self, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -735,6 +776,20 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 or x.stride(-1) == 1 else x.contiguous()
 
 
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """What every kernel is compiled for: the widths of a head, padded to what products take, and their precision."""
+    key, value = q.shape[-1], v.shape[-1]
+    padded = (max(16, triton.next_power_of_2(width)) for width in (key, value))
+    return dict(
+        zip(("K", "V", "BK", "BV"), (key, value, *padded), strict=True), HALF=_product_dtype(q, k, v) != torch.float32
+    )
+
+
+def _constants(snr: list[float], energy: float, interval: int) -> tuple[float | int, ...]:
+    """The numbers of the consolidation, as the kernels take them."""
+    return *(snr or (0.0, 1.0, 1.0, 1.0)), energy, interval
+
+
 def _product_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
 
@@ -771,21 +826,78 @@ def _dissipative_memory_triton(
     resonance = consolidation.resonance if consolidation else None
     parameters = (resonance.basis, resonance.sharpness, resonance.bias) if resonance else (None, None, None)
     tensors = (q, k, v, decay, eta, *(state or (None, None, None)), *parameters)
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    readout, memory, writes, forgetting, *_ = _memory(
-        *tensors,
-        position,
-        cu_seqlens,
-        interval=consolidation.interval if consolidation else 0,
+    constants: dict[str, Any] = dict(
+        interval=consolidation.interval if consolidation and (snr or resonance) else 0,
         snr=[snr.threshold, snr.temperature, snr.gamma_boost, snr.eta_boost] if snr else [],
         energy=resonance.threshold if resonance else 0.0,
-        save=needs_gradient,
     )
-    if consolidation is not None:
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if q.shape[1] == 1 and cu_seqlens is None and state is not None and not needs_gradient:
+        if position is None:
+            position = torch.zeros(len(q), dtype=torch.long)
+        readout, memory, writes, forgetting = _memory_step(*tensors, position.to(q.device), **constants)
+    else:
+        outputs = _memory(*tensors, position, cu_seqlens, **constants, save=needs_gradient)
+        readout, memory, writes, forgetting, *_ = outputs
+    if constants["interval"]:
         return readout, MemoryState(memory, writes, forgetting)
     # Nothing reads the rest without consolidation: it stays as it was.
     kept = (state.writes, state.forgetting) if state else (torch.zeros_like(memory), memory.new_zeros(memory.shape[:2]))
     return readout, MemoryState(memory, *kept)
+
+
+@_backend.operator("memory_step")
+def _memory_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    eta: Tensor,
+    memory: Tensor,
+    writes: Tensor,
+    forgetting: Tensor,
+    basis: Tensor | None,
+    sharpness: Tensor | None,
+    bias: Tensor | None,
+    position: Tensor,
+    interval: int,
+    snr: list[float],
+    energy: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The read-out of one token of every sequence, (B, 1, H, V), and the state after it; ``position`` on the device.
+
+    It has no gradient, and Python reads none of its tensors: it can be captured as a CUDA graph.
+    """
+    (batch, _, heads, _), sizes = q.shape, _sizes(q, k, v)
+    readout = v.new_empty((batch, 1, heads, sizes["V"]))
+    state = [x.contiguous() for x in (memory, writes, forgetting)]
+    new = [torch.empty_like(x) if interval or x is state[0] else x.new_empty(0) for x in state]
+    tokens = [x[:, 0] if x.stride(-1) == 1 or x.dim() == 3 else x[:, 0].contiguous() for x in (q, k, v, decay)]
+    with _on_device_of(q):
+        _step[(batch, heads)](
+            *tokens,
+            eta.float(),
+            *state,
+            position,
+            *(x if x is None else x.float().contiguous() for x in (basis, sharpness, bias)),
+            readout,
+            *new,
+            *(stride for x in tokens for stride in x.stride()[:2]),
+            *_constants(snr, energy, interval),
+            heads,
+            SNR=len(snr) > 0,
+            RESONANCE=basis is not None,
+            num_warps=8,
+            **sizes,
+        )
+    return readout, new[0], new[1], new[2]
+
+
+@torch.library.register_fake("resolvent::memory_step")
+def _(q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, interval, snr, energy):
+    (batch, _, heads, _), value = q.shape, v.shape[-1]
+    kept = (torch.empty_like(x) if interval else x.new_empty(0) for x in (writes, forgetting))
+    return v.new_empty((batch, 1, heads, value)), torch.empty_like(memory), *kept
 
 
 @_backend.operator("memory")
@@ -829,14 +941,21 @@ def _memory(
 
 @torch.library.register_fake("resolvent::memory")
 def _(
-    q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, cu_seqlens, interval, snr, energy,
-    save,
+    q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, cu_seqlens, interval, snr,
+    energy, save,
 ):  # fmt: skip
     return _room(q, k, v, decay, position, cu_seqlens, interval, save)
 
 
 def _room(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, position: _Optional, cu_seqlens: _Optional, interval: int, save: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    position: _Optional,
+    cu_seqlens: _Optional,
+    interval: int,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``_memory`` returns, yet to be filled."""
     (batch, length, heads, key), value = q.shape, v.shape[-1]
@@ -910,7 +1029,8 @@ def _memory_backward(
 
 @torch.library.register_fake("resolvent::memory_backward")
 def _(
-    grad_readout, grad_memory, grad_writes, grad_forgetting, q, k, v, decay, eta, writes, basis, sharpness, bias, before,
+    grad_readout, grad_memory, grad_writes, grad_forgetting, q, k, v, decay, eta, writes, basis, sharpness, bias,
+    before,
     writes_before, forgetting_before, position, cu_seqlens, interval, snr, energy,
 ):  # fmt: skip
     return _room_for_gradients(grad_readout, q, k, v, decay, before, basis, cu_seqlens, interval)
@@ -957,7 +1077,12 @@ def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _gradient(
-    ctx: Any, grad_readout: _Optional, grad_memory: _Optional, grad_writes: _Optional, grad_forgetting: _Optional, *_: Any
+    ctx: Any,
+    grad_readout: _Optional,
+    grad_memory: _Optional,
+    grad_writes: _Optional,
+    grad_forgetting: _Optional,
+    *_: Any,
 ) -> Any:
     q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, cu_seqlens, *saved = (
         ctx.saved_tensors
@@ -969,7 +1094,9 @@ def _gradient(
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         matrix = (sequences, *q.shape[2:], v.shape[-1])
         shapes = (matrix, matrix, matrix[:2])
-        final = [saved[0].new_zeros(n, dtype=torch.float32) if x is None else x for x, n in zip(final, shapes, strict=True)]
+        final = [
+            saved[0].new_zeros(n, dtype=torch.float32) if x is None else x for x, n in zip(final, shapes, strict=True)
+        ]
     grad_q, grad_k, grad_v, grad_decay, grad_eta, *grad_state, grad_sharpness, grad_bias = _memory_backward(
         grad_readout if grad_readout is not None else torch.zeros_like(v),
         *final,

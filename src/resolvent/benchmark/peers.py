@@ -1,14 +1,15 @@
-"""Transformers of the same size as a preset, to measure beside it."""
+"""A Transformer of the same size as a preset, to measure beside it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resolvent import Phase2Config
+from resolvent.models.phase2 import Phase2Config
 from resolvent.ops import linear_cross_entropy
 
 
@@ -33,6 +34,42 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, count: int) -> None:
+        """Every layer has stored `count` new tokens."""
+        self.length += count
+
+
+@dataclass
+class RingCache:
+    """The keys and values of the last tokens, as many as fit; the newest takes the place of the oldest.
+
+    All shapes are constant and the number of tokens read lies on the device, so that a CUDA graph can read a token.
+    Every place counts: a query sees all of them, and the cache is full once its own token is stored.
+
+    Attributes:
+        keys: of every layer, (B, H, capacity, head_dim); `values` likewise.
+        length: tokens read so far, int64 ().
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: Tensor
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's key and value (B, H, 1, head_dim) of one new token, and return those of all tokens."""
+        all_keys, all_values = self.keys[layer], self.values[layer]
+        place = (self.length % all_keys.size(-2)).view(1)
+        all_keys[:, :, place] = keys
+        all_values[:, :, place] = values
+        return all_keys, all_values
+
+    def advance(self, count: int) -> None:
+        """Every layer has stored `count` new tokens."""
+        self.length += count
+
+
+Cache: TypeAlias = KVCache | RingCache
 
 
 class GPT(nn.Module):
@@ -76,25 +113,30 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def new_ring(self, cache: KVCache) -> RingCache:
+        """A ring that holds what a cache holds, for as many tokens as that has room for."""
+        keys, values = ([layer.clone() for layer in x] for x in (cache.keys, cache.values))
+        return RingCache(keys, values, torch.tensor(cache.length, device=cache.keys.device))
+
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` tokens a sequence."""
         weight = self.lm_head.weight
         shape = (len(self.blocks), batch_size, self.num_heads, capacity, self.head_dim)
         return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None, *, labels: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: Cache | None = None, *, labels: Tensor | None = None) -> Tensor:
         """Logits (B, N, V) of the tokens (B, N) int64 that follow those in the cache, which then holds them too; given
         labels (B, N) int64, their mean nats instead, computed as our models do."""
-        start, N = cache.length if cache else 0, input_ids.size(1)
-        rotation = rotations(start, N, self.head_dim, input_ids.device)
+        N, device = input_ids.size(1), input_ids.device
+        rotation = rotations(cache.length if cache else 0, N, self.head_dim, device)
         mask = None
-        if start and N > 1:
-            mask = torch.ones(N, start + N, dtype=torch.bool, device=input_ids.device).tril(start)
+        if isinstance(cache, KVCache) and cache.length and N > 1:
+            mask = torch.ones(N, cache.length + N, dtype=torch.bool, device=device).tril(cache.length)
         x = self.token_embedding(input_ids)
         for block in self.blocks:
             x = block(x, rotation, mask, cache)
         if cache:
-            cache.length += N
+            cache.advance(N)
         x = self.ln_f(x)
         if labels is not None:
             return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, labels.flatten())
@@ -113,11 +155,11 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(d_model, ffn_dim, bias=False)
         self.ffn_out = nn.Linear(ffn_dim, d_model, bias=False)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         x = x + self.attention_out(self._attend(self.ln1(x), rotation, mask, cache))
         return x + self.ffn_out(F.gelu(self.ffn_in(self.ln2(x))))
 
-    def _attend(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def _attend(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache:
@@ -128,10 +170,10 @@ class Block(nn.Module):
         return y.transpose(1, 2).flatten(-2)
 
 
-def rotations(start: int, length: int, head_dim: int, device: torch.device) -> Tensor:
+def rotations(start: int | Tensor, length: int, head_dim: int, device: torch.device) -> Tensor:
     """Cosines and sines (2, length, head_dim / 2) that rotary position embedding turns the pairs by."""
     frequencies = 10_000.0 ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
-    angles = torch.outer(torch.arange(start, start + length, device=device), frequencies)
+    angles = torch.outer(start + torch.arange(length, device=device), frequencies)
     return torch.stack([angles.cos(), angles.sin()])
 
 

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import GPT, rotate, rotations
 
 from resolvent import get_phase2_preset
+from resolvent.benchmark.peers import GPT, rotate, rotations
 
 
 @pytest.fixture
@@ -26,6 +26,27 @@ def test_reading_with_the_cache_equals_one_forward(gpt: GPT, pieces: list[int]):
     logits = torch.cat([gpt(piece, cache=cache) for piece in ids.split(pieces, dim=1)], dim=1)
     assert cache.length == 20
     torch.testing.assert_close(logits, gpt(ids), rtol=1e-10, atol=1e-10)
+
+
+def test_a_ring_reads_as_the_cache_does_until_it_is_full(gpt: GPT):
+    ids = torch.randint(50, (2, 20))
+    cache = gpt.new_cache(batch_size=2, capacity=20)
+    gpt(ids[:, :19], cache=cache)
+    ring = gpt.new_ring(cache)
+    torch.testing.assert_close(gpt(ids[:, 19:], cache=ring), gpt(ids)[:, 19:], rtol=1e-10, atol=1e-10)
+    assert ring.length == 20
+
+
+def test_a_full_ring_forgets_its_oldest_token(gpt: GPT):
+    """What a layer sees is the window, so one layer computes what it would with the window alone."""
+    gpt.blocks = gpt.blocks[:1]
+    ids = torch.randint(50, (1, 27))
+    cache = gpt.new_cache(batch_size=1, capacity=20)
+    gpt(ids[:, :19], cache=cache)
+    ring = gpt.new_ring(cache)
+    logits = torch.cat([gpt(token, cache=ring) for token in ids[:, 19:].split(1, dim=1)], dim=1)
+    for i in range(8):  # positions are relative: the window may as well start at zero
+        torch.testing.assert_close(logits[:, i : i + 1], gpt(ids[:, i : i + 20])[:, -1:], rtol=1e-5, atol=1e-5)
 
 
 def test_setting_the_length_back_forgets(gpt: GPT):

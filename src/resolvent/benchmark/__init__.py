@@ -1,0 +1,50 @@
+"""How fast, and in how little memory: the figures that `resolvent benchmark` shows.
+
+Nothing is timed that does not first agree with a float64 reference. Peers are measured in the same run, at their best,
+and every figure stands beside what the machine could do: a large copy and a large product of matrices.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from rich.console import Console
+
+from resolvent.benchmark import decoding, memory, operators, training
+from resolvent.benchmark.contest import Bench, WrongResultError
+from resolvent.benchmark.report import Report, Row, Target
+from resolvent.benchmark.timing import measure_ceilings
+
+__all__ = ["SECTIONS", "Report", "Row", "Target", "WrongResultError", "run"]
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    module.SECTION: module.measure for module in (operators, training, memory, decoding)
+}
+"""What can be measured, in this order."""
+
+
+def run(
+    sections: Sequence[str],
+    *,
+    device: torch.device,
+    quick: bool = False,
+    compiled: bool = True,
+    console: Console | None = None,
+) -> Report:
+    """Measure.
+
+    Args:
+        sections: keys of ``SECTIONS``.
+        device: where to compute; it decides on sizes, dtype and peers.
+        quick: tiny sizes, whose figures mean nothing: does it run?
+        compiled: compile our model where the peer is compiled.
+        console: where to say what is going on; None says nothing.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    size = 512 if quick else 8192 if device.type == "cuda" else 2048
+    scale = "quick" if quick else "cuda" if device.type == "cuda" else "cpu"
+    ceilings = measure_ceilings(device, dtype, size)
+    bench = Bench(device, scale, ceilings, compiled, console or Console(quiet=True))
+    for section in sections:
+        SECTIONS[section](bench)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return Report(scale, name, ceilings, bench.rows)

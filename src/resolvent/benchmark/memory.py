@@ -1,0 +1,121 @@
+"""Memory at the peak of a training step, beside what the configuration is meant for.
+
+As `resolvent train` steps: its optimizer, with dropout, without compilation; bfloat16 autocast on CUDA. The second step
+counts, when the optimizer's averages lie beside the activations. Without CUDA, it is that of a process.
+"""
+
+import multiprocessing
+import re
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resolvent.benchmark.contest import Bench
+from resolvent.benchmark.report import Target
+from resolvent.models import IntegratedModel
+from resolvent.models.phase1 import Phase1Config, Phase1IntegratedModel
+from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel, get_phase2_preset
+from resolvent.training.optimizer import build_optimizer
+
+SECTION = "memory"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training step of the length that the configuration is for.
+
+    Attributes:
+        source: a preset of Phase 2, or the GB of a GPU for which Phase 1 has a configuration.
+        batch: sequences.
+    """
+
+    source: str | float
+    batch: int
+
+    @property
+    def config(self) -> Phase1Config | Phase2Config:
+        if isinstance(self.source, str):
+            return get_phase2_preset(self.source)
+        return Phase1Config.for_hardware(self.source)
+
+    @property
+    def target(self) -> Target:
+        """The memory that the configuration names; for Phase 2, half of it is the goal."""
+        limit = self.config.target_vram_gb
+        return Target(limit / 2, limit) if isinstance(self.source, str) else Target(limit)
+
+    def __str__(self) -> str:
+        model = self.source if isinstance(self.source, str) else f"Phase 1 for {self.source:g} GB"
+        return f"{model}, B{self.batch} N{self.config.n_seq}"
+
+
+CASES = {
+    "cuda": (
+        Case("small", 8),
+        Case("base", 8),
+        Case("large", 8),
+        *(Case(vram, batch) for vram in (8.0, 10.0, 24.0) for batch in (1, 8)),
+    ),
+    "cpu": (Case("small", 1), Case("base", 1), Case(8.0, 1)),
+    "quick": (Case("tiny", 1),),
+}
+
+
+def measure(bench: Bench) -> None:
+    """Measure a step of every configuration of this scale."""
+    for case in CASES[bench.scale]:
+        step = partial(training_peak, case, bench.device.type)
+        if bench.device.type != "cuda":
+            step = partial(in_fresh_process, step)
+        outcome = bench.compete(str(case), lambda _, step=step: step())
+        bench.add(SECTION, str(case), "GiB", outcome, target=case.target)
+
+
+def training_peak(case: Case, device: str) -> float:
+    """GiB at the peak of two training steps; on the CPU beyond what the process held before."""
+    before = 0 if device == "cuda" else peak_resident_bytes()
+    model = _create(case.config).to(device).train()
+    model.update_rank_schedule(sys.maxsize)  # all channels in use
+    optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.1, betas=(0.9, 0.95))
+    ids = torch.randint(model.vocab_size, (case.batch, model.n_seq + 1), device=device)
+    options = {"return_penalty": True} if model.penalised else {}
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            output = model(ids[:, :-1], labels=ids[:, 1:], **options)
+        (output[0] + output[1] if options else output).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return (torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes() - before) / 2**30
+
+
+def _create(config: Phase1Config | Phase2Config) -> IntegratedModel:
+    if isinstance(config, Phase2Config):
+        return Phase2IntegratedModel(config)
+    return Phase1IntegratedModel(config)
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own: one remembers its highest peak only."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # the other way, a process begins with the peak of the one that started it
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert found is not None
+        return int(found[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,417 @@
+"""The operators: the dissipative memory, the resolvent's diagonal, the loss.
+
+Shapes: B batch, N sequence, H heads, K key and value width, T tokens, D width, V vocabulary.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resolvent.benchmark.contest import Bench, Check
+from resolvent.benchmark.report import Row, Target
+from resolvent.benchmark.timing import Job, Work, greatest, milliseconds, relative_error
+from resolvent.layers import MemoryResonanceLayer, SNRMemoryFilter
+from resolvent.models.phase2 import Phase2Config
+from resolvent.ops import (
+    Consolidation,
+    dissipative_memory,
+    dissipative_memory_reference,
+    linear_cross_entropy,
+    resolvent_diagonal,
+    resolvent_diagonal_reference,
+    resolvent_step,
+)
+from resolvent.ops.hebbian import CHUNK
+
+SECTION = "operators"
+_DENSE_SITES = 48
+"""Sites of the chains that are compared with dense inverses."""
+
+
+def measure(bench: Bench) -> None:
+    """Measure every operator at this scale's sizes."""
+    before: Row | None = None
+    for case in MEMORY[bench.scale]:
+        row = measure_memory(bench, case)
+        if case.consolidated and row.ours is not None and before is not None and before.ours is not None:
+            name, target = f"memory {needs(case)}, consolidated / not", Target(1.3, 1.6)
+            bench.add_figure(SECTION, name, "times", row.ours / before.ours, target if bench.scale == "cuda" else None)
+        before = row
+    for case in RESOLVENT[bench.scale]:
+        measure_resolvent(bench, case)
+    for case in LOSS[bench.scale]:
+        measure_loss(bench, case)
+
+
+def needs(case: "MemoryCase | ResolventCase") -> str:
+    return "forward + backward" if case.backward else "forward"
+
+
+# ------------------------------------------------------------------------------------------------------ the memory
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """A call of ``dissipative_memory``; ``checked`` tokens of it are compared with the reference."""
+
+    batch: int
+    length: int
+    heads: int
+    width: int
+    backward: bool = False
+    consolidated: bool = False
+    target: Target | None = None
+    checked: int = 3 * CHUNK + 3
+
+    def __str__(self) -> str:
+        mechanisms = ", consolidated" if self.consolidated else ""
+        return f"memory {needs(self)}{mechanisms}, B{self.batch} N{self.length} H{self.heads} K{self.width}"
+
+
+_SHAPE = (8, 2048, 16, 64)
+# Each case with consolidation follows the same one without.
+MEMORY = {
+    "cuda": (
+        MemoryCase(*_SHAPE, target=Target(0.055, 0.09)),
+        MemoryCase(*_SHAPE, consolidated=True),
+        MemoryCase(*_SHAPE, backward=True, target=Target(0.25, 0.40)),
+        MemoryCase(*_SHAPE, backward=True, consolidated=True),
+        MemoryCase(1, 131_072, 8, 64, target=Target(0.4, 1.0), checked=4096 + 5),
+    ),
+    "cpu": (
+        MemoryCase(1, 1024, 8, 64),
+        MemoryCase(1, 1024, 8, 64, consolidated=True),
+        MemoryCase(1, 1024, 8, 64, backward=True),
+        MemoryCase(1, 1024, 8, 64, backward=True, consolidated=True),
+    ),
+    "quick": (
+        MemoryCase(1, 130, 2, 16),
+        MemoryCase(1, 130, 2, 16, backward=True),
+        MemoryCase(1, 130, 2, 16, backward=True, consolidated=True),
+    ),
+}
+
+
+def measure_memory(bench: Bench, case: MemoryCase) -> Row:
+    def ours() -> Job:
+        inputs = memory_inputs(case, bench.device, bench.dtype)
+        return _job(case.backward, lambda *x: memory(*x), inputs)
+
+    def sdpa() -> Job:
+        q, k, v, *_ = memory_inputs(case, bench.device, bench.dtype)
+        heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+        return _job(case.backward, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), heads_first)
+
+    def simple_gla() -> Job:
+        chunk_simple_gla = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
+        q, k, v, decay, _ = memory_inputs(case, bench.device, bench.dtype)
+        return _job(case.backward, lambda q, k, v, g: chunk_simple_gla(q, k, v, g)[0], (q, k, v, -decay))
+
+    memory, work = memory_operator(case, bench.device), memory_work(case, bench.dtype)
+    contestants = {"SDPA": sdpa}
+    if bench.device.type == "cuda" and importlib.util.find_spec("fla") is not None:
+        contestants["FLA simple_gla"] = simple_gla
+    timed = {name: _timed(bench, make, work.num_bytes) for name, make in contestants.items()}
+    outcome = bench.compete(
+        str(case),
+        _checked(lambda: memory_error(case, bench.device, bench.dtype), _timed(bench, ours, work.num_bytes)),
+        timed,
+        tolerance=5e-3 if bench.dtype == torch.bfloat16 else 1e-4,
+    )
+    return bench.add(SECTION, str(case), "ms", outcome, target=case.target, work=work)
+
+
+def memory_operator(case: MemoryCase, device: torch.device) -> Callable[..., Tensor]:
+    """The public operator: (q, k, v, decay, eta[, sharpness, bias]) -> read-out."""
+    consolidation = _consolidation(case, device) if case.consolidated else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, eta: Tensor, *parameters: Tensor) -> Tensor:
+        return dissipative_memory(q, k, v, decay, eta, consolidation=_with(consolidation, parameters))[0]
+
+    return run
+
+
+def memory_inputs(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """q, k of unit length, v, a decay from half a token to hundreds of tokens, η, and the resonance's parameters."""
+    q, k, v = torch.randn(3, case.batch, case.length, case.heads, case.width, device=device)
+    q, k, v = (x.to(dtype) for x in (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v))
+    slowest_to_fastest = torch.logspace(-2.5, 0.0, case.heads, device=device)
+    decay = slowest_to_fastest * (0.5 + torch.rand(case.batch, case.length, case.heads, device=device))
+    inputs = [q, k, v, decay, torch.full((case.heads,), 0.1, device=device)]
+    if case.consolidated:
+        inputs += [1 + torch.rand(case.heads, device=device), torch.rand(case.heads, device=device)]
+    return inputs
+
+
+def memory_error(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> float:
+    """Relative error of the read-out, and of the gradients where they are timed, to the definition in float64.
+
+    Batch and heads are those that are timed: how many there are decides on the way it is computed.
+    """
+    short = dataclasses.replace(case, length=min(case.length, case.checked))
+    return _error(
+        case.backward, memory_operator(short, device), _memory_reference(short), memory_inputs(short, device, dtype)
+    )
+
+
+def memory_work(case: MemoryCase, dtype: torch.dtype) -> Work:
+    """Forward reads q, k, v and the decay and writes the read-out; backward reads them and the read-out's gradient and
+    writes the gradients. The products are those of chunks of 64 tokens."""
+    tokens = case.batch * case.length * case.heads
+    tensors, decays, products = (11, 3, 3) if case.backward else (4, 1, 1)
+    flops = 2 * CHUNK * 2 * case.width + 4 * case.width**2
+    return Work(tokens * (tensors * case.width * dtype.itemsize + decays * 4), products * tokens * flops)
+
+
+def _memory_reference(case: MemoryCase) -> Callable[..., Tensor]:
+    consolidation = _consolidation(case, torch.device("cpu")) if case.consolidated else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, eta: Tensor, *parameters: Tensor) -> Tensor:
+        exact = _with(consolidation, parameters)
+        return dissipative_memory_reference(q, k, v, decay, eta, consolidation=exact)[0]
+
+    return run
+
+
+def _consolidation(case: MemoryCase, device: torch.device) -> Consolidation:
+    """Both mechanisms, with the defaults of a model."""
+    config = Phase2Config()
+    snr = SNRMemoryFilter(
+        config.snr_threshold, config.snr_gamma_boost, config.snr_eta_boost, config.snr_temperature
+    ).constants
+    resonance = MemoryResonanceLayer(case.heads, case.width, config.resonance_energy_threshold).to(device)
+    return Consolidation(config.consolidation_interval, snr, resonance.constants())
+
+
+def _with(consolidation: Consolidation | None, parameters: tuple[Tensor, ...]) -> Consolidation | None:
+    if consolidation is None or consolidation.resonance is None:
+        return None
+    sharpness, bias = parameters
+    resonance = dataclasses.replace(consolidation.resonance, sharpness=sharpness, bias=bias)
+    return dataclasses.replace(consolidation, resonance=resonance)
+
+
+# -------------------------------------------------------------------------------------------------- the resolvent
+
+
+@dataclass(frozen=True)
+class ResolventCase:
+    """A call of ``resolvent_diagonal``; ``checked`` sites of it are compared with the recurrence in complex128."""
+
+    batch: int
+    length: int
+    heads: int
+    backward: bool = False
+    target: Target | None = None
+    checked: int = 3000
+
+    def __str__(self) -> str:
+        return f"BK-Core {needs(self)}, B{self.batch} N{self.length} H{self.heads}"
+
+
+RESOLVENT = {
+    "cuda": (
+        ResolventCase(64, 2048, 1, target=Target(0.010, 0.02)),
+        ResolventCase(64, 2048, 1, backward=True, target=Target(0.030, 0.06)),
+        ResolventCase(1, 2**20, 1, target=Target(0.1, 1.0), checked=20_000),
+    ),
+    "cpu": (ResolventCase(4, 1024, 1), ResolventCase(4, 1024, 1, backward=True)),
+    "quick": (ResolventCase(1, 130, 2), ResolventCase(1, 130, 2, backward=True)),
+}
+
+
+def measure_resolvent(bench: Bench, case: ResolventCase) -> None:
+    def contestant(backend: str) -> Callable[[], Job]:
+        def operator(alpha: Tensor, coupling: Tensor) -> Tensor:
+            return resolvent_diagonal(alpha, coupling, backend=backend)[0]
+
+        return lambda: _job(case.backward, operator, resolvent_inputs(case, bench.device))
+
+    sites = case.batch * case.length * case.heads
+    work = Work(sites * (5 if case.backward else 2) * 8)
+    peers = {"torch": _timed(bench, contestant("torch"), work.num_bytes)} if bench.device.type == "cuda" else {}
+    outcome = bench.compete(
+        str(case),
+        _checked(lambda: resolvent_error(case, bench.device), _timed(bench, contestant("auto"), work.num_bytes)),
+        peers,
+        tolerance=1e-4 if case.backward else 1e-5,
+    )
+    row = bench.add(SECTION, str(case), "ms", outcome, target=case.target, work=work)
+    if row.times_better is not None:
+        target = Target(Phase2Config().target_speedup_triton, at_most=False)
+        bench.rows.append(
+            Row(SECTION, f"BK-Core {needs(case)}, torch / kernel", "times", row.times_better, target=target)
+        )
+
+
+def resolvent_inputs(case: ResolventCase, device: torch.device) -> list[Tensor]:
+    """A potential around zero, decays from strong to weak, and hoppings of one."""
+    shape = (case.batch, case.length, case.heads)
+    imaginary = -(0.1 + torch.rand(shape, device=device))
+    return [torch.complex(torch.randn(shape, device=device), imaginary), torch.ones(case.heads, device=device)]
+
+
+def resolvent_error(case: ResolventCase, device: torch.device) -> float:
+    """Relative error to the dense inverse, and to the recurrence on a longer chain; with gradients if timed."""
+
+    def operator(alpha: Tensor, coupling: Tensor) -> Tensor:
+        return resolvent_diagonal(alpha, coupling)[0]
+
+    short = resolvent_inputs(dataclasses.replace(case, batch=1, length=min(case.length, _DENSE_SITES)), device)
+    long = resolvent_inputs(dataclasses.replace(case, length=min(case.length, case.checked)), device)
+    return greatest(
+        [
+            _error(case.backward, operator, resolvent_diagonal_reference, short),
+            _error(case.backward, operator, _recurrence, long),
+        ]
+    )
+
+
+def _recurrence(alpha: Tensor, coupling: Tensor) -> Tensor:
+    """The causal form, site by site."""
+    state, sites = torch.zeros_like(alpha[:, 0]), []
+    for site in alpha.unbind(1):
+        state = resolvent_step(site, coupling, state)
+        sites.append(state)
+    return torch.stack(sites, dim=1)
+
+
+# --------------------------------------------------------------------------------------------------------- the loss
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """A head and its cross-entropy, forward and backward; ``checked`` tokens of it are compared with the reference."""
+
+    tokens: int
+    width: int
+    vocabulary: int
+    checked: int = 300
+
+    def __str__(self) -> str:
+        return f"head and loss forward + backward, T{self.tokens} D{self.width} V{self.vocabulary}"
+
+
+LOSS = {
+    "cuda": (LossCase(16_384, 512, 50_257),),
+    "cpu": (LossCase(256, 512, 50_257, checked=30),),
+    "quick": (LossCase(100, 32, 257),),
+}
+
+
+def measure_loss(bench: Bench, case: LossCase) -> None:
+    def contestant(loss: Callable[..., Tensor]) -> Callable[[], Job]:
+        def make() -> Job:
+            hidden, weight, labels = loss_inputs(case, bench.device)
+            return _job(True, lambda hidden, weight: loss(hidden, weight, labels), (hidden, weight))
+
+        return make
+
+    def under_autocast(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*inputs: Tensor) -> Tensor:
+            with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.dtype == torch.bfloat16):
+                return loss(*inputs)
+
+        return run
+
+    def error() -> float:
+        small = dataclasses.replace(case, tokens=min(case.tokens, case.checked))
+        hidden, weight, labels = loss_inputs(small, bench.device)
+        loss = under_autocast(partial(linear_cross_entropy, chunk_tokens=small.tokens // 3 + 1))
+        return _error(
+            True, lambda h, w: loss(h, w, labels), lambda h, w: cross_entropy(h, w, labels.cpu()), [hidden, weight]
+        )
+
+    # Weight in float32 and its half-precision copy, hidden states, and the gradients of both.
+    work = Work(
+        case.vocabulary * case.width * (4 + bench.dtype.itemsize + 4) + case.tokens * case.width * 8,
+        6 * case.tokens * case.vocabulary * case.width,
+    )
+    plain = {"cross_entropy": cross_entropy}
+    if bench.scale == "cuda":
+        plain["compiled cross_entropy"] = torch.compile(cross_entropy, dynamic=False)
+    peers = {name: _timed(bench, contestant(under_autocast(loss)), work.num_bytes) for name, loss in plain.items()}
+    outcome = bench.compete(
+        str(case),
+        _checked(error, _timed(bench, contestant(under_autocast(linear_cross_entropy)), work.num_bytes)),
+        peers,
+        tolerance=5e-3 if bench.dtype == torch.bfloat16 else 1e-5,
+    )
+    bench.add(SECTION, str(case), "ms", outcome, work=work)
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The plain loss, which holds all logits."""
+    return F.cross_entropy((hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)), labels)
+
+
+def loss_inputs(case: LossCase, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states and a head with logits of standard deviation 2, as float32, and labels."""
+    hidden = torch.randn(case.tokens, case.width, device=device)
+    weight = torch.randn(case.vocabulary, case.width, device=device) * 2 * case.width**-0.5
+    return hidden, weight, torch.randint(case.vocabulary, (case.tokens,), device=device)
+
+
+# ------------------------------------------------------------------------------------------------------ what they share
+
+
+def _timed(bench: Bench, make_job: Callable[[], Job], num_bytes: float) -> Callable[[], float]:
+    return lambda: milliseconds(make_job, num_bytes, bench.device)
+
+
+def _checked(error: Callable[[], float], measure: Callable[[], float]) -> Callable[[Check], float]:
+    """Measure ours after its error was found to be small."""
+
+    def run(check: Check) -> float:
+        check(error())
+        return measure()
+
+    return run
+
+
+def _job(backward: bool, operator: Callable[..., Tensor], inputs: Any) -> Job:
+    """The operator on inputs of its own, with their gradients if asked for."""
+    if not backward:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return operator(*inputs)
+
+        return forward
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    upstream: list[Tensor] = []
+
+    def both() -> tuple[Tensor, ...]:
+        output = operator(*leaves)
+        if not upstream:
+            upstream.append(torch.randn_like(output))
+        return torch.autograd.grad(output, leaves, upstream[0])
+
+    return both
+
+
+def _exact(inputs: list[Tensor]) -> list[Tensor]:
+    return [x.detach().cpu().to(torch.complex128 if x.is_complex() else torch.float64) for x in inputs]
+
+
+def _error(
+    backward: bool, operator: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Tensor]
+) -> float:
+    """Relative error of the output, or the greatest of it and those of all gradients."""
+    leaves = [x.detach().requires_grad_(backward) for x in inputs]
+    exact_leaves = [x.requires_grad_(backward) for x in _exact(inputs)]
+    output, exact = operator(*leaves), reference(*exact_leaves)
+    pairs = [(output, exact)]
+    if backward:
+        upstream = torch.randn_like(exact).to(output.dtype)
+        found = torch.autograd.grad(output, leaves, upstream.to(output.device))
+        pairs += zip(found, torch.autograd.grad(exact, exact_leaves, upstream.to(exact.dtype)), strict=True)
+    return greatest([relative_error([a], [b]) for a, b in pairs])

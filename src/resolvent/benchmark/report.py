@@ -1,0 +1,179 @@
+"""What a benchmark found: rows, their table, and the same as JSON."""
+
+import dataclasses
+import platform
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from resolvent.benchmark.timing import Ceilings, Work
+
+SMALLER_IS_BETTER = {"ms": True, "GiB": True, "tokens/s": False}
+"""Units in which peers are compared."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a figure ought to be.
+
+    Attributes:
+        goal: the figure to reach.
+        least: a figure that still will do; None where only the goal does.
+        at_most: whether the figure may be no more, or else no less, than these.
+    """
+
+    goal: float
+    least: float | None = None
+    at_most: bool = True
+
+    def verdict(self, figure: float) -> str:
+        """``met``, ``will do`` or ``missed``."""
+        sign = 1 if self.at_most else -1
+        if sign * figure <= sign * self.goal:
+            return "met"
+        return "will do" if self.least is not None and sign * figure <= sign * self.least else "missed"
+
+    def __str__(self) -> str:
+        least = "" if self.least is None else f" ({number(self.least)})"
+        return f"{'<=' if self.at_most else '>='} {number(self.goal)}{least}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of ours beside those of peers.
+
+    Attributes:
+        section: which part of the benchmark it belongs to.
+        name: what was measured.
+        unit: of all figures.
+        ours: None where it could not be measured; ``failures`` then says why.
+        peers: the figure of every peer that could be measured.
+        target: what ours ought to be.
+        work: what a call has to do at least.
+        fraction: least time for that work over ours.
+        error: of ours, relative to a float64 reference, found before anything was timed.
+        failures: why a contestant has no figure.
+    """
+
+    section: str
+    name: str
+    unit: str
+    ours: float | None
+    peers: dict[str, float] = field(default_factory=dict)
+    target: Target | None = None
+    work: Work | None = None
+    fraction: float | None = None
+    error: float | None = None
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def times_better(self) -> float | None:
+        """How many times better than the best peer; None without one."""
+        if self.ours is None or not self.peers:
+            return None
+        if SMALLER_IS_BETTER[self.unit]:
+            return min(self.peers.values()) / self.ours
+        return self.ours / max(self.peers.values())
+
+    @property
+    def verdict(self) -> str:
+        return "" if self.target is None or self.ours is None else self.target.verdict(self.ours)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"times_better": self.times_better, "verdict": self.verdict}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a run found.
+
+    Attributes:
+        scale: whose sizes were measured: ``cuda``, ``cpu`` or ``quick``.
+        device: name of what computed.
+        ceilings: what a large copy and a large product reached in this run.
+        rows: in the order of their measurement.
+    """
+
+    scale: str
+    device: str
+    ceilings: Ceilings
+    rows: list[Row]
+
+    @property
+    def failures(self) -> list[str]:
+        """A line for every figure that is missing."""
+        return [f"{row.section}, {row.name}, {who}: {why}" for row in self.rows for who, why in row.failures.items()]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "scale": self.scale,
+            "device": self.device,
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "ceilings": dataclasses.asdict(self.ceilings),
+            "failures": self.failures,
+            "rows": [row.to_dict() for row in self.rows],
+        }
+
+    def tables(self) -> list[Table]:
+        """A table for every section."""
+        sections = dict.fromkeys(row.section for row in self.rows)
+        return [_table(section, [row for row in self.rows if row.section == section]) for section in sections]
+
+
+_COLUMNS = {
+    "": "left",
+    "unit": "left",
+    "ours": "right",
+    "peers": "right",
+    "times better": "right",
+    "target (will do)": "left",
+    "verdict": "left",
+    "MB": "right",
+    "GFLOP": "right",
+    "% of limit": "right",
+    "error": "right",
+}
+_COLOURS = {"met": "green", "will do": "yellow", "missed": "red", "failed": "red"}
+
+
+def _table(title: str, rows: list[Row]) -> Table:
+    cells = [_cells(row) for row in rows]
+    shown = [i for i, header in enumerate(_COLUMNS) if header == "" or any(row[i] for row in cells)]
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for i, (header, justify) in enumerate(_COLUMNS.items()):
+        if i in shown:
+            table.add_column(header, justify="right" if justify == "right" else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*(Text(row[i], style=_COLOURS.get(row[i], "")) for i in shown))
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    peers = [f"{name} {number(figure)}" for name, figure in row.peers.items()]
+    peers += [f"{who} failed" for who in row.failures if who != "ours"]
+    work = row.work or Work()
+    return [
+        row.name,
+        row.unit,
+        "failed" if row.ours is None else number(row.ours),
+        "\n".join(peers),
+        "" if row.times_better is None else f"{row.times_better:.2f}",
+        "" if row.target is None else str(row.target),
+        row.verdict,
+        number(work.num_bytes / 1e6) if work.num_bytes else "",
+        number(work.flops / 1e9) if work.flops else "",
+        "" if row.fraction is None else f"{100 * row.fraction:.0f}",
+        "" if row.error is None else f"{row.error:.0e}",
+    ]
+
+
+def number(value: float) -> str:
+    """Three digits, or all digits before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

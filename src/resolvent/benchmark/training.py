@@ -1,0 +1,200 @@
+"""Training steps of a preset beside a Transformer of the same size: tokens a second, and memory.
+
+Forward, backward, gradient clipping and fused AdamW; under bfloat16 autocast on CUDA, in float32 elsewhere; without
+dropout. Where the sizes are those of a GPU, both models are compiled, each as a whole.
+
+The Transformer is pre-norm with rotary positions, SDPA, GELU and an untied head. It is measured with our loss, which
+holds a chunk of the logits, and with the plain one.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from resolvent.benchmark.contest import Bench, Check, Outcome
+from resolvent.benchmark.peers import GPT
+from resolvent.benchmark.report import Target
+from resolvent.benchmark.timing import Work, greatest, milliseconds
+from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel, get_phase2_preset
+
+SECTION = "training"
+_CHUNKED, _PLAIN = "GPT", "GPT, plain loss"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Training steps of a size.
+
+    Attributes:
+        target: in tokens a second.
+        speedup: target for our speed over the Transformer's.
+    """
+
+    preset: str
+    batch: int
+    length: int
+    target: Target | None = None
+    speedup: Target | None = None
+
+    def __str__(self) -> str:
+        return f"{self.preset}, B{self.batch} N{self.length}"
+
+
+CASES = {
+    "cuda": (
+        Case("base", 16, 1024, Target(1.3e6, at_most=False), Target(1.0, at_most=False)),
+        Case("base", 1, 16_384, speedup=Target(3.0, 2.0, at_most=False)),
+    ),
+    "cpu": (Case("base", 1, 1024),),
+    "quick": (Case("tiny", 1, 100),),
+}
+
+
+def measure(bench: Bench) -> None:
+    """Measure every case of this scale. After the first, the Transformer goes on with the faster of its losses."""
+    losses = [_CHUNKED, _PLAIN]
+    for case in CASES[bench.scale]:
+        outcome = _contest(bench, case, losses)
+        speed, memory = outcome.part(0), outcome.part(1)
+        work = Work(flops=6 * case.batch * case.length * multiplied_parameters(case.preset))
+        seconds = case.batch * case.length / speed.ours if speed.ours else None
+        row = bench.add(SECTION, str(case), "tokens/s", speed, target=case.target, work=work, seconds=seconds)
+        if row.times_better is not None and case.speedup is not None:
+            bench.add_figure(SECTION, f"{case}, ours / GPT", "times", row.times_better, case.speedup)
+        if bench.device.type == "cuda":
+            bench.add(SECTION, f"{case}, peak memory", "GiB", dataclasses.replace(memory, error=None, failures={}))
+        if speed.peers:
+            losses = [max(speed.peers, key=speed.peers.__getitem__)]
+
+
+def _contest(bench: Bench, case: Case, losses: list[str]) -> Outcome:
+    def ours(check: Check) -> tuple[float, float]:
+        model = new_model(case.preset, bench.device)
+        run = torch.compile(model, dynamic=False) if bench.scale == "cuda" and bench.compiled else model
+        step = Step(model, lambda ids, labels: run(ids, labels=labels), bench.dtype == torch.bfloat16)
+        check(step_error(step, case, bench.device))
+        return speed_and_memory(step, case, bench.device)
+
+    transformers = {name: partial(_measure_transformer, bench, case, name) for name in losses}
+    return bench.compete(str(case), ours, transformers, tolerance=5e-2 if bench.dtype == torch.bfloat16 else 1e-4)
+
+
+def configuration(preset: str) -> Phase2Config:
+    """The preset without dropout, which the Transformer has not either."""
+    return dataclasses.replace(get_phase2_preset(preset), dropout=0.0)
+
+
+class Step:
+    """A model with its optimizer, which takes a step along the gradient of a loss.
+
+    Args:
+        model: on its device.
+        loss: (input_ids, labels) -> mean nats.
+        autocast: whether to compute in bfloat16.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], autocast: bool) -> None:
+        self.parameters, self.loss = list(model.parameters()), loss
+        self.autocast = torch.autocast(self.parameters[0].device.type, torch.bfloat16, enabled=autocast)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
+
+    def gradient(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Leave the gradient in the parameters; the loss."""
+        with self.autocast:
+            loss = self.loss(input_ids, labels)
+        loss.backward()
+        return loss.detach()
+
+    def __call__(self, input_ids: Tensor, labels: Tensor) -> None:
+        self.gradient(input_ids, labels)
+        clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def new_model(preset: str, device: torch.device, backend: str = "auto") -> Phase2IntegratedModel:
+    """A model with random weights, fit to be compared in half precision.
+
+    Noise lets every part have its say, also those that start at zero; tokens are as large as what the blocks add to
+    them, lest the first norm amplify the rounding of small ones.
+    """
+    torch.manual_seed(0)
+    model = Phase2IntegratedModel(dataclasses.replace(configuration(preset), backend=backend))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        for parameter in model.token_embedding.parameters():
+            parameter.mul_(50)
+    return model.to(device).train()
+
+
+def step_error(step: Step, case: Case, device: torch.device) -> float:
+    """Relative error of the loss and gradient of a step of ``new_model`` to the torch operators in float64."""
+    ids, labels = batch(case, device)
+    loss = step.gradient(ids, labels)
+    exact = new_model(case.preset, device, backend="torch").double()
+    exact_loss = torch.zeros((), dtype=torch.float64, device=device)
+    for i in range(case.batch):  # one sequence at a time: float64 needs memory
+        part = exact(ids[i : i + 1], labels=labels[i : i + 1]) / case.batch
+        part.backward()
+        exact_loss += part.detach()
+    wrong = right = 0.0
+    for ours, reference in zip(step.parameters, exact.parameters(), strict=True):
+        assert ours.grad is not None and reference.grad is not None
+        wrong += (ours.grad.double() - reference.grad).square().sum().item()
+        right += reference.grad.square().sum().item()
+    loss_error = ((loss.double() - exact_loss) / exact_loss).abs().item()
+    step.optimizer.zero_grad()
+    return greatest([loss_error, (wrong / right) ** 0.5])
+
+
+def batch(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random tokens and labels, (B, N)."""
+    vocabulary = configuration(case.preset).vocab_size
+    ids = torch.randint(vocabulary, (case.batch, case.length + 1), device=device)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def _measure_transformer(bench: Bench, case: Case, name: str) -> tuple[float, float]:
+    torch.manual_seed(0)
+    model = GPT.like(configuration(case.preset)).to(bench.device)
+
+    def plain(ids: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(ids).flatten(0, 1), labels.flatten())
+
+    def chunked(ids: Tensor, labels: Tensor) -> Tensor:
+        return model(ids, labels=labels)
+
+    loss = {_CHUNKED: chunked, _PLAIN: plain}[name]
+    if bench.scale == "cuda":
+        loss = torch.compile(loss, dynamic=False)
+    return speed_and_memory(Step(model, loss, bench.dtype == torch.bfloat16), case, bench.device)
+
+
+def speed_and_memory(step: Step, case: Case, device: torch.device) -> tuple[float, float]:
+    """Tokens a second, and GiB at the peak (zero but on CUDA)."""
+    ms = milliseconds(lambda: _on(step, batch(case, device)), 1e12, device)
+    memory = 0.0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step(*batch(case, device))
+        memory = torch.cuda.max_memory_allocated() / 2**30
+    return 1000 * case.batch * case.length / ms, memory
+
+
+def _on(step: Step, tokens: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    return lambda: step(*tokens)
+
+
+def multiplied_parameters(preset: str) -> int:
+    """Parameters of matrices that every token is multiplied by."""
+    with torch.device("meta"):
+        model = Phase2IntegratedModel(configuration(preset), init=False)
+    looked_up = set(model.token_embedding.parameters())
+    return sum(p.numel() for p in model.parameters() if p.ndim == 2 and p not in looked_up)

@@ -1,0 +1,82 @@
+"""`resolvent benchmark`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from resolvent.cli.loading import Device
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from resolvent.benchmark import Report
+
+_WIDTH = 150
+"""Columns of a table that nobody folds, where the output is no terminal."""
+
+
+def benchmark(
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="SECTION[,SECTION]", help="Of operators, training, memory, decoding.", show_default="all"),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes, whose figures mean nothing: does it run?")
+    ] = False,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures to FILE, too.")
+    ] = None,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="Train our model without compiling it; the peer is compiled all the same.")
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Measure speed and memory beside peers, after checking that what is measured is right.
+
+    Peers are attention (PyTorch's SDPA), a Transformer of the same size with a compiled training step and a CUDA-graph
+    decoder, and flash-linear-attention where it is installed. On CUDA it takes minutes, most of them for compilation;
+    choose sections with --only. Without CUDA, sizes are small and float32.
+
+    Reading the tables: [bold]times better[/bold] compares with the best peer, [bold]% of limit[/bold] with the time
+    that the bytes (MB) or the arithmetic (GFLOP) would take at the speed of a large copy or a large product of matrices
+    in the same run, [bold]error[/bold] with a float64 reference. In a target such as "<= 0.055 (0.09)" the second
+    figure would do. Targets are for one H100.
+
+    Figures that could not be measured are listed, and the exit code is 1. A target that is missed is no failure.
+
+    Example: [bold]resolvent benchmark --only operators,training --json figures.json[/bold]
+    """
+    import torch
+    from rich.console import Console
+
+    from resolvent.benchmark import SECTIONS, run
+    from resolvent.device import pick_device
+
+    sections = only.split(",") if only is not None else list(SECTIONS)
+    if unknown := [section for section in sections if section not in SECTIONS]:
+        known = ", ".join(SECTIONS)
+        raise typer.BadParameter(f"{', '.join(map(repr, unknown))} is none of {known}.", param_hint="--only")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
+    report = run(sections, device=pick_device(device), quick=quick, compiled=not eager, console=console)
+    _show(report, torch.get_num_threads(), console)
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    if report.failures:
+        raise typer.Exit(1)
+
+
+def _show(report: "Report", threads: int, console: "Console") -> None:
+    for table in report.tables():
+        console.print(table)
+    limits, where = report.ceilings, report.device if report.device != "CPU" else f"{threads} CPU threads"
+    console.print(
+        f"{where}: copies at {limits.bytes_per_second / 1e9:,.0f} GB/s, "
+        f"multiplies at {limits.flops_per_second / 1e12:,.2f} TFLOP/s",
+        highlight=False,
+    )
+    for failure in report.failures:
+        console.print(f"failed: {failure}", style="red", highlight=False, markup=False)

@@ -1,0 +1,64 @@
+import math
+import time
+
+import pytest
+import torch
+
+from resolvent.benchmark import timing
+from resolvent.benchmark.timing import greatest, measure_ceilings, milliseconds, relative_error
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "_SECONDS", 0.05)
+
+
+def test_the_time_of_a_job_is_what_it_takes():
+    assert 5.0 <= milliseconds(lambda: lambda: time.sleep(0.005), 1.0, CPU) < 50.0
+
+
+def test_what_is_prepared_once_does_not_count():
+    prepared = []
+
+    def job() -> None:
+        if not prepared:
+            time.sleep(0.2)
+            prepared.append(True)
+
+    assert milliseconds(lambda: job, 1.0, CPU) < 10.0
+
+
+def test_a_failing_job_is_not_timed():
+    def job() -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        milliseconds(lambda: job, 1.0, CPU)
+
+
+def test_ceilings_are_rates_per_second():
+    ceilings = measure_ceilings(CPU, torch.float32, 64)
+    assert 1e8 < ceilings.bytes_per_second < 1e13
+    assert 1e8 < ceilings.flops_per_second < 1e14
+
+
+def test_relative_error_sees_every_tensor():
+    exact = [torch.ones(3, dtype=torch.complex128), torch.zeros(1, dtype=torch.float64)]
+    assert relative_error([x.clone() for x in exact], exact) == 0
+    assert relative_error([exact[0], torch.ones(1)], exact) == pytest.approx((1 / 3) ** 0.5)
+    assert math.isnan(relative_error([exact[0], torch.tensor([math.nan])], exact))
+    assert math.isnan(greatest([0.1, math.nan, 0.2])) and greatest([0.1, 0.3, 0.2]) == 0.3
+
+
+@pytest.mark.gpu
+def test_short_jobs_are_timed_without_their_launches():
+    device = torch.device("cuda")
+
+    def make_job() -> timing.Job:
+        x = torch.randn(2**18, device=device)
+        return lambda: x + 1
+
+    ms = milliseconds(make_job, 2**21, device)
+    assert 0.0003 < ms < 0.005  # 2 MB at some TB/s; a launch alone takes longer

@@ -1,0 +1,84 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resolvent import benchmark
+from resolvent.benchmark import timing
+from resolvent.benchmark.contest import Bench
+
+Resolvent = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "_SECONDS", 0.01)
+
+
+def test_it_measures_everything_and_writes_it_down(resolvent: Resolvent, tmp_path: Path):
+    outcome = resolvent("benchmark", "--quick", "--device", "cpu", "--json", tmp_path / "figures.json")
+    assert outcome.code == 0, outcome.out + outcome.err
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    names = [(row["section"], row["name"]) for row in figures["rows"]]
+    assert names == [
+        ("operators", "memory forward, B1 N130 H2 K16"),
+        ("operators", "memory forward + backward, B1 N130 H2 K16"),
+        ("operators", "memory forward + backward, consolidated, B1 N130 H2 K16"),
+        ("operators", "memory forward + backward, consolidated / not"),
+        ("operators", "BK-Core forward, B1 N130 H2"),
+        ("operators", "BK-Core forward + backward, B1 N130 H2"),
+        ("operators", "head and loss forward + backward, T100 D32 V257"),
+        ("training", "tiny, B1 N100"),
+        ("memory", "tiny, B1 N256"),
+        ("decoding", "tiny, B1, reading 200 tokens"),
+        ("decoding", "tiny, B1, generating after 20 tokens"),
+        ("decoding", "tiny, B1, generating after 200 tokens"),
+        ("decoding", "tiny, B1, generating, after 200 / after 20"),
+    ]
+    assert all(row["ours"] > 0 and not row["failures"] for row in figures["rows"])
+    errors = [row["error"] for row in figures["rows"] if row["unit"] in ("ms", "tokens/s")]
+    assert all(error < 1e-4 for error in errors)
+    training = figures["rows"][7]
+    assert list(training["peers"]) == ["GPT", "GPT, plain loss"]
+    assert 0 < training["fraction"] < 1 and training["times_better"] > 0
+    assert figures["scale"] == "quick" and figures["ceilings"]["bytes_per_second"] > 1e8
+    assert all(name in outcome.out for _, name in names)
+    assert "copies at" in outcome.out and "failed" not in outcome.out
+
+
+def test_sections_can_be_chosen(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch):
+    called: list[str] = []
+    sections = {name: lambda bench, name=name: called.append(name) for name in benchmark.SECTIONS}
+    monkeypatch.setattr(benchmark, "SECTIONS", sections)
+    assert resolvent("benchmark", "--quick", "--device", "cpu", "--only", "decoding,operators").code == 0
+    assert called == ["decoding", "operators"]
+    assert resolvent("benchmark", "--quick", "--device", "cpu").code == 0
+    assert called[2:] == list(sections)
+
+
+def test_an_unknown_section_is_named(resolvent: Resolvent):
+    outcome = resolvent("benchmark", "--only", "operators,speed")
+    assert outcome.code == 2
+    message = " ".join(outcome.err.replace("│", "").split())
+    assert "'speed' is none of operators, training, memory, decoding." in message
+
+
+def test_what_fails_is_shown_and_the_exit_code_is_1(
+    resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def measure(bench: Bench) -> None:
+        good = bench.compete("good", lambda check: 2.0)
+        bad = bench.compete("bad", lambda check: check(0.5), tolerance=0.1)
+        bench.add("section", "good", "ms", good)
+        bench.add("section", "bad", "ms", bad)
+
+    monkeypatch.setattr(benchmark, "SECTIONS", {"section": measure})
+    outcome = resolvent("benchmark", "--quick", "--device", "cpu", "--json", tmp_path / "figures.json")
+    assert outcome.code == 1
+    why = "WrongResultError: relative error 5.0e-01, allowed is 1e-01: not measured"
+    assert f"failed: section, bad, ours: {why}" in outcome.out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["ours"] for row in figures["rows"]] == [2.0, None]
+    assert figures["failures"] == [f"section, bad, ours: {why}"]

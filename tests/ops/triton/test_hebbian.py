@@ -1,0 +1,166 @@
+"""The memory's kernels, interpreted on the CPU, against the torch back end in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from resolvent.errors import ConfigError
+from resolvent.ops import MemoryState, backend, dissipative_memory
+from resolvent.ops.triton import hebbian as kernels
+from tests.ops.test_hebbian import consolidation, inputs, relative, state, tensors_of
+
+DECAYS = {"weak": 1e-3, "middling": 0.3, "strong": 1000.0}
+NAMES = ["q", "k", "v", "decay", "eta", "memory", "writes", "forgetting", "sharpness", "bias"]
+
+
+def single(x):
+    return x.detach().float().requires_grad_(x.requires_grad)
+
+
+def single_rule(rule):
+    if rule is None or rule.resonance is None:
+        return rule
+    resonance = rule.resonance
+    basis, sharpness, bias = (single(x) for x in (resonance.basis, resonance.sharpness, resonance.bias))
+    return replace(rule, resonance=replace(resonance, basis=basis, sharpness=sharpness, bias=bias))
+
+
+def run(values, start, rule, position, offsets=None, **options):
+    """Read-out, final state and the gradients of everything, from a loss that looks at both."""
+    readout, final = dissipative_memory(
+        *values, initial_state=start, position=position, cu_seqlens=offsets, consolidation=rule, **options
+    )
+    weights = torch.cos(torch.arange(readout.numel(), dtype=torch.float64)).view_as(readout)
+    loss = (readout.double() * weights).sum() + sum(x.double().square().sum() for x in final)
+    sources = [*values, *(start or ()), *tensors_of(rule)]
+    return [readout, *final], torch.autograd.grad(loss, sources, materialize_grads=True)
+
+
+def check(values, start=None, rule=None, position=None, offsets=None):
+    """Everything the kernels compute against float64."""
+    values = [x.requires_grad_() for x in values]
+    start = MemoryState(*(x.requires_grad_() for x in start)) if start else None
+    expected, gradients = run(values, start, rule, position, offsets)
+    narrow = [single(x) for x in values]
+    narrow_start = MemoryState(*(single(x) for x in start)) if start else None
+    found, found_gradients = run(narrow, narrow_start, single_rule(rule), position, offsets, backend="triton")
+    assert all(relative(a.double(), b) <= 1e-6 for a, b in zip(found, expected, strict=True))
+    names = NAMES[:5] + (NAMES[5:8] if start else []) + (NAMES[8:] if tensors_of(rule) else [])
+    for name, a, b in zip(names, found_gradients, gradients, strict=True):
+        # Where everything was forgotten, the gradient of how much was forgotten is nothing: exp(-40) of the others.
+        assert relative(a.double(), b) <= 1e-5 or (a.double() - b).norm() <= 1e-12, name
+
+
+@pytest.mark.parametrize("kind", ["none", "snr", "resonance", "both"])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 150])
+def test_kernels_are_the_reference_gradients_included(length, kind):
+    check(inputs(length), state(), consolidation(kind), torch.full((2,), 37))
+
+
+@pytest.mark.parametrize("strength", ["weak", "strong"])
+@pytest.mark.parametrize("kind", ["none", "both"])
+def test_weak_and_strong_decay(kind, strength):
+    check(inputs(150, DECAYS[strength]), state(), consolidation(kind), torch.tensor([0, 100]))
+
+
+def test_from_an_empty_memory():
+    check(inputs(150), rule=consolidation("both"))
+
+
+def test_long_intervals_start_anywhere():
+    check(inputs(200), state(), consolidation("both", interval=128), torch.tensor([0, 100]))
+
+
+@pytest.mark.parametrize(("key", "value"), [(24, 8), (16, 40), (128, 16)])
+def test_any_width_of_a_head(key, value):
+    check(inputs(70, key=key, value=value), state(key=key, value=value), consolidation("both", key=key))
+
+
+@pytest.mark.parametrize("kind", ["none", "both"])
+def test_packed_sequences(kind):
+    lengths = [0, 5, 64, 100, 1, 0]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    positions = torch.tensor([3, 60, 64, 127, 63, 0])
+    check(inputs(sum(lengths), batch=1), state(batch=6), consolidation(kind), positions, offsets)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_segments_that_walk_at_the_same_time_are_one_walk(packed, monkeypatch):
+    monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 2)
+    offsets = torch.tensor([0, 300, 300, 310, 600]) if packed else None
+    layout = kernels._layout_of(torch.empty(1 if packed else 2, 600, 2, 16), None, offsets, 0)
+    assert layout.segmented
+    check(inputs(600, 0.01, batch=1 if packed else 2), state(batch=4 if packed else 2), offsets=offsets)
+
+
+def test_views_are_read_where_they_lie():
+    packed = torch.randn(2, 70, 3 * 2 * 16, dtype=torch.float64)
+    q, k, v = (x.unflatten(-1, (2, 16)) for x in packed.chunk(3, dim=-1))
+    decay = torch.rand(2, 2, 70, dtype=torch.float64).transpose(1, 2)
+    assert not any(x.is_contiguous() for x in (q, k, v, decay))
+    check([q / 4, k / 4, v, decay, torch.rand(2, dtype=torch.float64) + 0.1])
+
+
+def test_what_is_not_needed_is_not_saved():
+    values = [x.float() for x in inputs(70)]
+    operands = (*values, *[None] * 8, 0, [], 0.0)
+    assert kernels._memory(*operands, False)[4].numel() == 0
+    assert kernels._memory(*operands, True)[4].shape == (4, 2, 16, 8)
+
+
+def test_two_runs_are_the_same_bits():
+    values, rule = [single(x).requires_grad_() for x in inputs(150)], single_rule(consolidation("both"))
+    (*first, one), (*second, two) = (run(values, None, rule, None, backend="triton") for _ in range(2))
+    for a, b in zip([*first[0], *one], [*second[0], *two], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["none", "both"])
+def test_the_operators_are_registered_as_pytorch_wants_them(kind):
+    values, rule = [single(x.requires_grad_()) for x in inputs(70)], single_rule(consolidation(kind))
+    start = [single(x.requires_grad_()) for x in state()]
+    resonance = rule.resonance if rule else None
+    parameters = [resonance.basis, resonance.sharpness, resonance.bias] if resonance else [None] * 3
+    constants = (64, [1.0, 0.5, 2.0, 1.5], 0.5) if rule else (0, [], 0.0)
+    operands = (*values, *start, *parameters, None, None, *constants, True)  # every row that is saved has its chunk
+    torch.library.opcheck(torch.ops.resolvent.memory.default, operands)
+    saved = [x.detach() for x in torch.ops.resolvent.memory.default(*operands)[4:]]
+    plain = [x if x is None else x.detach() for x in (*values, start[1], *parameters)]
+    upstream = torch.randn_like(values[2]), *(torch.randn_like(x) for x in start)
+    operands = (*upstream, *plain, *saved, None, None, *constants)
+    torch.library.opcheck(torch.ops.resolvent.memory_backward.default, operands)
+
+
+def test_kernels_refuse_what_they_cannot_do():
+    values = inputs(10)
+    with pytest.raises(ConfigError, match=r"computes in float32, the tensors are torch\.float64"):
+        dissipative_memory(*values, backend="triton")
+    with pytest.raises(ConfigError, match="up to a width of 128, got 160"):
+        dissipative_memory(*(x.float() for x in inputs(10, key=160)), backend="triton")
+
+
+def test_what_ran_is_counted():
+    before = backend.calls["dissipative_memory", "triton"]
+    dissipative_memory(*(x.float() for x in inputs(3)), backend="triton")
+    assert backend.calls["dissipative_memory", "triton"] == before + 1
+
+
+@pytest.mark.parametrize("kind", ["none", "snr", "resonance", "both"])
+def test_a_step_is_a_walk_of_one_token(kind):
+    values, start, rule = inputs(1), state(), consolidation(kind)
+    position = torch.tensor([63, 5])
+    with torch.no_grad():
+        expected, expected_final = dissipative_memory(
+            *values, initial_state=start, position=position, consolidation=rule
+        )
+        narrow_start = MemoryState(*(single(x) for x in start))
+        found, final = dissipative_memory(
+            *(single(x) for x in values),
+            initial_state=narrow_start,
+            position=position,
+            consolidation=single_rule(rule),
+            backend="triton",
+        )
+    for a, b in zip((found, *final), (expected, *expected_final), strict=True):
+        assert relative(a.double(), b) <= 1e-6

@@ -1,0 +1,144 @@
+"""The memory's kernels on the GPU: every gradient against float64, in float32 and bfloat16."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from resolvent.ops import Consolidation, MemoryState, Resonance, SNRFilter, dissipative_memory
+from resolvent.ops.triton import hebbian as kernels
+
+pytestmark = pytest.mark.gpu
+
+DECAYS = {"weak": 1e-3, "middling": 0.3, "strong": 1000.0}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
+
+
+def inputs(length, strength=0.3, batch=2, heads=2, width=64):
+    draw = {"device": "cuda", "dtype": torch.float64}
+    q, k = (F.normalize(torch.randn(batch, length, heads, width, **draw), dim=-1) for _ in range(2))
+    v = torch.randn(batch, length, heads, width, **draw)
+    return [q, k, v, strength * torch.rand(batch, length, heads, **draw), torch.rand(heads, **draw) + 0.1]
+
+
+def state(batch=2, heads=2, width=64):
+    draw = {"device": "cuda", "dtype": torch.float64}
+    memory, writes = torch.randn(2, batch, heads, width, width, **draw)
+    return MemoryState(memory, writes, torch.rand(batch, heads, **draw))
+
+
+def consolidation(kind, interval=64, heads=2, width=64):
+    if kind == "none":
+        return None
+    basis = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))[0].cuda()
+    sharpness, bias = (torch.rand(heads, device="cuda", dtype=torch.float64).requires_grad_() for _ in range(2))
+    snr = SNRFilter(2.0, 0.5, 2.0, 1.5) if kind in ("snr", "both") else None
+    resonance = Resonance(basis, 0.1, sharpness, bias) if kind in ("resonance", "both") else None
+    return Consolidation(interval, snr, resonance)
+
+
+def cast(rule, dtype):
+    if rule is None or rule.resonance is None:
+        return rule
+    resonance = rule.resonance
+    names = ("basis", "sharpness", "bias")
+    values = {name: getattr(resonance, name).detach().to(dtype).requires_grad_(name != "basis") for name in names}
+    return replace(rule, resonance=replace(resonance, **values))
+
+
+def run(values, start, rule, position, offsets, backend):
+    """Read-out, final state and the gradients of everything, from a loss that looks at both."""
+    readout, final = dissipative_memory(
+        *values, initial_state=start, position=position, cu_seqlens=offsets, consolidation=rule, backend=backend
+    )
+    weights = torch.cos(torch.arange(readout.numel(), dtype=torch.float64, device="cuda")).view_as(readout)
+    loss = (readout.double() * weights).sum() + sum(x.double().square().sum() for x in final)
+    resonance = rule.resonance if rule else None
+    sources = [*values, *(start or ()), *([resonance.sharpness, resonance.bias] if resonance else [])]
+    return [readout, *final, *torch.autograd.grad(loss, sources, materialize_grads=True)]
+
+
+def check(dtype, values, start=None, rule=None, position=None, offsets=None):
+    # What float64 reads is what half precision was given.
+    values = [x.to(dtype) for x in values[:3]] + [x.float() for x in values[3:]]
+    narrow = [x.detach().requires_grad_() for x in values]
+    exact = [x.detach().double().requires_grad_() for x in values]
+    narrow_start = MemoryState(*(x.float().requires_grad_() for x in start)) if start else None
+    exact_start = MemoryState(*(x.detach().double().requires_grad_() for x in narrow_start)) if narrow_start else None
+    narrow_rule = cast(rule, torch.float32)
+    expected = run(exact, exact_start, cast(narrow_rule, torch.float64), position, offsets, "torch")
+    found = run(narrow, narrow_start, narrow_rule, position, offsets, "triton")
+    again = run(narrow, narrow_start, narrow_rule, position, offsets, "triton")
+    scale = max(x.norm().item() for x in expected)
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.isfinite().all(), i
+        error = (a.double() - b).norm().item()
+        # A gradient that nearly all cancels out is as exact as what it is the sum of.
+        assert error <= TOLERANCE[dtype] * max(b.norm().item(), 1e-3 * scale), (i, error / b.norm().item())
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def _poison_memory(monkeypatch):
+    """Free memory is full of NaN before every kernel: an output that nobody wrote shows."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        x = new_empty(self, *args, **kwargs)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["none", "snr", "resonance", "both"])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 1000])
+def test_lengths(length, kind, dtype):
+    check(dtype, inputs(length), state(), consolidation(kind), torch.tensor([0, 37]))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("strength", ["weak", "strong"])
+@pytest.mark.parametrize("kind", ["none", "both"])
+def test_decays(kind, strength, dtype):
+    check(dtype, inputs(1000, DECAYS[strength]), None, consolidation(kind))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [16, 32, 128])
+def test_widths(width, dtype):
+    check(dtype, inputs(200, width=width), state(width=width), consolidation("both", width=width))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_long_intervals(dtype):
+    check(dtype, inputs(500), state(), consolidation("both", interval=128), torch.tensor([100, 0]))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["none", "both"])
+def test_packed_sequences(kind, dtype):
+    offsets = torch.tensor([0, 0, 5, 69, 70, 1000, 2000])
+    check(dtype, inputs(2000, batch=1), state(batch=6), consolidation(kind), torch.arange(6) * 50, offsets)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_segments(dtype):
+    values = inputs(4000, 0.05)
+    assert kernels._layout_of(values[0], None, None, 0).segmented
+    check(dtype, values, state())
+
+
+def test_another_length_needs_no_new_kernel():
+    def sizes():
+        of_device = [
+            kernel.device_caches[torch.cuda.current_device()] for kernel in (kernels._walk, kernels._walk_back)
+        ]
+        return [len(caches[0]) for caches in of_device]
+
+    for length in (200, 333, 1024, 77):
+        check(torch.bfloat16, inputs(length), state(), consolidation("both"), torch.tensor([0, 5]))
+        if length == 200:
+            first = sizes()
+    assert sizes() == first
