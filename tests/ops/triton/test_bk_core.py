@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from resolvent.errors import ConfigError
 from resolvent.ops import backend, effective_diagonal, resolvent_diagonal, resolvent_diagonal_reference
 
-triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
+pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU: see test_bk_core_cuda.py", allow_module_level=True)
+import triton
+import triton.language as tl
+
 from resolvent.ops.triton import bk_core
 
 from .chains import STRONG, WEAK, chain, check, relative, run, states
