@@ -3,7 +3,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resolvent.ops import effective_diagonal, resolvent_diagonal, resolvent_diagonal_reference, resolvent_step
+from resolvent.ops import (
+    effective_diagonal,
+    resolvent_diagonal,
+    resolvent_diagonal_reference,
+    resolvent_features,
+    resolvent_step,
+)
 
 LENGTHS = (1, 2, 3, 63, 64, 65, 200)
 
@@ -87,6 +93,15 @@ def test_any_split_with_the_state_passed_on_is_the_whole(splits):
         pieces.append(g)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(state, last, rtol=1e-10, atol=1e-10)
+
+
+def test_features_are_the_two_parts_of_the_diagonal():
+    alpha, coupling = chain(20)
+    initial = torch.randn(2, 3, dtype=torch.complex128)
+    g, last = resolvent_diagonal(alpha, coupling, initial_state=initial)
+    features, state = resolvent_features(alpha, coupling, initial_state=initial)
+    assert torch.equal(features, torch.cat([g.real, g.imag], -1))
+    assert torch.equal(state, last)
 
 
 def test_the_step_is_the_recurrence():

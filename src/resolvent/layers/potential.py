@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import effective_diagonal, resolvent_diagonal
+from ..ops import effective_diagonal, resolvent_features
 from ..ops.precision import at_least_float32
 
 
@@ -129,7 +129,7 @@ class DissipativeBKLayer(nn.Module):
             energy, zeta = at_least_float32(self.energy), at_least_float32(self.log_zeta).exp()
             alpha = effective_diagonal(potential, gamma, kappa, energy, zeta)
             coupling = (at_least_float32(self.h0_super) * at_least_float32(self.h0_sub)).abs()
-            g, new_state = resolvent_diagonal(
+            features, new_state = resolvent_features(
                 alpha,
                 coupling,
                 initial_state=state,
@@ -137,8 +137,7 @@ class DissipativeBKLayer(nn.Module):
                 backend=self.backend,
                 block_size=self.block_size,
             )
-        assert new_state is not None
-        return torch.cat([g.real, g.imag], dim=-1), gamma, new_state
+        return features, gamma, new_state
 
 
 class StaticBKLayer(nn.Module):
@@ -177,15 +176,14 @@ class StaticBKLayer(nn.Module):
             constant = potential.new_ones(self.num_heads)
             no_decay = torch.zeros_like(potential)
             alpha = effective_diagonal(potential, no_decay, 0 * constant, self.energy, self.ZETA * constant)
-            g, new_state = resolvent_diagonal(
+            features, new_state = resolvent_features(
                 alpha,
                 self.HOPPING**2 * constant,
                 initial_state=state,
                 cu_seqlens=cu_seqlens,
                 backend=self.backend,
             )
-        assert new_state is not None
-        return torch.cat([g.real, g.imag], dim=-1), new_state
+        return features, new_state
 
 
 def _modulus(x: Tensor) -> Tensor:

@@ -1,6 +1,12 @@
 """Pure functions on tensors: what the layers compute, with nothing of modules or parameters in it."""
 
-from .bk_core import effective_diagonal, resolvent_diagonal, resolvent_diagonal_reference, resolvent_step
+from .bk_core import (
+    effective_diagonal,
+    resolvent_diagonal,
+    resolvent_diagonal_reference,
+    resolvent_features,
+    resolvent_step,
+)
 from .consolidation import Consolidation, Resonance, SNRFilter, consolidate
 from .cross_entropy import IGNORED, linear_cross_entropy
 from .hebbian import MemoryState, dissipative_memory, dissipative_memory_reference, dissipative_memory_step
@@ -23,5 +29,6 @@ __all__ = [
     "linear_cross_entropy",
     "resolvent_diagonal",
     "resolvent_diagonal_reference",
+    "resolvent_features",
     "resolvent_step",
 ]

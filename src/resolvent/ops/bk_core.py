@@ -45,7 +45,8 @@ def effective_diagonal(
     Returns:
         complex (B, N, H).
     """
-    return torch.complex(h0_diag + potential - energy, -(kappa * gamma + zeta))
+    # Not torch.complex, of which torch.compile makes a kernel of its own.
+    return torch.view_as_complex(torch.stack((h0_diag + potential - energy, -(kappa * gamma + zeta)), dim=-1))
 
 
 def resolvent_diagonal(
@@ -76,6 +77,39 @@ def resolvent_diagonal(
     Raises:
         ValueError: shapes do not fit, or a state is given to the two-sided form.
     """
+    diagonal, state = _diagonal_pairs(alpha, coupling, initial_state, cu_seqlens, form, backend, block_size)
+    return torch.view_as_complex(diagonal), None if state is None else torch.view_as_complex(state)
+
+
+def resolvent_features(
+    alpha: Tensor,
+    coupling: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    block_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """``[Re g, Im g]`` of all heads of the causal form, real (B, N, 2H), and the state: see ``resolvent_diagonal``.
+
+    The diagonal stays real all the way: a backward pass that ``torch.compile`` made does not know that a complex
+    number and its two parts share their memory, and may overwrite the one before it reads the other.
+    """
+    diagonal, state = _diagonal_pairs(alpha, coupling, initial_state, cu_seqlens, "causal", backend, block_size)
+    assert state is not None
+    return diagonal.transpose(-1, -2).flatten(-2), torch.view_as_complex(state)
+
+
+def _diagonal_pairs(
+    alpha: Tensor,
+    coupling: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    form: Form,
+    backend: str,
+    block_size: int,
+) -> tuple[Tensor, Tensor | None]:
+    """What the back ends implement: complex numbers as pairs of real ones, (B, N, H, 2) and (S, H, 2)."""
     if form not in ("causal", "two_sided"):
         raise ValueError(f"form must be 'causal' or 'two_sided', got {form!r}")
     if alpha.dim() != 3 or coupling.shape != alpha.shape[2:]:
@@ -87,7 +121,8 @@ def resolvent_diagonal(
     if form == "two_sided" and initial_state is not None:
         raise ValueError("the two-sided form sees the whole chain at once and takes no initial_state")
     run = _backend.implementation("resolvent_diagonal", backend, alpha.device, alpha.dtype)
-    return run(alpha, coupling, initial_state, cu_seqlens, form, block_size)
+    state = None if initial_state is None else torch.view_as_real(initial_state.resolve_conj())
+    return run(torch.view_as_real(alpha.resolve_conj()), coupling, state, cu_seqlens, form, block_size)
 
 
 def resolvent_step(alpha: Tensor, coupling: Tensor, state: Tensor) -> Tensor:
@@ -121,6 +156,7 @@ def _resolvent_diagonal_torch(
     block_size: int,
 ) -> tuple[Tensor, Tensor | None]:
     del block_size  # the scan below has no blocks
+    alpha = torch.view_as_complex(alpha)
     batch, length, heads = alpha.shape
     if cu_seqlens is None:
         starts = torch.zeros(1, dtype=torch.long, device=alpha.device)
@@ -132,11 +168,15 @@ def _resolvent_diagonal_torch(
         g_left = _Moebius.apply(alpha, links.expand_as(alpha))
         links_right = _links(coupling, length - ends, length)
         g_right = _Moebius.apply(alpha.flip(1), links_right.expand_as(alpha))
-        return 1 / (alpha - links * _shift(g_left) - (links_right * _shift(g_right)).flip(1)), None
+        diagonal = 1 / (alpha - links * _shift(g_left) - (links_right * _shift(g_right)).flip(1))
+        return torch.view_as_real(diagonal), None
 
-    state = initial_state if initial_state is not None else alpha.new_zeros(batch * len(starts), heads)
+    if initial_state is None:
+        state = alpha.new_zeros(batch * len(starts), heads)
+    else:
+        state = torch.view_as_complex(initial_state)
     if length == 0:
-        return alpha, state
+        return torch.view_as_real(alpha), torch.view_as_real(state)
     empty = (ends == starts).unsqueeze(-1)
     state = state.reshape(batch, len(starts), heads)
     if initial_state is not None:
@@ -145,7 +185,7 @@ def _resolvent_diagonal_torch(
         alpha = alpha.index_add(1, starts.clamp(max=length - 1), carried)
     g = _Moebius.apply(alpha, links.expand_as(alpha))
     final_state = torch.where(empty, state, g[:, (ends - 1).clamp(min=0)])
-    return g, final_state.reshape(-1, heads)
+    return torch.view_as_real(g), torch.view_as_real(final_state.reshape(-1, heads))
 
 
 def _links(coupling: Tensor, starts: Tensor, length: int) -> Tensor:

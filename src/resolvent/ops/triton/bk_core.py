@@ -53,24 +53,19 @@ def _resolvent_diagonal_triton(
     form: str,
     block_size: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """See ``ops.resolvent_diagonal``. ``block_size`` is the number of lanes that a program has at most, rounded down to
-    a power of two; each holds ``SITES`` sites of a block. ``cu_seqlens`` on the CPU lets a launch fit the longest
-    sequence."""
+    """See ``ops.resolvent_diagonal``; complex numbers come as pairs. ``block_size`` is the number of lanes that a
+    program has at most, rounded down to a power of two; each holds ``SITES`` sites of a block. ``cu_seqlens`` on the
+    CPU lets a launch fit the longest sequence."""
+    if initial_state is not None:
+        initial_state = initial_state.to(alpha.dtype)
+    coupling = coupling.to(alpha.dtype)
     if form == "causal":
-        return _causal(alpha, coupling, initial_state, cu_seqlens, block_size)
-    from_left, _ = _causal(alpha, coupling, None, cu_seqlens, block_size)
+        return causal_diagonal(alpha, coupling, initial_state, cu_seqlens, block_size)
     mirrored = None if cu_seqlens is None else alpha.shape[1] - cu_seqlens.flip(0)
-    from_right, _ = _causal(alpha.flip(1), coupling, None, mirrored, block_size)
-    return 1 / (1 / from_left + 1 / from_right.flip(1) - alpha), None
-
-
-def _causal(
-    alpha: Tensor, coupling: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, block_size: int
-) -> tuple[Tensor, Tensor]:
-    pairs = None if state is None else torch.view_as_real(state.resolve_conj().to(alpha.dtype))
-    alpha_pairs = torch.view_as_real(alpha.resolve_conj())
-    g, final_state = causal_diagonal(alpha_pairs, coupling.float(), pairs, cu_seqlens, block_size)
-    return torch.view_as_complex(g), torch.view_as_complex(final_state)
+    from_left, _ = causal_diagonal(alpha, coupling, None, cu_seqlens, block_size)
+    from_right, _ = causal_diagonal(alpha.flip(1), coupling, None, mirrored, block_size)
+    left, right = torch.view_as_complex(from_left), torch.view_as_complex(from_right.flip(1))
+    return torch.view_as_real(1 / (1 / left + 1 / right - torch.view_as_complex(alpha))), None
 
 
 @_backend.operator("causal_diagonal")
