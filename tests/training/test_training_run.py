@@ -393,3 +393,10 @@ def test_plain_output_is_a_line_at_intervals(small_config: MakeConfig, tmp_path:
 def test_without_a_console_nothing_is_printed(small_config: MakeConfig, capfd: pytest.CaptureFixture[str]):
     train(small_config(steps=2))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_what_an_eager_run_learns(small_config: MakeConfig, tmp_path: Path):
+    eager = train(small_config(out=str(tmp_path / "eager"), steps=3)).validation
+    compiled = train(small_config(out=str(tmp_path / "compiled"), steps=3, compile=True)).validation
+    assert compiled.loss == pytest.approx(eager.loss, rel=1e-4)

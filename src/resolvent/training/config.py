@@ -46,6 +46,7 @@ class TrainingConfig:
     seed: int = setting(0, RUN, "Decides weights, order of the data and dropout.", at_least=0, at_most=2**63 - 1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN, "auto: cuda where there is one.")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", RUN, "auto: bf16 on cuda, fp32 on the cpu.")
+    compile: bool = setting(False, RUN, "Compile the model with torch.compile: worth a minute's wait on long GPU runs.")
 
     phase: int = setting(
         2, TEXT, "2: resolvent and memory; 1: the static Hamiltonian it grows out of.", at_least=1, at_most=2
@@ -180,7 +181,13 @@ _BOUNDS = {
     "at_most": (operator.le, "<="),
     "below": (operator.lt, "<"),
 }
-_NAMES: dict[Any, str] = {int: "an integer", float: "a finite number", str: "a string", types.NoneType: "None"}
+_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a finite number",
+    str: "a string",
+    types.NoneType: "None",
+}
 
 
 def _faults(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
@@ -203,6 +210,6 @@ def _faults(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    if isinstance(value, bool):
-        return False
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
     return isinstance(value, int | float) and math.isfinite(value) if kind is float else isinstance(value, kind)

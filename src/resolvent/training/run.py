@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -138,8 +139,12 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
         # Accelerate keeps the settings of a process's first Accelerator and refuses others.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+    compiler = TorchDynamoPlugin(backend=DynamoBackend.INDUCTOR if config.compile else DynamoBackend.NO)
     return Accelerator(
-        cpu=device.type == "cpu", mixed_precision=precision, gradient_accumulation_steps=config.accumulation
+        cpu=device.type == "cpu",
+        mixed_precision=precision,
+        gradient_accumulation_steps=config.accumulation,
+        dynamo_plugin=compiler,
     )
 
 

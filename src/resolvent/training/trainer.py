@@ -120,7 +120,7 @@ class Trainer:
             self.display.say(f"Validating on {held_out.num_predictions:,} held-out tokens")
             score = self._validate(held_out, final=True)
         self.display.say(f"Done in {format_duration(time.perf_counter() - started)}; the model is in {self.run_dir}")
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off the model
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)  # takes autocast off
         return TrainingResult(self.run_dir, self.raw_model.eval(), self.corpus.tokenizer, score)
 
     def _step(self) -> None:
@@ -216,7 +216,7 @@ class Trainer:
         accelerator = self.accelerator
         documents = document_tokens(stream)[accelerator.process_index :: accelerator.num_processes]
         nats = sum_of_nats(
-            accelerator.unwrap_model(self.model),
+            accelerator.unwrap_model(self.model, keep_torch_compile=False),  # pieces come in many shapes
             documents,
             batch_tokens=max(self.batches.tokens_per_batch, 4096),
             piece_tokens=512,
