@@ -15,8 +15,8 @@ Job = Callable[[], Any]
 
 _SECONDS = 0.3
 """Time that one measurement takes, about."""
-_GRAPH_BELOW_MS = 1.0
-"""Shorter jobs are launched from a CUDA graph: the gaps between launches would count."""
+_GRAPH_BELOW_MS = 3.0
+"""Jobs that take less when Python launches them are launched from a CUDA graph: the gaps between kernels would count."""
 _GRAPH_MS = 2.0
 """Work in a graph, beside which its own launch is short."""
 

@@ -120,7 +120,9 @@ class Trainer:
             self.display.say(f"Validating on {held_out.num_predictions:,} held-out tokens")
             score = self._validate(held_out, final=True)
         self.display.say(f"Done in {format_duration(time.perf_counter() - started)}; the model is in {self.run_dir}")
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)  # takes autocast off
+        self.accelerator.unwrap_model(
+            self.model, keep_fp32_wrapper=False, keep_torch_compile=False
+        )  # takes autocast off
         return TrainingResult(self.run_dir, self.raw_model.eval(), self.corpus.tokenizer, score)
 
     def _step(self) -> None:
