@@ -119,8 +119,10 @@ def unpad(input_ids: Tensor, attention_mask: Tensor) -> Unpadded:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
-    """Raise a ValueError unless the offsets cut a batch of one, shape (1, T), from 0 to T without going back. In a graph
-    that is being compiled their values are not known, and not checked."""
+    """Raise a ValueError unless the offsets cut a batch of one, shape (1, T), from 0 to T without going back.
+
+    In a graph that is being compiled their values are not known, and not checked.
+    """
     if shape[0] != 1:
         raise ValueError(f"cu_seqlens needs packed input_ids of shape (1, T), got {shape}")
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
