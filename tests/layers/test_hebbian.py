@@ -107,3 +107,21 @@ def test_statistics_of_the_filters():
     assert info["num_resonant"].item() == 1
     assert info["sparsity_ratio"].item() == pytest.approx(0.75)
     assert info["total_energy"].item() == pytest.approx(4.0, rel=1e-5)
+
+
+def test_autocast_keeps_what_all_projections_read_only_once():
+    layer, x = DissipativeHebbianLayer(32, 2, 16), torch.randn(2, 20, 32)
+    cast, kept = x.bfloat16(), set()
+
+    def look(saved):
+        if (
+            saved.dtype == torch.bfloat16
+            and saved.numel() == x.numel()
+            and torch.equal(saved.reshape(cast.shape), cast)
+        ):
+            kept.add(saved.untyped_storage().data_ptr())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda saved: saved), torch.autocast("cpu", torch.bfloat16):
+        layer(x, torch.rand(2, 20, 2))
+    assert len(kept) == 1

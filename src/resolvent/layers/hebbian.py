@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..ops import Consolidation, MemoryState, dissipative_memory
 from ..ops.normalize import unit_length, unit_rms
-from ..ops.precision import at_least_float32
+from ..ops.precision import at_least_float32, for_products
 from ..ops.short_conv import causal_conv
 
 
@@ -117,6 +117,7 @@ class DissipativeHebbianLayer(nn.Module):
             cu_seqlens: offsets of S packed sequences.
             consolidation: what acts on the memory at its boundaries.
         """
+        x = for_products(x)
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if conv_tail is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import effective_diagonal, resolvent_features
-from ..ops.precision import at_least_float32
+from ..ops.precision import at_least_float32, for_products
 
 
 class NonHermitianPotential(nn.Module):
@@ -59,6 +59,7 @@ class NonHermitianPotential(nn.Module):
 
     def forward(self, x: Tensor, readout: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, N, D) and the previous block's read-out (B, N, memory_width) -> V, Γ, at least float32 (B, N, H)."""
+        x = for_products(x)
         potential = self.v_proj(x)
         if self.memory_to_potential is not None and readout is not None:
             potential = potential + self.memory_to_potential(readout)
