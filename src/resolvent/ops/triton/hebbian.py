@@ -3,6 +3,7 @@ r"""Triton kernels of the dissipative Hebbian memory (see ``ops.hebbian`` for th
 A program holds the memory of one head of one sequence in registers and walks over chunks of 64 tokens with it: inside a
 chunk a masked ``QKᵀ``, between chunks the state, at the boundaries the consolidation. Its kernels:
 
+* ``_sum_decays``: the cumulative decays of every chunk, which the others read.
 * ``_walk``: reads, writes and consolidates, forwards. For training it leaves the memory before every chunk.
 * ``_walk_back``: carries the gradient of the memory backwards, and leaves it after every chunk.
 * ``_chunk_gradients``: with both at hand all chunks are independent, and give the gradients of q, k, v and the decay.
@@ -34,11 +35,12 @@ from ..hebbian import CHUNK, MemoryState
 
 _kernel: Any = triton.jit  # what it makes is launched on a grid, which no type of a function allows
 
-_TINY = tl.constexpr(1e-20)
-_LEAST = tl.constexpr(1e-35)
+_TINY = tl.constexpr(1e-20)  # that of ``ops.consolidation``
+_LEAST = tl.constexpr(1e-35)  # added to the mean square of a gradient, which may be small
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _PRECISION = tl.constexpr("tf32x3")  # of float32 products
 _WIDEST_HEAD = 128
+"""A program holds whole memories in its registers."""
 _LAUNCH = {
     "narrow": {
         "walk": dict(num_warps=4, num_stages=3),
@@ -51,7 +53,11 @@ _LAUNCH = {
         "chunk_gradients": dict(num_warps=8, num_stages=1),
     },
 }
-_LEAST_PROGRAMS, _WANTED_PROGRAMS, _SHORTEST_SEGMENT = 64, 528, 8
+"""How kernels are launched for heads up to a width of 64, by measurement, and above it, where they have to fit."""
+_LEAST_PROGRAMS, _WANTED_PROGRAMS = 64, 528
+"""With fewer than the first, one for every head of a sequence, a GPU stays empty; the second fills it four times."""
+_SHORTEST_SEGMENT = 8
+"""Chunks that a segment has at least: each is read twice."""
 
 
 # ------------------------------------------------------------------------------------------------------ the layout
@@ -256,10 +262,11 @@ def _consolidate_back(
 
 # -------------------------------------------------------------------------------------------------------- the kernels
 
-_LENGTHS = ["heads"]  # no new kernel for another shape
+_VARYING = ["heads"]
+"""What differs between models without asking for another kernel; lengths are no arguments at all."""
 
 
-@_kernel(do_not_specialize=_LENGTHS)
+@_kernel(do_not_specialize=_VARYING)
 def _sum_decays(
     decay, segments, chunks, high, low, totals, decay_token, decay_head, heads, C: tl.constexpr, HALF: tl.constexpr
 ):
@@ -280,7 +287,7 @@ def _sum_decays(
         tl.store(low + slots, (cumulative - rounded.to(tl.float64)).to(tl.float32))
 
 
-@_kernel(do_not_specialize=_LENGTHS)
+@_kernel(do_not_specialize=_VARYING)
 def _walk(
     q, k, v, high, low, totals, eta, segments, initial, initial_writes, initial_forgetting, basis, sharpness, bias,
     readout, final, final_writes, final_forgetting, before, writes_before, forgetting_before,
@@ -361,7 +368,7 @@ def _walk(
         tl.store(final_forgetting + row, total_decay)
 
 
-@_kernel(do_not_specialize=_LENGTHS)
+@_kernel(do_not_specialize=_VARYING)
 def _walk_back(
     q, k, v, high, low, totals, eta, segments, grad_readout, grad_final, grad_final_writes, grad_final_forgetting,
     initial_writes, basis, sharpness, bias, before, writes_before, forgetting_before,
@@ -465,7 +472,7 @@ def _walk_back(
         tl.store(grad_bias + row, tl.sum(sum_bias))
 
 
-@_kernel(do_not_specialize=_LENGTHS)
+@_kernel(do_not_specialize=_VARYING)
 def _chunk_gradients(
     q, k, v, high, low, totals, eta, segments, chunks, grad_readout, before, grad_written, grad_total,
     grad_q, grad_k, grad_v, grad_decay, grad_eta,
@@ -523,7 +530,7 @@ def _chunk_gradients(
     tl.store(grad_decay + tokens * heads + head, of_decay, mask=inside)
 
 
-@_kernel(do_not_specialize=_LENGTHS)
+@_kernel(do_not_specialize=_VARYING)
 def _step(
     q, k, v, decay, eta, memory, writes, forgetting, position, basis, sharpness, bias,
     readout, new_memory, new_writes, new_forgetting,
