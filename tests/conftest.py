@@ -1,11 +1,12 @@
 """What all tests share."""
 
+import importlib.util
 import os
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports Triton
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():  # before anything imports Triton
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)  # the tensors are small: two threads would wait for each other longer than they compute

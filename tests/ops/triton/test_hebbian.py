@@ -7,6 +7,10 @@ import torch
 
 from resolvent.errors import ConfigError
 from resolvent.ops import MemoryState, backend, dissipative_memory
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("Triton compiles for the GPU: see test_hebbian_cuda.py", allow_module_level=True)
 from resolvent.ops.triton import hebbian as kernels
 from tests.ops.test_hebbian import consolidation, inputs, relative, state, tensors_of
 

@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from resolvent.ops import Consolidation, MemoryState, Resonance, SNRFilter, dissipative_memory
+
+pytest.importorskip("triton")
 from resolvent.ops.triton import hebbian as kernels
 
 pytestmark = pytest.mark.gpu
