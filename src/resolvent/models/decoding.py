@@ -26,15 +26,18 @@ class CapturedStep:
         self._token = torch.zeros(len(state), 1, dtype=torch.int64, device=device)
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                model.hidden_states(self._token, state=self._state)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        with torch.cuda.graph(self._graph):
-            hidden, new = model.hidden_states(self._token, state=self._state)
-            torch._foreach_copy_(self._state.tensors(), new.tensors())
-            self._hidden = hidden[:, -1]
+        # Weights that autocast keeps do not live as long as the graph that would read them.
+        precision = dict(enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"))
+        with torch.autocast("cuda", **precision, cache_enabled=False):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    model.hidden_states(self._token, state=self._state)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            with torch.cuda.graph(self._graph):
+                hidden, new = model.hidden_states(self._token, state=self._state)
+                torch._foreach_copy_(self._state.tensors(), new.tensors())
+                self._hidden = hidden[:, -1]
 
     def __call__(self, token: Tensor) -> Tensor:
         """Read a token of every sequence, int64 (B,): its hidden states (B, D), which the next call overwrites."""
