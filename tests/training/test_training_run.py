@@ -397,6 +397,10 @@ def test_without_a_console_nothing_is_printed(small_config: MakeConfig, capfd: p
 
 @pytest.mark.slow
 def test_a_compiled_run_learns_what_an_eager_run_learns(small_config: MakeConfig, tmp_path: Path):
-    eager = train(small_config(out=str(tmp_path / "eager"), steps=3)).validation
-    compiled = train(small_config(out=str(tmp_path / "compiled"), steps=3, compile=True)).validation
-    assert compiled.loss == pytest.approx(eager.loss, rel=1e-4)
+    model = small_config().model
+    assert model is not None
+    model.dropout = 0.0  # whose random numbers are others in a compiled graph
+    gentle = dict(model=model, learning_rate=1e-4, steps=3)
+    eager = train(small_config(**gentle, out=str(tmp_path / "eager"))).validation
+    compiled = train(small_config(**gentle, out=str(tmp_path / "compiled"), compile=True)).validation
+    assert compiled.loss == pytest.approx(eager.loss, rel=1e-5)
