@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import backend as _backend
 from .consolidation import Consolidation, consolidate, consolidate_gradient
+from .precision import wide_dtype
 
 CHUNK = 64
 
@@ -92,7 +93,7 @@ def dissipative_memory(
 
 def empty_state(sequences: int, q: Tensor, v: Tensor) -> MemoryState:
     """The state before the first token, for inputs like ``q`` (..., H, K) and ``v`` (..., H, V)."""
-    dtype = _accumulation_dtype(q)
+    dtype = wide_dtype(q)
     memory = torch.zeros(sequences, *q.shape[-2:], v.shape[-1], dtype=dtype, device=q.device)
     return MemoryState(memory, torch.zeros_like(memory), memory.new_zeros(memory.shape[:2]))
 
@@ -108,7 +109,7 @@ def dissipative_memory_step(
     consolidation: Consolidation | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """One token: q, k (B, H, K), v (B, H, V), decay (B, H), eta (H,), position (B,) -> read-out (B, H, V) and state."""
-    dtype = _accumulation_dtype(q)
+    dtype = wide_dtype(q)
     memory, writes, forgetting = state
     keep = torch.exp(-decay.to(dtype))[..., None, None]
     write = (eta.to(dtype)[:, None] * k.to(dtype)).unsqueeze(-1) * v.to(dtype).unsqueeze(-2)
@@ -176,12 +177,20 @@ def _dissipative_memory_torch(
         step = (q[:, 0], k[:, 0], v[:, 0], decay[:, 0], eta)
         readout, state = dissipative_memory_step(*step, state, position, consolidation)
         return readout.unsqueeze(1), state
-    lengths = (length,) * batch if cu_seqlens is None else tuple(cu_seqlens.diff().tolist())
-    phases = (0,) * sequences
-    if consolidation is not None and position is not None:
-        phases = tuple((position % consolidation.interval).tolist())
+    lengths, phases = lengths_and_phases(q, position, cu_seqlens, consolidation.interval if consolidation else 0)
     layout = _chunk_layout(lengths, phases, q.device)
     return _chunked_memory(layout, consolidation, q, k, v, decay, eta, state)
+
+
+def lengths_and_phases(
+    q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, interval: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens of every sequence, and tokens that it has read since its last boundary, zero without an ``interval``."""
+    batch, length = q.shape[:2]
+    lengths = (length,) * batch if cu_seqlens is None else tuple(cu_seqlens.diff().tolist())
+    if not interval or position is None:
+        return lengths, (0,) * len(lengths)
+    return lengths, tuple((position % interval).tolist())
 
 
 @dataclass(frozen=True)
@@ -245,7 +254,7 @@ def _chunked_memory(
     state: MemoryState,
 ) -> tuple[Tensor, MemoryState]:
     """The chunked form, as differentiable torch code; arguments as in the operator."""
-    dtype = _accumulation_dtype(q)
+    dtype = wide_dtype(q)
     q_MHCK, k_MHCK, v_MHCV = (_to_chunks(x, layout).to(dtype) for x in (q, eta[:, None] * k, v))
     decay_MHC = _to_chunks(decay.to(torch.float64).unsqueeze(-1), layout).squeeze(-1).cumsum(-1)
     total_MH = decay_MHC[..., -1]
@@ -304,10 +313,6 @@ def _from_chunks(x: Tensor, layout: _ChunkLayout, shape: torch.Size) -> Tensor:
         grid = x.unflatten(0, (len(layout.active), len(layout.order)))
         return grid.permute(1, 0, 3, 2, 4).reshape(shape)
     return x.transpose(1, 2).flatten(0, 1).index_select(0, layout.slots).view(shape)
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class _WithinChunk(torch.autograd.Function):

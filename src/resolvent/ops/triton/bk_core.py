@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend as _backend
+from .launch import contiguous
 
 SITES = 8
 """Consecutive sites that a lane holds in a block: unrolled, so that all of them are read at once."""
@@ -95,7 +96,7 @@ def causal_diagonal(
     plan = _plan(alpha, cu_seqlens, block_size)
     g, final_state = torch.empty_like(alpha), alpha.new_empty(plan.sequences, *alpha.shape[2:])
     maps = alpha.new_empty(plan.programs, 6)
-    arguments = (alpha, coupling, _contiguous(state), plan.offsets, maps, g, final_state)
+    arguments = (alpha, coupling, contiguous(state), plan.offsets, maps, g, final_state)
     _launch(_forward_kernel, plan, alpha, arguments)
     return g, final_state
 
@@ -116,7 +117,7 @@ def causal_diagonal_backward(
     grad_alpha, grad_state = torch.empty_like(g), g.new_empty(plan.sequences, *g.shape[2:])
     sums = g.new_empty(plan.sequences, plan.segments, plan.heads)
     maps = g.new_empty(plan.programs, 4)
-    arguments = (grad.contiguous(), _contiguous(grad_final), g, coupling, _contiguous(state), plan.offsets, maps)
+    arguments = (grad.contiguous(), contiguous(grad_final), g, coupling, contiguous(state), plan.offsets, maps)
     _launch(_backward_kernel, plan, g, (*arguments, grad_alpha, grad_state, sums))
     return grad_alpha, sums.sum((0, 1)), grad_state
 
@@ -212,10 +213,6 @@ def _launch(kernel: Any, plan: _Plan, chains: Tensor, arguments: tuple[Tensor | 
     with torch.cuda.device_of(chains):
         for fold in (True, False) if plan.segments > 1 else (False,):
             kernel[(plan.programs,)](*arguments, *sizes, plan.lanes, SITES, fold, num_warps=triton.cdiv(plan.lanes, 32))
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 # In the kernels a complex number is a tuple of its real and its imaginary part.

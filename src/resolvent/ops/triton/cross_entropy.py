@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend as _backend
+from ..precision import wide_dtype
 
 BLOCK = 4096
 
@@ -19,7 +20,7 @@ BLOCK = 4096
 @_backend.register("softmax_cross_entropy", "triton")
 def softmax_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, wants_gradient: bool) -> Tensor:
     """See ``ops.cross_entropy``. Whole rows are read and written, up to their stride: there the loads are aligned."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
+    wide = wide_dtype(logits)
     nats = torch.empty(len(logits), dtype=wide, device=logits.device)
     if not len(logits):
         return nats

@@ -19,7 +19,6 @@ Shapes: B batch, N sequence, T = B N tokens, H heads, K key width, V value width
 C tokens of a chunk.
 """
 
-import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,8 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..consolidation import Consolidation
-from ..hebbian import CHUNK, MemoryState
+from ..hebbian import CHUNK, MemoryState, lengths_and_phases
+from .launch import contiguous
 
 _kernel: Any = triton.jit  # what it makes is launched on a grid, which no type of a function allows
 
@@ -112,15 +112,9 @@ def _on(x: Tensor, device: torch.device) -> Tensor:
 
 
 def _layout_of(q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, interval: int) -> _Layout:
-    batch, length, heads = q.shape[:3]
-    lengths = (length,) * batch if cu_seqlens is None else tuple(cu_seqlens.diff().tolist())
-    phases = (0,) * len(lengths)
-    if interval:
-        if position is not None:
-            phases = tuple((position % interval).tolist())
-        return _layout(lengths, phases, 0, q.device)
-    programs, longest = len(lengths) * heads, 0
-    if programs < _LEAST_PROGRAMS:
+    lengths, phases = lengths_and_phases(q, position, cu_seqlens, interval)
+    heads, longest = q.shape[2], 0
+    if not interval and len(lengths) * heads < _LEAST_PROGRAMS:
         chunks = sum(-(-n // CHUNK) for n in lengths)
         longest = max(_SHORTEST_SEGMENT, triton.next_power_of_2(-(-chunks * heads // _WANTED_PROGRAMS)))
     return _layout(lengths, phases, longest, q.device)
@@ -140,6 +134,15 @@ def _tile(pointer, stride, rows, columns, inside, width):
 def _store_tile(pointer, stride, rows, columns, inside, width, x):
     mask = inside[:, None] & (columns < width)[None, :]
     tl.store(pointer + rows[:, None] * stride + columns[None, :], x, mask=mask)
+
+
+@_kernel
+def _chunk_tokens(segments, chunks, chunk, C: tl.constexpr):
+    """Places of a chunk's tokens, and which of them are there."""
+    segment, i = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
+    tokens = tl.load(segments + 6 * segment + 2) + i * C + tl.arange(0, C)
+    return tokens, (tokens >= start) & (tokens < end)
 
 
 @_kernel
@@ -211,6 +214,19 @@ def _resonate(memory, basis, sharpness, bias, energy, K, V):
 
 
 @_kernel
+def _resonance(basis, sharpness, bias, head, keys, K, BK: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr):
+    """A head's basis, in the dtype of its products, sharpness and bias; zeros without a resonance."""
+    modes, steepness, offset = tl.zeros([BK, BK], tl.float32), 0.0, 0.0
+    if RESONANCE:
+        modes += _tile(basis, K, keys, keys, keys < K, K)
+        steepness += tl.load(sharpness + head)
+        offset += tl.load(bias + head)
+    if HALF:
+        modes = modes.to(tl.float16)
+    return modes, steepness, offset
+
+
+@_kernel
 def _consolidate(
     memory, writes, forgetting, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy, K, V,
     SNR: tl.constexpr, RESONANCE: tl.constexpr,
@@ -273,9 +289,7 @@ def _sum_decays(
     """Add up the decays of every chunk, in float64 and into two floats: their differences shall be exact, too. They are
     in bits, for exp2 is an instruction and exp is several; the totals are not."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    segment, i = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
-    tokens = tl.load(segments + 6 * segment + 2) + i * C + tl.arange(0, C)
-    inside = (tokens >= tl.load(segments + 6 * segment)) & (tokens < tl.load(segments + 6 * segment + 1))
+    tokens, inside = _chunk_tokens(segments, chunks, chunk, C)
     given = tl.load(decay + head * decay_head + tokens * decay_token, mask=inside, other=0.0).to(tl.float64)
     place = chunk * heads + head
     tl.store(totals + place, tl.sum(given, 0).to(tl.float32))
@@ -313,13 +327,7 @@ def _walk(
         if CONSOLIDATE:
             writes += tl.load(initial_writes + row * K * V + square, mask=in_square, other=0.0)
             forgetting += tl.load(initial_forgetting + row)
-    modes, steepness, offset = tl.zeros([BK, BK], tl.float32), 0.0, 0.0
-    if RESONANCE:
-        modes += _tile(basis, K, keys, keys, keys < K, K)
-        steepness += tl.load(sharpness + head)
-        offset += tl.load(bias + head)
-    if HALF:
-        modes = modes.to(tl.float16)
+    modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
 
     q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
     total_decay = 0.0
@@ -399,13 +407,7 @@ def _walk_back(
         if CONSOLIDATE:
             grad_writes += tl.load(grad_final_writes + row * K * V + square, mask=in_square, other=0.0)
             grad_forgetting += tl.load(grad_final_forgetting + row)
-    modes, steepness, offset = tl.zeros([BK, BK], tl.float32), 0.0, 0.0
-    if RESONANCE:
-        modes += _tile(basis, K, keys, keys, keys < K, K)
-        steepness += tl.load(sharpness + head)
-        offset += tl.load(bias + head)
-    if HALF:
-        modes = modes.to(tl.float16)
+    modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
     sum_sharpness, sum_bias, total_decay = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32), 0.0
 
     q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
@@ -481,10 +483,7 @@ def _chunk_gradients(
 ):  # fmt: skip
     """Gradients of the tokens of one chunk, given the memory before it and the gradient of the memory after it."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    segment, i = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
-    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
-    tokens = tl.load(segments + 6 * segment + 2) + i * C + tl.arange(0, C)
-    inside = (tokens >= start) & (tokens < end)
+    tokens, inside = _chunk_tokens(segments, chunks, chunk, C)
     rate, place = tl.load(eta + head), chunk * heads + head
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
     square, in_square = _square(keys, values, K, V)
@@ -557,13 +556,7 @@ def _step(
         wrote = tl.load(writes + row * K * V + square, mask=in_square, other=0.0) * kept + written
         forgetting_now = tl.load(forgetting + row) + forgot
         if (tl.load(position + sequence) + 1) % interval == 0:
-            modes, steepness, offset = tl.zeros([BK, BK], tl.float32), 0.0, 0.0
-            if RESONANCE:
-                modes += _tile(basis, K, keys, keys, keys < K, K)
-                steepness += tl.load(sharpness + head)
-                offset += tl.load(bias + head)
-            if HALF:
-                modes = modes.to(tl.float16)
+            modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
             state = _consolidate(
                 state, wrote, forgetting_now, modes, steepness, offset, threshold, temperature, gamma_boost, eta_boost,
                 energy, K, V, SNR, RESONANCE,
@@ -627,7 +620,7 @@ class _Call:
         self.heads = q.shape[2]
         self.tokens = [_rows(x.to(_product_dtype(q, k, v))) for x in (q, k, v)]
         self.eta = eta.float().contiguous()
-        self.modes = [x if x is None else x.float().contiguous() for x in (basis, sharpness, bias)]
+        self.modes = [contiguous(x, torch.float32) for x in (basis, sharpness, bias)]
         self.strides = [stride for x in self.tokens for stride in x.stride()[:2]]
         self.constants = _constants(snr, energy, interval)
         self.sizes: dict[str, Any] = dict(_sizes(q, k, v), C=CHUNK)
@@ -643,7 +636,7 @@ class _Call:
         low = high if self.sizes["HALF"] else torch.empty_like(high)
         totals = self.eta.new_empty((chunks, self.heads))
         if chunks:
-            with _on_device_of(decay):
+            with torch.cuda.device_of(decay):
                 _sum_decays[(chunks, self.heads)](
                     rows,
                     self.layout.segments,
@@ -670,13 +663,13 @@ class _Call:
     def walk(self, readout: _Optional, start: _State, final: _State, saved: _State | None) -> None:
         """Read the segments from their ``start`` into ``readout``, their ``final`` states and what is ``saved``."""
         before, writes_before, forgetting_before = saved or (None, None, None)
-        with _on_device_of(self.eta):
+        with torch.cuda.device_of(self.eta):
             _walk[(self.segments, self.heads)](
                 *self.tokens,
                 *self.decays,
                 self.eta,
                 self.layout.segments,
-                *(x if x is None else x.contiguous() for x in start),
+                *map(contiguous, start),
                 *self.modes,
                 readout,
                 *final,
@@ -706,15 +699,15 @@ class _Call:
         """Carry the gradient of the memory back to the start of the segments. ``saved`` holds the memory, the writes
         and Γ̄ before every chunk, and room for the gradients of what it wrote and of its total decay."""
         before, writes_before, forgetting_before, grad_written, grad_total = saved or [None] * 5
-        with _on_device_of(self.eta):
+        with torch.cuda.device_of(self.eta):
             _walk_back[(self.segments, self.heads)](
                 *self.tokens,
                 *self.decays,
                 self.eta,
                 self.layout.segments,
                 grad_readout,
-                *(x if x is None else x.contiguous() for x in grad_final),
-                writes if writes is None else writes.contiguous(),
+                *map(contiguous, grad_final),
+                contiguous(writes),
                 *self.modes,
                 before,
                 writes_before,
@@ -738,7 +731,7 @@ class _Call:
         self, grad_readout: Tensor, before: Tensor, grad_written: Tensor, grad_total: Tensor, grads: tuple[Tensor, ...]
     ) -> None:
         """The gradients of q, k, v, decay and eta, a row a chunk of the last."""
-        with _on_device_of(self.eta):
+        with torch.cuda.device_of(self.eta):
             _chunk_gradients[(len(self.layout.chunks), self.heads)](
                 *self.tokens,
                 *self.decays,
@@ -761,12 +754,12 @@ class _Call:
     ) -> None:
         """Join the segments: ``ends`` of their walks from nothing, from ``start`` to ``last`` through ``starts``."""
         size, block = self.sizes["K"] * self.sizes["V"], 256
-        with _on_device_of(self.eta):
+        with torch.cuda.device_of(self.eta):
             _chain[(len(last), self.heads, triton.cdiv(size, block))](
                 ends,
                 decays,
                 self.layout.first_segment,
-                start if start is None else start.contiguous(),
+                contiguous(start),
                 starts,
                 last,
                 self.heads,
@@ -799,10 +792,6 @@ def _constants(snr: list[float], energy: float, interval: int) -> tuple[float | 
 
 def _product_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-
-
-def _on_device_of(x: Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------------- the operator
@@ -875,36 +864,44 @@ def _memory_step(
 
     It has no gradient, and Python reads none of its tensors: it can be captured as a CUDA graph.
     """
-    (batch, _, heads, _), sizes = q.shape, _sizes(q, k, v)
-    readout = v.new_empty((batch, 1, heads, sizes["V"]))
-    state = [x.contiguous() for x in (memory, writes, forgetting)]
-    new = [torch.empty_like(x) if interval or x is state[0] else x.new_empty(0) for x in state]
+    outputs = _room_for_step(v, memory, writes, forgetting, interval)
+    batch, _, heads, _ = q.shape
     tokens = [x[:, 0] if x.stride(-1) == 1 or x.dim() == 3 else x[:, 0].contiguous() for x in (q, k, v, decay)]
-    with _on_device_of(q):
+    with torch.cuda.device_of(q):
         _step[(batch, heads)](
             *tokens,
             eta.float(),
-            *state,
+            *map(contiguous, (memory, writes, forgetting)),
             position,
-            *(x if x is None else x.float().contiguous() for x in (basis, sharpness, bias)),
-            readout,
-            *new,
+            *(contiguous(x, torch.float32) for x in (basis, sharpness, bias)),
+            *outputs,
             *(stride for x in tokens for stride in x.stride()[:2]),
             *_constants(snr, energy, interval),
             heads,
             SNR=len(snr) > 0,
             RESONANCE=basis is not None,
             num_warps=8,
-            **sizes,
+            **_sizes(q, k, v),
         )
-    return readout, new[0], new[1], new[2]
+    return outputs
 
 
 @torch.library.register_fake("resolvent::memory_step")
 def _(q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, interval, snr, energy):
-    (batch, _, heads, _), value = q.shape, v.shape[-1]
-    kept = (torch.empty_like(x) if interval else x.new_empty(0) for x in (writes, forgetting))
-    return v.new_empty((batch, 1, heads, value)), torch.empty_like(memory), *kept
+    return _room_for_step(v, memory, writes, forgetting, interval)
+
+
+def _room_for_step(
+    v: Tensor, memory: Tensor, writes: Tensor, forgetting: Tensor, interval: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``_memory_step`` returns, yet to be filled."""
+
+    def like(x: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    if not interval:
+        return like(v), like(memory), writes.new_empty(0), forgetting.new_empty(0)
+    return like(v), like(memory), like(writes), like(forgetting)
 
 
 @_backend.operator("memory")
