@@ -42,7 +42,7 @@ class ModelState:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return sum(x.numel() * x.element_size() for x in self._tensors().values())
+        return sum(x.numel() * x.element_size() for x in self.tensors())
 
     @property
     def device(self) -> torch.device:

@@ -103,9 +103,8 @@ def _obstacle(operator: str, device: torch.device, dtype: torch.dtype, *widths: 
     """What keeps the Triton kernel from running an operator, if anything does."""
     if device.type != "cuda" and not interpreting():
         return f"the tensors are on {device.type}"
-    if importlib.util.find_spec("triton") is None:
+    if not _kernels_are_loaded():
         return "Triton is not installed"
-    _load_kernels()
     if "triton" not in _implementations[operator]:
         return "there is no such kernel"
     refuses = _refusals.get((operator, "triton"))
@@ -113,6 +112,10 @@ def _obstacle(operator: str, device: torch.device, dtype: torch.dtype, *widths: 
 
 
 @functools.cache
-def _load_kernels() -> None:
-    """Import the kernels, which register themselves: only where they may run, for it takes a while."""
+def _kernels_are_loaded() -> bool:
+    """Import the kernels, which register themselves, where there is Triton: only where they may run, for it takes a
+    while."""
+    if importlib.util.find_spec("triton") is None:
+        return False
     importlib.import_module("resolvent.ops.triton")
+    return True

@@ -236,12 +236,13 @@ class Phase2IntegratedModel(IntegratedModel):
         batch = read_tokens(input_ids, self.vocab_size, cu_seqlens, attention_mask)
         position = self._start_position(state, batch.sequences, input_ids.device)
         x = self.token_embedding(batch.input_ids)
-        place = positions(state.position if state is not None else None, batch.input_ids, batch.cu_seqlens)
+        start = position if state is not None else None
+        place = positions(start, batch.input_ids, batch.cu_seqlens)
         embedded = x + self.position_embedding(place).to(x.dtype)
         x, readout, layers, traces = self.dropout(embedded), None, [], []
         for i, block in enumerate(self.blocks):
             before = state.layers[i] if state is not None else None
-            x, gamma, hebbian, layer = block(x, readout, before, position if state else None, batch.cu_seqlens)
+            x, gamma, hebbian, layer = block(x, readout, before, start, batch.cu_seqlens)
             readout = hebbian.readout
             layers.append(layer)
             if diagnostics is not None:
