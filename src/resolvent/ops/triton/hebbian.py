@@ -68,9 +68,9 @@ class _Layout:
     """Which tokens each program walks over.
 
     Attributes:
-        segments: one row a segment, int64 (G, 6): its first and its last token + 1; the place of its first chunk's
+        segments: one row a segment, int64 (G, 5): its first and its last token + 1; the place of its first chunk's
             first slot, which lies up to 63 slots before the first token where the sequence goes on inside a chunk; the
-            number of its first chunk; its sequence; the chunks since the last boundary.
+            number of its first chunk; the chunks since the last boundary.
         first_segment: of every sequence, int64 (S + 1,).
         chunks: one row a chunk, its segment and its number in it, int64 (M, 2).
     """
@@ -90,13 +90,13 @@ def _layout(lengths: tuple[int, ...], phases: tuple[int, ...], longest_segment: 
     """``lengths`` and ``phases`` (tokens read since the last boundary) of the sequences; ``longest_segment`` in chunks,
     0 for no end."""
     segments, first_segment, chunks, start, chunk = [], [0], [], 0, 0
-    for sequence, (length, phase) in enumerate(zip(lengths, phases, strict=True)):
+    for length, phase in zip(lengths, phases, strict=True):
         end, slot, since_boundary = start + length, start - phase % CHUNK, phase // CHUNK
         while True:
             stop = end if longest_segment == 0 else min(end, slot + longest_segment * CHUNK)
             count = -(-(stop - slot) // CHUNK) if stop > start else 0
             chunks += [(len(segments), i) for i in range(count)]
-            segments.append((max(start, slot), stop, slot, chunk, sequence, since_boundary))
+            segments.append((max(start, slot), stop, slot, chunk, since_boundary))
             slot, chunk = slot + count * CHUNK, chunk + count
             if stop == end:
                 break
@@ -140,8 +140,8 @@ def _store_tile(pointer, stride, rows, columns, inside, width, x):
 def _chunk_tokens(segments, chunks, chunk, C: tl.constexpr):
     """Places of a chunk's tokens, and which of them are there."""
     segment, i = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
-    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
-    tokens = tl.load(segments + 6 * segment + 2) + i * C + tl.arange(0, C)
+    start, end = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
+    tokens = tl.load(segments + 5 * segment + 2) + i * C + tl.arange(0, C)
     return tokens, (tokens >= start) & (tokens < end)
 
 
@@ -314,9 +314,9 @@ def _walk(
     """Walk over a segment with the memory of a head. Without consolidation its total decay stands for the final Γ̄."""
     segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     CONSOLIDATE: tl.constexpr = SNR or RESONANCE
-    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
-    slot, chunk = tl.load(segments + 6 * segment + 2), tl.load(segments + 6 * segment + 3)
-    since_boundary = tl.load(segments + 6 * segment + 5)
+    start, end = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
+    slot, chunk = tl.load(segments + 5 * segment + 2), tl.load(segments + 5 * segment + 3)
+    since_boundary = tl.load(segments + 5 * segment + 4)
     rate, row = tl.load(eta + head), segment * heads + head
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
     square, in_square = _square(keys, values, K, V)
@@ -394,9 +394,9 @@ def _walk_back(
     """
     segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     CONSOLIDATE: tl.constexpr = SNR or RESONANCE
-    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
-    slot, chunk = tl.load(segments + 6 * segment + 2), tl.load(segments + 6 * segment + 3)
-    since_boundary = tl.load(segments + 6 * segment + 5)
+    start, end = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
+    slot, chunk = tl.load(segments + 5 * segment + 2), tl.load(segments + 5 * segment + 3)
+    since_boundary = tl.load(segments + 5 * segment + 4)
     rate, row = tl.load(eta + head), segment * heads + head
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
     square, in_square = _square(keys, values, K, V)
