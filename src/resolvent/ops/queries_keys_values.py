@@ -5,7 +5,6 @@
 Shapes: B batch, N sequence, H heads, K head width, W convolution width, S packed sequences.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -1,7 +1,7 @@
 """Triton kernels of the short convolution before the memory, with SiLU and unit length (``ops.queries_keys_values``).
 
 Everything between the projection and the memory is one pass over memory forward, and one backward: what is kept for the
-gradient is the projection alone, and the few rows that a tile shares with its neighbours are computed again.
+gradient is the projection alone.
 
 A program takes a tile of tokens and one head of the queries, the keys or the values. Shapes: T tokens, H heads, K head
 width, C = 3HK channels, W convolution width, S sequences.
@@ -18,6 +18,7 @@ from .. import backend as _backend
 from .launch import contiguous
 
 _kernel: Any = triton.jit
+_PRECISION = tl.constexpr("tf32x3")  # of float32 products
 _TINY = tl.constexpr(1e-12)  # that of ``ops.normalize.unit_length``
 _TOKENS = 32
 """Tokens of a tile: all rows that the gradient of one needs lie in registers."""
@@ -54,29 +55,25 @@ def _row(x, stride, tail, sequence, tokens, start, end, channels, wanted, C, W: 
 
 @_kernel
 def _convolved(x, stride, tail, weight, sequence, tokens, start, end, channels, wanted, C, W: tl.constexpr):
-    total = tl.zeros([tokens.shape[0], channels.shape[0]], tl.float32)
+    """What the convolution gives, the rows that it reads, nearest first, and the taps that they meet."""
+    total, rows, taps = tl.zeros([tokens.shape[0], channels.shape[0]], tl.float32), (), ()
     for j in tl.static_range(W):
+        row = _row(x, stride, tail, sequence, tokens - j, start, end, channels, wanted, C, W)
         tap = tl.load(weight + j * C + channels, mask=wanted, other=0.0).to(tl.float32)
-        total += tap[None, :] * _row(x, stride, tail, sequence, tokens - j, start, end, channels, wanted, C, W)
-    return total
+        total += tap[None, :] * row
+        rows, taps = rows + (row,), taps + (tap,)  # noqa: RUF005 (Triton has no starred tuples)
+    return total, rows, taps
 
 
 @_kernel
-def _gradient(
-    upstream, x, stride, tail, weight, sequence, tokens, start, end, channels, columns, wanted, C, HK, K, UNIT,
-    W: tl.constexpr,
-):  # fmt: skip
-    """Gradient of what the convolution gave at certain tokens; zero for tokens that are none of the sequence's."""
-    inside = ((tokens >= start) & (tokens < end))[:, None] & wanted[None, :]
-    grad = tl.load(upstream + tokens[:, None] * HK + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    given = _convolved(x, stride, tail, weight, sequence, tokens, start, end, channels, wanted, C, W)
-    gate = tl.sigmoid(given)
-    if UNIT:
-        activated = given * gate
-        inverse = tl.rsqrt(tl.sum(activated * activated, 1) + K * _TINY)
-        along = tl.sum(activated * grad, 1) * inverse * inverse
-        grad = (grad - activated * along[:, None]) * inverse[:, None]
-    return grad * gate * (1 + given * (1 - gate))
+def _of_role(role, of_q, of_k, of_v):
+    """One of three pointers."""
+    chosen = of_q
+    if role == 1:
+        chosen = of_k
+    elif role == 2:
+        chosen = of_v
+    return chosen
 
 
 @_kernel
@@ -88,53 +85,66 @@ def _forward(
     columns, wanted, HK = head * K + tl.arange(0, BK), tl.arange(0, BK) < K, heads * K
     tokens = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     sequence, start, end = _sequence(tokens, bounds, length, total, PACKED)
-    given = _convolved(
+    given, _, _ = _convolved(
         x, stride, tail, weight, sequence, tokens, start, end, role * HK + columns, wanted, 3 * HK, W
-    )  # fmt: skip
+    )
     given *= tl.sigmoid(given)
     if role < 2:
         given *= tl.rsqrt(tl.sum(given * given, 1) + K * _TINY)[:, None]
-    place, mask = tokens[:, None] * HK + columns[None, :], (tokens < total)[:, None] & wanted[None, :]
-    if role == 0:
-        tl.store(q + place, given.to(q.dtype.element_ty), mask=mask)
-    elif role == 1:
-        tl.store(k + place, given.to(k.dtype.element_ty), mask=mask)
-    else:
-        tl.store(v + place, given.to(v.dtype.element_ty), mask=mask)
+    out = _of_role(role, q, k, v) + tokens[:, None] * HK + columns[None, :]
+    tl.store(out, given.to(q.dtype.element_ty), mask=(tokens < total)[:, None] & wanted[None, :])
+
+
+@_kernel
+def _gradient(
+    upstream, x, stride, tail, weight, sequence, tokens, start, end, channels, columns, wanted, C, HK, K, UNIT,
+    W: tl.constexpr, T: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of rows of the projections, as far as the tokens here met them; of what the convolution gave at these
+    tokens, zero at those that are none of the sequence's; and the rows that it read."""
+    inside = ((tokens >= start) & (tokens < end))[:, None] & wanted[None, :]
+    grad = tl.load(upstream + tokens[:, None] * HK + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    given, read, taps = _convolved(x, stride, tail, weight, sequence, tokens, start, end, channels, wanted, C, W)
+    gate = tl.sigmoid(given)
+    if UNIT:
+        activated = given * gate
+        inverse = tl.rsqrt(tl.sum(activated * activated, 1) + K * _TINY)
+        along = tl.sum(activated * grad, 1) * inverse * inverse
+        grad = (grad - activated * along[:, None]) * inverse[:, None]
+    of_conv = grad * gate * (1 + given * (1 - gate))
+    of_rows, moved = taps[0][None, :] * of_conv, of_conv.to(x.dtype.element_ty)
+    for j in tl.static_range(1, W):
+        # Rows move between threads as a product with ones off the diagonal: tensor cores are idle here.
+        shift = (tl.arange(0, T)[None, :] == tl.arange(0, T)[:, None] + j) & (tokens + j < end)[:, None]
+        of_rows += taps[j][None, :] * tl.dot(shift.to(moved.dtype), moved, input_precision=_PRECISION)
+    return of_rows, of_conv, read
 
 
 @_kernel
 def _backward(
     grad_q, grad_k, grad_v, x, weight, tail, bounds, grad_x, grad_weight, stride, length, total, heads,
     PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr,
+    TAPS: tl.constexpr,
 ):  # fmt: skip
+    """A row's gradient comes from the W tokens that met it: the last W - 1 rows of a tile are the next one's first."""
     role, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     columns, wanted, HK = head * K + tl.arange(0, BK), tl.arange(0, BK) < K, heads * K
-    channels, C = role * HK + columns, 3 * HK
-    upstream = grad_q
-    if role == 1:
-        upstream = grad_k
-    elif role == 2:
-        upstream = grad_v
-    taps = tl.arange(0, triton.next_power_of_2(W))
-    grad_taps = tl.zeros([taps.shape[0], BK], tl.float32)
+    channels, C, upstream = role * HK + columns, 3 * HK, _of_role(role, grad_q, grad_k, grad_v)
+    taps = tl.arange(0, TAPS)
+    grad_taps = tl.zeros([TAPS, BK], tl.float32)
+    own = tl.arange(0, T) < T - W + 1
     for tile in range(TILES):
-        tokens = (tl.program_id(0).to(tl.int64) * TILES + tile) * T + tl.arange(0, T)
+        tokens = (tl.program_id(0).to(tl.int64) * TILES + tile) * (T - W + 1) + tl.arange(0, T)
         sequence, start, end = _sequence(tokens, bounds, length, total, PACKED)
-        grad = tl.zeros([T, BK], tl.float32)
+        of_rows, of_conv, read = _gradient(
+            upstream, x, stride, tail, weight, sequence, tokens, start, end, channels, columns, wanted, C, HK, K,
+            role < 2, W, T, BK,
+        )  # fmt: skip
+        of_conv = tl.where(own[:, None], of_conv, 0.0)
         for j in tl.static_range(W):
-            tap = tl.load(weight + j * C + channels, mask=wanted, other=0.0).to(tl.float32)
-            of_conv = _gradient(
-                upstream, x, stride, tail, weight, sequence, tokens + j, start, end, channels, columns, wanted, C, HK,
-                K, role < 2, W,
-            )  # fmt: skip
-            grad += tap[None, :] * of_conv
-            if j == 0:
-                for i in tl.static_range(W):
-                    row = _row(x, stride, tail, sequence, tokens - i, start, end, channels, wanted, C, W)
-                    grad_taps += tl.where(taps[:, None] == i, tl.sum(of_conv * row, 0)[None, :], 0.0)
-        mask = (tokens < total)[:, None] & wanted[None, :]
-        tl.store(grad_x + tokens[:, None] * C + channels[None, :], grad.to(grad_x.dtype.element_ty), mask=mask)
+            grad_taps += tl.where(taps[:, None] == j, tl.sum(of_conv * read[j], 0)[None, :], 0.0)  # pyrefly: ignore[bad-index]
+        mask = (own & (tokens < total))[:, None] & wanted[None, :]
+        tl.store(grad_x + tokens[:, None] * C + channels[None, :], of_rows.to(grad_x.dtype.element_ty), mask=mask)
     place = (tl.program_id(0).to(tl.int64) * W + taps[:, None]) * C + channels[None, :]
     tl.store(grad_weight + place, grad_taps, mask=(taps < W)[:, None] & wanted[None, :])
 
@@ -144,30 +154,22 @@ def _backward_tail(
     grad_q, grad_k, grad_v, x, weight, tail, bounds, grad_tail, stride, length, total, heads,
     PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """The rows of a tail are tokens before the first, which the first W - 1 meet."""
-    sequence, role, head = tl.program_id(0).to(tl.int64), tl.program_id(1) // heads, tl.program_id(1) % heads
+    """The rows of a tail are read as the W - 1 before a sequence's first."""
+    number, role, head = tl.program_id(0).to(tl.int64), tl.program_id(1) // heads, tl.program_id(1) % heads
     columns, wanted, HK = head * K + tl.arange(0, BK), tl.arange(0, BK) < K, heads * K
-    channels, C = role * HK + columns, 3 * HK
-    upstream = grad_q
-    if role == 1:
-        upstream = grad_k
-    elif role == 2:
-        upstream = grad_v
+    channels, C, upstream = role * HK + columns, 3 * HK, _of_role(role, grad_q, grad_k, grad_v)
     if PACKED:
-        start, end = tl.load(bounds + total + sequence), tl.load(bounds + total + sequence + 1)
+        first, stop = tl.load(bounds + total + number), tl.load(bounds + total + number + 1)
     else:
-        start, end = sequence * length, (sequence + 1) * length
-    rows = tl.arange(0, T)
-    grad = tl.zeros([T, BK], tl.float32)
-    for j in tl.static_range(1, W):
-        tap = tl.load(weight + j * C + channels, mask=wanted, other=0.0).to(tl.float32)
-        tokens = start - (W - 1) + rows + j
-        grad += tap[None, :] * _gradient(
-            upstream, x, stride, tail, weight, sequence, tokens, start, end, channels, columns, wanted, C, HK, K,
-            role < 2, W,
-        )  # fmt: skip
-    place = (sequence * (W - 1) + rows[:, None]) * C + channels[None, :]
-    tl.store(grad_tail + place, grad.to(grad_tail.dtype.element_ty), mask=(rows < W - 1)[:, None] & wanted[None, :])
+        first, stop = number * length, (number + 1) * length
+    rows, everywhere = tl.arange(0, T), tl.zeros([T], tl.int64)
+    sequence, start, end = everywhere + number, everywhere + first, everywhere + stop
+    of_rows, _, _ = _gradient(
+        upstream, x, stride, tail, weight, sequence, start - (W - 1) + rows, start, end, channels, columns, wanted, C,
+        HK, K, role < 2, W, T, BK,
+    )  # fmt: skip
+    place = (number * (W - 1) + rows[:, None]) * C + channels[None, :]
+    tl.store(grad_tail + place, of_rows.to(grad_tail.dtype.element_ty), mask=(rows < W - 1)[:, None] & wanted[None, :])
 
 
 def _refuses(dtype: torch.dtype, *_: int) -> str | None:
@@ -242,12 +244,12 @@ def _queries_keys_values_backward(
         with torch.cuda.device_of(projected):
             _backward[(len(grad_weight), 3 * num_heads)](
                 *upstream, *arguments[:4], grad_x, grad_weight, *arguments[4:],
-                T=_TOKENS, TILES=_TILES, num_warps=4, **sizes,
+                T=_TOKENS, TILES=_TILES, TAPS=triton.next_power_of_2(len(weight)), num_warps=4, num_stages=1, **sizes,
             )  # fmt: skip
             if wants_tail and tail.numel():
                 _backward_tail[(len(tail), 3 * num_heads)](
                     *upstream, *arguments[:4], grad_tail, *arguments[4:],
-                    T=triton.next_power_of_2(tail.shape[1]), num_warps=1, **sizes,
+                    T=max(16, triton.next_power_of_2(2 * tail.shape[1])), num_warps=4, **sizes,
                 )  # fmt: skip
     return outputs
 
@@ -261,7 +263,7 @@ def _room_for_gradients(
     projected: Tensor, weight: Tensor, tail: Tensor, wants_tail: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``_queries_keys_values_backward`` returns, yet to be filled."""
-    programs = -(-projected.shape[0] * projected.shape[1] // (_TOKENS * _TILES))
+    programs = -(-projected.shape[0] * projected.shape[1] // ((_TOKENS - len(weight) + 1) * _TILES))
     return (
         projected.new_empty(projected.shape),
         weight.new_empty(programs, *weight.shape, dtype=torch.float32),
@@ -278,7 +280,7 @@ def _arguments(
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     width = channels // (3 * num_heads)
     tensors = [rows, *map(contiguous, (weight, tail, bounds))]
-    sizes = dict(PACKED=bounds is not None, K=width, BK=triton.next_power_of_2(width), W=len(weight))
+    sizes = dict(PACKED=bounds is not None, K=width, BK=max(16, triton.next_power_of_2(width)), W=len(weight))
     return [*tensors, rows.stride(0), length, batch * length, num_heads], sizes
 
 
@@ -302,6 +304,4 @@ def _backward_of_all(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd(
-    "resolvent::queries_keys_values", _backward_of_all, setup_context=_keep_for_gradient
-)
+torch.library.register_autograd("resolvent::queries_keys_values", _backward_of_all, setup_context=_keep_for_gradient)
