@@ -70,7 +70,7 @@ def test_operators_are_registered_right(device):
     projected, weight, tail = (x.to(device, torch.float32).requires_grad_() for x in inputs(5))
     torch.library.opcheck(torch.ops.resolvent.queries_keys_values.default, (projected, weight, tail, None, HEADS))
     grads = torch.randn(3, 2, 5, 5 * HEADS, device=device)
-    operands = (*grads, projected.detach(), weight.detach(), tail.detach(), None, HEADS, True)
+    operands = (*grads, projected.detach(), weight.detach(), tail.detach(), None, HEADS)
     torch.library.opcheck(torch.ops.resolvent.queries_keys_values_backward.default, operands)
 
 

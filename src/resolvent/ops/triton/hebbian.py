@@ -530,32 +530,43 @@ def _chunk_gradients(
 
 
 @_kernel
+def _load_state(memory, writes, forgetting, row, K, V, BK: tl.constexpr, BV: tl.constexpr, CONSOLIDATE: tl.constexpr):
+    """Memory, writes and Γ̄ of a head; zeros for the last two without consolidation."""
+    square, in_square = _square(tl.arange(0, BK), tl.arange(0, BV), K, V)
+    state = tl.load(memory + row * K * V + square, mask=in_square, other=0.0)
+    wrote, forgot = tl.zeros_like(state), 0.0
+    if CONSOLIDATE:
+        wrote += tl.load(writes + row * K * V + square, mask=in_square, other=0.0)
+        forgot += tl.load(forgetting + row)
+    return state, wrote, forgot
+
+
+@_kernel
 def _advance(
-    query, key, value, forgot, memory, writes, forgetting, new_memory, new_writes, new_forgetting, boundary,
-    basis, sharpness, bias, row, head, threshold, temperature, gamma_boost, eta_boost, energy,
+    query, key, value, decay, state, wrote, forgot, memory, writes, forgetting, boundary, basis, sharpness, bias, row,
+    head, threshold, temperature, gamma_boost, eta_boost, energy,
     K, V, BK: tl.constexpr, BV: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """A memory learns ``key`` (with its rate η) and ``value``, and answers ``query``; its state may be overwritten."""
-    keys, values = tl.arange(0, BK), tl.arange(0, BV)
-    square, in_square = _square(keys, values, K, V)
+    """A memory learns ``key`` (with its rate η) and ``value``, answers ``query``, and is stored."""
+    square, in_square = _square(tl.arange(0, BK), tl.arange(0, BV), K, V)
     square += row * K * V
-    kept, written = tl.exp(-forgot), key[:, None] * value[None, :]
-    state = tl.load(memory + square, mask=in_square, other=0.0) * kept + written
+    kept, written = tl.exp(-decay), key[:, None] * value[None, :]
+    state = state * kept + written
     answer = tl.sum(state * query[:, None], 0)
     if SNR or RESONANCE:
-        wrote = tl.load(writes + square, mask=in_square, other=0.0) * kept + written
-        forgetting_now = tl.load(forgetting + row) + forgot
+        wrote, forgot = wrote * kept + written, forgot + decay
         if boundary:
+            keys = tl.arange(0, BK)
             modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
             state = _consolidate(
-                state, wrote, forgetting_now, modes, steepness, offset, threshold, temperature, gamma_boost, eta_boost,
-                energy, K, V, SNR, RESONANCE,
+                state, wrote, forgot, modes, steepness, offset, threshold, temperature, gamma_boost, eta_boost, energy,
+                K, V, SNR, RESONANCE,
             )  # fmt: skip
             wrote = tl.zeros_like(wrote)
-            forgetting_now = 0.0
-        tl.store(new_writes + square, wrote, mask=in_square)
-        tl.store(new_forgetting + row, forgetting_now)
-    tl.store(new_memory + square, state, mask=in_square)
+            forgot = 0.0
+        tl.store(writes + square, wrote, mask=in_square)
+        tl.store(forgetting + row, forgot)
+    tl.store(memory + square, state, mask=in_square)
     return answer
 
 
@@ -576,11 +587,12 @@ def _step(
     key = tl.load(k + sequence * k_row + head * k_head + keys, mask=keys < K, other=0.0).to(tl.float32)
     value = tl.load(v + sequence * v_row + head * v_head + values, mask=values < V, other=0.0).to(tl.float32)
     boundary = (tl.load(position + sequence) + 1) % tl.maximum(interval, 1) == 0
-    forgot = tl.load(decay + sequence * decay_row + head * decay_head).to(tl.float32)
+    forgets = tl.load(decay + sequence * decay_row + head * decay_head).to(tl.float32)
+    state, wrote, forgot = _load_state(memory, writes, forgetting, row, K, V, BK, BV, SNR or RESONANCE)
     answer = _advance(
-        query, key * tl.load(eta + head), value, forgot,
-        memory, writes, forgetting, new_memory, new_writes, new_forgetting, boundary, basis, sharpness, bias, row, head,
-        threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK, BV, SNR, RESONANCE, HALF,
+        query, key * tl.load(eta + head), value, forgets, state, wrote, forgot, new_memory, new_writes, new_forgetting,
+        boundary, basis, sharpness, bias, row, head, threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK,
+        BV, SNR, RESONANCE, HALF,
     )  # fmt: skip
     tl.store(readout + row * V + values, answer.to(readout.dtype.element_ty), mask=values < V)
 

@@ -1,7 +1,7 @@
 """Triton kernels of the short convolution before the memory, with SiLU and unit length (``ops.queries_keys_values``).
 
-Everything between the projection and the memory is one pass over memory forward, and one backward: what is kept for the
-gradient is the projection alone.
+Everything between the projection and the memory is one pass over memory, two for the gradient, which keeps the
+projection alone.
 
 A program takes a tile of tokens and one head of the queries, the keys or the values. Shapes: T tokens, H heads, K head
 width, C = 3HK channels, W convolution width, S sequences.
@@ -18,12 +18,11 @@ from .. import backend as _backend
 from .launch import contiguous
 
 _kernel: Any = triton.jit
-_PRECISION = tl.constexpr("tf32x3")  # of float32 products
 _TINY = tl.constexpr(1e-12)  # that of ``ops.normalize.unit_length``
-_TOKENS = 32
-"""Tokens of a tile: all rows that the gradient of one needs lie in registers."""
+_TOKENS, _CHANNELS = 32, 64
+"""Tokens and channels of a tile."""
 _TILES = 8
-"""Tiles that a program walks over, so that the gradient of the taps is summed up before it is written."""
+"""Tiles that a program walks over where the gradient of the taps is summed up."""
 
 
 @_kernel
@@ -46,23 +45,23 @@ def _row(x, stride, tail, sequence, tokens, start, end, channels, wanted, C, W: 
     """Projections of tokens, out of the tail where they lie before the first; zero from the end on: [T, K]."""
     here = (tokens >= start) & (tokens < end)
     found = tl.load(x + tokens[:, None] * stride + channels[None, :], mask=here[:, None] & wanted[None, :], other=0.0)
+    row = found.to(tl.float32)
     back = start - tokens  # 1 for the last row of the tail
-    kept = (sequence * (W - 1) + (W - 1 - back)) * C
     before = (back > 0) & (back < W) & (tokens + back < end)
-    old = tl.load(tail + kept[:, None] + channels[None, :], mask=before[:, None] & wanted[None, :], other=0.0)
-    return found.to(tl.float32) + old.to(tl.float32)
+    if tl.max(before.to(tl.int32), 0) > 0:  # hardly ever
+        kept = (sequence * (W - 1) + (W - 1 - back)) * C
+        mask = before[:, None] & wanted[None, :]
+        row += tl.load(tail + kept[:, None] + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+    return row
 
 
 @_kernel
 def _convolved(x, stride, tail, weight, sequence, tokens, start, end, channels, wanted, C, W: tl.constexpr):
-    """What the convolution gives, the rows that it reads, nearest first, and the taps that they meet."""
-    total, rows, taps = tl.zeros([tokens.shape[0], channels.shape[0]], tl.float32), (), ()
+    total = tl.zeros([tokens.shape[0], channels.shape[0]], tl.float32)
     for j in tl.static_range(W):
-        row = _row(x, stride, tail, sequence, tokens - j, start, end, channels, wanted, C, W)
         tap = tl.load(weight + j * C + channels, mask=wanted, other=0.0).to(tl.float32)
-        total += tap[None, :] * row
-        rows, taps = rows + (row,), taps + (tap,)  # noqa: RUF005 (Triton has no starred tuples)
-    return total, rows, taps
+        total += tap[None, :] * _row(x, stride, tail, sequence, tokens - j, start, end, channels, wanted, C, W)
+    return total
 
 
 @_kernel
@@ -85,9 +84,9 @@ def _forward(
     columns, wanted, HK = head * K + tl.arange(0, BK), tl.arange(0, BK) < K, heads * K
     tokens = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     sequence, start, end = _sequence(tokens, bounds, length, total, PACKED)
-    given, _, _ = _convolved(
+    given = _convolved(
         x, stride, tail, weight, sequence, tokens, start, end, role * HK + columns, wanted, 3 * HK, W
-    )
+    )  # fmt: skip
     given *= tl.sigmoid(given)
     if role < 2:
         given *= tl.rsqrt(tl.sum(given * given, 1) + K * _TINY)[:, None]
@@ -96,80 +95,85 @@ def _forward(
 
 
 @_kernel
-def _gradient(
-    upstream, x, stride, tail, weight, sequence, tokens, start, end, channels, columns, wanted, C, HK, K, UNIT,
-    W: tl.constexpr, T: tl.constexpr, BK: tl.constexpr,
+def _backward_activation(
+    grad_q, grad_k, grad_v, x, weight, tail, bounds, grad_conv, stride, length, total, heads,
+    PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of rows of the projections, as far as the tokens here met them; of what the convolution gave at these
-    tokens, zero at those that are none of the sequence's; and the rows that it read."""
-    inside = ((tokens >= start) & (tokens < end))[:, None] & wanted[None, :]
-    grad = tl.load(upstream + tokens[:, None] * HK + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    given, read, taps = _convolved(x, stride, tail, weight, sequence, tokens, start, end, channels, wanted, C, W)
+    """Gradient of what the convolution gave, (T, C)."""
+    role, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    columns, wanted, HK = head * K + tl.arange(0, BK), tl.arange(0, BK) < K, heads * K
+    tokens = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    mask = (tokens < total)[:, None] & wanted[None, :]
+    upstream = _of_role(role, grad_q, grad_k, grad_v) + tokens[:, None] * HK + columns[None, :]
+    grad = tl.load(upstream, mask=mask, other=0.0).to(tl.float32)
+    sequence, start, end = _sequence(tokens, bounds, length, total, PACKED)
+    given = _convolved(
+        x, stride, tail, weight, sequence, tokens, start, end, role * HK + columns, wanted, 3 * HK, W
+    )  # fmt: skip
     gate = tl.sigmoid(given)
-    if UNIT:
+    if role < 2:
         activated = given * gate
         inverse = tl.rsqrt(tl.sum(activated * activated, 1) + K * _TINY)
         along = tl.sum(activated * grad, 1) * inverse * inverse
         grad = (grad - activated * along[:, None]) * inverse[:, None]
-    of_conv = grad * gate * (1 + given * (1 - gate))
-    of_rows, moved = taps[0][None, :] * of_conv, of_conv.to(x.dtype.element_ty)
-    for j in tl.static_range(1, W):
-        # Rows move between threads as a product with ones off the diagonal: tensor cores are idle here.
-        shift = (tl.arange(0, T)[None, :] == tl.arange(0, T)[:, None] + j) & (tokens + j < end)[:, None]
-        of_rows += taps[j][None, :] * tl.dot(shift.to(moved.dtype), moved, input_precision=_PRECISION)
-    return of_rows, of_conv, read
+    grad *= gate * (1 + given * (1 - gate))
+    out = grad_conv + tokens[:, None] * 3 * HK + role * HK + columns[None, :]
+    tl.store(out, grad.to(grad_conv.dtype.element_ty), mask=mask)
 
 
 @_kernel
-def _backward(
-    grad_q, grad_k, grad_v, x, weight, tail, bounds, grad_x, grad_weight, stride, length, total, heads,
-    PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr,
-    TAPS: tl.constexpr,
+def _gathered(grad_conv, row, weight, tokens, start, end, channels, C, W: tl.constexpr, TAPS: tl.constexpr):
+    """Gradients of rows of the projections, from the W tokens that met them, and of the taps, [TAPS, K]."""
+    of_row, of_taps = tl.zeros_like(row), tl.zeros([TAPS, channels.shape[0]], tl.float32)
+    for j in tl.static_range(W):
+        met = ((tokens + j >= start) & (tokens + j < end))[:, None] & (channels < C)[None, :]
+        grad = tl.load(grad_conv + (tokens + j)[:, None] * C + channels[None, :], mask=met, other=0.0).to(tl.float32)
+        of_row += grad * tl.load(weight + j * C + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
+        of_taps += tl.where(tl.arange(0, TAPS)[:, None] == j, tl.sum(grad * row, 0)[None, :], 0.0)
+    return of_row, of_taps
+
+
+@_kernel
+def _backward_conv(
+    x, weight, bounds, grad_conv, grad_x, grad_weight, stride, length, total, C,
+    PACKED: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """A row's gradient comes from the W tokens that met it: the last W - 1 rows of a tile are the next one's first."""
-    role, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    columns, wanted, HK = head * K + tl.arange(0, BK), tl.arange(0, BK) < K, heads * K
-    channels, C, upstream = role * HK + columns, 3 * HK, _of_role(role, grad_q, grad_k, grad_v)
-    taps = tl.arange(0, TAPS)
-    grad_taps = tl.zeros([TAPS, BK], tl.float32)
-    own = tl.arange(0, T) < T - W + 1
+    program, channels = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    grad_taps = tl.zeros([TAPS, CHANNELS], tl.float32)
     for tile in range(TILES):
-        tokens = (tl.program_id(0).to(tl.int64) * TILES + tile) * (T - W + 1) + tl.arange(0, T)
-        sequence, start, end = _sequence(tokens, bounds, length, total, PACKED)
-        of_rows, of_conv, read = _gradient(
-            upstream, x, stride, tail, weight, sequence, tokens, start, end, channels, columns, wanted, C, HK, K,
-            role < 2, W, T, BK,
-        )  # fmt: skip
-        of_conv = tl.where(own[:, None], of_conv, 0.0)
-        for j in tl.static_range(W):
-            grad_taps += tl.where(taps[:, None] == j, tl.sum(of_conv * read[j], 0)[None, :], 0.0)  # pyrefly: ignore[bad-index]
-        mask = (own & (tokens < total))[:, None] & wanted[None, :]
-        tl.store(grad_x + tokens[:, None] * C + channels[None, :], of_rows.to(grad_x.dtype.element_ty), mask=mask)
-    place = (tl.program_id(0).to(tl.int64) * W + taps[:, None]) * C + channels[None, :]
-    tl.store(grad_weight + place, grad_taps, mask=(taps < W)[:, None] & wanted[None, :])
+        tokens = (program * TILES + tile) * T + tl.arange(0, T)
+        _, start, end = _sequence(tokens, bounds, length, total, PACKED)
+        mask = (tokens < total)[:, None] & (channels < C)[None, :]
+        row = tl.load(x + tokens[:, None] * stride + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+        of_row, of_taps = _gathered(grad_conv, row, weight, tokens, start, end, channels, C, W, TAPS)
+        grad_taps += of_taps
+        tl.store(grad_x + tokens[:, None] * C + channels[None, :], of_row.to(grad_x.dtype.element_ty), mask=mask)
+    taps = tl.arange(0, TAPS)
+    place = (program * W + taps[:, None]) * C + channels[None, :]
+    tl.store(grad_weight + place, grad_taps, mask=(taps < W)[:, None] & (channels < C)[None, :])
 
 
 @_kernel
 def _backward_tail(
-    grad_q, grad_k, grad_v, x, weight, tail, bounds, grad_tail, stride, length, total, heads,
-    PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
+    tail, weight, bounds, grad_conv, grad_tail, grad_weight, length, total, C,
+    PACKED: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The rows of a tail are read as the W - 1 before a sequence's first."""
-    number, role, head = tl.program_id(0).to(tl.int64), tl.program_id(1) // heads, tl.program_id(1) % heads
-    columns, wanted, HK = head * K + tl.arange(0, BK), tl.arange(0, BK) < K, heads * K
-    channels, C, upstream = role * HK + columns, 3 * HK, _of_role(role, grad_q, grad_k, grad_v)
+    """The rows of a tail are the W - 1 tokens before a sequence's first."""
+    sequence, channels = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     if PACKED:
-        first, stop = tl.load(bounds + total + number), tl.load(bounds + total + number + 1)
+        start, end = tl.load(bounds + total + sequence), tl.load(bounds + total + sequence + 1)
     else:
-        first, stop = number * length, (number + 1) * length
-    rows, everywhere = tl.arange(0, T), tl.zeros([T], tl.int64)
-    sequence, start, end = everywhere + number, everywhere + first, everywhere + stop
-    of_rows, _, _ = _gradient(
-        upstream, x, stride, tail, weight, sequence, start - (W - 1) + rows, start, end, channels, columns, wanted, C,
-        HK, K, role < 2, W, T, BK,
-    )  # fmt: skip
-    place = (number * (W - 1) + rows[:, None]) * C + channels[None, :]
-    tl.store(grad_tail + place, of_rows.to(grad_tail.dtype.element_ty), mask=(rows < W - 1)[:, None] & wanted[None, :])
+        start, end = sequence * length, (sequence + 1) * length
+    taps = tl.arange(0, TAPS)
+    place = (sequence * (W - 1) + taps[:, None]) * C + channels[None, :]
+    mask = (taps < W - 1)[:, None] & (channels < C)[None, :]
+    row = tl.load(tail + place, mask=mask, other=0.0).to(tl.float32)
+    tokens = start - (W - 1) + taps
+    of_row, of_taps = _gathered(grad_conv, row, weight, tokens, start, end, channels, C, W, TAPS)
+    tl.store(grad_tail + place, of_row.to(grad_tail.dtype.element_ty), mask=mask)
+    place = (sequence * W + taps[:, None]) * C + channels[None, :]
+    tl.store(grad_weight + place, of_taps, mask=(taps < W)[:, None] & (channels < C)[None, :])
 
 
 def _refuses(dtype: torch.dtype, *_: int) -> str | None:
@@ -202,11 +206,10 @@ def _queries_keys_values(
     """
     outputs = _room(projected)
     if projected.numel():
-        arguments, sizes = _arguments(projected, weight, tail, bounds, num_heads)
-        tokens = projected.shape[0] * projected.shape[1]
+        tensors, lengths, sizes = _arguments(projected, weight, tail, bounds, num_heads)
         with torch.cuda.device_of(projected):
-            _forward[(triton.cdiv(tokens, _TOKENS), 3 * num_heads)](
-                *arguments[:4], *outputs, *arguments[4:], T=_TOKENS, num_warps=4, **sizes
+            _forward[(triton.cdiv(len(tensors[0]), _TOKENS), 3 * num_heads)](
+                *tensors, *outputs, *lengths, num_heads, T=_TOKENS, num_warps=4, **sizes
             )
     return outputs
 
@@ -233,55 +236,60 @@ def _queries_keys_values_backward(
     tail: Tensor,
     bounds: Tensor | None,
     num_heads: int,
-    wants_tail: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``projected``, of the weight by program, to be summed up, and of the tail, empty if not wanted."""
-    outputs = _room_for_gradients(projected, weight, tail, wants_tail)
-    if projected.numel():
-        arguments, sizes = _arguments(projected, weight, tail, bounds, num_heads)
-        upstream = [contiguous(x) for x in (grad_q, grad_k, grad_v)]
-        grad_x, grad_weight, grad_tail = outputs
-        with torch.cuda.device_of(projected):
-            _backward[(len(grad_weight), 3 * num_heads)](
-                *upstream, *arguments[:4], grad_x, grad_weight, *arguments[4:],
-                T=_TOKENS, TILES=_TILES, TAPS=triton.next_power_of_2(len(weight)), num_warps=4, num_stages=1, **sizes,
-            )  # fmt: skip
-            if wants_tail and tail.numel():
-                _backward_tail[(len(tail), 3 * num_heads)](
-                    *upstream, *arguments[:4], grad_tail, *arguments[4:],
-                    T=max(16, triton.next_power_of_2(2 * tail.shape[1])), num_warps=4, **sizes,
-                )  # fmt: skip
+    """Gradients of ``projected``, of the weight by program, to be summed up, and of the tail."""
+    outputs = _room_for_gradients(projected, weight, tail)
+    if not projected.numel():
+        torch._foreach_zero_(outputs)
+        return outputs
+    tensors, lengths, sizes = _arguments(projected, weight, tail, bounds, num_heads)
+    rows, taps, tails, bounds = tensors
+    upstream = [contiguous(x) for x in (grad_q, grad_k, grad_v)]
+    grad_x, grad_weight, grad_tail = outputs
+    grad_conv, channels = torch.empty_like(grad_x), projected.shape[-1]
+    of_tails, of_rows = grad_weight.tensor_split([len(tail)])
+    with torch.cuda.device_of(projected):
+        _backward_activation[(triton.cdiv(len(rows), _TOKENS), 3 * num_heads)](
+            *upstream, *tensors, grad_conv, *lengths, num_heads, T=_TOKENS, num_warps=4, **sizes
+        )
+        shared = dict(PACKED=bounds is not None, W=len(weight), CHANNELS=_CHANNELS, num_warps=4)
+        shared["TAPS"] = triton.next_power_of_2(len(weight))
+        blocks = triton.cdiv(channels, _CHANNELS)
+        _backward_conv[(len(of_rows), blocks)](
+            rows, taps, bounds, grad_conv, grad_x, of_rows, *lengths, channels, T=_TOKENS, TILES=_TILES, **shared
+        )
+        _backward_tail[(len(tail), blocks)](
+            tails, taps, bounds, grad_conv, grad_tail, of_tails, *lengths[1:], channels, **shared
+        )
     return outputs
 
 
 @torch.library.register_fake("resolvent::queries_keys_values_backward")
-def _(grad_q, grad_k, grad_v, projected, weight, tail, bounds, num_heads, wants_tail):
-    return _room_for_gradients(projected, weight, tail, wants_tail)
+def _(grad_q, grad_k, grad_v, projected, weight, tail, bounds, num_heads):
+    return _room_for_gradients(projected, weight, tail)
 
 
-def _room_for_gradients(
-    projected: Tensor, weight: Tensor, tail: Tensor, wants_tail: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``_queries_keys_values_backward`` returns, yet to be filled."""
-    programs = -(-projected.shape[0] * projected.shape[1] // ((_TOKENS - len(weight) + 1) * _TILES))
+def _room_for_gradients(projected: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``_queries_keys_values_backward`` returns, yet to be filled; tails have programs of their own."""
+    programs = tail.shape[0] + -(-projected.shape[0] * projected.shape[1] // (_TOKENS * _TILES))
     return (
         projected.new_empty(projected.shape),
         weight.new_empty(programs, *weight.shape, dtype=torch.float32),
-        tail.new_empty(tail.shape if wants_tail else 0),
+        tail.new_empty(tail.shape),
     )
 
 
 def _arguments(
     projected: Tensor, weight: Tensor, tail: Tensor, bounds: Tensor | None, num_heads: int
-) -> tuple[list[Any], dict[str, Any]]:
-    """What all kernels take: tensors, strides and sizes; and what they are compiled for."""
+) -> tuple[list[Any], list[int], dict[str, Any]]:
+    """What the kernels take: tensors; stride of a row, tokens of a sequence and of all; what they are compiled for."""
     batch, length, channels = projected.shape
     rows = projected.flatten(0, 1)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     width = channels // (3 * num_heads)
     tensors = [rows, *map(contiguous, (weight, tail, bounds))]
-    sizes = dict(PACKED=bounds is not None, K=width, BK=max(16, triton.next_power_of_2(width)), W=len(weight))
-    return [*tensors, rows.stride(0), length, batch * length, num_heads], sizes
+    sizes = dict(PACKED=bounds is not None, K=width, BK=triton.next_power_of_2(width), W=len(weight))
+    return tensors, [rows.stride(0), length, batch * length], sizes
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -293,15 +301,9 @@ def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward_of_all(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     projected, weight, tail, bounds = ctx.saved_tensors
     grad_x, grad_weight, grad_tail = _queries_keys_values_backward(
-        *grads, projected, weight, tail, bounds, ctx.num_heads, ctx.needs_input_grad[2]
+        *grads, projected, weight, tail, bounds, ctx.num_heads
     )
-    return (
-        grad_x,
-        grad_weight.sum(0).to(weight.dtype),
-        grad_tail if ctx.needs_input_grad[2] else None,
-        None,
-        None,
-    )
+    return grad_x, grad_weight.sum(0).to(weight.dtype), grad_tail, None, None
 
 
 torch.library.register_autograd("resolvent::queries_keys_values", _backward_of_all, setup_context=_keep_for_gradient)

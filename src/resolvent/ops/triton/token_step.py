@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bk_core import _reciprocal
-from .hebbian import _advance, _constants
+from .hebbian import _advance, _constants, _load_state
 from .queries_keys_values import _TINY
 
 _kernel: Any = triton.jit
@@ -86,10 +86,23 @@ def _scatter(
     """Potential, a site of every chain, and its features on top of the residual stream."""
     sequence, columns, heads = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, HEADS)
     inside, there = columns < D, heads < H
+    # Everything is loaded before anything waits for a sum.
     tile, in_tile = heads[:, None] * D + columns[None, :], there[:, None] & inside[None, :]
     old = tl.load(x + sequence * D + columns, mask=inside, other=0.0)
-    given = _normalized(old, norm_weight, norm_bias, columns, inside, D, eps)[None, :]
-    potential = tl.sum(tl.load(v_weight + tile, mask=in_tile, other=0.0).to(tl.float32) * given, 1)
+    of_v, of_gamma = tl.load(v_weight + tile, mask=in_tile, other=0.0), tl.zeros([HEADS, BLOCK], tl.float32)
+    if ADAPTIVE:
+        of_gamma += tl.load(gamma_weight + tile, mask=in_tile, other=0.0).to(tl.float32)
+    turned, in_turned = columns[:, None] * 2 * H + heads[None, :], inside[:, None] & there[None, :]
+    of_re = tl.load(bk_weight + turned, mask=in_turned, other=0.0).to(tl.float32)
+    of_im = tl.load(bk_weight + turned + H, mask=in_turned, other=0.0).to(tl.float32)
+    place = g + 2 * (sequence * H + heads)
+    g_re, g_im = tl.load(place, mask=there, other=0.0), tl.load(place + 1, mask=there, other=0.0)
+    potential = -tl.load(energy + heads, mask=there, other=0.0).to(tl.float32)
+    rate = tl.load(gamma_bias + heads, mask=there, other=0.0).to(tl.float32)
+    strength = tl.abs(tl.load(kappa + heads, mask=there, other=0.0).to(tl.float32))
+    zeta = tl.exp(tl.load(log_zeta + heads, mask=there, other=0.0).to(tl.float32))
+    hopping = tl.load(h0_super + heads, mask=there, other=0.0).to(tl.float32)
+    hopping = tl.abs(hopping * tl.load(h0_sub + heads, mask=there, other=0.0).to(tl.float32))
     if FEEDBACK:
         cells = tl.arange(0, MEMORY)
         answer = tl.load(readout + sequence * memory_width + cells, mask=cells < memory_width, other=0.0)
@@ -97,43 +110,35 @@ def _scatter(
         in_back = there[:, None] & (cells < memory_width)[None, :]
         feedback = tl.load(memory_weight + back, mask=in_back, other=0.0).to(tl.float32)
         potential += tl.sum(feedback * answer[None, :], 1)
-    rate = tl.load(gamma_bias + heads, mask=there, other=0.0).to(tl.float32)
-    if ADAPTIVE:
-        rate += tl.sum(tl.load(gamma_weight + tile, mask=in_tile, other=0.0).to(tl.float32) * given, 1)
+    tl.debug_barrier()  # several threads read the same numbers: all have, before one of them writes
+
+    given = _normalized(old, norm_weight, norm_bias, columns, inside, D, eps)[None, :]
+    potential += tl.sum(of_v.to(tl.float32) * given, 1)
+    rate += tl.sum(of_gamma * given, 1)
     rate = tl.maximum(rate, 0.0) + tl.log(1 + tl.exp(-tl.abs(rate))) + base_decay
     tl.store(gamma + sequence * H + heads, rate, mask=there)
-
-    damping = tl.abs(tl.load(kappa + heads, mask=there, other=0.0).to(tl.float32)) * rate
-    damping += tl.exp(tl.load(log_zeta + heads, mask=there, other=0.0).to(tl.float32))
-    hopping = tl.load(h0_super + heads, mask=there, other=0.0).to(tl.float32)
-    hopping = tl.abs(hopping * tl.load(h0_sub + heads, mask=there, other=0.0).to(tl.float32))
-    place = g + 2 * (sequence * H + heads)
-    re = potential - tl.load(energy + heads, mask=there, other=0.0).to(tl.float32)
-    re -= hopping * tl.load(place, mask=there, other=0.0)
-    im = -damping - hopping * tl.load(place + 1, mask=there, other=0.0)
-    re, im = _reciprocal((re, im))
+    re, im = _reciprocal((potential - hopping * g_re, -(strength * rate + zeta) - hopping * g_im))
     tl.store(place, re, mask=there)
     tl.store(place + 1, im, mask=there)
-
-    turned, in_turned = columns[:, None] * 2 * H + heads[None, :], inside[:, None] & there[None, :]
-    added = tl.load(bk_weight + turned, mask=in_turned, other=0.0).to(tl.float32) * re[None, :]
-    added += tl.load(bk_weight + turned + H, mask=in_turned, other=0.0).to(tl.float32) * im[None, :]
-    tl.store(x + sequence * D + columns, old + tl.sum(added, 1), mask=inside)
+    tl.store(x + sequence * D + columns, old + tl.sum(of_re * re[None, :] + of_im * im[None, :], 1), mask=inside)
 
 
 @_kernel
-def _convolved(projected, tail, taps, place, channels, inside, C, W: tl.constexpr):
-    """SiLU of the convolution at the newest token, whose projection moves up into the tail."""
-    newest = tl.load(projected + place * C + channels, mask=inside, other=0.0)
-    total = newest * tl.load(taps + channels, mask=inside, other=0.0).to(tl.float32)
-    old = tail + place * (W - 1) * C + channels
+def _convolved(projected, tail, taps, sequence, channels, inside, C, W: tl.constexpr):
+    """SiLU of the convolution at the newest token, and the rows that are the next tail, newest first."""
+    newest = tl.load(projected + sequence * C + channels, mask=inside, other=0.0)
+    total, rows = newest * tl.load(taps + channels, mask=inside, other=0.0).to(tl.float32), (newest,)
     for j in tl.static_range(1, W):
-        row = tl.load(old + (W - 1 - j) * C, mask=inside, other=0.0)
+        row = tl.load(tail + (sequence * (W - 1) + W - 1 - j) * C + channels, mask=inside, other=0.0)
         total += row * tl.load(taps + j * C + channels, mask=inside, other=0.0).to(tl.float32)
-    for j in tl.static_range(W - 2):
-        tl.store(old + j * C, tl.load(old + (j + 1) * C, mask=inside, other=0.0), mask=inside)
-    tl.store(old + (W - 2) * C, newest, mask=inside)
-    return total * tl.sigmoid(total)
+        rows = rows + (row,)  # noqa: RUF005 (Triton has no starred tuples)
+    return total * tl.sigmoid(total), rows
+
+
+@_kernel
+def _store_tail(tail, rows, sequence, channels, inside, C, W: tl.constexpr):
+    for j in tl.static_range(W - 1):
+        tl.store(tail + (sequence * (W - 1) + W - 2 - j) * C + channels, rows[j], mask=inside)
 
 
 @_kernel
@@ -145,31 +150,36 @@ def _remember(
 ):  # fmt: skip
     """A head's memory learns the token and answers it."""
     sequence, head = tl.program_id(0), tl.program_id(1)
-    cells = tl.arange(0, BK)
+    row, cells = sequence * H + head, tl.arange(0, BK)
     inside, C, channels = cells < K, 3 * H * K, head * K + cells
-    query = _convolved(projected, tail, taps, sequence, channels, inside, C, W)
-    key = _convolved(projected, tail, taps, sequence, H * K + channels, inside, C, W)
-    value = _convolved(projected, tail, taps, sequence, 2 * H * K + channels, inside, C, W)
+    state, wrote, forgot = _load_state(memory, writes, forgetting, row, K, K, BK, BK, SNR or RESONANCE)
+    query, q_rows = _convolved(projected, tail, taps, sequence, channels, inside, C, W)
+    key, k_rows = _convolved(projected, tail, taps, sequence, H * K + channels, inside, C, W)
+    value, v_rows = _convolved(projected, tail, taps, sequence, 2 * H * K + channels, inside, C, W)
+    opening = tl.zeros_like(value)
+    if GATE:
+        down = tl.arange(0, BG)
+        tile, mask = channels[:, None] * G + down[None, :], inside[:, None] & (down < G)[None, :]
+        up = tl.load(gate_weight + tile, mask=mask, other=0.0).to(tl.float32)
+        opening += tl.sum(up * tl.load(gate + sequence * G + down, mask=down < G, other=0.0)[None, :], 1)
+        opening += tl.load(gate_bias + channels, mask=inside, other=0.0).to(tl.float32)
     query *= tl.rsqrt(tl.sum(query * query, 0) + K * _TINY)
-    key *= tl.rsqrt(tl.sum(key * key, 0) + K * _TINY)
-    row = sequence * H + head
-    key *= tl.exp(tl.load(log_eta + head).to(tl.float32))
+    key *= tl.rsqrt(tl.sum(key * key, 0) + K * _TINY) * tl.exp(tl.load(log_eta + head).to(tl.float32))
     boundary = (tl.load(position + sequence) + 1) % tl.maximum(interval, 1) == 0
+    tl.debug_barrier()  # several threads read the same numbers: all have, before one of them writes
+    _store_tail(tail, q_rows, sequence, channels, inside, C, W)
+    _store_tail(tail, k_rows, sequence, H * K + channels, inside, C, W)
+    _store_tail(tail, v_rows, sequence, 2 * H * K + channels, inside, C, W)
     answer = _advance(
-        query, key, value, tl.load(gamma + row) * dt, memory, writes, forgetting, memory, writes, forgetting,
-        boundary, basis, sharpness, bias, row, head, threshold, temperature, gamma_boost, eta_boost, energy, K, K, BK,
-        BK, SNR, RESONANCE, False,
+        query, key, value, tl.load(gamma + row) * dt, state, wrote, forgot, memory, writes, forgetting, boundary, basis,
+        sharpness, bias, row, head, threshold, temperature, gamma_boost, eta_boost, energy, K, K, BK, BK, SNR,
+        RESONANCE, False,
     )  # fmt: skip
     if NORM:
         answer *= tl.rsqrt(tl.sum(answer * answer, 0) / K + 1e-5)
     tl.store(readout + row * K + cells, answer, mask=inside)
     if GATE:
-        down = tl.arange(0, BG)
-        tile, mask = channels[:, None] * G + down[None, :], inside[:, None] & (down < G)[None, :]
-        opening = tl.load(gate_weight + tile, mask=mask, other=0.0).to(tl.float32)
-        opening = tl.sum(opening * tl.load(gate + sequence * G + down, mask=down < G, other=0.0)[None, :], 1)
-        answer *= tl.sigmoid(opening + tl.load(gate_bias + channels, mask=inside, other=0.0).to(tl.float32))
-        tl.store(gated + row * K + cells, answer, mask=inside)
+        tl.store(gated + row * K + cells, answer * tl.sigmoid(opening), mask=inside)
 
 
 # ------------------------------------------------------------------------------------------------------- the launches
