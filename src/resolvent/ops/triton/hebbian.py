@@ -20,6 +20,7 @@ C tokens of a chunk.
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,8 +108,22 @@ def _layout(lengths: tuple[int, ...], phases: tuple[int, ...], longest_segment: 
 
 
 def _on(x: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for the work that is queued there."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    """A copy to be kept, made without waiting for the work that is queued there.
+
+    A thread of its own makes it: while a CUDA graph is being prepared, what its own thread allocates is the graph's.
+    """
+    if device.type != "cuda":
+        return x
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_copied, x, device).result()
+
+
+def _copied(x: Tensor, device: torch.device) -> Tensor:
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        copy = x.pin_memory().to(device, non_blocking=True)
+    stream.synchronize()
+    return copy
 
 
 def _layout_of(q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, interval: int) -> _Layout:

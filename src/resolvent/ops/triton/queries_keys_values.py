@@ -19,10 +19,10 @@ from .launch import contiguous
 
 _kernel: Any = triton.jit
 _TINY = tl.constexpr(1e-12)  # that of ``ops.normalize.unit_length``
-_TOKENS, _CHANNELS = 32, 64
-"""Tokens and channels of a tile."""
-_TILES = 8
-"""Tiles that a program walks over where the gradient of the taps is summed up."""
+_TOKENS = 32
+"""Tokens of a tile."""
+_SUMMED = dict(T=64, CHANNELS=64, TILES=4)
+"""Tokens, channels and tiles of a program that sums up the gradient of the taps."""
 
 
 @_kernel
@@ -129,7 +129,8 @@ def _gathered(grad_conv, row, weight, tokens, start, end, channels, C, W: tl.con
         met = ((tokens + j >= start) & (tokens + j < end))[:, None] & (channels < C)[None, :]
         grad = tl.load(grad_conv + (tokens + j)[:, None] * C + channels[None, :], mask=met, other=0.0).to(tl.float32)
         of_row += grad * tl.load(weight + j * C + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
-        of_taps += tl.where(tl.arange(0, TAPS)[:, None] == j, tl.sum(grad * row, 0)[None, :], 0.0)
+        of_tap = tl.sum(grad * row, 0)
+        of_taps += tl.where(tl.arange(0, TAPS)[:, None] == j, tl.expand_dims(of_tap, 0), 0.0)
     return of_row, of_taps
 
 
@@ -246,20 +247,29 @@ def _queries_keys_values_backward(
     rows, taps, tails, bounds = tensors
     upstream = [contiguous(x) for x in (grad_q, grad_k, grad_v)]
     grad_x, grad_weight, grad_tail = outputs
-    grad_conv, channels = torch.empty_like(grad_x), projected.shape[-1]
+    grad_conv = torch.empty_like(grad_x)
     of_tails, of_rows = grad_weight.tensor_split([len(tail)])
     with torch.cuda.device_of(projected):
         _backward_activation[(triton.cdiv(len(rows), _TOKENS), 3 * num_heads)](
             *upstream, *tensors, grad_conv, *lengths, num_heads, T=_TOKENS, num_warps=4, **sizes
         )
-        shared = dict(PACKED=bounds is not None, W=len(weight), CHANNELS=_CHANNELS, num_warps=4)
-        shared["TAPS"] = triton.next_power_of_2(len(weight))
-        blocks = triton.cdiv(channels, _CHANNELS)
+        width, channels = len(weight), projected.shape[-1]
+        shared = dict(PACKED=bounds is not None, W=width, TAPS=triton.next_power_of_2(width), num_warps=4)
+        blocks = triton.cdiv(channels, _SUMMED["CHANNELS"])
         _backward_conv[(len(of_rows), blocks)](
-            rows, taps, bounds, grad_conv, grad_x, of_rows, *lengths, channels, T=_TOKENS, TILES=_TILES, **shared
+            rows, taps, bounds, grad_conv, grad_x, of_rows, *lengths, channels, **_SUMMED, **shared
         )
         _backward_tail[(len(tail), blocks)](
-            tails, taps, bounds, grad_conv, grad_tail, of_tails, *lengths[1:], channels, **shared
+            tails,
+            taps,
+            bounds,
+            grad_conv,
+            grad_tail,
+            of_tails,
+            *lengths[1:],
+            channels,
+            CHANNELS=_SUMMED["CHANNELS"],
+            **shared,
         )
     return outputs
 
@@ -271,7 +281,7 @@ def _(grad_q, grad_k, grad_v, projected, weight, tail, bounds, num_heads):
 
 def _room_for_gradients(projected: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What ``_queries_keys_values_backward`` returns, yet to be filled; tails have programs of their own."""
-    programs = tail.shape[0] + -(-projected.shape[0] * projected.shape[1] // (_TOKENS * _TILES))
+    programs = tail.shape[0] + -(-projected.shape[0] * projected.shape[1] // (_SUMMED["T"] * _SUMMED["TILES"]))
     return (
         projected.new_empty(projected.shape),
         weight.new_empty(programs, *weight.shape, dtype=torch.float32),

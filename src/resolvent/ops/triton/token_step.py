@@ -193,7 +193,7 @@ def embed(
     width = table.shape[1]
     sizes = (scale, width, triton.next_power_of_2(width))
     with torch.cuda.device_of(out):
-        _embed[(len(token),)](token, position, table, frequency, gain, out, *sizes, num_warps=4)
+        _embed[(len(token),)](token.contiguous(), position, table, frequency, gain, out, *sizes, num_warps=4)
 
 
 def linear(
