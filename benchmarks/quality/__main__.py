@@ -20,6 +20,8 @@ from benchmarks.quality.training import Clock, Mode, OutOfTimeError
 app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 console = Console(stderr=True)
 
+_RECALL_RATES = ",".join(f"{rate:.3g}" for rate in mqar.LEARNING_RATES)
+
 GROUPS = {"peers": (*models.PEERS, "phase2"), "ablation": variants.ABLATION, "mixers": (*mqar.MIXERS, "phase2")}
 """Names that stand for several models."""
 
@@ -53,7 +55,9 @@ def tokens(
 def learn_language(
     text: Annotated[Path, typer.Option(help="What `tokens` wrote.")],
     out: Out,
-    plan: Annotated[str, typer.Option(help=f"{', '.join(language.PLANS)}: what the options below start from.")] = "corpus",
+    plan: Annotated[
+        str, typer.Option(help=f"{', '.join(language.PLANS)}: what the options below start from.")
+    ] = "corpus",
     names: Annotated[str, typer.Option("--models", help=Models.__metadata__[0].help)] = "peers",
     rates: Rates = "1e-3",
     seeds: Seeds = 1,
@@ -71,7 +75,9 @@ def learn_language(
 ) -> None:
     """Train models to predict text, and validate them."""
     clock = Clock.of(budget_seconds)
-    given = dict(steps=steps, batch=batch, length=length, parameters=parameters, dropout=dropout, extrapolate=extrapolate)
+    given = dict(
+        steps=steps, batch=batch, length=length, parameters=parameters, dropout=dropout, extrapolate=extrapolate
+    )
     chosen = dataclasses.replace(language.PLANS[plan], **{name: x for name, x in given.items() if x is not None})
     corpus, device = language.Text.load(text), pick_device()
     mode = mode_for(device, compiled, capture, autocast=True)
@@ -94,7 +100,7 @@ def learn_language(
 def learn_recall(
     out: Out,
     names: Annotated[str, typer.Option("--models", help=Models.__metadata__[0].help)] = "mixers",
-    rates: Rates = ",".join(f"{rate:.3g}" for rate in mqar.LEARNING_RATES),
+    rates: Rates = _RECALL_RATES,
     widths: Annotated[str, typer.Option(help="Widths of the model, parted by commas.")] = "64,128,256",
     heads: Annotated[str, typer.Option(help="Numbers of heads, parted by commas (attention has one).")] = "2",
     seeds: Seeds = 1,

@@ -44,7 +44,8 @@ def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
     """``S_t = exp(g_t) (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ``, ``y_t = S_tᵀ q_t``: what a key held is replaced.
 
-    A chunk's corrections ``u_t = β_t (v_t - exp(g_t) S_{t-1}ᵀ k_t)`` solve a unit lower triangular system (the WY form).
+    A chunk's corrections ``u_t = β_t (v_t - exp(g_t) S_{t-1}ᵀ k_t)`` solve a unit lower triangular system, the
+    WY form.
 
     Args:
         q, k: (B, N, H, K), k of unit length.
@@ -104,7 +105,7 @@ class UnitLowerInverse(torch.autograd.Function):
 
 
 def _carry(written: Tensor, keep: Tensor) -> Tensor:
-    """The state before each chunk: written (B, M, H, K, V) by it, keep (B, M, H, K, 1) through it -> (B, M, H, K, V)."""
+    """The state before each chunk (B, M, H, K, V), of what each writes (B, M, H, K, V) and keeps (B, M, H, K, 1)."""
     state = torch.zeros_like(written[:, 0])
     states = []
     for m in range(written.shape[1]):

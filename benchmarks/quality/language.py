@@ -73,7 +73,8 @@ class Text:
         """Tokens of documents, with the tokenizer's separator between them."""
         separator = np.array([tokenizer.token_to_id(EOT)], dtype=np.uint16)
         learned, validated = (
-            [np.array(code.ids, dtype=np.uint16) for code in tokenizer.encode_batch(texts)] for texts in (train, held_out)
+            [np.array(code.ids, dtype=np.uint16) for code in tokenizer.encode_batch(texts)]
+            for texts in (train, held_out)
         )
         return cls(
             np.concatenate([part for ids in learned for part in (ids, separator)]),
@@ -140,8 +141,8 @@ class Text:
 
 
 def window_starts(tokens: int, length: int, batch: int, steps: int, seed: int) -> NDArray[np.int64]:
-    """Where the windows of every step start, (steps, B): in each pass over the tokens they tile it from a random offset,
-    in random order."""
+    """Where the windows of every step start, (steps, B): each pass over the tokens tiles them from a random offset, in
+    random order."""
     order, passes = [], 0
     while sum(map(len, order)) < steps * batch:
         random = np.random.default_rng([seed, passes])
@@ -190,12 +191,10 @@ class Plan:
 
 PLANS = {
     "corpus": Plan(),
-    "characters": Plan(
-        width=384, parameters=10_650_000, length=256, dropout=0.2, batch=64, steps=5000, evaluations=20
-    ),
+    "characters": Plan(width=384, parameters=10_650_000, length=256, dropout=0.2, batch=64, steps=5000, evaluations=20),
     "tiny": Plan(width=128, layers=2, parameters=600_000, length=128, batch=4, steps=20, warmup=5, evaluations=2),
 }
-"""``characters`` is nanoGPT's experiment on tinyshakespeare: context 256, 64 windows a step, 5,000 steps, dropout 0.2."""
+"""``characters`` is nanoGPT's experiment on tinyshakespeare: 5,000 steps of 64 windows, dropout 0.2."""
 
 
 class Experiment:
@@ -310,7 +309,7 @@ class Experiment:
 
 @torch.no_grad()
 def token_nats(model: Any, ids: Tensor, labels: Tensor, batch: int, context: torch.autocast) -> Tensor:
-    """Negative log-likelihood of every label (W, N), float64 on the CPU, NaN where there is none; nothing is compiled."""
+    """Nats of every label (W, N), float64 on the CPU, NaN where there is none; nothing is compiled."""
     model.eval()
     rows = []
     with context, torch.compiler.set_stance("force_eager"):
@@ -349,4 +348,3 @@ def _mean(values: Sequence[float]) -> float:
 def settings(plan: Plan, text: Text) -> dict[str, Any]:
     """What a run must have in common with another to be compared with it."""
     return {"task": "language", **dataclasses.asdict(plan), "vocabulary": text.vocabulary, "corpus": len(text.train)}
-

@@ -17,6 +17,7 @@ from benchmarks.quality.cores import gated_delta_rule, gated_linear_attention
 from resolvent.benchmark.peers import rotate, rotations
 from resolvent.ops import dissipative_memory
 from resolvent.ops.normalize import unit_length, unit_rms
+from resolvent.ops.precision import at_least_float32
 from resolvent.ops.short_conv import causal_conv
 
 FLOAT_BYTES = 4
@@ -51,7 +52,7 @@ class Attention(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         rotation = rotations(0, x.shape[1], q.shape[-1], x.device)
-        q, k = (rotate(y.float(), rotation).to(v.dtype) for y in (q, k))
+        q, k = (rotate(at_least_float32(y), rotation).to(v.dtype) for y in (q, k))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
@@ -87,7 +88,7 @@ class GLA(Mixer):
             y.unflatten(-1, (self.heads, -1))
             for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x), self.decay_up(self.decay_down(x)))
         )
-        log_decay = F.logsigmoid(decay.float()) / self.GATE_NORMALIZER
+        log_decay = F.logsigmoid(at_least_float32(decay)) / self.GATE_NORMALIZER
         y = gated_linear_attention(q * q.shape[-1] ** -0.5, k, v, log_decay)
         y = (unit_rms(y) * self.norm_weight).flatten(-2)
         return self.out_proj(y * F.silu(self.gate_proj(x)))
@@ -131,7 +132,7 @@ class Mamba2(Mixer):
         gate, mixed, dt = self.in_proj(x).split([inner, inner + 2 * self.state, self.heads], dim=-1)
         values, keys, queries = F.silu(short_conv(mixed, self.conv_weight)).split([inner, *[self.state] * 2], dim=-1)
         values = values.unflatten(-1, (self.heads, -1))
-        dt = F.softplus(dt.float() + self.dt_bias)
+        dt = F.softplus(at_least_float32(dt) + self.dt_bias)
         q, k = (y.unsqueeze(-2).expand(-1, -1, self.heads, -1) for y in (queries, keys))
         written = (values * dt.unsqueeze(-1)).to(values.dtype)
         y, _ = dissipative_memory(q, k, written, dt * self.log_a.exp(), torch.ones_like(self.skip))
@@ -175,8 +176,8 @@ class GatedDeltaNet(Mixer):
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         qkv = F.silu(short_conv(qkv, self.conv_weight)).split([width, width, self.v_proj.out_features], dim=-1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in qkv)
-        log_decay = -self.log_a.exp() * F.softplus(self.decay_proj(x).float() + self.dt_bias)
-        beta = torch.sigmoid(self.beta_proj(x).float())
+        log_decay = -self.log_a.exp() * F.softplus(at_least_float32(self.decay_proj(x)) + self.dt_bias)
+        beta = torch.sigmoid(at_least_float32(self.beta_proj(x)))
         y = gated_delta_rule(unit_length(q) * q.shape[-1] ** -0.5, unit_length(k), v, log_decay, beta)
         y = (unit_rms(y) * self.norm_weight).flatten(-2)
         return self.out_proj(y * F.silu(self.gate_proj(x)))

@@ -168,15 +168,22 @@ def build(name: str, size: Size, device: torch.device | str = "cpu") -> Contesta
     Raises:
         ValueError: there is none of this name, or it cannot have so few or so many parameters.
     """
-    make = _peer(name, size) if name in PEERS else _phase2(name, size)
+    for like in (name.partition("/")[0], name):  # a variant keeps the widths of Phase 2, and so its weights, if it can
+        contestant = _maker(name, size)(_feed_forward_width(_maker(like, size), size.parameters))
+        if abs(contestant.parameters / size.parameters - 1) <= TOLERANCE:
+            contestant.model.to(device)
+            return contestant
+    raise ValueError(f"{name} has {contestant.parameters:,} parameters, not {size.parameters:,}: change the width")
+
+
+def _feed_forward_width(make: Callable[[int], Contestant], parameters: int) -> int:
     with torch.device("meta"):
-        few, many = (count_parameters(make(hidden).model) for hidden in (FFN_STEP, 2 * FFN_STEP))
-    hidden = FFN_STEP * max(1, 1 + round((size.parameters - few) / (many - few)))
-    contestant = make(hidden)
-    if abs(contestant.parameters / size.parameters - 1) > TOLERANCE:
-        raise ValueError(f"{name} has {contestant.parameters:,} parameters, not {size.parameters:,}: change the width")
-    contestant.model.to(device)
-    return contestant
+        few, many = (make(hidden).parameters for hidden in (FFN_STEP, 2 * FFN_STEP))
+    return FFN_STEP * max(1, 1 + round((parameters - few) / (many - few)))
+
+
+def _maker(name: str, size: Size) -> Callable[[int], Contestant]:
+    return _peer(name, size) if name in PEERS else _phase2(name, size)
 
 
 def _peer(name: str, size: Size) -> Callable[[int], Contestant]:
@@ -189,7 +196,9 @@ def _peer(name: str, size: Size) -> Callable[[int], Contestant]:
 
 def _phase2(name: str, size: Size) -> Callable[[int], Contestant]:
     if name.partition("/")[0] != "phase2":
-        raise ValueError(f"there is no model {name!r}; known are {', '.join(PEERS)}, phase2 and its variants phase2/...")
+        raise ValueError(
+            f"there is no model {name!r}; known are {', '.join(PEERS)}, phase2 and its variants phase2/..."
+        )
     variant = parse_variant(name)
 
     def make(hidden: int) -> Contestant:

@@ -1,12 +1,12 @@
 """Multi-query associative recall (Arora et al., 2024), with Zoology's task and protocol.
 
-A sequence starts with pairs of a key and a value, all different. Behind them every key comes once more, at places that a
-power law draws, and is to be followed by its value. What stands between is random, keys and values among it.
+A sequence starts with pairs of a key and a value, all different. Behind them every key comes once more, at places that
+a power law draws, and is to be followed by its value. What stands between is random, keys and values among it.
 
 A model has two layers: a gated short convolution, and the mixer that is measured. There is no feed-forward part, the
 head is the embedding's table, products are in float32. Batches are of one length and number of pairs, and come in
-another order each pass; the learning rate falls from its peak to zero in a cosine, a step each pass, without warm-up and
-clipping. Only places with an answer are predicted, so only their logits are computed.
+another order each pass; the learning rate falls from its peak to zero in a cosine, a step each pass, without warm-up
+and clipping. Only places with an answer are predicted, so only their logits are computed.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def generate(part: Slice, vocabulary: int, generator: torch.Generator) -> Recall
     half, context = vocabulary // 2, 2 * pairs
 
     def distinct(weights: Tensor) -> Tensor:
-        return torch.cat([torch.multinomial(w, pairs, generator=generator) for w in weights.expand(count, -1).split(4096)])
+        return torch.cat(
+            [torch.multinomial(w, pairs, generator=generator) for w in weights.expand(count, -1).split(4096)]
+        )
 
     keys = 1 + distinct(torch.ones(half - 1, device=device))
     values = half + distinct(torch.ones(vocabulary - half, device=device))
@@ -177,7 +179,9 @@ def build(name: str, width: int, heads: int, vocabulary: int, device: torch.devi
         model.blocks[0].ffn = NoFeedForward()
         state_bytes, draw = phase2_state_bytes(model), lambda seed: variant.reset(model, seed)
     else:
-        raise ValueError(f"there is no model {name!r}; known are {', '.join(MIXERS)}, phase2 and its variants phase2/...")
+        raise ValueError(
+            f"there is no model {name!r}; known are {', '.join(MIXERS)}, phase2 and its variants phase2/..."
+        )
     embedding = ConvolvedEmbedding(vocabulary, width)
     if model.lm_head.weight is model.token_embedding.weight:
         model.lm_head.weight = embedding.weight
@@ -296,7 +300,7 @@ class Experiment:
     def _accuracy(self, recall: Recall) -> float:
         """Part of the queries whose likeliest answer is right; none where the model is not finite."""
         model, right = self.contestant.model.eval(), 0
-        batches = (x.split(max(1, self.plan.batch // 8)) for x in (recall.inputs, recall.places, recall.answers))
+        batches = (x.split(max(1, self.plan.batch // 2)) for x in (recall.inputs, recall.places, recall.answers))
         with self.trainer.evaluating(), torch.compiler.set_stance("force_eager"):
             for inputs, places, answers in zip(*batches, strict=True):
                 logits = model.lm_head(hidden_at(model, inputs.long(), places))

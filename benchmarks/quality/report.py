@@ -72,7 +72,9 @@ def _language(records: list[Record]) -> list[Table]:
     long = [run for run in records if run["finite"] and run.get("long")]
     if long:
         found += [
-            _positions_table("loss by position in long stretches", _by_model(long), lambda run: run["long"]["by_position"]),
+            _positions_table(
+                "loss by position in long stretches", _by_model(long), lambda run: run["long"]["by_position"]
+            ),
             _positions_table(
                 "loss of the same tokens in windows of the length of training",
                 _by_model(long),
@@ -85,7 +87,16 @@ def _language(records: list[Record]) -> list[Table]:
 
 
 def _models_table(title: str, models: dict[str, list[Record]]) -> Table:
-    headings = ("model", "best lr", "seeds", "loss (nats)", "best in the run", "bits per byte", "parameters", "state KB")
+    headings = (
+        "model",
+        "best lr",
+        "seeds",
+        "loss (nats)",
+        "best in the run",
+        "bits per byte",
+        "parameters",
+        "state KB",
+    )
     table = _table(title, *headings, "tokens/s", "not finite")
     rows = []
     for name, runs in models.items():
@@ -160,11 +171,13 @@ def _recall(records: list[Record]) -> list[Table]:
 
 def _recall_curve(records: list[Record]) -> Table:
     """Accuracy against the size of the state: a line for every model and size."""
-    table = _table("recall by state bytes, each at its best learning rate", "model", "state KB", "accuracy", "width", "heads")
+    table = _table(
+        "recall by state bytes, each at its best learning rate", "model", "state KB", "accuracy", "width", "heads"
+    )
     rows = []
     for name, runs in _by_model(records).items():
         for _, group in groupby(sorted(runs, key=setting), key=setting):
-            best, kept = _at_best(list(group), "accuracy", smallest=False)
+            _, kept = _at_best(list(group), "accuracy", smallest=False)
             if kept:
                 size = kept[0]["settings"]
                 rows.append((name, kept[0]["state_bytes"], kept, size["width"], size["heads"]))

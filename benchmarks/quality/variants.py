@@ -14,6 +14,7 @@ projection `bk_proj`, the strength κ, the positions' gain) is held at zero inst
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from resolvent.layers import NonHermitianPotential, ZetaInitializer
 from resolvent.layers.zeta import zeta_zeros
-from resolvent.models.phase2 import Phase2IntegratedModel
+from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,29 @@ class Variant:
 
     @torch.no_grad()
     def reset(self, model: Phase2IntegratedModel, seed: int) -> None:
-        """Draw fresh weights in place."""
+        """Draw fresh weights in place: those of the model without any change, wherever a change is none of them."""
         generator = torch.Generator().manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):  # which a fresh model has at one, and may leave to itself
+                module.reset_parameters()
         model.init_weights(generator)
         if self.original:
             original_initialisation(model, generator)
+        else:
+            self._share(model, seed)
         for parameter in self._held(model):
             parameter.zero_()
+
+    def _share(self, model: Phase2IntegratedModel, seed: int) -> None:
+        """Take the weights of the unchanged model: a part that is left out would else give all others other draws."""
+        defaults = {name: getattr(Phase2Config(), name) for name in self.config}
+        whole = Phase2IntegratedModel(dataclasses.replace(model.config, **defaults), init=False)
+        whole.init_weights(torch.Generator().manual_seed(seed))
+        weights = dict(whole.named_parameters())
+        own = ".potential." if "use_zeta_init" in self.config else None
+        for name, parameter in model.named_parameters():
+            if name in weights and weights[name].shape == parameter.shape and not (own and own in name):
+                parameter.copy_(weights[name])
 
     def _held(self, model: Phase2IntegratedModel) -> list[nn.Parameter]:
         return [p for name, p in model.named_parameters() if name.endswith(self.zeros)] if self.zeros else []
@@ -140,11 +157,12 @@ def original_initialisation(model: Phase2IntegratedModel, generator: torch.Gener
             module.gamma_bias.zero_()
     table = model.token_embedding.weight
     table.copy_(0.02 * _token_waves(*table.shape))
-    model.lm_head.weight.copy_(torch.randn(model.lm_head.weight.shape, generator=generator) / (3 * model.d_model) ** 0.5)
+    model.lm_head.weight.copy_(
+        torch.randn(model.lm_head.weight.shape, generator=generator) / (3 * model.d_model) ** 0.5
+    )
     model.position_embedding.gain.fill_(1 / model.position_embedding.scale)
 
 
 def _token_waves(count: int, width: int) -> Tensor:
     phase = torch.arange(count, dtype=torch.float64)[:, None] * zeta_zeros((width + 1) // 2) / (2 * math.pi)
     return torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(-2)[:, :width].float()
-
