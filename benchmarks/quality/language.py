@@ -191,7 +191,7 @@ class Plan:
 
 PLANS = {
     "corpus": Plan(),
-    "characters": Plan(width=384, parameters=10_650_000, length=256, dropout=0.2, batch=64, steps=5000, evaluations=20),
+    "characters": Plan(width=384, parameters=10_600_000, length=256, dropout=0.2, batch=64, steps=5000, evaluations=20),
     "tiny": Plan(width=128, layers=2, parameters=600_000, length=128, batch=4, steps=20, warmup=5, evaluations=2),
 }
 """``characters`` is nanoGPT's experiment on tinyshakespeare: 5,000 steps of 64 windows, dropout 0.2."""
