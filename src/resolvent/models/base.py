@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound="IntegratedModel")
 
 
 class Block(nn.Module):
-    """Base of the blocks.
+    """Base of the blocks, whose work is ``compute``.
 
     Attributes:
         gradient_checkpointing: whether training computes the block anew in the backward pass instead of keeping what it
@@ -34,10 +34,15 @@ class Block(nn.Module):
     gradient_checkpointing: bool = False
     _gradient_checkpointing_func: Any = staticmethod(partial(checkpoint, use_reentrant=False))
 
-    def __call__(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any) -> Any:
+        """``compute(*inputs)``. What hangs on the module, FSDP's hooks among them, does not run again with it."""
         if self.gradient_checkpointing and self.training:
-            return self._gradient_checkpointing_func(super().__call__, *inputs)
-        return super().__call__(*inputs)
+            return self._gradient_checkpointing_func(self.compute, *inputs)
+        return self.compute(*inputs)
+
+    def compute(self, *inputs: Any) -> Any:
+        """What the block does."""
+        raise NotImplementedError
 
 
 class IntegratedModel(nn.Module, Generation):

@@ -8,8 +8,9 @@ Shapes: B batch, N sequence, D model width, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from ..errors import ConfigError
 from ..layers.zeta import ExactConstant
 from ..ops import IGNORED, linear_cross_entropy
 from ..ops.precision import at_least_float32
-from .base import IntegratedModel
+from .base import Block, IntegratedModel
 from .config import ModelConfig, check_fields
 from .phase1 import Phase1Config, Phase1IntegratedModel
 from .phase2 import Phase2Config, Phase2IntegratedModel
@@ -37,6 +38,9 @@ _ARGUMENTS = ("model_type", "name_or_path", "num_labels", "attn_implementation",
 
 class _HFConfig(PretrainedConfig):
     """A configuration of ours, with its fields as attributes beside those of Transformers.
+
+    A subclass names ``__init__`` and ``__eq__`` once more: Transformers 5 makes a dataclass of it, whose own would know
+    nothing of our fields.
 
     Args:
         values: fields of the phase's dataclass, and what Transformers keeps in every configuration.
@@ -67,6 +71,9 @@ class _HFConfig(PretrainedConfig):
         for name, value in config.to_dict().items():
             setattr(self, name, value)
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
     def to_dataclass(self) -> Any:
         """The configuration of our model.
 
@@ -83,6 +90,7 @@ class Phase1HFConfig(_HFConfig):
 
     model_type = model_type(1)
     dataclass = Phase1Config
+    __init__, __eq__ = _HFConfig.__init__, _HFConfig.__eq__
 
 
 class Phase2HFConfig(_HFConfig):
@@ -90,6 +98,7 @@ class Phase2HFConfig(_HFConfig):
 
     model_type = model_type(2)
     dataclass = Phase2Config
+    __init__, __eq__ = _HFConfig.__init__, _HFConfig.__eq__
     attribute_map = {**_HFConfig.attribute_map, "tie_word_embeddings": "tie_embeddings"}  # noqa: RUF012
 
 
@@ -182,22 +191,29 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: _HFConfig) -> None:
         super().__init__(config)
         self.model = self.integrated(config.to_dataclass(), init=False)
+        if self.model.tied:  # Transformers ties the two itself, and counts what it loads before that
+            self.model.lm_head.weight = nn.Parameter(torch.empty_like(self.model.lm_head.weight))
         self.post_init()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Draw the weights that no checkpoint gave, as a fresh model has them; what was loaded stays as it is."""
-        for module in self.modules():
+        missing: dict[str, Tensor] = {}
+        for path, module in self.model.named_modules():
             if isinstance(module, ExactConstant):  # not in a checkpoint, and left empty where Transformers makes room
                 module.value = module.make().to(module.value.device)
-        parameters = dict(self.model.named_parameters())
-        missing = [name for name, x in parameters.items() if not getattr(x, "_is_hf_initialized", False)]
-        if len(missing) == len(parameters):
+            elif not _is_initialized(module):
+                parameters = module.named_parameters(path, recurse=False)
+                missing |= {name: x for name, x in parameters if not _is_initialized(x)}
+            module._is_hf_initialized = True
+        if len(missing) == len(list(self.model.parameters())):
+            if self.config.tie_word_embeddings:
+                self.model.lm_head.weight = cast(nn.Embedding, self.model.token_embedding).weight
             self.model.init_weights()
         elif missing:
             fresh = dict(self.integrated(self.config.to_dataclass()).named_parameters())
-            for name in missing:
-                parameters[name].copy_(fresh[name])
+            for name, parameter in missing.items():
+                parameter.copy_(fresh[name])
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.token_embedding
@@ -256,6 +272,8 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask = None if attention_mask.all() else attention_mask
         if skip_logits is None:
             skip_logits = self.training and labels is not None
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         outputs: list[Tensor] | None = [] if output_hidden_states else None
         gates: list[Tensor] | None = [] if self.model.penalised and self.training and labels is not None else None
         hidden, state = self.model.hidden_states(
@@ -318,11 +336,18 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = RecurrentCache()
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **options: Any
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
     ) -> None:
-        """Switch it in every block, always without re-entrance: that form would lose the gradients of tensors which
-        blocks hand on in tuples."""
-        super()._set_gradient_checkpointing(enable, partial(gradient_checkpointing_func, use_reentrant=False), **options)
+        """Let every n-th block be computed anew, always without re-entrance: that form would lose the gradients of
+        tensors which blocks hand on in tuples."""
+        for index, block in enumerate(cast(Iterable[Block], self.model.blocks)):
+            block.gradient_checkpointing = enable and index % every_n_layers == 0
+            block._gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+
+
+def _is_initialized(part: nn.Module | Tensor) -> bool:
+    """Whether Transformers has marked a module or a tensor as loaded."""
+    return getattr(part, "_is_hf_initialized", False)
 
 
 class Phase1ForCausalLM(_ForCausalLM):

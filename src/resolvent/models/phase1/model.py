@@ -62,7 +62,7 @@ class Phase1Block(Block):
         """Shapes of one sequence's state, tensor by tensor."""
         return [(self.bk.num_heads,), *(self.ar_ssm.state_shape if self.ar_ssm is not None else ())]
 
-    def forward(
+    def compute(
         self, x: Tensor, state: Phase1LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Phase1LayerState]:
         """x (B, N, D), the block's state and the offsets of packed sequences -> x, the resolvent's features

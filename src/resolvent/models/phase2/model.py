@@ -108,7 +108,7 @@ class Phase2Block(Block):
         memory, conv_tail = self.hebbian.state_shape
         return [(heads,), memory, memory, memory[:1], conv_tail, *(self.ar_ssm.state_shape if self.ar_ssm else ())]
 
-    def forward(
+    def compute(
         self,
         x: Tensor,
         readout: Tensor | None,
