@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -24,13 +25,15 @@ Model = TypeVar("Model", bound="IntegratedModel")
 
 
 class Block(nn.Module):
-    """Base of the blocks, whose work is ``compute``.
+    """Base of the blocks.
 
     Attributes:
+        compute: what a block does; a subclass defines it in the place of ``forward``.
         gradient_checkpointing: whether training computes the block anew in the backward pass instead of keeping what it
             computed. The name is the one by which Transformers finds what it can switch.
     """
 
+    compute: Callable[..., Any]
     gradient_checkpointing: bool = False
     _gradient_checkpointing_func: Any = staticmethod(partial(checkpoint, use_reentrant=False))
 
@@ -39,10 +42,6 @@ class Block(nn.Module):
         if self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(self.compute, *inputs)
         return self.compute(*inputs)
-
-    def compute(self, *inputs: Any) -> Any:
-        """What the block does."""
-        raise NotImplementedError
 
 
 class IntegratedModel(nn.Module, Generation):

@@ -8,7 +8,6 @@ Shapes: B batch, N sequence, D model width, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Iterable
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -25,7 +24,7 @@ from ..errors import ConfigError
 from ..layers.zeta import ExactConstant
 from ..ops import IGNORED, linear_cross_entropy
 from ..ops.precision import at_least_float32
-from .base import Block, IntegratedModel
+from .base import IntegratedModel
 from .config import ModelConfig, check_fields
 from .phase1 import Phase1Config, Phase1IntegratedModel
 from .phase2 import Phase2Config, Phase2IntegratedModel
@@ -186,7 +185,8 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
 
-    model: IntegratedModel
+    config_class: Any
+    model: Any
 
     def __init__(self, config: _HFConfig) -> None:
         super().__init__(config)
@@ -205,10 +205,10 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
             elif not _is_initialized(module):
                 parameters = module.named_parameters(path, recurse=False)
                 missing |= {name: x for name, x in parameters if not _is_initialized(x)}
-            module._is_hf_initialized = True
+            cast(Any, module)._is_hf_initialized = True
         if len(missing) == len(list(self.model.parameters())):
             if self.config.tie_word_embeddings:
-                self.model.lm_head.weight = cast(nn.Embedding, self.model.token_embedding).weight
+                self.model.lm_head.weight = self.model.token_embedding.weight
             self.model.init_weights()
         elif missing:
             fresh = dict(self.integrated(self.config.to_dataclass()).named_parameters())
@@ -218,9 +218,9 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.token_embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.token_embedding = value
-        self.model.vocab_size = self.model.config.vocab_size = value.num_embeddings
+        self.model.vocab_size = self.model.config.vocab_size = cast(nn.Embedding, value).num_embeddings
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.lm_head
@@ -240,6 +240,7 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, the loss of labels, and the state.
 
@@ -257,10 +258,14 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
                 labels.
             num_items_in_batch: labels that count over all batches of a training step: their sum is divided by it. By
                 default the mean of the labels here.
+            others: what other models take, embeddings and positions among it: None or False, nothing else.
 
         Raises:
+            TypeError: there is no such argument.
             ValueError: tokens, mask, labels or cache do not fit each other or the model.
         """
+        if unknown := [name for name, value in others.items() if value is not None and value is not False]:
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(unknown)}")
         if past_key_values is not None and not isinstance(past_key_values, RecurrentCache):
             raise ValueError(f"past_key_values must be a RecurrentCache, got {type(past_key_values).__name__}")
         if use_cache is None:
@@ -305,9 +310,9 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=None if outputs is None else (*outputs[:-1], hidden),
         )
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The arguments of the next ``forward``, which takes positions from the state, and no embeddings."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = cast(Any, super()).prepare_inputs_for_generation(input_ids, *args, **kwargs)
         foreign = ("cache_position", "position_ids", "inputs_embeds")
         return {name: value for name, value in inputs.items() if name not in foreign}
 
@@ -328,10 +333,10 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+        self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Give ``generate`` a cache from the start: long prompts are read in pieces only where there is one."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = RecurrentCache()
 
@@ -340,7 +345,7 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Let every n-th block be computed anew, always without re-entrance: that form would lose the gradients of
         tensors which blocks hand on in tuples."""
-        for index, block in enumerate(cast(Iterable[Block], self.model.blocks)):
+        for index, block in enumerate(self.model.blocks):
             block.gradient_checkpointing = enable and index % every_n_layers == 0
             block._gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
 

@@ -76,7 +76,8 @@ def save_model(model: IntegratedModel, directory: str | Path) -> None:
 
 
 def load_model(directory: str | Path, device: torch.device | str | None = None) -> IntegratedModel:
-    """Read what ``save_model`` or Transformers' ``save_pretrained`` wrote, in evaluation mode, onto ``device`` (None for CUDA where there is one).
+    """Read what ``save_model`` or Transformers' ``save_pretrained`` wrote, in evaluation mode, onto ``device`` (None
+    for CUDA where there is one).
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.
