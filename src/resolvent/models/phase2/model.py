@@ -99,7 +99,7 @@ class Phase2Block(Block):
         return Consolidation(
             self.consolidation_interval,
             self.snr_filter.constants if self.snr_filter else None,
-            self.resonance.constants() if self.resonance else None,
+            self.resonance() if self.resonance else None,
         )
 
     def state_shapes(self) -> list[tuple[int, ...]]:
