@@ -15,7 +15,7 @@ from .small import PHASE1, PHASE2, tokens
 
 if not os.environ.get("CI"):
     pytest.importorskip("transformers", reason="needs Transformers: pip install 'resolvent[hf]'")
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, TextStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, TextStreamer, Trainer, TrainingArguments
 
 from resolvent.hf import Phase1ForCausalLM, Phase1HFConfig, Phase2ForCausalLM, Phase2HFConfig, RecurrentCache
 
@@ -414,6 +414,26 @@ def test_checkpointed_blocks_have_the_same_gradients(pair, options):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     hf.gradient_checkpointing_disable()
     assert not hf.is_gradient_checkpointing
+
+
+def test_trainer_steps_are_the_same_in_parts(phase, pair, tmp_path):
+    """Two batches of two sequences, of unequal labels, make the step of one batch of four."""
+    rows = [{"input_ids": row, "labels": row.masked_fill(torch.arange(40) < 9 * i, -100)} for i, row in
+            enumerate(tokens(40, batch=4))]  # fmt: skip
+
+    def trained(size, parts):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+        options = dict(max_steps=2, learning_rate=1e-2, optim="sgd", report_to="none", save_strategy="no", use_cpu=True)
+        arguments = TrainingArguments(
+            str(tmp_path / "out"), per_device_train_batch_size=size, gradient_accumulation_steps=parts, **options
+        )
+        Trainer(model, arguments, train_dataset=rows).train()
+        return model
+
+    start, whole, parts = pair[1], trained(4, 1), trained(2, 2)
+    assert not torch.equal(start.model.ln_f.bias, whole.model.ln_f.bias)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 # --- Vocabularies and adapters
