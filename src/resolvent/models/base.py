@@ -92,6 +92,12 @@ class IntegratedModel(nn.Module, Generation):
         logits = self.lm_head(hidden)
         return logits if torch.is_autocast_enabled(logits.device.type) else at_least_float32(logits)
 
+    def fused_step(self, state: Any) -> Callable[[Tensor], Tensor] | None:
+        """Kernels that read one token after another, changing ``state``, whose position is on its device (see
+        ``models.decoding``); None where there are none for this model."""
+        del state
+        return None
+
     def _predict(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
         """Logits of hidden states (B, N, D); given labels (B, N), their mean nats instead, and no more than a chunk of
         the logits lies in memory at once.
