@@ -17,6 +17,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Text file, folder, .jsonl or .parquet.", show_default="the run's held-out documents"),
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness instead of a text, with commas between.")
+    ] = None,
+    task_path: Annotated[Path | None, typer.Option(help="Folder with YAML tasks of your own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens at once; fewer need less memory.")] = 4096,
     device: Device = "auto",
@@ -28,6 +32,11 @@ def evaluate(
 
     Example: [bold]resolvent evaluate runs/tiny --data novel.txt --json[/bold]
     """
+    if tasks is not None:
+        if data is not None:
+            raise typer.BadParameter("give a text or tasks, not both", param_hint="--tasks")
+        _evaluate_tasks(directory, tasks.split(","), task_path, device, as_json)
+        return
     model, tokenizer = load_trained(directory, device)
     from rich.console import Console
 
@@ -49,6 +58,20 @@ def evaluate(
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_row(f"{score.loss:.4f}", f"{score.perplexity:,.3f}", f"{score.bits_per_byte:.4f}", f"{score.tokens:,}")
     Console().print(table)
+
+
+def _evaluate_tasks(directory: Path, tasks: list[str], task_path: Path | None, device: str, as_json: bool) -> None:
+    from resolvent.device import pick_device
+    from resolvent.evaluation.tasks import evaluate_tasks
+
+    place = str(pick_device(device))
+    results = evaluate_tasks(directory, run_of(directory), tasks, task_path=task_path, device=place)
+    if as_json:
+        print(json.dumps(results["results"]))
+        return
+    from lm_eval.utils import make_table
+
+    print(make_table(results))
 
 
 def _held_out(directory: Path) -> list[str]:
