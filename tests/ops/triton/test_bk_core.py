@@ -242,36 +242,36 @@ def test_compiles_without_a_graph_break(form):
 
 @triton.jit
 def _join_pairs(first, second, joined, PAIRS: tl.constexpr):
-    """Corners (6, PAIRS) of blocks and of the next ones, as those of both together."""
+    """Matrices (8, PAIRS) of blocks and of the next ones, as those of both together."""
     lane = tl.arange(0, PAIRS)
     a, b = (), ()
-    for i in tl.static_range(6):
+    for i in tl.static_range(8):
         a, b = (*a, tl.load(first + i * PAIRS + lane)), (*b, tl.load(second + i * PAIRS + lane))
     both = bk_core._join(*a, *b)
-    for i in tl.static_range(6):
+    for i in tl.static_range(8):
         tl.store(joined + i * PAIRS + lane, both[i])
 
 
 def test_joining_blocks_composes_their_maps():
-    """A scan in the order of a GPU joins any two neighbours: every corner of what it makes is used again."""
+    """A scan in the order of a GPU joins any two neighbours: every entry of what it makes is used again."""
 
-    def corners(length):
-        alpha = torch.complex(torch.randn(16, length), -torch.rand(16, length) - 0.1).to(torch.complex128)
-        hops = torch.ones(length - 1)
-        inverse = torch.linalg.inv(torch.diag_embed(alpha) + torch.diag(hops, 1) + torch.diag(hops, -1))
-        return torch.stack([inverse[:, -1, -1], inverse[:, 0, 0], inverse[:, 0, -1] ** 2])
+    def matrices(length):
+        alpha = torch.complex(torch.randn(length, 16), -torch.rand(length, 16) - 0.1).to(torch.complex128)
+        product = torch.eye(2).to(alpha.dtype)
+        for site in alpha:
+            step = torch.stack([0 * site, 1 + 0 * site, -1 + 0 * site, site], -1).unflatten(-1, (2, 2))
+            product = step @ product
+        return product
 
-    def image(block, g):
-        p, q, t = block
-        return p + t * g / (1 - q * g)
+    def as_rows(matrix):
+        entries = torch.view_as_real(matrix.flatten(-2)).flatten(-2)  # real and imaginary parts in turn
+        return entries.T.float().contiguous()
 
-    def as_rows(block):
-        return torch.view_as_real(block).permute(0, 2, 1).float().contiguous()  # real and imaginary parts in turn
-
-    first, second = corners(3), corners(4)
-    joined = torch.empty(3, 2, 16)
-    _join_pairs[(1,)](as_rows(first), as_rows(second), joined, 16)
-    joined = torch.view_as_complex(joined.permute(0, 2, 1).contiguous().double())
-    for g in (0.3 + 0.2j, -1 + 0.5j):
-        expected = image(second, image(first, torch.tensor(g, dtype=torch.complex128)))
-        assert relative(image(joined, g), expected) <= 1e-5
+    first, second = matrices(3), matrices(4)
+    rows = torch.empty(8, 16)
+    _join_pairs[(1,)](as_rows(first), as_rows(second), rows, 16)
+    joined = torch.view_as_complex(rows.T.double().unflatten(-1, (4, 2)).contiguous()).unflatten(-1, (2, 2))
+    factor = joined[:, :1, :1] / (second @ first)[:, :1, :1]
+    assert relative(joined, factor * (second @ first)) <= 1e-5
+    largest = torch.view_as_real(joined).abs().amax((1, 2, 3))
+    assert ((largest >= 1) & (largest < 2)).all()

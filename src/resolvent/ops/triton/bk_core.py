@@ -1,16 +1,10 @@
-r"""Triton kernels of the BK-Core.
+r"""Triton kernels of the BK-Core (see ``ops.bk_core`` for the mathematics), forward and backward.
 
-What a block of sites does to the g that arrives at it is given by the corners of its own resolvent ``G``,
-
-    f(g) = p + t g / (1 - q g),    p = G_nn,    q = m G_11,    t = m G_1n G_n1,
-
-and adding a site, or joining two blocks, is a star product (Redheffer's). The corners are bounded as g is and ``t``
-decays with the length of the block: unlike a product of transfer matrices, nothing needs to be rescaled. What a block
-loses is digits where it resonates, cut off from its past, and the chain does not: relative errors are near 1e-7 for
-``ζ >= 0.1``, below 1e-5 for ``ζ = 0.01``, and reach 1e-4 for ``ζ = 0.001``.
-
-The adjoint runs the other way through the affine maps ``x -> conj(m g_i^2) (gbar_i + x)``: what arrives at the end of a
-chain is the gradient of its final state, what leaves at its start that of its initial state.
+Forwards, a block of sites acts on the g that arrives at it as the product of its Möbius matrices, up to a factor.
+Relative errors are near 1e-7 for ``ζ >= 0.1``, near 2e-6 for ``ζ = 0.01`` and 2e-5 for ``ζ = 0.001``: what float32
+holds of a chain that resonates. Backwards, what arrives is the adjoint, and a block acts as the product of the affine maps
+``x -> conj(m g_i^2) (gbar_i + x)``: at the end of a chain arrives the gradient of its final state, at its start leaves
+that of its initial state.
 
 A program holds one chain, or one segment of it, and walks over it in blocks of ``lanes * SITES`` sites. In a block
 
@@ -95,7 +89,7 @@ def causal_diagonal(
     alpha, coupling = alpha.contiguous(), coupling.contiguous()
     plan = _plan(alpha, cu_seqlens, block_size)
     g, final_state = torch.empty_like(alpha), alpha.new_empty(plan.sequences, *alpha.shape[2:])
-    maps = alpha.new_empty(plan.programs, 6)
+    maps = alpha.new_empty(plan.programs, 8)
     arguments = (alpha, coupling, contiguous(state), plan.offsets, maps, g, final_state)
     _launch(_forward_kernel, plan, alpha, arguments)
     return g, final_state
@@ -239,10 +233,19 @@ def _squared_conj(a):
 
 
 @triton.jit
+def _size(a):
+    return tl.maximum(tl.abs(a[0]), tl.abs(a[1]))
+
+
+@triton.jit
+def _inverse_power(x):
+    """The power of two that brings x between 1 and 2: a scale that rounds nothing."""
+    return (0x7F000000 - (x.to(tl.int32, bitcast=True) & 0x7F800000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _reciprocal(a):
-    # Scaled by a power of two, which is exact: squares of numbers from 1e-30 to 1e30 leave the range of float32.
-    exponent = tl.maximum(tl.abs(a[0]), tl.abs(a[1])).to(tl.int32, bitcast=True) & 0x7F800000
-    scale = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    scale = _inverse_power(_size(a))  # the squares of numbers from 1e-30 to 1e30 leave the range of float32
     re, im = a[0] * scale, a[1] * scale
     factor = scale / (re * re + im * im)
     return re * factor, -im * factor
@@ -310,28 +313,36 @@ def _next(m, alpha, g):
 
 
 @triton.jit
-def _append(m, alpha, p, q, t):
-    """Corners (p, q, t) of a block and one more site."""
-    g = _next(m, alpha, p)
-    gt = _scaled(m, _times(g, t))
-    return g, _plus(q, gt), _times(gt, g)
+def _rescaled(a, b, c, d):
+    """A factor does not change what a matrix does, but it overflows."""
+    ab = tl.maximum(_size(a), _size(b))
+    scale = _inverse_power(tl.maximum(ab, tl.maximum(_size(c), _size(d))))
+    return _scaled(scale, a), _scaled(scale, b), _scaled(scale, c), _scaled(scale, d)
 
 
 @triton.jit
-def _join(p1_re, p1_im, q1_re, q1_im, t1_re, t1_im, p2_re, p2_im, q2_re, q2_im, t2_re, t2_im):
-    """Corners of a block and of the next one, as those of both together."""
-    p1, q1, t1 = (p1_re, p1_im), (q1_re, q1_im), (t1_re, t1_im)
-    p2, q2, t2 = (p2_re, p2_im), (q2_re, q2_im), (t2_re, t2_im)
-    once = _times(q2, p1)
-    u = _reciprocal((1.0 - once[0], -once[1]))  # the sum over all reflections between the two
-    ut = _times(u, t2)
-    return _plus(p2, _times(ut, p1)) + _plus(q1, _times(_times(u, q2), t1)) + _times(_times(u, ut), t1)
+def _append(m, alpha, a, b, c, d):
+    """The matrix (a, b; c, d) of a block and one more site, (0, 1; -m, alpha) times it."""
+    return _rescaled(c, d, _plus(_times(alpha, c), _scaled(-m, a)), _plus(_times(alpha, d), _scaled(-m, b)))
 
 
 @triton.jit
-def _scan_corners(p, q, t):
-    p_re, p_im, q_re, q_im, t_re, t_im = tl.associative_scan(p + q + t, 0, _join)
-    return (p_re, p_im), (q_re, q_im), (t_re, t_im)
+def _join(
+    a1_re, a1_im, b1_re, b1_im, c1_re, c1_im, d1_re, d1_im, a2_re, a2_im, b2_re, b2_im, c2_re, c2_im, d2_re, d2_im
+):  # fmt: skip
+    """The matrix of a block and of the next one, as that of both."""
+    a1, b1, c1, d1 = (a1_re, a1_im), (b1_re, b1_im), (c1_re, c1_im), (d1_re, d1_im)
+    a2, b2, c2, d2 = (a2_re, a2_im), (b2_re, b2_im), (c2_re, c2_im), (d2_re, d2_im)
+    a, b = _plus(_times(a2, a1), _times(b2, c1)), _plus(_times(a2, b1), _times(b2, d1))
+    c, d = _plus(_times(c2, a1), _times(d2, c1)), _plus(_times(c2, b1), _times(d2, d1))
+    a, b, c, d = _rescaled(a, b, c, d)
+    return a + b + c + d
+
+
+@triton.jit
+def _scan_matrices(a, b, c, d):
+    a_re, a_im, b_re, b_im, c_re, c_im, d_re, d_im = tl.associative_scan(a + b + c + d, 0, _join)
+    return (a_re, a_im), (b_re, b_im), (c_re, c_im), (d_re, d_im)
 
 
 @triton.jit
@@ -377,56 +388,55 @@ def _forward_kernel(
     SITES: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """g of a segment from what arrives at it; with FOLD the segment's corners instead, (p, q, t)."""
+    """g of a segment from what arrives at it; with FOLD the segment's matrix instead, (a, b; c, d)."""
     head, sequence, segment, start, count = _chain(cu_seqlens, length, heads, segments)
     m = tl.load(coupling + head)
     alpha += 2 * (start * heads + head)
     g += 2 * (start * heads + head)
-    maps += 6 * tl.program_id(0).to(tl.int64)
+    maps += 8 * tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     site = lane * SITES  # the lane's first in a block
     zero, one = tl.zeros((), tl.float32), tl.full((), 1.0, tl.float32)
 
-    # What arrives: the corners of all sites before. Without FOLD that is a number, p, and nothing passes it.
-    p0, q0, t0 = (zero, zero), (zero, zero), (one, zero)
+    # The matrix of all sites before. A number that arrives from there is b / d, what becomes of zero.
+    a0, b0, c0, d0 = (one, zero), (zero, zero), (zero, zero), (one, zero)
     if not FOLD:
-        p0, t0 = _load_optional(state, sequence * heads + head), (zero, zero)
+        b0 = _load_optional(state, sequence * heads + head)
         if segment > 0:
             earlier = (lane > 0) & (lane <= segment)
-            corners = 3 * heads * (lane - 1 - segment)
-            p = _choose(lane == 0, p0, _load(maps, corners, earlier, 0.0))
-            q, t = _load(maps, corners + 1, earlier, 0.0), _load(maps, corners + 2, earlier, 0.0)
-            p0 = _pick(lane == segment, _scan_corners(p, q, t)[0])
+            matrix = 4 * heads * (lane - 1 - segment)
+            a, b = _load(maps, matrix, earlier, 1.0), _load(maps, matrix + 1, earlier, 0.0)
+            c, d = _load(maps, matrix + 2, earlier, 0.0), _load(maps, matrix + 3, earlier, 1.0)
+            _, b, _, d = _scan_matrices(a, _choose(lane == 0, _times(d, b0), b), c, d)
+            b0 = _pick(lane == segment, _times(b, _reciprocal(d)))
 
     for block in range(segment * span, tl.minimum((segment + 1) * span, count), LANES * SITES):
         left = tl.minimum(count - block, LANES * SITES).to(tl.int32)
         row = _load_row(alpha + 2 * heads * block, site, heads, left, 1.0, SITES)
-        p, q, t = (
-            _choose(lane == 0, p0, (0.0, 0.0)),
-            _choose(lane == 0, q0, (0.0, 0.0)),
-            _choose(lane == 0, t0, (1.0, 0.0)),
-        )
+        a, b = _choose(lane == 0, a0, (1.0, 0.0)), _choose(lane == 0, b0, (0.0, 0.0))
+        c, d = _choose(lane == 0, c0, (0.0, 0.0)), _choose(lane == 0, d0, (1.0, 0.0))
         for i in tl.static_range(SITES):
-            p, q, t = _append(m, row[i], p, q, t)  # past the end of the chain, too: nobody reads that
-        p, q, t = _scan_corners(p, q, t)
+            a, b, c, d = _append(m, row[i], a, b, c, d)  # past the end of the chain, too: nobody reads that
+        a, b, c, d = _scan_matrices(a, b, c, d)
         if FOLD:
             last = lane == LANES - 1
-            p0, q0, t0 = _pick(last, p), _pick(last, q), _pick(last, t)
+            a0, b0, c0, d0 = _pick(last, a), _pick(last, b), _pick(last, c), _pick(last, d)
         else:
-            p = _of_lane_before(p, lane, p0)
+            x = _of_lane_before(_times(b, _reciprocal(d)), lane, b0)
             pointers = _pointers(g + 2 * heads * block, site, heads)
             for i in tl.static_range(SITES):
                 valid = site + i < left
-                p = _choose(valid, _next(m, row[i], p), p)
-                tl.store(pointers + 2 * heads * i, tl.join(p[0], p[1]), mask=valid[:, None])
-            p0 = _pick(lane == (left - 1) // SITES, p)
+                x = _choose(valid, _next(m, row[i], x), x)
+                tl.store(pointers + 2 * heads * i, tl.join(x[0], x[1]), mask=valid[:, None])
+            b0 = _pick(lane == (left - 1) // SITES, x)
 
     if FOLD:
-        _store(maps, 0, p0)
-        _store(maps, 1, q0)
-        _store(maps, 2, t0)
+        _store(maps, 0, a0)
+        _store(maps, 1, b0)
+        _store(maps, 2, c0)
+        _store(maps, 3, d0)
     elif segment == tl.maximum(count - 1, 0) // span:
-        _store(final_state, sequence * heads + head, p0)
+        _store(final_state, sequence * heads + head, b0)
 
 
 @triton.jit(do_not_specialize=["length", "heads", "segments", "span"])
@@ -463,10 +473,10 @@ def _backward_kernel(
     site = lane * SITES  # the lane's first in a block
     zero, one = tl.zeros((), tl.float32), tl.full((), 1.0, tl.float32)
 
-    # What arrives: the map of all sites that were passed. Without FOLD that is a number, b.
+    # The map of all sites that were passed. A number that arrives from there is b alone.
     a0, b0 = (one, zero), (zero, zero)
     if not FOLD:
-        a0, b0 = (zero, zero), _load_optional(grad_final, sequence * heads + head)
+        b0 = _load_optional(grad_final, sequence * heads + head)
         if segment > 0:
             passed = (lane > 0) & (lane <= segment)
             affine = 2 * heads * (lane - 1 - segment)
