@@ -2,9 +2,9 @@ r"""Triton kernels of the BK-Core (see ``ops.bk_core`` for the mathematics), for
 
 Forwards, a block of sites acts on the g that arrives at it as the product of its Möbius matrices, up to a factor.
 Relative errors are near 1e-7 for ``ζ >= 0.1``, near 2e-6 for ``ζ = 0.01`` and 2e-5 for ``ζ = 0.001``: what float32
-holds of a chain that resonates. Backwards, what arrives is the adjoint, and a block acts as the product of the affine maps
-``x -> conj(m g_i^2) (gbar_i + x)``: at the end of a chain arrives the gradient of its final state, at its start leaves
-that of its initial state.
+holds of a chain that resonates. Backwards, what arrives is the adjoint, and a block acts as the product of the affine
+maps ``x -> conj(m g_i^2) (gbar_i + x)``: at the end of a chain arrives the gradient of its final state, at its start
+leaves that of its initial state.
 
 A program holds one chain, or one segment of it, and walks over it in blocks of ``lanes * SITES`` sites. In a block
 
