@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resolvent.training.config import RUN, SAVED_WITH_A_MODEL, TEXT, TrainingConfig
-from resolvent.training.record import RUN_FILE
+from resolvent.training.record import has_begun
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,7 +83,7 @@ def train(
             result = training.train(config, console=console)
     except (training.TrainingInterrupted, KeyboardInterrupt) as stop:
         number = stop.signal_number if isinstance(stop, training.TrainingInterrupted) else signal.SIGINT
-        begun = (run_dir / RUN_FILE).exists()
+        begun = has_begun(run_dir)
         _say(console, f"Stopped. Go on with: resolvent train --resume {run_dir}" if begun else "Stopped.")
         raise typer.Exit(128 + number) from None
     _say(console, f"Let it write: resolvent generate {result.run_dir} --prompt 'The' --stream")

@@ -3,14 +3,17 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from torch import Tensor
 
 from ..device import pick_device
 from ..errors import CheckpointError, ConfigError
-from ..files import read_json, write_file, write_json
+from ..files import check_version, read_json, shown, write_json
+from ..manifest import check_file
+from ..tensors import read_tensors, write_tensors
 from .base import IntegratedModel
-from .phases import PHASES, phase_of
+from .phase1 import Phase1Config
+from .phase2 import Phase2Config
+from .phases import PHASES, Phase, phase_of
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -28,17 +31,28 @@ def save_model(model: IntegratedModel, directory: str | Path) -> None:
         CheckpointError: the folder cannot be written.
     """
     directory = Path(directory)
-    model_type = _TYPE.format(phase_of(model))
-    description = {"model_type": model_type, "format_version": FORMAT_VERSION, **model.config.to_dict()}
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    if model.tied:
-        del tensors[_TIED]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_file(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        write_json(directory / CONFIG, description)
+        write_weights(model, directory)
+        write_config(model, directory)
     except OSError as error:
         raise CheckpointError(f"cannot write the model to {directory}: {error}") from error
+
+
+def write_config(model: IntegratedModel, directory: Path) -> None:
+    """Write the configuration alone, which does not change while a model is trained."""
+    model_type = _TYPE.format(phase_of(model))
+    write_json(
+        directory / CONFIG, {"model_type": model_type, "format_version": FORMAT_VERSION, **model.config.to_dict()}
+    )
+
+
+def write_weights(model: IntegratedModel, directory: Path) -> None:
+    """Write the weights alone."""
+    tensors = model.state_dict()
+    if model.tied:
+        del tensors[_TIED]
+    write_tensors(directory / WEIGHTS, tensors)
 
 
 def load_model(directory: str | Path, device: torch.device | str | None = None) -> IntegratedModel:
@@ -48,33 +62,60 @@ def load_model(directory: str | Path, device: torch.device | str | None = None) 
         CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.
     """
     directory = Path(directory)
-    model = _read_description(directory / CONFIG)
+    phase, config = _read_config(directory / CONFIG)
+    tensors = read_tensors(directory / WEIGHTS)
     try:
-        tensors = load_file(directory / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {directory / WEIGHTS}: {error}") from error
+        # A few bytes of a configuration can ask for any amount of memory: it gets what the weights take.
+        if fault := _misfit(phase, config, tensors):
+            raise CheckpointError(f"the weights in {directory / WEIGHTS} do not fit {CONFIG}: {fault}")
+        model = phase.model(config, init=False)
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / CONFIG}: {error}") from error
     if model.tied:
         tensors[_TIED] = model.lm_head.weight  # the table is there, under its own name
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {directory / WEIGHTS} do not fit {CONFIG}: {error}") from error
+    model.load_state_dict(tensors)
     device = device if device is not None else pick_device("auto")
     return model.to(device).eval()
 
 
-def _read_description(path: Path) -> IntegratedModel:
-    """The model that a configuration file describes, without its weights."""
+def _read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:
+    """The phase and the configuration that a file describes."""
     values = read_json(path)
+    check_file(path)
     model_type = values.pop("model_type", None)
-    if model_type not in _TYPES:
+    if not isinstance(model_type, str) or model_type not in _TYPES:
         known = " or ".join(_TYPES)
-        raise CheckpointError(f"{path} does not describe a resolvent model (model_type is {model_type!r}, not {known})")
-    version = values.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version!r}; this release reads version {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{path} does not describe a resolvent model (model_type is {shown(model_type)}, not {known})"
+        )
+    check_version(path, values.pop("format_version", None), FORMAT_VERSION)
+    phase = _TYPES[model_type]
     try:
-        phase = _TYPES[model_type]
-        return phase.model(phase.config.from_dict(values), init=False)
+        config = phase.config.from_dict(values)
+        config.validate()
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    return phase, config
+
+
+def _misfit(phase: Phase, config: Phase1Config | Phase2Config, tensors: dict[str, Tensor]) -> str | None:
+    """What keeps the tensors from being those of the model, which is made without memory for it."""
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    if len(layers) != config.n_layers:
+        return f"they are of {len(layers)} layers, not {config.n_layers}"
+    try:
+        with torch.device("meta"):
+            model = phase.model(config, init=False)
+    except RuntimeError as error:  # sizes whose product is no size
+        return str(error)
+    expected = model.state_dict()
+    if model.tied:
+        del expected[_TIED]
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} is no tensor of this model"
+        if tensors[name].shape != expected[name].shape:
+            return f"{name} has the shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}"
+    return None
