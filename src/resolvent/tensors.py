@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from resolvent.errors import CheckpointError
@@ -23,12 +23,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         OSError: the file cannot be written.
     """
     stored = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    with atomic_file(path) as partial:
-        try:
-            save_file(stored, partial, metadata=_metadata(stored))
-            _sort_metadata(partial)
-        except SafetensorError as error:  # the library's name for a full disk
-            raise OSError(f"{error}: {path}") from error
+    # Not the library's `save_file`, whose temporary file has another name each time and stays when a run is killed.
+    content = memoryview(save(stored, metadata=_metadata(stored)))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8:end]))
+    # The library writes metadata in any order; equal tensors shall make equal files.
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    sorted_header = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
+    with atomic_file(path) as partial, open(partial, "wb") as file:
+        for part in (content[:8], sorted_header, content[end:]):
+            file.write(part)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -50,16 +54,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if metadata != _metadata(tensors):
         raise CheckpointError(f"{path} is damaged: its tensors have another SHA-256 than when they were saved")
     return tensors
-
-
-def _sort_metadata(path: Path) -> None:
-    """Bring the metadata, which the library writes in any order, into one: equal tensors shall make equal files."""
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def _metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:

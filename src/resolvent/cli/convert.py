@@ -39,6 +39,7 @@ def convert(
 
     from resolvent.data import save_tokenizer
     from resolvent.errors import CheckpointError, ConfigError
+    from resolvent.manifest import write_manifest
     from resolvent.models import save_model
 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -57,6 +58,7 @@ def convert(
     assert report is not None
     save_model(model, out)
     save_tokenizer(tokenizer, out)
+    write_manifest(out, ["config.json", "model.safetensors", "tokenizer.json"])
     if as_json:
         print(json.dumps(report.to_dict()))
     else:

@@ -11,6 +11,7 @@ from resolvent.data.corpus import EOT, package_folder
 from resolvent.data.pieces import pieces
 from resolvent.errors import ConfigError, DataError
 from resolvent.files import write_file
+from resolvent.manifest import check_file
 
 FILE_NAME = "tokenizer.json"
 GPT2_SHA256 = {
@@ -50,9 +51,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises:
         DataError: a file that is missing, is no tokenizer, lacks `<|endoftext|>` or has gaps in its ids.
+        CheckpointError: the file is not the one that was saved with a model.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
+    check_file(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

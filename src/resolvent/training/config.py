@@ -138,7 +138,9 @@ class TrainingConfig:
                 faults.append(f"start_from brings a model and its tokenizer along: leave out {', '.join(given)}")
         elif (self.preset is None) == (self.model is None):
             faults.append(f"one of preset and model must be None, got {self.preset!r} and {self.model!r}")
-        if self.model is not None:
+        if self.model is not None and not dataclasses.is_dataclass(self.model):
+            faults.append(f"model must be a configuration or None, got {shown(self.model)}")
+        elif self.model is not None:
             if type(self.model).__name__ != f"Phase{self.phase}Config":
                 faults.append(f"model is a {type(self.model).__name__}, but phase is {self.phase}")
             try:

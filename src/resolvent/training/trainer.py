@@ -126,6 +126,8 @@ class Trainer:
         self.display = self._new_display()
         self._introduce()
         with self._metrics_log() as self.metrics:
+            if self.standing.step and self.accelerator.is_main_process:
+                self.save()  # the run may have been killed in here, with its checkpoint whole and its weights not there
             with self.display, StopRequest() as stop:
                 while self.standing.step < self.config.steps:
                     self._step()
