@@ -59,9 +59,10 @@ def _compare(path: Path, expected: object) -> None:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}; restore it from a copy") from error
     if found != expected:
+        length = isinstance(expected, dict) and expected.get("bytes")
+        difference = f"{found['bytes']} bytes, not {shown(length)}" if found["bytes"] != length else "another SHA-256"
         raise CheckpointError(
-            f"{path} is not the file that was saved: {MANIFEST} says {shown(expected)}, it has {found}; "
-            "restore it from a copy"
+            f"{path} is not the file that was saved: by {MANIFEST}, it has {difference}; restore it from a copy"
         )
 
 

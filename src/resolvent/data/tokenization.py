@@ -14,6 +14,7 @@ from resolvent.files import write_file
 from resolvent.manifest import check_file
 
 FILE_NAME = "tokenizer.json"
+_MOST_BYTES = 1 << 28  # ten times the largest there are
 GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -57,6 +58,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = path / FILE_NAME if path.is_dir() else path
     check_file(path)
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise DataError(f"{path} is larger than the {_MOST_BYTES:,} bytes that a tokenizer may have")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the tokenizer {path}: {error}") from error

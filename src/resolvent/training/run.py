@@ -129,7 +129,7 @@ def _resume(config: TrainingConfig, fingerprint: str, accelerator: Accelerator, 
     checkpoint, faults = find_checkpoint(run_dir)
     if accelerator.is_main_process and checkpoint is not None:
         for fault in faults:
-            logger.warning("%s. Going back to %s", fault, checkpoint.name)
+            logger.warning("Going back to %s: %s", checkpoint.name, fault)
     if checkpoint is None:
         model = _initial_model(config, corpus, accelerator)
         return Trainer(config, accelerator, corpus, model, console).run()
