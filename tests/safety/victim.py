@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,14 @@ def start(data: Path, out: Path, die_at: int = 0, count_into: Path | None = None
         die_at: the process kills itself when it is about to touch the run folder for this time; 0 for never.
         count_into: a file that gets the number of times it did.
     """
+    return fork(_live, data, out, die_at, count_into)
+
+
+def fork(function: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Begin to run a function in another process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=_live, args=(data, out, die_at, count_into))
+    process = context.Process(target=function, args=arguments)
     process.start()
     return process
 

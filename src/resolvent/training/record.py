@@ -61,6 +61,7 @@ def beginning(run_dir: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: the folder is in use.
+        CheckpointError: it cannot be written.
     """
     mark = partial_name(run_dir / MANIFEST)
     try:
@@ -71,11 +72,14 @@ def beginning(run_dir: Path) -> Iterator[None]:
         raise
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         _clear(run_dir)
         mark.unlink(missing_ok=True)
         with suppress(OSError):  # a mount point, or somebody put something into it
             run_dir.rmdir()
+        if isinstance(error, OSError):
+            remedy = "make room on its disk, or choose another one with --out"
+            raise CheckpointError(f"cannot begin a run in {run_dir}: {error}; {remedy}") from error
         raise
 
 
