@@ -17,7 +17,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["resolvent.files", "resolvent.manifest", "resolvent.data.corpus", "json"]):
-    from resolvent.data import corpus, load_documents, load_tokenizer
+    from resolvent.data import corpus, encode_documents, load_documents, load_tokenizer
     from resolvent.errors import ResolventError
     from resolvent.manifest import MANIFEST, check_file, write_manifest
     from resolvent.models import load_model
@@ -36,7 +36,7 @@ def _read_model(folder: Path) -> None:
 
 
 def _read_tokenizer(folder: Path) -> None:
-    load_tokenizer(folder).encode("A prompt, 日本.")
+    encode_documents(["A prompt, 日本."], load_tokenizer(folder))
 
 
 def _read_record(folder: Path) -> None:
