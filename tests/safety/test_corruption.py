@@ -69,7 +69,7 @@ DAMAGES = st.builds(
 ).filter(lambda damage: (damage.kind, damage.file) != ("folder", "run/model.safetensors"))  # found when writing only
 
 
-@dataclass
+@dataclass(repr=False)
 class Undisturbed:
     """What use of the run comes to when nothing is damaged."""
 

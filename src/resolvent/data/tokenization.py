@@ -56,13 +56,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
-    check_file(path)
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise DataError(f"{path} is larger than the {_MOST_BYTES:,} bytes that a tokenizer may have")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the tokenizer {path}: {error}") from error
+    check_file(path)
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific

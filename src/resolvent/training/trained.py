@@ -37,10 +37,10 @@ def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokeni
             f"{directory} holds no model: there is no model.safetensors in it. `resolvent train` saves one with every "
             "checkpoint and at the end"
         )
-    if (run_of(directory) / RUN_FILE).exists():
-        check_files(run_of(directory), FIXED_FILES)
     model = load_model(directory, device=pick_device(device))
     tokenizer = load_tokenizer(run_of(directory))
+    if (run_of(directory) / RUN_FILE).exists():  # a run has a manifest; a folder put together by hand has none
+        check_files(run_of(directory), FIXED_FILES)
     if tokenizer.get_vocab_size() != model.vocab_size:
         raise CheckpointError(
             f"the tokenizer in {run_of(directory)} has {tokenizer.get_vocab_size()} tokens, the model "
