@@ -1,6 +1,5 @@
 """Files and folders that appear whole or not at all, even when the machine stops in between."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -58,6 +57,8 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         CheckpointError: another process holds it, or the folder cannot be written.
     """
+    import fcntl  # Windows, where a model can be used at least, does not have it
+
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:

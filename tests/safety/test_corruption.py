@@ -18,6 +18,7 @@ from resolvent.errors import ResolventError
 from resolvent.tensors import read_tensors
 from resolvent.training import resume
 from resolvent.training.trained import load_trained
+from resolvent.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-1"
 FILES = sorted(str(path.relative_to(GOLDEN)) for path in GOLDEN.rglob("*") if path.is_file())
@@ -205,4 +206,23 @@ def test_a_damaged_checkpoint_is_passed_over(file: str, folder: Path, undisturbe
     assert (run / "model.safetensors").read_bytes() == undisturbed.weights[3]
     warnings.clear()
     resume(run, data=str(folder / "verses.txt"))  # the damaged one was replaced
+    assert not warnings
+
+
+def test_a_damaged_checkpoint_stays_until_another_takes_its_place(folder: Path, warnings: list[str]):
+    """What is wrong with it can be put right meanwhile."""
+    run = damaged(folder, Damage("flip", f"{NEWEST}/trainer.json", f"{NEWEST}/trainer.json", 0.4, 2))
+    before = contents(folder / NEWEST)
+
+    def look(trainer: Trainer, *_: object) -> None:
+        assert contents(folder / NEWEST) == before
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", look)
+        with pytest.raises(KeyboardInterrupt):
+            resume(run, data=str(folder / "verses.txt"))
+    shutil.copy(GOLDEN / NEWEST / "trainer.json", folder / NEWEST)
+    warnings.clear()
+    resume(run, data=str(folder / "verses.txt"))
     assert not warnings

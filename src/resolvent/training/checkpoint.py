@@ -89,9 +89,9 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
 def save_checkpoint(
     run_dir: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer, standing: Standing, *, keep: int
 ) -> Path:
-    """Save a run's step, then remove all but the `keep` newest checkpoints.
+    """Save a run's step, then remove all but the `keep` newest checkpoints up to it.
 
-    Checkpoints of later steps are damaged, or the run would not be here: the new one takes their place.
+    Those of later steps are damaged, or the run would not be here; they stay until the run is there again.
 
     Raises:
         OSError: the folder cannot be written.
@@ -106,10 +106,9 @@ def save_checkpoint(
             write_json(partial / STANDING_FILE, {"format_version": FORMAT_VERSION, **asdict(standing)})
             write_manifest(partial, _FILES)
     checkpoints = _checkpoints(run_dir)
-    newest = checkpoints.index(target)
-    for other in (*checkpoints[: max(0, newest + 1 - keep)], *checkpoints[newest + 1 :]):
-        shutil.rmtree(partial_name(other), ignore_errors=True)
-        other.rename(partial_name(other))  # so that no half of a checkpoint has a checkpoint's name
+    for old in checkpoints[: max(0, checkpoints.index(target) + 1 - keep)]:
+        shutil.rmtree(partial_name(old), ignore_errors=True)
+        old.rename(partial_name(old))  # so that no half of a checkpoint has a checkpoint's name
     for remains in target.parent.glob(partial_name(Path("*")).name):
         shutil.rmtree(remains)
     return target

@@ -43,8 +43,10 @@ def new_run(run_dir: Path) -> Iterator[None]:
     """Hold a run folder, made where missing, against other processes, before its run begins and while it lasts.
 
     Raises:
-        CheckpointError: another process holds the folder, or it cannot be written.
+        ConfigError: the folder is in use.
+        CheckpointError: another process holds it, or it cannot be written.
     """
+    check_new(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
