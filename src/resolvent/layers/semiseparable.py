@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..ops import gated_prefix_sum
 from ..ops.precision import wide_dtype
-from ..ops.short_conv import causal_conv
+from ..ops.short_conv import causal_conv, next_tail
 
 CONV_SIZE = 3
 """Tokens that the layer's convolution spans."""
@@ -110,10 +110,10 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         if self.bounded:
             sums = sums * torch.rsqrt(1 + sums.square())
         far = F.linear((sums * (gates * v)).to(x.dtype), self.out_proj.weight[:, :rank])
-        near, conv_tail = causal_conv(x, self.conv_weight.to(x.dtype), state.conv_tail, cu_seqlens)
+        near = causal_conv(x, self.conv_weight.to(x.dtype), state.conv_tail, cu_seqlens)
         if rank < self.max_rank:
             total = torch.cat([total, state.total[:, rank:]], dim=1)
-        return far + near, gates, SemiseparableState(total, conv_tail)
+        return far + near, gates, SemiseparableState(total, next_tail(x, state.conv_tail, cu_seqlens))
 
     def _empty_state(self, x: Tensor, cu_seqlens: Tensor | None) -> SemiseparableState:
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1

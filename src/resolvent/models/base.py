@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -63,6 +64,12 @@ class IntegratedModel(nn.Module, Generation):
     def state_shapes(self) -> list[list[tuple[int, ...]]]:
         """Shapes of one sequence's state: of every layer, every tensor."""
         raise NotImplementedError
+
+    def fused_step(self, state: Any) -> Callable[[Tensor], Tensor] | None:
+        """Kernels that read one token after another, changing ``state``, whose position is on its device (see
+        ``models.decoding``); None where there are none for this model."""
+        del state
+        return None
 
     def _predict(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
         """Logits of hidden states (B, N, D), at least float32 outside autocast; given labels (B, N), their mean nats

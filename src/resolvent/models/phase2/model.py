@@ -7,7 +7,8 @@ potential. A model that grew out of Phase 1 keeps its semiseparable branch, behi
 Shapes: B batch, N sequence, D model width, H heads, K = V head width, S sequences.
 """
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,9 +33,12 @@ from ..initialization import init_weights
 from ..packing import TokenBatch, positions, read_tokens
 from .config import Phase2Config
 from .state import LayerState, Phase2State
+from .token_step import TokenStep
 
 if TYPE_CHECKING:
     from .conversion import ConversionReport
+
+_log = logging.getLogger(__name__)
 
 
 class Phase2Block(nn.Module):
@@ -255,6 +259,12 @@ class Phase2IntegratedModel(IntegratedModel):
 
     def state_shapes(self) -> list[list[tuple[int, ...]]]:
         return [block.state_shapes() for block in self._blocks]
+
+    def fused_step(self, state: Phase2State) -> Callable[[Tensor], Tensor] | None:
+        obstacle = TokenStep.obstacle(self, state)
+        if obstacle:
+            _log.info("one token at a time without kernels of its own: %s", obstacle)
+        return None if obstacle else TokenStep(self, state)
 
     @property
     def _blocks(self) -> list[Phase2Block]:

@@ -1,0 +1,187 @@
+"""Tables of runs: every model at its best learning rate, the learning rates beside each other, and what a mechanism is
+worth."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.quality.results import Record, best_learning_rate, setting
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """All that can be said of the runs, for each setting by itself."""
+    found = []
+    for _, group in groupby(sorted(records, key=setting), key=setting):
+        runs = list(group)
+        task = runs[0]["settings"]["task"]
+        found += _language(runs) if task == "language" else _recall(runs)
+    if recalls := [run for run in records if run["settings"]["task"] == "mqar"]:
+        found.append(_recall_curve(recalls))
+    return found
+
+
+def average(values: Sequence[float], digits: int = 4, signed: bool = False) -> str:
+    """Mean ± standard error, which takes two values."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):{'+' if signed else ''}.{digits}f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
+
+
+def _by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
+    models: dict[str, list[Record]] = {}
+    for record in records:
+        models.setdefault(record["model"], []).append(record)
+    return models
+
+
+def _at_best(runs: list[Record], score: str, smallest: bool) -> tuple[float, list[Record]]:
+    """A model's best learning rate, and its runs there that stayed finite."""
+    best = best_learning_rate(runs, score, smallest)
+    assert best is not None
+    return best, [run for run in runs if run["learning_rate"] == best and run["finite"]]
+
+
+def _title(records: Sequence[Record]) -> str:
+    return ", ".join(f"{name} {_plain(value)}" for name, value in records[0]["settings"].items())
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def _language(records: list[Record]) -> list[Table]:
+    models = _by_model(records)
+    found = [_models_table(_title(records), models), _rates_table("loss by learning rate", models, "loss", 4)]
+    found.append(_positions_table("loss by position", models, lambda run: run["loss_by_position"]))
+    long = [run for run in records if run["finite"] and run.get("long")]
+    if long:
+        found += [
+            _positions_table(
+                "loss by position in long stretches", _by_model(long), lambda run: run["long"]["by_position"]
+            ),
+            _positions_table(
+                "loss of the same tokens in windows of the length of training",
+                _by_model(long),
+                lambda run: run["long"]["in_windows"],
+            ),
+        ]
+    if "phase2" in models and any(name.startswith("phase2/") for name in models):
+        found.append(_differences_table(models))
+    return found
+
+
+def _models_table(title: str, models: dict[str, list[Record]]) -> Table:
+    headings = (
+        "model",
+        "best lr",
+        "seeds",
+        "loss (nats)",
+        "best in the run",
+        "bits per byte",
+        "parameters",
+        "state KB",
+    )
+    table = _table(title, *headings, "tokens/s", "not finite")
+    rows = []
+    for name, runs in models.items():
+        best, kept = _at_best(runs, "loss", smallest=True)
+        failed = sum(not run["finite"] for run in runs)
+        losses, bests, bits = ([run[key] for run in kept] for key in ("loss", "best_loss", "bits_per_byte"))
+        row = [name, f"{best:.3g}", str(len(kept)), average(losses), average(bests), average(bits)]
+        row += [f"{runs[0]['parameters']:,}", f"{runs[0]['state_bytes'] / 1024:,.1f}"]
+        row += [f"{statistics.median(run['tokens_per_second'] for run in runs):,.0f}", f"{failed} of {len(runs)}"]
+        rows.append((statistics.mean(losses) if losses else math.inf, row))
+    for _, row in sorted(rows, key=lambda pair: pair[0]):
+        table.add_row(*row)
+    return table
+
+
+def _rates_table(title: str, models: dict[str, list[Record]], score: str, digits: int) -> Table:
+    rates = sorted({run["learning_rate"] for runs in models.values() for run in runs})
+    table = _table(title, "model", *(f"{rate:.3g}" for rate in rates))
+    for name, runs in models.items():
+        cells = []
+        for rate in rates:
+            there = [run for run in runs if run["learning_rate"] == rate]
+            failed = sum(not run["finite"] for run in there)
+            cell = average([run[score] for run in there if run["finite"]], digits)
+            cells.append(f"{cell} ({failed} not finite)" if failed else cell)
+        table.add_row(name, *cells)
+    return table
+
+
+def _positions_table(
+    title: str, models: dict[str, list[Record]], positions: Callable[[Record], dict[str, float]]
+) -> Table:
+    """Means over the seeds at each model's best learning rate."""
+    kept = {name: _at_best(runs, "loss", smallest=True)[1] for name, runs in models.items()}
+    kept = {name: runs for name, runs in kept.items() if runs}
+    buckets = list(dict.fromkeys(bucket for runs in kept.values() for run in runs for bucket in positions(run)))
+    table = _table(title, "model", *buckets)
+    for name, runs in kept.items():
+        table.add_row(name, *(average([positions(run)[bucket] for run in runs]) for bucket in buckets))
+    return table
+
+
+def _differences_table(models: dict[str, list[Record]]) -> Table:
+    """Of runs with the same seed and learning rate: loss of a variant less that of Phase 2 as it is."""
+    table = _table(
+        "variants of Phase 2: difference of loss to phase2, paired by seed and learning rate; above 0 the change costs",
+        *("model", "pairs", "difference (nats)", "standard errors"),
+    )
+    whole = {(run["learning_rate"], run["seed"]): run["loss"] for run in models["phase2"] if run["finite"]}
+    for name, runs in models.items():
+        if not name.startswith("phase2/"):
+            continue
+        pairs = [(run["learning_rate"], run["seed"], run["loss"]) for run in runs if run["finite"]]
+        gaps = [loss - whole[rate, seed] for rate, seed, loss in pairs if (rate, seed) in whole]
+        error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+        ratio = f"{statistics.mean(gaps) / error:+.1f}" if error else "-"
+        table.add_row(name, str(len(gaps)), average(gaps, signed=True), ratio)
+    return table
+
+
+def _recall(records: list[Record]) -> list[Table]:
+    models = _by_model(records)
+    table = _table(_title(records), "model", "best lr", "seeds", "state KB", "mean", *records[0]["accuracies"])
+    for name, runs in models.items():
+        best, kept = _at_best(runs, "accuracy", smallest=False)
+        row = [name, f"{best:.3g}", str(len(kept)), f"{runs[0]['state_bytes'] / 1024:,.1f}"]
+        row.append(average([run["accuracy"] for run in kept], 3))
+        row += [average([run["accuracies"][part] for run in kept], 3) for part in records[0]["accuracies"]]
+        table.add_row(*row)
+    return [table, _rates_table("accuracy by learning rate", models, "accuracy", 3)]
+
+
+def _recall_curve(records: list[Record]) -> Table:
+    """Accuracy against the size of the state: a line for every model and size."""
+    table = _table(
+        "recall by state bytes, each at its best learning rate", "model", "state KB", "accuracy", "width", "heads"
+    )
+    rows = []
+    for name, runs in _by_model(records).items():
+        for _, group in groupby(sorted(runs, key=setting), key=setting):
+            _, kept = _at_best(list(group), "accuracy", smallest=False)
+            if kept:
+                size = kept[0]["settings"]
+                rows.append((name, kept[0]["state_bytes"], kept, size["width"], size["heads"]))
+    for name, state, kept, width, heads in sorted(rows, key=lambda row: (row[0], row[1])):
+        accuracy = average([run["accuracy"] for run in kept], 3)
+        table.add_row(name, f"{state / 1024:,.1f}", accuracy, str(width), str(heads))
+    return table

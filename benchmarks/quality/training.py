@@ -1,0 +1,232 @@
+"""A training step that runs as it is, or compiled and captured whole as a CUDA graph: Python then launches one graph.
+
+All that a step reads lies on the device before a run starts: batches, learning rates and the number of the step. So the
+same graph serves every seed and learning rate; weights and the optimiser's state are set anew in place.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from resolvent.training.optimizer import build_optimizer
+from resolvent.training.schedule import learning_rate_factor
+
+Loss = Callable[[Tensor], Tensor]
+"""The mean nats of a step's batch, given the step's number, int64 (1,)."""
+
+CHECK_EVERY = 50
+"""Steps between two looks at the clock and the loss, for which the device is waited for."""
+_WARM_UPS = 3
+_ALLOWED_ERROR = 0.1
+"""Of a compiled gradient in bfloat16, relative to the eager one."""
+
+
+class OutOfTimeError(Exception):
+    """A run would not end before the budget does."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A budget of time.
+
+    Attributes:
+        deadline: the ``time.monotonic()`` at which it ends.
+    """
+
+    deadline: float
+
+    @classmethod
+    def of(cls, seconds: float) -> Clock:
+        return cls(time.monotonic() + seconds)
+
+    def left(self) -> float:
+        """Seconds left."""
+        return self.deadline - time.monotonic()
+
+    def check(self, seconds: float = 0.0) -> None:
+        """Raise an ``OutOfTimeError`` unless so many seconds are left."""
+        if self.left() < seconds:
+            raise OutOfTimeError
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How steps run.
+
+    Attributes:
+        compiled: whether each block is compiled, as one graph.
+        captured: whether a step is replayed from a CUDA graph.
+        autocast: whether products are in bfloat16.
+    """
+
+    compiled: bool
+    captured: bool
+    autocast: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rates of a run: linear warm-up, then a cosine down to a part of the peak."""
+
+    steps: int
+    warmup: int
+    final: float
+
+    def rates(self, peak: float) -> Tensor:
+        """Of all steps, float32 (steps,)."""
+        shape = dict(steps=self.steps, warmup=self.warmup, schedule="cosine", min_ratio=self.final)
+        return torch.tensor([peak * learning_rate_factor(step, **shape) for step in range(self.steps)])
+
+
+class Trainer:
+    """A model in training, with AdamW (0.9, 0.95) and decay on matrices.
+
+    Args:
+        model: on its device, with a list of ``blocks``.
+        losses: one for every kind of batch.
+        steps: of a run.
+        mode: how steps run.
+        clip: largest norm of a gradient; None for no end.
+        weight_decay: of matrices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        losses: Sequence[Loss],
+        steps: int,
+        mode: Mode,
+        clip: float | None = 1.0,
+        weight_decay: float = 0.1,
+    ) -> None:
+        self.model, self.mode, self.steps, self.clip = model, mode, steps, clip
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        device = self.parameters[0].device
+        self.cuda = device.type == "cuda"
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.rate = torch.zeros((), device=device)
+        self.rates, self.history = torch.zeros(steps, device=device), torch.zeros(steps, device=device)
+        self.optimizer = build_optimizer(model, learning_rate=0.0, weight_decay=weight_decay, betas=(0.9, 0.95))
+        for group in self.optimizer.param_groups:
+            group.update(lr=self.rate, capturable=self.cuda)
+        started = time.perf_counter()
+        model.train()
+        self.compiled_error = self._compile(losses[0]) if mode.compiled else None
+        self._advances = [self._prepared(loss) for loss in losses]
+        self.preparation_seconds = time.perf_counter() - started
+
+    def seconds(self, kinds: Sequence[int]) -> float:
+        """About what steps of these kinds of batches take. What is learnt is to be forgotten: start anew afterwards."""
+        cost = {}
+        for kind in set(kinds):
+            self.step.zero_()
+            self._wait()
+            started = time.perf_counter()
+            for _ in range(_WARM_UPS):
+                self._advances[kind]()
+                self.step.zero_()
+            self._wait()
+            cost[kind] = (time.perf_counter() - started) / _WARM_UPS
+        return sum(cost[kind] for kind in kinds)
+
+    def start(self, rates: Tensor) -> None:
+        """Forget all that the optimiser knows, and take these learning rates; the weights are the caller's."""
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        self.step.zero_()
+        self.history.zero_()
+        self.rates.copy_(rates)
+        self.model.train()
+
+    def advance(self, kinds: Sequence[int], clock: Clock) -> bool:
+        """Take a step for each of these kinds of batches; False as soon as a loss is not finite.
+
+        Raises:
+            OutOfTimeError: the time is over.
+        """
+        for i, kind in enumerate(kinds):
+            self._advances[kind]()
+            if (i + 1) % CHECK_EVERY == 0 or i + 1 == len(kinds):
+                clock.check()
+                if not bool(self.history.isfinite().all()):
+                    return False
+        return True
+
+    def losses(self) -> list[float]:
+        """Of the steps taken."""
+        return self.history[: int(self.step)].tolist()
+
+    def evaluating(self) -> torch.autocast:
+        """The context in which the model predicts as it does in training."""
+        return torch.autocast(self.step.device.type, torch.bfloat16, enabled=self.mode.autocast)
+
+    def _compile(self, loss: Loss) -> float | None:
+        """Compile the blocks; the relative error of the gradient that they give, where no dropout hides it."""
+        random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
+        exact = [] if random else self._gradient(loss)
+        torch._dynamo.config.recompile_limit = 64
+        for block in self.model.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+        found = self._gradient(loss)
+        self.optimizer.zero_grad()
+        if random:
+            return None
+        wrong = sum((a - b).square().sum() for a, b in zip(found, exact, strict=True))
+        error = math.sqrt(wrong / sum(b.square().sum() for b in exact))
+        if not error <= _ALLOWED_ERROR:
+            raise ArithmeticError(f"the compiled gradient is off by {error:.1e}, allowed is {_ALLOWED_ERROR:.0e}")
+        return error
+
+    def _gradient(self, loss: Loss) -> list[Tensor]:
+        """Of the first batch, float32, on the CPU."""
+        torch.manual_seed(0)
+        self.step.zero_()
+        self._backward(loss)
+        return [torch.zeros(()) if p.grad is None else p.grad.float().cpu() for p in self.parameters]
+
+    def _prepared(self, loss: Loss) -> Callable[[], None]:
+        def advance() -> None:
+            self._advance(loss)
+
+        if not self.mode.captured:
+            return advance
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self.step.zero_()
+                advance()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.step.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            advance()
+        return graph.replay
+
+    def _advance(self, loss: Loss) -> None:
+        nats = self._backward(loss)
+        if self.clip is not None:
+            clip_grad_norm_(self.parameters, self.clip)
+        self.rate.copy_(self.rates.index_select(0, self.step).squeeze(0))
+        self.optimizer.step()
+        self.history.index_copy_(0, self.step, nats.float().unsqueeze(0))
+        self.step += 1
+
+    def _backward(self, loss: Loss) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.evaluating():
+            nats = loss(self.step)
+        nats.backward()
+        return nats.detach()
+
+    def _wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()

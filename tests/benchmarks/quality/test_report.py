@@ -1,0 +1,148 @@
+import io
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from benchmarks.quality import results
+from benchmarks.quality.__main__ import Jobs, app, expand
+from benchmarks.quality.report import average, tables
+
+SETTINGS = {"task": "language", "width": 8}
+
+
+def run(model: str, rate: float, seed: int, loss: float | None, **others) -> results.Record:
+    return {
+        "settings": SETTINGS,
+        "model": model,
+        "learning_rate": rate,
+        "seed": seed,
+        "finite": loss is not None,
+        "loss": loss,
+        "best_loss": loss,
+        "bits_per_byte": None if loss is None else loss / 2,
+        "loss_by_position": None if loss is None else {"0-64": loss + 1, "64-128": loss - 1},
+        "parameters": 1_000,
+        "state_bytes": 2048,
+        "tokens_per_second": 100.0,
+    } | others
+
+
+RUNS = [
+    *(run("phase2", 1e-3, seed, loss) for seed, loss in enumerate([3.0, 3.2, 3.1])),
+    *(run("phase2/no-snr", 1e-3, seed, loss) for seed, loss in enumerate([2.9, 3.15, 3.05])),
+    run("phase2", 2e-3, 0, 3.6),
+    run("gla", 1e-3, 0, 3.3),
+    run("gla", 4e-3, 0, None),
+]
+
+
+def lines(records: list[results.Record]) -> list[list[str]]:
+    console = Console(width=250, file=io.StringIO())
+    console.print(*tables(records))
+    return [line.split() for line in console.file.getvalue().splitlines()]
+
+
+def test_best_learning_rates():
+    assert results.best_learning_rate(RUNS[:3] + RUNS[6:7], "loss", smallest=True) == 1e-3
+    assert results.best_learning_rate(RUNS[7:], "loss", smallest=True) == 1e-3
+    half = [run("a", 1.0, 0, 1.0), run("a", 1.0, 1, None), run("a", 2.0, 0, 5.0)]
+    assert results.best_learning_rate(half, "loss", smallest=True) == 2.0
+    assert results.best_learning_rate(half[::2], "loss", smallest=False) == 2.0
+    assert results.best_learning_rate([], "loss", smallest=True) is None
+
+
+def test_tables_say_who_is_best_and_what_a_change_is_worth():
+    text = lines(RUNS)
+    error = statistics.stdev([3.0, 3.2, 3.1]) / 3**0.5
+    assert ["phase2", "0.001", "3", "3.1000", "±", f"{error:.4f}"] in [line[:6] for line in text]
+    gla = next(line for line in text if line[:2] == ["gla", "0.001"])
+    assert gla[2:4] == ["1", "3.3000"] and gla[-3:] == ["1", "of", "2"]
+    gaps = [-0.1, -0.05, -0.05]
+    error = statistics.stdev(gaps) / math.sqrt(3)
+    expected = ["phase2/no-snr", "3", f"{sum(gaps) / 3:+.4f}", "±", f"{error:.4f}", f"{sum(gaps) / 3 / error:+.1f}"]
+    assert expected in text
+    assert any(line[:1] == ["gla"] and line[1:] == ["3.3000", "-", "-", "(1", "not", "finite)"] for line in text)
+    assert ["gla", "4.3000", "2.3000"] in text
+
+
+def test_averages():
+    assert average([]) == "-" and average([1.5], 2) == "1.50"
+    assert average([1.0, 2.0], signed=True) == "+1.5000 ± 0.5000"
+
+
+def test_recall_is_shown_against_the_state():
+    def recalled(model: str, width: int, rate: float, accuracy: float, state: int) -> results.Record:
+        parts = {"64x4": 1.0, "64x8": 2 * accuracy - 1}
+        settings = {"task": "mqar", "width": width, "heads": 2}
+        return run(model, rate, 0, None, settings=settings, accuracy=accuracy, accuracies=parts, state_bytes=state) | {
+            "finite": True
+        }
+
+    records = [
+        recalled("gla", 64, 1e-3, 0.6, 1024),
+        recalled("gla", 64, 1e-2, 0.8, 1024),
+        recalled("gla", 128, 1e-2, 0.9, 4096),
+    ]
+    text = lines(records)
+    assert ["gla", "0.01", "1", "1.0", "0.800", "1.000", "0.600"] in text
+    assert text.index(["gla", "1.0", "0.800", "64", "2"]) + 1 == text.index(["gla", "4.0", "0.900", "128", "2"])
+
+
+def test_lines_that_were_cut_off_do_not_count(tmp_path: Path):
+    path = tmp_path / "new" / "runs.jsonl"
+    assert results.read([path]) == []
+    results.append(path, RUNS[0])
+    with path.open("a") as file:
+        file.write('{"model": "ph')
+    assert results.read([path]) == [RUNS[0]]
+    results.append(path, RUNS[1])
+    assert results.read([path]) == RUNS[:2]
+
+
+def test_only_missing_runs_are_made(tmp_path: Path):
+    path = tmp_path / "runs.jsonl"
+    for record in RUNS:
+        results.append(path, record)
+
+    def wanted(model: str, rates: str, seeds: int, settings=SETTINGS) -> list[tuple[float, int]]:
+        jobs = Jobs(path, settings, rates, range(seeds), "loss", True)
+        return [(record["learning_rate"], record["seed"]) for record in jobs.of(model)]
+
+    assert wanted("phase2", "1e-3,2e-3", 2) == [(2e-3, 1)]
+    assert wanted("phase2", "1e-3", 3) == [] and wanted("phase2", "best", 4) == [(1e-3, 3)]
+    assert wanted("gla", "1e-3,4e-3", 2) == [(1e-3, 1), (4e-3, 1)]
+    assert wanted("phase2/no-bk", "best", 1) == [(1e-3, 0)]
+    assert wanted("gla", "1e-3", 1, SETTINGS | {"width": 9}) == [(1e-3, 0)]
+    with pytest.raises(typer.BadParameter, match="holds no run of mamba2 with these settings"):
+        wanted("mamba2", "best", 1)
+
+
+def test_groups_of_models():
+    assert expand("gla,peers,phase2") == ["gla", "transformer", "mamba2", "gated-deltanet", "phase2"]
+    assert "phase2/no-snr" in expand("ablation")
+
+
+def test_the_commands_from_text_to_table(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("".join(f"{i}: so it goes\n" for i in range(400)))
+    text, out = tmp_path / "text.npz", tmp_path / "runs.jsonl"
+
+    def call(*arguments: str) -> str:
+        result = CliRunner().invoke(app, list(arguments))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    call("tokens", "--corpus", str(tmp_path / "text.txt"), "--tokenizer", "characters", "--out", str(text))
+    learn = ["language", "--text", str(text), "--plan", "tiny", "--out", str(out), "--steps", "2"]
+    call(*learn, "--models", "phase2/bare", "--lr", "1e-3,2e-3")
+    assert [json.loads(line)["learning_rate"] for line in out.read_text().splitlines()] == [1e-3, 2e-3]
+    call(*learn, "--models", "phase2/bare", "--lr", "1e-3,2e-3")
+    assert len(out.read_text().splitlines()) == 2
+    output = call(*learn, "--models", "phase2/bare", "--lr", "3e-3", "--budget-seconds", "0.001")
+    assert len(out.read_text().splitlines()) == 2 and "the same command goes on" in output
+    assert "phase2/bare" in call("report", str(out))
