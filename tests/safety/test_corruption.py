@@ -209,20 +209,16 @@ def test_a_damaged_checkpoint_is_passed_over(file: str, folder: Path, undisturbe
     assert not warnings
 
 
-def test_a_damaged_checkpoint_stays_until_another_takes_its_place(folder: Path, warnings: list[str]):
-    """What is wrong with it can be put right meanwhile."""
+def test_a_damaged_checkpoint_stays_until_another_takes_its_place(folder: Path):
+    """Somebody may know how to mend it."""
     run = damaged(folder, Damage("flip", f"{NEWEST}/trainer.json", f"{NEWEST}/trainer.json", 0.4, 2))
     before = contents(folder / NEWEST)
 
-    def look(trainer: Trainer, *_: object) -> None:
-        assert contents(folder / NEWEST) == before
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", look)
+        patch.setattr(Trainer, "_step", stop)
         with pytest.raises(KeyboardInterrupt):
             resume(run, data=str(folder / "verses.txt"))
-    shutil.copy(GOLDEN / NEWEST / "trainer.json", folder / NEWEST)
-    warnings.clear()
-    resume(run, data=str(folder / "verses.txt"))
-    assert not warnings
+    assert contents(folder / NEWEST) == before
