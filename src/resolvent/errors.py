@@ -24,3 +24,7 @@ class DataError(ResolventError, ValueError):
 
 class CheckpointError(ResolventError, RuntimeError):
     """A saved model or run that cannot be read or written."""
+
+
+class VersionError(CheckpointError):
+    """A saved file that a newer release wrote. It is not damaged: nothing may take its place."""

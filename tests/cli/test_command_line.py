@@ -149,6 +149,17 @@ def test_resume_goes_on_with_a_run(resolvent: Resolvent, text_file: Path, small:
     assert "from step 3 of 3" in outcome.out
 
 
+def test_resume_finds_text_that_has_moved(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
+    (tmp_path / "here.txt").write_bytes(text_file.read_bytes())
+    resolvent("train", "--data", tmp_path / "here.txt", "--out", tmp_path / "run", "--steps", 3, *small)
+    (tmp_path / "here.txt").rename(tmp_path / "there.txt")
+    assert "here.txt" in resolvent("train", "--resume", tmp_path / "run").err
+    assert resolvent("train", "--resume", tmp_path / "run", "--data", tmp_path / "there.txt").code == 0
+    (tmp_path / "there.txt").write_bytes(text_file.read_bytes() + b"!")
+    changed = resolvent("train", "--resume", tmp_path / "run", "--data", tmp_path / "there.txt")
+    assert changed.code == 1 and "there.txt has changed" in changed.err
+
+
 @pytest.mark.parametrize(("arguments", "device"), [([], None), (["--device", "cpu"], "cpu")])
 def test_resume_keeps_the_device_unless_told(
     resolvent: Resolvent, run_dir: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], device: str | None

@@ -87,3 +87,10 @@ def test_characters_come_as_soon_as_they_are_whole():
 
     seen = [(piece, len(consumed)) for piece in decode_stream(BYTES, feed())]
     assert seen == [("a", 1), ("é", 3), ("日", 6), ("🙂", 10)]
+
+
+def test_a_prompt_may_come_from_a_file(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
+    (tmp_path / "prompt.txt").write_text("Rhyme: the")
+    options = ["--max-new-tokens", 40, "--temperature", 0]
+    from_file = resolvent("generate", run_dir, "--prompt-file", tmp_path / "prompt.txt", *options)
+    assert from_file == resolvent("generate", run_dir, "--prompt", "Rhyme: the", *options)

@@ -17,12 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from resolvent.data import Batch, encode_documents, load_tokenizer
+from resolvent.data.tokenization import TOKENIZER_FILES
 from resolvent.errors import CheckpointError, ConfigError, DataError
 from resolvent.evaluation import evaluate_documents
+from resolvent.manifest import MANIFEST, write_manifest
 from resolvent.models import load_model
 from resolvent.models.phase2 import Phase2IntegratedModel
 from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupted, resume, train
 from resolvent.training.corpus import split_corpus
+from resolvent.training.record import FIXED_FILES
 from resolvent.training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainingConfig]
@@ -69,7 +72,7 @@ def test_a_run_leaves_what_its_use_needs(small_config: MakeConfig, tmp_path: Pat
     run_dir = tmp_path / "run"
     assert result.run_dir == run_dir
     names = {path.name for path in run_dir.iterdir()}
-    files = {"config.json", "model.safetensors", "tokenizer.json", "training.json", "metrics.jsonl"}
+    files = {"config.json", "model.safetensors", "tokenizer.json", "training.json", "metrics.jsonl", "manifest.json"}
     assert names == files | {"tokenizer_config.json", "generation_config.json", "checkpoints"}
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step-00000008", "step-00000010"}
     loaded = load_model(run_dir, device="cpu")
@@ -198,6 +201,7 @@ def test_another_number_of_processes_is_refused(small_config: MakeConfig, tmp_pa
     train(small_config())
     path = tmp_path / "run" / "checkpoints" / "step-00000010" / "trainer.json"
     path.write_text(path.read_text().replace('"processes": 1', '"processes": 8'))
+    write_manifest(path.parent, [file.name for file in path.parent.iterdir() if file.name != MANIFEST])
     with pytest.raises(CheckpointError, match="by 8 processes, this is 1"):
         resume(tmp_path / "run")
 
@@ -404,3 +408,7 @@ def test_a_compiled_run_learns_what_an_eager_run_learns(small_config: MakeConfig
     eager = train(small_config(**gentle, out=str(tmp_path / "eager"))).validation
     compiled = train(small_config(**gentle, out=str(tmp_path / "compiled"), compile=True)).validation
     assert compiled.loss == pytest.approx(eager.loss, rel=1e-5)
+
+
+def test_the_manifest_lists_all_files_of_the_tokenizer():
+    assert set(TOKENIZER_FILES) < set(FIXED_FILES)

@@ -38,8 +38,11 @@ def convert(
     from rich.console import Console
 
     from resolvent.data import save_tokenizer
+    from resolvent.data.tokenization import TOKENIZER_FILES
     from resolvent.errors import CheckpointError, ConfigError
+    from resolvent.manifest import write_manifest
     from resolvent.models import save_model
+    from resolvent.models.storage import CONFIG, WEIGHTS
 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} is not empty: choose another folder for the converted model")
@@ -57,6 +60,7 @@ def convert(
     assert report is not None
     save_model(model, out)
     save_tokenizer(tokenizer, out)
+    write_manifest(out, [CONFIG, WEIGHTS, *TOKENIZER_FILES])
     if as_json:
         print(json.dumps(report.to_dict()))
     else:

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 def generate(
     directory: Directory,
     prompt: Annotated[str, typer.Option(help="Text to go on from.", show_default="the beginning of a text")] = "",
+    prompt_file: Annotated[
+        typer.FileBinaryRead | None,
+        typer.Option(
+            metavar="FILE", help="File with the text to go on from; - for standard input.", show_default=False
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Most tokens to write.")] = 256,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes the text repeatable.", show_default="random")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Lower is safer; 0 takes the likeliest token.")] = 0.8,
@@ -28,24 +34,29 @@ def generate(
 ) -> None:
     """Let a trained model write.
 
-    Prints the prompt and what follows, until the model ends the text or --max-new-tokens are written.
+    Prints the prompt and what follows, until the model ends the text or --max-new-tokens are written. A prompt may have
+    any length and hold any bytes: what is no UTF-8 becomes U+FFFD.
 
     Example: [bold]resolvent generate runs/tiny --prompt "My fellow" --max-new-tokens 200 --seed 1 --stream[/bold]
     """
     if top_p is not None and not 0 < top_p <= 1:
         raise typer.BadParameter(f"{top_p} is not in the range 0<x<=1.", param_hint="--top-p")
+    if prompt and prompt_file is not None:
+        raise typer.BadParameter("the file holds the prompt; leave out --prompt", param_hint="--prompt-file")
     model, tokenizer = load_trained(directory, device)
     import torch
 
-    from resolvent.data import EOT
+    from resolvent.data import EOT, encode_documents
 
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # what the shell passed, as text
+    # What the shell passed as bytes, or what the file holds, as text.
+    read = prompt_file.read() if prompt_file is not None else prompt.encode("utf-8", "surrogateescape")
+    prompt = read.decode("utf-8", "replace")
     end = tokenizer.token_to_id(EOT)
-    ids = [end, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    ids = torch.from_numpy(encode_documents([prompt], tokenizer).tokens[:-1].astype("int64"))
     tokens = model.stream(
-        torch.tensor([ids], device=next(model.parameters()).device),
+        ids[None].to(next(model.parameters()).device),
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resolvent.training.config import RUN, SAVED_WITH_A_MODEL, TEXT, TrainingConfig
-from resolvent.training.record import RUN_FILE
+from resolvent.training.record import has_begun
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from resolvent.models.phase1 import Phase1Config
     from resolvent.models.phase2 import Phase2Config
+
+_MOVABLE = ("data", "validation_data")
+"""Settings of a run that may be given again when it resumes: where its text is now."""
 
 
 def _with_settings(command: Any) -> Any:
@@ -56,13 +59,14 @@ def train(
 ) -> None:
     """Train a model on text.
 
-    Ctrl-C saves a checkpoint, and --resume goes on from there as if nothing had happened.
+    Ctrl-C saves a checkpoint, and --resume goes on from there as if nothing had happened. If the text has moved, --data
+    beside it says where to.
 
     Example: [bold]resolvent train --data novel.txt --tokenizer bpe --vocab-size 2048 --out runs/novel[/bold]
     """
     config = TrainingConfig(**settings)
     if resume is not None:
-        settled = [name for name in settings if name != "device"]
+        settled = [name for name in settings if name not in ("device", *_MOVABLE)]
         _refuse(context, [*settled, "change"], "--resume", "the run keeps its settings")
     elif config.start_from is not None:
         settled = [*SAVED_WITH_A_MODEL, "change"]
@@ -76,14 +80,18 @@ def train(
     console = Console()
     run_dir = resume or config.run_dir
     try:
-        if resume is not None:
-            device = None if config.device == "auto" else config.device
-            result = training.resume(resume, device=device, console=console)
-        else:
-            result = training.train(config, console=console)
+        with training.terminable():
+            if resume is not None:
+                device = None if config.device == "auto" else config.device
+                moved = {name: settings[name] for name in _MOVABLE if settings[name] is not None}
+                result = training.resume(resume, device=device, console=console, **moved)
+            else:
+                result = training.train(config, console=console)
     except (training.TrainingInterrupted, KeyboardInterrupt) as stop:
-        number = stop.signal_number if isinstance(stop, training.TrainingInterrupted) else signal.SIGINT
-        begun = (run_dir / RUN_FILE).exists()
+        number = signal.SIGTERM if isinstance(stop, training.Terminated) else signal.SIGINT
+        if isinstance(stop, training.TrainingInterrupted):
+            number = stop.signal_number
+        begun = has_begun(run_dir)
         _say(console, f"Stopped. Go on with: resolvent train --resume {run_dir}" if begun else "Stopped.")
         raise typer.Exit(128 + number) from None
     _say(console, f"Let it write: resolvent generate {result.run_dir} --prompt 'The' --stream")

@@ -240,5 +240,5 @@ def _parquet_documents(path: Path, repairs: Counter[Path]) -> Iterator[str]:
                     if data is None:
                         raise DataError(f'{path}: the column "text" holds a null; remove the rows without text')
                     yield _decode(data, path, repairs)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter in the names of columns
         raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from error

@@ -55,7 +55,7 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer, *, progress: bo
         progress: show a progress bar on stderr.
 
     Raises:
-        DataError: no documents, or a tokenizer that the two did not make.
+        DataError: no documents, a tokenizer that the two did not make, or one without tokens for the text.
     """
     if not documents:
         raise DataError("there are no documents to encode; give at least one")
@@ -90,7 +90,10 @@ def _encoded_pieces(documents: list[str], tokenizer: Tokenizer) -> Iterator[tupl
     cut = pieces if _pieces_are_exact(tokenizer) else lambda text: (text,)
     numbered = ((number, piece) for number, text in enumerate(documents) for piece in cut(text))
     for batch in _batches(numbered):
-        encodings = tokenizer.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+        try:
+            encodings = tokenizer.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+        except Exception as error:  # the library raises nothing more specific
+            raise DataError(f"the tokenizer cannot encode the text: {error}; train one on it (bpe)") from error
         for (number, piece), encoding in zip(batch, encodings, strict=True):
             yield number, piece, np.array(encoding.ids, np.uint32)
 

@@ -11,8 +11,12 @@ from resolvent.data.corpus import EOT, package_folder
 from resolvent.data.pieces import pieces
 from resolvent.errors import ConfigError, DataError
 from resolvent.files import write_file, write_json
+from resolvent.manifest import check_file
 
 FILE_NAME = "tokenizer.json"
+TOKENIZER_FILES = (FILE_NAME, "tokenizer_config.json", "generation_config.json")
+"""The tokenizer, and what tells Transformers how to use it."""
+_MOST_BYTES = 1 << 28  # ten times the largest there are
 GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -58,13 +62,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises:
         DataError: a file that is missing, is no tokenizer, lacks `<|endoftext|>` or has gaps in its ids.
+        CheckpointError: the file is not the one that was saved with a model.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise DataError(f"{path} is larger than the {_MOST_BYTES:,} bytes that a tokenizer may have")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the tokenizer {path}: {error}") from error
+    check_file(path)
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
@@ -90,13 +98,11 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / FILE_NAME
+    path, settings, generation = (directory / name for name in TOKENIZER_FILES)
     write_file(path, tokenizer.to_str(pretty=True).encode())
-    roles = ("bos_token", "eos_token", "pad_token")
-    settings = dict.fromkeys(roles, EOT) | _TRANSFORMERS_SETTINGS
-    write_json(directory / "tokenizer_config.json", settings)
-    end = tokenizer.token_to_id(EOT)
-    write_json(directory / "generation_config.json", {f"{role}_id": end for role in roles})
+    roles, end = ("bos_token", "eos_token", "pad_token"), tokenizer.token_to_id(EOT)
+    write_json(settings, dict.fromkeys(roles, EOT) | _TRANSFORMERS_SETTINGS)
+    write_json(generation, {f"{role}_id": end for role in roles})
     return path
 
 

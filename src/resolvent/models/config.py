@@ -2,12 +2,19 @@
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from typing import Any, Self
 
 from ..errors import ConfigError
+from ..files import shown
+
+LARGEST = {"d_model": 1 << 20, "head_dim": 1 << 9, "n_layers": 1 << 10}
+"""Sizes that decide what is computed when a model is made, before any weight is looked at."""
+
+_LARGEST_INTEGER = 2**31 - 1
+_LARGEST_FLOAT = 3.4e38  # of float32, in which models compute
+_MOST_NAMED = 20
 
 
 @dataclasses.dataclass
@@ -23,10 +30,12 @@ class ModelConfig:
         Raises:
             ConfigError: names every faulty field with its value.
         """
-        faults = self._type_faults()
-        # Rules compare values, which makes sense only once their types are right.
-        if faults := faults or self._faults():
+        if faults := self.faults():
             raise ConfigError.of(self, faults)
+
+    def faults(self) -> list[str]:
+        """What is wrong: types, or else sizes, or else rules, which make sense only for values of the right type."""
+        return self._type_faults() or self._size_faults() or self._faults()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary of all fields, nested configurations included; ``from_dict`` restores an equal object."""
@@ -51,10 +60,20 @@ class ModelConfig:
         """Every rule that a value breaks; all types are right when this is called."""
         raise NotImplementedError
 
+    def _size_faults(self) -> list[str]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return [
+            f"{name} must be <= {limit}, got {value}"
+            for name, value in values.items()
+            if isinstance(value, int) and value > (limit := LARGEST.get(name, _LARGEST_INTEGER))
+        ]
+
     def _type_faults(self) -> list[str]:
         hints = typing.get_type_hints(type(self))
         pairs = ((f.name, getattr(self, f.name), hints[f.name]) for f in dataclasses.fields(self))
-        return [f"{name} must be {_say(kind)}, got {value!r}" for name, value, kind in pairs if not _fits(value, kind)]
+        return [
+            f"{name} must be {_say(kind)}, got {shown(value)}" for name, value, kind in pairs if not _fits(value, kind)
+        ]
 
 
 def check_fields(config: type[ModelConfig], values: dict[str, Any]) -> None:
@@ -63,9 +82,11 @@ def check_fields(config: type[ModelConfig], values: dict[str, Any]) -> None:
     unknown = [key for key in values if key not in names]
     if not unknown:
         return
-    hints = {key: difflib.get_close_matches(str(key), names, n=1) for key in unknown}
-    told = ", ".join(repr(key) + (f" (did you mean {hint[0]!r}?)" if (hint := hints[key]) else "") for key in unknown)
-    raise ConfigError(f"unknown field of {config.__name__}: {told}. Fields: {', '.join(names)}")
+    hints = {key: difflib.get_close_matches(str(key)[:64], names, n=1) for key in unknown[:_MOST_NAMED]}
+    told = [shown(key) + (f" (did you mean {hint[0]!r}?)" if hint else "") for key, hint in hints.items()]
+    if left_out := len(unknown) - len(told):
+        told.append(f"{left_out:,} more")
+    raise ConfigError(f"unknown field of {config.__name__}: {', '.join(told)}. Fields: {', '.join(names)}")
 
 
 def must_be_positive(config: Any, *names: str) -> list[str]:
@@ -95,7 +116,9 @@ def _options(kind: Any) -> tuple[Any, ...]:
 def _fits(value: Any, kind: Any) -> bool:
     def fits_one(option: Any) -> bool:
         if option is float:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            # Compared, not converted: an integer may be too large for a float.
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            return is_number and abs(value) <= _LARGEST_FLOAT
         if option is int:
             return isinstance(value, int) and not isinstance(value, bool)
         return isinstance(value, option)

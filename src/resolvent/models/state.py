@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..tensors import read_tensors, write_tensors
 
 _COMPLEX = ":complex"
 """Marks the name of a complex tensor in a file, which holds its real and imaginary parts."""
@@ -86,7 +85,7 @@ class ModelState:
         for name, x in self._tensors().items():
             x = x.detach().resolve_conj()
             tensors[name + _COMPLEX * x.is_complex()] = torch.view_as_real(x) if x.is_complex() else x
-        save_file({name: x.contiguous().cpu() for name, x in tensors.items()}, path)
+        write_tensors(Path(path), tensors)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
@@ -96,7 +95,7 @@ class ModelState:
             CheckpointError: the file cannot be read or holds no state.
         """
         try:
-            stored = load_file(path).items()
+            stored = read_tensors(Path(path)).items()
             tensors = {
                 name.removesuffix(_COMPLEX): torch.view_as_complex(x) if name.endswith(_COMPLEX) else x
                 for name, x in stored
@@ -104,7 +103,7 @@ class ModelState:
             count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
             layers = tuple(_assemble(cls.layer_type, tensors, f"layers.{i}") for i in range(count))
             return cls(tensors["position"], layers).to(device)
-        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, IndexError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} holds no saved state: {error}") from error
 
     def _map_layers(self, function: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:

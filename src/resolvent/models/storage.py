@@ -8,15 +8,17 @@ files.
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..device import pick_device
 from ..errors import CheckpointError, ConfigError
-from ..files import read_json, write_file, write_json
+from ..files import check_version, read_json, shown, write_json
+from ..manifest import check_file
+from ..tensors import read_tensors, write_tensors
 from .base import IntegratedModel
-from .phases import PHASES, phase_of
+from .phase1 import Phase1Config
+from .phase2 import Phase2Config
+from .phases import PHASES, Phase, phase_of
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -57,6 +59,16 @@ def save_model(model: IntegratedModel, directory: str | Path) -> None:
         CheckpointError: the folder cannot be written.
     """
     directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_weights(model, directory)
+        write_config(model, directory)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the model to {directory}: {error}") from error
+
+
+def write_config(model: IntegratedModel, directory: Path) -> None:
+    """Write the configuration alone, which does not change while a model is trained."""
     phase = phase_of(model)
     description = {
         "architectures": [f"Phase{phase}ForCausalLM"],
@@ -64,15 +76,15 @@ def save_model(model: IntegratedModel, directory: str | Path) -> None:
         "format_version": FORMAT_VERSION,
         **model.config.to_dict(),
     }
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    write_json(directory / CONFIG, description)
+
+
+def write_weights(model: IntegratedModel, directory: Path) -> None:
+    """Write the weights alone."""
+    tensors = model.state_dict()
     if model.tied:
         del tensors[_TIED]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_file(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        write_json(directory / CONFIG, description)
-    except OSError as error:
-        raise CheckpointError(f"cannot write the model to {directory}: {error}") from error
+    write_tensors(directory / WEIGHTS, tensors)
 
 
 def load_model(directory: str | Path, device: torch.device | str | None = None) -> IntegratedModel:
@@ -83,22 +95,21 @@ def load_model(directory: str | Path, device: torch.device | str | None = None) 
         CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.
     """
     directory = Path(directory)
-    model = _read_description(directory / CONFIG)
-    tensors = {name.removeprefix(_PREFIX): x for path in _weight_files(directory) for name, x in _read(path).items()}
+    phase, config = _read_config(directory / CONFIG)
+    parts = [read_tensors(path) for path in _weight_files(directory)]
+    tensors = {name.removeprefix(_PREFIX): x for part in parts for name, x in part.items()}
+    try:
+        # A few bytes of a configuration can ask for any amount of memory: it gets what the weights take.
+        if fault := _misfit(phase, config, tensors):
+            raise CheckpointError(f"the weights in {directory} do not fit {CONFIG}: {fault}")
+        model = phase.model(config, init=False)
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / CONFIG}: {error}") from error
     if model.tied:
         tensors[_TIED] = model.lm_head.weight  # the table is there, under its own name
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {directory} do not fit {CONFIG}: {error}") from error
+    model.load_state_dict(tensors)
     device = device if device is not None else pick_device("auto")
     return model.to(device).eval()
-
-
-def check_version(version: object, origin: object) -> None:
-    """Raise a CheckpointError where a format is not the one that this release reads."""
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{origin} has format version {version!r}; this release reads version {FORMAT_VERSION}")
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -107,31 +118,51 @@ def _weight_files(directory: Path) -> list[Path]:
     if not path.exists():
         return [directory / WEIGHTS]
     places = read_json(path).get("weight_map")
-    names = set(places.values()) if isinstance(places, dict) else set()
-    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    names = list(places.values()) if isinstance(places, dict) else []
+    ending = Path(WEIGHTS).suffix
+    strange = [x for x in names if not isinstance(x, str) or Path(x).name != x or not x.endswith(ending)]
     if strange or not names:
-        raise CheckpointError(f"{path} must name files beside it in weight_map, got {strange or places!r}")
-    return [directory / name for name in sorted(names)]
+        raise CheckpointError(f"{path} must name files beside it in weight_map, got {shown(strange or places)}")
+    return [directory / name for name in sorted(set(names))]
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-
-
-def _read_description(path: Path) -> IntegratedModel:
-    """The model that a configuration file describes, without its weights."""
+def _read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:
+    """The phase and the configuration that a file describes."""
     values = read_json(path)
+    check_file(path)
     kind = values.pop("model_type", None)
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         known = " or ".join(_TYPES)
-        raise CheckpointError(f"{path} does not describe a resolvent model (model_type is {kind!r}, not {known})")
-    check_version(values.pop("format_version", None), path)
+        raise CheckpointError(f"{path} does not describe a resolvent model (model_type is {shown(kind)}, not {known})")
+    check_version(path, values.pop("format_version", None), FORMAT_VERSION)
     values = {name: value for name, value in values.items() if name not in TRANSFORMERS_ENTRIES}
+    phase = _TYPES[kind]
     try:
-        phase = _TYPES[kind]
-        return phase.model(phase.config.from_dict(values), init=False)
+        config = phase.config.from_dict(values)
+        config.validate()
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    return phase, config
+
+
+def _misfit(phase: Phase, config: Phase1Config | Phase2Config, tensors: dict[str, Tensor]) -> str | None:
+    """What keeps the tensors from being those of the model, which is made without memory for it."""
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    if len(layers) != config.n_layers:
+        return f"they are of {len(layers)} layers, not {config.n_layers}"
+    try:
+        with torch.device("meta"):
+            model = phase.model(config, init=False)
+    except RuntimeError as error:  # sizes whose product is no size
+        return str(error)
+    expected = model.state_dict()
+    if model.tied:
+        del expected[_TIED]
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} is no tensor of this model"
+        if tensors[name].shape != expected[name].shape:
+            return f"{name} has the shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}"
+    return None

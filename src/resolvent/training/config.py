@@ -1,8 +1,8 @@
 """What a training run is made of. No torch in here: the command line makes its options out of these fields."""
 
 import dataclasses
-import math
 import operator
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from resolvent.errors import ConfigError
+from resolvent.files import shown
 
 if TYPE_CHECKING:
     from resolvent.models.phase1 import Phase1Config
@@ -137,7 +138,9 @@ class TrainingConfig:
                 faults.append(f"start_from brings a model and its tokenizer along: leave out {', '.join(given)}")
         elif (self.preset is None) == (self.model is None):
             faults.append(f"one of preset and model must be None, got {self.preset!r} and {self.model!r}")
-        if self.model is not None:
+        if self.model is not None and not dataclasses.is_dataclass(self.model):
+            faults.append(f"model must be a configuration or None, got {shown(self.model)}")
+        elif self.model is not None:
             if type(self.model).__name__ != f"Phase{self.phase}Config":
                 faults.append(f"model is a {type(self.model).__name__}, but phase is {self.phase}")
             try:
@@ -159,15 +162,15 @@ class TrainingConfig:
             ConfigError: names every field that does not exist.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := [repr(name) for name in values if name not in known]:
-            raise ConfigError(f"unknown field of TrainingConfig: {', '.join(unknown)}. Fields: {', '.join(known)}")
+        if unknown := [shown(name) for name in values if name not in known]:
+            raise ConfigError(f"unknown field of TrainingConfig: {', '.join(unknown[:20])}. Fields: {', '.join(known)}")
         fields = dict(values)
         if isinstance(fields.get("model"), dict):
             from resolvent.models.phases import PHASES
 
             phase = fields.get("phase", cls.phase)
-            if phase not in PHASES:
-                raise ConfigError(f"phase must be 1 or 2, got {phase!r}")
+            if not isinstance(phase, int) or phase not in PHASES:
+                raise ConfigError(f"phase must be 1 or 2, got {shown(phase)}")
             fields["model"] = PHASES[phase].config.from_dict(fields["model"])
         return cls(**fields)
 
@@ -198,11 +201,11 @@ def _faults(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
         return
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
-            yield f"{field.name} must be one of {', '.join(typing.get_args(kind))}, got {value!r}"
+            yield f"{field.name} must be one of {', '.join(typing.get_args(kind))}, got {shown(value)}"
         return
     options = typing.get_args(kind) or (kind,)
     if not any(_fits(value, option) for option in options):
-        yield f"{field.name} must be {' or '.join(_NAMES[option] for option in options)}, got {value!r}"
+        yield f"{field.name} must be {' or '.join(_NAMES[option] for option in options)}, got {shown(value)}"
         return
     for rule, (holds, sign) in _BOUNDS.items():
         if value is not None and rule in rules and not holds(value, rules[rule]):
@@ -212,4 +215,6 @@ def _faults(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
 def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
-    return isinstance(value, int | float) and math.isfinite(value) if kind is float else isinstance(value, kind)
+    # Compared, not converted: an integer may be too large for a float.
+    is_number = isinstance(value, int | float)
+    return is_number and abs(value) <= sys.float_info.max if kind is float else isinstance(value, kind)

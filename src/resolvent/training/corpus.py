@@ -7,6 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from resolvent.data import TokenStream, build_tokenizer, encode_documents, load_documents, split_documents
+from resolvent.errors import DataError
 from resolvent.evaluation.language import document_tokens
 from resolvent.training.config import TrainingConfig
 
@@ -55,7 +56,10 @@ def split_corpus(config: TrainingConfig) -> tuple[list[str], list[str]]:
     documents = load_documents(config.data)
     if config.validation_data is not None:
         return documents, load_documents(config.validation_data)
-    return split_documents(documents)
+    try:
+        return split_documents(documents)
+    except DataError as error:
+        raise DataError(f"{config.data or 'the default corpus'}: {error}") from error
 
 
 def sample_documents(stream: TokenStream, max_tokens: int) -> TokenStream:

@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -19,6 +21,27 @@ class TrainingInterrupted(BaseException):
     def __init__(self, signal_number: int, run_dir: Path, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}; saved in {run_dir}")
         self.signal_number, self.run_dir, self.step = signal_number, run_dir, step
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM at a moment when no step can be finished first."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM within the block raise `Terminated`, as SIGINT raises KeyboardInterrupt."""
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class StopRequest:

@@ -1,10 +1,13 @@
 """metrics.jsonl: one JSON object a line, for every step and every validation."""
 
+import hashlib
 import json
 import os
+from io import FileIO
 from pathlib import Path
-from typing import Self, TextIO
+from typing import Self
 
+from resolvent.errors import CheckpointError
 from resolvent.files import write_file
 
 FILE_NAME = "metrics.jsonl"
@@ -18,17 +21,39 @@ class MetricsLog:
         last_step: lines beyond this step are dropped first, and so is a final validation, since a resumed run
             writes them again; a last line that was cut off when the run was killed goes with them.
         enabled: whether this process writes; the others of a distributed run do not.
+        sha256: of the lines that are kept, where it is known.
+
+    Raises:
+        CheckpointError: the lines that were there are not the run's.
+        OSError: the file cannot be written.
     """
 
-    def __init__(self, run_dir: Path, last_step: int, enabled: bool = True) -> None:
-        self._path, self._last_step, self._enabled = run_dir / FILE_NAME, last_step, enabled
-        self._file: TextIO | None = None
+    def __init__(self, run_dir: Path, last_step: int, enabled: bool = True, sha256: str | None = None) -> None:
+        self._path, self._last_step, self._enabled, self._expected = run_dir / FILE_NAME, last_step, enabled, sha256
+        self._digest = hashlib.sha256()
+        self._file: FileIO | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a file to go on with."""
+        return self._path.exists()
+
+    @property
+    def sha256(self) -> str:
+        """Of everything written so far."""
+        return self._digest.hexdigest()
 
     def __enter__(self) -> Self:
         if self._enabled:
-            kept = [line for line in _complete_lines(self._path) if _is_kept(line, self._last_step)]
-            write_file(self._path, "".join(kept).encode())
-            self._file = open(self._path, "a", encoding="utf-8", buffering=1)
+            kept = b"".join(self._kept_lines())
+            self._digest.update(kept)
+            if self._expected not in (None, self.sha256):
+                raise CheckpointError(
+                    f"{self._path} is not what the run wrote up to step {self._last_step}: restore it from a copy, or "
+                    "remove it to go on without its lines"
+                )
+            write_file(self._path, kept)
+            self._file = FileIO(self._path, "a")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -37,21 +62,31 @@ class MetricsLog:
 
     def write(self, **record: float | bool) -> None:
         """Append a record."""
-        if self._file is not None:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        if self._file is None:
+            return
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        self._digest.update(line)
+        while line:  # a disk that is almost full takes a part
+            line = line[self._file.write(line) :]
 
     def sync(self) -> None:
         """Wait until everything written is on disk, so that a checkpoint is never ahead of its metrics."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
+    def _kept_lines(self) -> list[bytes]:
+        if not self._path.exists():
+            return []
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        try:
+            return [line for line in lines if line.endswith(b"\n") and _is_kept(line, self._last_step)]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self._path} holds a line that is no record: restore it from a copy, or remove it to go on without "
+                "its lines"
+            ) from error
 
-def _complete_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
-
-def _is_kept(line: str, last_step: int) -> bool:
+def _is_kept(line: bytes, last_step: int) -> bool:
     record = json.loads(line)
     return record["step"] <= last_step and not record.get("final", False)

@@ -36,7 +36,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     """Put the tensors of `optimizer_tensors` back. A parameter that never had a gradient has none.
 
     Raises:
-        CheckpointError: names the tensors that belong to no parameter of the model.
+        CheckpointError: names the tensors that belong to no parameter of the model, or have another shape.
     """
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
@@ -46,5 +46,9 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     if foreign := sorted(set(by_parameter) - set(order)):
         raise CheckpointError(f"the optimiser's state is of another model; this one lacks {', '.join(foreign)}")
+    for name, state in by_parameter.items():
+        shape = model.get_parameter(name).shape
+        if {key: tensor.shape for key, tensor in state.items()} != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
+            raise CheckpointError(f"the optimiser's state of {name} is not AdamW's, or of another shape")
     state = {index: by_parameter[name] for index, name in enumerate(order) if name in by_parameter}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,6 +1,8 @@
 """How a run starts, and how it resumes."""
 
 import dataclasses
+import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -13,17 +15,22 @@ from tokenizers import Tokenizer
 
 from resolvent.data import load_tokenizer, save_tokenizer
 from resolvent.device import pick_device
-from resolvent.errors import CheckpointError, ConfigError
+from resolvent.errors import CheckpointError
+from resolvent.files import locked
+from resolvent.manifest import MANIFEST, check_files
 from resolvent.models import IntegratedModel, load_model
 from resolvent.models.phase1 import Phase1Config
 from resolvent.models.phase2 import Phase2Config
 from resolvent.models.phases import PHASES
-from resolvent.training.checkpoint import latest_checkpoint
+from resolvent.models.storage import write_config
+from resolvent.training.checkpoint import find_checkpoint
 from resolvent.training.config import TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus
-from resolvent.training.record import read_run, write_run
+from resolvent.training.record import FIXED_FILES, beginning, check_new, new_run, read_run, write_run
 from resolvent.training.trained import load_trained
 from resolvent.training.trainer import Trainer, TrainingResult
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainingConfig, *, console: Console | None = None) -> TrainingResult:
@@ -42,11 +49,7 @@ def train(config: TrainingConfig, *, console: Console | None = None) -> Training
     """
     config.validate()
     run_dir = config.run_dir
-    if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
-        raise ConfigError(
-            f"the run folder {run_dir} is not empty: continue its run with --resume {run_dir}, "
-            "or choose another one with --out"
-        )
+    check_new(run_dir)
     config = dataclasses.replace(
         config,
         data=_absolute(config.data),
@@ -60,44 +63,73 @@ def train(config: TrainingConfig, *, console: Console | None = None) -> Training
     model = _initial_model(config, corpus, accelerator)
     trainer = Trainer(config, accelerator, corpus, model, console)
     accelerator.wait_for_everyone()  # nobody writes before everybody has found the folder empty
-    if accelerator.is_main_process:
-        save_tokenizer(corpus.tokenizer, run_dir)
-        if config.start_from is not None:
-            trainer.save()  # the run resumes whatever becomes of the folder it started from
-        write_run(run_dir, config, corpus.fingerprint)  # last: from here on the run can be resumed
-    return trainer.run()
+    if not accelerator.is_main_process:
+        return trainer.run()
+    with new_run(run_dir):
+        with beginning(run_dir):
+            save_tokenizer(corpus.tokenizer, run_dir)
+            write_config(model, run_dir)
+            if config.start_from is not None:
+                trainer.save()  # the run resumes whatever becomes of the folder it started from
+            write_run(run_dir, config, corpus.fingerprint)
+        return trainer.run()
 
 
 def resume(
-    run_dir: str | Path, *, device: Literal["auto", "cpu", "cuda"] | None = None, console: Console | None = None
+    run_dir: str | Path,
+    *,
+    device: Literal["auto", "cpu", "cuda"] | None = None,
+    data: str | None = None,
+    validation_data: str | None = None,
+    console: Console | None = None,
 ) -> TrainingResult:
-    """Go on with a run from its last checkpoint, or from its beginning where there is none.
+    """Go on with a run from its last whole checkpoint, or from its beginning where there is none.
+
+    A damaged checkpoint is passed over, which a warning says through logging.
 
     On the CPU, the result is bit for bit that of a run that was never interrupted.
 
     Args:
         run_dir: the run folder.
         device: replaces the run's device.
+        data: where the run's text is now, if it has moved.
+        validation_data: the same for the text to validate on.
         console: where to show progress; None shows nothing.
 
     Raises:
-        CheckpointError: no run to resume, a damaged checkpoint, changed data, or another number of processes.
+        CheckpointError: no run to resume or one that another process is at, no whole checkpoint, changed data, or
+            another number of processes.
         DataError: text that cannot be read any more.
         NonFiniteError: the loss or its gradient is not finite.
         TrainingInterrupted: SIGINT or SIGTERM, after saving a checkpoint.
     """
     run_dir = Path(run_dir)
     config, fingerprint = read_run(run_dir)
-    config = dataclasses.replace(config, out=str(run_dir), device=device or config.device)
+    config = dataclasses.replace(
+        config,
+        out=str(run_dir),
+        device=device or config.device,
+        data=_absolute(data) or config.data,
+        validation_data=_absolute(validation_data) or config.validation_data,
+    )
     accelerator = _accelerator(config)
-    console = _console(console, accelerator)
+    with locked(run_dir / MANIFEST) if accelerator.is_main_process else nullcontext():
+        return _resume(config, fingerprint, accelerator, _console(console, accelerator))
+
+
+def _resume(config: TrainingConfig, fingerprint: str, accelerator: Accelerator, console: Console) -> TrainingResult:
+    run_dir = config.run_dir
+    check_files(run_dir, FIXED_FILES)
     corpus = load_corpus(config, load_tokenizer(run_dir), progress=console.is_terminal)
     if corpus.fingerprint != fingerprint:
         raise CheckpointError(
             f"{config.data or 'the default corpus'} has changed since the run {run_dir} began (fingerprint "
             f"{corpus.fingerprint[:12]}, was {fingerprint[:12]}): restore the text, or start a new run"
         )
-    checkpoint = latest_checkpoint(run_dir)
+    checkpoint, faults = find_checkpoint(run_dir)
+    if accelerator.is_main_process and checkpoint is not None:
+        for fault in faults:
+            logger.warning("Going back to %s: %s", checkpoint.name, fault)
     if checkpoint is None:
         model = _initial_model(config, corpus, accelerator)
         return Trainer(config, accelerator, corpus, model, console).run()

@@ -28,15 +28,19 @@ def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokeni
     from resolvent.data import load_tokenizer
     from resolvent.device import pick_device
     from resolvent.errors import CheckpointError
+    from resolvent.manifest import check_files
     from resolvent.models import load_model
+    from resolvent.training.record import FIXED_FILES, RUN_FILE
 
-    if not (directory / "config.json").exists():
+    if not (directory / "model.safetensors").exists():
         raise CheckpointError(
-            f"{directory} holds no model: there is no config.json in it. `resolvent train` saves one with every "
+            f"{directory} holds no model: there is no model.safetensors in it. `resolvent train` saves one with every "
             "checkpoint and at the end"
         )
     model = load_model(directory, device=pick_device(device))
     tokenizer = load_tokenizer(run_of(directory))
+    if (run_of(directory) / RUN_FILE).exists():  # a run has a manifest; a folder put together by hand has none
+        check_files(run_of(directory), FIXED_FILES)
     if tokenizer.get_vocab_size() != model.vocab_size:
         raise CheckpointError(
             f"the tokenizer in {run_of(directory)} has {tokenizer.get_vocab_size()} tokens, the model "

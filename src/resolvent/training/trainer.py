@@ -1,5 +1,6 @@
 """The training loop."""
 
+import logging
 import math
 import signal
 import time
@@ -17,17 +18,20 @@ from resolvent.data import Batch, PackedBatches, TokenStream
 from resolvent.errors import CheckpointError, ResolventError
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.language import document_tokens, sum_of_nats
-from resolvent.models import IntegratedModel, save_model
+from resolvent.models import IntegratedModel
 from resolvent.models.phases import phase_of
+from resolvent.models.storage import write_weights
 from resolvent.training.average import Average
 from resolvent.training.checkpoint import Standing, load_optimizer, load_standing, save_checkpoint
 from resolvent.training.config import TrainingConfig
 from resolvent.training.corpus import Corpus, sample_documents
 from resolvent.training.interrupt import StopRequest, TrainingInterrupted
-from resolvent.training.metrics import MetricsLog
+from resolvent.training.metrics import FILE_NAME, MetricsLog
 from resolvent.training.optimizer import build_optimizer
 from resolvent.training.progress import TrainingDisplay, format_duration
 from resolvent.training.schedule import learning_rate_factor
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(ResolventError, ArithmeticError):
@@ -104,14 +108,26 @@ class Trainer:
         """Train until the last step, save the model, and validate it.
 
         Raises:
+            CheckpointError: the run folder cannot be written; its checkpoints are those of before.
             NonFiniteError: the loss or its gradient is not finite.
             TrainingInterrupted: SIGINT or SIGTERM, after saving a checkpoint.
         """
+        try:
+            return self._run()
+        except OSError as error:
+            raise CheckpointError(
+                f"{error}. What was saved before is whole: make the folder writable or make room on its disk, then go "
+                f"on with --resume {self.run_dir}"
+            ) from error
+
+    def _run(self) -> TrainingResult:
         started = time.perf_counter()
         self.model.train()
         self.display = self._new_display()
         self._introduce()
-        with MetricsLog(self.run_dir, self.standing.step, self.accelerator.is_main_process) as self.metrics:
+        with self._metrics_log() as self.metrics:
+            if self.standing.step and self.accelerator.is_main_process:
+                self.save()  # the run may have been killed in here, with its checkpoint whole and its weights not there
             with self.display, StopRequest() as stop:
                 while self.standing.step < self.config.steps:
                     self._step()
@@ -236,17 +252,30 @@ class Trainer:
         return score
 
     def save(self) -> None:
-        """Write a checkpoint, and the weights into the run folder, which so is ready for use at any time."""
+        """Write a checkpoint, and the weights into the run folder, which so is ready for use at any time.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
         keep = self.config.keep_checkpoints
         save_checkpoint(self.run_dir, self.raw_model, self.raw_optimizer, self.standing, keep=keep)
-        save_model(self.raw_model, self.run_dir)
+        write_weights(self.raw_model, self.run_dir)
 
     def _save(self) -> None:
         """Save, by the first process alone, after the metrics."""
         if self.accelerator.is_main_process:
             self.metrics.sync()
+            self.standing.metrics_sha256 = self.metrics.sha256
             self.save()
         self.accelerator.wait_for_everyone()
+
+    def _metrics_log(self) -> MetricsLog:
+        step, expected, writes = self.standing.step, self.standing.metrics_sha256, self.accelerator.is_main_process
+        log = MetricsLog(self.run_dir, step, writes, expected)
+        if writes and step and not log.exists:
+            logger.warning("%s is missing: it begins anew after step %d", self.run_dir / FILE_NAME, step)
+            log = MetricsLog(self.run_dir, step)
+        return log
 
     def _introduce(self) -> None:
         """Say what is trained on what."""

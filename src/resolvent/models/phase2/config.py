@@ -159,7 +159,7 @@ class Phase2Config(ModelConfig):
         if self.backend not in BACKENDS:
             faults.append(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
         if self.phase1_config is not None:
-            faults += [f"phase1_config: {fault}" for fault in self.phase1_config._faults()]
+            faults += [f"phase1_config: {fault}" for fault in self.phase1_config.faults()]
         return faults
 
 

@@ -1,0 +1,72 @@
+"""manifest.json: size and SHA-256 of a folder's files, so that damage is found before anything is made of it."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from resolvent.errors import CheckpointError
+from resolvent.files import check_version, read_json, shown, write_json
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path, names: Iterable[str]) -> None:
+    """Describe files of a folder as they are."""
+    files = {name: _description(folder / name) for name in sorted(names)}
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
+
+
+def check_files(folder: Path, names: Iterable[str]) -> None:
+    """Compare files of a folder, each of which must be listed, with its manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing, changed or not listed; or there is no sound manifest.
+    """
+    listed = _read_manifest(folder)
+    for name in names:
+        if name not in listed:
+            raise CheckpointError(f"{folder / MANIFEST} does not list {name}: restore it from a copy")
+        _compare(folder / name, listed[name])
+
+
+def check_file(path: Path) -> None:
+    """Compare a file with the manifest beside it; a folder that was put together by hand has none.
+
+    Raises:
+        CheckpointError: the file is missing or has changed, or the manifest is damaged.
+    """
+    if (path.parent / MANIFEST).exists():
+        listed = _read_manifest(path.parent)
+        if path.name in listed:
+            _compare(path, listed[path.name])
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    record = read_json(path)
+    check_version(path, record.get("format_version"), FORMAT_VERSION)
+    files = record.get("files")
+    if record.keys() != {"format_version", "files"} or not isinstance(files, dict):
+        raise CheckpointError(f"{path} is no manifest: it holds {shown(sorted(record))}; restore it from a copy")
+    return files
+
+
+def _compare(path: Path, expected: object) -> None:
+    try:
+        found = _description(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}; restore it from a copy") from error
+    if found != expected:
+        length = isinstance(expected, dict) and expected.get("bytes")
+        difference = f"{found['bytes']} bytes, not {shown(length)}" if found["bytes"] != length else "another SHA-256"
+        raise CheckpointError(
+            f"{path} is not the file that was saved: by {MANIFEST}, it has {difference}; restore it from a copy"
+        )
+
+
+def _description(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -1,0 +1,111 @@
+"""Runs that earlier releases saved can be used and resumed, and those of a newer one are refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resolvent.data import load_tokenizer
+from resolvent.errors import CheckpointError, VersionError
+from resolvent.files import write_json
+from resolvent.manifest import MANIFEST, write_manifest
+from resolvent.models import load_model
+from resolvent.tensors import read_tensors
+from resolvent.training import resume
+from resolvent.training.checkpoint import find_checkpoint
+from resolvent.training.trained import load_trained
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+FORMATS = sorted(path.name for path in GOLDEN.iterdir())
+
+
+@pytest.fixture(params=FORMATS)
+def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(GOLDEN / request.param, tmp_path / "golden"))
+
+
+def expected(golden: Path) -> dict[str, Any]:
+    return json.loads((golden / "expected.json").read_text())
+
+
+def test_it_is_as_small_as_a_repository_likes():
+    assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) < 300_000
+
+
+def test_its_model_says_what_it_said(golden: Path):
+    model, tokenizer = load_trained(golden / "run", "cpu")
+    prompt = expected(golden)["prompt"]
+    assert tokenizer.decode(prompt[1:]) == "Verse 3:"
+    logits = model(torch.tensor([prompt]))[0, -1]
+    torch.testing.assert_close(logits, torch.tensor(expected(golden)["logits"]), rtol=1e-4, atol=1e-5)
+    new = model.generate(torch.tensor([prompt]), 20, temperature=0)[0, len(prompt) :]
+    assert len(tokenizer.decode(new.tolist())) == 20
+
+
+@pytest.mark.parametrize("from_step", [6, 3])
+def test_it_resumes_to_where_it_was(golden: Path, from_step: int):
+    run = golden / "run"
+    before = read_tensors(run / "model.safetensors")
+    if from_step == 3:
+        shutil.rmtree(run / "checkpoints" / "step-00000006")
+    result = resume(run, data=str(golden / "verses.txt"))
+    assert result.validation.loss == pytest.approx(expected(golden)["validation_loss"], rel=1e-4)
+    assert find_checkpoint(run)[0] == run / "checkpoints" / "step-00000006"
+    for name, tensor in read_tensors(run / "model.safetensors").items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    write_json(path, values)
+
+
+def seal(folder: Path) -> None:
+    """Let the folder's manifest describe what it lists as it is now."""
+    write_manifest(folder, json.loads((folder / MANIFEST).read_text())["files"])
+
+
+READERS = {
+    "config.json": lambda run, data: load_model(run, device="cpu"),
+    "manifest.json": lambda run, data: load_tokenizer(run),
+    "training.json": lambda run, data: resume(run, data=data),
+    "checkpoints/step-00000006/config.json": lambda run, data: resume(run, data=data),
+    "checkpoints/step-00000006/trainer.json": lambda run, data: resume(run, data=data),
+    "checkpoints/step-00000006/manifest.json": lambda run, data: resume(run, data=data),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_newer_format_is_refused(tmp_path: Path, name: str):
+    run = Path(shutil.copytree(GOLDEN / FORMATS[-1] / "run", tmp_path / "run"))
+    path = run / name
+    newer = json.loads(path.read_text())["format_version"] + 1
+    edit(path, lambda values: values.update(format_version=newer))
+    if path.name != MANIFEST:
+        seal(path.parent)
+    files = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(VersionError, match=rf"{path.name} has format version {newer}; .* update resolvent"):
+        READERS[name](run, str(GOLDEN / FORMATS[-1] / "verses.txt"))
+    assert files == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+
+def test_tensors_of_a_newer_format_are_refused(tmp_path: Path):
+    run = GOLDEN / FORMATS[-1] / "run"
+    path = tmp_path / "model.safetensors"
+    old = (run / "model.safetensors").read_bytes()
+    path.write_bytes(old.replace(b'"format_version":"1"', b'"format_version":"2"'))
+    with pytest.raises(VersionError, match="format version 2"):
+        read_tensors(path)
+
+
+def test_no_format_version_is_no_format(tmp_path: Path):
+    run = Path(shutil.copytree(GOLDEN / FORMATS[-1] / "run", tmp_path / "run"))
+    edit(run / "training.json", lambda values: values.pop("format_version"))
+    seal(run)
+    with pytest.raises(CheckpointError, match=r"training\.json has format version None"):
+        resume(run)

@@ -1,0 +1,238 @@
+"""A folder that cannot be written, a run that is in use, a signal at any moment: one clear line, and nothing lost."""
+
+import errno
+import importlib
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from resolvent.errors import CheckpointError, ConfigError
+from resolvent.files import atomic_directory, locked, partial_name, write_file
+from resolvent.manifest import MANIFEST
+from resolvent.training import resume, train
+from resolvent.training.checkpoint import find_checkpoint
+from resolvent.training.record import has_begun, new_run
+from tests.cli.conftest import call
+from tests.safety.test_crashes import outcome
+from tests.safety.victim import TEXT, fork, minute_config, start
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "verses.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def expected(text: Path, tmp_path: Path) -> dict[str, object]:
+    train(minute_config(text, tmp_path / "undisturbed"))
+    return outcome(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("room", [0, 3, 9, 14, 20, 31, 40])
+def test_a_disk_that_fills_up(
+    text: Path, expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+):
+    """As late as it may say so, when a file is synced: at the beginning, in a checkpoint, in the weights."""
+    run, fsync, synced = tmp_path / "run", os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal synced
+        synced += 1
+        if synced > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match=r"No space left on device.*(make room|another one)"):
+            train(minute_config(text, run))
+    assert not list(tmp_path.rglob(partial_name(Path("*")).name))  # which would take room
+    if has_begun(run):
+        assert not find_checkpoint(run)[1]
+        resume(run)
+    else:
+        assert not run.exists()
+        train(minute_config(text, run))
+    assert outcome(run) == expected
+
+
+def limited(text: Path, run: Path, most_bytes: int, result: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    try:
+        train(minute_config(text, run))
+    except CheckpointError as error:
+        result.symlink_to(str(error))  # which takes no bytes
+
+
+@pytest.mark.parametrize("most_bytes", [1_000, 8_000, 30_000])
+def test_files_that_may_not_grow(text: Path, expected: dict[str, object], tmp_path: Path, most_bytes: int):
+    """The kernel itself refuses what is too long: the tokenizer, the weights, the optimiser's state."""
+    run, result = tmp_path / "run", tmp_path / "result"
+    process = fork(limited, text, run, most_bytes, result)
+    process.join()
+    assert process.exitcode == 0
+    assert "File too large" in os.readlink(result)
+    resume(run) if has_begun(run) else train(minute_config(text, run))
+    assert outcome(run) == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 320 kB, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs rights that this user lacks")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_small_disk_that_fills_up(text: Path, expected: dict[str, object], small_disk: Path):
+    run = small_disk / "run"
+    with pytest.raises(CheckpointError, match=r"No space left on device.*make room"):
+        train(minute_config(text, run))
+    assert find_checkpoint(run)[0] is not None and not find_checkpoint(run)[1]
+    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    resume(run)
+    assert outcome(run) == expected
+
+
+def test_a_folder_that_is_read_only(text: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]):
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    train(minute_config(text, small_disk / "run"))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CheckpointError, match=r"Read-only file system.*--out"):
+        train(minute_config(text, small_disk / "other"))
+    with pytest.raises(CheckpointError, match="Read-only file system"):
+        resume(small_disk / "run")
+    capfd.readouterr()
+    assert call("generate", small_disk / "run", "--max-new-tokens", 2) == 0
+
+
+def test_a_folder_that_may_not_be_written(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "run")
+
+    train(minute_config(text, tmp_path / "run"))
+    before = outcome(tmp_path / "run")
+    monkeypatch.setattr("resolvent.files.os.open", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot write to .*run: .*Permission denied"):
+        resume(tmp_path / "run")
+    monkeypatch.undo()
+    assert outcome(tmp_path / "run") == before
+
+
+def test_a_run_in_use_is_refused(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    train(minute_config(text, run))
+    before = outcome(run)
+    with locked(run / MANIFEST):
+        assert call("train", "--resume", run) == 1
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", f"Error: the run in {run} is in use by another process: wait for its end, or stop it\n")
+    assert outcome(run) == before
+    assert call("train", "--resume", run) == 0
+
+
+def test_of_two_beginnings_one_is_refused(text: Path, tmp_path: Path):
+    with new_run(tmp_path / "run"), pytest.raises(CheckpointError, match="in use by another process"):
+        train(minute_config(text, tmp_path / "run"))
+    train(minute_config(text, tmp_path / "run"))
+    with pytest.raises(ConfigError, match="not empty"):
+        train(minute_config(text, tmp_path / "run"))
+
+
+def test_of_many_processes_one_trains(text: Path, expected: dict[str, object], tmp_path: Path):
+    run = tmp_path / "run"
+    processes = [start(text, run) for _ in range(4)]
+    for process in processes:
+        process.join()
+    assert sorted(process.exitcode for process in processes)[0] == 0
+    assert outcome(run) == expected
+
+
+def test_a_used_folder_stays_as_it_is(text: Path, tmp_path: Path):
+    """Also one that a run began in, whose manifest somebody has removed."""
+    run = tmp_path / "run"
+    train(minute_config(text, run))
+    (run / MANIFEST).unlink()
+    before = outcome(run)
+    with pytest.raises(ConfigError, match="not empty"):
+        train(minute_config(text, run))
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        resume(run)
+    assert outcome(run) == before
+
+
+def wait_at(name: str, text: Path, run: Path, said: Path) -> None:
+    """The command line, which waits for a signal where it would call a function."""
+
+    def wait(*_: object, **__: object) -> None:
+        said.with_suffix(".waiting").touch()
+        time.sleep(60)
+
+    module, _, function = name.rpartition(".")
+    setattr(importlib.import_module(module), function, wait)
+    output = os.open(said, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sizes = [part for size in ("d_model=16", "n_layers=1", "num_heads=2", "head_dim=8") for part in ("--set", size)]
+    options = ["--steps", "1", "--seq-len", "32", "--batch-size", "2", "--eval-interval", "0", *sizes]
+    os._exit(call("train", "--data", text, "--out", run, *options))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("name", "last_words"),
+    [
+        ("resolvent.training.run.load_corpus", "Stopped."),
+        ("resolvent.training.trainer.sum_of_nats", "Stopped. Go on with: resolvent train --resume {}"),
+    ],
+)
+def test_a_signal_outside_the_steps(text: Path, tmp_path: Path, number: signal.Signals, name: str, last_words: str):
+    """While the text is read, and while the last validation runs, after the last checkpoint."""
+    run, said = tmp_path / "run", tmp_path / "said"
+    process = fork(wait_at, name, text, run, said)
+    while not said.with_suffix(".waiting").exists():
+        assert process.exitcode is None
+        time.sleep(0.01)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + number
+    assert said.read_text().splitlines()[-1] == last_words.format(run)
+    assert "Error" not in said.read_text()
+    assert run.exists() == (last_words != "Stopped.")
+
+
+def test_files_are_on_disk_before_they_have_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a power cut may lose is what was not synced: contents first, then the name, then its folder."""
+    events: list[tuple[str, str]] = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def note(event: str, function: Callable[..., object]) -> Callable[..., object]:
+        def noted(target: int | Path, *arguments: object) -> object:
+            path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
+            events.append((event, os.path.relpath(path, tmp_path)))
+            return function(target, *arguments)
+
+        return noted
+
+    monkeypatch.setattr(os, "fsync", note("sync", fsync))
+    monkeypatch.setattr(Path, "rename", note("name", rename))
+    monkeypatch.setattr(Path, "replace", note("name", replace))
+    write_file(tmp_path / "a", b"1")
+    assert events == [("sync", ".a.partial"), ("name", ".a.partial"), ("sync", ".")]
+    events.clear()
+    with atomic_directory(tmp_path / "b") as partial:
+        (partial / "c").write_text("1")
+    assert events == [("sync", ".b.partial/c"), ("sync", ".b.partial"), ("name", ".b.partial"), ("sync", ".")]

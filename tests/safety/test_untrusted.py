@@ -1,0 +1,343 @@
+"""Files from anywhere: nothing in them runs, reads other files, or takes time and memory without bound."""
+
+import ast
+import copy
+import json
+import os
+import pickle
+import shutil
+import time
+import tracemalloc
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from resolvent.data import encode_documents, load_documents, load_tokenizer
+from resolvent.errors import CheckpointError, DataError, ResolventError
+from resolvent.files import read_json
+from resolvent.manifest import MANIFEST, check_file, write_manifest
+from resolvent.models import load_model
+from resolvent.models.phase2 import Phase2State
+from resolvent.training import resume
+from resolvent.training.checkpoint import load_optimizer, load_standing
+from resolvent.training.optimizer import build_optimizer
+from resolvent.training.record import read_run
+from resolvent.training.trained import load_trained
+from tests.cli.conftest import call
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-1"
+SOURCES = Path(__file__).parents[2] / "src"
+CHECKPOINT = Path("checkpoints") / "step-00000006"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(GOLDEN / "run", tmp_path / "run"))
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+def traps(target: Path) -> list[bytes]:
+    saved = BytesIO()
+    torch.save({"model": Trap(target)}, saved)
+    return [pickle.dumps(Trap(target)), saved.getvalue()]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("reader", ["model", "optimizer", "state", "tokenizer", "text", "parquet"])
+def test_a_pickle_is_not_opened(run: Path, tmp_path: Path, number: int, reader: str):
+    target = tmp_path / "sprung"
+    trap = traps(target)[number]
+    (run / MANIFEST).unlink()
+    if reader == "model":
+        (run / "model.safetensors").write_bytes(trap)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+            load_model(run, device="cpu")
+    elif reader == "optimizer":
+        model = load_model(run, device="cpu")
+        optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.1, betas=(0.9, 0.95))
+        (run / CHECKPOINT / "optimizer.safetensors").write_bytes(trap)
+        with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
+            load_optimizer(run / CHECKPOINT, model, optimizer)
+    elif reader == "state":
+        (tmp_path / "state").write_bytes(trap)
+        with pytest.raises(CheckpointError, match="holds no saved state"):
+            Phase2State.load(tmp_path / "state")
+    elif reader == "tokenizer":
+        (run / "tokenizer.json").write_bytes(trap)
+        with pytest.raises(DataError, match=r"tokenizer\.json"):
+            load_tokenizer(run)
+    elif reader == "text":
+        (tmp_path / "text.txt").write_bytes(trap)
+        assert load_documents(tmp_path / "text.txt")
+    else:
+        (tmp_path / "text.parquet").write_bytes(trap)
+        with pytest.raises(DataError, match=r"text\.parquet"):
+            load_documents(tmp_path / "text.parquet")
+    assert not target.exists()
+    pickle.loads(trap) if number == 0 else torch.load(BytesIO(trap), weights_only=False)
+    assert target.exists()  # the trap is one
+
+
+def test_weights_in_pickles_beside_a_model_are_not_looked_at(run: Path, tmp_path: Path):
+    for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "optimizer.pt"):
+        (run / name).write_bytes(traps(tmp_path / "sprung")[1])
+    load_trained(run, "cpu")
+    resume(run, data=str(GOLDEN / "verses.txt"))
+    (run / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="holds no model"):
+        load_trained(run, "cpu")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_no_source_can_run_what_it_reads():
+    """No pickle, no evaluation of text, no code from the network; `torch.load` and its like are not named at all."""
+    forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "runpy", "torch.hub"}
+    calls = {"eval", "exec", "compile", "__import__"}
+    attributes = {"torch.load", "np.load", "numpy.load", "yaml.load", "os.system", "os.popen"}
+    seen = 0
+    for path in SOURCES.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not forbidden & set(names), path
+            if isinstance(node, ast.Call):
+                seen += 1
+                assert ast.unparse(node.func) not in calls | attributes, path
+    assert seen > 1000
+
+
+def test_names_in_a_manifest_lead_nowhere(run: Path, tmp_path: Path):
+    """A manifest's names are looked up, never opened: a file is only compared with the entry of its own name."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)  # opening it would wait for ever
+    manifest = json.loads((run / MANIFEST).read_text())
+    entry = manifest["files"]["config.json"]
+    manifest["files"] |= {"../fifo": entry, str(fifo): entry, "../../etc/passwd": entry, "": entry, ".": entry}
+    (run / MANIFEST).write_text(json.dumps(manifest))
+    resume(run, data=str(GOLDEN / "verses.txt"))
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "..", "", 3, None, ["a"]])
+def test_an_index_of_shards_stays_in_its_folder(run: Path, tmp_path: Path, name: object):
+    (run / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (run / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"ln_f.weight": name}}))
+    with pytest.raises(CheckpointError, match=r"index\.json must name files beside it in weight_map"):
+        load_model(run, device="cpu")
+
+
+def test_records_of_text_name_no_files(tmp_path: Path):
+    (tmp_path / "secret.txt").write_text("secret")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    record = {"text": "../secret.txt", "path": "../secret.txt", "file": str(tmp_path / "secret.txt")}
+    (folder / "a.jsonl").write_text(json.dumps(record))
+    (folder / "inner").symlink_to(tmp_path)
+    assert load_documents(folder) == ["../secret.txt"]
+
+
+HOSTILE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([-1, 0, 2**31, 2**63, 2**64, 10**30, 10**400, 1e308, -1e-320, "", "\0", "../../x", "9" * 5000]),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=20),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=5), st.integers(), max_size=3),
+    st.integers(1, 300).map(lambda depth: json.loads("[" * depth + "]" * depth)),
+)
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths to all values in a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [at, *(place for key, part in inner for place in places(part, (*at, key)))]
+
+
+@st.composite
+def changed(draw: st.DrawFn, name: str) -> bytes:
+    """A JSON file of the golden run with up to three values replaced, removed or added."""
+    value = {"": json.loads((GOLDEN / "run" / name).read_text())}
+    for _ in range(draw(st.integers(1, 3))):
+        *way, key = draw(st.sampled_from(places(value)[1:]))
+        target = value
+        for step in way:
+            target = target[step]
+        match draw(st.sampled_from(["replace", "replace", "remove", "add"])):
+            case "replace":
+                target[key] = copy.deepcopy(draw(HOSTILE))
+            case "remove" if way:
+                del target[key]
+            case "add" if isinstance(target, dict) and way:
+                target[draw(st.text(max_size=8))] = copy.deepcopy(draw(HOSTILE))
+    return json.dumps(value[""]).encode()
+
+
+def read_and_use(run: Path, name: str) -> None:
+    """What would be done with a file whose manifest is in order."""
+    data = str(GOLDEN / "verses.txt")
+    match Path(name).name:
+        case "config.json":
+            load_model(run, device="cpu")
+        case "tokenizer.json":
+            tokenizer = load_tokenizer(run)
+            tokens = encode_documents(["A prompt, 日本."], tokenizer).tokens
+            tokenizer.decode(tokens.tolist())
+        case "training.json":
+            write_manifest(run, json.loads((run / MANIFEST).read_text())["files"])
+            read_run(run)
+        case "trainer.json":
+            load_standing(run / CHECKPOINT)
+        case "manifest.json":
+            check_file(run / "config.json")
+            resume(run, data=data)
+
+
+NAMES = ["config.json", "tokenizer.json", "training.json", str(CHECKPOINT / "trainer.json"), "manifest.json"]
+
+
+def hostile_json(data: st.DataObject, name: str, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    run = Path(shutil.copytree(GOLDEN / "run", folder))
+    (run / MANIFEST).unlink() if name in ("config.json", "tokenizer.json") else None
+    (run / name).write_bytes(data.draw(changed(name)))
+    began = time.perf_counter()
+    try:
+        read_and_use(run, name)
+    except ResolventError as error:
+        message = str(error)
+    else:
+        message = ""
+    assert len(message) < 10_000
+    assert time.perf_counter() - began < 5
+
+
+def cases(number: int) -> Callable[[Any], Any]:
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(max_examples=number, deadline=None, derandomize=True, suppress_health_check=checks)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@cases(40)
+@given(data=st.data())
+def test_hostile_json(data: st.DataObject, name: str, tmp_path: Path):
+    hostile_json(data, name, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@cases(600)
+@given(data=st.data())
+def test_any_hostile_json(data: st.DataObject, name: str, tmp_path: Path):
+    hostile_json(data, name, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 200_000,
+        b'{"a": "' + b"x" * 50_000_000 + b'"}',
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b'{"a": ' + b"[" * 490 + b"]" * 490 + b"}",
+        b"\xff\xfe{}",
+        b"",
+    ],
+    ids=["deep lists", "deep objects", "long", "long number", "nested", "no UTF-8", "empty"],
+)
+def test_hostile_sizes_of_json_take_little(run: Path, content: bytes):
+    (run / MANIFEST).unlink()
+    (run / "config.json").write_bytes(content)
+    tracemalloc.start()
+    began = time.perf_counter()
+    with pytest.raises(CheckpointError, match=r"config\.json") as raised:
+        load_model(run, device="cpu")
+    seconds, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 1 and peak < 20e6 and len(str(raised.value)) < 1000
+    (run / "tokenizer.json").write_bytes(content)
+    began = time.perf_counter()
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        load_tokenizer(run)
+    assert time.perf_counter() - began < 2
+
+
+def test_many_unknown_fields_are_counted_not_listed(run: Path):
+    (run / MANIFEST).unlink()
+    (run / "config.json").write_text(json.dumps(read_json(run / "config.json") | dict.fromkeys(map(str, range(10**4)))))
+    began = time.perf_counter()
+    with pytest.raises(CheckpointError, match="9,980 more") as raised:
+        load_model(run, device="cpu")
+    assert time.perf_counter() - began < 5 and len(str(raised.value)) < 3000
+
+
+@pytest.mark.parametrize(
+    "field", ["d_model", "n_layers", "num_heads", "head_dim", "vocab_size", "ffn_dim", "conv_size"]
+)
+@pytest.mark.parametrize("size", [512, 100_000, 2**31 - 1, 10**15])
+def test_a_configuration_gets_no_more_memory_than_its_weights_have(run: Path, field: str, size: int):
+    (run / MANIFEST).unlink()
+    (run / "config.json").write_text(json.dumps(read_json(run / "config.json") | {field: size}))
+    began = time.perf_counter()
+    with pytest.raises(CheckpointError, match=f"do not fit|{field} must be <="):
+        load_model(run, device="cpu")
+    assert time.perf_counter() - began < 2
+
+
+def test_an_optimiser_of_another_shape_is_refused(run: Path):
+    model = load_model(run, device="cpu")
+    optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.1, betas=(0.9, 0.95))
+    shutil.copy(run / "model.safetensors", run / CHECKPOINT / "optimizer.safetensors")
+    with pytest.raises(CheckpointError, match="optimiser's state"):
+        load_optimizer(run / CHECKPOINT, model, optimizer)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt=st.one_of(st.binary(max_size=200), st.text(max_size=100).map(lambda text: text.encode())))
+def test_prompts_of_any_bytes(prompt: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """From a file, and, where the shell could pass them, as an argument: what is no UTF-8 becomes U+FFFD."""
+    expected = prompt.decode("utf-8", "replace")
+    (tmp_path / "prompt").write_bytes(prompt)
+    options = ["--max-new-tokens", 0, "--device", "cpu"]
+    capfd.readouterr()
+    assert call("generate", GOLDEN / "run", "--prompt-file", tmp_path / "prompt", *options) == 0
+    assert capfd.readouterr() == (expected + "\n", "")
+    if b"\0" not in prompt:
+        assert call("generate", GOLDEN / "run", f"--prompt={os.fsdecode(prompt)}", *options) == 0
+        assert capfd.readouterr() == (expected + "\n", "")
+
+
+def test_one_prompt_is_enough(capfd: pytest.CaptureFixture[str]):
+    assert call("generate", GOLDEN / "run", "--prompt", "a", "--prompt-file", __file__) == 2
+    assert "the file holds the prompt" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_prompt_of_ten_megabytes(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    prompt = (b"A line of a long text.\n" * 500_000)[: 10 << 20]
+    (tmp_path / "prompt").write_bytes(prompt)
+    assert (
+        call("generate", GOLDEN / "run", "--prompt-file", tmp_path / "prompt", "--max-new-tokens", 3, "--seed", 1) == 0
+    )
+    assert capfd.readouterr().out.encode().startswith(prompt)
+
+
+def test_text_that_is_no_utf8_is_repaired_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "text.txt").write_bytes(b"caf\xe9 \xf0\x9f\x98 \xed\xa0\x80.")
+    assert load_documents(tmp_path / "text.txt") == ["caf\ufffd \ufffd \ufffd\ufffd\ufffd."]
+    assert "Replaced 5 invalid UTF-8 sequences by U+FFFD in 1 file(s)" in caplog.text
