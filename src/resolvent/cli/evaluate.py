@@ -1,24 +1,20 @@
-"""`resolvent evaluate`."""
+"""`resolvent evaluate language`, which is `resolvent evaluate` by itself."""
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from resolvent.cli.loading import Device, Directory
-from resolvent.training.trained import load_trained, run_of
+from resolvent.cli.loading import BatchTokens, Device, Directory, Text, documents_of
+from resolvent.training.trained import load_trained
 
 
-def evaluate(
+def language(
     directory: Directory,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Text file, folder, .jsonl or .parquet.", show_default="the run's held-out documents"),
-    ] = None,
+    data: Text = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens at once; fewer need less memory.")] = 4096,
+    batch_tokens: BatchTokens = 4096,
     device: Device = "auto",
 ) -> None:
     """Measure how well a model predicts text.
@@ -31,10 +27,9 @@ def evaluate(
     model, tokenizer = load_trained(directory, device)
     from rich.console import Console
 
-    from resolvent.data import load_documents
     from resolvent.evaluation import evaluate_documents
 
-    documents = load_documents(data) if data is not None else _held_out(directory)
+    documents = documents_of(directory, data)
     with Console(stderr=True).status(f"Reading {len(documents):,} document(s)"):
         score = evaluate_documents(model, documents, tokenizer, batch_tokens=batch_tokens)
     if as_json:
@@ -49,15 +44,3 @@ def evaluate(
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_row(f"{score.loss:.4f}", f"{score.perplexity:,.3f}", f"{score.bits_per_byte:.4f}", f"{score.tokens:,}")
     Console().print(table)
-
-
-def _held_out(directory: Path) -> list[str]:
-    from resolvent.errors import CheckpointError
-    from resolvent.training.corpus import split_corpus
-    from resolvent.training.record import RUN_FILE, read_run
-
-    run_dir = run_of(directory)
-    if not (run_dir / RUN_FILE).exists():
-        raise CheckpointError(f"{run_dir} does not say what it was trained on: name a text with --data")
-    config, _ = read_run(run_dir)
-    return split_corpus(config)[1]
