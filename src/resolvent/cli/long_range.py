@@ -1,5 +1,6 @@
 """`resolvent evaluate positions | needle | influence`: far beyond the length that a model was trained on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,9 +111,9 @@ def needle(
         (f"{row.distance:,}", *(_plus_minus(share, percent=True) for share in (row.first, row.beaten, row.exact)))
         for row in scores.rows
     ]
-    rows.append(("by chance", f"{scores.chance:.1%}", "50.0%", ""))
+    chance = ("by chance", f"{scores.chance:.1%}", "50.0%", "")
     title = f"{directory}, a pass key among {candidates:,} in {samples:,} places"
-    _show(title, ("distance", "first", "beaten", "exact"), rows)
+    _show(title, ("distance", "first", "beaten", "exact"), [*rows, chance])
     _write(scores, options | {"model": str(directory), "data": str(data) if data else None}, json_path)
     if plot_path is not None:
         from resolvent.evaluation.plots import plot_needle
@@ -182,7 +183,7 @@ def _load(directory: Path, data: Path | None, device: str) -> "tuple[IntegratedM
     return model, tokenizer, encode_documents(documents_of(directory, data), tokenizer, progress=True)
 
 
-def _show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2))

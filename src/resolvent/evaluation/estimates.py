@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Bucket(NamedTuple):
 def doubling_buckets(last: int) -> list[Bucket]:
     """The buckets 1, 2, 3 to 4, 5 to 8 and so on; the last one ends with `last`."""
     ends = doubling(1, last)
-    return [Bucket(1, 1), *(Bucket(before + 1, end) for before, end in zip(ends, ends[1:], strict=False))]
+    return [Bucket(1, 1), *(Bucket(before + 1, end) for before, end in itertools.pairwise(ends))]
 
 
 def doubling(first: int, last: int) -> list[int]:

@@ -1,8 +1,8 @@
 r"""How far back a model looks: what early tokens do to the prediction of the last one.
 
-Two measures, both exact. The gradient of the last loss in a token's embedding says what a small change of it would do. It
-is found in memory that hardly grows with the length: a walk forwards keeps the states at the ends of pieces, and a walk
-backwards reads each piece again and takes the gradient in its first state on to the piece before,
+Two measures, both exact. The gradient of the last loss in a token's embedding says what a small change of it would do.
+It is found in memory that hardly grows with the length: a walk forwards keeps the states at the ends of pieces, and a
+walk backwards reads each piece again and takes the gradient in its first state on to the piece before,
 
     ∂loss/∂s_j = (∂s_{j+1}/∂s_j)ᵀ ∂loss/∂s_{j+1},        ∂loss/∂e_t = (∂s_{j+1}/∂e_t)ᵀ ∂loss/∂s_{j+1}.
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from resolvent.data import TokenStream
 from resolvent.errors import ConfigError, DataError
 from resolvent.evaluation.estimates import Bucket, Estimate, doubling_buckets
-from resolvent.evaluation.reading import Advance, evaluating, excerpts, progress_bar, separator_of
+from resolvent.evaluation.reading import Advance, evaluating, excerpts, progress_bar, read, separator_of
 from resolvent.models import IntegratedModel
 from resolvent.models.state import ModelState
 from resolvent.ops.precision import at_least_float32
@@ -122,13 +122,15 @@ def measure_influence(
             gradients.append([norms[bucket.first - 1 : bucket.last].mean() for bucket in buckets])
             distances = np.concatenate([random.integers(b.first, b.last + 1, replacements) for b in buckets])
             places = len(tokens) - 1 - distances
-            others = np.array([_other_token(text, tokens[place].item(), random) for place in places])
+            others = np.array([_other_token(text, int(tokens[place]), random) for place in places])
             nats = replacement_divergences(
                 model, tokens[:-1], places, others, batch_tokens=batch_tokens, advance=advance
             )
             divergences.append(nats.cpu().numpy().reshape(len(buckets), replacements).mean(axis=1))
     columns = [zip(*samples, strict=True) for samples in (gradients, divergences)]
-    rows = [Influence(*b, Estimate.of(g), Estimate.of(d)) for b, g, d in zip(buckets, *columns, strict=True)]
+    rows = [
+        Influence(b.first, b.last, Estimate.of(g), Estimate.of(d)) for b, g, d in zip(buckets, *columns, strict=True)
+    ]
     return Influences(model.n_seq, sequences, replacements, rows)
 
 
@@ -152,7 +154,7 @@ def input_gradients(
     with evaluating(model), _without_gradients(model.parameters()):
         for piece in pieces[:-1]:
             with torch.no_grad():
-                _, state = model.hidden_states(piece, state=states[-1])
+                _, state = read(model, piece, states[-1])
             states.append(state)
             advance(piece.numel())
         for piece in reversed(pieces):
@@ -174,7 +176,7 @@ def _backwards(
     """
     with torch.enable_grad(), _watched(model.token_embedding) as embeddings:
         start = None if state is None else state.map(_leaf)
-        hidden, after = model.hidden_states(piece, state=start)
+        hidden, after = read(model, piece, start)
         if upstream is None:
             loss = F.cross_entropy(at_least_float32(model.lm_head(hidden[:, -1])), target, reduction="sum")
             ends, weights = [loss], [torch.ones_like(loss)]
@@ -227,7 +229,7 @@ def replacement_divergences(
             stretch = tokens[start:end].repeat(rows, 1)
             stretch[before:, 0] = substitutes[before - 1 : rows - 1]
             for piece in stretch.split(max(1, batch_tokens // rows), dim=1):
-                hidden, state = model.hidden_states(piece, state=state)
+                hidden, state = read(model, piece, state)
                 advance(piece.numel())
         assert hidden is not None
         log_p = at_least_float32(model.lm_head(hidden[:, -1])).double().log_softmax(dim=-1)

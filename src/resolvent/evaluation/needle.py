@@ -18,6 +18,7 @@ from resolvent.evaluation.reading import (
     evaluating,
     excerpts,
     progress_bar,
+    read,
     rectangle,
     score_tokens,
     separator_of,
@@ -182,12 +183,12 @@ def _ask_along(
 ) -> Iterator[np.ndarray]:
     """Read the samples side by side; at every distance, the scores (B, 3)."""
     device = next(model.parameters()).device
-    openings, read = _padded(haystack.openings)
-    _, state = model.hidden_states(openings.to(device), attention_mask=read.to(device))
+    openings, mask = _padded(haystack.openings)
+    _, state = read(model, openings.to(device), attention_mask=mask.to(device))
     piece_tokens, position = max(1, batch_tokens // len(openings)), 0
     for distance in distances:
         for piece in haystack.filler[:, position:distance].split(piece_tokens, dim=1):
-            _, state = model.hidden_states(piece.to(device), state=state)
+            _, state = read(model, piece.to(device), state)
             advance(piece.numel())
         position = distance
         yield _ask(model, haystack, state)
@@ -198,12 +199,12 @@ def _ask(model: IntegratedModel, haystack: _Haystack, state: ModelState) -> np.n
     """Scores (B, 3) of every sample: ranked first, candidates beaten, written exactly."""
     device = state.device
     question = haystack.question.to(device).expand(len(haystack.answers), -1)
-    _, state = model.hidden_states(question[:, :-1], state=state)
+    _, state = read(model, question[:, :-1], state)
     scores = []
     for row, answers in enumerate(haystack.answers):
         # The question's last token opens every candidate, so that a candidate's first token is predicted with the rest.
         inputs, labels = rectangle([np.concatenate([haystack.question[-1:].numpy(), answer]) for answer in answers])
-        hidden, _ = model.hidden_states(inputs.to(device), state=state[[row]].repeat(len(answers)))
+        hidden, _ = read(model, inputs.to(device), state[[row]].repeat(len(answers)))
         scored = score_tokens(model, hidden, labels.to(device))
         nats = scored.nats.double().sum(dim=1).cpu().numpy()
         scores.append([*rank(nats), float(scored.likeliest[0].all())])

@@ -16,6 +16,7 @@ from resolvent.evaluation.positions import PositionScores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -42,37 +43,40 @@ def plot_positions(scores: PositionScores, path: Path) -> None:
     """Loss by position, read with everything before it and in windows, and by how much the first is better."""
     rows = scores.rows
     places = _places([row.bucket for row in rows])
-    above, below = _figure(2, "tokens read before", scores.training_length)
+    figure = _figure(2, "tokens read before", scores.training_length)
+    above, below = figure.axes
     _curve(above, places, [row.loss for row in rows], "everything read before", 0)
     _curve(above, places, [row.windows_loss for row in rows], f"windows of {scores.training_length:,}", 1)
     _curve(below, places, [row.gain for row in rows], None, 2)
     below.axhline(0, color="0.3", linewidth=1)
-    _finish([above, below], ["loss (nats a token)", "gain (nats a token)"], path)
+    _finish(figure, ["loss (nats a token)", "gain (nats a token)"], path)
 
 
 def plot_needle(scores: NeedleScores, path: Path) -> None:
     """Shares by distance, and what chance would give."""
     rows, places = scores.rows, [row.distance for row in scores.rows]
-    (axes,) = _figure(1, "tokens between fact and question", scores.training_length)
+    figure = _figure(1, "tokens between fact and question", scores.training_length)
+    (axes,) = figure.axes
     _curve(axes, places, [row.first for row in rows], f"ranked first of {scores.candidates}", 0)
     _curve(axes, places, [row.beaten for row in rows], "candidates beaten", 1)
     _curve(axes, places, [row.exact for row in rows], "written exactly", 2)
     for chance, colour in ((scores.chance, _COLOURS[0]), (0.5, _COLOURS[1])):
         axes.axhline(chance, color=colour, linewidth=0.5)
     axes.set_ylim(-0.03, 1.03)
-    _finish([axes], ["share (thin: by chance)"], path)
+    _finish(figure, ["share (thin: by chance)"], path)
 
 
 def plot_influence(influences: Influences, path: Path) -> None:
     """Gradient and divergence by distance, both axes logarithmic."""
     rows = influences.rows
     places = _places([row.bucket for row in rows])
-    above, below = _figure(2, "tokens before the predicted one", influences.training_length)
+    figure = _figure(2, "tokens before the predicted one", influences.training_length)
+    above, below = figure.axes
     _curve(above, places, [row.gradient for row in rows], None, 0)
     _curve(below, places, [row.divergence for row in rows], None, 1)
-    for axes in (above, below):
+    for axes in figure.axes:
         axes.set_yscale("log", nonpositive="mask")
-    _finish([above, below], ["gradient norm", "divergence if replaced (nats)"], path)
+    _finish(figure, ["gradient norm", "divergence if replaced (nats)"], path)
 
 
 def _places(buckets: Sequence[Bucket]) -> list[float]:
@@ -80,7 +84,7 @@ def _places(buckets: Sequence[Bucket]) -> list[float]:
     return [float(np.sqrt(bucket.first * bucket.last)) for bucket in buckets]
 
 
-def _figure(panels: int, label: str, training_length: int) -> list[Axes]:
+def _figure(panels: int, label: str, training_length: int) -> Figure:
     """Panels above one another over a logarithmic axis of tokens, on which the training length is marked."""
     from matplotlib.figure import Figure
 
@@ -91,7 +95,7 @@ def _figure(panels: int, label: str, training_length: int) -> list[Axes]:
         axes.axvline(training_length, color="0.6", linewidth=1, label=f"training length {training_length:,}")
         axes.grid(alpha=0.25)
     columns[-1].set_xlabel(label)
-    return list(columns)
+    return figure
 
 
 def _curve(axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], label: str | None, style: int) -> None:
@@ -102,8 +106,8 @@ def _curve(axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], l
     axes.errorbar(places, means, errors, label=label, **look)
 
 
-def _finish(panels: Sequence[Axes], labels: Sequence[str], path: Path) -> None:
-    for axes, label in zip(panels, labels, strict=True):
+def _finish(figure: Figure, labels: Sequence[str], path: Path) -> None:
+    for axes, label in zip(figure.axes, labels, strict=True):
         axes.set_ylabel(label)
         axes.legend(frameon=False)
-    panels[0].figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150)

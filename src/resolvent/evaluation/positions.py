@@ -16,7 +16,7 @@ from resolvent.data.corpus import EOT
 from resolvent.errors import ConfigError, DataError
 from resolvent.evaluation.estimates import Bucket, Estimate, doubling_buckets
 from resolvent.evaluation.language import document_tokens
-from resolvent.evaluation.reading import Advance, evaluating, progress_bar, rectangle, score_tokens
+from resolvent.evaluation.reading import Advance, evaluating, progress_bar, read, rectangle, score_tokens
 from resolvent.models import IntegratedModel
 
 
@@ -144,7 +144,7 @@ def sequence_nats(
                 pieces = [sequences[number][start : start + piece_tokens + 1] for number in active]
                 inputs, labels = (x.to(device) for x in rectangle(pieces))
                 state = None if state is None else state[: len(active)]
-                hidden, state = model.hidden_states(inputs, state=state)
+                hidden, state = read(model, inputs, state)
                 nats = score_tokens(model, hidden, labels).nats.double().cpu().numpy()
                 for number, piece, row in zip(active, pieces, nats, strict=True):
                     parts[number].append(row[: len(piece) - 1])

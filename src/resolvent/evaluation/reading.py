@@ -5,7 +5,7 @@ Shapes: B sequences, N tokens, D model width.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from resolvent.data import TokenStream
 from resolvent.errors import DataError
 from resolvent.models import IntegratedModel
+from resolvent.models.generation import StreamingModel
 from resolvent.ops import IGNORED
 from resolvent.ops.precision import at_least_float32
 
@@ -59,6 +60,13 @@ def progress_bar(title: str, tokens: int, show: bool) -> Iterator[Advance]:
     with Progress(*columns, *times, console=console, transient=True, disable=not show) as bar:
         task = bar.add_task(title, total=tokens)
         yield lambda read: bar.advance(task, read)
+
+
+def read(
+    model: IntegratedModel, tokens: Tensor, state: Any = None, attention_mask: Tensor | None = None
+) -> tuple[Tensor, Any]:
+    """Final hidden states (B, N, D) of tokens (B, N), and the state after them."""
+    return cast(StreamingModel, model).hidden_states(tokens, state=state, attention_mask=attention_mask)
 
 
 def score_tokens(model: IntegratedModel, hidden: Tensor, labels: Tensor) -> TokenScores:
