@@ -95,9 +95,10 @@ def needle(
     A pass key is told in the midst of real text and asked for after 16, 32,
     ... 65,536 tokens more of it. So that small models can be measured, too,
     the true key is ranked among random ones by its likelihood: [bold]first[/bold] is
-    how often it is the likeliest, [bold]beaten[/bold] the share of the others that it
-    is likelier than. [bold]exact[/bold] is how often the model, always taking the
-    likeliest token, writes it. ± is one standard error.
+    how often it is the likeliest, [bold]beaten[/bold] the share of the others whose
+    likelihood has risen less since before the key was told. [bold]exact[/bold] is how
+    often the model, always taking the likeliest token, writes it. ± is one
+    standard error.
 
     Example: [bold]resolvent evaluate needle runs/tiny --length 4096 --samples 100 --json needle.json[/bold]
     """

@@ -44,7 +44,8 @@ class NeedleScore:
     Attributes:
         distance: tokens of other text between the fact and the question.
         first: share of the samples in which the true key is likelier than every other candidate.
-        beaten: share of the other candidates that the true key is likelier than; by chance one half.
+        beaten: share of the other candidates whose likelihood has risen less than the true key's since before the fact
+            was told; by chance one half. A model's liking for some keys, whatever it has read, cancels.
         exact: share of the samples in which the likeliest token, one after the other, writes the key.
     """
 
@@ -85,19 +86,21 @@ class _Haystack:
     """Samples, read side by side.
 
     Attributes:
-        openings: what comes before the fact, and the fact, of every sample.
+        leads: what comes before the fact in every sample.
+        facts: of every sample.
         filler: what comes after it, int64 (B, longest distance).
         question: int64 (Q,).
         answers: candidates of every sample, the true one first.
     """
 
-    openings: list[np.ndarray]
+    leads: list[np.ndarray]
+    facts: list[np.ndarray]
     filler: Tensor
     question: Tensor
     answers: list[list[np.ndarray]]
 
     def __getitem__(self, rows: slice) -> "_Haystack":
-        return _Haystack(self.openings[rows], self.filler[rows], self.question, self.answers[rows])
+        return _Haystack(self.leads[rows], self.facts[rows], self.filler[rows], self.question, self.answers[rows])
 
     @property
     def answers_read(self) -> int:
@@ -146,7 +149,7 @@ def evaluate_needle(
     distances = doubling(NEAREST, length)
     haystack = _hide(stream, tokenizer, length, samples, candidates, np.random.default_rng(seed))
     lanes = max(1, batch_tokens // (2 * _LEAD))
-    total = samples * length + len(distances) * haystack.answers_read
+    total = samples * length + (1 + len(distances)) * haystack.answers_read
     scores = []
     with progress_bar("Reading", total, progress) as advance, evaluating(model), torch.inference_mode():
         for start in range(0, samples, lanes):
@@ -168,65 +171,71 @@ def _hide(
 
     texts = excerpts(stream, samples, _LEAD - 1 + length, random)
     separator = np.array([separator_of(stream)])
-    openings, fillers, answers = [], [], []
+    leads, facts, fillers, answers = [], [], [], []
     for text in texts:
         keys = _PASS_KEYS.start + random.choice(len(_PASS_KEYS), candidates, replace=False)
         lead = int(random.integers(_LEAD))
-        openings.append(np.concatenate([separator, text[:lead], encode(FACT.format(key=keys[0]))]))
+        leads.append(np.concatenate([separator, text[:lead]]))
+        facts.append(encode(FACT.format(key=keys[0])))
         fillers.append(text[lead : lead + length])
         answers.append([encode(ANSWER.format(key=key)) for key in keys])
-    return _Haystack(openings, torch.from_numpy(np.stack(fillers)), torch.from_numpy(encode(QUESTION)), answers)
+    question = torch.from_numpy(encode(QUESTION))
+    return _Haystack(leads, facts, torch.from_numpy(np.stack(fillers)), question, answers)
 
 
 def _ask_along(
     model: IntegratedModel, haystack: _Haystack, distances: list[int], batch_tokens: int, advance: Advance
 ) -> Iterator[np.ndarray]:
-    """Read the samples side by side; at every distance, the scores (B, 3)."""
-    device = next(model.parameters()).device
-    openings, mask = _padded(haystack.openings)
-    _, state = read(model, openings.to(device), attention_mask=mask.to(device))
-    piece_tokens, position = max(1, batch_tokens // len(openings)), 0
+    """Read the samples side by side; at every distance, the scores (B, 3): ranked first, candidates beaten, written
+    exactly."""
+    state = _read_ragged(model, haystack.leads, None)
+    before, _ = _ask(model, haystack, state)
+    advance(haystack.answers_read)
+    state = _read_ragged(model, haystack.facts, state)
+    piece_tokens, position = max(1, batch_tokens // len(haystack.facts)), 0
     for distance in distances:
         for piece in haystack.filler[:, position:distance].split(piece_tokens, dim=1):
-            _, state = read(model, piece.to(device), state)
+            _, state = read(model, piece.to(state.device), state)
             advance(piece.numel())
         position = distance
-        yield _ask(model, haystack, state)
+        nats, exact = _ask(model, haystack, state)
+        first, beaten = [rank(row)[0] for row in nats], [rank(row)[1] for row in nats - before]
+        yield np.stack([first, beaten, exact], axis=1)
         advance(haystack.answers_read)
 
 
-def _ask(model: IntegratedModel, haystack: _Haystack, state: ModelState) -> np.ndarray:
-    """Scores (B, 3) of every sample: ranked first, candidates beaten, written exactly."""
-    device = state.device
-    question = haystack.question.to(device).expand(len(haystack.answers), -1)
-    _, state = read(model, question[:, :-1], state)
-    scores = []
+def _ask(model: IntegratedModel, haystack: _Haystack, state: ModelState) -> tuple[np.ndarray, np.ndarray]:
+    """Nats of every sample's candidates (B, C), and whether the first of them would be written exactly (B,)."""
+    device, question = state.device, haystack.question
+    _, state = read(model, question[:-1].expand(len(haystack.answers), -1).to(device), state)
+    nats, exact = [], []
     for row, answers in enumerate(haystack.answers):
         # The question's last token opens every candidate, so that a candidate's first token is predicted with the rest.
-        inputs, labels = rectangle([np.concatenate([haystack.question[-1:].numpy(), answer]) for answer in answers])
+        inputs, labels = rectangle([np.append(question[-1], answer) for answer in answers])
         hidden, _ = read(model, inputs.to(device), state[[row]].repeat(len(answers)))
-        scored = score_tokens(model, hidden, labels.to(device))
-        nats = scored.nats.double().sum(dim=1).cpu().numpy()
-        scores.append([*rank(nats), float(scored.likeliest[0].all())])
-    return np.array(scores)
+        scores = score_tokens(model, hidden, labels.to(device))
+        nats.append(scores.nats.double().sum(dim=1).cpu().numpy())
+        exact.append(float(scores.likeliest[0].all()))
+    return np.stack(nats), np.array(exact)
+
+
+def _read_ragged(model: IntegratedModel, rows: list[np.ndarray], state: ModelState | None) -> ModelState:
+    """The state after token sequences of different lengths."""
+    device = next(model.parameters()).device
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = torch.from_numpy(row)
+        mask[number, : len(row)] = 1
+    return read(model, tokens.to(device), state, mask.to(device))[1]
 
 
 def rank(nats: np.ndarray) -> tuple[float, float]:
-    """How the first of some candidates compares with the others by their nats: whether it is the likeliest, and the
-    share of the others that it beats. A tie counts as what a coin would make of it."""
+    """How the first of some candidates compares with the others: whether its nats are the fewest, and the share of the
+    others that have more. A tie counts as what a coin would make of it."""
     true, others = nats[0], nats[1:]
     if not np.isfinite(nats).all():
         return np.nan, np.nan
     ties = int((others == true).sum())
     first = 0.0 if (others < true).any() else 1 / (1 + ties)
     return first, float(((others > true).sum() + ties / 2) / len(others))
-
-
-def _padded(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Token rows (B, N) padded on the right, and a mask of their tokens."""
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for number, row in enumerate(rows):
-        tokens[number, : len(row)] = torch.from_numpy(row)
-        mask[number, : len(row)] = 1
-    return tokens, mask
