@@ -55,16 +55,16 @@ def largest_difference(got: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("piece", [23, 64, 200])
+@pytest.mark.parametrize("piece", [23, 200])
 def test_gradients_are_those_of_plain_autograd(name: str, piece: int):
     model, ids = MODELS[name](), tokens(161)
     assert largest_difference(piecewise_gradients(model, ids, piece), plain_gradients(model, ids)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", WIDE_MODELS)
-@pytest.mark.parametrize("piece", [1, 37, 64])
+@pytest.mark.parametrize("piece", [43, 64])  # the last piece of the first is a single token
 def test_gradients_are_those_of_plain_autograd_in_float64(name: str, piece: int):
-    model, ids = WIDE_MODELS[name]().double(), tokens(150)
+    model, ids = WIDE_MODELS[name]().double(), tokens(131)
     assert largest_difference(piecewise_gradients(model, ids, piece), plain_gradients(model, ids)) <= 1e-10
 
 
@@ -141,7 +141,10 @@ def test_a_resolvent_without_memory_forgets_and_a_memory_that_does_not_decay_rem
     lasting = PHASE2.model(
         vocab_size=257, spread=0.05, base_decay=1e-6, adaptive_decay=False, snr_enabled=False, resonance_enabled=False
     )
-    far = [measure_influence(model, text, length=256, sequences=2).rows[-1] for model in (forgetful, lasting)]
+    far = [
+        measure_influence(model, text, length=256, sequences=1, replacements=2).rows[-1]
+        for model in (forgetful, lasting)
+    ]
     assert far[0].gradient.mean < 1e-20
     assert far[1].gradient.mean > 1e-6
     assert far[1].divergence.mean > 1e-9
@@ -152,13 +155,14 @@ def test_the_model_stays_as_it_was():
     model.ln_f.weight.requires_grad_(False)
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     stream = encode_documents(["some text to read " * 5], BYTES)
-    first, again = (measure_influence(model, stream, length=40) for _ in range(2))
+    sizes = dict(length=40, sequences=2, replacements=2)
+    first, again = (measure_influence(model, stream, **sizes) for _ in range(2))
     assert first == again
     assert model.training
     assert [parameter.requires_grad for parameter in model.parameters()] == wanted
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.token_embedding._forward_hooks
-    assert measure_influence(model, stream, length=40, seed=1) != first
+    assert measure_influence(model, stream, **sizes, seed=1) != first
 
 
 @pytest.mark.parametrize("option", ["length", "sequences", "replacements"])

@@ -41,7 +41,7 @@ def nats_in_a_window(model: IntegratedModel, sequence: np.ndarray, place: int, w
 
 
 @pytest.mark.parametrize("phase", [PHASE1, PHASE2])
-@pytest.mark.parametrize("batch_tokens", [7, 100, 4096])
+@pytest.mark.parametrize("batch_tokens", [7, 4096])
 def test_every_bucket_is_what_one_pass_over_its_texts_gives(
     phase: SmallPhase, stream: TokenStream, tokenizer: Tokenizer, batch_tokens: int
 ):
@@ -57,11 +57,11 @@ def test_every_bucket_is_what_one_pass_over_its_texts_gives(
         assert row.perplexity == pytest.approx(math.exp(row.loss.mean))
 
 
-@pytest.mark.parametrize("width", [1, 2, 7, 64])
+@pytest.mark.parametrize("width", [1, 7, 24])
 def test_windows_hold_half_the_training_length_of_context_and_no_more_than_all_of_it(
     stream: TokenStream, tokenizer: Tokenizer, width: int
 ):
-    model, length = PHASE2.model(vocab_size=257, n_seq=width), 80
+    model, length = PHASE2.model(vocab_size=257, n_seq=width), 60
     scores = evaluate_positions(model, stream, tokenizer, length=length, sequences=2)
     assert scores.training_length == width
     longest = sorted(document_tokens(stream), key=len, reverse=True)[:2]
