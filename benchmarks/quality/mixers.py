@@ -190,7 +190,7 @@ class GatedDeltaNet(Mixer):
 def short_conv(x: Tensor, weight: Tensor) -> Tensor:
     """Causal depthwise convolution of x (B, N, D) with weight (W, D), from a fresh start."""
     tail = x.new_zeros(x.shape[0], len(weight) - 1, x.shape[-1])
-    return causal_conv(x, weight.to(x.dtype), tail)[0]
+    return causal_conv(x, weight.to(x.dtype), tail)
 
 
 def reset_conv(weight: Tensor, generator: torch.Generator) -> None:

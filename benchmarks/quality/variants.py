@@ -148,11 +148,12 @@ def original_initialisation(model: Phase2IntegratedModel, generator: torch.Gener
     The head, which is not tied, has the spread of torch's default, 1/sqrt(3 D).
     """
     zeta = ZetaInitializer(generator)
+    joined = [block.hebbian.qkv_proj for block in model.blocks]  # three maps side by side
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
-            zeta(module.weight)
-            spectrum = 0.02 / zeta_zeros(min(module.weight.shape))
-            module.weight.mul_(spectrum.norm().item() / module.weight.norm())
+            for weight in module.weight.chunk(3 if module in joined else 1):
+                zeta(weight)
+                weight.mul_((0.02 / zeta_zeros(min(weight.shape))).norm().item() / weight.norm())
         if isinstance(module, NonHermitianPotential):
             module.gamma_bias.zero_()
     table = model.token_embedding.weight

@@ -24,7 +24,7 @@ def test_shapes_with_and_without_options(options):
 
 def test_options_remove_their_parameters():
     names = {name for name, _ in DissipativeHebbianLayer(32, 2, 8, conv_size=1, output_gate=False).named_parameters()}
-    assert names == {"log_eta", "q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight"}
+    assert names == {"log_eta", "qkv_proj.weight", "out_proj.weight"}
 
 
 def test_the_read_out_has_unit_rms():

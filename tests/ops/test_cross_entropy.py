@@ -109,6 +109,16 @@ def test_a_token_may_be_what_does_not_count():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_sum_of_the_labels():
+    hidden, weight, labels = inputs()
+    loss = F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORED, reduction="sum")
+    expected = (loss, *torch.autograd.grad(loss, (hidden, weight)))
+    found = loss_and_gradients(hidden, weight, labels, reduction="sum", chunk_tokens=16)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    nothing = linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORED), reduction="sum")
+    assert nothing == 0 and not any(g.any() for g in torch.autograd.grad(nothing, (hidden, weight)))
+
+
 def test_no_label_that_counts_is_nan_as_in_cross_entropy():
     hidden, weight, labels = inputs()
     nothing = torch.full_like(labels, IGNORED)
@@ -197,5 +207,7 @@ def test_what_does_not_fit_is_named():
             linear_cross_entropy(*wrong)
     with pytest.raises(ValueError, match="chunk_tokens must be >= 1, got 0"):
         linear_cross_entropy(hidden, weight, labels, chunk_tokens=0)
+    with pytest.raises(ValueError, match="reduction must be mean or sum, got 'none'"):
+        linear_cross_entropy(hidden, weight, labels, reduction="none")
     with pytest.raises(RuntimeError, match="out of bounds"):
         linear_cross_entropy(hidden, weight, labels.clamp(min=101))

@@ -70,7 +70,7 @@ def test_a_run_leaves_what_its_use_needs(small_config: MakeConfig, tmp_path: Pat
     assert result.run_dir == run_dir
     names = {path.name for path in run_dir.iterdir()}
     files = {"config.json", "model.safetensors", "tokenizer.json", "training.json", "metrics.jsonl"}
-    assert names == files | {"checkpoints"}
+    assert names == files | {"tokenizer_config.json", "generation_config.json", "checkpoints"}
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step-00000008", "step-00000010"}
     loaded = load_model(run_dir, device="cpu")
     assert loaded.state_dict().keys() == result.model.state_dict().keys()

@@ -10,12 +10,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from resolvent.data.corpus import EOT, package_folder
 from resolvent.data.pieces import pieces
 from resolvent.errors import ConfigError, DataError
-from resolvent.files import write_file
+from resolvent.files import write_file, write_json
 
 FILE_NAME = "tokenizer.json"
 GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+_TRANSFORMERS_SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "padding_side": "left",
+    "split_special_tokens": True,
+    "clean_up_tokenization_spaces": False,
+    "model_input_names": ["input_ids", "attention_mask"],
 }
 
 
@@ -74,6 +82,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> Path:
     """Write `tokenizer.json` into a folder, made where missing; a reader finds the old file or the new one whole.
 
+    Two files beside it tell Transformers what the tokenizer's own file cannot: that `<|endoftext|>` opens and closes a
+    text, fills up batches on the left, and is never made out of text.
+
     Returns:
         The path of the file.
     """
@@ -81,6 +92,11 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / FILE_NAME
     write_file(path, tokenizer.to_str(pretty=True).encode())
+    roles = ("bos_token", "eos_token", "pad_token")
+    settings = dict.fromkeys(roles, EOT) | _TRANSFORMERS_SETTINGS
+    write_json(directory / "tokenizer_config.json", settings)
+    end = tokenizer.token_to_id(EOT)
+    write_json(directory / "generation_config.json", {f"{role}_id": end for role in roles})
     return path
 
 

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..ops import Consolidation, MemoryState, dissipative_memory
 from ..ops.normalize import unit_length, unit_rms
 from ..ops.precision import at_least_float32, for_products
-from ..ops.short_conv import causal_conv
+from ..ops.queries_keys_values import queries_keys_values
 
 
 class HebbianOutput(NamedTuple):
@@ -68,9 +67,7 @@ class DissipativeHebbianLayer(nn.Module):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.initial_eta, self.dt, self.output_norm, self.backend = eta, dt, output_norm, backend
         width = num_heads * head_dim
-        self.q_proj = nn.Linear(d_model, width, bias=False)
-        self.k_proj = nn.Linear(d_model, width, bias=False)
-        self.v_proj = nn.Linear(d_model, width, bias=False)
+        self.qkv_proj = nn.Linear(d_model, 3 * width, bias=False)
         self.out_proj = nn.Linear(width, d_model, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(conv_size, 3 * width)) if conv_size > 1 else None
         self.gate_down = nn.Linear(d_model, head_dim, bias=False) if output_gate else None
@@ -118,17 +115,20 @@ class DissipativeHebbianLayer(nn.Module):
             consolidation: what acts on the memory at its boundaries.
         """
         x = for_products(x)
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        qkv = self.qkv_proj(x)
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if conv_tail is None:
             conv_tail = torch.zeros(sequences, *self.state_shape[1], device=x.device)
         if self.conv_weight is not None:
-            qkv, conv_tail = causal_conv(qkv, self.conv_weight.to(qkv.dtype), conv_tail, cu_seqlens)
-            qkv = F.silu(qkv)
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in qkv.chunk(3, dim=-1))
+            q, k, v, conv_tail = queries_keys_values(
+                qkv, self.conv_weight, conv_tail, self.num_heads, cu_seqlens, self.backend
+            )
+        else:
+            q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in qkv.chunk(3, dim=-1))
+            q, k = unit_length(q), unit_length(k)
         readout, state = dissipative_memory(
-            unit_length(q),
-            unit_length(k),
+            q,
+            k,
             v,
             gamma * self.dt,
             self.eta,

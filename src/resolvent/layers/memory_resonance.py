@@ -35,6 +35,10 @@ class MemoryResonanceLayer(nn.Module):
         self.sharpness.fill_(1.0)
         self.bias.fill_(4.0)
 
+    def forward(self) -> Resonance:
+        """What the operator needs: ``constants``, through the module's hooks, which may have to fetch its weights."""
+        return self.constants()
+
     def constants(self) -> Resonance:
         """What the operator needs."""
         return Resonance(self.basis.value, self.energy_threshold, self.sharpness, self.bias)

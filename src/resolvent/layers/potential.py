@@ -172,7 +172,9 @@ class StaticBKLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x (B, N, D), g of the last token read (complex, a row a sequence) and the offsets of packed sequences ->
         features (B, N, 2H), at least float32, and the next state."""
-        potential = at_least_float32(F.linear(x, self.v_proj.weight))
+        # The bias counts as a constant. A module that wraps the projection adds it nevertheless.
+        plain = type(self.v_proj) is nn.Linear
+        potential = at_least_float32(F.linear(x, self.v_proj.weight) if plain else self.v_proj(x) - self.v_proj.bias)
         with torch.autocast(x.device.type, enabled=False):
             constant = potential.new_ones(self.num_heads)
             no_decay = torch.zeros_like(potential)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..ops import gated_prefix_sum
 from ..ops.precision import wide_dtype
-from ..ops.short_conv import causal_conv
+from ..ops.short_conv import causal_conv, next_tail
 
 CONV_SIZE = 3
 """Tokens that the layer's convolution spans."""
@@ -101,19 +101,19 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         state = state if state is not None else self._empty_state(x, cu_seqlens)
         rank = self.rank
         hidden = F.relu(self.gate_hidden(x))
-        gates = torch.sigmoid(F.linear(hidden, self.gate_proj.weight[:rank], self.gate_proj.bias[:rank]))
-        u = F.linear(x, self.u_proj.weight[:rank])
-        v = F.linear(x, self.v_proj.weight[:rank])
+        gates = torch.sigmoid(_first_channels(self.gate_proj, hidden, rank))
+        u, v = _first_channels(self.u_proj, x, rank), _first_channels(self.v_proj, x, rank)
         sums, total = gated_prefix_sum(
             gates, u, initial_state=state.total[:, :rank], cu_seqlens=cu_seqlens, backend=self.backend
         )
         if self.bounded:
             sums = sums * torch.rsqrt(1 + sums.square())
-        far = F.linear((sums * (gates * v)).to(x.dtype), self.out_proj.weight[:, :rank])
-        near, conv_tail = causal_conv(x, self.conv_weight.to(x.dtype), state.conv_tail, cu_seqlens)
+        read = (sums * (gates * v)).to(x.dtype)
+        far = self.out_proj(read) if rank == self.max_rank else F.linear(read, self.out_proj.weight[:, :rank])
+        near = causal_conv(x, self.conv_weight.to(x.dtype), state.conv_tail, cu_seqlens)
         if rank < self.max_rank:
             total = torch.cat([total, state.total[:, rank:]], dim=1)
-        return far + near, gates, SemiseparableState(total, conv_tail)
+        return far + near, gates, SemiseparableState(total, next_tail(x, state.conv_tail, cu_seqlens))
 
     def _empty_state(self, x: Tensor, cu_seqlens: Tensor | None) -> SemiseparableState:
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -122,3 +122,10 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
             torch.zeros(sequences, *total, dtype=torch.float64, device=x.device),
             torch.zeros(sequences, *tail, dtype=wide_dtype(x), device=x.device),
         )
+
+
+def _first_channels(projection: nn.Linear, x: Tensor, rank: int) -> Tensor:
+    """The first ``rank`` outputs of a projection; where these are all, the module computes them, whatever wraps it."""
+    if rank == projection.out_features:
+        return projection(x)
+    return F.linear(x, projection.weight[:rank], None if projection.bias is None else projection.bias[:rank])

@@ -2,10 +2,13 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..device import pick_device
 from ..errors import ConfigError
@@ -19,6 +22,26 @@ _log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=ModelConfig)
 Model = TypeVar("Model", bound="IntegratedModel")
+
+
+class Block(nn.Module):
+    """Base of the blocks.
+
+    Attributes:
+        compute: what a block does; a subclass defines it in the place of ``forward``.
+        gradient_checkpointing: whether training computes the block anew in the backward pass instead of keeping what it
+            computed. The name is the one by which Transformers finds what it can switch.
+    """
+
+    compute: Callable[..., Any]
+    gradient_checkpointing: bool = False
+    _gradient_checkpointing_func: Any = staticmethod(partial(checkpoint, use_reentrant=False))
+
+    def forward(self, *inputs: Any) -> Any:
+        """``compute(*inputs)``. What hangs on the module, FSDP's hooks among them, does not run again with it."""
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(self.compute, *inputs)
+        return self.compute(*inputs)
 
 
 class IntegratedModel(nn.Module, Generation):
@@ -64,9 +87,20 @@ class IntegratedModel(nn.Module, Generation):
         """Shapes of one sequence's state: of every layer, every tensor."""
         raise NotImplementedError
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., D), at least float32 outside autocast."""
+        logits = self.lm_head(hidden)
+        return logits if torch.is_autocast_enabled(logits.device.type) else at_least_float32(logits)
+
+    def fused_step(self, state: Any) -> Callable[[Tensor], Tensor] | None:
+        """Kernels that read one token after another, changing ``state``, whose position is on its device (see
+        ``models.decoding``); None where there are none for this model."""
+        del state
+        return None
+
     def _predict(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
-        """Logits of hidden states (B, N, D), at least float32 outside autocast; given labels (B, N), their mean nats
-        instead, and no more than a chunk of the logits lies in memory at once.
+        """Logits of hidden states (B, N, D); given labels (B, N), their mean nats instead, and no more than a chunk of
+        the logits lies in memory at once.
 
         Raises:
             ValueError: the labels have another shape than the tokens.
@@ -77,10 +111,7 @@ class IntegratedModel(nn.Module, Generation):
                 raise ValueError(f"labels must have the shape of input_ids, {expected}, got {got}")
             backend = self.config.backend
             return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), backend=backend)
-        logits = self.lm_head(hidden)
-        if not torch.is_autocast_enabled(logits.device.type):
-            logits = at_least_float32(logits)
-        return logits
+        return self.logits(hidden)
 
     def _start_position(self, state: ModelState | None, sequences: int, device: torch.device) -> Tensor:
         """Tokens that the sequences have read, int64 (S,) on the CPU.

@@ -1,5 +1,6 @@
 """Generation on CUDA, one token a sequence at a time, without waiting for Python: the step is captured as a graph."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,8 +23,7 @@ class CapturedStep:
 
     def __init__(self, model: Any, state: Any) -> None:
         device = state.device
-        self._state = state.map(torch.clone).with_position_on(device)
-        self._token = torch.zeros(len(state), 1, dtype=torch.int64, device=device)
+        self._token = torch.zeros(len(state), dtype=torch.int64, device=device)
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(device)
         # Weights that autocast keeps do not live as long as the graph that would read them.
@@ -31,16 +31,38 @@ class CapturedStep:
         with torch.autocast("cuda", **precision, cache_enabled=False):
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
+                trial = token_step(model, state)
                 for _ in range(WARM_UP):
-                    model.hidden_states(self._token, state=self._state)
+                    trial(self._token)
             torch.cuda.current_stream(device).wait_stream(stream)
+            self._step = token_step(model, state)
             with torch.cuda.graph(self._graph):
-                hidden, new = model.hidden_states(self._token, state=self._state)
-                torch._foreach_copy_(self._state.tensors(), new.tensors())
-                self._hidden = hidden[:, -1]
+                self._logits = self._step(self._token)
 
     def __call__(self, token: Tensor) -> Tensor:
-        """Read a token of every sequence, int64 (B,): its hidden states (B, D), which the next call overwrites."""
-        self._token.copy_(token.unsqueeze(1))
+        """Read a token of every sequence, int64 (B,): logits of the next, (B, vocabulary), which the next call
+        overwrites."""
+        self._token.copy_(token)
         self._graph.replay()
-        return self._hidden
+        return self._logits
+
+
+def token_step(model: Any, state: Any) -> Callable[[Tensor], Tensor]:
+    """What reads one token of every sequence, int64 (B,), and returns logits (B, vocabulary), time after time.
+
+    It keeps a state of its own, which Python never reads: it can be captured. Where the model has kernels for this, it
+    takes those.
+    """
+    state = state.map(lambda x: x.clone(memory_format=torch.contiguous_format)).with_position_on(state.device)
+    return model.fused_step(state) or _plain_step(model, state)
+
+
+def _plain_step(model: Any, state: Any) -> Callable[[Tensor], Tensor]:
+    """The model's forward, whose new state takes the place of the old."""
+
+    def step(token: Tensor) -> Tensor:
+        hidden, new = model.hidden_states(token.unsqueeze(1), state=state)
+        torch._foreach_copy_(state.tensors(), new.tensors())
+        return model.lm_head(hidden[:, -1]).float()
+
+    return step

@@ -75,17 +75,17 @@ class Generation:
         self.eval()
         try:
             hidden, state = _prefill(self, input_ids, attention_mask, state)
-            step = _stepper(self, state, max_new_tokens)
+            step, logits = _stepper(self, state, max_new_tokens), self.lm_head(hidden).float()
             done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
             for remaining in range(max_new_tokens, 0, -1):
-                token = sample(self.lm_head(hidden).float(), temperature, top_k, top_p, generator)
+                token = sample(logits, temperature, top_k, top_p, generator)
                 if eos_token_id is not None:
                     token = torch.where(done, eos_token_id, token)
                     done = done | (token == eos_token_id)
                 yield token
                 if remaining == 1 or (eos_token_id is not None and done.all()):
                     return
-                hidden = step(token)
+                logits = step(token)
         finally:
             self.train(was_training)
 
@@ -130,14 +130,14 @@ def _prefill(model: StreamingModel, input_ids: Tensor, mask: Tensor | None, stat
 
 
 def _stepper(model: StreamingModel, state: Any, tokens: int) -> Callable[[Tensor], Tensor]:
-    """What reads one token of every sequence, (B,), after another, each time for the hidden states (B, D)."""
+    """What reads one token of every sequence, (B,), after another, each time for the logits of the next."""
     if state.device.type == "cuda" and tokens >= WORTH_CAPTURING:
         return CapturedStep(model, state)
 
     def step(token: Tensor) -> Tensor:
         nonlocal state
         hidden, state = model.hidden_states(token.unsqueeze(1), state=state)
-        return hidden[:, -1]
+        return model.lm_head(hidden[:, -1]).float()
 
     return step
 

@@ -8,7 +8,7 @@ tokens are taken in at least float32, whatever the dtype of the products: precis
 Shapes: T tokens, D width, V vocabulary, C tokens of a chunk.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,29 +32,33 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     ignore_index: int = IGNORED,
+    reduction: Literal["mean", "sum"] = "mean",
     chunk_tokens: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean negative log-likelihood of the labels under ``softmax(hidden @ weight.T)``, as ``F.cross_entropy`` has it.
+    """Negative log-likelihood of the labels under ``softmax(hidden @ weight.T)``, as ``F.cross_entropy`` has it.
 
     Args:
         hidden: (T, D). Under autocast, it and ``weight`` are cast to autocast's dtype for the products.
         weight: (V, D).
         labels: tokens, int64 (T,), in 0..V - 1, or ``ignore_index`` for places that do not count.
         ignore_index: label of places that do not count.
+        reduction: the mean over the labels that count, or their sum.
         chunk_tokens: tokens whose logits are held at once; by default as many as suit the device.
         backend: ``auto``, ``torch`` or ``triton``.
 
     Returns:
-        Mean nats of the labels that count, a scalar of at least float32; NaN where none counts. Differentiable, once,
-        in ``hidden`` and ``weight``, whose gradients come in their own dtypes.
+        Nats of the labels that count, a scalar of at least float32; where none counts, the sum is zero and the mean
+        NaN. Differentiable, once, in ``hidden`` and ``weight``, whose gradients come in their own dtypes.
 
     Raises:
-        ValueError: shapes do not fit, or ``chunk_tokens`` is not above zero.
+        ValueError: shapes do not fit, ``chunk_tokens`` is not above zero, or there is no such reduction.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (hidden, weight, labels))
         raise ValueError(f"expected hidden (T, D), weight (V, D) and labels (T,), got {shapes}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be mean or sum, got {reduction!r}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be >= 1, got {chunk_tokens}")
     device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
@@ -62,7 +66,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
     total, _, _ = _linear_cross_entropy(hidden, weight, labels, ignore_index, chunk_tokens, dtype, backend, *wanted)
-    return total / (labels != ignore_index).sum()
+    return total if reduction == "sum" else total / (labels != ignore_index).sum()
 
 
 @_backend.operator("linear_cross_entropy")

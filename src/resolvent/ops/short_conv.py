@@ -9,33 +9,37 @@ import torch
 from torch import Tensor
 
 
-def causal_conv(x: Tensor, weight: Tensor, tail: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``y_t = sum_j weight_j x_{t-j}``, where the tokens before a sequence's first are its ``tail``.
+def causal_conv(x: Tensor, weight: Tensor, tail: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """``y_t = sum_j weight_j x_{t-j}``, where the tokens before a sequence's first are its ``tail``: (B, N, D).
 
     Args:
         x: (B, N, D).
         weight: (W, D); ``weight[0]`` acts on the token itself.
         tail: the W - 1 inputs before the first, oldest first, (B, W - 1, D) or (S, W - 1, D).
         cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1.
-
-    Returns:
-        y (B, N, D) and the tail after the last token, of the shape of ``tail``.
     """
     width, length = len(weight), x.shape[1]
     if cu_seqlens is None:
-        extended = torch.cat([tail.to(x.dtype), x], dim=1)
-        return _DepthwiseConv.apply(extended, weight), extended[:, length:].to(tail.dtype)
+        return _DepthwiseConv.apply(torch.cat([tail.to(x.dtype), x], dim=1), weight)
 
     # Convolve across the starts, and put right the first W - 1 outputs of every sequence: they saw the inputs that
     # happened to stand before the start, and should have seen the tail.
-    y, _ = causal_conv(x, weight, x.new_zeros(1, width - 1, x.shape[-1]))
+    y = causal_conv(x, weight, x.new_zeros(1, width - 1, x.shape[-1]))
     starts, ends = cu_seqlens.to(x.device)[:-1], cu_seqlens.to(x.device)[1:]
     seen = _new_tails(x[0], torch.zeros_like(tail), torch.zeros_like(starts), starts)
-    correction, _ = causal_conv(torch.zeros_like(tail, dtype=x.dtype), weight, tail - seen)
+    correction = causal_conv(torch.zeros_like(tail, dtype=x.dtype), weight, tail - seen)
     rows = starts.unsqueeze(1) + torch.arange(width - 1, device=x.device)
     inside = (rows < ends.unsqueeze(1)).unsqueeze(-1)
-    y = y.index_add(1, rows.clamp(max=length - 1).flatten(), (correction * inside).flatten(0, 1).unsqueeze(0))
-    return y, _new_tails(x[0], tail, starts, ends)
+    return y.index_add(1, rows.clamp(max=length - 1).flatten(), (correction * inside).flatten(0, 1).unsqueeze(0))
+
+
+def next_tail(x: Tensor, tail: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The last W - 1 inputs of every sequence, its old tail among them; arguments as of ``causal_conv``."""
+    length, kept = x.shape[1], tail.shape[1]
+    if cu_seqlens is None:
+        return (x[:, length - kept :] if length >= kept else torch.cat([tail[:, length:], x], dim=1)).to(tail.dtype)
+    offsets = cu_seqlens.to(x.device)
+    return _new_tails(x[0], tail, offsets[:-1], offsets[1:])
 
 
 def _new_tails(x: Tensor, tail: Tensor, starts: Tensor, ends: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def test_the_original_initialisation_is_as_small_as_it_was():
     contestant = build("phase2/original", SMALL)
     contestant.reset(0)
     model = contestant.model
-    largest = torch.linalg.matrix_norm(model.blocks[0].hebbian.q_proj.weight, 2)
+    largest = torch.linalg.matrix_norm(model.blocks[0].hebbian.qkv_proj.weight.chunk(3)[0], 2)
     assert largest.item() == pytest.approx(0.02 / 14.134725, rel=1e-4)
     assert model.token_embedding.weight.abs().max() <= 0.02
     assert model.position_embedding(torch.arange(5)).abs().max().item() == pytest.approx(1.0, rel=1e-3)

@@ -13,9 +13,16 @@ PLAIN = Mode(compiled=False, captured=False, autocast=False)
 FOREVER = Clock(math.inf)
 
 
-def prepared(name: str = "phase2", mode: Mode = PLAIN, device: str = "cpu", dropout: float = 0.1):
+def prepared(
+    name: str = "phase2",
+    mode: Mode = PLAIN,
+    device: str = "cpu",
+    dropout: float = 0.1,
+    dtype: torch.dtype = torch.float32,
+):
     size = Size(31, 128, 1, 200_000, 32, dropout)
     contestant = build(name, size, device)
+    contestant.model.to(dtype)
     contestant.reset(0)
     ids = torch.randint(31, (8, 2, 33), generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -35,10 +42,11 @@ def trained(contestant, trainer, seed: int = 5, peak: float = 1e-2, steps: int =
 
 
 def test_steps_are_those_of_a_plain_loop():
-    contestant, trainer, ids = prepared()
+    # In float64: Adam makes whole steps of the rounding errors of gradients near zero.
+    contestant, trainer, ids = prepared(dtype=torch.float64)
     found = trained(contestant, trainer)
 
-    other, _, _ = prepared()
+    other, _, _ = prepared(dtype=torch.float64)
     other.reset(5)
     torch.manual_seed(5)
     model = other.model.train()
@@ -58,9 +66,9 @@ def test_steps_are_those_of_a_plain_loop():
             group["lr"] = 1e-2 * factor
         optimizer.step()
         expected.append(loss.item())
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-6)
     for a, b in zip(contestant.model.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_a_run_leaves_no_trace_in_the_next():

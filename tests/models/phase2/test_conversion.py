@@ -106,7 +106,7 @@ def test_the_report_accounts_for_every_tensor(caplog):
     assert entry.sources == tuple(f"token_embedding.{part}" for part in ("core1", "core2", "phase_shift"))
     assert (entry.status, entry.count, entry.note) == ("copied", 97 * 48, "tensor train made a table")
     new = {t.name.split(".", 2)[2] for t in report.new if t.name.startswith("blocks.1.")}
-    assert {"dissipative_bk.kappa", "hebbian.q_proj.weight", "ln2.weight", "resonance.bias"} <= new
+    assert {"dissipative_bk.kappa", "hebbian.qkv_proj.weight", "ln2.weight", "resonance.bias"} <= new
     assert not any(part.startswith(("ln1", "ln3", "ffn", "bk_proj", "ar_ssm", "ln_ssm")) for part in new)
     assert report.to_dict()["tensors"][0]["status"] == "copied"
 

@@ -22,14 +22,14 @@ from ...layers import (
     ZetaEmbedding,
 )
 from ...ops.precision import wide_dtype
-from ..base import IntegratedModel
+from ..base import Block, IntegratedModel
 from ..initialization import init_weights
 from ..packing import TokenBatch, positions, read_tokens
 from .config import Phase1Config
 from .state import Phase1LayerState, Phase1State
 
 
-class Phase1Block(nn.Module):
+class Phase1Block(Block):
     """One block."""
 
     def __init__(self, config: Phase1Config):
@@ -62,7 +62,7 @@ class Phase1Block(nn.Module):
         """Shapes of one sequence's state, tensor by tensor."""
         return [(self.bk.num_heads,), *(self.ar_ssm.state_shape if self.ar_ssm is not None else ())]
 
-    def forward(
+    def compute(
         self, x: Tensor, state: Phase1LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Phase1LayerState]:
         """x (B, N, D), the block's state and the offsets of packed sequences -> x, the resolvent's features
@@ -202,7 +202,7 @@ class Phase1IntegratedModel(IntegratedModel):
         )
         extras: list[Any] = [state] * return_state + [diagnostics] * return_diagnostics
         if gates is not None:
-            extras.append(self._penalty(gates, hidden))
+            extras.append(self.penalty(gates, hidden))
         output = self._predict(hidden, labels)
         return (output, *extras) if extras else output
 
@@ -214,10 +214,12 @@ class Phase1IntegratedModel(IntegratedModel):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         diagnostics: dict[str, Any] | None = None,
+        outputs: list[Tensor] | None = None,
         gates: list[Tensor] | None = None,
     ) -> tuple[Tensor, Phase1State]:
         """Everything but the head: final hidden states (B, N, D) and the next state; arguments as in ``forward``.
-        ``diagnostics`` is a dictionary to fill, ``gates`` a list for the gates (B, N, rank) of every layer."""
+        ``diagnostics`` is a dictionary to fill, ``outputs`` a list for what enters the first block and what leaves each
+        (B, N, D), ``gates`` one for the gates (B, N, rank) of every layer."""
         batch = read_tokens(input_ids, self.vocab_size, cu_seqlens, attention_mask)
         position = self._start_position(state, batch.sequences, input_ids.device)
         config = self.config
@@ -227,9 +229,13 @@ class Phase1IntegratedModel(IntegratedModel):
         place = positions(state.position if state is not None else None, batch.input_ids, batch.cu_seqlens)
         embedded = x + self.position_embedding(place).to(x.dtype)
         x, layers, traces = self.dropout(embedded), [], []
+        if outputs is not None:
+            outputs.append(batch.restore(x))
         for i, block in enumerate(self.blocks):
             x, features, gate, layer = block(x, state.layers[i] if state is not None else None, batch.cu_seqlens)
             layers.append(layer)
+            if outputs is not None:
+                outputs.append(batch.restore(x))
             if gates is not None and gate is not None:
                 gates.append(gate)
             if diagnostics is not None:
@@ -246,7 +252,7 @@ class Phase1IntegratedModel(IntegratedModel):
     def _blocks(self) -> list[Phase1Block]:
         return list(cast(Iterable[Phase1Block], self.blocks))
 
-    def _penalty(self, gates: list[Tensor], like: Tensor) -> Tensor:
+    def penalty(self, gates: list[Tensor], like: Tensor) -> Tensor:
         """The mean gate of all layers, weighted; zero without layers that have gates, on the device of ``like``."""
         means = [gate.mean(dtype=wide_dtype(gate)) for gate in gates]
         mean = torch.stack(means).mean() if means else torch.zeros((), device=like.device)

@@ -7,7 +7,8 @@ potential. A model that grew out of Phase 1 keeps its semiseparable branch, behi
 Shapes: B batch, N sequence, D model width, H heads, K = V head width, S sequences.
 """
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,17 +28,20 @@ from ...layers import (
 )
 from ...layers.hebbian import HebbianOutput
 from ...ops import Consolidation, MemoryState
-from ..base import IntegratedModel
+from ..base import Block, IntegratedModel
 from ..initialization import init_weights
 from ..packing import TokenBatch, positions, read_tokens
 from .config import Phase2Config
 from .state import LayerState, Phase2State
+from .token_step import TokenStep
 
 if TYPE_CHECKING:
     from .conversion import ConversionReport
 
+_log = logging.getLogger(__name__)
 
-class Phase2Block(nn.Module):
+
+class Phase2Block(Block):
     """One block; ``first`` blocks have no memory before them to feed back."""
 
     def __init__(self, config: Phase2Config, first: bool = False):
@@ -99,7 +103,7 @@ class Phase2Block(nn.Module):
         return Consolidation(
             self.consolidation_interval,
             self.snr_filter.constants if self.snr_filter else None,
-            self.resonance.constants() if self.resonance else None,
+            self.resonance() if self.resonance else None,
         )
 
     def state_shapes(self) -> list[tuple[int, ...]]:
@@ -108,7 +112,7 @@ class Phase2Block(nn.Module):
         memory, conv_tail = self.hebbian.state_shape
         return [(heads,), memory, memory, memory[:1], conv_tail, *(self.ar_ssm.state_shape if self.ar_ssm else ())]
 
-    def forward(
+    def compute(
         self,
         x: Tensor,
         readout: Tensor | None,
@@ -230,9 +234,11 @@ class Phase2IntegratedModel(IntegratedModel):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         diagnostics: dict[str, Any] | None = None,
+        outputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, Phase2State]:
         """Everything but the head: final hidden states (B, N, D) and the next state; arguments as in ``forward``.
-        ``diagnostics`` is a dictionary to fill."""
+        ``diagnostics`` is a dictionary to fill, ``outputs`` a list for what enters the first block and what leaves each
+        (B, N, D)."""
         batch = read_tokens(input_ids, self.vocab_size, cu_seqlens, attention_mask)
         position = self._start_position(state, batch.sequences, input_ids.device)
         x = self.token_embedding(batch.input_ids)
@@ -240,11 +246,15 @@ class Phase2IntegratedModel(IntegratedModel):
         place = positions(start, batch.input_ids, batch.cu_seqlens)
         embedded = x + self.position_embedding(place).to(x.dtype)
         x, readout, layers, traces = self.dropout(embedded), None, [], []
+        if outputs is not None:
+            outputs.append(batch.restore(x))
         for i, block in enumerate(self.blocks):
             before = state.layers[i] if state is not None else None
             x, gamma, hebbian, layer = block(x, readout, before, start, batch.cu_seqlens)
             readout = hebbian.readout
             layers.append(layer)
+            if outputs is not None:
+                outputs.append(batch.restore(x))
             if diagnostics is not None:
                 traces.append(_Trace(x, gamma, hebbian, before.memory if before else None))
         hidden = self.ln_f(x)
@@ -255,6 +265,12 @@ class Phase2IntegratedModel(IntegratedModel):
 
     def state_shapes(self) -> list[list[tuple[int, ...]]]:
         return [block.state_shapes() for block in self._blocks]
+
+    def fused_step(self, state: Phase2State) -> Callable[[Tensor], Tensor] | None:
+        obstacle = TokenStep.obstacle(self, state)
+        if obstacle:
+            _log.info("one token at a time without kernels of its own: %s", obstacle)
+        return None if obstacle else TokenStep(self, state)
 
     @property
     def _blocks(self) -> list[Phase2Block]:

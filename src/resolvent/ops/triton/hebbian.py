@@ -20,6 +20,7 @@ C tokens of a chunk.
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,8 +108,22 @@ def _layout(lengths: tuple[int, ...], phases: tuple[int, ...], longest_segment: 
 
 
 def _on(x: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for the work that is queued there."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    """A copy to be kept, made without waiting for the work that is queued there.
+
+    A thread of its own makes it: while a CUDA graph is being prepared, what its own thread allocates is the graph's.
+    """
+    if device.type != "cuda":
+        return x
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_copied, x, device).result()
+
+
+def _copied(x: Tensor, device: torch.device) -> Tensor:
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        copy = x.pin_memory().to(device, non_blocking=True)
+    stream.synchronize()
+    return copy
 
 
 def _layout_of(q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, interval: int) -> _Layout:
@@ -219,8 +234,8 @@ def _resonance(basis, sharpness, bias, head, keys, K, BK: tl.constexpr, RESONANC
     modes, steepness, offset = tl.zeros([BK, BK], tl.float32), 0.0, 0.0
     if RESONANCE:
         modes += _tile(basis, K, keys, keys, keys < K, K)
-        steepness += tl.load(sharpness + head)
-        offset += tl.load(bias + head)
+        steepness += tl.load(sharpness + head).to(tl.float32)
+        offset += tl.load(bias + head).to(tl.float32)
     if HALF:
         modes = modes.to(tl.float16)
     return modes, steepness, offset
@@ -529,6 +544,47 @@ def _chunk_gradients(
     tl.store(grad_decay + tokens * heads + head, of_decay, mask=inside)
 
 
+@_kernel
+def _load_state(memory, writes, forgetting, row, K, V, BK: tl.constexpr, BV: tl.constexpr, CONSOLIDATE: tl.constexpr):
+    """Memory, writes and Γ̄ of a head; zeros for the last two without consolidation."""
+    square, in_square = _square(tl.arange(0, BK), tl.arange(0, BV), K, V)
+    state = tl.load(memory + row * K * V + square, mask=in_square, other=0.0)
+    wrote, forgot = tl.zeros_like(state), 0.0
+    if CONSOLIDATE:
+        wrote += tl.load(writes + row * K * V + square, mask=in_square, other=0.0)
+        forgot += tl.load(forgetting + row)
+    return state, wrote, forgot
+
+
+@_kernel
+def _advance(
+    query, key, value, decay, state, wrote, forgot, memory, writes, forgetting, boundary, basis, sharpness, bias, row,
+    head, threshold, temperature, gamma_boost, eta_boost, energy,
+    K, V, BK: tl.constexpr, BV: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """A memory learns ``key`` (with its rate η) and ``value``, answers ``query``, and is stored."""
+    square, in_square = _square(tl.arange(0, BK), tl.arange(0, BV), K, V)
+    square += row * K * V
+    kept, written = tl.exp(-decay), key[:, None] * value[None, :]
+    state = state * kept + written
+    answer = tl.sum(state * query[:, None], 0)
+    if SNR or RESONANCE:
+        wrote, forgot = wrote * kept + written, forgot + decay
+        if boundary:
+            keys = tl.arange(0, BK)
+            modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
+            state = _consolidate(
+                state, wrote, forgot, modes, steepness, offset, threshold, temperature, gamma_boost, eta_boost, energy,
+                K, V, SNR, RESONANCE,
+            )  # fmt: skip
+            wrote = tl.zeros_like(wrote)
+            forgot = 0.0
+        tl.store(writes + square, wrote, mask=in_square)
+        tl.store(forgetting + row, forgot)
+    tl.store(memory + square, state, mask=in_square)
+    return answer
+
+
 @_kernel(do_not_specialize=_VARYING)
 def _step(
     q, k, v, decay, eta, memory, writes, forgetting, position, basis, sharpness, bias,
@@ -541,31 +597,19 @@ def _step(
     """One token of a head of a sequence."""
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
-    square, in_square = _square(keys, values, K, V)
     row = sequence * heads + head
     query = tl.load(q + sequence * q_row + head * q_head + keys, mask=keys < K, other=0.0).to(tl.float32)
     key = tl.load(k + sequence * k_row + head * k_head + keys, mask=keys < K, other=0.0).to(tl.float32)
     value = tl.load(v + sequence * v_row + head * v_head + values, mask=values < V, other=0.0).to(tl.float32)
-    forgot = tl.load(decay + sequence * decay_row + head * decay_head).to(tl.float32)
-    kept = tl.exp(-forgot)
-    written = (key * tl.load(eta + head))[:, None] * value[None, :]
-    state = tl.load(memory + row * K * V + square, mask=in_square, other=0.0) * kept + written
-    answer = tl.sum(state * query[:, None], 0)
+    boundary = (tl.load(position + sequence) + 1) % tl.maximum(interval, 1) == 0
+    forgets = tl.load(decay + sequence * decay_row + head * decay_head).to(tl.float32)
+    state, wrote, forgot = _load_state(memory, writes, forgetting, row, K, V, BK, BV, SNR or RESONANCE)
+    answer = _advance(
+        query, key * tl.load(eta + head), value, forgets, state, wrote, forgot, new_memory, new_writes, new_forgetting,
+        boundary, basis, sharpness, bias, row, head, threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK,
+        BV, SNR, RESONANCE, HALF,
+    )  # fmt: skip
     tl.store(readout + row * V + values, answer.to(readout.dtype.element_ty), mask=values < V)
-    if SNR or RESONANCE:
-        wrote = tl.load(writes + row * K * V + square, mask=in_square, other=0.0) * kept + written
-        forgetting_now = tl.load(forgetting + row) + forgot
-        if (tl.load(position + sequence) + 1) % interval == 0:
-            modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
-            state = _consolidate(
-                state, wrote, forgetting_now, modes, steepness, offset, threshold, temperature, gamma_boost, eta_boost,
-                energy, K, V, SNR, RESONANCE,
-            )  # fmt: skip
-            wrote = tl.zeros_like(wrote)
-            forgetting_now = 0.0
-        tl.store(new_writes + row * K * V + square, wrote, mask=in_square)
-        tl.store(new_forgetting + row, forgetting_now)
-    tl.store(new_memory + row * K * V + square, state, mask=in_square)
 
 
 @_kernel(do_not_specialize=["heads", "size"])

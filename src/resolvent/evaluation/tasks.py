@@ -1,0 +1,41 @@
+"""Tasks of the LM Evaluation Harness, on a saved model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from resolvent.errors import ConfigError
+
+
+def evaluate_tasks(
+    directory: Path, tokenizer: Path, tasks: Sequence[str], *, task_path: Path | None = None, device: str = "cpu"
+) -> dict[str, Any]:
+    """Let the harness measure a model, which it loads as one of Transformers.
+
+    Args:
+        directory: what `save_model` or `save_pretrained` wrote.
+        tokenizer: the folder of its tokenizer.
+        tasks: names of tasks, of the harness or in `task_path`.
+        task_path: folder with tasks of one's own, as YAML files.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        The harness's results; its `make_table` makes a table of them.
+
+    Raises:
+        ConfigError: the harness is not installed, or a task is unknown.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(f"tasks need the LM Evaluation Harness ({error}): pip install 'resolvent[eval]'") from error
+    import resolvent.hf  # noqa: F401  from here on Transformers knows the models
+
+    manager = TaskManager(include_path=None if task_path is None else str(task_path))
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise ConfigError(f"unknown task: {', '.join(unknown)}; `lm_eval ls tasks` lists those of the harness")
+    arguments = {"pretrained": str(directory), "tokenizer": str(tokenizer)}
+    return lm_eval.simple_evaluate(
+        model="hf", model_args=arguments, tasks=list(tasks), task_manager=manager, device=device
+    )

@@ -1,0 +1,11 @@
+"""``import resolvent.hf`` makes the models known to Transformers."""
+
+from .models.hf import (
+    Phase1ForCausalLM,
+    Phase1HFConfig,
+    Phase2ForCausalLM,
+    Phase2HFConfig,
+    RecurrentCache,
+)
+
+__all__ = ["Phase1ForCausalLM", "Phase1HFConfig", "Phase2ForCausalLM", "Phase2HFConfig", "RecurrentCache"]

@@ -1,0 +1,377 @@
+"""The models as Transformers knows them: ``AutoModelForCausalLM``, ``generate``, ``Trainer``, PEFT.
+
+Nothing is modelled here. A class holds one of our models as ``model`` and translates: configurations to and from
+dictionaries of fields, labels that Transformers shifts inside to ours, and the recurrent state to what ``generate``
+passes around as a cache. Importing the module registers the classes.
+
+Shapes: B batch, N sequence, D model width, V vocabulary.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from ..errors import ConfigError
+from ..layers.zeta import ExactConstant
+from ..ops import IGNORED, linear_cross_entropy
+from ..ops.precision import at_least_float32
+from .base import IntegratedModel
+from .config import ModelConfig, check_fields
+from .phase1 import Phase1Config, Phase1IntegratedModel
+from .phase2 import Phase2Config, Phase2IntegratedModel
+from .state import ModelState
+from .storage import FORMAT_VERSION, TRANSFORMERS_ENTRIES, check_version, model_type
+
+_ARGUMENTS = ("model_type", "name_or_path", "num_labels", "attn_implementation", "experts_implementation")
+"""What Transformers' configurations take besides what they hold."""
+
+
+class _HFConfig(PretrainedConfig):
+    """A configuration of ours, with its fields as attributes beside those of Transformers.
+
+    A subclass names ``__init__`` and ``__eq__`` once more: Transformers 5 makes a dataclass of it, whose own would know
+    nothing of our fields.
+
+    Args:
+        values: fields of the phase's dataclass, and what Transformers keeps in every configuration.
+
+    Raises:
+        ConfigError: a field does not exist, or its value is wrong.
+    """
+
+    dataclass: ClassVar[type[ModelConfig]]
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "num_heads"}  # noqa: RUF012
+
+    def __init__(self, **values: Any) -> None:
+        values = {self.attribute_map.get(name, name): value for name, value in values.items()}
+        check_version(values.pop("format_version", FORMAT_VERSION), type(self).__name__)
+        names = {field.name for field in dataclasses.fields(self.dataclass)}
+        fields = {name: value for name, value in values.items() if name in names}
+        others = {name: value for name, value in values.items() if name not in names}
+        known = {*vars(PretrainedConfig()), *TRANSFORMERS_ENTRIES, *_ARGUMENTS}
+        check_fields(self.dataclass, {name: None for name in others if name not in known})
+        if others.pop("tie_word_embeddings", False):  # where it is a field it has been renamed to it
+            raise ConfigError("tie_word_embeddings must be False: the head of a Phase 1 model has weights of its own")
+        config = self.dataclass.from_dict(fields)
+        config.validate()
+        super().__init__(**others)
+        self.format_version = FORMAT_VERSION
+        self.tie_word_embeddings = False  # Phase 2 has its own say on this in the next line
+        for name, value in config.to_dict().items():
+            setattr(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def to_dataclass(self) -> Any:
+        """The configuration of our model.
+
+        Raises:
+            ConfigError: a value that was set since is wrong.
+        """
+        config = self.dataclass.from_dict({f.name: getattr(self, f.name) for f in dataclasses.fields(self.dataclass)})
+        config.validate()
+        return config
+
+
+class Phase1HFConfig(_HFConfig):
+    """``Phase1Config`` for Transformers."""
+
+    model_type = model_type(1)
+    dataclass = Phase1Config
+    __init__, __eq__ = _HFConfig.__init__, _HFConfig.__eq__
+
+
+class Phase2HFConfig(_HFConfig):
+    """``Phase2Config`` for Transformers."""
+
+    model_type = model_type(2)
+    dataclass = Phase2Config
+    __init__, __eq__ = _HFConfig.__init__, _HFConfig.__eq__
+    attribute_map = {**_HFConfig.attribute_map, "tie_word_embeddings": "tie_embeddings"}  # noqa: RUF012
+
+
+class RecurrentCache(Cache):
+    """A model's state, in the place of a cache: of one size, however much was read.
+
+    As with every cache of Transformers, a forward pass that is given one leaves in it what it read; take a
+    ``copy.copy`` of it to go on from one place twice.
+
+    Attributes:
+        state: what the sequences have read; None before the first token.
+        columns: tokens of a sequence that were read, padding included.
+    """
+
+    def __init__(self, state: ModelState | None = None, columns: int = 0) -> None:
+        super().__init__(layers=[])
+        self.state, self.columns = state, columns
+
+    def __repr__(self) -> str:
+        return f"RecurrentCache({self.batch_size} sequences, {self.columns} columns)"
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences B; -1 before the first token."""
+        return -1 if self.state is None else len(self.state)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was read."""
+        return self.state is not None
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether the cache stays at its addresses, which a functional state does not."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back, which a recurrent state cannot."""
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns read."""
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: no length is too long."""
+        return -1
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether anything was read."""
+        return self.state is not None
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state, self.columns = None, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Go on with these sequences, in this order: int64 (B,)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these sequences, in this order."""
+        self.state = self.state[indices] if self.state is not None else None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Go on from every sequence in ``repeats`` ways."""
+        self.state = self.state.repeat(repeats) if self.state is not None else None
+
+    def crop(self, *lengths: int, **options: int) -> None:
+        """Raise: what was read cannot be taken back."""
+        raise NotImplementedError("a recurrent state cannot be cropped: keep a copy.copy of the cache and return to it")
+
+
+class _ForCausalLM(PreTrainedModel, GenerationMixin):
+    """One of our models behind the interface of Transformers.
+
+    Attributes:
+        model: our model.
+    """
+
+    integrated: ClassVar[type[IntegratedModel]]
+    base_model_prefix = "model"  # a checkpoint of ours has the names without it, as base models have
+    _is_stateful = True
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+
+    config_class: Any
+    model: Any
+
+    def __init__(self, config: _HFConfig) -> None:
+        super().__init__(config)
+        self.model = self.integrated(config.to_dataclass(), init=False)
+        if self.model.tied:  # Transformers ties the two itself, and counts what it loads before that
+            self.model.lm_head.weight = nn.Parameter(torch.empty_like(self.model.lm_head.weight))
+        self.post_init()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draw the weights that no checkpoint gave, as a fresh model has them; what was loaded stays as it is."""
+        missing: dict[str, Tensor] = {}
+        for path, module in self.model.named_modules():
+            if isinstance(module, ExactConstant):  # not in a checkpoint, and left empty where Transformers makes room
+                module.value = module.make().to(module.value.device)
+            elif not _is_initialized(module):
+                parameters = module.named_parameters(path, recurse=False)
+                missing |= {name: x for name, x in parameters if not _is_initialized(x)}
+            cast(Any, module)._is_hf_initialized = True
+        if len(missing) == len(list(self.model.parameters())):
+            if self.config.tie_word_embeddings:
+                self.model.lm_head.weight = self.model.token_embedding.weight
+            self.model.init_weights()
+        elif missing:
+            fresh = dict(self.integrated(self.config.to_dataclass()).named_parameters())
+            for name, parameter in missing.items():
+                parameter.copy_(fresh[name])
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.token_embedding = value
+        self.model.vocab_size = self.model.config.vocab_size = cast(nn.Embedding, value).num_embeddings
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.model.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token, the loss of labels, and the state.
+
+        Args:
+            input_ids: tokens, int64 (B, N).
+            attention_mask: 1 for tokens, 0 for padding on either side, (B, N), or with the columns before them that
+                the cache has read.
+            labels: int64 (B, N); Transformers' convention: those of ``input_ids`` themselves, which are shifted here,
+                and -100 at places that do not count.
+            past_key_values: what the sequences have read; it is left at the last token.
+            use_cache: return the state; by default when not training.
+            output_hidden_states: also return what enters the first block and what leaves each, the last after the norm.
+            logits_to_keep: compute the logits of this many last places only, or of the places of a tensor; 0 for all.
+            skip_logits: compute the loss without holding the logits, and return none; by default when training with
+                labels.
+            num_items_in_batch: labels that count over all batches of a training step: their sum is divided by it. By
+                default the mean of the labels here.
+            others: what other models take, embeddings and positions among it: None or False, nothing else.
+
+        Raises:
+            TypeError: there is no such argument.
+            ValueError: tokens, mask, labels or cache do not fit each other or the model.
+        """
+        if unknown := [name for name, value in others.items() if value is not None and value is not False]:
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(unknown)}")
+        if past_key_values is not None and not isinstance(past_key_values, RecurrentCache):
+            raise ValueError(f"past_key_values must be a RecurrentCache, got {type(past_key_values).__name__}")
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", True) and not self.training
+        if past_key_values is None and use_cache:
+            past_key_values = RecurrentCache()
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -input_ids.shape[1] :]
+            attention_mask = None if attention_mask.all() else attention_mask
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        outputs: list[Tensor] | None = [] if output_hidden_states else None
+        gates: list[Tensor] | None = [] if self.model.penalised and self.training and labels is not None else None
+        hidden, state = self.model.hidden_states(
+            input_ids,
+            state=past_key_values.state if past_key_values is not None else None,
+            attention_mask=attention_mask,
+            outputs=outputs,
+            **({} if gates is None else {"gates": gates}),
+        )
+        if past_key_values is not None:
+            past_key_values.state = state
+            past_key_values.columns += input_ids.shape[1]
+        logits = loss = None
+        if not skip_logits:
+            kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.model.logits(hidden[:, kept])
+        if labels is not None:
+            labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].to(hidden.device)
+            if attention_mask is not None:  # padding is not read, and predicts nothing
+                labels = labels.masked_fill(attention_mask == 0, IGNORED)
+            counted = (labels != IGNORED).sum()
+            penalty = 0.0 if gates is None else counted * self.model.penalty(gates, hidden)
+            nats = self._nats(hidden, labels) + penalty
+            loss = nats / (counted if num_items_in_batch is None else num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=None if outputs is None else (*outputs[:-1], hidden),
+        )
+
+    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of the next ``forward``, which takes positions from the state, and no embeddings."""
+        inputs = cast(Any, super()).prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        foreign = ("cache_position", "position_ids", "inputs_embeds")
+        return {name: value for name, value in inputs.items() if name not in foreign}
+
+    def _nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the labels' nats: hidden states (B, N, D), labels (B, N). The logits never lie in memory together,
+        unless the head is more than a matrix: one that PEFT has wrapped, or that Accelerate fetches when it is called.
+        """
+        head = self.model.lm_head
+        if type(head) is nn.Linear and not hasattr(head, "_hf_hook"):
+            flat, backend = hidden.flatten(0, 1), self.model.config.backend
+            return linear_cross_entropy(flat, head.weight, labels.flatten(), reduction="sum", backend=backend)
+        logits = self.model.logits(hidden).flatten(0, 1)
+        return F.cross_entropy(at_least_float32(logits), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Whether ``generate`` may make a cache of keys and values."""
+        return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Give ``generate`` a cache from the start: long prompts are read in pieces only where there is one."""
+        cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = RecurrentCache()
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """Let every n-th block be computed anew, always without re-entrance: that form would lose the gradients of
+        tensors which blocks hand on in tuples."""
+        for index, block in enumerate(self.model.blocks):
+            block.gradient_checkpointing = enable and index % every_n_layers == 0
+            block._gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+
+
+def _is_initialized(part: nn.Module | Tensor) -> bool:
+    """Whether Transformers has marked a module or a tensor as loaded."""
+    return getattr(part, "_is_hf_initialized", False)
+
+
+class Phase1ForCausalLM(_ForCausalLM):
+    """``Phase1IntegratedModel`` for Transformers; in training, its penalty is part of the loss."""
+
+    config_class = Phase1HFConfig
+    integrated = Phase1IntegratedModel
+    _no_split_modules = ["Phase1Block"]  # noqa: RUF012
+
+
+class Phase2ForCausalLM(_ForCausalLM):
+    """``Phase2IntegratedModel`` for Transformers."""
+
+    config_class = Phase2HFConfig
+    integrated = Phase2IntegratedModel
+    _no_split_modules = ["Phase2Block"]  # noqa: RUF012
+    _tied_weights_keys = {"model.lm_head.weight": "model.token_embedding.weight"}  # noqa: RUF012
+
+
+for _class in (Phase1ForCausalLM, Phase2ForCausalLM):
+    AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_class.config_class, _class, exist_ok=True)

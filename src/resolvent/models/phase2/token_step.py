@@ -1,0 +1,128 @@
+"""One token at a time through a Phase 2 model, by the kernels of ``ops.triton.token_step``: eight launches a block."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...layers import ZetaEmbedding
+from ...ops import Consolidation, backend
+from .state import LayerState, Phase2State
+
+if TYPE_CHECKING:
+    from .model import Phase2Block, Phase2IntegratedModel
+
+MOST_SEQUENCES = 8
+"""With more, products of matrices win over products with one vector after another."""
+
+
+class TokenStep:
+    """Reads a token of every sequence and keeps the state, in place; everything but the weights is float32.
+
+    Args:
+        model: see ``obstacle``.
+        state: of its sequences, with the position on the device; it changes with every token.
+    """
+
+    def __init__(self, model: Phase2IntegratedModel, state: Phase2State) -> None:
+        from ...ops.triton import token_step
+
+        self.kernels, self.model, self.state = token_step, model, state
+        config, sequences, device = model.config, len(state), state.device
+        width = config.num_heads * config.head_dim
+
+        def room(*shape: int) -> Tensor:
+            return torch.empty(sequences, *shape, device=device)
+
+        self.x, self.logits = room(config.d_model), room(config.vocab_size)
+        self.projected, self.readout, self.gated = room(3 * width), room(width), room(width)
+        self.gamma, self.gate, self.inner = room(config.num_heads), room(config.head_dim), room(config.ffn_width)
+        self.table = cast(nn.Embedding, model.token_embedding).weight
+        self.waves = cast(ZetaEmbedding, model.position_embedding)
+        self.consolidations = [_in_float32(block.consolidation()) for block in model._blocks]
+
+    @staticmethod
+    def obstacle(model: Phase2IntegratedModel, state: Phase2State) -> str | None:
+        """What keeps a model from taking these kernels, if anything does."""
+        config = model.config
+        if len(state) > MOST_SEQUENCES:
+            return f"{len(state)} sequences are more than {MOST_SEQUENCES}"
+        if not isinstance(model.token_embedding, nn.Embedding) or config.ar_ssm_rank or config.conv_size < 2:
+            return "it has a tensor-train embedding, a semiseparable branch or no short convolution"
+        if model.position_embedding.trainable:
+            return "its positions have trained frequencies"
+        if any(type(layer) is not nn.Linear for layer in _projections(model)):
+            return "a projection of it is no plain nn.Linear"
+        dtype = model.lm_head.weight.dtype
+        run = backend.implementation("dissipative_memory", config.backend, state.device, dtype, config.head_dim)
+        return None if run.__module__.startswith("resolvent.ops.triton") else "its operators run in torch"
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """Read a token of every sequence, int64 (B,): logits of the next, (B, vocabulary), which the next call
+        overwrites."""
+        model, kernels, waves = self.model, self.kernels, self.waves
+        frequency = waves.initial_frequency.value
+        kernels.embed(token, self.state.position, self.table, frequency, waves.gain, waves.scale, self.x)
+        for i, (block, layer) in enumerate(zip(model._blocks, self.state.layers, strict=True)):
+            self._read(block, layer, self.consolidations[i], first=i == 0)
+        kernels.linear(self.x, model.lm_head.weight, None, self.logits, self._norm(model.ln_f))
+        self.state.position.add_(1)
+        return self.logits
+
+    def _read(self, block: Phase2Block, state: LayerState, rule: Consolidation | None, first: bool) -> None:
+        """One block, its three branches one after the other."""
+        kernels, x, layer = self.kernels, self.x, block.hebbian
+        chain = torch.view_as_real(state.resolvent)
+        kernels.scatter(
+            x,
+            None if first else self.readout,
+            self._norm(block.ln1),
+            block.dissipative_bk,
+            block.bk_proj.weight,
+            chain,
+            self.gamma,
+        )
+        kernels.linear(x, layer.qkv_proj.weight, None, self.projected, self._norm(block.ln2))
+        gate, answer = None, self.readout
+        if layer.gate_down is not None:
+            gate, answer = self.gate, self.gated
+            kernels.linear(x, layer.gate_down.weight, None, gate, self._norm(block.ln2))
+        kernels.remember(
+            self.projected,
+            self.gamma,
+            gate,
+            self.state.position,
+            layer,
+            rule,
+            tuple(state.memory),
+            state.conv_tail,
+            self.readout,
+            self.gated,
+        )
+        kernels.linear(answer, layer.out_proj.weight, None, x, add=True)
+        inner, outer = (cast(nn.Linear, block.ffn[i]) for i in (0, 2))
+        kernels.linear(x, inner.weight, inner.bias, self.inner, self._norm(block.ln3), gelu=True)
+        kernels.linear(self.inner, outer.weight, outer.bias, x, add=True)
+
+    def _norm(self, layer: nn.LayerNorm) -> Any:
+        return self.kernels.Norm(layer.weight, layer.bias, layer.eps)
+
+
+def _projections(model: Phase2IntegratedModel) -> list[nn.Module]:
+    """What multiplies by a matrix."""
+    found: list[Any] = [model.lm_head]
+    for block in model._blocks:
+        potential, memory = block.dissipative_bk.potential, block.hebbian
+        found += [potential.v_proj, potential.gamma_proj, potential.memory_to_potential, block.bk_proj]
+        found += [memory.qkv_proj, memory.gate_down, memory.gate_up, memory.out_proj, block.ffn[0], block.ffn[2]]
+    return [layer for layer in found if layer is not None]
+
+
+def _in_float32(rule: Consolidation | None) -> Consolidation | None:
+    """The rule with its basis as the kernels read it."""
+    if rule is None or rule.resonance is None:
+        return rule
+    return replace(rule, resonance=replace(rule.resonance, basis=rule.resonance.basis.float()))

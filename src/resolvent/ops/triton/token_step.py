@@ -1,0 +1,280 @@
+"""Triton kernels for one token of a few sequences: what a block does with it, in few launches.
+
+At this size a GPU waits for launches and for weights, so whatever a program can work out again for itself it does:
+norms are part of the product that follows them, activations and residual sums of the one before. Everything but the
+weights is float32. The functions here change what they are given: the residual stream and the state.
+
+Shapes: B sequences, D width of the input, R rows of a weight, H heads, K = V head width, W convolution width, G width
+of the gate.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bk_core import _reciprocal
+from .hebbian import _advance, _constants, _load_state
+from .queries_keys_values import _TINY
+
+_kernel: Any = triton.jit
+_ELEMENTS = 4096
+"""Weights that a program of a product holds: enough programs for all processors, each with enough to wait for."""
+
+
+class Norm(NamedTuple):
+    """A layer norm: weight (D,), bias (D,) and epsilon."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+@_kernel
+def _normalized(x, weight, bias, columns, inside, width, eps):
+    mean = tl.sum(x, 0) / width
+    centred = tl.where(inside, x - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    return centred * scale * gain + tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+
+
+@_kernel
+def _embed(token, position, table, frequency, gain, x, scale, D, BLOCK: tl.constexpr):
+    sequence, columns = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = columns < D
+    row = tl.load(table + tl.load(token + sequence) * D + columns, mask=inside, other=0.0).to(tl.float32)
+    phase = tl.load(position + sequence).to(tl.float64) * tl.load(frequency + columns // 2, mask=inside, other=0.0)
+    waves = tl.where(columns % 2 == 0, tl.sin(phase), tl.cos(phase)).to(tl.float32)
+    tl.store(x + sequence * D + columns, row + tl.load(gain).to(tl.float32) * scale * waves, mask=inside)
+
+
+@_kernel
+def _linear(
+    x, norm_weight, norm_bias, weight, bias, out, eps, batch, width, rows,
+    NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    columns, row = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside, wanted = columns < width, row < rows
+    matrix = tl.load(
+        weight + row[:, None] * width + columns[None, :], mask=wanted[:, None] & inside[None, :], other=0.0
+    ).to(tl.float32)
+    for sequence in range(batch):
+        given = tl.load(x + sequence * width + columns, mask=inside, other=0.0)
+        if NORM:
+            given = _normalized(given, norm_weight, norm_bias, columns, inside, width, eps)
+        result = tl.sum(matrix * given[None, :], 1)
+        if BIAS:
+            result += tl.load(bias + row, mask=wanted, other=0.0).to(tl.float32)
+        if GELU:
+            result *= 0.5 * (1 + tl.erf(result * 0.7071067811865476))
+        place = out + sequence * rows + row
+        if ADD:
+            result += tl.load(place, mask=wanted, other=0.0)
+        tl.store(place, result, mask=wanted)
+
+
+@_kernel
+def _scatter(
+    x, readout, norm_weight, norm_bias, v_weight, gamma_weight, memory_weight, gamma_bias, h0_super, h0_sub, kappa,
+    energy, log_zeta, bk_weight, g, gamma, eps, base_decay, D, H, memory_width,
+    ADAPTIVE: tl.constexpr, FEEDBACK: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, MEMORY: tl.constexpr,
+):  # fmt: skip
+    """Potential, a site of every chain, and its features on top of the residual stream."""
+    sequence, columns, heads = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, HEADS)
+    inside, there = columns < D, heads < H
+    # Everything is loaded before anything waits for a sum.
+    tile, in_tile = heads[:, None] * D + columns[None, :], there[:, None] & inside[None, :]
+    old = tl.load(x + sequence * D + columns, mask=inside, other=0.0)
+    of_v, of_gamma = tl.load(v_weight + tile, mask=in_tile, other=0.0), tl.zeros([HEADS, BLOCK], tl.float32)
+    if ADAPTIVE:
+        of_gamma += tl.load(gamma_weight + tile, mask=in_tile, other=0.0).to(tl.float32)
+    turned, in_turned = columns[:, None] * 2 * H + heads[None, :], inside[:, None] & there[None, :]
+    of_re = tl.load(bk_weight + turned, mask=in_turned, other=0.0).to(tl.float32)
+    of_im = tl.load(bk_weight + turned + H, mask=in_turned, other=0.0).to(tl.float32)
+    place = g + 2 * (sequence * H + heads)
+    g_re, g_im = tl.load(place, mask=there, other=0.0), tl.load(place + 1, mask=there, other=0.0)
+    potential = -tl.load(energy + heads, mask=there, other=0.0).to(tl.float32)
+    rate = tl.load(gamma_bias + heads, mask=there, other=0.0).to(tl.float32)
+    strength = tl.abs(tl.load(kappa + heads, mask=there, other=0.0).to(tl.float32))
+    zeta = tl.exp(tl.load(log_zeta + heads, mask=there, other=0.0).to(tl.float32))
+    hopping = tl.load(h0_super + heads, mask=there, other=0.0).to(tl.float32)
+    hopping = tl.abs(hopping * tl.load(h0_sub + heads, mask=there, other=0.0).to(tl.float32))
+    if FEEDBACK:
+        cells = tl.arange(0, MEMORY)
+        answer = tl.load(readout + sequence * memory_width + cells, mask=cells < memory_width, other=0.0)
+        back = heads[:, None] * memory_width + cells[None, :]
+        in_back = there[:, None] & (cells < memory_width)[None, :]
+        feedback = tl.load(memory_weight + back, mask=in_back, other=0.0).to(tl.float32)
+        potential += tl.sum(feedback * answer[None, :], 1)
+    tl.debug_barrier()  # several threads read the same numbers: all have, before one of them writes
+
+    given = _normalized(old, norm_weight, norm_bias, columns, inside, D, eps)[None, :]
+    potential += tl.sum(of_v.to(tl.float32) * given, 1)
+    rate += tl.sum(of_gamma * given, 1)
+    rate = tl.maximum(rate, 0.0) + tl.log(1 + tl.exp(-tl.abs(rate))) + base_decay
+    tl.store(gamma + sequence * H + heads, rate, mask=there)
+    re, im = _reciprocal((potential - hopping * g_re, -(strength * rate + zeta) - hopping * g_im))
+    tl.store(place, re, mask=there)
+    tl.store(place + 1, im, mask=there)
+    tl.store(x + sequence * D + columns, old + tl.sum(of_re * re[None, :] + of_im * im[None, :], 1), mask=inside)
+
+
+@_kernel
+def _convolved(projected, tail, taps, sequence, channels, inside, C, W: tl.constexpr):
+    """SiLU of the convolution at the newest token, and the rows that are the next tail, newest first."""
+    newest = tl.load(projected + sequence * C + channels, mask=inside, other=0.0)
+    total, rows = newest * tl.load(taps + channels, mask=inside, other=0.0).to(tl.float32), (newest,)
+    for j in tl.static_range(1, W):
+        row = tl.load(tail + (sequence * (W - 1) + W - 1 - j) * C + channels, mask=inside, other=0.0)
+        total += row * tl.load(taps + j * C + channels, mask=inside, other=0.0).to(tl.float32)
+        rows = rows + (row,)  # noqa: RUF005 (Triton has no starred tuples)
+    return total * tl.sigmoid(total), rows
+
+
+@_kernel
+def _store_tail(tail, rows, sequence, channels, inside, C, W: tl.constexpr):
+    for j in tl.static_range(W - 1):
+        tl.store(tail + (sequence * (W - 1) + W - 2 - j) * C + channels, rows[j], mask=inside)
+
+
+@_kernel
+def _remember(
+    projected, tail, taps, gamma, log_eta, memory, writes, forgetting, position, basis, sharpness, bias, gate,
+    gate_weight, gate_bias, readout, gated, dt, threshold, temperature, gamma_boost, eta_boost, energy, interval, H, G,
+    K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr,
+    NORM: tl.constexpr, GATE: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """A head's memory learns the token and answers it."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    row, cells = sequence * H + head, tl.arange(0, BK)
+    inside, C, channels = cells < K, 3 * H * K, head * K + cells
+    state, wrote, forgot = _load_state(memory, writes, forgetting, row, K, K, BK, BK, SNR or RESONANCE)
+    query, q_rows = _convolved(projected, tail, taps, sequence, channels, inside, C, W)
+    key, k_rows = _convolved(projected, tail, taps, sequence, H * K + channels, inside, C, W)
+    value, v_rows = _convolved(projected, tail, taps, sequence, 2 * H * K + channels, inside, C, W)
+    opening = tl.zeros_like(value)
+    if GATE:
+        down = tl.arange(0, BG)
+        tile, mask = channels[:, None] * G + down[None, :], inside[:, None] & (down < G)[None, :]
+        up = tl.load(gate_weight + tile, mask=mask, other=0.0).to(tl.float32)
+        opening += tl.sum(up * tl.load(gate + sequence * G + down, mask=down < G, other=0.0)[None, :], 1)
+        opening += tl.load(gate_bias + channels, mask=inside, other=0.0).to(tl.float32)
+    query *= tl.rsqrt(tl.sum(query * query, 0) + K * _TINY)
+    key *= tl.rsqrt(tl.sum(key * key, 0) + K * _TINY) * tl.exp(tl.load(log_eta + head).to(tl.float32))
+    boundary = (tl.load(position + sequence) + 1) % tl.maximum(interval, 1) == 0
+    tl.debug_barrier()  # several threads read the same numbers: all have, before one of them writes
+    _store_tail(tail, q_rows, sequence, channels, inside, C, W)
+    _store_tail(tail, k_rows, sequence, H * K + channels, inside, C, W)
+    _store_tail(tail, v_rows, sequence, 2 * H * K + channels, inside, C, W)
+    answer = _advance(
+        query, key, value, tl.load(gamma + row) * dt, state, wrote, forgot, memory, writes, forgetting, boundary, basis,
+        sharpness, bias, row, head, threshold, temperature, gamma_boost, eta_boost, energy, K, K, BK, BK, SNR,
+        RESONANCE, False,
+    )  # fmt: skip
+    if NORM:
+        answer *= tl.rsqrt(tl.sum(answer * answer, 0) / K + 1e-5)
+    tl.store(readout + row * K + cells, answer, mask=inside)
+    if GATE:
+        tl.store(gated + row * K + cells, answer * tl.sigmoid(opening), mask=inside)
+
+
+# ------------------------------------------------------------------------------------------------------- the launches
+
+
+def embed(
+    token: Tensor, position: Tensor, table: Tensor, frequency: Tensor, gain: Tensor, scale: float, out: Tensor
+) -> None:
+    """``out`` (B, D) = the tokens' rows of the table (vocabulary, D) plus the waves of their positions
+    (``ZetaEmbedding``)."""
+    width = table.shape[1]
+    sizes = (scale, width, triton.next_power_of_2(width))
+    with torch.cuda.device_of(out):
+        _embed[(len(token),)](token.contiguous(), position, table, frequency, gain, out, *sizes, num_warps=4)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    norm: Norm | None = None,
+    gelu: bool = False,
+    add: bool = False,
+) -> None:
+    """``out`` (B, R) = or, with ``add``, += ``gelu(norm(x) weightᵀ + bias)``: x (B, D), weight (R, D), bias (R,)."""
+    (rows, width), block = weight.shape, triton.next_power_of_2(weight.shape[1])
+    held = max(1, min(triton.next_power_of_2(rows), _ELEMENTS // block))
+    scale, shift, eps = norm or (None, None, 0.0)
+    with torch.cuda.device_of(out):
+        _linear[(triton.cdiv(rows, held),)](
+            x, scale, shift, weight, bias, out, eps, len(x), width, rows,
+            NORM=norm is not None, BIAS=bias is not None, GELU=gelu, ADD=add, BLOCK=block, ROWS=held, num_warps=4,
+        )  # fmt: skip
+
+
+def scatter(
+    x: Tensor, readout: Tensor | None, norm: Norm, layer: Any, bk_weight: Tensor, g: Tensor, out: Tensor
+) -> None:
+    """Add a token's resolvent features to x (B, D); its Γ goes to ``out`` (B, H), the chains' g (B, H, 2) move on.
+
+    ``layer`` is a ``DissipativeBKLayer``, ``readout`` the previous block's (B, HV), ``bk_weight`` (D, 2H).
+    """
+    potential, (batch, width) = layer.potential, x.shape
+    adaptive, back = potential.gamma_proj, None if readout is None else potential.memory_to_potential
+    memory_width = 1 if back is None else back.in_features
+    of_potential = (None if linear is None else linear.weight for linear in (potential.v_proj, adaptive, back))
+    of_chain = (layer.h0_super, layer.h0_sub, layer.kappa, layer.energy, layer.log_zeta)
+    with torch.cuda.device_of(out):
+        _scatter[(batch,)](
+            x, readout, norm.weight, norm.bias, *of_potential, potential.gamma_bias, *of_chain, bk_weight, g, out,
+            norm.eps, potential.base_decay, width, potential.num_heads, memory_width,
+            ADAPTIVE=adaptive is not None, FEEDBACK=back is not None, BLOCK=triton.next_power_of_2(width),
+            HEADS=triton.next_power_of_2(potential.num_heads), MEMORY=triton.next_power_of_2(memory_width), num_warps=8,
+        )  # fmt: skip
+
+
+def remember(
+    projected: Tensor,
+    gamma: Tensor,
+    gate: Tensor | None,
+    position: Tensor,
+    layer: Any,
+    consolidation: Any,
+    state: tuple[Tensor, Tensor, Tensor],
+    tail: Tensor,
+    readout: Tensor,
+    gated: Tensor,
+) -> None:
+    """Let a ``DissipativeHebbianLayer``'s memories learn and answer a token; their state and the tail move on.
+
+    Args:
+        projected: (B, 3HK).
+        gamma: Γ, (B, H).
+        gate: the narrow side of the gate, (B, G), if there is one.
+        position: tokens read before, int64 (B,) on the device.
+        layer: the layer.
+        consolidation: what acts at its boundaries, the basis in float32.
+        state: memory and writes (B, H, K, V), Γ̄ (B, H).
+        tail: (B, W - 1, 3HK).
+        readout, gated: room for the answers, (B, HV) each; the second is left alone without a gate.
+    """
+    snr = consolidation.snr if consolidation else None
+    resonance = consolidation.resonance if consolidation else None
+    numbers = [snr.threshold, snr.temperature, snr.gamma_boost, snr.eta_boost] if snr else []
+    energy, interval = resonance.threshold if resonance else 0.0, consolidation.interval if consolidation else 0
+    of_resonance = (resonance.basis, resonance.sharpness, resonance.bias) if resonance else (None, None, None)
+    heads, width = layer.num_heads, layer.head_dim
+    up, narrow = layer.gate_up, 1 if gate is None else gate.shape[1]
+    with torch.cuda.device_of(gated):
+        _remember[(len(projected), heads)](
+            projected, tail, layer.conv_weight, gamma, layer.log_eta, *state, position, *of_resonance, gate,
+            *((None, None) if up is None else (up.weight, up.bias)), readout, gated, layer.dt,
+            *_constants(numbers, energy, interval), heads, narrow,
+            K=width, BK=max(16, triton.next_power_of_2(width)), W=len(layer.conv_weight), SNR=snr is not None,
+            RESONANCE=resonance is not None, NORM=layer.output_norm, GATE=gate is not None,
+            BG=triton.next_power_of_2(narrow), num_warps=8,
+        )  # fmt: skip

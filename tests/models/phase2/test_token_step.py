@@ -1,0 +1,110 @@
+"""The kernels for one token: interpreted on the CPU, compiled where there is a GPU."""
+
+import pytest
+import torch
+
+from resolvent.models.decoding import token_step
+from resolvent.models.phase2.token_step import MOST_SEQUENCES, TokenStep
+
+from .conftest import small_model
+
+pytest.importorskip("triton")
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+OPTIONS = {
+    "all": {},
+    "bare": dict(snr_enabled=False, resonance_enabled=False, memory_feedback=False, output_gate=False),
+    "fixed decay": dict(adaptive_decay=False, output_norm=False, conv_size=2, resonance_enabled=False),
+    "other widths": dict(num_heads=1, head_dim=24, d_model=40, conv_size=3, snr_enabled=False, tie_embeddings=True),
+}
+
+
+def models_on(device, **options):
+    """The same model with kernels and without."""
+    plain = small_model(backend="torch", n_layers=2, **options)
+    fused = small_model(backend="triton", n_layers=2, **options)
+    fused.load_state_dict(plain.state_dict())
+    return fused.to(device), plain.to(device)
+
+
+@torch.no_grad()
+def start(model, device, read=60, batch=2):
+    """What ``read`` and ``read + 2`` tokens leave behind: boundaries come at different steps."""
+    mask = torch.ones(batch, read + 2, dtype=torch.int64, device=device)
+    mask[0, :2] = 0
+    ids = torch.randint(model.vocab_size, (batch, read + 2), device=device)
+    return model.hidden_states(ids, attention_mask=mask)[1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@torch.no_grad()
+def test_reads_as_the_model_does(device, options):
+    fused, model = models_on(device, **options)
+    state = start(model, device)
+    step = token_step(fused, state)
+    assert isinstance(step, TokenStep)
+    for _ in range(6):
+        token = torch.randint(model.vocab_size, (2,), device=device)
+        hidden, state = model.hidden_states(token.unsqueeze(1), state=state)
+        expected, found = model.lm_head(hidden[:, -1]), step(token)
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+    for found, expected in zip(step.state.tensors(), state.tensors(), strict=True):
+        torch.testing.assert_close(found.to(expected.device), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_leaves_the_state_that_it_was_given(device):
+    fused, model = models_on(device)
+    state = start(model, device)
+    before = [x.clone() for x in state.tensors()]
+    token_step(fused, state)(torch.zeros(2, dtype=torch.int64, device=device))
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), before, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("options", "batch", "reason"),
+    [
+        (dict(htt_rank=4), 2, "tensor-train"),
+        (dict(ar_ssm_rank=4), 2, "semiseparable"),
+        (dict(conv_size=1), 2, "convolution"),
+        (dict(zeta_embedding_trainable=True), 2, "frequencies"),
+        ({}, MOST_SEQUENCES + 1, "more than"),
+    ],
+)
+@torch.no_grad()
+def test_what_it_cannot_do_the_model_does(device, options, batch, reason):
+    model = small_model(**options).to(device)
+    state = start(model, device, read=5, batch=batch)
+    assert reason in TokenStep.obstacle(model, state)
+    step, token = token_step(model, state), torch.zeros(batch, dtype=torch.int64, device=device)
+    for _ in range(2):
+        hidden, state = model.hidden_states(token.unsqueeze(1), state=state)
+        torch.testing.assert_close(step(token), model.lm_head(hidden[:, -1]))
+
+
+@torch.no_grad()
+def test_a_replaced_projection_is_not_passed_by():
+    model, plain = models_on("cpu")
+    model.blocks[1].hebbian.out_proj = torch.nn.Sequential(model.blocks[1].hebbian.out_proj)
+    assert "projection" in TokenStep.obstacle(model, start(plain, "cpu", read=5))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_half_precision_weights_on_the_gpu():
+    model, exact = models_on("cuda")
+    model.bfloat16()
+    exact.load_state_dict(model.state_dict())
+    exact.double()
+    state = start(model, "cuda")
+    wide = state.map(lambda x: x.to(torch.promote_types(x.dtype, torch.float64)) if x.is_floating_point() else x)
+    step, ids = token_step(model, state), torch.randint(model.vocab_size, (2, 70), device="cuda")
+    found = torch.stack([step(token).clone() for token in ids.T], 1)
+    expected = exact(ids, state=wide)
+    assert (found - expected).norm() <= 5e-3 * expected.norm()
