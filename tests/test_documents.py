@@ -17,17 +17,22 @@ def test_the_python_of_the_readme_runs():
         exec(compile(snippet, "README.md", "exec"), {})
 
 
-def test_the_commands_of_the_readme_exist():
+@pytest.mark.parametrize(("page", "least"), [("README.md", 5), ("docs/evaluation.md", 4)])
+def test_the_commands_of_a_page_exist(page, least):
     from typer.main import get_command
 
     from resolvent.cli.app import app
+    from resolvent.cli.measures import DEFAULT
 
     commands = get_command(app).commands
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / page).read_text(encoding="utf-8")
     named = re.findall(r"^resolvent (\w+)(.*)$", text, re.MULTILINE)
-    assert len(named) >= 5
+    assert len(named) >= least
     for name, rest in named:
-        options = {option for parameter in commands[name].params for option in parameter.opts}
+        command = commands[name]
+        if name == "evaluate":
+            command = command.commands.get(rest.split()[0], command.commands[DEFAULT])
+        options = {option for parameter in command.params for option in parameter.opts}
         assert set(re.findall(r"--[\w-]+", rest)) <= options, name
 
 

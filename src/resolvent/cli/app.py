@@ -8,8 +8,10 @@ import typer
 from resolvent._version import __version__
 from resolvent.cli.benchmark import benchmark
 from resolvent.cli.convert import convert
-from resolvent.cli.evaluate import evaluate
+from resolvent.cli.evaluate import language
 from resolvent.cli.generate import generate
+from resolvent.cli.long_range import influence, needle, positions
+from resolvent.cli.measures import Measures
 from resolvent.cli.presets import presets
 from resolvent.cli.train import train
 
@@ -21,8 +23,29 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: resolvent train --out runs/first --steps 300",
 )
-for command in (train, generate, evaluate, convert, presets, benchmark):
+for command in (train, generate, convert, presets, benchmark):
     app.command(no_args_is_help=False)(command)
+
+measures = typer.Typer(cls=Measures, no_args_is_help=True, rich_markup_mode="rich", subcommand_metavar="[MEASURE] DIR")
+for measure in (language, positions, needle, influence):
+    measures.command(no_args_is_help=False)(measure)
+app.add_typer(measures, name="evaluate")
+
+
+@measures.callback()
+def evaluate() -> None:
+    """Measure what a model has learnt.
+
+    Without the name of a measure it is [bold]language[/bold]: how well the model
+    predicts text. The other three go far beyond the length that it was
+    trained on, by default to 65,536 tokens. They print a table, write its
+    figures with --json FILE and draw them with --plot FILE. Each explains
+    them with --help.
+
+    Example: [bold]resolvent evaluate runs/tiny --data novel.txt[/bold]
+
+    Example: [bold]resolvent evaluate positions runs/tiny --data novel.txt --plot positions.png[/bold]
+    """
 
 
 def _show_version(value: bool) -> None:

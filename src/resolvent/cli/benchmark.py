@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from resolvent.cli.console import table_console
 from resolvent.cli.loading import Device
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from resolvent.benchmark import Report
-
-_WIDTH = 150
-"""Columns of a table that nobody folds, where the output is no terminal."""
 
 
 def benchmark(
@@ -49,7 +47,6 @@ def benchmark(
     Example: [bold]resolvent benchmark --only operators,training --json figures.json[/bold]
     """
     import torch
-    from rich.console import Console
 
     from resolvent.benchmark import SECTIONS, run
     from resolvent.device import pick_device
@@ -58,9 +55,7 @@ def benchmark(
     if unknown := [section for section in sections if section not in SECTIONS]:
         known = ", ".join(SECTIONS)
         raise typer.BadParameter(f"{', '.join(map(repr, unknown))} is none of {known}.", param_hint="--only")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = table_console()
     report = run(sections, device=pick_device(device), quick=quick, compiled=not eager, console=console)
     _show(report, torch.get_num_threads(), console)
     if json_path is not None:

@@ -1,4 +1,4 @@
-"""`resolvent evaluate`."""
+"""`resolvent evaluate language`, which is `resolvent evaluate` by itself."""
 
 import dataclasses
 import json
@@ -7,22 +7,19 @@ from typing import Annotated
 
 import typer
 
-from resolvent.cli.loading import Device, Directory
+from resolvent.cli.loading import BatchTokens, Device, Directory, Text, documents_of
 from resolvent.training.trained import load_trained, run_of
 
 
-def evaluate(
+def language(
     directory: Directory,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Text file, folder, .jsonl or .parquet.", show_default="the run's held-out documents"),
-    ] = None,
+    data: Text = None,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness instead of a text, with commas between.")
     ] = None,
     task_path: Annotated[Path | None, typer.Option(help="Folder with YAML tasks of your own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens at once; fewer need less memory.")] = 4096,
+    batch_tokens: BatchTokens = 4096,
     device: Device = "auto",
 ) -> None:
     """Measure how well a model predicts text.
@@ -40,10 +37,9 @@ def evaluate(
     model, tokenizer = load_trained(directory, device)
     from rich.console import Console
 
-    from resolvent.data import load_documents
     from resolvent.evaluation import evaluate_documents
 
-    documents = load_documents(data) if data is not None else _held_out(directory)
+    documents = documents_of(directory, data)
     with Console(stderr=True).status(f"Reading {len(documents):,} document(s)"):
         score = evaluate_documents(model, documents, tokenizer, batch_tokens=batch_tokens)
     if as_json:
@@ -72,15 +68,3 @@ def _evaluate_tasks(directory: Path, tasks: list[str], task_path: Path | None, d
     from lm_eval.utils import make_table
 
     print(make_table(results))
-
-
-def _held_out(directory: Path) -> list[str]:
-    from resolvent.errors import CheckpointError
-    from resolvent.training.corpus import split_corpus
-    from resolvent.training.record import RUN_FILE, read_run
-
-    run_dir = run_of(directory)
-    if not (run_dir / RUN_FILE).exists():
-        raise CheckpointError(f"{run_dir} does not say what it was trained on: name a text with --data")
-    config, _ = read_run(run_dir)
-    return split_corpus(config)[1]

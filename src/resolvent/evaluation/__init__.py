@@ -1,5 +1,17 @@
-"""Measuring what a model has learnt."""
+"""Measuring what a model has learnt: how well it predicts, what it remembers, and how far back it looks."""
 
+from resolvent.evaluation.influence import Influences, measure_influence
 from resolvent.evaluation.language import LanguageScore, evaluate_documents
+from resolvent.evaluation.needle import NeedleScores, evaluate_needle
+from resolvent.evaluation.positions import PositionScores, evaluate_positions
 
-__all__ = ["LanguageScore", "evaluate_documents"]
+__all__ = [
+    "Influences",
+    "LanguageScore",
+    "NeedleScores",
+    "PositionScores",
+    "evaluate_documents",
+    "evaluate_needle",
+    "evaluate_positions",
+    "measure_influence",
+]

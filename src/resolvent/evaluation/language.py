@@ -11,6 +11,7 @@ from torch import nn
 
 from resolvent.data import TokenStream, encode_documents
 from resolvent.errors import DataError, ResolventError
+from resolvent.evaluation.reading import evaluating, rectangle
 from resolvent.ops import IGNORED
 
 
@@ -90,16 +91,11 @@ def document_tokens(stream: TokenStream) -> list[np.ndarray]:
 def sum_of_nats(model: nn.Module, sequences: Sequence[np.ndarray], *, batch_tokens: int, piece_tokens: int) -> float:
     """Total negative log-likelihood of every sequence's tokens but its first, in nats."""
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            total = torch.zeros((), dtype=torch.float64, device=device)
-            for lanes in _batches(sequences, batch_tokens, piece_tokens):
-                total += _batch_nats(model, lanes, piece_tokens, device)
-            return total.item()
-    finally:
-        model.train(training)
+    with evaluating(model), torch.inference_mode():
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for lanes in _batches(sequences, batch_tokens, piece_tokens):
+            total += _batch_nats(model, lanes, piece_tokens, device)
+        return total.item()
 
 
 def _batches(sequences: Sequence[np.ndarray], batch_tokens: int, piece_tokens: int) -> Iterator[list[np.ndarray]]:
@@ -120,19 +116,7 @@ def _batch_nats(model: nn.Module, lanes: list[np.ndarray], piece_tokens: int, de
         active = [lane[start : start + piece_tokens + 1] for lane in lanes if len(lane) - 1 > start]
         if state is not None:
             state = state[: len(active)]
-        inputs, labels = _rectangle(active)
+        inputs, labels = rectangle(active)
         loss, state = model(inputs.to(device), labels=labels.to(device), state=state, return_state=True)
         total += loss.double() * (labels != IGNORED).sum()
     return total
-
-
-def _rectangle(pieces: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs (B, N) padded with token 0, and their labels with one that does not count."""
-    width = len(pieces[0]) - 1
-    inputs = torch.zeros(len(pieces), width, dtype=torch.int64)
-    labels = torch.full_like(inputs, IGNORED)
-    for row, piece in enumerate(pieces):
-        tokens = torch.from_numpy(piece.astype(np.int64))
-        inputs[row, : len(piece) - 1] = tokens[:-1]
-        labels[row, : len(piece) - 1] = tokens[1:]
-    return inputs, labels

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import Consolidation, MemoryState, dissipative_memory
 from ..ops.normalize import unit_length, unit_rms
-from ..ops.precision import at_least_float32, for_products
+from ..ops.precision import at_least_float32, for_products, wide_dtype
 from ..ops.queries_keys_values import queries_keys_values
 
 
@@ -118,7 +118,7 @@ class DissipativeHebbianLayer(nn.Module):
         qkv = self.qkv_proj(x)
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if conv_tail is None:
-            conv_tail = torch.zeros(sequences, *self.state_shape[1], device=x.device)
+            conv_tail = torch.zeros(sequences, *self.state_shape[1], dtype=wide_dtype(qkv), device=x.device)
         if self.conv_weight is not None:
             q, k, v, conv_tail = queries_keys_values(
                 qkv, self.conv_weight, conv_tail, self.num_heads, cu_seqlens, self.backend

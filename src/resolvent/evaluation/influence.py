@@ -1,0 +1,279 @@
+r"""How far back a model looks: what early tokens do to the prediction of the last one.
+
+Two measures, both exact. The gradient of the last loss in a token's embedding says what a small change of it would do.
+It is found in memory that hardly grows with the length: a walk forwards keeps the states at the ends of pieces, and a
+walk backwards reads each piece again and takes the gradient in its first state on to the piece before,
+
+    ∂loss/∂s_j = (∂s_{j+1}/∂s_j)ᵀ ∂loss/∂s_{j+1},        ∂loss/∂e_t = (∂s_{j+1}/∂e_t)ᵀ ∂loss/∂s_{j+1}.
+
+And the token is replaced by another, all that follows is read again, and the last predictions are compared by their
+Kullback-Leibler divergence.
+
+Shapes: B sequences, N tokens, D model width, K replacements.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resolvent.data import TokenStream
+from resolvent.errors import ConfigError, DataError
+from resolvent.evaluation.estimates import Bucket, Estimate, doubling_buckets
+from resolvent.evaluation.reading import Advance, evaluating, excerpts, progress_bar, read, separator_of
+from resolvent.models import IntegratedModel
+from resolvent.models.state import ModelState
+from resolvent.ops.precision import at_least_float32
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What the tokens between `first` and `last` places before the predicted one do to its prediction.
+
+    Attributes:
+        first, last: the bucket of distances; the last token that is read has distance 1.
+        gradient: mean norm, over the bucket's tokens, of the gradient of the last loss in a token's embedding.
+        divergence: mean nats, over tokens drawn from the bucket, between the predictions with the token and with
+            another in its place.
+    """
+
+    first: int
+    last: int
+    gradient: Estimate
+    divergence: Estimate
+
+    @property
+    def bucket(self) -> Bucket:
+        return Bucket(self.first, self.last)
+
+
+@dataclass(frozen=True)
+class Influences:
+    """The influence at all distances.
+
+    Attributes:
+        training_length: tokens of the sequences that the model was trained on.
+        sequences: texts read.
+        replacements: tokens replaced in a bucket of every text.
+        rows: a figure for every bucket.
+    """
+
+    training_length: int
+    sequences: int
+    replacements: int
+    rows: list[Influence]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+def measure_influence(
+    model: IntegratedModel,
+    stream: TokenStream,
+    *,
+    length: int = 65536,
+    sequences: int = 4,
+    replacements: int = 4,
+    seed: int = 0,
+    batch_tokens: int = 4096,
+    progress: bool = False,
+) -> Influences:
+    """Measure the influence of every token on the last prediction, by distance.
+
+    Args:
+        model: the model.
+        stream: the text; a sequence is the separator of documents and `length + 1` tokens in a row of it, the last of
+            which is predicted.
+        length: longest distance in tokens.
+        sequences: places in the text.
+        replacements: tokens of a bucket that are replaced, one at a time, each by another of the same sequence.
+        seed: of places and replacements.
+        batch_tokens: most tokens in one call of the model.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ConfigError: a number is below one.
+        DataError: the text is too short.
+        ResolventError: the gradients or predictions are not finite.
+    """
+    for name, value in (("length", length), ("sequences", sequences), ("replacements", replacements)):
+        if value < 1:
+            raise ConfigError(f"{name} must be >= 1, got {value}")
+    random = np.random.default_rng(seed)
+    texts = excerpts(stream, sequences, length + 1, random)
+    buckets = doubling_buckets(length)
+    device = next(model.parameters()).device
+    gradients, divergences = [], []
+    replaced = sum(replacements * bucket.last for bucket in buckets)  # about: they start somewhere in their buckets
+    with progress_bar("Reading", sequences * (5 * length + replaced), progress) as advance:
+        for text in texts:
+            tokens = torch.from_numpy(np.insert(text, 0, separator_of(stream))).to(device)
+            pieces = input_gradients(model, tokens[None], piece_tokens=batch_tokens, advance=advance)
+            # From the last token backwards, but for the separator.
+            norms = torch.cat([piece[0].norm(dim=-1).flip(0) for piece in pieces])[:-1].double().cpu().numpy()
+            gradients.append([norms[bucket.first - 1 : bucket.last].mean() for bucket in buckets])
+            distances = np.concatenate([random.integers(b.first, b.last + 1, replacements) for b in buckets])
+            places = len(tokens) - 1 - distances
+            others = np.array([_other_token(text, int(tokens[place]), random) for place in places])
+            nats = replacement_divergences(
+                model, tokens[:-1], places, others, batch_tokens=batch_tokens, advance=advance
+            )
+            divergences.append(nats.cpu().numpy().reshape(len(buckets), replacements).mean(axis=1))
+    columns = [zip(*samples, strict=True) for samples in (gradients, divergences)]
+    rows = [
+        Influence(b.first, b.last, Estimate.of(g), Estimate.of(d)) for b, g, d in zip(buckets, *columns, strict=True)
+    ]
+    return Influences(model.n_seq, sequences, replacements, rows)
+
+
+def input_gradients(
+    model: IntegratedModel, tokens: Tensor, *, piece_tokens: int, advance: Advance = lambda _: None
+) -> Iterator[Tensor]:
+    """Gradient of the last token's loss in the embedding of every token before it, in memory for one piece.
+
+    Args:
+        model: the model; it is read in evaluation mode, and its parameters get no gradients.
+        tokens: int64 (B, N + 1); the last one is predicted.
+        piece_tokens: tokens B P of a piece.
+        advance: told of the tokens read, those of the walk backwards three times.
+
+    Yields:
+        Gradients (B, P, D) of a piece, from the last piece to the first.
+    """
+    pieces = tokens[:, :-1].split(max(1, piece_tokens // len(tokens)), dim=1)
+    states: list[ModelState | None] = [None]
+    upstream: list[Tensor | None] | None = None
+    with evaluating(model), _without_gradients(model.parameters()):
+        for piece in pieces[:-1]:
+            with torch.no_grad():
+                _, state = read(model, piece, states[-1])
+            states.append(state)
+            advance(piece.numel())
+        for piece in reversed(pieces):
+            gradient, upstream = _backwards(model, piece, states.pop(), upstream, tokens[:, -1])
+            advance(3 * piece.numel())
+            yield gradient
+
+
+def _backwards(
+    model: IntegratedModel,
+    piece: Tensor,
+    state: ModelState | None,
+    upstream: list[Tensor | None] | None,
+    target: Tensor,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradients in a piece's embeddings and, tensor by tensor, in its first state.
+
+    ``upstream`` are the gradients in its last state; None for the last piece, whose last loss is that of ``target``.
+    """
+    with torch.enable_grad(), _watched(model.token_embedding) as embeddings:
+        start = None if state is None else state.map(_leaf)
+        hidden, after = read(model, piece, start)
+        if upstream is None:
+            loss = F.cross_entropy(at_least_float32(model.lm_head(hidden[:, -1])), target, reduction="sum")
+            ends, weights = [loss], [torch.ones_like(loss)]
+        else:
+            known = zip(after.tensors(), upstream, strict=True)
+            pairs = [(end, weight) for end, weight in known if weight is not None and end.requires_grad]
+            ends, weights = [list(column) for column in zip(*pairs, strict=True)]
+        starts = [] if start is None else start.tensors()
+        leaves = [*embeddings, *(x for x in starts if x.requires_grad)]
+        gradients = iter(torch.autograd.grad(ends, leaves, weights, allow_unused=True))
+    (embedded,) = embeddings
+    gradient = next(gradients)
+    gradient = torch.zeros_like(embedded) if gradient is None else gradient
+    return gradient, [next(gradients) if x.requires_grad else None for x in starts]
+
+
+def replacement_divergences(
+    model: IntegratedModel,
+    tokens: Tensor,
+    places: np.ndarray,
+    others: np.ndarray,
+    *,
+    batch_tokens: int,
+    advance: Advance = lambda _: None,
+) -> Tensor:
+    """How far the prediction after the last token moves when a token is replaced.
+
+    The text is read once, and every variant from its replaced token on: there it sets out with a copy of the state.
+
+    Args:
+        model: the model.
+        tokens: int64 (N,).
+        places: of the tokens that are replaced, one at a time, (K,).
+        others: what takes their place, (K,).
+        batch_tokens: most tokens in one call of the model.
+        advance: told of the tokens read.
+
+    Returns:
+        Kullback-Leibler divergence of each variant's prediction from the original's, nats, float64 (K,).
+    """
+    order = np.argsort(places, kind="stable")
+    cuts = np.unique([0, *places, len(tokens)])
+    substitutes = torch.from_numpy(others[order]).to(tokens)
+    hidden, state = None, None
+    with evaluating(model), torch.inference_mode():
+        for start, end in itertools.pairwise(cuts.tolist()):
+            before, rows = (1 + int(np.searchsorted(places[order], start, side)) for side in ("left", "right"))
+            if state is not None:
+                state = state[[*range(before), *[0] * (rows - before)]]
+            stretch = tokens[start:end].repeat(rows, 1)
+            stretch[before:, 0] = substitutes[before - 1 : rows - 1]
+            for piece in stretch.split(max(1, batch_tokens // rows), dim=1):
+                hidden, state = read(model, piece, state)
+                advance(piece.numel())
+        assert hidden is not None
+        log_p = at_least_float32(model.lm_head(hidden[:, -1])).double().log_softmax(dim=-1)
+        divergence = F.kl_div(log_p[1:], log_p[:1].expand_as(log_p[1:]), reduction="none", log_target=True).sum(dim=-1)
+        return divergence[torch.from_numpy(np.argsort(order)).to(divergence.device)]
+
+
+def _other_token(text: np.ndarray, token: int, random: np.random.Generator) -> int:
+    """A token of the text, drawn by its frequency there, but for the one given."""
+    others = text[text != token]
+    if not len(others):
+        raise DataError(f"the text repeats one token, {token}, which nothing of it can replace: give other text")
+    return int(random.choice(others))
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """Where a gradient is to arrive, if x can have one."""
+    return x.detach().requires_grad_(x.is_floating_point() or x.is_complex())
+
+
+@contextmanager
+def _watched(embedding: nn.Module) -> Iterator[list[Tensor]]:
+    """A list of what an embedding returns, each a leaf of the graph."""
+    seen: list[Tensor] = []
+
+    def watch(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        seen.append(_leaf(output))
+        return seen[-1]
+
+    handle = embedding.register_forward_hook(watch)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _without_gradients(parameters: Iterator[nn.Parameter]) -> Iterator[None]:
+    """Spare the gradients of parameters."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,241 @@
+"""What a model remembers: a fact hidden in text, asked for after more and more of other text."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from resolvent.data import TokenStream
+from resolvent.errors import ConfigError
+from resolvent.evaluation.estimates import Estimate, doubling
+from resolvent.evaluation.reading import (
+    Advance,
+    evaluating,
+    excerpts,
+    progress_bar,
+    read,
+    rectangle,
+    score_tokens,
+    separator_of,
+)
+from resolvent.models import IntegratedModel
+from resolvent.models.state import ModelState
+
+FACT = "\nThe pass key is {key}. Remember it: the pass key is {key}.\n"
+QUESTION = "\nWhat is the pass key? The pass key is"
+ANSWER = " {key}"
+
+NEAREST = 16
+"""Tokens between the fact and the first question."""
+_LEAD = 128
+"""The fact comes after fewer tokens of text than this."""
+_PASS_KEYS = range(10_000, 100_000)
+
+
+@dataclass(frozen=True)
+class NeedleScore:
+    """How well a fact is remembered over a distance.
+
+    Attributes:
+        distance: tokens of other text between the fact and the question.
+        first: share of the samples in which the true key is likelier than every other candidate.
+        beaten: share of the other candidates whose likelihood has risen less than the true key's since before the fact
+            was told; by chance one half. A model's liking for some keys, whatever it has read, cancels.
+        exact: share of the samples in which the likeliest token, one after the other, writes the key.
+    """
+
+    distance: int
+    first: Estimate
+    beaten: Estimate
+    exact: Estimate
+
+
+@dataclass(frozen=True)
+class NeedleScores:
+    """The scores at all distances.
+
+    Attributes:
+        training_length: tokens of the sequences that the model was trained on.
+        samples: places in the text, each with a key of its own.
+        candidates: keys of which one is true.
+        rows: a score for every distance.
+    """
+
+    training_length: int
+    samples: int
+    candidates: int
+    rows: list[NeedleScore]
+
+    @property
+    def chance(self) -> float:
+        """How often a guess is the true key."""
+        return 1 / self.candidates
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**dataclasses.asdict(self), "chance": self.chance}
+
+
+@dataclass(frozen=True)
+class _Haystack:
+    """Samples, read side by side.
+
+    Attributes:
+        leads: what comes before the fact in every sample.
+        facts: of every sample.
+        filler: what comes after it, int64 (B, longest distance).
+        question: int64 (Q,).
+        answers: candidates of every sample, the true one first.
+    """
+
+    leads: list[np.ndarray]
+    facts: list[np.ndarray]
+    filler: Tensor
+    question: Tensor
+    answers: list[list[np.ndarray]]
+
+    def __getitem__(self, rows: slice) -> "_Haystack":
+        return _Haystack(self.leads[rows], self.facts[rows], self.filler[rows], self.question, self.answers[rows])
+
+    @property
+    def answers_read(self) -> int:
+        """Tokens that one question to all samples takes."""
+        return sum(len(self.question) + sum(map(len, answers)) for answers in self.answers)
+
+
+def evaluate_needle(
+    model: IntegratedModel,
+    stream: TokenStream,
+    tokenizer: Tokenizer,
+    *,
+    length: int = 65536,
+    samples: int = 32,
+    candidates: int = 32,
+    seed: int = 0,
+    batch_tokens: int = 4096,
+    progress: bool = False,
+) -> NeedleScores:
+    """Tell a model a pass key in the midst of a text, let it read on, and ask for the key at doubling distances.
+
+    A sample is read once: at every distance the question is put to a copy of the state. So all distances share their
+    samples, and memory does not grow with them. A text begins with the separator of documents, then come 0 to 127 of
+    its tokens, the fact, and as many more tokens as the distance asks for, which go on where the text broke off.
+
+    Args:
+        model: the model.
+        stream: the text around the fact.
+        tokenizer: its tokenizer.
+        length: longest distance in tokens, at least 16, the shortest.
+        samples: places in the text, each with a key of its own.
+        candidates: random keys of the same form among which the true one is ranked, itself included.
+        seed: of places and keys.
+        batch_tokens: most tokens in one call of the model, but for questions.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ConfigError: a number is out of range.
+        DataError: the text is too short.
+        ResolventError: the model's predictions are not finite.
+    """
+    if samples < 1:
+        raise ConfigError(f"samples must be >= 1, got {samples}")
+    if not 2 <= candidates <= len(_PASS_KEYS):
+        raise ConfigError(f"candidates must be between 2 and {len(_PASS_KEYS):,}, got {candidates}")
+    distances = doubling(NEAREST, length)
+    haystack = _hide(stream, tokenizer, length, samples, candidates, np.random.default_rng(seed))
+    lanes = max(1, batch_tokens // (2 * _LEAD))
+    total = samples * length + (1 + len(distances)) * haystack.answers_read
+    scores = []
+    with progress_bar("Reading", total, progress) as advance, evaluating(model), torch.inference_mode():
+        for start in range(0, samples, lanes):
+            part = haystack[start : start + lanes]
+            scores.append(np.stack(list(_ask_along(model, part, distances, batch_tokens, advance))))
+    first, beaten, exact = np.moveaxis(np.concatenate(scores, axis=1), -1, 0)  # each (distances, samples)
+    rows = [
+        NeedleScore(distance, Estimate.of(first[i]), Estimate.of(beaten[i]), Estimate.of(exact[i]))
+        for i, distance in enumerate(distances)
+    ]
+    return NeedleScores(model.n_seq, samples, candidates, rows)
+
+
+def _hide(
+    stream: TokenStream, tokenizer: Tokenizer, length: int, samples: int, candidates: int, random: np.random.Generator
+) -> _Haystack:
+    def encode(text: str) -> np.ndarray:
+        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+    texts = excerpts(stream, samples, _LEAD - 1 + length, random)
+    separator = np.array([separator_of(stream)])
+    leads, facts, fillers, answers = [], [], [], []
+    for text in texts:
+        keys = _PASS_KEYS.start + random.choice(len(_PASS_KEYS), candidates, replace=False)
+        lead = int(random.integers(_LEAD))
+        leads.append(np.concatenate([separator, text[:lead]]))
+        facts.append(encode(FACT.format(key=keys[0])))
+        fillers.append(text[lead : lead + length])
+        answers.append([encode(ANSWER.format(key=key)) for key in keys])
+    question = torch.from_numpy(encode(QUESTION))
+    return _Haystack(leads, facts, torch.from_numpy(np.stack(fillers)), question, answers)
+
+
+def _ask_along(
+    model: IntegratedModel, haystack: _Haystack, distances: list[int], batch_tokens: int, advance: Advance
+) -> Iterator[np.ndarray]:
+    """Read the samples side by side; at every distance, the scores (B, 3): ranked first, candidates beaten, written
+    exactly."""
+    state = _read_ragged(model, haystack.leads, None)
+    before, _ = _ask(model, haystack, state)
+    advance(haystack.answers_read)
+    state = _read_ragged(model, haystack.facts, state)
+    piece_tokens, position = max(1, batch_tokens // len(haystack.facts)), 0
+    for distance in distances:
+        for piece in haystack.filler[:, position:distance].split(piece_tokens, dim=1):
+            _, state = read(model, piece.to(state.device), state)
+            advance(piece.numel())
+        position = distance
+        nats, exact = _ask(model, haystack, state)
+        first, beaten = [rank(row)[0] for row in nats], [rank(row)[1] for row in nats - before]
+        yield np.stack([first, beaten, exact], axis=1)
+        advance(haystack.answers_read)
+
+
+def _ask(model: IntegratedModel, haystack: _Haystack, state: ModelState) -> tuple[np.ndarray, np.ndarray]:
+    """Nats of every sample's candidates (B, C), and whether the first of them would be written exactly (B,)."""
+    device, question = state.device, haystack.question
+    _, state = read(model, question[:-1].expand(len(haystack.answers), -1).to(device), state)
+    nats, exact = [], []
+    for row, answers in enumerate(haystack.answers):
+        # The question's last token opens every candidate, so that a candidate's first token is predicted with the rest.
+        inputs, labels = rectangle([np.append(question[-1], answer) for answer in answers])
+        hidden, _ = read(model, inputs.to(device), state[[row]].repeat(len(answers)))
+        scores = score_tokens(model, hidden, labels.to(device))
+        nats.append(scores.nats.double().sum(dim=1).cpu().numpy())
+        exact.append(float(scores.likeliest[0].all()))
+    return np.stack(nats), np.array(exact)
+
+
+def _read_ragged(model: IntegratedModel, rows: list[np.ndarray], state: ModelState | None) -> ModelState:
+    """The state after token sequences of different lengths."""
+    device = next(model.parameters()).device
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = torch.from_numpy(row)
+        mask[number, : len(row)] = 1
+    return read(model, tokens.to(device), state, mask.to(device))[1]
+
+
+def rank(nats: np.ndarray) -> tuple[float, float]:
+    """How the first of some candidates compares with the others: whether its nats are the fewest, and the share of the
+    others that have more. A tie counts as what a coin would make of it."""
+    true, others = nats[0], nats[1:]
+    if not np.isfinite(nats).all():
+        return np.nan, np.nan
+    ties = int((others == true).sum())
+    first = 0.0 if (others < true).any() else 1 / (1 + ties)
+    return first, float(((others > true).sum() + ties / 2) / len(others))

@@ -1,0 +1,113 @@
+"""Pictures of what was measured, by matplotlib, which is an optional extra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from resolvent.errors import ConfigError
+from resolvent.evaluation.estimates import Bucket, Estimate
+from resolvent.evaluation.influence import Influences
+from resolvent.evaluation.needle import NeedleScores
+from resolvent.evaluation.positions import PositionScores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".pdf", ".svg")
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73")  # told apart by colour-blind readers, too
+_MARKS = ("o", "x", "^")
+_LINES = ("-", "--", ":")  # where curves coincide, both are seen
+
+
+def check_plot(path: Path) -> None:
+    """Make sure, before anything is measured, that a plot can be drawn there.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or the file's name ends in none of the formats.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"drawing {path} needs matplotlib ({error}): pip install 'resolvent[plots]'") from error
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"{path} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+
+
+def plot_positions(scores: PositionScores, path: Path) -> None:
+    """Loss by position, read with everything before it and in windows, and by how much the first is better."""
+    rows = scores.rows
+    places = _places([row.bucket for row in rows])
+    figure = _figure(2, "tokens read before", scores.training_length)
+    above, below = figure.axes
+    _curve(above, places, [row.loss for row in rows], "everything read before", 0)
+    _curve(above, places, [row.windows_loss for row in rows], f"windows of {scores.training_length:,}", 1)
+    _curve(below, places, [row.gain for row in rows], None, 2)
+    below.axhline(0, color="0.3", linewidth=1)
+    _finish(figure, ["loss (nats a token)", "gain (nats a token)"], path)
+
+
+def plot_needle(scores: NeedleScores, path: Path) -> None:
+    """Shares by distance, and what chance would give."""
+    rows, places = scores.rows, [row.distance for row in scores.rows]
+    figure = _figure(1, "tokens between fact and question", scores.training_length)
+    (axes,) = figure.axes
+    _curve(axes, places, [row.first for row in rows], f"ranked first of {scores.candidates}", 0)
+    _curve(axes, places, [row.beaten for row in rows], "candidates beaten", 1)
+    _curve(axes, places, [row.exact for row in rows], "written exactly", 2)
+    for chance, colour in ((scores.chance, _COLOURS[0]), (0.5, _COLOURS[1])):
+        axes.axhline(chance, color=colour, linewidth=0.5)
+    axes.set_ylim(-0.03, 1.03)
+    _finish(figure, ["share (thin: by chance)"], path)
+
+
+def plot_influence(influences: Influences, path: Path) -> None:
+    """Gradient and divergence by distance, both axes logarithmic."""
+    rows = influences.rows
+    places = _places([row.bucket for row in rows])
+    figure = _figure(2, "tokens before the predicted one", influences.training_length)
+    above, below = figure.axes
+    _curve(above, places, [row.gradient for row in rows], None, 0)
+    _curve(below, places, [row.divergence for row in rows], None, 1)
+    for axes in figure.axes:
+        axes.set_yscale("log", nonpositive="mask")
+    _finish(figure, ["gradient norm", "divergence if replaced (nats)"], path)
+
+
+def _places(buckets: Sequence[Bucket]) -> list[float]:
+    """The middle of every bucket on a logarithmic axis."""
+    return [float(np.sqrt(bucket.first * bucket.last)) for bucket in buckets]
+
+
+def _figure(panels: int, label: str, training_length: int) -> Figure:
+    """Panels above one another over a logarithmic axis of tokens, on which the training length is marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.2 + 3 * panels), layout="constrained")
+    columns = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    for axes in columns:
+        axes.set_xscale("log", base=2)
+        axes.axvline(training_length, color="0.6", linewidth=1, label=f"training length {training_length:,}")
+        axes.grid(alpha=0.25)
+    columns[-1].set_xlabel(label)
+    return figure
+
+
+def _curve(axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], label: str | None, style: int) -> None:
+    """Means with one standard error on either side."""
+    means = [estimate.mean for estimate in estimates]
+    errors = [estimate.standard_error or 0.0 for estimate in estimates]
+    look = dict(color=_COLOURS[style], marker=_MARKS[style], linestyle=_LINES[style], markersize=4, capsize=2)
+    axes.errorbar(places, means, errors, label=label, **look)
+
+
+def _finish(figure: Figure, labels: Sequence[str], path: Path) -> None:
+    for axes, label in zip(figure.axes, labels, strict=True):
+        axes.set_ylabel(label)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,222 @@
+"""How well a model predicts the tokens of long texts, by how many it has read before."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders
+
+from resolvent.data import TokenStream
+from resolvent.data.corpus import EOT
+from resolvent.errors import ConfigError, DataError
+from resolvent.evaluation.estimates import Bucket, Estimate, doubling_buckets
+from resolvent.evaluation.language import document_tokens
+from resolvent.evaluation.reading import Advance, evaluating, progress_bar, read, rectangle, score_tokens
+from resolvent.models import IntegratedModel
+
+
+@dataclass(frozen=True)
+class PositionScore:
+    """What a model makes of the tokens before which it has read between `first` and `last` others.
+
+    Attributes:
+        first, last: the bucket.
+        sequences: how many reach it.
+        tokens: predicted in it.
+        loss: nats a token, everything before it read.
+        bits_per_byte: the same in bits a byte of text; None where the tokenizer does not tell a token's bytes.
+        windows_loss: nats of the same tokens, read in windows of the training length.
+        windows_bits_per_byte: the same in bits a byte of text.
+        gain: nats a token by which reading everything is better than the windows.
+    """
+
+    first: int
+    last: int
+    sequences: int
+    tokens: int
+    loss: Estimate
+    bits_per_byte: float | None
+    windows_loss: Estimate
+    windows_bits_per_byte: float | None
+    gain: Estimate
+
+    @property
+    def bucket(self) -> Bucket:
+        return Bucket(self.first, self.last)
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(loss)`, or `exp(700)`, near the largest float, where it is more."""
+        return math.exp(min(self.loss.mean, 700.0))
+
+
+@dataclass(frozen=True)
+class PositionScores:
+    """The scores of all buckets.
+
+    Attributes:
+        training_length: tokens of the windows.
+        rows: a score for every bucket.
+    """
+
+    training_length: int
+    rows: list[PositionScore]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = [dataclasses.asdict(row) | {"perplexity": row.perplexity} for row in self.rows]
+        return {"training_length": self.training_length, "rows": rows}
+
+
+def evaluate_positions(
+    model: IntegratedModel,
+    stream: TokenStream,
+    tokenizer: Tokenizer,
+    *,
+    length: int = 65536,
+    sequences: int = 16,
+    joined: bool = False,
+    batch_tokens: int = 4096,
+    progress: bool = False,
+) -> PositionScores:
+    """Score tokens by their position, read with everything before them and in windows of the training length.
+
+    The windows overlap by half, and only their second halves count, so that but for a text's beginning a token of the
+    windows is predicted from at least half the training length, too: what is left between the two is what lies further
+    back.
+
+    Args:
+        model: the model; its configuration's `n_seq` is the training length.
+        stream: the text.
+        tokenizer: its tokenizer.
+        length: most tokens that are read in a row.
+        sequences: how many texts to read: the longest documents, each from its beginning.
+        joined: read on from document to document, in sequences of `length` tokens.
+        batch_tokens: most tokens in one call of the model.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ConfigError: a length or a number of sequences below one.
+        DataError: there is no text.
+        ResolventError: the model's predictions are not finite.
+    """
+    texts = _long_texts(stream, length, sequences, joined)
+    windows = [_windows(text, model.n_seq) for text in texts]
+    total = sum(len(text) - 1 for text in (*texts, *itertools.chain(*windows)))
+    with progress_bar("Reading", total, progress) as advance:
+        nats = sequence_nats(model, texts, batch_tokens=batch_tokens, advance=advance)
+        pieces = list(itertools.chain(*windows))
+        remaining = iter(sequence_nats(model, pieces, batch_tokens=batch_tokens, advance=advance))
+    alone = [_join_windows([next(remaining) for _ in cuts], model.n_seq) for cuts in windows]
+    sizes = token_bytes(tokenizer)
+    lengths = None if sizes is None else [sizes[text[1:]] for text in texts]
+    rows = [_score(bucket, nats, alone, lengths) for bucket in doubling_buckets(len(texts[0]) - 1)]
+    return PositionScores(model.n_seq, rows)
+
+
+def sequence_nats(
+    model: IntegratedModel,
+    sequences: Sequence[np.ndarray],
+    *,
+    batch_tokens: int,
+    piece_tokens: int = 512,
+    advance: Advance = lambda _: None,
+) -> list[np.ndarray]:
+    """Negative log-likelihood of every token but the first of each sequence, in nats, float64, in the order given.
+
+    Sequences are read side by side in pieces, with the state handed on.
+    """
+    device = next(model.parameters()).device
+    piece_tokens = min(piece_tokens, batch_tokens)
+    lanes = batch_tokens // piece_tokens
+    order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number]))
+    parts: list[list[np.ndarray]] = [[] for _ in sequences]
+    with evaluating(model), torch.inference_mode():
+        for group in (order[first : first + lanes] for first in range(0, len(order), lanes)):
+            state = None
+            for start in range(0, len(sequences[group[0]]) - 1, piece_tokens):
+                active = [number for number in group if len(sequences[number]) - 1 > start]
+                pieces = [sequences[number][start : start + piece_tokens + 1] for number in active]
+                inputs, labels = (x.to(device) for x in rectangle(pieces))
+                state = None if state is None else state[: len(active)]
+                hidden, state = read(model, inputs, state)
+                nats = score_tokens(model, hidden, labels).nats.double().cpu().numpy()
+                for number, piece, row in zip(active, pieces, nats, strict=True):
+                    parts[number].append(row[: len(piece) - 1])
+                advance(sum(len(piece) - 1 for piece in pieces))
+    return [np.concatenate(part) for part in parts]
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
+    """Bytes of text that every token stands for, int64 (vocabulary,), none for the separator of documents.
+
+    None where they cannot be told: without a byte-level decoder, or behind a normalizer, a token's bytes depend on its
+    place in the text.
+    """
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel) or tokenizer.normalizer is not None:
+        return None
+    added = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
+    sizes = np.zeros(tokenizer.get_vocab_size(), np.int64)
+    for letters, number in tokenizer.get_vocab().items():  # a letter a byte
+        sizes[number] = len(added[number].encode()) if number in added else len(letters)
+    sizes[tokenizer.token_to_id(EOT)] = 0
+    return sizes
+
+
+def _long_texts(stream: TokenStream, length: int, sequences: int, joined: bool) -> list[np.ndarray]:
+    """Token sequences of up to `length + 1` tokens, the longest first."""
+    for name, value in (("length", length), ("sequences", sequences)):
+        if value < 1:
+            raise ConfigError(f"{name} must be >= 1, got {value}")
+    if not stream.num_bytes:
+        raise DataError("there is no text to evaluate: every document is empty")
+    if joined:
+        texts = [stream.tokens[start : start + length + 1] for start in range(0, stream.num_predictions, length)]
+    else:
+        texts = [document[: length + 1] for document in document_tokens(stream)]
+    return sorted(texts, key=len, reverse=True)[:sequences]
+
+
+def _windows(text: np.ndarray, width: int) -> list[np.ndarray]:
+    """Windows of `width` predictions, each half a window after the one before."""
+    step = max(1, width // 2)
+    starts = range(0, max(1, len(text) - 1 - (width - step)), step)
+    return [text[start : start + width + 1] for start in starts]
+
+
+def _join_windows(nats: list[np.ndarray], width: int) -> np.ndarray:
+    """The first window's nats, and of each later one those of what the one before did not reach."""
+    overlap = width - max(1, width // 2)
+    return np.concatenate([nats[0], *(window[overlap:] for window in nats[1:])])
+
+
+def _score(
+    bucket: Bucket, nats: list[np.ndarray], alone: list[np.ndarray], lengths: list[np.ndarray] | None
+) -> PositionScore:
+    def cut(values: list[np.ndarray]) -> list[np.ndarray]:
+        return [part for row in values if len(part := row[bucket.first - 1 : bucket.last])]
+
+    carried, windows = cut(nats), cut(alone)
+    counts = [len(part) for part in carried]
+    sums, sums_of_windows = ([float(part.sum()) for part in parts] for parts in (carried, windows))
+    num_bytes = sum(int(part.sum()) for part in cut(lengths)) if lengths is not None else 0
+
+    def bits_per_byte(totals: list[float]) -> float | None:
+        return sum(totals) / math.log(2) / num_bytes if num_bytes else None
+
+    return PositionScore(
+        first=bucket.first,
+        last=bucket.last,
+        sequences=len(counts),
+        tokens=sum(counts),
+        loss=Estimate.of(sums, counts),
+        bits_per_byte=bits_per_byte(sums),
+        windows_loss=Estimate.of(sums_of_windows, counts),
+        windows_bits_per_byte=bits_per_byte(sums_of_windows),
+        gain=Estimate.of([b - a for a, b in zip(sums, sums_of_windows, strict=True)], counts),
+    )

@@ -1,0 +1,120 @@
+"""Reading long texts: piece after piece, the model's state handed on.
+
+Shapes: B sequences, N tokens, D model width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from resolvent.data import TokenStream
+from resolvent.errors import DataError
+from resolvent.models import IntegratedModel
+from resolvent.models.generation import StreamingModel
+from resolvent.ops import IGNORED
+from resolvent.ops.precision import at_least_float32
+
+_LOGITS_BYTES = 2**27
+"""Memory for the logits that are held at once."""
+
+Advance = Callable[[int], None]
+"""Told how many tokens were read."""
+
+
+class TokenScores(NamedTuple):
+    """How well tokens were predicted.
+
+    Attributes:
+        nats: negative log-likelihood, float (B, N), zero at places that do not count.
+        likeliest: whether no other token was likelier, bool (B, N), true at places that do not count.
+    """
+
+    nats: Tensor
+    likeliest: Tensor
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and back."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def progress_bar(title: str, tokens: int, show: bool) -> Iterator[Advance]:
+    """A bar on stderr with the time that is left, moved on by the function that this yields."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, *times, console=console, transient=True, disable=not show) as bar:
+        task = bar.add_task(title, total=tokens)
+        yield lambda read: bar.advance(task, read)
+
+
+def read(
+    model: IntegratedModel, tokens: Tensor, state: Any = None, attention_mask: Tensor | None = None
+) -> tuple[Tensor, Any]:
+    """Final hidden states (B, N, D) of tokens (B, N), and the state after them."""
+    return cast(StreamingModel, model).hidden_states(tokens, state=state, attention_mask=attention_mask)
+
+
+def score_tokens(model: IntegratedModel, hidden: Tensor, labels: Tensor) -> TokenScores:
+    """Score the tokens that follow, a chunk of logits at a time.
+
+    Args:
+        model: whose head predicts.
+        hidden: final hidden states (B, N, D).
+        labels: the token that follows each, int64 (B, N), or -100 where none counts.
+    """
+    chunk = max(1, _LOGITS_BYTES // (4 * model.vocab_size))
+    nats, likeliest = [], []
+    for states, wanted in zip(hidden.flatten(0, 1).split(chunk), labels.flatten().split(chunk), strict=True):
+        logits = at_least_float32(model.lm_head(states))
+        nats.append(F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="none"))
+        likeliest.append((logits.argmax(-1) == wanted) | (wanted == IGNORED))
+    return TokenScores(torch.cat(nats).view(labels.shape), torch.cat(likeliest).view(labels.shape))
+
+
+def rectangle(pieces: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Inputs (B, N) padded with token 0, and their labels with one that does not count, of pieces of N + 1 tokens and
+    less."""
+    inputs = torch.zeros(len(pieces), max(map(len, pieces)) - 1, dtype=torch.int64)
+    labels = torch.full_like(inputs, IGNORED)
+    for row, piece in enumerate(pieces):
+        tokens = torch.from_numpy(piece.astype(np.int64))
+        inputs[row, : len(piece) - 1] = tokens[:-1]
+        labels[row, : len(piece) - 1] = tokens[1:]
+    return inputs, labels
+
+
+def separator_of(stream: TokenStream) -> int:
+    """The token that opens and closes documents."""
+    return int(stream.tokens[0])
+
+
+def excerpts(stream: TokenStream, count: int, length: int, random: np.random.Generator) -> np.ndarray:
+    """Stretches from all over a text, its documents joined without separators, as they may overlap: (count, length).
+
+    Raises:
+        DataError: the text is too short.
+    """
+    is_text = np.ones(len(stream.tokens), bool)
+    is_text[stream.starts] = is_text[-1] = False
+    text = stream.tokens[is_text].astype(np.int64)
+    if len(text) < length:
+        raise DataError(
+            f"the text has {len(text):,} tokens, and {length:,} in a row are needed: give more text or a lesser length"
+        )
+    starts = random.integers(len(text) - length + 1, size=count)
+    return np.stack([text[start : start + length] for start in starts])

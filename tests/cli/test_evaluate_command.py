@@ -1,0 +1,102 @@
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resolvent.data import encode_documents, load_documents, load_tokenizer
+from resolvent.evaluation import evaluate_needle, evaluate_positions, measure_influence
+from resolvent.models import load_model
+
+Resolvent = Callable[..., Any]
+
+SMALL = {
+    "positions": ["--length", 40, "--sequences", 3],
+    "needle": ["--length", 32, "--samples", 4, "--candidates", 5],
+    "influence": ["--length", 40, "--sequences", 2],
+}
+
+
+@pytest.mark.parametrize("measure", ["language", *SMALL])
+def test_help_teaches_by_an_example(resolvent: Resolvent, measure: str):
+    assert measure in resolvent("evaluate", "--help").out
+    text = resolvent("evaluate", measure, "--help").out
+    assert "Example: resolvent evaluate runs/tiny" in text or f"Example: resolvent evaluate {measure}" in text
+
+
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_without_a_measure_it_is_language(resolvent: Resolvent, run_dir: Path, options: list[str]):
+    plain = resolvent("evaluate", *options, run_dir)
+    assert plain.code == 0
+    assert plain == resolvent("evaluate", "language", run_dir, *options)
+
+
+@pytest.mark.parametrize("measure", SMALL)
+def test_a_measure_prints_a_table_and_writes_what_the_library_finds(
+    resolvent: Resolvent, run_dir: Path, text_file: Path, tmp_path: Path, measure: str
+):
+    found, plot = tmp_path / "found.json", tmp_path / "plot.png"
+    arguments = ["--data", text_file, "--device", "cpu", *SMALL[measure], "--json", found, "--plot", plot]
+    outcome = resolvent("evaluate", measure, run_dir, *arguments)
+    assert outcome.code == 0, outcome.err
+    model, tokenizer = load_model(run_dir, "cpu"), load_tokenizer(run_dir)
+    stream = encode_documents(load_documents(text_file), tokenizer)
+    scores = {
+        "positions": lambda: evaluate_positions(model, stream, tokenizer, length=40, sequences=3),
+        "needle": lambda: evaluate_needle(model, stream, tokenizer, length=32, samples=4, candidates=5),
+        "influence": lambda: measure_influence(model, stream, length=40, sequences=2),
+    }[measure]()
+    written = json.loads(found.read_text())
+    settings = written.pop("settings")
+    assert written == json.loads(json.dumps(scores.to_dict()))
+    assert (settings["model"], settings["data"], settings["length"]) == (
+        str(run_dir),
+        str(text_file),
+        SMALL[measure][1],
+    )
+    lines = outcome.out.splitlines()
+    assert lines[0].startswith(f"{run_dir}, ")
+    assert len(lines) == 2 + len(scores.rows) + (measure == "needle")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_hold_the_figures(resolvent: Resolvent, run_dir: Path, text_file: Path, tmp_path: Path):
+    found = tmp_path / "found.json"
+    out = resolvent("evaluate", "positions", run_dir, "--data", text_file, "--length", 8, "--json", found).out
+    row = json.loads(found.read_text())["rows"][-1]
+    line = out.splitlines()[-1]
+    assert line.split()[:5] == ["5", "-", "8", str(row["sequences"]), str(row["tokens"])]
+    for figure in (row["loss"]["mean"], row["bits_per_byte"], row["windows_loss"]["standard_error"]):
+        assert f"{figure:.4f}" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--length", "100000"], 1, "in a row are needed: give more text or a lesser length"),
+        (["--plot", "plot.gif"], 1, "plot.gif must end in .png, .pdf or .svg"),
+        (["--plot", "nowhere/plot.png"], 2, "nowhere is no folder"),
+        (["--json", "nowhere/found.json"], 2, "nowhere is no folder"),
+        (["--length", "0"], 2, "--length"),
+    ],
+)
+@pytest.mark.parametrize("measure", ["needle", "influence"])
+def test_errors_name_the_remedy(
+    resolvent: Resolvent, run_dir: Path, text_file: Path, measure: str, arguments: list[str], code: int, message: str
+):
+    outcome = resolvent("evaluate", measure, run_dir, "--data", text_file, *arguments)
+    assert outcome.code == code
+    assert message in " ".join(outcome.err.replace("│", "").split())
+    assert not outcome.out
+
+
+def test_a_missing_extra_is_named_before_anything_is_read(
+    resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = resolvent("evaluate", "positions", tmp_path / "missing", "--plot", tmp_path / "plot.png")
+    assert outcome.code == 1
+    assert outcome.err.count("\n") == 1
+    assert "pip install 'resolvent[plots]'" in outcome.err
