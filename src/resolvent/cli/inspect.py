@@ -18,7 +18,7 @@ def inspect(
         typer.FileBinaryRead | None,
         typer.Option(metavar="FILE", help="File with the text; - for standard input.", show_default=False),
     ] = None,
-    length: Annotated[int, typer.Option(min=2, max=8192, help="Most tokens of it to read.")] = 512,
+    length: Annotated[int, typer.Option(min=2, max=8192, help="Most tokens of it to read.")] = 500,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", dir_okay=False, help="Page to write.", show_default="DIR/inspection.html"),

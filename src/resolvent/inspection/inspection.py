@@ -26,7 +26,7 @@ from resolvent.models.phases import phase_of
 from resolvent.ops.consolidation import signal_to_noise
 from resolvent.ops.precision import at_least_float32
 
-SNR_EDGES = np.geomspace(0.01, 32, 43)
+SNR_EDGES = np.geomspace(1e-3, 32, 46)
 """Bins of the SNR; the outermost take what is beyond them."""
 
 _MOST_POINTS = 1000
@@ -143,7 +143,7 @@ def inspect_model(
     tokenizer: Tokenizer,
     text: str,
     *,
-    length: int = 512,
+    length: int = 500,
     name: str = "model",
     metrics: Path | None = None,
 ) -> Inspection:

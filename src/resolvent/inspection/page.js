@@ -4,7 +4,7 @@ const $ = (id) => document.getElementById(id);
 const COUNT = data.tokens.length;
 
 // One token and one layer are looked at, by every picture.
-const view = { token: Math.min(COUNT - 1, 1), layer: 0 };
+const view = { token: 1 + data.nats.indexOf(Math.max(...data.nats)), layer: 0 };
 const onToken = [], onLayer = [];
 function selectToken(index) {
   view.token = Math.max(0, Math.min(COUNT - 1, index));
@@ -20,10 +20,10 @@ function selectLayer(index) {
 // ---- Words and numbers
 
 function number(x) {
-  if (x === 0) return "0";
   const size = Math.abs(x);
-  if (size >= 1e5 || size < 1e-3) return x.toExponential(1).replace("e+", "e");
-  return String(+x.toPrecision(3));
+  if (x === 0 || (size < 1e4 && size >= 1e-3)) return String(+x.toPrecision(3));
+  const [digits, power] = x.toExponential(1).split("e"), raised = String(+power).replace(/./g, (c) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)]);
+  return digits === "1.0" ? `10${raised}` : `${digits} × 10${raised}`;
 }
 const percent = (x) => (x < 0.001 ? "under 0.1 %" : `${(100 * x).toPrecision(x >= 0.1 ? 3 : 2)} %`);
 const tokens = (x) => (x < 10 ? x.toFixed(1) : String(Math.round(x)));
@@ -351,10 +351,13 @@ function drawDecay() {
     if (!(event.key in steps)) return;
     event.preventDefault();
     selectToken(view.token + steps[event.key]);
-    inner.parentElement.scrollLeft = view.token * cell - inner.parentElement.clientWidth / 2;
   });
-  onToken.push(() => (column.style.left = `${view.token * cell}px`));
-  ramp($("decay-map"), `keeps: half is gone in ${tokens(Math.LN2 / (Math.exp(low) * data.dt))} tokens`, `forgets: half is gone in ${tokens(Math.LN2 / (Math.exp(high) * data.dt))}`);
+  onToken.push(() => {
+    const left = view.token * cell, window = inner.parentElement;
+    column.style.left = `${left}px`;
+    if (left < window.scrollLeft || left + cell > window.scrollLeft + window.clientWidth) window.scrollLeft = left - window.clientWidth / 2;
+  });
+  ramp($("decay-map"), `keeps: half is gone in ${tokens(Math.LN2 / (Math.exp(low) * data.dt))} tokens`, `forgets: half is gone in ${tokens(Math.LN2 / (Math.exp(high) * data.dt))} tokens`);
 }
 
 function drawEnergy() {
@@ -502,6 +505,7 @@ const sections = {
   resonance: [memories && data.resonance_threshold !== null, drawResonance],
   resolvent: [true, drawResolvent],
 };
+$("missing").hidden = memories;
 drawHeader();
 drawBar();
 for (const [id, [exists, draw]] of Object.entries(sections)) exists ? draw() : $(id).remove();

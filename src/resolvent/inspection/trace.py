@@ -64,7 +64,7 @@ class Trace:
     layers: list[LayerTrace]
 
 
-def trace(model: IntegratedModel, tokens: Tensor, *, stride: int = 8) -> Trace:
+def trace(model: IntegratedModel, tokens: Tensor, *, stride: int = 4) -> Trace:
     """Read a text a few tokens at a time, which changes nothing for the model, and look at it after each time.
 
     Args:
