@@ -117,7 +117,9 @@ def _layer(block: nn.Module, heard: dict[nn.Module, list[Any]], states: list[Any
         block.snr_filter.constants.eta_boost if block.snr_filter else 1.0,
     )
     energy = memories.square().sum(dim=(-2, -1))
-    return LayerTrace(_resolvent(heard[bk]), bound, gamma, MemoryTrace(energy, most[ends.to(most.device)], memories[-1]))
+    return LayerTrace(
+        _resolvent(heard[bk]), bound, gamma, MemoryTrace(energy, most[ends.to(most.device)], memories[-1])
+    )
 
 
 def _resolvent(outputs: list[Any]) -> Tensor:

@@ -104,6 +104,14 @@ class TrainingConfig:
     )
     final_eval_tokens: int = setting(0, REPORTS, "The same for the validation at the end.", at_least=0)
     checkpoint_interval: int = setting(250, REPORTS, "Steps between checkpoints; 0 for the end only.", at_least=0)
+    tracker: Literal[
+        "none", "tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"
+    ] = setting(
+        "none",
+        REPORTS,
+        "Where metrics and what happens inside the model go, beside metrics.jsonl.",
+        metavar="none|tensorboard|wandb|...",
+    )
     keep_checkpoints: int = setting(2, REPORTS, "Newest checkpoints to keep.", at_least=1)
 
     @property
