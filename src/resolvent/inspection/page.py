@@ -16,4 +16,4 @@ def render_page(inspection: Inspection) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files("resolvent.inspection").joinpath(name).read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from resolvent.evaluation.reading import evaluating, read
 from resolvent.layers import DissipativeBKLayer, DissipativeHebbianLayer, LyapunovStabilityMonitor, StaticBKLayer
 from resolvent.models import IntegratedModel
+from resolvent.models.phase1.model import Phase1Block
 from resolvent.models.phase2.model import Phase2Block
 
 
@@ -102,9 +103,10 @@ def _listening(model: IntegratedModel) -> Iterator[dict[nn.Module, list[Any]]]:
 
 
 def _layer(block: nn.Module, heard: dict[nn.Module, list[Any]], states: list[Any], ends: Tensor) -> LayerTrace:
-    if not isinstance(block, Phase2Block):
+    if isinstance(block, Phase1Block):
         g = _resolvent(heard[block.bk])
         return LayerTrace(g, torch.full_like(g.real, 1 / StaticBKLayer.ZETA), None, None)
+    assert isinstance(block, Phase2Block)
     bk, hebbian = block.dissipative_bk, block.hebbian
     gamma = torch.cat([output[1][0] for output in heard[bk]])
     bound = 1 / (bk.kappa.detach().abs() * gamma + bk.log_zeta.detach().exp())

@@ -24,7 +24,7 @@ from resolvent.models.phase2 import Phase2Config
 from resolvent.models.phases import PHASES
 from resolvent.models.storage import write_config
 from resolvent.training.checkpoint import find_checkpoint
-from resolvent.training.config import TrainingConfig
+from resolvent.training.config import Tracker, TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus
 from resolvent.training.record import FIXED_FILES, beginning, check_new, new_run, read_run, write_run
 from resolvent.training.tracking import tracker_options
@@ -82,7 +82,7 @@ def resume(
     device: Literal["auto", "cpu", "cuda"] | None = None,
     data: str | None = None,
     validation_data: str | None = None,
-    tracker: str | None = None,
+    tracker: Tracker | None = None,
     console: Console | None = None,
 ) -> TrainingResult:
     """Go on with a run from its last whole checkpoint, or from its beginning where there is none.
