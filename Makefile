@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu lint format bench clean
+.PHONY: help setup demo test test-all test-gpu lint format bench docs clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ format: setup  ## let ruff rewrite the code
 
 bench: setup  ## measure training speed and memory beside a Transformer of the same size
 	$(BIN)/python benchmarks/cpu_speed.py
+
+docs: setup  ## build the documentation into build/site
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:  ## remove the environment, runs and caches
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
