@@ -47,7 +47,7 @@ def inspect(
     from resolvent.training.metrics import FILE_NAME
 
     if text is None and file is None:
-        text = documents_of(directory, None)[0]
+        text = documents_of(directory, None, "--text")[0]
     else:  # what the shell passed as bytes, or what the file holds, as text
         read = file.read() if file is not None else str(text).encode("utf-8", "surrogateescape")
         text = read.decode("utf-8", "replace")

@@ -202,20 +202,30 @@ def read_curves(path: Path) -> Curves:
         CheckpointError: the file cannot be read, or holds a line that is no record.
     """
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        records: list[dict[str, float]] = [json.loads(line) for line in lines if line.endswith("\n")]
+        if not all(isinstance(record, dict) for record in records):
+            raise TypeError("a line that is no record")
         steps = [record for record in records if "loss" in record]
         checks = [record for record in records if "validation_loss" in record]
         return Curves(
-            *(_thinned([r[key] for r in steps]) for key in ("step", "bits_per_byte", "grad_norm", "lr")),
-            *([r[key] for r in checks] for key in ("step", "validation_bits_per_byte")),
+            *(_thinned(_column(steps, key)) for key in ("step", "bits_per_byte", "grad_norm", "lr")),
+            *(_column(checks, key).tolist() for key in ("step", "validation_bits_per_byte")),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot read the learning curves of {path}: {error!r}; move the file away") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"cannot read the learning curves in {path}: {error!r}; move it away") from error
 
 
-def _thinned(values: list[float]) -> Row:
+def _column(records: list[dict[str, float]], key: str) -> np.ndarray:
+    values = np.asarray([record[key] for record in records], float)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{key} is not finite")
+    return values
+
+
+def _thinned(values: np.ndarray) -> Row:
     """Means over stretches, all of about the same length, so that few enough remain."""
-    stretches = np.array_split(np.asarray(values, float), min(len(values), _MOST_POINTS) or 1)
+    stretches = np.array_split(values, min(len(values), _MOST_POINTS) or 1)
     return [_short(stretch.mean()) for stretch in stretches if len(stretch)]
 
 
