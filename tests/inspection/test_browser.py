@@ -21,8 +21,11 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: no chromium or google-chrome in the path"),
 ]
 
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync --virtual-time-budget=4000 --window-size=1200,900""".split()
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+    *("--virtual-time-budget=4000", "--window-size=1200,900"),
+]
 TEXT = "The old cat, père №7, sat on the mat.\nIt <b>purred</b> &amp; slept.\n" * 2
 TOKENS = len(TEXT.encode()) + 1
 

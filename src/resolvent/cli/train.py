@@ -83,9 +83,10 @@ def train(
         with training.terminable():
             if resume is not None:
                 device = None if config.device == "auto" else config.device
-                tracker = None if config.tracker == "none" else config.tracker
-                moved = {name: settings[name] for name in _MOVABLE if settings[name] is not None}
-                result = training.resume(resume, device=device, tracker=tracker, console=console, **moved)
+                given = {name: settings[name] for name in _MOVABLE if settings[name] is not None}
+                if config.tracker != "none":
+                    given["tracker"] = config.tracker
+                result = training.resume(resume, device=device, console=console, **given)
             else:
                 result = training.train(config, console=console)
     except (training.TrainingInterrupted, KeyboardInterrupt) as stop:

@@ -109,7 +109,7 @@ class TrainingConfig:
     )
     final_eval_tokens: int = setting(0, REPORTS, "The same for the validation at the end.", at_least=0)
     checkpoint_interval: int = setting(250, REPORTS, "Steps between checkpoints; 0 for the end only.", at_least=0)
-    tracker: Tracker = setting(
+    tracker: Tracker = setting(  # noqa: RUF009  a Literal's values do not change
         "none",
         REPORTS,
         "Where metrics and what happens inside the model go, beside metrics.jsonl.",
