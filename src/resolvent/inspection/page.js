@@ -25,7 +25,7 @@ function number(x) {
   const [digits, power] = x.toExponential(1).split("e"), raised = String(+power).replace(/./g, (c) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)]);
   return digits === "1.0" ? `10${raised}` : `${digits} × 10${raised}`;
 }
-const percent = (x) => (x < 0.001 ? "under 0.1 %" : `${(100 * x).toPrecision(x >= 0.1 ? 3 : 2)} %`);
+const percent = (x) => (x < 0.001 ? "under 0.1\u00a0%" : `${(100 * x).toPrecision(x >= 0.1 ? 3 : 2)}\u00a0%`);
 const tokens = (x) => (x < 10 ? x.toFixed(1) : String(Math.round(x)));
 const sum = (list) => list.reduce((total, x) => total + x, 0);
 const range = (n) => Array.from({ length: n }, (_, i) => i);
@@ -283,7 +283,7 @@ function drawSurprise() {
 function surpriseOf(i) {
   if (i === 0) return "The text begins.";
   const loss = data.nats[i - 1], guesses = data.expected[i - 1].map(([text, p]) => `“${shownText(text)}” ${percent(p)}`);
-  return `“${shown(i)}”: loss ${number(loss)}, held for ${percent(Math.exp(-loss))}\nexpected: ${guesses.join(", ")}`;
+  return `“${shown(i)}”: loss ${number(loss)}, probability ${percent(Math.exp(-loss))}\nexpected: ${guesses.join(", ")}`;
 }
 
 function drawInfluence() {
@@ -406,7 +406,7 @@ function drawSnr() {
 
 function drawResonance() {
   const first = data.layers[0].memory.modes.energy, count = first.length, modes = first[0].length, tall = Math.max(14, Math.min(26, 260 / count));
-  const height = count * tall + 40, threshold = data.resonance_threshold, low = Math.log(Math.min(threshold, 0.1) / 3), high = Math.log(modes / 2);
+  const height = count * tall + 40, threshold = data.resonance_threshold, low = Math.log((threshold || 0.1) / 3), high = Math.log(Math.max(...data.layers.flatMap((layer) => layer.memory.modes.energy.flat())));
   onLayer.push(picture($("resonance-map"), "Energy by head and mode; arrow keys move", height, (canvas, width) => {
     const { energy, gate } = data.layers[view.layer].memory.modes, left = 58, cell = (width - left - 56) / modes;
     const ringing = (h) => energy[h].filter((e) => e > threshold).length;
@@ -486,7 +486,7 @@ function drawBar() {
     slider.value = i;
     slider.setAttribute("aria-valuetext", `${i + 1} of ${COUNT}: ${shown(i)}`);
     if (i) parts.push(`loss ${number(data.nats[i - 1])} (${percent(Math.exp(-data.nats[i - 1]))})`, `expected “${shownText(data.expected[i - 1][0][0])}”`);
-    if (layer.gamma) parts.push(`Γ ${layer.gamma.map((row) => number(row[i])).slice(0, 4).join(", ")}${layer.gamma.length > 4 ? ", …" : ""}`);
+    if (layer.gamma) parts.push(`Γ by head ${layer.gamma.map((row) => number(row[i])).slice(0, 4).join(", ")}${layer.gamma.length > 4 ? ", …" : ""}`);
     if (i < data.influence.length) parts.push(`influence ${number(data.influence[i])}`);
     const word = html("span", "token", null, shown(i));
     $("reading").replaceChildren(`${i + 1} of ${COUNT} `, word, ` ${parts.join(" · ")}`);
