@@ -177,10 +177,7 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
         # Accelerate keeps the settings of a process's first Accelerator and refuses others.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    compiler = TorchDynamoPlugin(
-        backend=DynamoBackend.INDUCTOR if config.compile else DynamoBackend.NO,
-        mode="reduce-overhead" if device.type == "cuda" else "default",  # CUDA graphs: Python is slower than the GPU
-    )
+    compiler = TorchDynamoPlugin(backend=DynamoBackend.INDUCTOR if config.compile else DynamoBackend.NO)
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
