@@ -66,7 +66,7 @@ def train(
     """
     config = TrainingConfig(**settings)
     if resume is not None:
-        settled = [name for name in settings if name not in ("device", *_MOVABLE)]
+        settled = [name for name in settings if name not in ("device", "tracker", *_MOVABLE)]
         _refuse(context, [*settled, "change"], "--resume", "the run keeps its settings")
     elif config.start_from is not None:
         settled = [*SAVED_WITH_A_MODEL, "change"]
@@ -83,8 +83,10 @@ def train(
         with training.terminable():
             if resume is not None:
                 device = None if config.device == "auto" else config.device
-                moved = {name: settings[name] for name in _MOVABLE if settings[name] is not None}
-                result = training.resume(resume, device=device, console=console, **moved)
+                given = {name: settings[name] for name in _MOVABLE if settings[name] is not None}
+                if config.tracker != "none":
+                    given["tracker"] = config.tracker
+                result = training.resume(resume, device=device, console=console, **given)
             else:
                 result = training.train(config, console=console)
     except (training.TrainingInterrupted, KeyboardInterrupt) as stop:

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 RUN, TEXT, SIZE, OPTIMISER, REPORTS = "Run", "Model and text", "Size", "Optimiser", "Reports and checkpoints"
 
+Tracker = Literal[
+    "none", "tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"
+]
+"""What a run's numbers can be sent to: what Accelerate knows."""
+
 
 def setting(default: Any, group: str, help: str, **rules: Any) -> Any:
     """A dataclass field with what the command line says of it and the rules that its value must obey.
@@ -104,6 +109,12 @@ class TrainingConfig:
     )
     final_eval_tokens: int = setting(0, REPORTS, "The same for the validation at the end.", at_least=0)
     checkpoint_interval: int = setting(250, REPORTS, "Steps between checkpoints; 0 for the end only.", at_least=0)
+    tracker: Tracker = setting(  # noqa: RUF009  a Literal's values do not change
+        "none",
+        REPORTS,
+        "Where metrics and what happens inside the model go, beside metrics.jsonl.",
+        metavar="none|tensorboard|wandb|...",
+    )
     keep_checkpoints: int = setting(2, REPORTS, "Newest checkpoints to keep.", at_least=1)
 
     @property

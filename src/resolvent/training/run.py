@@ -24,9 +24,10 @@ from resolvent.models.phase2 import Phase2Config
 from resolvent.models.phases import PHASES
 from resolvent.models.storage import write_config
 from resolvent.training.checkpoint import find_checkpoint
-from resolvent.training.config import TrainingConfig
+from resolvent.training.config import Tracker, TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus
 from resolvent.training.record import FIXED_FILES, beginning, check_new, new_run, read_run, write_run
+from resolvent.training.tracking import tracker_options
 from resolvent.training.trained import load_trained
 from resolvent.training.trainer import Trainer, TrainingResult
 
@@ -81,6 +82,7 @@ def resume(
     device: Literal["auto", "cpu", "cuda"] | None = None,
     data: str | None = None,
     validation_data: str | None = None,
+    tracker: Tracker | None = None,
     console: Console | None = None,
 ) -> TrainingResult:
     """Go on with a run from its last whole checkpoint, or from its beginning where there is none.
@@ -94,9 +96,11 @@ def resume(
         device: replaces the run's device.
         data: where the run's text is now, if it has moved.
         validation_data: the same for the text to validate on.
+        tracker: replaces the run's tracker.
         console: where to show progress; None shows nothing.
 
     Raises:
+        ConfigError: the tracker is unknown or not installed.
         CheckpointError: no run to resume or one that another process is at, no whole checkpoint, changed data, or
             another number of processes.
         DataError: text that cannot be read any more.
@@ -111,7 +115,9 @@ def resume(
         device=device or config.device,
         data=_absolute(data) or config.data,
         validation_data=_absolute(validation_data) or config.validation_data,
+        tracker=tracker or config.tracker,
     )
+    config.validate()
     accelerator = _accelerator(config)
     with locked(run_dir / MANIFEST) if accelerator.is_main_process else nullcontext():
         return _resume(config, fingerprint, accelerator, _console(console, accelerator))
@@ -177,6 +183,7 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
         mixed_precision=precision,
         gradient_accumulation_steps=config.accumulation,
         dynamo_plugin=compiler,
+        **tracker_options(config),
     )
 
 

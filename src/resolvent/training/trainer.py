@@ -30,8 +30,12 @@ from resolvent.training.metrics import FILE_NAME, MetricsLog
 from resolvent.training.optimizer import build_optimizer
 from resolvent.training.progress import TrainingDisplay, format_duration
 from resolvent.training.schedule import learning_rate_factor
+from resolvent.training.tracking import Tracking
 
 logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 1024
+"""Held-out tokens, document after document, that the model reads when a tracker is told what happens inside."""
 
 
 class NonFiniteError(ResolventError, ArithmeticError):
@@ -125,7 +129,7 @@ class Trainer:
         self.model.train()
         self.display = self._new_display()
         self._introduce()
-        with self._metrics_log() as self.metrics:
+        with self._metrics_log() as self.metrics, self._tracking() as self.tracking:
             if self.standing.step and self.accelerator.is_main_process:
                 self.save()  # the run may have been killed in here, with its checkpoint whole and its weights not there
             with self.display, StopRequest() as stop:
@@ -181,6 +185,8 @@ class Trainer:
                 loss, penalty = self._loss(batch)
                 accelerator.backward(loss + penalty)
             loss_sum += loss.detach()
+        if self._is_checked(step + 1):
+            self.tracking.log_gradients(step + 1, self.raw_model)
         mean_loss = accelerator.reduce(loss_sum / config.accumulation, reduction="mean")
         grad_norm = clip_grad_norm_(self.raw_model.parameters(), config.grad_clip or math.inf)
         return mean_loss.item(), grad_norm.item()
@@ -195,8 +201,7 @@ class Trainer:
 
     def _report(self, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
         step, average = self.standing.step, self.standing.loss_average.update(loss)
-        self.metrics.write(
-            step=step,
+        record = dict(
             tokens=step * self.tokens_per_step,
             loss=loss,
             bits_per_byte=loss * self.bits_per_byte_per_nat,
@@ -204,6 +209,8 @@ class Trainer:
             grad_norm=grad_norm,
             tokens_per_second=self.tokens_per_step / seconds,
         )
+        self.metrics.write(step=step, **record)
+        self.tracking.log(step, "training", record)
         self.display.step(
             step,
             loss=average,
@@ -222,7 +229,7 @@ class Trainer:
         stopping = self.accelerator.check_trigger() and step < config.steps
         if stopping:
             self.display.say(f"Stopping after step {step}: saving a checkpoint (once more to stop at once)")
-        if _is_due(step, config.eval_interval) and step < config.steps:
+        if self._is_checked(step) and step < config.steps:
             self._validate(self.validation_sample)
         if _is_due(step, config.checkpoint_interval) or stopping or step == config.steps:
             self._save()
@@ -248,8 +255,14 @@ class Trainer:
             validation_tokens=score.tokens,
             final=final,
         )
+        self.tracking.log(self.standing.step, "validation", dict(loss=score.loss, bits_per_byte=score.bits_per_byte))
+        self.tracking.log_physics(self.standing.step, self.raw_model)
         self.display.validation(self.standing.step, score)
         return score
+
+    def _is_checked(self, step: int) -> bool:
+        """Whether the model is validated and looked into after a step."""
+        return _is_due(step, self.config.eval_interval) or step == self.config.steps
 
     def save(self) -> None:
         """Write a checkpoint, and the weights into the run folder, which so is ready for use at any time.
@@ -276,6 +289,10 @@ class Trainer:
             logger.warning("%s is missing: it begins anew after step %d", self.run_dir / FILE_NAME, step)
             log = MetricsLog(self.run_dir, step)
         return log
+
+    def _tracking(self) -> Tracking:
+        probe = torch.from_numpy(self.validation_sample.tokens[:_PROBE_TOKENS].astype(np.int64))
+        return Tracking(self.accelerator, self.config, self.standing.step, probe)
 
     def _introduce(self) -> None:
         """Say what is trained on what."""
