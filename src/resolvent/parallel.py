@@ -61,7 +61,13 @@ class SequenceParallel(nn.Module):
 
         Returns:
             logits (B, N, V), or, given labels, the mean nats of all stretches, the same number in every process.
+
+        Raises:
+            ValueError: tokens, labels or state do not fit each other or the model.
         """
+        if labels is not None and labels.shape != input_ids.shape:
+            expected, got = tuple(input_ids.shape), tuple(labels.shape)
+            raise ValueError(f"labels must have the shape of input_ids, {expected}, got {got}")
         chain, model = self._chain, self.model
         before = self._state_before(input_ids, state)
         with self._linked_blocks(before):
@@ -98,10 +104,11 @@ class SequenceParallel(nn.Module):
         """Let every block receive its state and send it on."""
         chain = self._chain
         anchor = torch.zeros((), requires_grad=True)
+        layer_type = before.layer_type if before is not None else ()
 
         def receive(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             x, *others = inputs
-            place = next(i for i, value in enumerate(others) if isinstance(value, before.layer_type))
+            place = next(i for i, value in enumerate(others) if isinstance(value, layer_type))
             x, *tensors = _Receive.apply(chain, _tensors(others[place]), anchor, x)
             others[place] = _with_tensors(others[place], tensors)
             return (x, *others)
@@ -119,9 +126,6 @@ class SequenceParallel(nn.Module):
             yield
 
     def _mean_nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        if labels.shape != hidden.shape[:-1]:
-            expected, got = tuple(hidden.shape[:-1]), tuple(labels.shape)
-            raise ValueError(f"labels must have the shape of input_ids, {expected}, got {got}")
         head, backend = self.model.lm_head.weight, self.model.config.backend
         nats = linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), reduction="sum", backend=backend)
         mine = nats / self._chain.sum((labels != IGNORED).sum())
