@@ -1,6 +1,8 @@
 """Several processes that read a sequence read it as one does."""
 
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -160,3 +162,16 @@ def refuse() -> None:
 
 def test_labels_of_another_stretch_are_refused():
     together(2, refuse)
+
+
+def run_the_example() -> float:
+    page = (Path(__file__).parents[1] / "docs" / "many_gpus.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(compile(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], "many_gpus.md", "exec"), names)
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
+    return names["loss"].item()
+
+
+def test_the_example_of_the_page_runs():
+    one, two = together(2, run_the_example)
+    assert one == two

@@ -4,6 +4,7 @@ import logging
 import math
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -255,10 +256,12 @@ class Trainer:
         mine = shares[accelerator.process_index]
         model = accelerator.unwrap_model(self.model, keep_torch_compile=False)  # pieces come in many shapes
         sizes = dict(batch_tokens=max(self.batches.tokens_per_batch, 4096), piece_tokens=512)
-        nats = sum_of_nats(model, mine, **sizes)
-        if self.sharded:  # every call takes all processes, also those that have read their share
-            calls = [calls_of_model(share, **sizes) for share in shares]
-            self._call_idly(max(calls) - calls[accelerator.process_index])
+        # So do blocks that are compiled one by one.
+        with torch.compiler.set_stance("force_eager") if self.sharded and self.config.compile else nullcontext():
+            nats = sum_of_nats(model, mine, **sizes)
+            if self.sharded:  # every call takes all processes, also those that have read their share
+                calls = [calls_of_model(share, **sizes) for share in shares]
+                self._call_idly(max(calls) - calls[accelerator.process_index])
         total = accelerator.reduce(torch.tensor(nats, dtype=torch.float64, device=self.device)).item()
         score = LanguageScore.from_totals(total, stream.num_predictions, stream.num_bytes)
         self.metrics.write(
