@@ -1,5 +1,6 @@
 """Training by several processes on the CPU."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from resolvent.errors import CheckpointError, ConfigError
 from resolvent.models import load_model
 from resolvent.models.phase2 import Phase2Config
 from resolvent.tensors import read_tensors
@@ -209,3 +211,34 @@ def test_killed_at_any_moment(make: MakeConfig, sharded: Path, touches: list[lis
         config = make(f"killed-{rank}-{moment}", 2, parallel="fsdp")
         die_and_go_on(config, rank, moment)
         assert_same(config.run_dir, sharded)
+
+
+def fill_the_disk(config: TrainingConfig) -> str:
+    """Train until the disk has no room for the second process's shard; what is said of it."""
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and ".step-00000004.partial/shard-00002" in str(arguments[0]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sys.addaudithook(watch)
+    with pytest.raises(CheckpointError) as error:
+        train(config)
+    return str(error.value)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_stops_both(make: MakeConfig, sharded: Path):
+    config = make("full", 2, parallel="fsdp")
+    for message in together(2, fill_the_disk, config):
+        assert "process 1: [Errno 28] No space left on device" in message
+        assert "make room" in message
+    names = sorted(path.name for path in (config.run_dir / "checkpoints").iterdir())
+    assert names == ["step-00000000", "step-00000002"]
+    together(2, go_on, config.run_dir)
+    assert_same(config.run_dir, sharded)
+
+
+def test_sharding_of_accelerates_own_is_refused(make: MakeConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="leave that to --parallel fsdp"):
+        train(make("refused", 1))
