@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import signal
 import typing
 from collections.abc import Iterable
@@ -96,7 +97,8 @@ def train(
         begun = has_begun(run_dir)
         _say(console, f"Stopped. Go on with: resolvent train --resume {run_dir}" if begun else "Stopped.")
         raise typer.Exit(128 + number) from None
-    _say(console, f"Let it write: resolvent generate {result.run_dir} --prompt 'The' --stream")
+    if int(os.environ.get("RANK", "0")) == 0:  # of the processes that torchrun started, one speaks
+        _say(console, f"Let it write: resolvent generate {result.run_dir} --prompt 'The' --stream")
 
 
 def _say(console: "Console", text: str) -> None:

@@ -52,6 +52,9 @@ class TrainingConfig:
     seed: int = setting(0, RUN, "Decides weights, order of the data and dropout.", at_least=0, at_most=2**63 - 1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN, "auto: cuda where there is one.")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", RUN, "auto: bf16 on cuda, fp32 on the cpu.")
+    parallel: Literal["ddp", "fsdp"] = setting(
+        "ddp", RUN, "Of several processes, each holds the whole model (ddp), or a share of it (fsdp)."
+    )
     compile: bool = setting(False, RUN, "Compile the model with torch.compile: worth a minute's wait on long GPU runs.")
 
     phase: int = setting(
@@ -85,7 +88,7 @@ class TrainingConfig:
     steps: int = setting(1000, SIZE, "Optimiser steps.", at_least=1)
     seq_len: int = setting(256, SIZE, "Tokens in a training window.", at_least=1)
     batch_size: int = setting(8, SIZE, "Windows in a batch, on each device.", at_least=1)
-    accumulation: int = setting(1, SIZE, "Batches in a step.", at_least=1)
+    accumulation: int = setting(1, SIZE, "Batches in a step, on each device.", at_least=1)
 
     learning_rate: float | None = setting(
         None, OPTIMISER, "Highest learning rate.", above=0, default_text="0.5 / d_model: 0.004 for tiny, 0.001 for base"

@@ -15,6 +15,7 @@ from resolvent.models import IntegratedModel
 from resolvent.models.phase1 import Phase1IntegratedModel
 from resolvent.models.phase2 import Phase2IntegratedModel, Phase2State
 from resolvent.ops.consolidation import signal_to_noise
+from resolvent.training.sharding import whole_tensor
 
 
 @dataclass
@@ -53,7 +54,7 @@ def gradient_norms(model: IntegratedModel) -> dict[str, float]:
             first, second, *_ = name.split(".")
             group = _name("gradient_norm", int(second)) if first == "blocks" else f"gradient_norm/{first}"
             groups.setdefault(group, []).append(parameter.grad)
-    return {group: get_total_norm(gradients).item() for group, gradients in groups.items()}
+    return {group: whole_tensor(get_total_norm(gradients)).item() for group, gradients in groups.items()}
 
 
 def _name(quantity: str, layer: int) -> str:

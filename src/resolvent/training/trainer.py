@@ -4,6 +4,7 @@ import logging
 import math
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from torch.nn.utils import clip_grad_norm_
 from resolvent.data import Batch, PackedBatches, TokenStream
 from resolvent.errors import CheckpointError, ResolventError
 from resolvent.evaluation import LanguageScore
-from resolvent.evaluation.language import document_tokens, sum_of_nats
+from resolvent.evaluation.language import calls_of_model, document_tokens, sum_of_nats
+from resolvent.evaluation.reading import evaluating
 from resolvent.models import IntegratedModel
 from resolvent.models.phases import phase_of
-from resolvent.models.storage import write_weights
+from resolvent.models.storage import named_weights, write_weights
 from resolvent.training.average import Average
 from resolvent.training.checkpoint import Standing, load_optimizer, load_standing, save_checkpoint
 from resolvent.training.config import TrainingConfig
@@ -30,6 +32,7 @@ from resolvent.training.metrics import FILE_NAME, MetricsLog
 from resolvent.training.optimizer import build_optimizer
 from resolvent.training.progress import TrainingDisplay, format_duration
 from resolvent.training.schedule import learning_rate_factor
+from resolvent.training.sharding import is_sharded, whole_tensor, whole_weights
 from resolvent.training.tracking import Tracking
 
 logger = logging.getLogger(__name__)
@@ -48,7 +51,7 @@ class TrainingResult:
 
     Attributes:
         run_dir: the run folder, which `load_model` and `load_tokenizer` read.
-        model: the trained model, in evaluation mode.
+        model: the trained model, in evaluation mode; of a sharded one, what this process holds.
         tokenizer: its tokenizer.
         validation: its score on held-out documents, all of them unless `final_eval_tokens` says less.
     """
@@ -66,7 +69,7 @@ class Trainer:
         config: the run, validated.
         accelerator: device, precision and processes.
         corpus: its text.
-        model: its model, on the accelerator's device.
+        model: its model, on the accelerator's device, or sharded.
         console: where to show progress.
     """
 
@@ -86,7 +89,6 @@ class Trainer:
             corpus.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
         )
         self.validation_sample = sample_documents(corpus.validation, config.eval_tokens)
-        self.tokens_per_step = self.batches.tokens_per_batch * config.accumulation * accelerator.num_processes
         self.bits_per_byte_per_nat = corpus.train.num_predictions / corpus.train.num_bytes / math.log(2)
         self.peak_learning_rate = config.peak_learning_rate(model.d_model)
         self.raw_model = model
@@ -96,15 +98,30 @@ class Trainer:
             weight_decay=config.weight_decay,
             betas=(config.beta1, config.beta2),
         )
-        self.model, self.optimizer = accelerator.prepare(model, self.raw_optimizer)
+        self.sharded = is_sharded(model)
+        if self.sharded:  # it needs autocast only
+            self.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+            self.optimizer = accelerator.prepare_optimizer(self.raw_optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, self.raw_optimizer)
+
+    @property
+    def batches_per_step(self) -> int:
+        """Batches of a step, of all processes together."""
+        return self.config.accumulation * self.standing.processes
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a step, of all processes together."""
+        return self.batches.tokens_per_batch * self.batches_per_step
 
     def restore(self, checkpoint: Path) -> None:
         """Take over a checkpoint's optimiser state and standing; its weights are those of the model already."""
         self.standing = load_standing(checkpoint)
-        if self.standing.processes != self.accelerator.num_processes:
+        if self.batches_per_step % self.accelerator.num_processes:
             raise CheckpointError(
-                f"the run {self.run_dir} was trained by {self.standing.processes} processes, this is "
-                f"{self.accelerator.num_processes}: resume it with as many as before"
+                f"a step of the run {self.run_dir} has {self.batches_per_step} batches, which "
+                f"{self.accelerator.num_processes} processes cannot share evenly: resume it with a divisor of that"
             )
         load_optimizer(checkpoint, self.raw_model, self.raw_optimizer)
 
@@ -130,7 +147,7 @@ class Trainer:
         self.display = self._new_display()
         self._introduce()
         with self._metrics_log() as self.metrics, self._tracking() as self.tracking:
-            if self.standing.step and self.accelerator.is_main_process:
+            if self.standing.step:
                 self.save()  # the run may have been killed in here, with its checkpoint whole and its weights not there
             with self.display, StopRequest() as stop:
                 while self.standing.step < self.config.steps:
@@ -174,21 +191,23 @@ class Trainer:
     def _gradient(self, step: int) -> tuple[float, float]:
         """Leave the clipped gradient in the parameters; return the mean loss and the norm before clipping."""
         accelerator, config = self.accelerator, self.config
-        rank, ranks = accelerator.process_index, accelerator.num_processes
-        # Randomness, too, is a function of the step alone: a resumed run needs no generator's state.
-        seeds = np.random.SeedSequence((config.seed, step, rank))
-        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+        mine = range(accelerator.process_index, self.batches_per_step, accelerator.num_processes)
+        accelerator.gradient_accumulation_steps = len(mine)
         loss_sum = torch.zeros((), device=self.device)
-        for part in range(config.accumulation):
-            batch = self.batches[(step * config.accumulation + part) * ranks + rank]
+        for number in mine:
+            # Randomness, too, is a function of the batch alone: a resumed run needs no generator's state, nor as many
+            # processes as before.
+            seeds = np.random.SeedSequence((config.seed, step, number))
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+            batch = self.batches[step * self.batches_per_step + number]
             with accelerator.accumulate(self.model):
                 loss, penalty = self._loss(batch)
                 accelerator.backward(loss + penalty)
             loss_sum += loss.detach()
         if self._is_checked(step + 1):
             self.tracking.log_gradients(step + 1, self.raw_model)
-        mean_loss = accelerator.reduce(loss_sum / config.accumulation, reduction="mean")
-        grad_norm = clip_grad_norm_(self.raw_model.parameters(), config.grad_clip or math.inf)
+        mean_loss = accelerator.reduce(loss_sum / len(mine), reduction="mean")
+        grad_norm = whole_tensor(clip_grad_norm_(self.raw_model.parameters(), config.grad_clip or math.inf))
         return mean_loss.item(), grad_norm.item()
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
@@ -239,13 +258,17 @@ class Trainer:
     def _validate(self, stream: TokenStream, *, final: bool = False) -> LanguageScore:
         """Score held-out documents, shared out between the processes."""
         accelerator = self.accelerator
-        documents = document_tokens(stream)[accelerator.process_index :: accelerator.num_processes]
-        nats = sum_of_nats(
-            accelerator.unwrap_model(self.model, keep_torch_compile=False),  # pieces come in many shapes
-            documents,
-            batch_tokens=max(self.batches.tokens_per_batch, 4096),
-            piece_tokens=512,
-        )
+        documents = document_tokens(stream)
+        shares = [documents[first :: accelerator.num_processes] for first in range(accelerator.num_processes)]
+        mine = shares[accelerator.process_index]
+        model = accelerator.unwrap_model(self.model, keep_torch_compile=False)  # pieces come in many shapes
+        sizes = dict(batch_tokens=max(self.batches.tokens_per_batch, 4096), piece_tokens=512)
+        # So do blocks that are compiled one by one.
+        with torch.compiler.set_stance("force_eager") if self.sharded and self.config.compile else nullcontext():
+            nats = sum_of_nats(model, mine, **sizes)
+            if self.sharded:  # every call takes all processes, also those that have read their share
+                calls = [calls_of_model(share, **sizes) for share in shares]
+                self._call_idly(max(calls) - calls[accelerator.process_index])
         total = accelerator.reduce(torch.tensor(nats, dtype=torch.float64, device=self.device)).item()
         score = LanguageScore.from_totals(total, stream.num_predictions, stream.num_bytes)
         self.metrics.write(
@@ -256,7 +279,8 @@ class Trainer:
             final=final,
         )
         self.tracking.log(self.standing.step, "validation", dict(loss=score.loss, bits_per_byte=score.bits_per_byte))
-        self.tracking.log_physics(self.standing.step, self.raw_model)
+        if not self.sharded:  # no process holds the blocks to look into
+            self.tracking.log_physics(self.standing.step, self.raw_model)
         self.display.validation(self.standing.step, score)
         return score
 
@@ -264,23 +288,34 @@ class Trainer:
         """Whether the model is validated and looked into after a step."""
         return _is_due(step, self.config.eval_interval) or step == self.config.steps
 
+    def _call_idly(self, times: int) -> None:
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with evaluating(self.raw_model), torch.inference_mode():
+            for _ in range(times):
+                self.model(token)
+
     def save(self) -> None:
         """Write a checkpoint, and the weights into the run folder, which so is ready for use at any time.
+
+        All processes call this. Only those that hold a share of the model have something to do beside the first.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        keep = self.config.keep_checkpoints
-        save_checkpoint(self.run_dir, self.raw_model, self.raw_optimizer, self.standing, keep=keep)
-        write_weights(self.raw_model, self.run_dir)
+        first, keep = self.accelerator.is_main_process, self.config.keep_checkpoints
+        if first or self.sharded:
+            save_checkpoint(self.run_dir, self.raw_model, self.raw_optimizer, self.standing, keep=keep)
+        weights = whole_weights(self.raw_model) if self.sharded else named_weights(self.raw_model)
+        if first:
+            write_weights(weights, self.run_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
-        """Save, by the first process alone, after the metrics."""
+        """Save, after the metrics."""
         if self.accelerator.is_main_process:
             self.metrics.sync()
             self.standing.metrics_sha256 = self.metrics.sha256
-            self.save()
-        self.accelerator.wait_for_everyone()
+        self.save()
 
     def _metrics_log(self) -> MetricsLog:
         step, expected, writes = self.standing.step, self.standing.metrics_sha256, self.accelerator.is_main_process
