@@ -121,3 +121,9 @@ def test_wrong_calls_are_named_and_right_ones_counted():
     before = calls["gated_prefix_sum", "torch"]
     gated_prefix_sum(gates, values)
     assert calls["gated_prefix_sum", "torch"] == before + 1
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 64, 100])
+def test_running_sums_by_doubling(length):
+    x = torch.randn(3, length, dtype=torch.float64)
+    torch.testing.assert_close(by_doubling(x), x.cumsum(-1), rtol=1e-12, atol=1e-12)

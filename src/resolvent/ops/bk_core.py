@@ -182,9 +182,7 @@ def _resolvent_diagonal_torch(
     return torch.view_as_real(g), torch.view_as_real(final_state.reshape(-1, heads))
 
 
-def join_sides(
-    alpha: Tensor, g_left: Tensor, g_right: Tensor, coupling: Tensor, cu_seqlens: Tensor | None
-) -> Tensor:
+def join_sides(alpha: Tensor, g_left: Tensor, g_right: Tensor, coupling: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """``1 / (alpha_i - m g+_{i-1} - m g-_{i+1})`` from the causal diagonals of the chain, (B, N, H), and of the chain
     turned around. Both enter as they are: the squares of their inverses, which a gradient would meet, overflow."""
     starts, ends = _bounds(alpha, cu_seqlens)

@@ -47,6 +47,7 @@ class TrainingConfig:
     seed: int = setting(0, RUN, "Decides weights, order of the data and dropout.", at_least=0, at_most=2**63 - 1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN, "auto: cuda where there is one.")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", RUN, "auto: bf16 on cuda, fp32 on the cpu.")
+    deterministic: bool = setting(False, RUN, "The same seed gives the same bits on cuda, too; slower.")
     compile: bool = setting(False, RUN, "Compile the model with torch.compile: worth a minute's wait on long GPU runs.")
 
     phase: int = setting(
@@ -96,6 +97,9 @@ class TrainingConfig:
     beta1: float = setting(0.9, OPTIMISER, "AdamW's memory of gradients.", at_least=0, below=1)
     beta2: float = setting(0.95, OPTIMISER, "AdamW's memory of their squares.", at_least=0, below=1)
     grad_clip: float = setting(1.0, OPTIMISER, "Largest gradient norm; 0 for any.", at_least=0)
+    rewinds: int = setting(
+        0, OPTIMISER, "Times to go back to the last checkpoint and halve the rate if the loss is lost.", at_least=0
+    )
 
     log_interval: int = setting(10, REPORTS, "Steps between two lines where output is no terminal.", at_least=1)
     eval_interval: int = setting(250, REPORTS, "Steps between validations; 0 for one at the end only.", at_least=0)

@@ -67,8 +67,8 @@ def _resolvent_diagonal_triton(
     mirrored = None if cu_seqlens is None else alpha.shape[1] - cu_seqlens.flip(0)
     from_left, _ = causal_diagonal(alpha, coupling, None, cu_seqlens, block_size)
     from_right, _ = causal_diagonal(alpha.flip(1), coupling, None, mirrored, block_size)
-    diagonal = join_sides(*map(torch.view_as_complex, (alpha, from_left, from_right)), coupling, cu_seqlens)
-    return torch.view_as_real(diagonal), None
+    left, right = torch.view_as_complex(from_left), torch.view_as_complex(from_right)
+    return torch.view_as_real(join_sides(torch.view_as_complex(alpha), left, right, coupling, cu_seqlens)), None
 
 
 @_backend.operator("causal_diagonal")
