@@ -4,6 +4,7 @@ import torch
 from resolvent.errors import ConfigError
 from resolvent.ops import gated_prefix_sum, gated_prefix_sum_reference, gated_prefix_sum_step
 from resolvent.ops.backend import calls
+from resolvent.ops.prefix_sum import by_doubling
 
 
 def terms(length, batch=2, rank=5, dtype=torch.float32):

@@ -71,7 +71,7 @@ def scattered(potential, zeta, gamma, dtype, device="cpu", backend="torch", form
 @pytest.mark.parametrize("form", ["causal", "two_sided"])
 @pytest.mark.parametrize("kind", POTENTIALS)
 def test_the_resolvent_is_bounded(kind, form, device, backend):
-    for length in (1, 2, 300) if backend == "torch" else (1, 70):
+    for length in (1, 2, 300) if (device, backend) != ("cpu", "triton") else (70,):
         potential = POTENTIALS[kind](length)
         for zeta, gamma in DAMPINGS:
             g, grads = scattered(potential, zeta, gamma, torch.float32, device, backend, form)
@@ -176,7 +176,7 @@ def assert_memory_is_bounded(kind, decay, dtype, device, backend):
 @pytest.mark.parametrize("strength", DECAYS)
 @pytest.mark.parametrize("kind", TOKENS)
 def test_the_memory_is_bounded(kind, strength, device, backend):
-    for length in (1, 63, 64, 1000) if backend == "torch" else (1, 130):
+    for length in (1, 63, 64, 1000) if (device, backend) != ("cpu", "triton") else (130,):
         assert_memory_is_bounded(kind, DECAYS[strength](length), torch.float32, device, backend)
 
 
@@ -192,7 +192,7 @@ def test_the_memory_is_bounded_in_bfloat16(kind, strength, device, backend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["random", "all equal"])
+@pytest.mark.parametrize("kind", ["all equal"])
 def test_the_memory_of_a_million_tokens_is_bounded(kind, device):
     assert_memory_is_bounded(kind, DECAYS["1e-6"](1_000_000), torch.float32, device, "auto")
 

@@ -120,7 +120,7 @@ def test_a_run_that_went_back_resumes_bit_for_bit(
 
 def test_a_run_goes_back_as_often_as_it_may(small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     spoil_loss(monkeypatch, step=7, rewinds=100)
-    with pytest.raises(NonFiniteError, match="step 7: the loss is nan .* or more --rewinds than 2"):
+    with pytest.raises(NonFiniteError, match=r"step 7: the loss is nan .* or more --rewinds than 2"):
         train(small_config(rewinds=2))
     assert of_rewinds(tmp_path / "run")[-1]["rewinds"] == 2
     assert find_checkpoint(tmp_path / "run") == (tmp_path / "run" / "checkpoints" / "step-00000004", [])
