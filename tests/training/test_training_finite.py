@@ -95,11 +95,11 @@ def test_a_run_without_a_checkpoint_goes_back_to_its_beginning(
     assert metrics(tmp_path / "run")[1]["loss"] == metrics(tmp_path / "undisturbed")[0]["loss"]
 
 
-@pytest.mark.parametrize(("killed_in_step", "rewinds"), [(5, 0), (5, 1), (6, 2), (9, 2)])
+@pytest.mark.parametrize(("killed_in_step", "rewinds"), [(5, 1), (6, 2), (9, 2)])
 def test_a_run_that_went_back_resumes_bit_for_bit(
     small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in_step: int, rewinds: int
 ):
-    """Killed before the failure, after the first rewind and after the second, before a checkpoint and after."""
+    """Killed after the first rewind, and after the second, before a checkpoint and after."""
     spoil_loss(monkeypatch, step=7, rewinds=2)
     train(small_config(out=str(tmp_path / "whole"), rewinds=2))
     report = Trainer._report
@@ -148,8 +148,9 @@ def test_weights_that_are_not_finite_are_neither_validated_nor_saved(
     assert load_model(tmp_path / "run", device="cpu").ln_f.weight.isfinite().all()
 
 
-@pytest.mark.parametrize("clip", [1.0, 0.0])
-@pytest.mark.parametrize("learning_rate", [1e-30, 1.0, 1e3, 1e10, 1e30])
+@pytest.mark.parametrize(
+    ("learning_rate", "clip"), [(1e-30, 1.0), (1.0, 0.0), (1e3, 1.0), (1e3, 0.0), (1e10, 0.0), (1e30, 1.0)]
+)
 def test_no_learning_rate_leaves_a_run_that_is_not_finite(
     small_config: MakeConfig, tmp_path: Path, learning_rate: float, clip: float
 ):
