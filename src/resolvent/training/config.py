@@ -98,7 +98,7 @@ class TrainingConfig:
     beta2: float = setting(0.95, OPTIMISER, "AdamW's memory of their squares.", at_least=0, below=1)
     grad_clip: float = setting(1.0, OPTIMISER, "Largest gradient norm; 0 for any.", at_least=0)
     rewinds: int = setting(
-        0, OPTIMISER, "Times to go back to the last checkpoint and halve the rate if the loss is lost.", at_least=0
+        0, OPTIMISER, "Times to go back to a checkpoint and halve the rate when something is not finite.", at_least=0
     )
 
     log_interval: int = setting(10, REPORTS, "Steps between two lines where output is no terminal.", at_least=1)

@@ -12,12 +12,13 @@ class NonFiniteError(ResolventError, ArithmeticError):
     Args:
         step: the step, counted from one.
         name: the first tensor that is not finite.
-        message: what happened, and the remedy.
+        event: what happened.
+        remedy: what to do about it.
     """
 
-    def __init__(self, step: int, name: str, message: str) -> None:
-        super().__init__(message)
-        self.step, self.name = step, name
+    def __init__(self, step: int, name: str, event: str, remedy: str) -> None:
+        super().__init__(f"step {step}: {event}. {remedy}")
+        self.step, self.name, self.event = step, name, event
 
 
 def offending_gradient(model: nn.Module) -> str:

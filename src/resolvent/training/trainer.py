@@ -232,8 +232,9 @@ class Trainer:
         return NonFiniteError(
             step,
             name,
-            f"step {step}: {event}. Train again with a learning rate below {self.peak_learning_rate:g}, a warm-up of "
-            f"more than {self.config.warmup} steps, or more --rewinds than {self.config.rewinds}",
+            event,
+            f"Train again with a learning rate below {self.peak_learning_rate:g}, a warm-up of more than "
+            f"{self.config.warmup} steps, or more --rewinds than {self.config.rewinds}",
         )
 
     def _rewind(self, fault: NonFiniteError) -> None:
@@ -255,7 +256,8 @@ class Trainer:
         self.metrics.write(step=first, rewinds=rewinds, failed_step=fault.step, not_finite=fault.name, lr_factor=factor)
         if self.accelerator.is_main_process:
             place = f"{checkpoint.name}, with {factor:g} of the learning rate"
-            logger.warning("Rewind %d of %d, to %s: %s", rewinds, self.config.rewinds, place, fault)
+            event = f"step {fault.step}: {fault.event}"
+            logger.warning("Rewind %d of %d, to %s: %s", rewinds, self.config.rewinds, place, event)
 
     def _after_step(self, stop: StopRequest) -> None:
         """Validate and save where it is due, and stop where it was asked for.
