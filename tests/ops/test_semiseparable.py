@@ -4,6 +4,7 @@ import torch
 from resolvent.errors import ConfigError
 from resolvent.ops import gated_prefix_sum, gated_prefix_sum_reference, gated_prefix_sum_step
 from resolvent.ops.backend import calls
+from resolvent.ops.prefix_sum import by_doubling
 
 
 def terms(length, batch=2, rank=5, dtype=torch.float32):
@@ -121,3 +122,9 @@ def test_wrong_calls_are_named_and_right_ones_counted():
     before = calls["gated_prefix_sum", "torch"]
     gated_prefix_sum(gates, values)
     assert calls["gated_prefix_sum", "torch"] == before + 1
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 64, 100])
+def test_running_sums_by_doubling(length):
+    x = torch.randn(3, length, dtype=torch.float64)
+    torch.testing.assert_close(by_doubling(x), x.cumsum(-1), rtol=1e-12, atol=1e-12)

@@ -47,6 +47,7 @@ def generate(
     import torch
 
     from resolvent.data import EOT, encode_documents
+    from resolvent.device import deterministic
 
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
@@ -67,8 +68,9 @@ def generate(
     new_ids = (int(token) for token in tokens)
     pieces = decode_stream(tokenizer, (token for token in new_ids if token != end))
     _print(prompt)
-    for piece in pieces if stream else ["".join(pieces)]:
-        _print(piece)
+    with deterministic(seed is not None):
+        for piece in pieces if stream else ["".join(pieces)]:
+            _print(piece)
     _print("\n")
 
 

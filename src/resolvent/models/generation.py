@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..ops.prefix_sum import prefix_sum
 from .decoding import CapturedStep
 
 PREFILL = 2048
@@ -107,7 +108,7 @@ def sample(
     if top_p is not None and top_p < 1:
         ordered, index = logits.sort(descending=True)
         probability = ordered.softmax(-1)
-        beyond = probability.cumsum(-1) - probability >= top_p
+        beyond = prefix_sum(probability) - probability >= top_p
         logits = logits.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf)
     device = generator.device if generator is not None else logits.device
     return torch.multinomial(logits.softmax(-1).to(device), 1, generator=generator).squeeze(-1).to(logits.device)

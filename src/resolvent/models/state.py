@@ -73,7 +73,25 @@ class ModelState:
         if isinstance(rows, slice):
             return self.map(lambda x: x[rows])
         index = torch.as_tensor(rows)
+        if not len(index):  # which Python says nothing of the kind of
+            index = index.long()
         return self.map(lambda x: x[index.to(x.device)])
+
+    @classmethod
+    def cat(cls, states: Sequence[Self]) -> Self:
+        """The sequences of several states of one model as one state, in order: so sequences join a batch, which they
+        leave by an index.
+
+        Raises:
+            ValueError: there are none, or they are of different models.
+        """
+        if not states:
+            raise ValueError("there is no state to join; give at least one")
+        parts = [state.tensors() for state in states]
+        if len({tuple(x.shape[1:] for x in tensors) for tensors in parts}) > 1:
+            raise ValueError("the states belong to different models: their layers, heads or widths differ")
+        joined = iter([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+        return states[0].map(lambda _: next(joined))
 
     def repeat(self, times: int) -> Self:
         """Every sequence ``times`` in a row, to continue one beginning in several ways."""

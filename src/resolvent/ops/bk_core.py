@@ -158,18 +158,12 @@ def _resolvent_diagonal_torch(
     del block_size  # the scan below has no blocks
     alpha = torch.view_as_complex(alpha)
     batch, length, heads = alpha.shape
-    if cu_seqlens is None:
-        starts = torch.zeros(1, dtype=torch.long, device=alpha.device)
-        ends = starts + length
-    else:
-        starts, ends = cu_seqlens.to(alpha.device)[:-1], cu_seqlens.to(alpha.device)[1:]
+    starts, ends = _bounds(alpha, cu_seqlens)
     links = _links(coupling, starts, length)
     if form == "two_sided":
         g_left = _Moebius.apply(alpha, links.expand_as(alpha))
-        links_right = _links(coupling, length - ends, length)
-        g_right = _Moebius.apply(alpha.flip(1), links_right.expand_as(alpha))
-        diagonal = 1 / (alpha - links * _shift(g_left) - (links_right * _shift(g_right)).flip(1))
-        return torch.view_as_real(diagonal), None
+        g_right = _Moebius.apply(alpha.flip(1), _links(coupling, length - ends, length).expand_as(alpha))
+        return torch.view_as_real(join_sides(alpha, g_left, g_right, coupling, cu_seqlens)), None
 
     if initial_state is None:
         state = alpha.new_zeros(batch * len(starts), heads)
@@ -186,6 +180,24 @@ def _resolvent_diagonal_torch(
     g = _Moebius.apply(alpha, links.expand_as(alpha))
     final_state = torch.where(empty, state, g[:, (ends - 1).clamp(min=0)])
     return torch.view_as_real(g), torch.view_as_real(final_state.reshape(-1, heads))
+
+
+def join_sides(alpha: Tensor, g_left: Tensor, g_right: Tensor, coupling: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """``1 / (alpha_i - m g+_{i-1} - m g-_{i+1})`` from the causal diagonals of the chain, (B, N, H), and of the chain
+    turned around. Both enter as they are: the squares of their inverses, which a gradient would meet, overflow."""
+    starts, ends = _bounds(alpha, cu_seqlens)
+    from_left = _links(coupling, starts, alpha.shape[1]) * _shift(g_left)
+    from_right = _links(coupling, alpha.shape[1] - ends, alpha.shape[1]) * _shift(g_right)
+    return 1 / (alpha - from_left - from_right.flip(1))
+
+
+def _bounds(alpha: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """First site of every sequence, and its last + 1, (S,), on the device of ``alpha`` (B, N, H)."""
+    if cu_seqlens is None:
+        starts = torch.zeros(1, dtype=torch.long, device=alpha.device)
+        return starts, starts + alpha.shape[1]
+    offsets = cu_seqlens.to(alpha.device)
+    return offsets[:-1], offsets[1:]
 
 
 def _links(coupling: Tensor, starts: Tensor, length: int) -> Tensor:

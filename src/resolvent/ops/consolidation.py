@@ -148,7 +148,9 @@ def consolidate_gradient(
     grad_exponent = direct * memory
     grad_keep = torch.addcmul(strength * grad_exponent, writes, grad, value=snr.eta_boost - 1)
     grad_ratio = torch.ops.aten.sigmoid_backward(grad_keep, keep) / snr.temperature
-    from_scale = (grad_ratio * memory.abs()).sum(dim=(-2, -1), keepdim=True) * scale**3 / memory[0, 0].numel()
+    # In units of the rms: the cube of a scale leaves the range of float32 long before the memory's square does.
+    along = (grad_ratio * memory.abs() * scale).sum(dim=(-2, -1), keepdim=True)
+    from_scale = along * scale.square() / memory[0, 0].numel()
     grad_memory = torch.addcmul(direct, grad_ratio * scale, torch.sign(memory)).addcmul_(from_scale, memory, value=-1)
     return ConsolidationGradient(
         grad_memory,
@@ -164,13 +166,14 @@ def _resonance_gradient(grad: Tensor, memory: Tensor, resonance: Resonance) -> t
     modes_VK = modes(memory, basis)
     energy = modes_VK.square().sum(-2)
     mean = energy.mean(-1, keepdim=True) + _TINY
-    gate = resonance_gate(energy / mean, resonance)
+    relative = energy / mean
+    gate = resonance_gate(relative, resonance)
 
     grad_modes = grad.mT @ basis
     grad_logit = (grad_modes * modes_VK).sum(-2) * gate * (1 - gate)
     grad_relative = resonance.sharpness.to(memory.dtype).unsqueeze(-1) * grad_logit
-    correlation = (grad_relative * energy).mean(-1, keepdim=True) / mean
+    correlation = (grad_relative * relative).mean(-1, keepdim=True)
     grad_energy = (grad_relative - correlation) / mean
     grad_modes = grad_modes * gate.unsqueeze(-2) + 2 * modes_VK * grad_energy.unsqueeze(-2)
-    grad_sharpness = (grad_logit * (energy / mean - resonance.threshold)).sum(dim=(0, -1))
+    grad_sharpness = (grad_logit * (relative - resonance.threshold)).sum(dim=(0, -1))
     return (grad_modes @ basis.T).mT, grad_sharpness, grad_logit.sum(dim=(0, -1))

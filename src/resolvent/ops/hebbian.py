@@ -23,6 +23,7 @@ from torch import Tensor
 from . import backend as _backend
 from .consolidation import Consolidation, consolidate, consolidate_gradient
 from .precision import wide_dtype
+from .prefix_sum import prefix_sum
 
 CHUNK = 64
 
@@ -257,7 +258,7 @@ def _chunked_memory(
     """The chunked form, as differentiable torch code; arguments as in the operator."""
     dtype = wide_dtype(q)
     q_MHCK, k_MHCK, v_MHCV = (_to_chunks(x, layout).to(dtype) for x in (q, eta[:, None] * k, v))
-    decay_MHC = _to_chunks(decay.to(torch.float64).unsqueeze(-1), layout).squeeze(-1).cumsum(-1)
+    decay_MHC = prefix_sum(_to_chunks(decay.to(torch.float64).unsqueeze(-1), layout).squeeze(-1))
     total_MH = decay_MHC[..., -1]
 
     readout = _WithinChunk.apply(q_MHCK, k_MHCK, v_MHCV, decay_MHC)

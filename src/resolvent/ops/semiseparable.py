@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import backend as _backend
 from .precision import at_least_float32, wide_dtype
+from .prefix_sum import prefix_sum
 
 
 def gated_prefix_sum(
@@ -74,7 +75,7 @@ def gated_prefix_sum_reference(gates: Tensor, values: Tensor, initial_state: Ten
 def _gated_prefix_sum_torch(
     gates: Tensor, values: Tensor, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    sums = _terms(gates, values).cumsum(dim=1, dtype=torch.float64)
+    sums = prefix_sum(_terms(gates, values), dim=1, dtype=torch.float64)
     if cu_seqlens is None:
         sums = state.unsqueeze(1) + sums
         final = sums[:, -1] if sums.shape[1] else state

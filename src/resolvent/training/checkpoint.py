@@ -59,12 +59,14 @@ class Standing:
         processes: those that the run began with. They fix the batches of a step, however many go on with it.
         loss_average: the smoothed loss.
         metrics_sha256: of the metrics written so far.
+        rewinds: times that the run went back because something was not finite.
     """
 
     step: int
     processes: int
     loss_average: Average
     metrics_sha256: str = hashlib.sha256().hexdigest()
+    rewinds: int = 0
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Standing":
@@ -74,8 +76,10 @@ class Standing:
             KeyError, TypeError: values that it does not give.
         """
         average = Average(**values["loss_average"])
-        standing = cls(values["step"], values["processes"], average, values["metrics_sha256"])
-        kinds = [(standing.step, int), (standing.processes, int), (standing.metrics_sha256, str)]
+        # Runs that were saved before there were rewinds had none.
+        rewinds = values.get("rewinds", 0)
+        standing = cls(values["step"], values["processes"], average, values["metrics_sha256"], rewinds)
+        kinds = [(standing.step, int), (standing.processes, int), (standing.metrics_sha256, str), (rewinds, int)]
         kinds += [(number, float) for number in asdict(average).values()]
         if wrong := [value for value, kind in kinds if type(value) is not kind]:
             raise TypeError(f"{shown(wrong[0])} is of the wrong type")

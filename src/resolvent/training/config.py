@@ -55,6 +55,7 @@ class TrainingConfig:
     parallel: Literal["ddp", "fsdp"] = setting(
         "ddp", RUN, "Of several processes, each holds the whole model (ddp), or a share of it (fsdp)."
     )
+    deterministic: bool = setting(False, RUN, "The same seed gives the same bits on cuda, too; slower.")
     compile: bool = setting(False, RUN, "Compile the model with torch.compile: worth a minute's wait on long GPU runs.")
 
     phase: int = setting(
@@ -104,6 +105,9 @@ class TrainingConfig:
     beta1: float = setting(0.9, OPTIMISER, "AdamW's memory of gradients.", at_least=0, below=1)
     beta2: float = setting(0.95, OPTIMISER, "AdamW's memory of their squares.", at_least=0, below=1)
     grad_clip: float = setting(1.0, OPTIMISER, "Largest gradient norm; 0 for any.", at_least=0)
+    rewinds: int = setting(
+        0, OPTIMISER, "Times to go back to a checkpoint and halve the rate when something is not finite.", at_least=0
+    )
 
     log_interval: int = setting(10, REPORTS, "Steps between two lines where output is no terminal.", at_least=1)
     eval_interval: int = setting(250, REPORTS, "Steps between validations; 0 for one at the end only.", at_least=0)
@@ -161,6 +165,8 @@ class TrainingConfig:
                 self.model.validate()
             except ConfigError as error:
                 faults.append(f"model: {error}")
+        if self.rewinds and self.parallel == "fsdp":
+            faults.append(f"rewinds takes whole models: it must be 0 with parallel='fsdp', got {self.rewinds}")
         if faults:
             raise ConfigError.of(self, faults)
 

@@ -44,23 +44,21 @@ class MetricsLog:
         return self._digest.hexdigest()
 
     def __enter__(self) -> Self:
-        if self._enabled:
-            kept = b"".join(self._kept_lines())
-            self._digest.update(kept)
-            if self._expected not in (None, self.sha256):
-                raise CheckpointError(
-                    f"{self._path} is not what the run wrote up to step {self._last_step}: restore it from a copy, or "
-                    "remove it to go on without its lines"
-                )
-            write_file(self._path, kept)
-            self._file = FileIO(self._path, "a")
+        self._open()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._file is not None:
             self._file.close()
 
-    def write(self, **record: float | bool) -> None:
+    def go_back(self, last_step: int) -> None:
+        """Drop the lines beyond a step."""
+        if self._file is not None:
+            self._file.close()
+        self._last_step, self._expected = last_step, None
+        self._open()
+
+    def write(self, **record: float | str) -> None:
         """Append a record."""
         if self._file is None:
             return
@@ -73,6 +71,19 @@ class MetricsLog:
         """Wait until everything written is on disk, so that a checkpoint is never ahead of its metrics."""
         if self._file is not None:
             os.fsync(self._file.fileno())
+
+    def _open(self) -> None:
+        if not self._enabled:
+            return
+        kept = b"".join(self._kept_lines())
+        self._digest = hashlib.sha256(kept)
+        if self._expected not in (None, self.sha256):
+            raise CheckpointError(
+                f"{self._path} is not what the run wrote up to step {self._last_step}: restore it from a copy, or "
+                "remove it to go on without its lines"
+            )
+        write_file(self._path, kept)
+        self._file = FileIO(self._path, "a")
 
     def _kept_lines(self) -> list[bytes]:
         if not self._path.exists():

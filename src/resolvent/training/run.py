@@ -14,7 +14,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from resolvent.data import load_tokenizer, save_tokenizer
-from resolvent.device import pick_device
+from resolvent.device import deterministic, pick_device
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.files import locked
 from resolvent.manifest import MANIFEST, check_files
@@ -46,18 +46,23 @@ def train(config: TrainingConfig, *, console: Console | None = None) -> Training
         ConfigError: faults of the configuration, or a run folder that is in use.
         CheckpointError: there is no model to start from.
         DataError: text or tokenizer that cannot be used.
-        NonFiniteError: the loss or its gradient is not finite.
+        NonFiniteError: a loss, a gradient or a weight is not finite, and no rewind is left.
         TrainingInterrupted: SIGINT or SIGTERM, after saving a checkpoint.
     """
     config.validate()
-    run_dir = config.run_dir
-    check_new(run_dir)
+    check_new(config.run_dir)
     config = dataclasses.replace(
         config,
         data=_absolute(config.data),
         validation_data=_absolute(config.validation_data),
         start_from=_absolute(config.start_from),
     )
+    with deterministic(config.deterministic):
+        return _train(config, console)
+
+
+def _train(config: TrainingConfig, console: Console | None) -> TrainingResult:
+    run_dir = config.run_dir
     tokenizer = _saved_tokenizer(config)
     accelerator = _accelerator(config)
     console = _console(console, accelerator)
@@ -106,7 +111,7 @@ def resume(
         CheckpointError: no run to resume or one that another process is at, no whole checkpoint, changed data, or
             processes that cannot share the batches of a step evenly.
         DataError: text that cannot be read any more.
-        NonFiniteError: the loss or its gradient is not finite.
+        NonFiniteError: a loss, a gradient or a weight is not finite, and no rewind is left.
         TrainingInterrupted: SIGINT or SIGTERM, after saving a checkpoint.
     """
     run_dir = Path(run_dir)
@@ -120,9 +125,10 @@ def resume(
         tracker=tracker or config.tracker,
     )
     config.validate()
-    accelerator = _accelerator(config)
-    with locked(run_dir / MANIFEST) if accelerator.is_main_process else nullcontext():
-        return _resume(config, fingerprint, accelerator, _console(console, accelerator))
+    with deterministic(config.deterministic):
+        accelerator = _accelerator(config)
+        with locked(run_dir / MANIFEST) if accelerator.is_main_process else nullcontext():
+            return _resume(config, fingerprint, accelerator, _console(console, accelerator))
 
 
 def _resume(config: TrainingConfig, fingerprint: str, accelerator: Accelerator, console: Console) -> TrainingResult:

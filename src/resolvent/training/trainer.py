@@ -13,10 +13,10 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from tokenizers import Tokenizer
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from resolvent.data import Batch, PackedBatches, TokenStream
-from resolvent.errors import CheckpointError, ResolventError
+from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.language import calls_of_model, document_tokens, sum_of_nats
 from resolvent.evaluation.reading import evaluating
@@ -24,9 +24,17 @@ from resolvent.models import IntegratedModel
 from resolvent.models.phases import phase_of
 from resolvent.models.storage import named_weights, write_weights
 from resolvent.training.average import Average
-from resolvent.training.checkpoint import Standing, load_optimizer, load_standing, save_checkpoint
+from resolvent.training.checkpoint import (
+    Standing,
+    find_checkpoint,
+    load_optimizer,
+    load_standing,
+    load_weights,
+    save_checkpoint,
+)
 from resolvent.training.config import TrainingConfig
 from resolvent.training.corpus import Corpus, sample_documents
+from resolvent.training.finite import NonFiniteError, offending_gradient, offending_weight
 from resolvent.training.interrupt import StopRequest, TrainingInterrupted
 from resolvent.training.metrics import FILE_NAME, MetricsLog
 from resolvent.training.optimizer import build_optimizer
@@ -41,8 +49,8 @@ _PROBE_TOKENS = 1024
 """Held-out tokens, document after document, that the model reads when a tracker is told what happens inside."""
 
 
-class NonFiniteError(ResolventError, ArithmeticError):
-    """The loss or its gradient became infinite or NaN; the weights are still those of the step before."""
+REWIND_FACTOR = 0.5
+"""What every rewind multiplies the learning rate by."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ class Trainer:
 
         Raises:
             CheckpointError: the run folder cannot be written; its checkpoints are those of before.
-            NonFiniteError: the loss or its gradient is not finite.
+            NonFiniteError: a loss, a gradient or a weight is not finite, and no rewind is left.
             TrainingInterrupted: SIGINT or SIGTERM, after saving a checkpoint.
         """
         try:
@@ -147,12 +155,17 @@ class Trainer:
         self.display = self._new_display()
         self._introduce()
         with self._metrics_log() as self.metrics, self._tracking() as self.tracking:
-            if self.standing.step:
-                self.save()  # the run may have been killed in here, with its checkpoint whole and its weights not there
+            # The run may have been killed in here, with its checkpoint whole and its weights not there; and a rewind
+            # needs a beginning to go back to.
+            if self.standing.step or self.config.rewinds:
+                self.save()
             with self.display, StopRequest() as stop:
                 while self.standing.step < self.config.steps:
-                    self._step()
-                    self._after_step(stop)
+                    try:
+                        self._step()
+                        self._after_step(stop)
+                    except NonFiniteError as fault:
+                        self._rewind(fault)
             held_out = sample_documents(self.corpus.validation, self.config.final_eval_tokens)
             self.display.say(f"Validating on {held_out.num_predictions:,} held-out tokens")
             score = self._validate(held_out, final=True)
@@ -165,31 +178,30 @@ class Trainer:
     def _step(self) -> None:
         """Update the weights once, along the gradient of the mean loss over this step's batches."""
         config, step, started = self.config, self.standing.step, time.perf_counter()
-        lr = self.peak_learning_rate * learning_rate_factor(
+        factor = learning_rate_factor(
             step,
             steps=config.steps,
             warmup=config.warmup,
             schedule=config.schedule,
             min_ratio=config.min_lr_ratio,
         )
+        lr = self.peak_learning_rate * factor * REWIND_FACTOR**self.standing.rewinds
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if config.start_from is None:  # fewer channels of a saved model would be another function
             self.raw_model.update_rank_schedule(step)
         loss, grad_norm = self._gradient(step)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise NonFiniteError(
-                f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}; the step was not taken. "
-                f"Train again with a learning rate below {self.peak_learning_rate:g} or a warm-up of more than "
-                f"{config.warmup} steps"
-            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.standing.step += 1
         self._report(loss, grad_norm, lr, time.perf_counter() - started)
 
     def _gradient(self, step: int) -> tuple[float, float]:
-        """Leave the clipped gradient in the parameters; return the mean loss and the norm before clipping."""
+        """Leave the clipped gradient in the parameters; return the mean loss and the norm before clipping.
+
+        Raises:
+            NonFiniteError: one of them is not finite.
+        """
         accelerator, config = self.accelerator, self.config
         mine = range(accelerator.process_index, self.batches_per_step, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = len(mine)
@@ -207,8 +219,18 @@ class Trainer:
         if self._is_checked(step + 1):
             self.tracking.log_gradients(step + 1, self.raw_model)
         mean_loss = accelerator.reduce(loss_sum / len(mine), reduction="mean")
-        grad_norm = whole_tensor(clip_grad_norm_(self.raw_model.parameters(), config.grad_clip or math.inf))
-        return mean_loss.item(), grad_norm.item()
+        parameters = [x for x in self.raw_model.parameters() if x.grad is not None]
+        norm = get_total_norm([x.grad for x in parameters if x.grad is not None])
+        loss, grad_norm = mean_loss.item(), whole_tensor(norm).item()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            # Looked for before clipping, which spreads a NaN to all gradients.
+            name = "the loss" if not math.isfinite(loss) else offending_gradient(self.raw_model)
+            event = (
+                f"the loss is {loss} and its gradient's norm {grad_norm}, first of all {name}; the step was not taken"
+            )
+            raise self._not_finite(step + 1, name, event)
+        clip_grads_with_norm_(parameters, config.grad_clip or math.inf, norm)
+        return loss, grad_norm
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Mean nats a token, and what the model asks to be added."""
@@ -239,8 +261,45 @@ class Trainer:
             seconds=seconds,
         )
 
+    def _not_finite(self, step: int, name: str, event: str) -> NonFiniteError:
+        return NonFiniteError(
+            step,
+            name,
+            event,
+            f"Train again with a learning rate below {self.peak_learning_rate:g}, a warm-up of more than "
+            f"{self.config.warmup} steps, or more --rewinds than {self.config.rewinds}",
+        )
+
+    def _rewind(self, fault: NonFiniteError) -> None:
+        """Go back to the last whole checkpoint, and on with a lower learning rate, as often as the run allows."""
+        rewinds = self.standing.rewinds + 1
+        if rewinds > self.config.rewinds:
+            raise fault
+        self.accelerator.wait_for_everyone()  # the checkpoint is whole for all or for none
+        checkpoint, _ = find_checkpoint(self.run_dir)
+        if checkpoint is None:
+            raise fault
+        whole = load_weights(checkpoint, torch.device("cpu"), sharded=False)
+        self.raw_model.load_state_dict(whole.state_dict())
+        self.restore(checkpoint)
+        self.optimizer.zero_grad()
+        self.standing.rewinds = rewinds
+        self.metrics.go_back(self.standing.step)
+        # The record belongs to the first step that is taken again: a run that is resumed before it gets here anew.
+        first, factor = self.standing.step + 1, REWIND_FACTOR**rewinds
+        self.metrics.write(step=first, rewinds=rewinds, failed_step=fault.step, not_finite=fault.name, lr_factor=factor)
+        if self.accelerator.is_main_process:
+            place = f"{checkpoint.name}, with {factor:g} of the learning rate"
+            event = f"step {fault.step}: {fault.event}"
+            logger.warning("Rewind %d of %d, to %s: %s", rewinds, self.config.rewinds, place, event)
+
     def _after_step(self, stop: StopRequest) -> None:
-        """Validate and save where it is due, and stop where it was asked for."""
+        """Validate and save where it is due, and stop where it was asked for.
+
+        Raises:
+            NonFiniteError: a weight that would be validated or saved is not finite, or the validation's loss.
+            TrainingInterrupted: it was asked for.
+        """
         config, step = self.config, self.standing.step
         if stop.signal_number is not None:
             self.accelerator.set_trigger()
@@ -248,9 +307,13 @@ class Trainer:
         stopping = self.accelerator.check_trigger() and step < config.steps
         if stopping:
             self.display.say(f"Stopping after step {step}: saving a checkpoint (once more to stop at once)")
-        if self._is_checked(step) and step < config.steps:
+        validating = self._is_checked(step) and step < config.steps
+        saving = _is_due(step, config.checkpoint_interval) or stopping or step == config.steps
+        if (validating or saving) and (name := offending_weight(self.raw_model)):
+            raise self._not_finite(step, name, f"the step left {name} with values that are not finite")
+        if validating:
             self._validate(self.validation_sample)
-        if _is_due(step, config.checkpoint_interval) or stopping or step == config.steps:
+        if saving:
             self._save()
         if stopping:
             raise TrainingInterrupted(stop.signal_number or signal.SIGTERM, self.run_dir, step)
@@ -270,6 +333,8 @@ class Trainer:
                 calls = [calls_of_model(share, **sizes) for share in shares]
                 self._call_idly(max(calls) - calls[accelerator.process_index])
         total = accelerator.reduce(torch.tensor(nats, dtype=torch.float64, device=self.device)).item()
+        if not math.isfinite(total):
+            raise self._not_finite(self.standing.step, "the validation loss", f"the loss of a validation is {total}")
         score = LanguageScore.from_totals(total, stream.num_predictions, stream.num_bytes)
         self.metrics.write(
             step=self.standing.step,

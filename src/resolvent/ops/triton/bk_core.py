@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend as _backend
+from ..bk_core import join_sides
 from .launch import contiguous
 
 SITES = 8
@@ -66,8 +67,8 @@ def _resolvent_diagonal_triton(
     mirrored = None if cu_seqlens is None else alpha.shape[1] - cu_seqlens.flip(0)
     from_left, _ = causal_diagonal(alpha, coupling, None, cu_seqlens, block_size)
     from_right, _ = causal_diagonal(alpha.flip(1), coupling, None, mirrored, block_size)
-    left, right = torch.view_as_complex(from_left), torch.view_as_complex(from_right.flip(1))
-    return torch.view_as_real(1 / (1 / left + 1 / right - torch.view_as_complex(alpha))), None
+    left, right = torch.view_as_complex(from_left), torch.view_as_complex(from_right)
+    return torch.view_as_real(join_sides(torch.view_as_complex(alpha), left, right, coupling, cu_seqlens)), None
 
 
 @_backend.operator("causal_diagonal")

@@ -311,7 +311,8 @@ def _consolidate_back(
         grad_exponent = direct * memory
         grad_keep = strength * grad_exponent + (eta_boost - 1) * (writes * grad)
         grad_ratio = grad_keep * (keep * (1 - keep) * (1 / temperature))
-        from_scale = tl.sum(grad_ratio * tl.abs(memory)) * (scale * scale * scale / (K * V))
+        # In units of the rms: the cube of the scale leaves the range of float32 before the memory's square does.
+        from_scale = tl.sum(grad_ratio * (tl.abs(memory) * scale)) * (scale * scale / (K * V))
         grad_writes = (eta_boost - 1) * (keep * grad)
         grad_forgetting = (gamma_boost - 1) * tl.sum((keep - 1) * grad_exponent)
         grad_ratio = tl.where(memory < 0, -grad_ratio, tl.where(memory > 0, grad_ratio, 0.0))
@@ -566,7 +567,8 @@ def _chunk_gradients(
     of_cumulative += from_keys
     key_grad = tl.dot(tl.trans(score_grad), query, key_grad, input_precision=_PRECISION)
     _store_tile(grad_k + head * K, heads * K, tokens, keys, inside, K, key_grad.to(grad_k.dtype.element_ty))
-    tl.store(grad_eta + place, tl.sum(key_grad * key) / rate)
+    # An η that has underflown is out of reach: its logarithm has a gradient of zero.
+    tl.store(grad_eta + place, tl.where(rate > 0, tl.sum(key_grad * key) / rate, 0.0))
 
     of_total = tl.load(grad_total + place) - tl.sum(from_keys)
     of_decay = tl.cumsum(of_cumulative, 0, reverse=True) + of_total
