@@ -7,8 +7,11 @@ READY  := $(VENV)/.ready
 # OpenMP's threads else wait for each other by spinning: ruinous where another process holds a core.
 export GOMP_SPINCOUNT ?= 10000
 
+# A process takes up to a gigabyte.
+WORKERS := -n auto --maxprocesses 4
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu lint format bench clean
+.PHONY: help setup demo test test-all test-gpu lint format bench docs clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,11 +28,11 @@ $(READY): pyproject.toml constraints.txt
 demo: setup  ## train a small model on the default corpus, compare it with a 3-gram model, write some text
 	$(BIN)/python examples/demo.py
 
-test: setup  ## run the tests (CPU, under ten minutes)
-	$(BIN)/python -m pytest
+test: setup  ## run the tests (CPU, under ten minutes on two cores)
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-all: setup  ## run the slow tests too
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -m 'not gpu' $(WORKERS)
 
 test-gpu:  ## run the CUDA tests, in the current environment
 	$(PYTHON) -m pytest -m gpu
@@ -45,6 +48,10 @@ format: setup  ## let ruff rewrite the code
 
 bench: setup  ## measure training speed and memory beside a Transformer of the same size
 	$(BIN)/python benchmarks/cpu_speed.py
+
+docs: setup  ## build the documentation into build/site
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:  ## remove the environment, runs and caches
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info

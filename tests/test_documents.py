@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,25 +11,30 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_python_of_the_readme_runs():
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+
+
+def read(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in read(page)])
+def test_the_python_of_a_page_runs(page):
+    snippets = re.findall(r"```python\n(.*?)```", read(page), re.DOTALL)
     assert snippets
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
+        exec(compile(snippet, page, "exec"), {})
 
 
-@pytest.mark.parametrize(("page", "least"), [("README.md", 5), ("docs/evaluation.md", 4)])
-def test_the_commands_of_a_page_exist(page, least):
+@pytest.mark.parametrize("page", [page for page in PAGES if re.search(r"^resolvent ", read(page), re.MULTILINE)])
+def test_the_commands_of_a_page_exist(page):
     from typer.main import get_command
 
     from resolvent.cli.app import app
     from resolvent.cli.measures import DEFAULT
 
     commands = get_command(app).commands
-    text = (ROOT / page).read_text(encoding="utf-8")
-    named = re.findall(r"^resolvent (\w+)(.*)$", text, re.MULTILINE)
-    assert len(named) >= least
-    for name, rest in named:
+    for name, rest in re.findall(r"^resolvent (\w+)(.*)$", read(page), re.MULTILINE):
         command = commands[name]
         if name == "evaluate":
             command = command.commands.get(rest.split()[0], command.commands[DEFAULT])
@@ -36,10 +42,20 @@ def test_the_commands_of_a_page_exist(page, least):
         assert set(re.findall(r"--[\w-]+", rest)) <= options, name
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+@pytest.mark.slow
+def test_the_tutorial_can_be_followed(tmp_path, monkeypatch):
+    from tests.cli.conftest import call
+
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^resolvent (.*)$", read("docs/tutorial.md"), re.MULTILINE)
+    assert len(commands) >= 6
+    for command in commands:
+        assert call(*shlex.split(command)) == 0, command
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
         if "://" not in target:
             path, _, section = target.partition("#")
             found = (ROOT / page).parent / path if path else ROOT / page

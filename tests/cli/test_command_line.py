@@ -176,6 +176,18 @@ def test_resume_keeps_the_device_unless_told(
     assert seen == [device]
 
 
+def test_resume_takes_up_a_tracker_that_it_is_told(
+    resolvent: Resolvent, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[Any] = []
+    resume = training.run.resume
+    monkeypatch.setattr(
+        "resolvent.training.run.resume", lambda *a, tracker, **k: seen.append(tracker) or resume(*a, **k)
+    )
+    assert resolvent("train", "--resume", run_dir, "--tracker", "tensorboard").code == 0
+    assert seen == ["tensorboard"]
+
+
 def test_stopping_before_the_run_began_offers_nothing_to_resume(
     resolvent: Resolvent, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -14,8 +14,10 @@ import pytest
 from resolvent.files import partial_name
 from resolvent.models import load_model
 from resolvent.training.checkpoint import find_checkpoint, load_standing
+from resolvent.training.config import Tracker
 from resolvent.training.record import has_begun
 from tests.safety.victim import TEXT, minute_config, start
+from tests.training.test_training_tracking import scalars
 
 STEPS = minute_config(Path(), Path()).steps
 
@@ -61,12 +63,12 @@ def assert_nothing_is_lost(run: Path) -> None:
             load_model(run, device="cpu")
 
 
-def die_and_resume(text: Path, run: Path, die_at: int) -> None:
-    victim = start(text, run, die_at)
+def die_and_resume(text: Path, run: Path, die_at: int, tracker: Tracker = "none") -> None:
+    victim = start(text, run, die_at, tracker=tracker)
     victim.join()
     assert victim.exitcode == -signal.SIGKILL
     assert_nothing_is_lost(run)
-    heir = start(text, run)
+    heir = start(text, run, tracker=tracker)
     heir.join()
     assert heir.exitcode == 0
 
@@ -76,6 +78,20 @@ def test_killed_between_two_touches_of_the_folder(whole: tuple[Path, int], text:
     undisturbed, touches = whole
     die_and_resume(text, tmp_path / "run", die_at=max(1, round(part * touches)))
     assert outcome(tmp_path / "run") == outcome(undisturbed)
+
+
+@pytest.mark.parametrize("part", [0.3, pytest.param(0.7, marks=pytest.mark.slow)])
+def test_a_tracked_run_is_tracked_as_if_it_had_not_been_killed(
+    whole: tuple[Path, int], text: Path, tmp_path: Path, part: float
+):
+    """And the run itself is that which nobody tracked."""
+    assert start(text, tmp_path / "whole", tracker="tensorboard").join() is None
+    die_and_resume(text, tmp_path / "run", die_at=round(part * whole[1]), tracker="tensorboard")
+    assert scalars(tmp_path / "run") == scalars(tmp_path / "whole") != {}
+    for run in ("whole", "run"):
+        found = outcome(tmp_path / run)
+        found["files"] = [file for file in found["files"] if not file.startswith("tensorboard")]
+        assert found == outcome(whole[0])
 
 
 @pytest.mark.slow

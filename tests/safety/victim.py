@@ -13,6 +13,7 @@ import torch
 
 from resolvent.models.phase2 import Phase2Config
 from resolvent.training import TrainingConfig, resume, train
+from resolvent.training.config import Tracker
 from resolvent.training.record import has_begun
 
 torch.set_num_threads(1)
@@ -22,17 +23,18 @@ CHANGES = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"})
 """What Python reports when a program is about to touch a file or folder."""
 
 
-def minute_config(data: Path, out: Path) -> TrainingConfig:
+def minute_config(data: Path, out: Path, tracker: Tracker = "none") -> TrainingConfig:
     """A run of a fraction of a second with everything that has a state: accumulation, dropout, schedule, averages."""
     model = Phase2Config(vocab_size=257, d_model=16, n_layers=1, n_seq=32, num_heads=2, head_dim=8, dropout=0.1)
     sizes: dict[str, Any] = dict(steps=7, seq_len=32, batch_size=2, accumulation=2, learning_rate=0.01)
     reports: dict[str, Any] = dict(eval_interval=3, eval_tokens=100, final_eval_tokens=100, checkpoint_interval=2)
-    return TrainingConfig(
-        data=str(data), out=str(out), preset=None, model=model, schedule="wsd", device="cpu", **sizes, **reports
-    )
+    where: dict[str, Any] = dict(data=str(data), out=str(out), tracker=tracker, device="cpu")
+    return TrainingConfig(**where, preset=None, model=model, schedule="wsd", **sizes, **reports)
 
 
-def start(data: Path, out: Path, die_at: int = 0, count_into: Path | None = None) -> BaseProcess:
+def start(
+    data: Path, out: Path, die_at: int = 0, count_into: Path | None = None, tracker: Tracker = "none"
+) -> BaseProcess:
     """Begin the run or go on with it, in another process.
 
     Args:
@@ -40,8 +42,9 @@ def start(data: Path, out: Path, die_at: int = 0, count_into: Path | None = None
         out: the run folder.
         die_at: the process kills itself when it is about to touch the run folder for this time; 0 for never.
         count_into: a file that gets the number of times it did.
+        tracker: of the run.
     """
-    return fork(_live, data, out, die_at, count_into)
+    return fork(_live, data, out, die_at, count_into, tracker)
 
 
 def fork(function: Callable[..., None], *arguments: Any) -> BaseProcess:
@@ -53,7 +56,7 @@ def fork(function: Callable[..., None], *arguments: Any) -> BaseProcess:
     return process
 
 
-def _live(data: Path, out: Path, die_at: int, count_into: Path | None) -> None:
+def _live(data: Path, out: Path, die_at: int, count_into: Path | None, tracker: Tracker) -> None:
     touched = 0
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -64,6 +67,6 @@ def _live(data: Path, out: Path, die_at: int, count_into: Path | None) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
-    resume(out) if has_begun(out) else train(minute_config(data, out))
+    resume(out) if has_begun(out) else train(minute_config(data, out, tracker))
     if count_into is not None:
         count_into.write_text(str(touched))

@@ -1,46 +1,286 @@
-"""Training by two processes on the CPU."""
+"""Training by several processes on the CPU."""
 
+import errno
 import json
+import math
 import os
-import subprocess
+import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from resolvent.training import TrainingConfig, train
+from resolvent.data import Batch
+from resolvent.errors import CheckpointError, ConfigError
+from resolvent.models import load_model
+from resolvent.models.phase2 import Phase2Config
+from resolvent.tensors import read_tensors
+from resolvent.training import NonFiniteError, TrainingConfig, resume, train
+from resolvent.training.checkpoint import find_checkpoint
+from resolvent.training.record import has_begun
+from resolvent.training.trainer import Trainer
+from tests.processes import Failed, together
+
+MakeConfig = Callable[..., TrainingConfig]
+STEPS = 6
+CHANGES = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"})
 
 
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def run_here(config: TrainingConfig, rank: int = 0, die_at: int = 0) -> list[str]:
+    """Begin a run or go on with it; the files and folders of its that this process touched, in order.
+
+    Process ``rank`` kills itself when it is about to touch one for the time ``die_at``; 0 for never.
+    """
+    run, touched = str(config.run_dir), []
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in CHANGES and run in str(arguments[0]):
+            touched.append(str(arguments[0]))
+            if len(touched) == die_at and int(os.environ["RANK"]) == rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    resume(run) if has_begun(config.run_dir) else train(config)
+    return touched
+
+
+def go_on(run: Path) -> None:
+    resume(run)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         record.pop("tokens_per_second", None)
     return records
 
 
+def weights(run: Path) -> dict[str, Tensor]:
+    return read_tensors(run / "model.safetensors")
+
+
+def assert_agree(ours: Path, theirs: Path) -> None:
+    """The same but for the order of sums in float32."""
+    mine, yours = metrics(ours), metrics(theirs)
+    assert len(mine) == len(yours)
+    for one, two in zip(mine, yours, strict=True):
+        assert one.pop("not_finite", None) == two.pop("not_finite", None)
+        assert one == pytest.approx(two, rel=1e-5)
+    for name, tensor in weights(ours).items():
+        torch.testing.assert_close(tensor, weights(theirs)[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    """The same, bit for bit."""
+    assert metrics(ours) == metrics(theirs)
+    for name, tensor in weights(ours).items():
+        assert torch.equal(tensor, weights(theirs)[name]), name
+
+
+def go_back(run: Path, copy: Path, step: int) -> Path:
+    """A copy of a run of which only one checkpoint is there."""
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint.name != f"step-{step:08d}":
+            shutil.rmtree(checkpoint)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> MakeConfig:
+    """Runs whose steps have four batches, of whatever number of processes."""
+
+    def config(name: str, processes: int, **changes: Any) -> TrainingConfig:
+        model = Phase2Config(vocab_size=257, d_model=16, n_layers=2, n_seq=32, num_heads=2, head_dim=8, dropout=0.1)
+        sizes: dict[str, Any] = dict(steps=STEPS, seq_len=32, batch_size=2, accumulation=4 // processes)
+        reports: dict[str, Any] = dict(eval_interval=3, eval_tokens=300, checkpoint_interval=2, keep_checkpoints=9)
+        out = str(tmp_path_factory.getbasetemp() / name)
+        settings: dict[str, Any] = dict(preset=None, model=model, data=str(text_file), out=out, device="cpu")
+        return TrainingConfig(**{**settings, **sizes, **reports, **changes})
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def alone(make: MakeConfig) -> Path:
+    return train(make("alone", 1)).run_dir
+
+
+@pytest.fixture(scope="module")
+def touches(make: MakeConfig) -> list[list[str]]:
+    """What each of two processes that share the model touches."""
+    return together(2, run_here, make("sharded", 2, parallel="fsdp"))
+
+
+@pytest.fixture(scope="module")
+def sharded(make: MakeConfig, touches: list[list[str]]) -> Path:
+    """The run of these processes."""
+    return make("sharded", 2).run_dir
+
+
+def test_two_processes_train_as_one(make: MakeConfig, alone: Path):
+    config = make("shared", 2)
+    together(2, run_here, config)
+    assert_agree(config.run_dir, alone)
+
+
+def test_two_processes_that_share_the_model_train_as_one(sharded: Path, alone: Path):
+    assert_agree(sharded, alone)
+    checkpoint, faults = find_checkpoint(sharded)
+    assert checkpoint == sharded / "checkpoints" / f"step-{STEPS:08d}" and not faults
+    shares = [sum(x.numel() for x in load_file(path).values()) for path in checkpoint.glob("shard-*")]
+    theirs = alone / "checkpoints" / checkpoint.name
+    files = [theirs / "model.safetensors", theirs / "optimizer.safetensors"]
+    assert sum(shares) == sum(x.numel() for path in files for x in load_file(path).values())
+    assert len(shares) == 2 and max(shares) < 0.51 * sum(shares)
+    assert load_model(sharded, device="cpu").vocab_size == 257
+
+
+def test_a_shared_model_resumes_bit_for_bit(sharded: Path, tmp_path: Path):
+    parts = go_back(sharded, tmp_path / "parts", step=2)
+    together(2, go_on, parts)
+    assert_same(parts, sharded)
+
+
+def test_one_process_goes_on_with_what_two_began(sharded: Path, tmp_path: Path):
+    parts = go_back(sharded, tmp_path / "parts", step=4)
+    resume(parts)
+    assert_agree(parts, sharded)
+    assert (parts / "checkpoints" / f"step-{STEPS:08d}" / "optimizer.safetensors").exists()
+
+
+def test_two_processes_share_what_one_began(make: MakeConfig, alone: Path, tmp_path: Path):
+    began = train(make("began", 1, parallel="fsdp")).run_dir
+    assert_same(began, alone)
+    parts = go_back(began, tmp_path / "parts", step=4)
+    together(2, go_on, parts)
+    assert_agree(parts, alone)
+    assert len(list((parts / "checkpoints" / f"step-{STEPS:08d}").glob("shard-*"))) == 2
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_twice_the_batches(small_config: Callable[..., TrainingConfig], tmp_path: Path):
-    model = small_config().model
-    assert model is not None
-    model.dropout = 0.0
-    alone = small_config(model=model, out=str(tmp_path / "alone"), accumulation=4)
-    shared = small_config(model=model, out=str(tmp_path / "shared"), accumulation=2)
-    train(alone)
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import json, sys\n"
-        "from resolvent.training import TrainingConfig, train\n"
-        "train(TrainingConfig.from_dict(json.loads(sys.argv[1])))\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, str(program), json.dumps(shared.to_dict())]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    ours, theirs = metrics(tmp_path / "alone"), metrics(tmp_path / "shared")
-    assert len(ours) == len(theirs)
-    for one, two in zip(ours, theirs, strict=True):
-        assert one == pytest.approx(two, rel=1e-3)
+def test_more_processes_go_on_with_what_two_began(sharded: Path, tmp_path: Path):
+    parts = go_back(sharded, tmp_path / "parts", step=4)
+    together(4, go_on, parts)
+    assert_agree(parts, sharded)
+
+
+def test_batches_that_cannot_be_shared_evenly_are_refused(sharded: Path, tmp_path: Path):
+    parts = go_back(sharded, tmp_path / "parts", step=4)
+    with pytest.raises(Failed, match=r"a step of the run .* has 4 batches, which 3 processes cannot share evenly"):
+        together(3, go_on, parts)
+
+
+def test_a_damaged_shard_is_found(sharded: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    parts = tmp_path / "parts"
+    shutil.copytree(sharded, parts)
+    last = parts / "checkpoints" / f"step-{STEPS:08d}"
+    shard = sorted(last.glob("shard-*"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    checkpoint, faults = find_checkpoint(parts)
+    assert checkpoint is not None and checkpoint.name == "step-00000004"
+    assert shard.name in str(faults[0])
+    shard.unlink()
+    assert shard.name in str(find_checkpoint(parts)[1][0])
+
+
+def die_and_go_on(config: TrainingConfig, rank: int, die_at: int) -> None:
+    with pytest.raises(Failed):
+        together(2, run_here, config, rank, die_at)
+    if has_begun(config.run_dir):
+        assert not find_checkpoint(config.run_dir)[1]
+    together(2, run_here, config)
+
+
+def test_killed_before_the_second_of_two_shards(make: MakeConfig, sharded: Path, touches: list[list[str]]):
+    shard = ".step-00000004.partial/shard-00002"
+    moment = next(number for number, path in enumerate(touches[1], 1) if shard in path)
+    config = make("between", 2, parallel="fsdp")
+    die_and_go_on(config, 1, moment)
+    assert_same(config.run_dir, sharded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_at_any_moment(make: MakeConfig, sharded: Path, touches: list[list[str]], rank: int):
+    for moment in range(1, len(touches[rank]) + 1, 7):
+        config = make(f"killed-{rank}-{moment}", 2, parallel="fsdp")
+        die_and_go_on(config, rank, moment)
+        assert_same(config.run_dir, sharded)
+
+
+def fill_the_disk(config: TrainingConfig) -> str:
+    """Train until the disk has no room for the second process's shard; what is said of it."""
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and ".step-00000004.partial/shard-00002" in str(arguments[0]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sys.addaudithook(watch)
+    with pytest.raises(CheckpointError) as error:
+        train(config)
+    return str(error.value)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_stops_both(make: MakeConfig, sharded: Path):
+    config = make("full", 2, parallel="fsdp")
+    for message in together(2, fill_the_disk, config):
+        assert "process 1: [Errno 28] No space left on device" in message
+        assert "make room" in message
+    names = sorted(path.name for path in (config.run_dir / "checkpoints").iterdir())
+    assert names == ["step-00000000", "step-00000002"]
+    together(2, go_on, config.run_dir)
+    assert_same(config.run_dir, sharded)
+
+
+def fail_once(config: TrainingConfig) -> list[str]:
+    """Train, but for a gradient that is infinite in step 5 of the last process, and a weight after step 2 in all."""
+    loss_of, report, faults = Trainer._loss, Trainer._report, []
+    rewind = Trainer._rewind
+
+    def spoilt_loss(self: Trainer, batch: Batch) -> tuple[Tensor, Tensor | float]:
+        loss, penalty = loss_of(self, batch)
+        last = self.accelerator.process_index == self.accelerator.num_processes - 1
+        return loss * (math.inf if last and (self.standing.step, self.standing.rewinds) == (4, 1) else 1.0), penalty
+
+    def spoilt_weight(self: Trainer, *values: float) -> None:
+        report(self, *values)
+        if (self.standing.step, self.standing.rewinds) == (2, 0):
+            with torch.no_grad():
+                self.raw_model.ln_f.weight.mul_(math.nan)
+
+    def noted(self: Trainer, fault: NonFiniteError) -> None:
+        faults.append(fault.name)
+        rewind(self, fault)
+
+    Trainer._loss, Trainer._report, Trainer._rewind = spoilt_loss, spoilt_weight, noted
+    try:
+        train(config)
+    finally:
+        Trainer._loss, Trainer._report, Trainer._rewind = loss_of, report, rewind
+    return faults
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_go_back_together(make: MakeConfig, tmp_path: Path, parallel: str):
+    gentle = dict(rewinds=2, learning_rate=1e-4)  # AdamW turns the rounding of tiny gradients into whole steps
+    alone = make("back-alone", 1, out=str(tmp_path / "alone"), **gentle)
+    config = make(f"back-{parallel}", 2, parallel=parallel, **gentle)
+    assert fail_once(alone) == ["ln_f.weight", "the loss"]
+    assert together(2, fail_once, config) == [["ln_f.weight", "the loss"]] * 2
+    assert_agree(config.run_dir, alone.run_dir)
+
+
+def test_sharding_of_accelerates_own_is_refused(make: MakeConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="leave that to --parallel fsdp"):
+        train(make("refused", 1))

@@ -1,4 +1,4 @@
-"""The command line: `resolvent train | generate | evaluate | convert | presets | benchmark`."""
+"""The command line: `resolvent train | generate | evaluate | inspect | convert | presets | benchmark`."""
 
 import os
 import sys

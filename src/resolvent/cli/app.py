@@ -10,6 +10,7 @@ from resolvent.cli.benchmark import benchmark
 from resolvent.cli.convert import convert
 from resolvent.cli.evaluate import language
 from resolvent.cli.generate import generate
+from resolvent.cli.inspect import inspect
 from resolvent.cli.long_range import influence, needle, positions
 from resolvent.cli.measures import Measures
 from resolvent.cli.presets import presets
@@ -23,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: resolvent train --out runs/first --steps 300",
 )
-for command in (train, generate, convert, presets, benchmark):
+for command in (train, generate, inspect, convert, presets, benchmark):
     app.command(no_args_is_help=False)(command)
 
 measures = typer.Typer(cls=Measures, no_args_is_help=True, rich_markup_mode="rich", subcommand_metavar="[MEASURE] DIR")

@@ -18,8 +18,8 @@ Text = Annotated[
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens at once; fewer need less memory.")]
 
 
-def documents_of(directory: Path, data: Path | None) -> list[str]:
-    """The documents of `data`; without it, those that the run in `directory` held out.
+def documents_of(directory: Path, data: Path | None, option: str = "--data") -> list[str]:
+    """The documents of `data`, which `option` names; without it, those that the run in `directory` held out.
 
     Raises:
         CheckpointError: the folder is not that of a run.
@@ -34,6 +34,6 @@ def documents_of(directory: Path, data: Path | None) -> list[str]:
         return load_documents(data)
     run_dir = run_of(directory)
     if not (run_dir / RUN_FILE).exists():
-        raise CheckpointError(f"{run_dir} does not say what it was trained on: name a text with --data")
+        raise CheckpointError(f"{run_dir} does not say what it was trained on: name a text with {option}")
     config, _ = read_run(run_dir)
     return split_corpus(config)[1]

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import signal
 import typing
 from collections.abc import Iterable
@@ -66,7 +67,7 @@ def train(
     """
     config = TrainingConfig(**settings)
     if resume is not None:
-        settled = [name for name in settings if name not in ("device", *_MOVABLE)]
+        settled = [name for name in settings if name not in ("device", "tracker", *_MOVABLE)]
         _refuse(context, [*settled, "change"], "--resume", "the run keeps its settings")
     elif config.start_from is not None:
         settled = [*SAVED_WITH_A_MODEL, "change"]
@@ -83,8 +84,10 @@ def train(
         with training.terminable():
             if resume is not None:
                 device = None if config.device == "auto" else config.device
-                moved = {name: settings[name] for name in _MOVABLE if settings[name] is not None}
-                result = training.resume(resume, device=device, console=console, **moved)
+                given = {name: settings[name] for name in _MOVABLE if settings[name] is not None}
+                if config.tracker != "none":
+                    given["tracker"] = config.tracker
+                result = training.resume(resume, device=device, console=console, **given)
             else:
                 result = training.train(config, console=console)
     except (training.TrainingInterrupted, KeyboardInterrupt) as stop:
@@ -94,7 +97,8 @@ def train(
         begun = has_begun(run_dir)
         _say(console, f"Stopped. Go on with: resolvent train --resume {run_dir}" if begun else "Stopped.")
         raise typer.Exit(128 + number) from None
-    _say(console, f"Let it write: resolvent generate {result.run_dir} --prompt 'The' --stream")
+    if int(os.environ.get("RANK", "0")) == 0:  # of the processes that torchrun started, one speaks
+        _say(console, f"Let it write: resolvent generate {result.run_dir} --prompt 'The' --stream")
 
 
 def _say(console: "Console", text: str) -> None:

@@ -98,6 +98,11 @@ def sum_of_nats(model: nn.Module, sequences: Sequence[np.ndarray], *, batch_toke
         return total.item()
 
 
+def calls_of_model(sequences: Sequence[np.ndarray], *, batch_tokens: int, piece_tokens: int) -> int:
+    """How often `sum_of_nats` calls the model."""
+    return sum(-(-(len(lanes[0]) - 1) // piece_tokens) for lanes in _batches(sequences, batch_tokens, piece_tokens))
+
+
 def _batches(sequences: Sequence[np.ndarray], batch_tokens: int, piece_tokens: int) -> Iterator[list[np.ndarray]]:
     """Groups of sequences, longest first, such that no piece of a group exceeds the token budget."""
     ordered = sorted(sequences, key=len, reverse=True)

@@ -35,8 +35,8 @@ class TokenBatch:
 
     Attributes:
         input_ids: (B, N), or (1, T).
-        cu_seqlens: offsets of the packed sequences, on the CPU, where Python reads them in every layer; None for a
-            rectangle.
+        cu_seqlens: offsets of the packed sequences; None for a rectangle. On the CPU Python reads them in every layer;
+            on a device it does not, and a step can be replayed with other ones.
         shape: of the tokens as they were given.
         unpadded: where they stood, if there was padding.
     """
@@ -49,7 +49,7 @@ class TokenBatch:
     @property
     def lengths(self) -> Tensor:
         """Tokens of every sequence, int64 (S,) on the CPU."""
-        return torch.full((self.shape[0],), self.shape[1]) if self.cu_seqlens is None else self.cu_seqlens.diff()
+        return torch.full((self.shape[0],), self.shape[1]) if self.cu_seqlens is None else self.cu_seqlens.diff().cpu()
 
     @property
     def sequences(self) -> int:
@@ -57,8 +57,10 @@ class TokenBatch:
         return self.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
     def advance(self, position: Tensor) -> Tensor:
-        """Where the sequences stand after these tokens: tokens read, before and after, (S,)."""
-        return position + (self.shape[1] if self.cu_seqlens is None else self.cu_seqlens.diff())
+        """Where the sequences stand after these tokens: tokens read, before and after, (S,), where the offsets are."""
+        if self.cu_seqlens is None:
+            return position + self.shape[1]
+        return position.to(self.cu_seqlens.device) + self.cu_seqlens.diff()
 
     def restore(self, x: Tensor) -> Tensor:
         """Results for the tokens as they were given: zero where there was padding."""
@@ -82,7 +84,6 @@ def read_tokens(
         return TokenBatch(unpadded.tokens, unpadded.cu_seqlens, shape, unpadded)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, shape)
-        cu_seqlens = cu_seqlens.cpu()
     return TokenBatch(input_ids, cu_seqlens, shape, None)
 
 
@@ -121,13 +122,13 @@ def unpad(input_ids: Tensor, attention_mask: Tensor) -> Unpadded:
 def check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
     """Raise a ValueError unless the offsets cut a batch of one, shape (1, T), from 0 to T without going back.
 
-    In a graph that is being compiled their values are not known, and not checked.
+    In a graph that is being compiled their values are not known, and on a device nobody looks: they are not checked.
     """
     if shape[0] != 1:
         raise ValueError(f"cu_seqlens needs packed input_ids of shape (1, T), got {shape}")
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens must be a list of at least two integers, got {cu_seqlens}")
-    if torch.compiler.is_compiling():  # a graph has no place for a look at the values
+    if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
         return
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != shape[1] or sorted(offsets) != offsets:

@@ -5,6 +5,7 @@ beside ours, its names of weights may begin with the attribute that holds our mo
 files.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def save_model(model: IntegratedModel, directory: str | Path) -> None:
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_weights(model, directory)
+        write_weights(named_weights(model), directory)
         write_config(model, directory)
     except OSError as error:
         raise CheckpointError(f"cannot write the model to {directory}: {error}") from error
@@ -79,12 +80,17 @@ def write_config(model: IntegratedModel, directory: Path) -> None:
     write_json(directory / CONFIG, description)
 
 
-def write_weights(model: IntegratedModel, directory: Path) -> None:
-    """Write the weights alone."""
+def write_weights(weights: Mapping[str, Tensor], directory: Path) -> None:
+    """Write the weights alone, as `named_weights` gives them."""
+    write_tensors(directory / WEIGHTS, weights)
+
+
+def named_weights(model: IntegratedModel) -> dict[str, Tensor]:
+    """The weights by the names that they have in files."""
     tensors = model.state_dict()
     if model.tied:
         del tensors[_TIED]
-    write_tensors(directory / WEIGHTS, tensors)
+    return tensors
 
 
 def load_model(directory: str | Path, device: torch.device | str | None = None) -> IntegratedModel:
@@ -95,7 +101,7 @@ def load_model(directory: str | Path, device: torch.device | str | None = None) 
         CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.
     """
     directory = Path(directory)
-    phase, config = _read_config(directory / CONFIG)
+    phase, config = read_config(directory / CONFIG)
     parts = [read_tensors(path) for path in _weight_files(directory)]
     tensors = {name.removeprefix(_PREFIX): x for part in parts for name, x in part.items()}
     try:
@@ -126,8 +132,12 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(set(names))]
 
 
-def _read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:
-    """The phase and the configuration that a file describes."""
+def read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:
+    """The phase and the configuration that a file describes.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or describes no model.
+    """
     values = read_json(path)
     check_file(path)
     kind = values.pop("model_type", None)

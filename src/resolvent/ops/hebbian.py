@@ -60,7 +60,8 @@ def dissipative_memory(
     """Write every token into the memory and read it back.
 
     Args:
-        q, k: queries and keys, (B, N, H, K).
+        q: queries and keys, (B, N, H, K).
+        k: the same.
         v: values, (B, N, H, V).
         decay: Γ dt >= 0, dimensionless, (B, N, H).
         eta: learning rate η > 0, (H,).

@@ -1,29 +1,52 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, in a folder for each saved step."""
+"""Checkpoints: everything a run needs to go on as if it had never stopped, in a folder for each saved step.
+
+One process writes weights and optimiser state in two files; several that share the model out write a file each. The
+names of the tensors are the same, and either kind of run resumes from either.
+"""
 
 import hashlib
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
 
 from resolvent.errors import CheckpointError, VersionError
 from resolvent.files import atomic_directory, check_version, partial_name, read_json, shown, write_json
 from resolvent.manifest import check_files, write_manifest
 from resolvent.models import IntegratedModel
-from resolvent.models.storage import CONFIG, WEIGHTS, write_config, write_weights
+from resolvent.models.storage import (
+    CONFIG,
+    WEIGHTS,
+    load_model,
+    named_weights,
+    read_config,
+    write_config,
+    write_weights,
+)
 from resolvent.tensors import read_tensors, write_tensors
 from resolvent.training.average import Average
 from resolvent.training.optimizer import load_optimizer_tensors, optimizer_tensors
+from resolvent.training.sharding import (
+    empty_shards,
+    is_sharded,
+    read_shards,
+    shard_names,
+    stored_shapes,
+    write_shards,
+)
 
 FORMAT_VERSION = 1
 OPTIMIZER_FILE = "optimizer.safetensors"
 STANDING_FILE = "trainer.json"
 
-_FILES = (CONFIG, WEIGHTS, OPTIMIZER_FILE, STANDING_FILE)
+_MOST_SHARDS = 99_999
+"""As many as the names of their files have room for."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -33,7 +56,7 @@ class Standing:
 
     Attributes:
         step: steps taken.
-        processes: those that share the work.
+        processes: those that the run began with. They fix the batches of a step, however many go on with it.
         loss_average: the smoothed loss.
         metrics_sha256: of the metrics written so far.
         rewinds: times that the run went back because something was not finite.
@@ -77,7 +100,7 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
     faults: list[CheckpointError] = []
     for checkpoint in reversed(_checkpoints(run_dir)):
         try:
-            check_files(checkpoint, _FILES)
+            check_files(checkpoint, _files(checkpoint))
             return checkpoint, faults
         except VersionError:
             raise
@@ -95,27 +118,61 @@ def save_checkpoint(
 ) -> Path:
     """Save a run's step, then remove all but the `keep` newest checkpoints up to it.
 
-    Those of later steps are damaged, or the run would not be here; they stay until the run is there again.
+    Those of later steps are damaged, or the run would not be here; they stay until the run is there again. If the model
+    is sharded, all processes call this.
 
     Raises:
         OSError: the folder cannot be written.
     """
     target = checkpoint_path(run_dir, standing.step)
-    if not _is_whole(target):  # a run that is stopped right after it was resumed has this one already
-        shutil.rmtree(target, ignore_errors=True)
-        with atomic_directory(target) as partial:
-            write_config(model, partial)
-            write_weights(model, partial)
+    if is_sharded(model):
+        _save_shards(target, model, optimizer, standing)
+    elif not _is_whole(target):  # a run that is stopped right after it was resumed has this one already
+        with _in_place_of(target) as partial:
+            write_weights(named_weights(model), partial)
             write_tensors(partial / OPTIMIZER_FILE, optimizer_tensors(model, optimizer))
-            write_json(partial / STANDING_FILE, {"format_version": FORMAT_VERSION, **asdict(standing)})
-            write_manifest(partial, _FILES)
-    checkpoints = _checkpoints(run_dir)
+            _complete(partial, model, standing)
+    if not is_sharded(model) or dist.get_rank() == 0:
+        _remove_old(target, keep)
+    return target
+
+
+def _save_shards(target: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer, standing: Standing) -> None:
+    """Let every process write its shards. The first makes the folder, and makes a checkpoint of it in the end."""
+    first = dist.get_rank() == 0
+    whole = [first and _is_whole(target)]
+    dist.broadcast_object_list(whole)
+    if whole[0]:
+        return
+    with _in_place_of(target) if first else nullcontext(partial_name(target)) as partial:
+        dist.barrier()
+        write_shards(partial, model, {**named_weights(model), **optimizer_tensors(model, optimizer)})
+        if first:
+            _complete(partial, model, standing, shards=dist.get_world_size())
+
+
+@contextmanager
+def _in_place_of(target: Path) -> Iterator[Path]:
+    """The folder of a new checkpoint, which takes the place of a damaged one."""
+    shutil.rmtree(target, ignore_errors=True)
+    with atomic_directory(target) as partial:
+        yield partial
+
+
+def _complete(partial: Path, model: IntegratedModel, standing: Standing, **shards: int) -> None:
+    write_config(model, partial)
+    write_json(partial / STANDING_FILE, {"format_version": FORMAT_VERSION, **asdict(standing), **shards})
+    write_manifest(partial, _files(partial))
+
+
+def _remove_old(target: Path, keep: int) -> None:
+    """Remove what is neither among the newest checkpoints up to one nor later, and what killed runs left."""
+    checkpoints = _checkpoints(target.parent.parent)
     for old in checkpoints[: max(0, checkpoints.index(target) + 1 - keep)]:
         shutil.rmtree(partial_name(old), ignore_errors=True)
         old.rename(partial_name(old))  # so that no half of a checkpoint has a checkpoint's name
     for remains in target.parent.glob(partial_name(Path("*")).name):
         shutil.rmtree(remains)
-    return target
 
 
 def load_standing(checkpoint: Path) -> Standing:
@@ -124,22 +181,86 @@ def load_standing(checkpoint: Path) -> Standing:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    path = checkpoint / STANDING_FILE
-    values = read_json(path)
-    check_version(path, values.get("format_version"), FORMAT_VERSION)
+    values = _read_standing(checkpoint)
     try:
         return Standing.from_dict(values)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} does not hold a run's standing: {error!r}") from error
+        raise CheckpointError(f"{checkpoint / STANDING_FILE} does not hold a run's standing: {error!r}") from error
 
 
-def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Read the optimiser's state.
+def load_weights(checkpoint: Path, device: torch.device, *, sharded: bool, compile: bool = False) -> IntegratedModel:
+    """Make a checkpoint's model.
+
+    Args:
+        checkpoint: the checkpoint.
+        device: where to; of a sharded model, this process's.
+        sharded: share the model out between all processes, which all call this.
+        compile: compile the blocks of a sharded model.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.
+    """
+    if not sharded and not _shards(checkpoint):
+        return load_model(checkpoint, device=device)
+    phase, config = read_config(checkpoint / CONFIG)
+    if sharded:
+        with torch.device("meta"):
+            model = phase.model(config, init=False)
+        model = empty_shards(model, device, compile=compile)
+    else:
+        model = phase.model(config, init=False).to(device)
+    read_shards(checkpoint, model, named_weights(model))
+    return model
+
+
+def restore_weights(checkpoint: Path, model: IntegratedModel) -> None:
+    """Give a model the weights of a checkpoint of its own; where there are several processes, all call this.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    read_shards(checkpoint, model, named_weights(model))
+
+
+def load_optimizer(checkpoint: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Read the optimiser's state; if the model is sharded, all processes call this.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another model.
     """
-    load_optimizer_tensors(model, optimizer, read_tensors(checkpoint / OPTIMIZER_FILE))
+    if not is_sharded(model) and not _shards(checkpoint):
+        load_optimizer_tensors(model, optimizer, read_tensors(checkpoint / OPTIMIZER_FILE))
+        return
+    parameters = dict(model.named_parameters())
+    tensors = {}
+    for name in stored_shapes(checkpoint):
+        parameter, slash, key = name.rpartition("/")
+        if slash and parameter not in parameters:
+            raise CheckpointError(f"the optimiser's state is of another model; this one lacks {parameter}")
+        if slash:
+            tensors[name] = torch.zeros(()) if key == "step" else torch.zeros_like(parameters[parameter].detach())
+    read_shards(checkpoint, model, tensors)
+    load_optimizer_tensors(model, optimizer, tensors)
+
+
+def _read_standing(checkpoint: Path) -> dict[str, Any]:
+    values = read_json(checkpoint / STANDING_FILE)
+    check_version(checkpoint / STANDING_FILE, values.get("format_version"), FORMAT_VERSION)
+    return values
+
+
+def _shards(checkpoint: Path) -> int:
+    """The number of files that weights and optimiser state are shared out to; 0 if one process wrote them."""
+    shards = _read_standing(checkpoint).get("shards", 0)
+    if type(shards) is not int or not 0 <= shards <= _MOST_SHARDS:
+        raise CheckpointError(f"{checkpoint / STANDING_FILE} names {shown(shards)} shards: restore it from a copy")
+    return shards
+
+
+def _files(checkpoint: Path) -> list[str]:
+    """What the manifest of a checkpoint lists."""
+    shards = _shards(checkpoint)
+    return [CONFIG, STANDING_FILE, *(shard_names(shards) if shards else (WEIGHTS, OPTIMIZER_FILE))]
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
@@ -150,7 +271,7 @@ def _checkpoints(run_dir: Path) -> list[Path]:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        check_files(checkpoint, _FILES)
+        check_files(checkpoint, _files(checkpoint))
     except CheckpointError:
         return False
     return True

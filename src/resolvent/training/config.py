@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 RUN, TEXT, SIZE, OPTIMISER, REPORTS = "Run", "Model and text", "Size", "Optimiser", "Reports and checkpoints"
 
+Tracker = Literal[
+    "none", "tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"
+]
+"""What a run's numbers can be sent to: what Accelerate knows."""
+
 
 def setting(default: Any, group: str, help: str, **rules: Any) -> Any:
     """A dataclass field with what the command line says of it and the rules that its value must obey.
@@ -48,6 +53,9 @@ class TrainingConfig:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN, "auto: cuda where there is one.")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", RUN, "auto: bf16 on cuda, fp32 on the cpu.")
     deterministic: bool = setting(False, RUN, "The same seed gives the same bits on cuda, too; slower.")
+    parallel: Literal["ddp", "fsdp"] = setting(
+        "ddp", RUN, "Of several processes, each holds the whole model (ddp), or a share of it (fsdp)."
+    )
     compile: bool = setting(False, RUN, "Compile the model with torch.compile: worth a minute's wait on long GPU runs.")
 
     phase: int = setting(
@@ -81,7 +89,7 @@ class TrainingConfig:
     steps: int = setting(1000, SIZE, "Optimiser steps.", at_least=1)
     seq_len: int = setting(256, SIZE, "Tokens in a training window.", at_least=1)
     batch_size: int = setting(8, SIZE, "Windows in a batch, on each device.", at_least=1)
-    accumulation: int = setting(1, SIZE, "Batches in a step.", at_least=1)
+    accumulation: int = setting(1, SIZE, "Batches in a step, on each device.", at_least=1)
 
     learning_rate: float | None = setting(
         None, OPTIMISER, "Highest learning rate.", above=0, default_text="0.5 / d_model: 0.004 for tiny, 0.001 for base"
@@ -108,6 +116,12 @@ class TrainingConfig:
     )
     final_eval_tokens: int = setting(0, REPORTS, "The same for the validation at the end.", at_least=0)
     checkpoint_interval: int = setting(250, REPORTS, "Steps between checkpoints; 0 for the end only.", at_least=0)
+    tracker: Tracker = setting(  # noqa: RUF009  a Literal's values do not change
+        "none",
+        REPORTS,
+        "Where metrics and what happens inside the model go, beside metrics.jsonl.",
+        metavar="none|tensorboard|wandb|...",
+    )
     keep_checkpoints: int = setting(2, REPORTS, "Newest checkpoints to keep.", at_least=1)
 
     @property

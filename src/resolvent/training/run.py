@@ -9,24 +9,26 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, parse_flag_from_env
 from rich.console import Console
 from tokenizers import Tokenizer
 
 from resolvent.data import load_tokenizer, save_tokenizer
 from resolvent.device import deterministic, pick_device
-from resolvent.errors import CheckpointError
+from resolvent.errors import CheckpointError, ConfigError
 from resolvent.files import locked
 from resolvent.manifest import MANIFEST, check_files
-from resolvent.models import IntegratedModel, load_model
+from resolvent.models import IntegratedModel
 from resolvent.models.phase1 import Phase1Config
 from resolvent.models.phase2 import Phase2Config
 from resolvent.models.phases import PHASES
 from resolvent.models.storage import write_config
-from resolvent.training.checkpoint import find_checkpoint
-from resolvent.training.config import TrainingConfig
+from resolvent.training.checkpoint import find_checkpoint, load_weights
+from resolvent.training.config import Tracker, TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus
 from resolvent.training.record import FIXED_FILES, beginning, check_new, new_run, read_run, write_run
+from resolvent.training.sharding import shard
+from resolvent.training.tracking import tracker_options
 from resolvent.training.trained import load_trained
 from resolvent.training.trainer import Trainer, TrainingResult
 
@@ -68,15 +70,16 @@ def _train(config: TrainingConfig, console: Console | None) -> TrainingResult:
     model = _initial_model(config, corpus, accelerator)
     trainer = Trainer(config, accelerator, corpus, model, console)
     accelerator.wait_for_everyone()  # nobody writes before everybody has found the folder empty
-    if not accelerator.is_main_process:
-        return trainer.run()
-    with new_run(run_dir):
-        with beginning(run_dir):
-            save_tokenizer(corpus.tokenizer, run_dir)
-            write_config(model, run_dir)
-            if config.start_from is not None:
-                trainer.save()  # the run resumes whatever becomes of the folder it started from
-            write_run(run_dir, config, corpus.fingerprint)
+    first = accelerator.is_main_process
+    with new_run(run_dir) if first else nullcontext():
+        with beginning(run_dir) if first else nullcontext():
+            if first:
+                save_tokenizer(corpus.tokenizer, run_dir)
+                write_config(model, run_dir)
+            if config.start_from is not None or accelerator.num_processes > 1:
+                trainer.save()  # resumes whatever becomes of the folder it started from, and by any number of processes
+            if first:
+                write_run(run_dir, config, corpus.fingerprint)
         return trainer.run()
 
 
@@ -86,6 +89,7 @@ def resume(
     device: Literal["auto", "cpu", "cuda"] | None = None,
     data: str | None = None,
     validation_data: str | None = None,
+    tracker: Tracker | None = None,
     console: Console | None = None,
 ) -> TrainingResult:
     """Go on with a run from its last whole checkpoint, or from its beginning where there is none.
@@ -99,11 +103,13 @@ def resume(
         device: replaces the run's device.
         data: where the run's text is now, if it has moved.
         validation_data: the same for the text to validate on.
+        tracker: replaces the run's tracker.
         console: where to show progress; None shows nothing.
 
     Raises:
+        ConfigError: the tracker is unknown or not installed.
         CheckpointError: no run to resume or one that another process is at, no whole checkpoint, changed data, or
-            another number of processes.
+            processes that cannot share the batches of a step evenly.
         DataError: text that cannot be read any more.
         NonFiniteError: a loss, a gradient or a weight is not finite, and no rewind is left.
         TrainingInterrupted: SIGINT or SIGTERM, after saving a checkpoint.
@@ -116,7 +122,9 @@ def resume(
         device=device or config.device,
         data=_absolute(data) or config.data,
         validation_data=_absolute(validation_data) or config.validation_data,
+        tracker=tracker or config.tracker,
     )
+    config.validate()
     with deterministic(config.deterministic):
         accelerator = _accelerator(config)
         with locked(run_dir / MANIFEST) if accelerator.is_main_process else nullcontext():
@@ -139,7 +147,9 @@ def _resume(config: TrainingConfig, fingerprint: str, accelerator: Accelerator, 
     if checkpoint is None:
         model = _initial_model(config, corpus, accelerator)
         return Trainer(config, accelerator, corpus, model, console).run()
-    trainer = Trainer(config, accelerator, corpus, load_model(checkpoint, device=accelerator.device), console)
+    sharded = _shares_model(config, accelerator)
+    model = load_weights(checkpoint, accelerator.device, sharded=sharded, compile=config.compile)
+    trainer = Trainer(config, accelerator, corpus, model, console)
     trainer.restore(checkpoint)
     return trainer.run()
 
@@ -160,32 +170,50 @@ def _model_config(config: TrainingConfig) -> Phase1Config | Phase2Config:
 
 
 def _initial_model(config: TrainingConfig, corpus: Corpus, accelerator: Accelerator) -> IntegratedModel:
-    """A saved model, or fresh weights, the same in every process, from the seed."""
+    """A saved model, or fresh weights from the seed, the same whatever the number of processes."""
+    sharded = _shares_model(config, accelerator)
     if config.start_from is not None:
-        return load_trained(Path(config.start_from), "cpu")[0].to(accelerator.device)
-    torch.manual_seed(config.seed)
-    vocab_size = corpus.tokenizer.get_vocab_size()
-    create = PHASES[config.phase].create
-    return create(config=_model_config(config), vocab_size=vocab_size, device=accelerator.device)
+        model = load_trained(Path(config.start_from), "cpu")[0]
+    else:
+        torch.manual_seed(config.seed)
+        vocab_size = corpus.tokenizer.get_vocab_size()
+        create = PHASES[config.phase].create
+        # Where the model is shared out, the first process alone draws its weights.
+        place = torch.device("meta" if sharded and not accelerator.is_main_process else "cpu")
+        with place:
+            model = create(config=_model_config(config), vocab_size=vocab_size, device=place)
+    if sharded:
+        return shard(model, accelerator.device, compile=config.compile)
+    return model.to(accelerator.device)
+
+
+def _shares_model(config: TrainingConfig, accelerator: Accelerator) -> bool:
+    """Whether each process shall hold a share of the model only."""
+    return config.parallel == "fsdp" and accelerator.num_processes > 1
 
 
 def _accelerator(config: TrainingConfig) -> Accelerator:
-    """Device, precision and processes of a run."""
+    """Device, precision and processes of a run.
+
+    Raises:
+        ConfigError: Accelerate was told to shard the model in a way of its own.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ConfigError("accelerate launch was told to use FSDP: leave that to --parallel fsdp, and launch without")
     device = pick_device(config.device)
     precision = {"auto": "bf16" if device.type == "cuda" else "no", "fp32": "no", "bf16": "bf16"}[config.precision]
     if not torch.distributed.is_initialized():
         # Accelerate keeps the settings of a process's first Accelerator and refuses others.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    compiler = TorchDynamoPlugin(
-        backend=DynamoBackend.INDUCTOR if config.compile else DynamoBackend.NO,
-        mode="reduce-overhead" if device.type == "cuda" else "default",  # CUDA graphs: Python is slower than the GPU
-    )
+    whole = config.compile and config.parallel != "fsdp"  # the blocks of a sharded model are compiled one by one
+    compiler = TorchDynamoPlugin(backend=DynamoBackend.INDUCTOR if whole else DynamoBackend.NO)
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
         gradient_accumulation_steps=config.accumulation,
         dynamo_plugin=compiler,
+        **tracker_options(config),
     )
 
 

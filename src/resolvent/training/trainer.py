@@ -4,6 +4,7 @@ import logging
 import math
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,20 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from resolvent.data import Batch, PackedBatches, TokenStream
 from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
-from resolvent.evaluation.language import document_tokens, sum_of_nats
-from resolvent.models import IntegratedModel, load_model
+from resolvent.evaluation.language import calls_of_model, document_tokens, sum_of_nats
+from resolvent.evaluation.reading import evaluating
+from resolvent.models import IntegratedModel
 from resolvent.models.phases import phase_of
-from resolvent.models.storage import write_weights
+from resolvent.models.storage import named_weights, write_weights
 from resolvent.training.average import Average
-from resolvent.training.checkpoint import Standing, find_checkpoint, load_optimizer, load_standing, save_checkpoint
+from resolvent.training.checkpoint import (
+    Standing,
+    find_checkpoint,
+    load_optimizer,
+    load_standing,
+    restore_weights,
+    save_checkpoint,
+)
 from resolvent.training.config import TrainingConfig
 from resolvent.training.corpus import Corpus, sample_documents
 from resolvent.training.finite import NonFiniteError, offending_gradient, offending_weight
@@ -31,8 +40,13 @@ from resolvent.training.metrics import FILE_NAME, MetricsLog
 from resolvent.training.optimizer import build_optimizer
 from resolvent.training.progress import TrainingDisplay, format_duration
 from resolvent.training.schedule import learning_rate_factor
+from resolvent.training.sharding import is_sharded, whole_tensor, whole_weights
+from resolvent.training.tracking import Tracking
 
 logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 1024
+"""Held-out tokens, document after document, that the model reads when a tracker is told what happens inside."""
 
 
 REWIND_FACTOR = 0.5
@@ -45,7 +59,7 @@ class TrainingResult:
 
     Attributes:
         run_dir: the run folder, which `load_model` and `load_tokenizer` read.
-        model: the trained model, in evaluation mode.
+        model: the trained model, in evaluation mode; of a sharded one, what this process holds.
         tokenizer: its tokenizer.
         validation: its score on held-out documents, all of them unless `final_eval_tokens` says less.
     """
@@ -63,7 +77,7 @@ class Trainer:
         config: the run, validated.
         accelerator: device, precision and processes.
         corpus: its text.
-        model: its model, on the accelerator's device.
+        model: its model, on the accelerator's device, or sharded.
         console: where to show progress.
     """
 
@@ -83,7 +97,6 @@ class Trainer:
             corpus.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
         )
         self.validation_sample = sample_documents(corpus.validation, config.eval_tokens)
-        self.tokens_per_step = self.batches.tokens_per_batch * config.accumulation * accelerator.num_processes
         self.bits_per_byte_per_nat = corpus.train.num_predictions / corpus.train.num_bytes / math.log(2)
         self.peak_learning_rate = config.peak_learning_rate(model.d_model)
         self.raw_model = model
@@ -93,15 +106,30 @@ class Trainer:
             weight_decay=config.weight_decay,
             betas=(config.beta1, config.beta2),
         )
-        self.model, self.optimizer = accelerator.prepare(model, self.raw_optimizer)
+        self.sharded = is_sharded(model)
+        if self.sharded:  # it needs autocast only
+            self.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+            self.optimizer = accelerator.prepare_optimizer(self.raw_optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, self.raw_optimizer)
+
+    @property
+    def batches_per_step(self) -> int:
+        """Batches of a step, of all processes together."""
+        return self.config.accumulation * self.standing.processes
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a step, of all processes together."""
+        return self.batches.tokens_per_batch * self.batches_per_step
 
     def restore(self, checkpoint: Path) -> None:
         """Take over a checkpoint's optimiser state and standing; its weights are those of the model already."""
         self.standing = load_standing(checkpoint)
-        if self.standing.processes != self.accelerator.num_processes:
+        if self.batches_per_step % self.accelerator.num_processes:
             raise CheckpointError(
-                f"the run {self.run_dir} was trained by {self.standing.processes} processes, this is "
-                f"{self.accelerator.num_processes}: resume it with as many as before"
+                f"a step of the run {self.run_dir} has {self.batches_per_step} batches, which "
+                f"{self.accelerator.num_processes} processes cannot share evenly: resume it with a divisor of that"
             )
         load_optimizer(checkpoint, self.raw_model, self.raw_optimizer)
 
@@ -126,10 +154,10 @@ class Trainer:
         self.model.train()
         self.display = self._new_display()
         self._introduce()
-        with self._metrics_log() as self.metrics:
+        with self._metrics_log() as self.metrics, self._tracking() as self.tracking:
             # The run may have been killed in here, with its checkpoint whole and its weights not there; and a rewind
             # needs a beginning to go back to.
-            if (self.standing.step or self.config.rewinds) and self.accelerator.is_main_process:
+            if self.standing.step or self.config.rewinds:
                 self.save()
             with self.display, StopRequest() as stop:
                 while self.standing.step < self.config.steps:
@@ -175,21 +203,25 @@ class Trainer:
             NonFiniteError: one of them is not finite.
         """
         accelerator, config = self.accelerator, self.config
-        rank, ranks = accelerator.process_index, accelerator.num_processes
-        # Randomness, too, is a function of the step alone: a resumed run needs no generator's state.
-        seeds = np.random.SeedSequence((config.seed, step, rank))
-        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+        mine = range(accelerator.process_index, self.batches_per_step, accelerator.num_processes)
+        accelerator.gradient_accumulation_steps = len(mine)
         loss_sum = torch.zeros((), device=self.device)
-        for part in range(config.accumulation):
-            batch = self.batches[(step * config.accumulation + part) * ranks + rank]
+        for number in mine:
+            # Randomness, too, is a function of the batch alone: a resumed run needs no generator's state, nor as many
+            # processes as before.
+            seeds = np.random.SeedSequence((config.seed, step, number))
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+            batch = self.batches[step * self.batches_per_step + number]
             with accelerator.accumulate(self.model):
                 loss, penalty = self._loss(batch)
                 accelerator.backward(loss + penalty)
             loss_sum += loss.detach()
-        mean_loss = accelerator.reduce(loss_sum / config.accumulation, reduction="mean")
+        if self._is_checked(step + 1):
+            self.tracking.log_gradients(step + 1, self.raw_model)
+        mean_loss = accelerator.reduce(loss_sum / len(mine), reduction="mean")
         parameters = [x for x in self.raw_model.parameters() if x.grad is not None]
         norm = get_total_norm([x.grad for x in parameters if x.grad is not None])
-        loss, grad_norm = mean_loss.item(), norm.item()
+        loss, grad_norm = mean_loss.item(), whole_tensor(norm).item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             # Looked for before clipping, which spreads a NaN to all gradients.
             name = "the loss" if not math.isfinite(loss) else offending_gradient(self.raw_model)
@@ -210,8 +242,7 @@ class Trainer:
 
     def _report(self, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
         step, average = self.standing.step, self.standing.loss_average.update(loss)
-        self.metrics.write(
-            step=step,
+        record = dict(
             tokens=step * self.tokens_per_step,
             loss=loss,
             bits_per_byte=loss * self.bits_per_byte_per_nat,
@@ -219,6 +250,8 @@ class Trainer:
             grad_norm=grad_norm,
             tokens_per_second=self.tokens_per_step / seconds,
         )
+        self.metrics.write(step=step, **record)
+        self.tracking.log(step, "training", record)
         self.display.step(
             step,
             loss=average,
@@ -242,11 +275,10 @@ class Trainer:
         rewinds = self.standing.rewinds + 1
         if rewinds > self.config.rewinds:
             raise fault
-        self.accelerator.wait_for_everyone()  # the checkpoint is whole for all or for none
         checkpoint, _ = find_checkpoint(self.run_dir)
         if checkpoint is None:
             raise fault
-        self.raw_model.load_state_dict(load_model(checkpoint, device="cpu").state_dict())
+        restore_weights(checkpoint, self.raw_model)
         self.restore(checkpoint)
         self.optimizer.zero_grad()
         self.standing.rewinds = rewinds
@@ -273,7 +305,7 @@ class Trainer:
         stopping = self.accelerator.check_trigger() and step < config.steps
         if stopping:
             self.display.say(f"Stopping after step {step}: saving a checkpoint (once more to stop at once)")
-        validating = _is_due(step, config.eval_interval) and step < config.steps
+        validating = self._is_checked(step) and step < config.steps
         saving = _is_due(step, config.checkpoint_interval) or stopping or step == config.steps
         if (validating or saving) and (name := offending_weight(self.raw_model)):
             raise self._not_finite(step, name, f"the step left {name} with values that are not finite")
@@ -287,13 +319,17 @@ class Trainer:
     def _validate(self, stream: TokenStream, *, final: bool = False) -> LanguageScore:
         """Score held-out documents, shared out between the processes."""
         accelerator = self.accelerator
-        documents = document_tokens(stream)[accelerator.process_index :: accelerator.num_processes]
-        nats = sum_of_nats(
-            accelerator.unwrap_model(self.model, keep_torch_compile=False),  # pieces come in many shapes
-            documents,
-            batch_tokens=max(self.batches.tokens_per_batch, 4096),
-            piece_tokens=512,
-        )
+        documents = document_tokens(stream)
+        shares = [documents[first :: accelerator.num_processes] for first in range(accelerator.num_processes)]
+        mine = shares[accelerator.process_index]
+        model = accelerator.unwrap_model(self.model, keep_torch_compile=False)  # pieces come in many shapes
+        sizes = dict(batch_tokens=max(self.batches.tokens_per_batch, 4096), piece_tokens=512)
+        # So do blocks that are compiled one by one.
+        with torch.compiler.set_stance("force_eager") if self.sharded and self.config.compile else nullcontext():
+            nats = sum_of_nats(model, mine, **sizes)
+            if self.sharded:  # every call takes all processes, also those that have read their share
+                calls = [calls_of_model(share, **sizes) for share in shares]
+                self._call_idly(max(calls) - calls[accelerator.process_index])
         total = accelerator.reduce(torch.tensor(nats, dtype=torch.float64, device=self.device)).item()
         if not math.isfinite(total):
             raise self._not_finite(self.standing.step, "the validation loss", f"the loss of a validation is {total}")
@@ -305,26 +341,44 @@ class Trainer:
             validation_tokens=score.tokens,
             final=final,
         )
+        self.tracking.log(self.standing.step, "validation", dict(loss=score.loss, bits_per_byte=score.bits_per_byte))
+        if not self.sharded:  # no process holds the blocks to look into
+            self.tracking.log_physics(self.standing.step, self.raw_model)
         self.display.validation(self.standing.step, score)
         return score
+
+    def _is_checked(self, step: int) -> bool:
+        """Whether the model is validated and looked into after a step."""
+        return _is_due(step, self.config.eval_interval) or step == self.config.steps
+
+    def _call_idly(self, times: int) -> None:
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with evaluating(self.raw_model), torch.inference_mode():
+            for _ in range(times):
+                self.model(token)
 
     def save(self) -> None:
         """Write a checkpoint, and the weights into the run folder, which so is ready for use at any time.
 
+        All processes call this. Only those that hold a share of the model have something to do beside the first.
+
         Raises:
             OSError: the folder cannot be written.
         """
-        keep = self.config.keep_checkpoints
-        save_checkpoint(self.run_dir, self.raw_model, self.raw_optimizer, self.standing, keep=keep)
-        write_weights(self.raw_model, self.run_dir)
+        first, keep = self.accelerator.is_main_process, self.config.keep_checkpoints
+        if first or self.sharded:
+            save_checkpoint(self.run_dir, self.raw_model, self.raw_optimizer, self.standing, keep=keep)
+        weights = whole_weights(self.raw_model) if self.sharded else named_weights(self.raw_model)
+        if first:
+            write_weights(weights, self.run_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
-        """Save, by the first process alone, after the metrics."""
+        """Save, after the metrics."""
         if self.accelerator.is_main_process:
             self.metrics.sync()
             self.standing.metrics_sha256 = self.metrics.sha256
-            self.save()
-        self.accelerator.wait_for_everyone()
+        self.save()
 
     def _metrics_log(self) -> MetricsLog:
         step, expected, writes = self.standing.step, self.standing.metrics_sha256, self.accelerator.is_main_process
@@ -333,6 +387,10 @@ class Trainer:
             logger.warning("%s is missing: it begins anew after step %d", self.run_dir / FILE_NAME, step)
             log = MetricsLog(self.run_dir, step)
         return log
+
+    def _tracking(self) -> Tracking:
+        probe = torch.from_numpy(self.validation_sample.tokens[:_PROBE_TOKENS].astype(np.int64))
+        return Tracking(self.accelerator, self.config, self.standing.step, probe)
 
     def _introduce(self) -> None:
         """Say what is trained on what."""

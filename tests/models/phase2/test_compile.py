@@ -25,7 +25,7 @@ def loss_and_gradients(forward, model, ids, **options):
 
 
 def check(backend, ids, calls):
-    model = small_model(spread=0.1, backend=backend)
+    model = small_model(spread=0.1, backend=backend, n_layers=2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for options in calls:
         expected, gradients = loss_and_gradients(model, model, ids, **options)

@@ -70,6 +70,34 @@ def test_a_captured_step_writes_what_single_steps_write(kernels, monkeypatch):
     assert torch.equal(there.generate(prompts, 150, temperature=0, attention_mask=mask), captured)
 
 
+def test_offsets_may_lie_on_the_device():
+    _, there = pair()
+    ids, labels = torch.randint(0, 97, (2, 1, 300), device="cuda")
+    offsets = torch.tensor([0, 5, 130, 130, 300])
+    results = []
+    for place in ("cpu", "cuda"):
+        there.zero_grad()
+        loss, state = there(ids, labels=labels, cu_seqlens=offsets.to(place), return_state=True)
+        loss.backward()
+        results.append([loss, *state.tensors()[1:], *(p.grad for p in there.parameters() if p.grad is not None)])
+        assert state.position.tolist() == [5, 125, 0, 170]
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
+
+
+def test_a_packed_step_with_offsets_on_the_device_waits_for_nothing():
+    _, there = pair()
+    ids, labels = torch.randint(0, 97, (2, 1, 256), device="cuda")
+    offsets = [torch.tensor(x, device="cuda") for x in ([0, 100, 256], [0, 7, 256])]
+    there(ids, labels=labels, cu_seqlens=offsets[0]).backward()  # what is made once may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there(ids, labels=labels, cu_seqlens=offsets[1]).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_training_step_waits_for_nothing():
     _, there = pair()
     ids, labels = torch.randint(0, 97, (2, 1, 256), device="cuda")

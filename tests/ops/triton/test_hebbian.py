@@ -168,3 +168,34 @@ def test_a_step_is_a_walk_of_one_token(kind):
         )
     for a, b in zip((found, *final), (expected, *expected_final), strict=True):
         assert relative(a.double(), b) <= 1e-6
+
+
+RAGGED = ([5, 0, 64, 130, 0, 1], [3, 0, 100, 64, 127, 0])
+"""Tokens of packed sequences, and tokens that each has read before."""
+
+
+@pytest.mark.parametrize("interval", [0, 64, 128])
+@pytest.mark.parametrize("read", [True, False])
+def test_a_layout_that_python_does_not_read_is_the_same(interval, read):
+    lengths, position = (torch.tensor(x) for x in RAGGED)
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    phases = tuple((position % interval).tolist()) if read and interval else (0,) * len(lengths)
+    expected = kernels._layout(tuple(lengths.tolist()), phases, 0, torch.device("cpu"))
+    found = kernels._layout_on_device(offsets, position if read and interval else None, int(offsets[-1]), interval)
+    assert torch.equal(found.segments, expected.segments)
+    assert torch.equal(found.first_segment, expected.first_segment)
+    assert torch.equal(found.chunks[: len(expected.chunks)], expected.chunks)
+    assert not found.segmented
+    for segment, chunk in found.chunks[len(expected.chunks) :]:
+        assert found.segments[segment, 2] + 64 * chunk >= found.segments[segment, 1]
+
+
+@pytest.mark.parametrize("kind", ["none", "both"])
+def test_offsets_that_python_does_not_read(kind, monkeypatch):
+    def on_device(q, position, cu_seqlens, interval):
+        return kernels._layout_on_device(cu_seqlens, position if interval else None, q.shape[1], interval)
+
+    monkeypatch.setattr(kernels, "_layout_of", on_device)
+    lengths, position = (torch.tensor(x) for x in RAGGED)
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    check(inputs(int(offsets[-1]), batch=1), state(len(lengths)), consolidation(kind), position, offsets)

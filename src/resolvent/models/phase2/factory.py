@@ -29,7 +29,10 @@ def create_phase2_model(
     Args:
         config: a whole configuration; it is not changed.
         preset: ``tiny``, ``small``, ``base`` or ``large``, instead of ``config``.
-        vocab_size, d_model, n_layers, n_seq: replace the values of the configuration, the preset or the defaults.
+        vocab_size: replaces the value of the configuration, the preset or the defaults.
+        d_model: the same.
+        n_layers: the same.
+        n_seq: the same.
         device: where the model shall live; None for CUDA where there is one, and the CPU otherwise.
         kwargs: any other field of ``Phase2Config``.
 

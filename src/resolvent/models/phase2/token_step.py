@@ -1,4 +1,4 @@
-"""One token at a time through a Phase 2 model, by the kernels of ``ops.triton.token_step``: eight launches a block."""
+"""One token at a time through a Phase 2 model, by the kernels of ``ops.triton.token_step``: six launches a block."""
 
 from __future__ import annotations
 
@@ -85,11 +85,9 @@ class TokenStep:
             chain,
             self.gamma,
         )
-        kernels.linear(x, layer.qkv_proj.weight, None, self.projected, self._norm(block.ln2))
-        gate, answer = None, self.readout
-        if layer.gate_down is not None:
-            gate, answer = self.gate, self.gated
-            kernels.linear(x, layer.gate_down.weight, None, gate, self._norm(block.ln2))
+        gate, answer = (None, self.readout) if layer.gate_down is None else (self.gate, self.gated)
+        gating = None if layer.gate_down is None else (layer.gate_down.weight, self.gate)
+        kernels.linear(x, layer.qkv_proj.weight, None, self.projected, self._norm(block.ln2), other=gating)
         kernels.remember(
             self.projected,
             self.gamma,

@@ -127,12 +127,40 @@ def _copied(x: Tensor, device: torch.device) -> Tensor:
 
 
 def _layout_of(q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, interval: int) -> _Layout:
+    if cu_seqlens is not None and cu_seqlens.device.type != "cpu":
+        return _layout_on_device(cu_seqlens, position if interval else None, q.shape[1], interval)
     lengths, phases = lengths_and_phases(q, position, cu_seqlens, interval)
     heads, longest = q.shape[2], 0
     if not interval and len(lengths) * heads < _LEAST_PROGRAMS:
         chunks = sum(-(-n // CHUNK) for n in lengths)
         longest = max(_SHORTEST_SEGMENT, triton.next_power_of_2(-(-chunks * heads // _WANTED_PROGRAMS)))
     return _layout(lengths, phases, longest, q.device)
+
+
+def _layout_on_device(cu_seqlens: Tensor, position: Tensor | None, tokens: int, interval: int) -> _Layout:
+    """The layout of packed sequences whose offsets Python does not read: a step can be replayed with other ones.
+
+    Sequences are whole segments. There are as many rows of chunks as there may be chunks; those left over are of no
+    token.
+    """
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    phase = torch.zeros_like(starts) if position is None else position.to(starts.device) % interval
+    slots = starts - phase % CHUNK
+    counts = torch.where(ends > starts, (ends - slots + CHUNK - 1) // CHUNK, 0)
+    last = counts.cumsum(0)
+    segments = torch.stack([starts, ends, slots, last - counts, phase // CHUNK], dim=1)
+    row = torch.arange(_most_chunks(tokens, len(starts), position is not None), device=starts.device)
+    segment = torch.searchsorted(last, row, right=True)
+    there = segment < len(starts)
+    segment = torch.where(there, segment, 0)
+    chunk = torch.where(there, row - (last - counts)[segment], tokens)
+    first_segment = torch.arange(len(starts) + 1, device=starts.device)
+    return _Layout(segments, first_segment, torch.stack([segment, chunk], dim=1))
+
+
+def _most_chunks(tokens: int, sequences: int, phases: bool) -> int:
+    """Chunks of packed sequences at most: each may end inside one and, if it goes on inside one, touch one more."""
+    return tokens // CHUNK + (2 if phases else 1) * sequences
 
 
 # --------------------------------------------------------------------------------------------- what the kernels share
@@ -502,7 +530,8 @@ def _chunk_gradients(
     tokens, inside = _chunk_tokens(segments, chunks, chunk, C)
     rate, place = tl.load(eta + head), chunk * heads + head
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
-    square, in_square = _square(keys, values, K, V)
+    there = tl.max(inside.to(tl.int32), 0)  # for a row of no token, nobody wrote what would be read
+    square, in_square = _square(keys, values, K * there, V)
 
     query = _tile(q + head * q_head, q_token, tokens, keys, inside, K)
     key = _tile(k + head * k_head, k_token, tokens, keys, inside, K)
@@ -1011,8 +1040,11 @@ def _room(
     (batch, length, heads, key), value = q.shape, v.shape[-1]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     # A bound that follows from the shapes alone: a sequence that goes on inside a chunk may touch one more.
-    chunks = batch * -(-length // CHUNK) if cu_seqlens is None else length // CHUNK + sequences
-    chunks = (chunks + (sequences if position is not None else 0)) if save else 0
+    if cu_seqlens is None:
+        chunks = batch * -(-length // CHUNK) + (sequences if position is not None else 0)
+    else:
+        chunks = _most_chunks(length, sequences, position is not None)
+    chunks = chunks if save else 0
 
     def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return decay.new_empty(shape, dtype=dtype)

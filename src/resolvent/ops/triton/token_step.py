@@ -53,11 +53,16 @@ def _embed(token, position, table, frequency, gain, x, scale, D, BLOCK: tl.const
 
 @_kernel
 def _linear(
-    x, norm_weight, norm_bias, weight, bias, out, eps, batch, width, rows,
-    NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    x, norm_weight, norm_bias, weight, bias, out, other_weight, other_out, eps, batch, width, rows, other_rows,
+    NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, OTHER: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    columns, row = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    program = tl.program_id(0)
+    if OTHER:
+        first = tl.cdiv(rows, ROWS)
+        if program >= first:
+            weight, out, rows, program = other_weight, other_out, other_rows, program - first
+    columns, row = tl.arange(0, BLOCK), program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, wanted = columns < width, row < rows
     matrix = tl.load(
         weight + row[:, None] * width + columns[None, :], mask=wanted[:, None] & inside[None, :], other=0.0
@@ -204,15 +209,21 @@ def linear(
     norm: Norm | None = None,
     gelu: bool = False,
     add: bool = False,
+    other: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """``out`` (B, R) = or, with ``add``, += ``gelu(norm(x) weightᵀ + bias)``: x (B, D), weight (R, D), bias (R,)."""
+    """``out`` (B, R) = or, with ``add``, += ``gelu(norm(x) weightᵀ + bias)``: x (B, D), weight (R, D), bias (R,).
+
+    ``other`` is another weight and room for its product with the same ``norm(x)``; neither product then has a bias.
+    """
     (rows, width), block = weight.shape, triton.next_power_of_2(weight.shape[1])
     held = max(1, min(triton.next_power_of_2(rows), _ELEMENTS // block))
     scale, shift, eps = norm or (None, None, 0.0)
+    other_rows = 0 if other is None else len(other[0])
     with torch.cuda.device_of(out):
-        _linear[(triton.cdiv(rows, held),)](
-            x, scale, shift, weight, bias, out, eps, len(x), width, rows,
-            NORM=norm is not None, BIAS=bias is not None, GELU=gelu, ADD=add, BLOCK=block, ROWS=held, num_warps=4,
+        _linear[(triton.cdiv(rows, held) + triton.cdiv(other_rows, held),)](
+            x, scale, shift, weight, bias, out, *(other or (None, None)), eps, len(x), width, rows, other_rows,
+            NORM=norm is not None, BIAS=bias is not None, GELU=gelu, ADD=add, OTHER=other is not None, BLOCK=block,
+            ROWS=held, num_warps=4,
         )  # fmt: skip
 
 

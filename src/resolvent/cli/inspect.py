@@ -1,0 +1,66 @@
+"""`resolvent inspect`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resolvent.cli.loading import Device, Directory, documents_of
+from resolvent.training.trained import load_trained, run_of
+
+
+def inspect(
+    directory: Directory,
+    text: Annotated[
+        str | None, typer.Option(help="Text to read.", show_default="the run's first held-out document")
+    ] = None,
+    file: Annotated[
+        typer.FileBinaryRead | None,
+        typer.Option(metavar="FILE", help="File with the text; - for standard input.", show_default=False),
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, max=8192, help="Most tokens of it to read.")] = 500,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", dir_okay=False, help="Page to write.", show_default="DIR/inspection.html"),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Look inside a model while it reads a text.
+
+    Writes one HTML page, which opens in any browser and needs no network:
+    how the model learned, what surprised it, what it remembers and for how
+    long, what its last prediction rests on. Every picture says how to read it.
+
+    Example: [bold]resolvent inspect runs/tiny --text "My fellow citizens" --out page.html[/bold]
+    """
+    if text is not None and file is not None:
+        raise typer.BadParameter("the file holds the text; leave out --text", param_hint="--file")
+    run_dir = run_of(directory)
+    out = run_dir / "inspection.html" if out is None else out
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"{out.parent} is no folder; make it first.", param_hint="--out")
+    model, tokenizer = load_trained(directory, device)
+    from rich.console import Console
+
+    from resolvent.files import write_file
+    from resolvent.inspection import inspect_model, render_page
+    from resolvent.training.metrics import FILE_NAME
+
+    if text is None and file is None:
+        text = documents_of(directory, None, "--text")[0]
+    else:  # what the shell passed as bytes, or what the file holds, as text
+        read = file.read() if file is not None else str(text).encode("utf-8", "surrogateescape")
+        text = read.decode("utf-8", "replace")
+    metrics = run_dir / FILE_NAME
+    with Console(stderr=True).status("Reading"):
+        inspection = inspect_model(
+            model,
+            tokenizer,
+            text,
+            length=length,
+            name=str(directory),
+            metrics=metrics if metrics.exists() else None,
+        )
+    page = render_page(inspection).encode()
+    write_file(out, page)
+    print(f"{out}: {len(inspection.tokens):,} tokens, {len(page) / 1e6:.1f} MB; open it in a browser")

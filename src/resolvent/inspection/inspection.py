@@ -1,0 +1,301 @@
+"""What the inspection page shows, as plain values.
+
+Shapes: N tokens of the text, P places at which the memories are looked at, H heads, K modes of a memory.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from resolvent._version import __version__
+from resolvent.data import encode_documents
+from resolvent.errors import CheckpointError, DataError, ResolventError
+from resolvent.evaluation.influence import input_gradients
+from resolvent.inspection.trace import LayerTrace, MemoryTrace, trace
+from resolvent.models import IntegratedModel
+from resolvent.models.phase2.model import Phase2Block
+from resolvent.models.phases import phase_of
+from resolvent.ops.consolidation import signal_to_noise
+from resolvent.ops.precision import at_least_float32
+
+SNR_EDGES = np.geomspace(1e-3, 32, 46)
+"""Bins of the SNR; the outermost take what is beyond them."""
+
+_MOST_POINTS = 1000
+"""Points of a learning curve; a longer run is averaged over stretches of steps."""
+
+Row = list[float]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Learning curves, from the run's metrics.
+
+    Attributes:
+        step, bits_per_byte, grad_norm, lr: of the training steps, or of stretches of them.
+        validation_step, validation_bits_per_byte: of the validations.
+    """
+
+    step: Row
+    bits_per_byte: Row
+    grad_norm: Row
+    lr: Row
+    validation_step: Row
+    validation_bits_per_byte: Row
+
+
+@dataclass(frozen=True)
+class Modes:
+    """The modes of a layer's memory after the text: energies relative to their mean, and gates, both (H, K)."""
+
+    energy: list[Row]
+    gate: list[Row]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A layer's memory.
+
+    Attributes:
+        energy, bound: ``||S||²`` and what it cannot exceed, (H, P).
+        snr: share of the components in each bin of ``SNR_EDGES`` after the text, (H, bins).
+        signal: share of the components above the SNR threshold, (H,); None without an SNR filter.
+        modes: None without resonance.
+    """
+
+    energy: list[Row]
+    bound: list[Row]
+    snr: list[Row]
+    signal: Row | None
+    modes: Modes | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer at every token.
+
+    Attributes:
+        real, imaginary: of the resolvent's g, (H, N).
+        resolvent_bound: what ``|g|`` cannot exceed, (H, N).
+        gamma: decay rates, (H, N); None where nothing dissipates.
+        memory: None without one.
+    """
+
+    real: list[Row]
+    imaginary: list[Row]
+    resolvent_bound: list[Row]
+    gamma: list[Row] | None
+    memory: Memory | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model and what it does with a text.
+
+    Attributes:
+        name: of the model.
+        version: of this package.
+        facts: what kind of model it is, by name.
+        curves: None without metrics.
+        tokens: of the text, (N,); empty where a token is a part of a character that a later one completes.
+        nats: loss of every token but the first.
+        expected: the likeliest tokens for every place but the first, each with its probability.
+        influence: norm of the gradient of the last token's loss in every earlier token's embedding, (N - 1,).
+        places: of the tokens after which the memories are looked at, (P,).
+        layers: what they did.
+        snr_edges: bins of the SNR.
+        snr_threshold, resonance_threshold: None without the mechanism.
+        consolidation_interval: tokens between two consolidations; None without any.
+        dt: time that a token takes, in which the memories lose ``1 - exp(-Γ dt)``.
+    """
+
+    name: str
+    version: str
+    facts: dict[str, str]
+    curves: Curves | None
+    tokens: list[str]
+    nats: Row
+    expected: list[list[tuple[str, float]]]
+    influence: Row
+    places: list[int]
+    layers: list[Layer]
+    snr_edges: Row
+    snr_threshold: float | None
+    resonance_threshold: float | None
+    consolidation_interval: int | None
+    dt: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+def inspect_model(
+    model: IntegratedModel,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    length: int = 500,
+    name: str = "model",
+    metrics: Path | None = None,
+) -> Inspection:
+    """Read a text and note what happens inside.
+
+    Args:
+        model: the model; it is read in evaluation mode, and its parameters get no gradients.
+        tokenizer: its tokenizer.
+        text: read from its beginning.
+        length: most tokens to read, the one that opens a text included.
+        name: of the model.
+        metrics: a run's metrics.jsonl, for the learning curves.
+
+    Raises:
+        CheckpointError: the metrics are damaged.
+        DataError: there is no text.
+        ResolventError: what the model computes is not finite.
+    """
+    ids = torch.from_numpy(encode_documents([text], tokenizer).tokens[:-1][:length].astype(np.int64))
+    if len(ids) < 2:
+        raise DataError("there is no text to look into: it is empty, or cut to nothing by the length")
+    ids = ids.to(next(model.parameters()).device)
+    seen = trace(model, ids)
+    nats, expected = _predictions(model, tokenizer, seen.hidden, ids)
+    block = next(iter(model.blocks))
+    consolidation = block.consolidation() if isinstance(block, Phase2Block) else None
+    return Inspection(
+        name=name,
+        version=__version__,
+        facts=_facts(model),
+        curves=read_curves(metrics) if metrics is not None else None,
+        tokens=token_texts(tokenizer, ids.tolist()),
+        nats=nats,
+        expected=expected,
+        influence=_influence(model, ids),
+        places=seen.places,
+        layers=[_layer(layer, block) for layer, block in zip(seen.layers, model.blocks, strict=True)],
+        snr_edges=[_short(edge) for edge in SNR_EDGES],
+        snr_threshold=consolidation.snr.threshold if consolidation and consolidation.snr else None,
+        resonance_threshold=consolidation.resonance.threshold if consolidation and consolidation.resonance else None,
+        consolidation_interval=consolidation.interval if consolidation else None,
+        dt=block.hebbian.dt if isinstance(block, Phase2Block) else 1.0,
+    )
+
+
+def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """The text that each token adds."""
+    decoder = DecodeStream(skip_special_tokens=False)
+    return [decoder.step(tokenizer, token) or "" for token in ids]
+
+
+def read_curves(path: Path) -> Curves:
+    """Learning curves out of a run's metrics.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds a line that is no record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        records: list[dict[str, float]] = [json.loads(line) for line in lines if line.endswith("\n")]
+        if not all(isinstance(record, dict) for record in records):
+            raise TypeError("a line that is no record")
+        steps = [record for record in records if "loss" in record]
+        checks = [record for record in records if "validation_loss" in record]
+        return Curves(
+            *(_thinned(_column(steps, key)) for key in ("step", "bits_per_byte", "grad_norm", "lr")),
+            *(_column(checks, key).tolist() for key in ("step", "validation_bits_per_byte")),
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"cannot read the learning curves in {path}: {error!r}; move it away") from error
+
+
+def _column(records: list[dict[str, float]], key: str) -> np.ndarray:
+    values = np.asarray([record[key] for record in records], float)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{key} is not finite")
+    return values
+
+
+def _thinned(values: np.ndarray) -> Row:
+    """Means over stretches, all of about the same length, so that few enough remain."""
+    stretches = np.array_split(values, min(len(values), _MOST_POINTS) or 1)
+    return [_short(stretch.mean()) for stretch in stretches if len(stretch)]
+
+
+def _facts(model: IntegratedModel) -> dict[str, str]:
+    config = model.config
+    return {
+        "Phase": str(phase_of(model)),
+        "Parameters": f"{model.num_parameters():,}",
+        "Layers": str(model.n_layers),
+        "Heads": str(config.num_heads),
+        "Width": str(model.d_model),
+        "Vocabulary": f"{model.vocab_size:,} tokens",
+        "Trained on": f"windows of {model.n_seq:,} tokens",
+    }
+
+
+def _predictions(
+    model: IntegratedModel, tokenizer: Tokenizer, hidden: Tensor, ids: Tensor
+) -> tuple[Row, list[list[tuple[str, float]]]]:
+    with torch.no_grad():
+        log_p = at_least_float32(model.lm_head(hidden[:-1])).log_softmax(dim=-1)
+    nats = -log_p.gather(1, ids[1:, None]).squeeze(1)
+    best = log_p.topk(min(3, model.vocab_size))
+    words = [[tokenizer.decode([token], skip_special_tokens=False) for token in row] for row in best.indices.tolist()]
+    chances = _numbers(best.values.exp())
+    return _numbers(nats), [list(zip(*pair, strict=True)) for pair in zip(words, chances, strict=True)]
+
+
+def _influence(model: IntegratedModel, ids: Tensor) -> Row:
+    pieces = list(input_gradients(model, ids[None], piece_tokens=len(ids)))
+    return _numbers(torch.cat([piece[0] for piece in reversed(pieces)]).norm(dim=-1))
+
+
+def _layer(seen: LayerTrace, block: torch.nn.Module) -> Layer:
+    return Layer(
+        real=_numbers(seen.resolvent.real.T),
+        imaginary=_numbers(seen.resolvent.imag.T),
+        resolvent_bound=_numbers(seen.resolvent_bound.T),
+        gamma=None if seen.gamma is None else _numbers(seen.gamma.T),
+        memory=_memory(seen.memory, block) if seen.memory is not None and isinstance(block, Phase2Block) else None,
+    )
+
+
+def _memory(seen: MemoryTrace, block: Phase2Block) -> Memory:
+    snr = signal_to_noise(seen.last).flatten(1)
+    bins = [np.histogram(row.clip(SNR_EDGES[0], SNR_EDGES[-1]), SNR_EDGES)[0] / row.size for row in snr.cpu().numpy()]
+    threshold = block.snr_filter.constants.threshold if block.snr_filter else None
+    modes = None
+    if block.resonance is not None:
+        found = block.resonance.statistics(seen.last[None])
+        modes = Modes(_numbers(found["diag_energy"][0]), _numbers(found["gate"][0].detach()))
+    return Memory(
+        energy=_numbers(seen.energy.T),
+        bound=_numbers(seen.bound.T),
+        snr=[[_short(share) for share in row] for row in bins],
+        signal=None if threshold is None else _numbers((snr > threshold).float().mean(1)),
+        modes=modes,
+    )
+
+
+def _numbers(values: Tensor) -> Any:
+    """Plain numbers, in nested lists of the tensor's shape, short enough for a page.
+
+    Raises:
+        ResolventError: one is not finite.
+    """
+    if not values.isfinite().all():
+        raise ResolventError("the model computes numbers that are not finite: its weights are damaged or diverged")
+    return [_numbers(row) for row in values] if values.dim() > 1 else [_short(x) for x in values.tolist()]
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.4g}")

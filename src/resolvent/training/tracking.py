@@ -1,0 +1,122 @@
+"""Trackers: a run's numbers for TensorBoard, Weights & Biases and the others that Accelerate knows."""
+
+import json
+import uuid
+from typing import Any, Self
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from torch import Tensor
+
+from resolvent.errors import CheckpointError, ConfigError
+from resolvent.files import read_json, write_json
+from resolvent.models import IntegratedModel
+from resolvent.training.config import TrainingConfig
+from resolvent.training.physics import gradient_norms, read_physics
+
+PROJECT = "resolvent"
+TENSORBOARD_DIR = "tensorboard"
+ID_FILE = "tracker.json"
+
+
+class Tracking:
+    """Hands a run's numbers on within a `with` block; with the tracker `none`, it does nothing.
+
+    A resumed run goes on with what it tracked before in TensorBoard, where what lies beyond its checkpoint is dropped,
+    and in Weights & Biases. In the others it becomes a new entry, and they get no distributions.
+
+    Args:
+        accelerator: of the run; it knows the tracker, see `tracker_options`.
+        config: the run.
+        step: the steps taken before.
+        probe: tokens that the model reads when it is looked into, int64 (N,).
+    """
+
+    def __init__(self, accelerator: Accelerator, config: TrainingConfig, step: int, probe: Tensor) -> None:
+        self._accelerator, self._config, self._step, self._probe = accelerator, config, step, probe
+        self._name = config.tracker
+
+    def __enter__(self) -> Self:
+        if self._name == "none":
+            return self
+        settings = _flat(self._config.to_dict())
+        if self._name == "tensorboard":
+            options = {self._name: {"purge_step": self._step + 1}}
+            self._accelerator.init_trackers(TENSORBOARD_DIR, init_kwargs=options)
+            text = "\n".join(f"    {name}: {value}" for name, value in settings.items())  # four blanks: as it is
+            self._writes(lambda writer: writer.add_text("configuration", text, self._step))
+        else:
+            options = {self._name: self._same_run()} if self._name == "wandb" else {}
+            self._accelerator.init_trackers(PROJECT, config=settings, init_kwargs=options)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+        self._accelerator.trackers = []
+
+    def log(self, step: int, group: str, values: dict[str, float]) -> None:
+        """Hand on some numbers of a step."""
+        if self._name != "none":
+            self._accelerator.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
+
+    def log_gradients(self, step: int, model: IntegratedModel) -> None:
+        """Hand on the norms of the gradients that the model's parameters hold; call it in every process."""
+        if self._name != "none":
+            self._accelerator.log(gradient_norms(model), step=step)
+
+    def log_physics(self, step: int, model: IntegratedModel) -> None:
+        """Let the model read the probe, and hand on what happened inside; call it in every process."""
+        if self._name == "none":
+            return
+        physics = read_physics(model, self._probe.to(self._accelerator.device))
+        self._accelerator.log(physics.scalars, step=step)
+        histograms = {name: values.float().flatten().cpu() for name, values in physics.histograms.items()}
+        if self._name == "tensorboard":
+            for name, values in histograms.items():
+                self._writes(lambda writer, name=name, values=values: writer.add_histogram(name, values, step))
+        elif self._name == "wandb" and self._accelerator.is_main_process:
+            import wandb
+
+            self._accelerator.log({name: wandb.Histogram(values.numpy()) for name, values in histograms.items()}, step)
+
+    def _writes(self, write: Any) -> None:
+        """Use TensorBoard's writer, which the first process alone has."""
+        if self._accelerator.is_main_process:
+            write(self._accelerator.get_tracker(self._name, unwrap=True))
+
+    def _same_run(self) -> dict[str, Any]:
+        """What makes Weights & Biases go on with a run that it knows: an identity that the run folder keeps."""
+        path = self._config.run_dir / ID_FILE
+        if self._accelerator.is_main_process and not path.exists():
+            write_json(path, {"id": uuid.uuid4().hex})
+        self._accelerator.wait_for_everyone()
+        identity = read_json(path).get("id")
+        if not isinstance(identity, str):
+            raise CheckpointError(f"{path} holds no id: remove it to begin a new entry in the tracker")
+        return {"id": identity, "resume": "allow", "name": self._config.run_dir.name, "dir": str(self._config.run_dir)}
+
+
+def tracker_options(config: TrainingConfig) -> dict[str, Any]:
+    """What an Accelerator must be told of the run's tracker.
+
+    Raises:
+        ConfigError: the tracker's package is not installed, which Accelerate would pass over.
+    """
+    if config.tracker == "none":
+        return {}
+    if config.tracker not in map(str, get_available_trackers()):
+        package = "'resolvent[tensorboard]'" if config.tracker == "tensorboard" else config.tracker.replace("_", "-")
+        raise ConfigError(f"the tracker {config.tracker} is not installed: pip install {package}")
+    return {"log_with": config.tracker, "project_dir": config.run_dir}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Plain values by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, str | int | float | bool) else json.dumps(value)
+    return flat

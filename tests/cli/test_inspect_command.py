@@ -1,0 +1,80 @@
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resolvent.data import load_tokenizer
+from resolvent.inspection import inspect_model
+from resolvent.models import load_model, save_model
+
+Resolvent = Callable[..., Any]
+DEVICE = ("--device", "cpu")
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def text_of(page: Path) -> str:
+    return "".join(data_of(page)["tokens"][1:])
+
+
+def test_help_teaches_by_an_example(resolvent: Resolvent):
+    assert "Example: resolvent inspect runs/tiny" in resolvent("inspect", "--help").out
+
+
+def test_a_run_is_inspected_while_it_reads_what_it_held_out(resolvent: Resolvent, run_dir: Path):
+    outcome = resolvent("inspect", run_dir, *DEVICE)
+    page = run_dir / "inspection.html"
+    assert outcome.code == 0, outcome.err
+    assert re.fullmatch(rf"{page}: \d+ tokens, 0\.\d MB; open it in a browser\n", outcome.out)
+    found = data_of(page)
+    assert text_of(page).startswith("Rhyme: the") and found["name"] == str(run_dir)
+    assert len(found["curves"]["step"]) == 150 and found["curves"]["validation_step"] == [150]
+    page.unlink()
+
+
+def test_a_text_of_one_s_own(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
+    out = tmp_path / "page.html"
+    outcome = resolvent("inspect", run_dir, "--text", "The old cat.", "--out", out, "--length", 9, *DEVICE)
+    assert outcome.code == 0, outcome.err
+    model, tokenizer = load_model(run_dir, "cpu"), load_tokenizer(run_dir)
+    expected = inspect_model(model, tokenizer, "The old cat.", length=9, metrics=run_dir / "metrics.jsonl")
+    assert data_of(out) | {"name": "model"} == json.loads(json.dumps(expected.to_dict()))
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_text_from_a_file(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
+    (tmp_path / "text").write_bytes("père ".encode() + b"\xff.")
+    outcome = resolvent("inspect", run_dir, "--file", tmp_path / "text", "--out", tmp_path / "page.html", *DEVICE)
+    assert outcome.code == 0, outcome.err
+    assert text_of(tmp_path / "page.html") == "père \ufffd."
+
+
+def test_a_model_without_a_run_needs_a_text(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
+    save_model(load_model(run_dir, "cpu"), tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((run_dir / "tokenizer.json").read_bytes())
+    outcome = resolvent("inspect", tmp_path, *DEVICE)
+    assert outcome.code == 1 and "name a text with --text" in outcome.err
+    assert resolvent("inspect", tmp_path, "--text", "The old cat.", *DEVICE).code == 0
+    assert data_of(tmp_path / "inspection.html")["curves"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--text", "a", "--file", "-"], 2, "leave out --text"),
+        (["--out", "no/such/folder/page.html"], 2, "no/such/folder is no folder"),
+        (["--length", 1], 2, "greater than or equal to 2"),
+        (["--text", ""], 1, "there is no text"),
+    ],
+)
+def test_mistakes_are_explained(resolvent: Resolvent, run_dir: Path, options: list[Any], code: int, message: str):
+    outcome = resolvent("inspect", run_dir, *options, *DEVICE)
+    assert outcome.code == code and message in " ".join(re.sub(r"[│╭╮╰╯─]", " ", outcome.err).split())
+    assert not (run_dir / "inspection.html").exists()

@@ -1,0 +1,74 @@
+"""What a trace says of a model is what one pass of the model says."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from resolvent.inspection.trace import trace
+from resolvent.models.phase1 import Phase1IntegratedModel
+from resolvent.models.phase2 import Phase2IntegratedModel, convert_phase1_to_phase2
+from tests.models.small import PHASE1, PHASE2, tokens
+
+CLOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-5)
+
+
+def phase2(**options: Any) -> Phase2IntegratedModel:
+    model = PHASE2.model(**options)
+    assert isinstance(model, Phase2IntegratedModel)
+    return model
+
+
+@pytest.mark.parametrize("stride", [1, 7, 64, 1000])
+@pytest.mark.parametrize("options", [{}, {"snr_enabled": False}, {"resonance_enabled": False, "conv_size": 1}])
+def test_a_trace_is_what_one_pass_finds(options: dict[str, Any], stride: int):
+    model, ids = phase2(**options), tokens(150, 1)[0]
+    seen = trace(model, ids, stride=stride)
+    found: dict[str, Any] = {}
+    hidden, state = model.hidden_states(ids[None], diagnostics=found)
+    torch.testing.assert_close(seen.hidden, hidden[0].detach(), **CLOSE)
+    assert seen.places == [*range(stride - 1, 149, stride), 149]
+    for i, layer in enumerate(seen.layers):
+        assert layer.gamma is not None and layer.memory is not None
+        stability = found["stability_metrics"][i]
+        torch.testing.assert_close(layer.gamma, found["gamma_values"][i][0], **CLOSE)
+        torch.testing.assert_close(layer.resolvent[-1], state.layers[i].resolvent[0].detach(), **CLOSE)
+        torch.testing.assert_close(layer.memory.last, state.layers[i].memory.memory[0].detach(), **CLOSE)
+        torch.testing.assert_close(layer.memory.energy[-1], stability["energy"][0], **CLOSE)
+        torch.testing.assert_close(layer.memory.bound[-1], stability["energy_bound"][0], **CLOSE)
+
+
+def test_nothing_leaves_its_bounds():
+    for layer in trace(phase2(), tokens(300, 1)[0]).layers:
+        assert layer.memory is not None
+        assert (layer.memory.energy <= layer.memory.bound).all()
+        assert (layer.memory.bound.diff(dim=0) >= 0).all()
+        assert (layer.resolvent.abs() <= layer.resolvent_bound * (1 + 1e-6)).all()
+        assert layer.resolvent.abs().max() > 0.1 * layer.resolvent_bound.min()
+
+
+def test_phase_1_has_a_resolvent_alone():
+    model, ids = PHASE1.model(), tokens(60, 1)[0]
+    seen = trace(model, ids)
+    assert isinstance(model, Phase1IntegratedModel)
+    _, state = model.hidden_states(ids[None])
+    for layer, after in zip(seen.layers, state.layers, strict=True):
+        torch.testing.assert_close(layer.resolvent[-1], after.resolvent[0].detach(), **CLOSE)
+        assert layer.resolvent.shape == (60, 3) and (layer.resolvent.abs() <= layer.resolvent_bound).all()
+        assert layer.gamma is None and layer.memory is None
+
+
+def test_a_converted_model_has_the_resolvent_of_its_source():
+    source = PHASE1.model()
+    ids = tokens(40, 1)[0]
+    theirs, ours = trace(source, ids), trace(convert_phase1_to_phase2(source), ids)
+    for before, after in zip(theirs.layers, ours.layers, strict=True):
+        torch.testing.assert_close(after.resolvent, before.resolvent, **CLOSE)
+
+
+def test_a_trace_leaves_the_model_alone():
+    model = phase2().train()
+    trace(model, tokens(20, 1)[0])
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
