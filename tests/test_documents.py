@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,11 +20,18 @@ def read(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in read(page)])
-def test_the_python_of_a_page_runs(page):
+def test_the_python_of_a_page_runs(page, monkeypatch):
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # as torchrun would say
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
     snippets = re.findall(r"```python\n(.*?)```", read(page), re.DOTALL)
     assert snippets
-    for snippet in snippets:
-        exec(compile(snippet, page, "exec"), {})
+    try:
+        for snippet in snippets:
+            exec(compile(snippet, page, "exec"), {})
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if re.search(r"^resolvent ", read(page), re.MULTILINE)])
