@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,13 +16,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from resolvent.data import Batch
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.models import load_model
 from resolvent.models.phase2 import Phase2Config
 from resolvent.tensors import read_tensors
-from resolvent.training import TrainingConfig, resume, train
+from resolvent.training import NonFiniteError, TrainingConfig, resume, train
 from resolvent.training.checkpoint import find_checkpoint
 from resolvent.training.record import has_begun
+from resolvent.training.trainer import Trainer
 from tests.processes import Failed, together
 
 MakeConfig = Callable[..., TrainingConfig]
@@ -67,6 +70,7 @@ def assert_agree(ours: Path, theirs: Path) -> None:
     mine, yours = metrics(ours), metrics(theirs)
     assert len(mine) == len(yours)
     for one, two in zip(mine, yours, strict=True):
+        assert one.pop("not_finite", None) == two.pop("not_finite", None)
         assert one == pytest.approx(two, rel=1e-5)
     for name, tensor in weights(ours).items():
         torch.testing.assert_close(tensor, weights(theirs)[name], rtol=1e-4, atol=1e-5, msg=name)
@@ -236,6 +240,44 @@ def test_a_disk_that_is_full_for_one_stops_both(make: MakeConfig, sharded: Path)
     assert names == ["step-00000000", "step-00000002"]
     together(2, go_on, config.run_dir)
     assert_same(config.run_dir, sharded)
+
+
+def fail_once(config: TrainingConfig) -> list[str]:
+    """Train, but for a gradient that is infinite in step 5 of the last process, and a weight after step 2 in all."""
+    loss_of, report, faults = Trainer._loss, Trainer._report, []
+    rewind = Trainer._rewind
+
+    def spoilt_loss(self: Trainer, batch: Batch) -> tuple[Tensor, Tensor | float]:
+        loss, penalty = loss_of(self, batch)
+        last = self.accelerator.process_index == self.accelerator.num_processes - 1
+        return loss * (math.inf if last and (self.standing.step, self.standing.rewinds) == (4, 1) else 1.0), penalty
+
+    def spoilt_weight(self: Trainer, *values: float) -> None:
+        report(self, *values)
+        if (self.standing.step, self.standing.rewinds) == (2, 0):
+            with torch.no_grad():
+                self.raw_model.ln_f.weight.mul_(math.nan)
+
+    def noted(self: Trainer, fault: NonFiniteError) -> None:
+        faults.append(fault.name)
+        rewind(self, fault)
+
+    Trainer._loss, Trainer._report, Trainer._rewind = spoilt_loss, spoilt_weight, noted
+    try:
+        train(config)
+    finally:
+        Trainer._loss, Trainer._report, Trainer._rewind = loss_of, report, rewind
+    return faults
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_go_back_together(make: MakeConfig, tmp_path: Path, parallel: str):
+    gentle = dict(rewinds=2, learning_rate=1e-4)  # AdamW turns the rounding of tiny gradients into whole steps
+    alone = make("back-alone", 1, out=str(tmp_path / "alone"), **gentle)
+    config = make(f"back-{parallel}", 2, parallel=parallel, **gentle)
+    assert fail_once(alone) == ["ln_f.weight", "the loss"]
+    assert together(2, fail_once, config) == [["ln_f.weight", "the loss"]] * 2
+    assert_agree(config.run_dir, alone.run_dir)
 
 
 def test_sharding_of_accelerates_own_is_refused(make: MakeConfig, monkeypatch: pytest.MonkeyPatch):

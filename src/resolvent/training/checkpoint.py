@@ -213,6 +213,15 @@ def load_weights(checkpoint: Path, device: torch.device, *, sharded: bool, compi
     return model
 
 
+def restore_weights(checkpoint: Path, model: IntegratedModel) -> None:
+    """Give a model the weights of a checkpoint of its own; where there are several processes, all call this.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    read_shards(checkpoint, model, named_weights(model))
+
+
 def load_optimizer(checkpoint: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer) -> None:
     """Read the optimiser's state; if the model is sharded, all processes call this.
 

@@ -52,10 +52,10 @@ class TrainingConfig:
     seed: int = setting(0, RUN, "Decides weights, order of the data and dropout.", at_least=0, at_most=2**63 - 1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN, "auto: cuda where there is one.")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", RUN, "auto: bf16 on cuda, fp32 on the cpu.")
+    deterministic: bool = setting(False, RUN, "The same seed gives the same bits on cuda, too; slower.")
     parallel: Literal["ddp", "fsdp"] = setting(
         "ddp", RUN, "Of several processes, each holds the whole model (ddp), or a share of it (fsdp)."
     )
-    deterministic: bool = setting(False, RUN, "The same seed gives the same bits on cuda, too; slower.")
     compile: bool = setting(False, RUN, "Compile the model with torch.compile: worth a minute's wait on long GPU runs.")
 
     phase: int = setting(

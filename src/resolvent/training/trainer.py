@@ -29,7 +29,7 @@ from resolvent.training.checkpoint import (
     find_checkpoint,
     load_optimizer,
     load_standing,
-    load_weights,
+    restore_weights,
     save_checkpoint,
 )
 from resolvent.training.config import TrainingConfig
@@ -275,12 +275,10 @@ class Trainer:
         rewinds = self.standing.rewinds + 1
         if rewinds > self.config.rewinds:
             raise fault
-        self.accelerator.wait_for_everyone()  # the checkpoint is whole for all or for none
         checkpoint, _ = find_checkpoint(self.run_dir)
         if checkpoint is None:
             raise fault
-        whole = load_weights(checkpoint, torch.device("cpu"), sharded=False)
-        self.raw_model.load_state_dict(whole.state_dict())
+        restore_weights(checkpoint, self.raw_model)
         self.restore(checkpoint)
         self.optimizer.zero_grad()
         self.standing.rewinds = rewinds
