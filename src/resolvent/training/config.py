@@ -165,8 +165,6 @@ class TrainingConfig:
                 self.model.validate()
             except ConfigError as error:
                 faults.append(f"model: {error}")
-        if self.rewinds and self.parallel == "fsdp":
-            faults.append(f"rewinds takes whole models: it must be 0 with parallel='fsdp', got {self.rewinds}")
         if faults:
             raise ConfigError.of(self, faults)
 
