@@ -23,14 +23,14 @@ from benchmarks.quality.models import Contestant, Size
 from benchmarks.quality.training import Clock, Mode, Schedule, Trainer
 from resolvent.data import build_tokenizer, load_documents, save_tokenizer
 from resolvent.data.corpus import EOT, split_documents
+from resolvent.evaluation.reading import score_tokens
 from resolvent.models import save_model
+from resolvent.models.generation import evaluating
 from resolvent.models.phase2 import Phase2IntegratedModel
 from resolvent.ops import IGNORED
 
 VALIDATION_PART = 0.05
 CHARACTERS_VALIDATION_PART = 0.1
-_LOGITS_TOKENS = 8192
-"""Tokens whose logits lie in memory at once."""
 
 
 # -------------------------------------------------------------------------------------------------------- the text
@@ -310,18 +310,11 @@ class Experiment:
 @torch.no_grad()
 def token_nats(model: Any, ids: Tensor, labels: Tensor, batch: int, context: torch.autocast) -> Tensor:
     """Nats of every label (W, N), float64 on the CPU, NaN where there is none; nothing is compiled."""
-    model.eval()
     rows = []
-    with context, torch.compiler.set_stance("force_eager"):
+    with evaluating(model), context, torch.compiler.set_stance("force_eager"):
         for inputs, wanted in zip(ids.split(batch), labels.split(batch), strict=True):
             hidden, _ = model.hidden_states(inputs)
-            parts = zip(hidden.flatten(0, 1).split(_LOGITS_TOKENS), wanted.flatten().split(_LOGITS_TOKENS), strict=True)
-            nats = [
-                F.cross_entropy(F.linear(part, model.lm_head.weight).float(), label, reduction="none")
-                for part, label in parts
-            ]
-            rows.append(torch.cat(nats).view_as(wanted))
-    model.train()
+            rows.append(score_tokens(model, hidden, wanted).nats)
     nats = torch.cat(rows).double()
     return nats.masked_fill_(labels == IGNORED, math.nan).cpu()
 

@@ -98,6 +98,7 @@ class PeerModel(nn.Module):
 
     def __init__(self, size: Size, mixer: Callable[[int], Mixer], hidden: int) -> None:
         super().__init__()
+        self.vocab_size = size.vocabulary
         self.token_embedding = nn.Embedding(size.vocabulary, size.width)
         self.dropout = nn.Dropout(size.dropout)
         self.blocks = nn.ModuleList(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mixer, reset_conv, short_conv
-from benchmarks.quality.models import Contestant, PeerModel, Size, count_parameters, phase2_state_bytes
+from benchmarks.quality.models import Contestant, PeerModel, Size, phase2_state_bytes
 from benchmarks.quality.training import Clock, Mode, Trainer
 from benchmarks.quality.variants import parse_variant
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
@@ -279,7 +279,7 @@ class Experiment:
         seconds = time.perf_counter() - started
         accuracies = {str(part): self._accuracy(recall) for part, recall in zip(self.plan.test, self.test, strict=True)}
         return {
-            "parameters": count_parameters(self.contestant.model),
+            "parameters": self.contestant.parameters,
             "state_bytes": self.contestant.state_bytes,
             "finite": finite,
             "accuracy": sum(accuracies.values()) / len(accuracies),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .models.base import Block, IntegratedModel
 from .models.state import ModelState, map_tensors, named_tensors
-from .ops import IGNORED, linear_cross_entropy
+from .ops import IGNORED
 
 
 class SequenceParallel(nn.Module):
@@ -126,9 +126,7 @@ class SequenceParallel(nn.Module):
             yield
 
     def _mean_nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        head, backend = self.model.lm_head.weight, self.model.config.backend
-        nats = linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), reduction="sum", backend=backend)
-        mine = nats / self._chain.sum((labels != IGNORED).sum())
+        mine = self.model.nats(hidden, labels, "sum") / self._chain.sum((labels != IGNORED).sum())
         # The number is everybody's, the gradient that of this process's part.
         return mine + (self._chain.sum(mine.detach()) - mine.detach())
 

@@ -71,7 +71,7 @@ def positions(
         for row in scores.rows
     ]
     _show(f"{directory}, loss by position; windows of {scores.training_length:,} tokens", columns, rows)
-    _write(scores, options | {"model": str(directory), "data": str(data) if data else None}, json_path)
+    _write(scores, options, directory, data, json_path)
     if plot_path is not None:
         from resolvent.evaluation.plots import plot_positions
 
@@ -115,7 +115,7 @@ def needle(
     chance = ("by chance", f"{scores.chance:.1%}", "50.0%", "")
     title = f"{directory}, a pass key among {candidates:,} in {samples:,} places"
     _show(title, ("distance", "first", "beaten", "exact"), [*rows, chance])
-    _write(scores, options | {"model": str(directory), "data": str(data) if data else None}, json_path)
+    _write(scores, options, directory, data, json_path)
     if plot_path is not None:
         from resolvent.evaluation.plots import plot_needle
 
@@ -158,7 +158,7 @@ def influence(
     ]
     title = f"{directory}, influence on the last prediction in {sequences:,} texts"
     _show(title, ("distance", "gradient", "divergence (nats)"), rows)
-    _write(influences, options | {"model": str(directory), "data": str(data) if data else None}, json_path)
+    _write(influences, options, directory, data, json_path)
     if plot_path is not None:
         from resolvent.evaluation.plots import plot_influence
 
@@ -197,10 +197,11 @@ def _show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]])
     console.print(table)
 
 
-def _write(scores: Any, settings: dict[str, Any], json_path: Path | None) -> None:
+def _write(scores: Any, options: dict[str, Any], directory: Path, data: Path | None, json_path: Path | None) -> None:
     from resolvent.files import write_json
 
     if json_path is not None:
+        settings = options | {"model": str(directory), "data": str(data) if data else None}
         write_json(json_path, {"settings": settings, **scores.to_dict()})
 
 

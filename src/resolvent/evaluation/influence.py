@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from resolvent.data import TokenStream
 from resolvent.errors import ConfigError, DataError
 from resolvent.evaluation.estimates import Bucket, Estimate, doubling_buckets
-from resolvent.evaluation.reading import Advance, evaluating, excerpts, progress_bar, read, separator_of
+from resolvent.evaluation.reading import Advance, excerpts, progress_bar, read, separator_of
 from resolvent.models import IntegratedModel
+from resolvent.models.generation import evaluating
 from resolvent.models.state import ModelState
 from resolvent.ops.precision import at_least_float32
 

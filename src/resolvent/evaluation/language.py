@@ -11,7 +11,8 @@ from torch import nn
 
 from resolvent.data import TokenStream, encode_documents
 from resolvent.errors import DataError, ResolventError
-from resolvent.evaluation.reading import evaluating, rectangle
+from resolvent.evaluation.reading import rectangle, side_by_side
+from resolvent.models.generation import evaluating
 from resolvent.ops import IGNORED
 
 
@@ -117,11 +118,10 @@ def _batch_nats(model: nn.Module, lanes: list[np.ndarray], piece_tokens: int, de
     """Sum over lanes of falling length, which drop out of the batch as they end."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     state = None
-    for start in range(0, len(lanes[0]) - 1, piece_tokens):
-        active = [lane[start : start + piece_tokens + 1] for lane in lanes if len(lane) - 1 > start]
+    for pieces in side_by_side(lanes, piece_tokens):
         if state is not None:
-            state = state[: len(active)]
-        inputs, labels = rectangle(active)
+            state = state[: len(pieces)]
+        inputs, labels = rectangle(pieces)
         loss, state = model(inputs.to(device), labels=labels.to(device), state=state, return_state=True)
         total += loss.double() * (labels != IGNORED).sum()
     return total

@@ -15,7 +15,6 @@ from resolvent.errors import ConfigError
 from resolvent.evaluation.estimates import Estimate, doubling
 from resolvent.evaluation.reading import (
     Advance,
-    evaluating,
     excerpts,
     progress_bar,
     read,
@@ -24,6 +23,7 @@ from resolvent.evaluation.reading import (
     separator_of,
 )
 from resolvent.models import IntegratedModel
+from resolvent.models.generation import evaluating
 from resolvent.models.state import ModelState
 
 FACT = "\nThe pass key is {key}. Remember it: the pass key is {key}.\n"

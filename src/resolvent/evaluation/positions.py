@@ -16,8 +16,9 @@ from resolvent.data.corpus import EOT
 from resolvent.errors import ConfigError, DataError
 from resolvent.evaluation.estimates import Bucket, Estimate, doubling_buckets
 from resolvent.evaluation.language import document_tokens
-from resolvent.evaluation.reading import Advance, evaluating, progress_bar, read, rectangle, score_tokens
+from resolvent.evaluation.reading import Advance, progress_bar, read, rectangle, score_tokens, side_by_side
 from resolvent.models import IntegratedModel
+from resolvent.models.generation import evaluating
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,12 @@ def sequence_nats(
     with evaluating(model), torch.inference_mode():
         for group in (order[first : first + lanes] for first in range(0, len(order), lanes)):
             state = None
-            for start in range(0, len(sequences[group[0]]) - 1, piece_tokens):
-                active = [number for number in group if len(sequences[number]) - 1 > start]
-                pieces = [sequences[number][start : start + piece_tokens + 1] for number in active]
+            for pieces in side_by_side([sequences[number] for number in group], piece_tokens):
                 inputs, labels = (x.to(device) for x in rectangle(pieces))
-                state = None if state is None else state[: len(active)]
+                state = None if state is None else state[: len(pieces)]
                 hidden, state = read(model, inputs, state)
                 nats = score_tokens(model, hidden, labels).nats.double().cpu().numpy()
-                for number, piece, row in zip(active, pieces, nats, strict=True):
+                for number, piece, row in zip(group[: len(pieces)], pieces, nats, strict=True):
                     parts[number].append(row[: len(piece) - 1])
                 advance(sum(len(piece) - 1 for piece in pieces))
     return [np.concatenate(part) for part in parts]

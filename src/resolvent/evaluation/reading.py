@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from resolvent.data import TokenStream
 from resolvent.errors import DataError
@@ -38,17 +38,6 @@ class TokenScores(NamedTuple):
 
     nats: Tensor
     likeliest: Tensor
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode, and back."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager
@@ -96,6 +85,13 @@ def rectangle(pieces: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         inputs[row, : len(piece) - 1] = tokens[:-1]
         labels[row, : len(piece) - 1] = tokens[1:]
     return inputs, labels
+
+
+def side_by_side(lanes: Sequence[np.ndarray], piece_tokens: int) -> Iterator[list[np.ndarray]]:
+    """Pieces, of a token to set out from and up to `piece_tokens` to predict, of sequences of falling length, which
+    drop out from behind as they end."""
+    for start in range(0, len(lanes[0]) - 1, piece_tokens):
+        yield [lane[start : start + piece_tokens + 1] for lane in lanes if len(lane) - 1 > start]
 
 
 def separator_of(stream: TokenStream) -> int:

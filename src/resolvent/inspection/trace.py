@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resolvent.evaluation.reading import evaluating, read
+from resolvent.evaluation.reading import read
 from resolvent.layers import DissipativeBKLayer, DissipativeHebbianLayer, LyapunovStabilityMonitor, StaticBKLayer
 from resolvent.models import IntegratedModel
+from resolvent.models.generation import evaluating
 from resolvent.models.phase1.model import Phase1Block
 from resolvent.models.phase2.model import Phase2Block
 

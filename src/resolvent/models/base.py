@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,12 @@ class IntegratedModel(nn.Module, Generation):
         logits = self.lm_head(hidden)
         return logits if torch.is_autocast_enabled(logits.device.type) else at_least_float32(logits)
 
+    def nats(self, hidden: Tensor, labels: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+        """Nats of labels (B, N) after hidden states (B, N, D), a scalar; no more than a chunk of the logits lies in
+        memory at once."""
+        flat, backend = hidden.flatten(0, 1), self.config.backend
+        return linear_cross_entropy(flat, self.lm_head.weight, labels.flatten(), reduction=reduction, backend=backend)
+
     def fused_step(self, state: Any) -> Callable[[Tensor], Tensor] | None:
         """Kernels that read one token after another, changing ``state``, whose position is on its device (see
         ``models.decoding``); None where there are none for this model."""
@@ -99,8 +105,7 @@ class IntegratedModel(nn.Module, Generation):
         return None
 
     def _predict(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
-        """Logits of hidden states (B, N, D); given labels (B, N), their mean nats instead, and no more than a chunk of
-        the logits lies in memory at once.
+        """Logits of hidden states (B, N, D); given labels (B, N), their mean nats instead.
 
         Raises:
             ValueError: the labels have another shape than the tokens.
@@ -109,8 +114,7 @@ class IntegratedModel(nn.Module, Generation):
             if labels.shape != hidden.shape[:-1]:
                 expected, got = tuple(hidden.shape[:-1]), tuple(labels.shape)
                 raise ValueError(f"labels must have the shape of input_ids, {expected}, got {got}")
-            backend = self.config.backend
-            return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), backend=backend)
+            return self.nats(hidden, labels)
         return self.logits(hidden)
 
     def _start_position(self, state: ModelState | None, sequences: int, device: torch.device) -> Tensor:

@@ -31,7 +31,7 @@ class CapturedStep:
         with torch.autocast("cuda", **precision, cache_enabled=False):
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                trial = token_step(model, state)
+                trial = token_step(model, state)  # whose state is spent: the graph sets out with one of its own
                 for _ in range(WARM_UP):
                     trial(self._token)
             torch.cuda.current_stream(device).wait_stream(stream)
@@ -61,8 +61,14 @@ def _plain_step(model: Any, state: Any) -> Callable[[Tensor], Tensor]:
     """The model's forward, whose new state takes the place of the old."""
 
     def step(token: Tensor) -> Tensor:
-        hidden, new = model.hidden_states(token.unsqueeze(1), state=state)
+        logits, new = read_token(model, token, state)
         torch._foreach_copy_(state.tensors(), new.tensors())
-        return model.lm_head(hidden[:, -1]).float()
+        return logits
 
     return step
+
+
+def read_token(model: Any, token: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Logits (B, vocabulary) after a token of every sequence, int64 (B,), and the state."""
+    hidden, state = model.hidden_states(token.unsqueeze(1), state=state)
+    return model.lm_head(hidden[:, -1]).float(), state

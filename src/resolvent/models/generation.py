@@ -1,13 +1,14 @@
 """Writing text: sampling from any model that streams with a state."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.prefix_sum import prefix_sum
-from .decoding import CapturedStep
+from .decoding import CapturedStep, read_token
 
 PREFILL = 2048
 """Tokens of a prompt that are read at once: long prompts need no more memory than this many."""
@@ -28,6 +29,17 @@ class StreamingModel(Protocol):
     def hidden_states(
         self, input_ids: Tensor, *, state: Any = None, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Any]: ...
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put a model in evaluation mode, and back."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class Generation:
@@ -72,9 +84,7 @@ class Generation:
             ValueError: an option is out of range.
         """
         _check_options(max_new_tokens, temperature, top_k, top_p)
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             hidden, state = _prefill(self, input_ids, attention_mask, state)
             step, logits = _stepper(self, state, max_new_tokens), self.lm_head(hidden).float()
             done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -87,8 +97,6 @@ class Generation:
                 if remaining == 1 or (eos_token_id is not None and done.all()):
                     return
                 logits = step(token)
-        finally:
-            self.train(was_training)
 
 
 def sample(
@@ -137,8 +145,8 @@ def _stepper(model: StreamingModel, state: Any, tokens: int) -> Callable[[Tensor
 
     def step(token: Tensor) -> Tensor:
         nonlocal state
-        hidden, state = model.hidden_states(token.unsqueeze(1), state=state)
-        return model.lm_head(hidden[:, -1]).float()
+        logits, state = read_token(model, token, state)
+        return logits
 
     return step
 

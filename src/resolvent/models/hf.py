@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple
 from ..errors import ConfigError
 from ..files import check_version
 from ..layers.zeta import ExactConstant
-from ..ops import IGNORED, linear_cross_entropy
+from ..ops import IGNORED
 from ..ops.precision import at_least_float32
 from .base import IntegratedModel
 from .config import ModelConfig, check_fields
@@ -323,8 +323,7 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         """
         head = self.model.lm_head
         if type(head) is nn.Linear and not hasattr(head, "_hf_hook"):
-            flat, backend = hidden.flatten(0, 1), self.model.config.backend
-            return linear_cross_entropy(flat, head.weight, labels.flatten(), reduction="sum", backend=backend)
+            return self.model.nats(hidden, labels, "sum")
         logits = self.model.logits(hidden).flatten(0, 1)
         return F.cross_entropy(at_least_float32(logits), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 

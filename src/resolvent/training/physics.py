@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from resolvent.evaluation.reading import evaluating
 from resolvent.models import IntegratedModel
+from resolvent.models.generation import evaluating
 from resolvent.models.phase1 import Phase1IntegratedModel
 from resolvent.models.phase2 import Phase2IntegratedModel, Phase2State
 from resolvent.ops.consolidation import signal_to_noise

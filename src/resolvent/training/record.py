@@ -13,8 +13,14 @@ from resolvent.training.config import TrainingConfig
 
 FORMAT_VERSION = 1
 RUN_FILE = "training.json"
-FIXED_FILES = (RUN_FILE, "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
-"""What the manifest of a run lists: files that do not change. Weights and checkpoints vouch for themselves."""
+
+
+def fixed_files() -> tuple[str, ...]:
+    """What the manifest of a run lists: files that do not change. Weights and checkpoints vouch for themselves."""
+    from resolvent.data.tokenization import TOKENIZER_FILES  # needs torch, which has_begun does not
+    from resolvent.models.storage import CONFIG
+
+    return (RUN_FILE, CONFIG, *TOKENIZER_FILES)
 
 
 def has_begun(run_dir: Path) -> bool:
@@ -87,7 +93,7 @@ def beginning(run_dir: Path) -> Iterator[None]:
 
 def _clear(run_dir: Path) -> None:
     """Remove what a beginning writes before the manifest."""
-    for name in FIXED_FILES:
+    for name in fixed_files():
         (run_dir / name).unlink(missing_ok=True)
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
@@ -99,7 +105,7 @@ def write_run(run_dir: Path, config: TrainingConfig, fingerprint: str) -> None:
     """
     record = {"format_version": FORMAT_VERSION, "version": __version__}
     write_json(run_dir / RUN_FILE, {**record, "data_fingerprint": fingerprint, "training": config.to_dict()})
-    write_manifest(run_dir, FIXED_FILES)
+    write_manifest(run_dir, fixed_files())
 
 
 def read_run(run_dir: Path) -> tuple[TrainingConfig, str]:

@@ -26,7 +26,7 @@ from resolvent.models.storage import write_config
 from resolvent.training.checkpoint import find_checkpoint, load_weights
 from resolvent.training.config import Tracker, TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus
-from resolvent.training.record import FIXED_FILES, beginning, check_new, new_run, read_run, write_run
+from resolvent.training.record import beginning, check_new, fixed_files, new_run, read_run, write_run
 from resolvent.training.sharding import shard
 from resolvent.training.tracking import tracker_options
 from resolvent.training.trained import load_trained
@@ -133,7 +133,7 @@ def resume(
 
 def _resume(config: TrainingConfig, fingerprint: str, accelerator: Accelerator, console: Console) -> TrainingResult:
     run_dir = config.run_dir
-    check_files(run_dir, FIXED_FILES)
+    check_files(run_dir, fixed_files())
     corpus = load_corpus(config, load_tokenizer(run_dir), progress=console.is_terminal)
     if corpus.fingerprint != fingerprint:
         raise CheckpointError(

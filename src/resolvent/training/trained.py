@@ -30,7 +30,7 @@ def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokeni
     from resolvent.errors import CheckpointError
     from resolvent.manifest import check_files
     from resolvent.models import load_model
-    from resolvent.training.record import FIXED_FILES, RUN_FILE
+    from resolvent.training.record import RUN_FILE, fixed_files
 
     if not (directory / "model.safetensors").exists():
         raise CheckpointError(
@@ -40,7 +40,7 @@ def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokeni
     model = load_model(directory, device=pick_device(device))
     tokenizer = load_tokenizer(run_of(directory))
     if (run_of(directory) / RUN_FILE).exists():  # a run has a manifest; a folder put together by hand has none
-        check_files(run_of(directory), FIXED_FILES)
+        check_files(run_of(directory), fixed_files())
     if tokenizer.get_vocab_size() != model.vocab_size:
         raise CheckpointError(
             f"the tokenizer in {run_of(directory)} has {tokenizer.get_vocab_size()} tokens, the model "

@@ -19,8 +19,8 @@ from resolvent.data import Batch, PackedBatches, TokenStream
 from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.language import calls_of_model, document_tokens, sum_of_nats
-from resolvent.evaluation.reading import evaluating
 from resolvent.models import IntegratedModel
+from resolvent.models.generation import evaluating
 from resolvent.models.phases import phase_of
 from resolvent.models.storage import named_weights, write_weights
 from resolvent.training.average import Average

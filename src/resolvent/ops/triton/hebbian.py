@@ -32,7 +32,7 @@ from torch import Tensor
 from .. import backend as _backend
 from ..consolidation import Consolidation
 from ..hebbian import CHUNK, MemoryState, lengths_and_phases
-from .launch import contiguous
+from .launch import contiguous, more_than_float32
 
 _kernel: Any = triton.jit  # what it makes is launched on a grid, which no type of a function allows
 
@@ -860,6 +860,18 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     )
 
 
+def _parts_of(consolidation: Consolidation | None) -> tuple[tuple[_Optional, _Optional, _Optional], dict[str, Any]]:
+    """Basis, sharpness and bias of the resonance; and ``interval``, ``snr`` and ``energy``, as ``_memory`` has them."""
+    snr = consolidation.snr if consolidation else None
+    resonance = consolidation.resonance if consolidation else None
+    parameters = (resonance.basis, resonance.sharpness, resonance.bias) if resonance else (None, None, None)
+    return parameters, dict(
+        interval=consolidation.interval if consolidation and (snr or resonance) else 0,
+        snr=[snr.threshold, snr.temperature, snr.gamma_boost, snr.eta_boost] if snr else [],
+        energy=resonance.threshold if resonance else 0.0,
+    )
+
+
 def _constants(snr: list[float], energy: float, interval: int) -> tuple[float | int, ...]:
     """The numbers of the consolidation, as the kernels take them."""
     return *(snr or (0.0, 1.0, 1.0, 1.0)), energy, interval
@@ -874,11 +886,8 @@ def _product_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
 
 def _refuses(dtype: torch.dtype, *widths: int) -> str | None:
     """What the kernels cannot do."""
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"its kernel computes in float32, the tensors are {dtype}"
-    if max(widths) > _WIDEST_HEAD:
-        return f"its kernel holds heads up to a width of {_WIDEST_HEAD}, got {max(widths)}"
-    return None
+    too_wide = f"its kernel holds heads up to a width of {_WIDEST_HEAD}, got {max(widths)}"
+    return more_than_float32(dtype) or (too_wide if max(widths) > _WIDEST_HEAD else None)
 
 
 @_backend.register("dissipative_memory", "triton", refuses=_refuses)
@@ -893,15 +902,8 @@ def _dissipative_memory_triton(
     cu_seqlens: Tensor | None,
     consolidation: Consolidation | None,
 ) -> tuple[Tensor, MemoryState]:
-    snr = consolidation.snr if consolidation else None
-    resonance = consolidation.resonance if consolidation else None
-    parameters = (resonance.basis, resonance.sharpness, resonance.bias) if resonance else (None, None, None)
+    parameters, constants = _parts_of(consolidation)
     tensors = (q, k, v, decay, eta, *(state or (None, None, None)), *parameters)
-    constants: dict[str, Any] = dict(
-        interval=consolidation.interval if consolidation and (snr or resonance) else 0,
-        snr=[snr.threshold, snr.temperature, snr.gamma_boost, snr.eta_boost] if snr else [],
-        energy=resonance.threshold if resonance else 0.0,
-    )
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if q.shape[1] == 1 and cu_seqlens is None and state is not None and not needs_gradient:
         if position is None:

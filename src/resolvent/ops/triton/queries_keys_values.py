@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend as _backend
-from .launch import contiguous
+from .launch import contiguous, more_than_float32
 
 _kernel: Any = triton.jit
 _TINY = tl.constexpr(1e-12)  # that of ``ops.normalize.unit_length``
@@ -177,14 +177,7 @@ def _backward_tail(
     tl.store(grad_weight + place, of_taps, mask=(taps < W)[:, None] & (channels < C)[None, :])
 
 
-def _refuses(dtype: torch.dtype, *_: int) -> str | None:
-    """What the kernels cannot do."""
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"its kernel computes in float32, the tensors are {dtype}"
-    return None
-
-
-@_backend.register("queries_keys_values", "triton", refuses=_refuses)
+@_backend.register("queries_keys_values", "triton", refuses=more_than_float32)
 def _queries_keys_values_triton(
     projected: Tensor, weight: Tensor, tail: Tensor, num_heads: int, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

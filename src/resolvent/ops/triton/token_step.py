@@ -16,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .bk_core import _reciprocal
-from .hebbian import _advance, _constants, _load_state
+from .hebbian import _advance, _constants, _load_state, _parts_of
 from .queries_keys_values import _TINY
 
 _kernel: Any = triton.jit
+_EPS = tl.constexpr(1e-5)  # that of ``ops.normalize.unit_rms``
 _ELEMENTS = 4096
 """Weights that a program of a product holds: enough programs for all processors, each with enough to wait for."""
 
@@ -181,7 +182,7 @@ def _remember(
         RESONANCE, False,
     )  # fmt: skip
     if NORM:
-        answer *= tl.rsqrt(tl.sum(answer * answer, 0) / K + 1e-5)
+        answer *= tl.rsqrt(tl.sum(answer * answer, 0) / K + _EPS)
     tl.store(readout + row * K + cells, answer, mask=inside)
     if GATE:
         tl.store(gated + row * K + cells, answer * tl.sigmoid(opening), mask=inside)
@@ -273,19 +274,15 @@ def remember(
         tail: (B, W - 1, 3HK).
         readout, gated: room for the answers, (B, HV) each; the second is left alone without a gate.
     """
-    snr = consolidation.snr if consolidation else None
-    resonance = consolidation.resonance if consolidation else None
-    numbers = [snr.threshold, snr.temperature, snr.gamma_boost, snr.eta_boost] if snr else []
-    energy, interval = resonance.threshold if resonance else 0.0, consolidation.interval if consolidation else 0
-    of_resonance = (resonance.basis, resonance.sharpness, resonance.bias) if resonance else (None, None, None)
+    of_resonance, numbers = _parts_of(consolidation)
     heads, width = layer.num_heads, layer.head_dim
     up, narrow = layer.gate_up, 1 if gate is None else gate.shape[1]
     with torch.cuda.device_of(gated):
         _remember[(len(projected), heads)](
             projected, tail, layer.conv_weight, gamma, layer.log_eta, *state, position, *of_resonance, gate,
             *((None, None) if up is None else (up.weight, up.bias)), readout, gated, layer.dt,
-            *_constants(numbers, energy, interval), heads, narrow,
-            K=width, BK=max(16, triton.next_power_of_2(width)), W=len(layer.conv_weight), SNR=snr is not None,
-            RESONANCE=resonance is not None, NORM=layer.output_norm, GATE=gate is not None,
+            *_constants(**numbers), heads, narrow,
+            K=width, BK=max(16, triton.next_power_of_2(width)), W=len(layer.conv_weight), SNR=len(numbers["snr"]) > 0,
+            RESONANCE=of_resonance[0] is not None, NORM=layer.output_norm, GATE=gate is not None,
             BG=triton.next_power_of_2(narrow), num_warps=8,
         )  # fmt: skip
