@@ -20,7 +20,7 @@ def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -
     """``S_t = diag(exp g_t) S_{t-1} + k_t v_tᵀ``, ``y_t = S_tᵀ q_t``: a decay for every channel of the keys.
 
     Inside a chunk the decays are split at its middle token, which is exact as long as half a chunk's decays sum to less
-    than 80 in each channel, as those of a ``logsigmoid / 16`` do.
+    than 80 in each channel.
 
     Args:
         q, k: (B, N, H, K).

@@ -69,6 +69,8 @@ class GLA(Mixer):
     """
 
     GATE_RANK, GATE_NORMALIZER = 16, 16
+    FASTEST_DECAY = -2.4
+    """Of a token, in nats: what the core can split at the middle of a chunk without leaving the range of float32."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -88,7 +90,7 @@ class GLA(Mixer):
             y.unflatten(-1, (self.heads, -1))
             for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x), self.decay_up(self.decay_down(x)))
         )
-        log_decay = F.logsigmoid(at_least_float32(decay)) / self.GATE_NORMALIZER
+        log_decay = (F.logsigmoid(at_least_float32(decay)) / self.GATE_NORMALIZER).clamp(min=self.FASTEST_DECAY)
         y = gated_linear_attention(q * q.shape[-1] ** -0.5, k, v, log_decay)
         y = (unit_rms(y) * self.norm_weight).flatten(-2)
         return self.out_proj(y * F.silu(self.gate_proj(x)))

@@ -58,6 +58,7 @@ OPTIONS = {
     "conv": Switch("short convolution before q, k, v", {"conv_size": 1}),
     "norm": Switch("norm of the read-out", {"output_norm": False}),
     "gate": Switch("gate of the read-out", {"output_gate": False}),
+    "floor": Switch("a least decay of 1 % a token, in place of 0.01 %", {"base_decay": 1e-4}),
 }
 """What is ours, or has other grounds."""
 
@@ -104,7 +105,7 @@ class Variant:
         whole = Phase2IntegratedModel(dataclasses.replace(model.config, **defaults), init=False)
         whole.init_weights(torch.Generator().manual_seed(seed))
         weights = dict(whole.named_parameters())
-        own = ".potential." if "use_zeta_init" in self.config else None
+        own = ".potential." if {"use_zeta_init", "base_decay"} & self.config.keys() else None
         for name, parameter in model.named_parameters():
             if name in weights and weights[name].shape == parameter.shape and not (own and own in name):
                 parameter.copy_(weights[name])

@@ -90,7 +90,8 @@ def test_a_million_sites(kind, device):
     g, grads = scattered(potential, 1e-3, 1e-6, torch.float32, device, "auto")
     exact, _ = scattered(potential, 1e-3, 1e-6, torch.float64)
     assert g.abs().max() * (1e-3 + 1e-6) <= 1 + 1e-6
-    assert (g - exact).norm() <= 1e-4 * exact.norm()
+    # An error of δ in the denominator of g = 1 / (α - m g') counts |g| δ, and next to a pole |g| is 1 / ζ.
+    assert (g - exact).norm() <= 8 * torch.finfo(torch.float32).eps * exact.abs().max() * exact.norm()
     assert all(x.isfinite().all() for x in grads)
 
 

@@ -16,6 +16,7 @@ from ..ops import linear_cross_entropy
 from ..ops.precision import at_least_float32
 from .config import ModelConfig, check_fields
 from .generation import Generation
+from .packing import TokenBatch
 from .state import ModelState, named_tensors
 
 _log = logging.getLogger(__name__)
@@ -117,16 +118,18 @@ class IntegratedModel(nn.Module, Generation):
             return self.nats(hidden, labels)
         return self.logits(hidden)
 
-    def _start_position(self, state: ModelState | None, sequences: int, device: torch.device) -> Tensor:
-        """Tokens that the sequences have read, int64 (S,) on the CPU.
+    def _start_position(self, state: ModelState | None, batch: TokenBatch) -> Tensor:
+        """Tokens that the sequences have read, int64 (S,): on the CPU, or where the offsets or the state have it.
 
         Raises:
             ValueError: the state is of other sequences, another device or another model.
         """
         if state is None:
-            return torch.zeros(sequences, dtype=torch.long)
-        if len(state) != sequences:
-            raise ValueError(f"the state holds {len(state)} sequences, the input has {sequences}")
+            offsets = batch.cu_seqlens
+            return torch.zeros(batch.sequences, dtype=torch.long, device="cpu" if offsets is None else offsets.device)
+        if len(state) != batch.sequences:
+            raise ValueError(f"the state holds {len(state)} sequences, the input has {batch.sequences}")
+        device = batch.input_ids.device
         if state.device != device:
             raise ValueError(f"the state is on {state.device}, the input on {device}; use state.to(device)")
         given = [[tuple(x.shape[1:]) for _, x in named_tensors(layer)] for layer in state.layers]

@@ -1,5 +1,6 @@
 """Generation on CUDA, one token a sequence at a time, without waiting for Python: the step is captured as a graph."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ class CapturedStep:
         device = state.device
         self._token = torch.zeros(len(state), dtype=torch.int64, device=device)
         self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
+        stream = _capture_stream(device)
         # Weights that autocast keeps do not live as long as the graph that would read them.
         precision = dict(enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"))
         with torch.autocast("cuda", **precision, cache_enabled=False):
@@ -36,7 +37,7 @@ class CapturedStep:
                     trial(self._token)
             torch.cuda.current_stream(device).wait_stream(stream)
             self._step = token_step(model, state)
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, stream=stream):
                 self._logits = self._step(self._token)
 
     def __call__(self, token: Tensor) -> Tensor:
@@ -45,6 +46,12 @@ class CapturedStep:
         self._token.copy_(token)
         self._graph.replay()
         return self._logits
+
+
+@functools.lru_cache(maxsize=8)
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which steps are captured: cuBLAS keeps a workspace for every stream that it ever saw."""
+    return torch.cuda.Stream(device)
 
 
 def token_step(model: Any, state: Any) -> Callable[[Tensor], Tensor]:

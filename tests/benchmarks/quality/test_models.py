@@ -57,10 +57,12 @@ def test_a_change_leaves_all_other_weights_as_they_are(mechanism: str):
         contestant.reset(3)
     weights = dict(whole.model.named_parameters())
     variant = parse_variant(changed.name)
+    potential = ("v_proj.weight", "gamma_proj.weight", "memory_to_potential.weight")
+    own = {"zeta-init": potential, "floor": ("gamma_bias",)}
     for name, parameter in changed.model.named_parameters():
         if variant.zeros and name.endswith(variant.zeros):
             assert not parameter.any() and not parameter.requires_grad
-        elif mechanism != "zeta-init" or ".potential." not in name:
+        elif not any(name.endswith(ending) for ending in own.get(mechanism, ())):
             assert torch.equal(parameter, weights[name]), name
     assert all(getattr(changed.model.config, name) == value for name, value in variant.config.items())
 

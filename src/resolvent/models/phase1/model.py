@@ -221,7 +221,7 @@ class Phase1IntegratedModel(IntegratedModel):
         ``diagnostics`` is a dictionary to fill, ``outputs`` a list for what enters the first block and what leaves each
         (B, N, D), ``gates`` one for the gates (B, N, rank) of every layer."""
         batch = read_tokens(input_ids, self.vocab_size, cu_seqlens, attention_mask)
-        position = self._start_position(state, batch.sequences, input_ids.device)
+        position = self._start_position(state, batch)
         config = self.config
         x = _recomputed(
             config.use_gradient_checkpointing and config.checkpoint_htt, self.token_embedding, batch.input_ids

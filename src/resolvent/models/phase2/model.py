@@ -240,7 +240,7 @@ class Phase2IntegratedModel(IntegratedModel):
         ``diagnostics`` is a dictionary to fill, ``outputs`` a list for what enters the first block and what leaves each
         (B, N, D)."""
         batch = read_tokens(input_ids, self.vocab_size, cu_seqlens, attention_mask)
-        position = self._start_position(state, batch.sequences, input_ids.device)
+        position = self._start_position(state, batch)
         x = self.token_embedding(batch.input_ids)
         start = position if state is not None else None
         place = positions(start, batch.input_ids, batch.cu_seqlens)
