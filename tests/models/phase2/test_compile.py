@@ -74,3 +74,16 @@ def test_offsets_that_python_does_not_read_are_one_graph_that_makes_its_tables_o
     assert count["aten.cumsum.default"] == 1
     assert count["aten.searchsorted.Tensor"] == 3
     assert not any(name in backward for name in ("aten.cumsum.default", "aten.searchsorted.Tensor"))
+
+
+@needs_interpreter
+def test_empty_sequences_at_the_end_change_nothing_in_kernels(monkeypatch):
+    from resolvent.ops.triton import hebbian as kernels
+
+    monkeypatch.setattr(kernels, "_stays_on_device", lambda cu_seqlens: True)
+    model, ids = small_model(spread=0.1, backend="triton", n_layers=1, num_heads=1), torch.randint(0, 97, (1, 71))
+    loss, gradients = loss_and_gradients(model, model, ids, cu_seqlens=torch.tensor([0, 5, 70]))
+    padded, found = loss_and_gradients(model, model, ids, cu_seqlens=torch.tensor([0, 5, 70, 70, 70]))
+    assert (padded - loss).abs() <= 1e-6 * loss
+    for a, b in zip(found, gradients, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm() + 1e-9
