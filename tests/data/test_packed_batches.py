@@ -153,6 +153,17 @@ def test_text_reaches_the_batches():
     assert sorted(predictions) == sorted(pairwise(ring))
 
 
+@given(packings(), st.integers(0, 20))
+def test_padding_adds_empty_segments_up_to_a_power_of_two(batches, step):
+    batch = batches[step]
+    padded = batch.padded()
+    assert same(padded[:2], batch[:2])
+    segments, given = len(padded.cu_seqlens) - 1, len(batch.cu_seqlens) - 1
+    assert segments >= max(2, given) and segments.bit_count() == 1
+    assert segments == 2 or segments < 2 * given
+    assert padded.cu_seqlens.tolist() == batch.cu_seqlens.tolist() + [batches.tokens_per_batch] * (segments - given)
+
+
 def test_to_device():
     batch = PackedBatches(stream_of([10]), seq_len=4, batch_size=2)[0].to("meta")
     assert {tensor.device.type for tensor in batch} == {"meta"}

@@ -105,6 +105,20 @@ def test_packed_is_separate(phase, options):
     assert_same(continued[3], rest[0, 200:])
 
 
+@pytest.mark.parametrize(("phase", "options"), STATES, ids=say)
+def test_empty_sequences_at_the_end_change_nothing(phase, options):
+    model, ids = phase.model(**options), tokens(71, batch=1)
+    results = []
+    for offsets in ([0, 5, 70], [0, 5, 70, 70, 70]):
+        model.zero_grad()
+        loss, state = model(ids[:, :-1], labels=ids[:, 1:], cu_seqlens=torch.tensor(offsets), return_state=True)
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([loss, *state[:2].tensors(), *gradients])
+    for a, b in zip(*results, strict=True):
+        assert_same(a, b)
+
+
 @torch.no_grad()
 def test_padding_on_either_side_is_not_read(model):
     ids = tokens(100, batch=4)

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from resolvent.errors import CheckpointError, ConfigError, DataError
 from resolvent.evaluation import evaluate_documents
 from resolvent.models import load_model
 from resolvent.models.phase2 import Phase2IntegratedModel
-from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupted, resume, train
+from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupted, resume, train, trainer
 from resolvent.training.corpus import split_corpus
 from resolvent.training.record import fixed_files
 from resolvent.training.trainer import Trainer
@@ -398,6 +399,47 @@ def test_a_compiled_run_learns_what_an_eager_run_learns(small_config: MakeConfig
     eager = train(small_config(**gentle, out=str(tmp_path / "eager"))).validation
     compiled = train(small_config(**gentle, out=str(tmp_path / "compiled"), compile=True)).validation
     assert compiled.loss == pytest.approx(eager.loss, rel=1e-5)
+
+
+def test_offsets_as_steps_are_replayed_with_train_the_same(
+    small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All that is different but for CUDA: padded offsets, and gradients that are moved before others are added."""
+    train(small_config(out=str(tmp_path / "plain"), accumulation=2))
+    segments = []
+    hidden_states = Phase2IntegratedModel.hidden_states
+
+    def look(self: Phase2IntegratedModel, ids: Tensor, **options: Any) -> Any:
+        if self.training:
+            segments.append(len(options["cu_seqlens"]) - 1)
+        return hidden_states(self, ids, **options)
+
+    monkeypatch.setattr(Phase2IntegratedModel, "hidden_states", look)
+    monkeypatch.setattr(trainer, "replays_steps", lambda *_: True)
+    train(small_config(out=str(tmp_path / "padded"), accumulation=2))
+    assert len(segments) == 20
+    assert set(segments) <= {2, 4, 8}
+    for ours, theirs in zip(metrics(tmp_path / "padded"), metrics(tmp_path / "plain"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "processes", "reads", "replayed"),
+    [
+        (dict(compile=True), "cuda", 1, False, True),
+        (dict(compile=True, parallel="fsdp"), "cuda", 1, False, False),
+        (dict(compile=True), "cuda", 2, False, False),
+        (dict(compile=True), "cuda", 1, True, False),
+        (dict(compile=True), "cpu", 1, False, False),
+        (dict(), "cuda", 1, False, False),
+    ],
+)
+def test_steps_are_replayed_where_that_is_safe(
+    changes: dict[str, Any], device: str, processes: int, reads: bool, replayed: bool
+):
+    accelerator: Any = SimpleNamespace(device=torch.device(device), num_processes=processes)
+    model: Any = SimpleNamespace(reads_offsets=reads)
+    assert trainer.replays_steps(TrainingConfig(**changes), accelerator, model) is replayed
 
 
 def test_the_manifest_lists_all_files_of_the_tokenizer():

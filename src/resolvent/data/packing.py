@@ -28,6 +28,15 @@ class Batch(NamedTuple):
         """The batch on another device."""
         return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
+    def padded(self) -> "Batch":
+        """The batch with empty segments at its end, so that their number is a power of two above one.
+
+        What is recorded for a number of segments then serves nearly every batch.
+        """
+        segments = len(self.cu_seqlens) - 1
+        empty = (1 << max(1, (segments - 1).bit_length())) - segments
+        return self._replace(cu_seqlens=torch.cat([self.cu_seqlens, self.cu_seqlens[-1:].expand(empty)]))
+
 
 class PackedBatches:
     """Batches of windows for training, by the number of the step alone: `batches[step]`.

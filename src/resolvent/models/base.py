@@ -67,6 +67,11 @@ class IntegratedModel(nn.Module, Generation):
         """Whether the head uses the token embedding's table."""
         return self.lm_head.weight is getattr(self.token_embedding, "weight", None)
 
+    @property
+    def reads_offsets(self) -> bool:
+        """Whether Python reads the offsets of packed sequences, for which it would wait if they were on a device."""
+        return False
+
     def __init__(self, config: Any, init: bool = True):
         """A model of a configuration; ``init=False`` leaves its weights to be loaded."""
         super().__init__()

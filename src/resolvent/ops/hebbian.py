@@ -69,7 +69,7 @@ def dissipative_memory(
         position: tokens that each sequence has read before, integer (B,) or (S,): where its next boundary lies.
         cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1. Python reads both
             ``position`` and ``cu_seqlens``: on the CPU it need not wait for the device. Only the ``position`` of single
-            tokens (N = 1) is read where the tensors are.
+            tokens (N = 1) is read where the tensors are, and what the kernels are given as ``cu_seqlens`` on a device.
         consolidation: what acts at the boundaries; None for a plain decaying memory.
         backend: ``auto``, ``torch`` or ``triton``.
 

@@ -106,6 +106,9 @@ class Trainer:
             weight_decay=config.weight_decay,
             betas=(config.beta1, config.beta2),
         )
+        self.replayed = replays_steps(config, accelerator, model)
+        if self.replayed and (compiler := accelerator.state.dynamo_plugin):
+            compiler.mode = "reduce-overhead"
         self.sharded = is_sharded(model)
         if self.sharded:  # it needs autocast only
             self.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
@@ -216,6 +219,8 @@ class Trainer:
                 loss, penalty = self._loss(batch)
                 accelerator.backward(loss + penalty)
             loss_sum += loss.detach()
+            if self.replayed and number == mine[0] != mine[-1]:
+                self._move_gradients()
         if self._is_checked(step + 1):
             self.tracking.log_gradients(step + 1, self.raw_model)
         mean_loss = accelerator.reduce(loss_sum / len(mine), reduction="mean")
@@ -232,12 +237,25 @@ class Trainer:
         clip_grads_with_norm_(parameters, config.grad_clip or math.inf, norm)
         return loss, grad_norm
 
+    def _move_gradients(self) -> None:
+        """Move the gradients out of a graph's memory, which its next replay writes anew, so that they can be summed."""
+        for parameter in self.raw_model.parameters():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
+
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Mean nats a token, and what the model asks to be added."""
         options = {"return_penalty": True} if self.raw_model.penalised else {}
-        # The offsets stay on the CPU, where the model looks at them without waiting for the device.
-        input_ids, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
-        output = self.model(input_ids, labels=labels, cu_seqlens=batch.cu_seqlens, **options)
+        if self.replayed:
+            torch.compiler.cudagraph_mark_step_begin()  # nobody reads what the last one left any more
+            # Nobody looks at the offsets, and the number of segments says which graph is replayed.
+            input_ids, labels, cu_seqlens = batch.padded().to(self.device, non_blocking=True)
+            torch._dynamo.mark_dynamic(cu_seqlens, 0)  # compiled once for every number
+        else:
+            # The offsets stay on the CPU, where the model looks at them without waiting for the device.
+            input_ids, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
+            cu_seqlens = batch.cu_seqlens
+        output = self.model(input_ids, labels=labels, cu_seqlens=cu_seqlens, **options)
         return output if options else (output, 0.0)
 
     def _report(self, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
@@ -417,6 +435,17 @@ class Trainer:
             first_step=self.standing.step,
             log_interval=self.config.log_interval,
         )
+
+
+def replays_steps(config: TrainingConfig, accelerator: Accelerator, model: IntegratedModel) -> bool:
+    """Whether a run's forward and backward passes are replayed from CUDA graphs: where a whole model is compiled and
+    nobody waits for offsets of documents that are on the device.
+
+    Not where there are several processes: DDP cuts the model into pieces and sends gradients while the backward pass
+    goes on, which PyTorch's recorded graphs are not known to bear.
+    """
+    whole = config.compile and config.parallel != "fsdp" and accelerator.num_processes == 1
+    return whole and accelerator.device.type == "cuda" and not model.reads_offsets
 
 
 def _is_due(step: int, interval: int) -> bool:

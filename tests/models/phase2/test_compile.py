@@ -1,7 +1,11 @@
 """`torch.compile` takes the whole model as one graph, and the graph computes what the model computes."""
 
+from collections import Counter
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 
 from resolvent.ops import backend as backends
 
@@ -24,9 +28,9 @@ def loss_and_gradients(forward, model, ids, **options):
     return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def check(backend, ids, calls):
-    model = small_model(spread=0.1, backend=backend, n_layers=2)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+def check(backend, ids, calls, compiler="aot_eager", **sizes):
+    model = small_model(spread=0.1, backend=backend, n_layers=2, **sizes)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
     for options in calls:
         expected, gradients = loss_and_gradients(model, model, ids, **options)
         expected, gradients = expected.clone(), [x.clone() for x in gradients]
@@ -45,3 +49,41 @@ def test_a_rectangle_is_one_graph(backend):
 def test_packed_sequences_are_one_graph_however_many_they_are():
     offsets = ([0, 10, 30], [0, 5, 7, 30])
     check("triton", torch.randint(0, 97, (1, 31)), [{"cu_seqlens": torch.tensor(x)} for x in offsets])
+
+
+@needs_interpreter
+def test_offsets_that_python_does_not_read_are_one_graph_that_makes_its_tables_once(monkeypatch):
+    from resolvent.ops.triton import hebbian as kernels
+
+    monkeypatch.setattr(kernels, "_stays_on_device", lambda cu_seqlens: True)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    offsets = [torch.tensor(x) for x in ([0, 10, 30], [0, 5, 7, 30, 30])]
+    for x in offsets:
+        torch._dynamo.mark_dynamic(x, 0)  # raises where anything asks for their number
+    compiler = aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    check("triton", torch.randint(0, 97, (1, 31)), [{"cu_seqlens": x} for x in offsets], compiler, num_heads=1)
+    forward, backward = graphs  # of both
+    count = Counter(forward)
+    assert count["resolvent.memory.default"] == count["resolvent.queries_keys_values.default"] == 2
+    # The memory's chunks, its convolution's tokens and the positions each ask once for their sequence.
+    assert count["aten.cumsum.default"] == 1
+    assert count["aten.searchsorted.Tensor"] == 3
+    assert not any(name in backward for name in ("aten.cumsum.default", "aten.searchsorted.Tensor"))
+
+
+@needs_interpreter
+def test_empty_sequences_at_the_end_change_nothing_in_kernels(monkeypatch):
+    from resolvent.ops.triton import hebbian as kernels
+
+    monkeypatch.setattr(kernels, "_stays_on_device", lambda cu_seqlens: True)
+    model, ids = small_model(spread=0.1, backend="triton", n_layers=1, num_heads=1), torch.randint(0, 97, (1, 71))
+    loss, gradients = loss_and_gradients(model, model, ids, cu_seqlens=torch.tensor([0, 5, 70]))
+    padded, found = loss_and_gradients(model, model, ids, cu_seqlens=torch.tensor([0, 5, 70, 70, 70]))
+    assert (padded - loss).abs() <= 1e-6 * loss
+    for a, b in zip(found, gradients, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm() + 1e-9

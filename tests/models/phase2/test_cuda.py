@@ -85,6 +85,48 @@ def test_offsets_may_lie_on_the_device():
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
 
 
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_empty_sequences_at_the_end_change_nothing(place):
+    _, there = pair()
+    ids, labels = torch.randint(0, 97, (2, 1, 300), device="cuda")
+    results = []
+    for offsets in ([0, 5, 130, 300], [0, 5, 130, 300, 300, 300, 300, 300, 300]):
+        there.zero_grad()
+        loss = there(ids, labels=labels, cu_seqlens=torch.tensor(offsets, device=place))
+        loss.backward()
+        results.append([loss, *(p.grad for p in there.parameters() if p.grad is not None)])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-7
+
+
+def test_a_replayed_step_follows_offsets_that_change():
+    """What a graph recorded of the first offsets must not come back with the next ones."""
+    _, there = pair()
+    torch._dynamo.reset()
+    replayed = torch.compile(there, fullgraph=True, mode="reduce-overhead")
+    ids, labels = torch.randint(0, 97, (2, 1, 300), device="cuda")
+    losses = []
+    # Two numbers of sequences: the first time each is warmed up, the second time recorded, then replayed.
+    for number in range(10):
+        offsets = torch.tensor([0, 20 + 9 * number, 200 - number, *([300] if number % 2 else [250, 300, 300])])
+        results = []
+        for model in (there, replayed):
+            torch.compiler.cudagraph_mark_step_begin()
+            there.zero_grad()
+            on_device = offsets.cuda()
+            torch._dynamo.mark_dynamic(on_device, 0)
+            loss = model(ids, labels=labels, cu_seqlens=on_device)
+            loss.backward()
+            gradients = [p.grad for p in there.parameters() if p.grad is not None]
+            results.append([x.detach().clone() for x in (loss, *gradients)])
+        (loss, *expected), (found, *gradients) = results
+        assert (found - loss).abs() <= 1e-4 * loss, number
+        for a, b in zip(gradients, expected, strict=True):
+            assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6, number
+        losses.append(loss.item())
+    assert max(losses) / min(losses) > 1.002, "the offsets must matter for this test to see anything"
+
+
 def test_a_packed_step_with_offsets_on_the_device_waits_for_nothing():
     _, there = pair()
     ids, labels = torch.randint(0, 97, (2, 1, 256), device="cuda")

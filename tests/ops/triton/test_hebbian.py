@@ -108,7 +108,7 @@ def test_views_are_read_where_they_lie():
 
 def test_what_is_not_needed_is_not_saved():
     values = [x.float() for x in inputs(70)]
-    operands = (*values, *[None] * 8, 0, [], 0.0)
+    operands = (*values, *[None] * 10, 0, [], 0.0)
     assert kernels._memory(*operands, False)[4].numel() == 0
     assert kernels._memory(*operands, True)[4].shape == (4, 2, 16, 8)
 
@@ -120,19 +120,25 @@ def test_two_runs_are_the_same_bits():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", ["none", "both"])
-def test_the_operators_are_registered_as_pytorch_wants_them(kind):
-    values, rule = [single(x.requires_grad_()) for x in inputs(70)], single_rule(consolidation(kind))
+def test_the_operators_are_registered_as_pytorch_wants_them(kind, packed):
+    given = inputs(70, batch=1 if packed else 2)
+    values, rule = [single(x.requires_grad_()) for x in given], single_rule(consolidation(kind))
     start = [single(x.requires_grad_()) for x in state()]
     resonance = rule.resonance if rule else None
     parameters = [resonance.basis, resonance.sharpness, resonance.bias] if resonance else [None] * 3
     constants = (64, [1.0, 0.5, 2.0, 1.5], 0.5) if rule else (0, [], 0.0)
-    operands = (*values, *start, *parameters, None, None, *constants, True)  # every row that is saved has its chunk
+    where = [None] * 4
+    if packed:  # every row that is saved has its chunk
+        offsets = torch.tensor([0, 5, 70])
+        where = [None, offsets, *kernels._layout_on_device(offsets, None, 70, constants[0])]
+    operands = (*values, *start, *parameters, *where, *constants, True)
     torch.library.opcheck(torch.ops.resolvent.memory.default, operands)
     saved = [x.detach() for x in torch.ops.resolvent.memory.default(*operands)[4:]]
     plain = [x if x is None else x.detach() for x in (*values, start[1], *parameters)]
     upstream = torch.randn_like(values[2]), *(torch.randn_like(x) for x in start)
-    operands = (*upstream, *plain, *saved, None, None, *constants)
+    operands = (*upstream, *plain, *saved, *where, *constants)
     torch.library.opcheck(torch.ops.resolvent.memory_backward.default, operands)
 
 
@@ -181,21 +187,19 @@ def test_a_layout_that_python_does_not_read_is_the_same(interval, read):
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     phases = tuple((position % interval).tolist()) if read and interval else (0,) * len(lengths)
     expected = kernels._layout(tuple(lengths.tolist()), phases, 0, torch.device("cpu"))
-    found = kernels._layout_on_device(offsets, position if read and interval else None, int(offsets[-1]), interval)
-    assert torch.equal(found.segments, expected.segments)
-    assert torch.equal(found.first_segment, expected.first_segment)
-    assert torch.equal(found.chunks[: len(expected.chunks)], expected.chunks)
-    assert not found.segmented
-    for segment, chunk in found.chunks[len(expected.chunks) :]:
-        assert found.segments[segment, 2] + 64 * chunk >= found.segments[segment, 1]
+    given = position if read and interval else None
+    segments, chunks = kernels._layout_on_device(offsets, given, int(offsets[-1]), interval)
+    assert torch.equal(segments, expected.segments)
+    assert torch.equal(chunks[: len(expected.chunks)], expected.chunks)
+    assert not expected.segmented
+    for segment, chunk in chunks[len(expected.chunks) :]:
+        assert segments[segment, 2] + 64 * chunk >= segments[segment, 1]
 
 
 @pytest.mark.parametrize("kind", ["none", "both"])
 def test_offsets_that_python_does_not_read(kind, monkeypatch):
-    def on_device(q, position, cu_seqlens, interval):
-        return kernels._layout_on_device(cu_seqlens, position if interval else None, q.shape[1], interval)
-
-    monkeypatch.setattr(kernels, "_layout_of", on_device)
+    monkeypatch.setattr(kernels, "_stays_on_device", lambda cu_seqlens: True)
+    monkeypatch.setattr(kernels, "lengths_and_phases", None)  # would read them
     lengths, position = (torch.tensor(x) for x in RAGGED)
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     check(inputs(int(offsets[-1]), batch=1), state(len(lengths)), consolidation(kind), position, offsets)

@@ -27,7 +27,7 @@ from ...layers import (
     ZetaEmbedding,
 )
 from ...layers.hebbian import HebbianOutput
-from ...ops import Consolidation, MemoryState
+from ...ops import Consolidation, MemoryState, backend
 from ..base import Block, IntegratedModel
 from ..initialization import init_weights
 from ..packing import TokenBatch, positions, read_tokens
@@ -271,6 +271,12 @@ class Phase2IntegratedModel(IntegratedModel):
         if obstacle:
             _log.info("one token at a time without kernels of its own: %s", obstacle)
         return None if obstacle else TokenStep(self, state)
+
+    @property
+    def reads_offsets(self) -> bool:
+        head, config = self.lm_head.weight, self.config
+        run = backend.implementation("dissipative_memory", config.backend, head.device, head.dtype, config.head_dim)
+        return not run.__module__.startswith("resolvent.ops.triton")
 
     @property
     def _blocks(self) -> list[Phase2Block]:

@@ -72,17 +72,17 @@ class _Layout:
         segments: one row a segment, int64 (G, 5): its first and its last token + 1; the place of its first chunk's
             first slot, which lies up to 63 slots before the first token where the sequence goes on inside a chunk; the
             number of its first chunk; the chunks since the last boundary.
-        first_segment: of every sequence, int64 (S + 1,).
         chunks: one row a chunk, its segment and its number in it, int64 (M, 2).
+        first_segment: of every sequence, int64 (S + 1,); None where sequences are whole segments.
     """
 
     segments: Tensor
-    first_segment: Tensor
     chunks: Tensor
+    first_segment: Tensor | None = None
 
     @property
     def segmented(self) -> bool:
-        return len(self.segments) > len(self.first_segment) - 1
+        return self.first_segment is not None and len(self.segments) > len(self.first_segment) - 1
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,7 +103,7 @@ def _layout(lengths: tuple[int, ...], phases: tuple[int, ...], longest_segment: 
                 break
         first_segment.append(len(segments))
         start = end
-    table = (torch.tensor(rows, dtype=torch.int64) for rows in (segments, first_segment, chunks))
+    table = (torch.tensor(rows, dtype=torch.int64) for rows in (segments, chunks, first_segment))
     return _Layout(*(_on(rows, device) for rows in table))
 
 
@@ -127,8 +127,6 @@ def _copied(x: Tensor, device: torch.device) -> Tensor:
 
 
 def _layout_of(q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, interval: int) -> _Layout:
-    if cu_seqlens is not None and cu_seqlens.device.type != "cpu":
-        return _layout_on_device(cu_seqlens, position if interval else None, q.shape[1], interval)
     lengths, phases = lengths_and_phases(q, position, cu_seqlens, interval)
     heads, longest = q.shape[2], 0
     if not interval and len(lengths) * heads < _LEAST_PROGRAMS:
@@ -137,8 +135,27 @@ def _layout_of(q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, in
     return _layout(lengths, phases, longest, q.device)
 
 
-def _layout_on_device(cu_seqlens: Tensor, position: Tensor | None, tokens: int, interval: int) -> _Layout:
-    """The layout of packed sequences whose offsets Python does not read: a step can be replayed with other ones.
+def _tables_on_device(
+    cu_seqlens: Tensor | None, position: Tensor | None, tokens: int, interval: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """``segments`` and ``chunks`` of packed sequences whose offsets are on a device; None where Python reads them.
+
+    They are made in front of the operator, not in it: ``torch.compile`` then sees that all layers make the same tables
+    and makes them once a step, forward and backward; and what was not compiled keeps them for its gradient.
+    """
+    if cu_seqlens is None or not _stays_on_device(cu_seqlens):
+        return None, None
+    return _layout_on_device(cu_seqlens, position if interval else None, tokens, interval)
+
+
+def _stays_on_device(cu_seqlens: Tensor) -> bool:
+    """Whether offsets are where Python does not read them."""
+    return cu_seqlens.device.type != "cpu"
+
+
+def _layout_on_device(cu_seqlens: Tensor, position: Tensor | None, tokens: int, interval: int) -> tuple[Tensor, Tensor]:
+    """``segments`` and ``chunks`` of packed sequences without a look at their offsets: a step can be replayed with
+    other ones.
 
     Sequences are whole segments. There are as many rows of chunks as there may be chunks; those left over are of no
     token.
@@ -154,8 +171,7 @@ def _layout_on_device(cu_seqlens: Tensor, position: Tensor | None, tokens: int, 
     there = segment < len(starts)
     segment = torch.where(there, segment, 0)
     chunk = torch.where(there, row - (last - counts)[segment], tokens)
-    first_segment = torch.arange(len(starts) + 1, device=starts.device)
-    return _Layout(segments, first_segment, torch.stack([segment, chunk], dim=1))
+    return segments, torch.stack([segment, chunk], dim=1)
 
 
 def _most_chunks(tokens: int, sequences: int, phases: bool) -> int:
@@ -687,11 +703,16 @@ class _Call:
         bias: _Optional,
         position: _Optional,
         cu_seqlens: _Optional,
+        segments: _Optional,
+        chunks: _Optional,
         interval: int,
         snr: list[float],
         energy: float,
     ):
-        self.layout = _layout_of(q, position, cu_seqlens, interval)
+        if segments is not None and chunks is not None:
+            self.layout = _Layout(segments, chunks)
+        else:
+            self.layout = _layout_of(q, position, cu_seqlens, interval)
         self.heads = q.shape[2]
         self.tokens = [_rows(x.to(_product_dtype(q, k, v))) for x in (q, k, v)]
         self.eta = eta.float().contiguous()
@@ -910,7 +931,8 @@ def _dissipative_memory_triton(
             position = torch.zeros(len(q), dtype=torch.long)
         readout, memory, writes, forgetting = _memory_step(*tensors, position.to(q.device), **constants)
     else:
-        outputs = _memory(*tensors, position, cu_seqlens, **constants, save=needs_gradient)
+        tables = _tables_on_device(cu_seqlens, position, q.shape[1], constants["interval"])
+        outputs = _memory(*tensors, position, cu_seqlens, *tables, **constants, save=needs_gradient)
         readout, memory, writes, forgetting, *_ = outputs
     if constants["interval"]:
         return readout, MemoryState(memory, writes, forgetting)
@@ -996,6 +1018,8 @@ def _memory(
     bias: Tensor | None,
     position: Tensor | None,
     cu_seqlens: Tensor | None,
+    segments: Tensor | None,
+    chunks: Tensor | None,
     interval: int,
     snr: list[float],
     energy: float,
@@ -1005,8 +1029,11 @@ def _memory(
 
     ``snr`` holds threshold, temperature, gamma_boost and eta_boost, or nothing; ``interval`` is 0 without
     consolidation, and then the final writes and Γ̄ mean nothing. What is saved has a row for every chunk there may be.
+    ``segments`` and ``chunks`` are what ``_tables_on_device`` gives; without them Python reads the offsets.
     """
-    call = _Call(q, k, v, decay, eta, basis, sharpness, bias, position, cu_seqlens, interval, snr, energy)
+    call = _Call(
+        q, k, v, decay, eta, basis, sharpness, bias, position, cu_seqlens, segments, chunks, interval, snr, energy
+    )
     outputs = _room(q, k, v, decay, position, cu_seqlens, interval, save)
     readout, final, final_writes, final_forgetting, *saved = outputs
     to_save = (saved[0], saved[1], saved[2]) if save else None
@@ -1022,8 +1049,8 @@ def _memory(
 
 @torch.library.register_fake("resolvent::memory")
 def _(
-    q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, cu_seqlens, interval, snr,
-    energy, save,
+    q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, cu_seqlens, segments, chunks,
+    interval, snr, energy, save,
 ):  # fmt: skip
     return _room(q, k, v, decay, position, cu_seqlens, interval, save)
 
@@ -1083,6 +1110,8 @@ def _memory_backward(
     forgetting_before: Tensor,
     position: Tensor | None,
     cu_seqlens: Tensor | None,
+    segments: Tensor | None,
+    chunks: Tensor | None,
     interval: int,
     snr: list[float],
     energy: float,
@@ -1091,7 +1120,9 @@ def _memory_backward(
 
     That of eta has a row for every chunk, those of the sharpness and the bias one for every sequence, to be summed up.
     """
-    call = _Call(q, k, v, decay, eta, basis, sharpness, bias, position, cu_seqlens, interval, snr, energy)
+    call = _Call(
+        q, k, v, decay, eta, basis, sharpness, bias, position, cu_seqlens, segments, chunks, interval, snr, energy
+    )
     outputs = _room_for_gradients(grad_readout, q, k, v, decay, before, basis, cu_seqlens, interval)
     grad_q, grad_k, grad_v, grad_decay, grad_eta, grad_initial, *others = outputs
     upstream = grad_readout.to(call.tokens[0].dtype).contiguous()
@@ -1114,8 +1145,7 @@ def _memory_backward(
 @torch.library.register_fake("resolvent::memory_backward")
 def _(
     grad_readout, grad_memory, grad_writes, grad_forgetting, q, k, v, decay, eta, writes, basis, sharpness, bias,
-    before,
-    writes_before, forgetting_before, position, cu_seqlens, interval, snr, energy,
+    before, writes_before, forgetting_before, position, cu_seqlens, segments, chunks, interval, snr, energy,
 ):  # fmt: skip
     return _room_for_gradients(grad_readout, q, k, v, decay, before, basis, cu_seqlens, interval)
 
@@ -1168,9 +1198,8 @@ def _gradient(
     grad_forgetting: _Optional,
     *_: Any,
 ) -> Any:
-    q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, cu_seqlens, *saved = (
-        ctx.saved_tensors
-    )
+    q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, *others = ctx.saved_tensors
+    (position, cu_seqlens, segments, chunks), saved = others[:4], others[4:]
     final: list[_Optional] = [grad_memory, grad_writes, grad_forgetting]
     if not ctx.interval:
         final[1:] = None, None
@@ -1184,7 +1213,7 @@ def _gradient(
     grad_q, grad_k, grad_v, grad_decay, grad_eta, *grad_state, grad_sharpness, grad_bias = _memory_backward(
         grad_readout if grad_readout is not None else torch.zeros_like(v),
         *final,
-        *(q, k, v, decay, eta, writes, basis, sharpness, bias, *saved, position, cu_seqlens),
+        *(q, k, v, decay, eta, writes, basis, sharpness, bias, *saved, position, cu_seqlens, segments, chunks),
         ctx.interval,
         ctx.snr,
         ctx.energy,
@@ -1194,7 +1223,7 @@ def _gradient(
         of_state[1:] = None, None
     of_resonance = (None, grad_sharpness.sum(0), grad_bias.sum(0)) if basis is not None else (None, None, None)
     grads = (grad_q, grad_k, grad_v, grad_decay, grad_eta.sum(0).to(eta.dtype), *of_state, *of_resonance)
-    return *grads, None, None, None, None, None, None
+    return *grads, *[None] * 8
 
 
 torch.library.register_autograd("resolvent::memory", _gradient, setup_context=_keep_for_gradient)
