@@ -65,10 +65,12 @@ class _DepthwiseConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         taps = _taps(x, len(weight))
+        if len(taps) == 1:
+            return taps[0] * weight[0]
         y = taps[0] * weight[0]
-        for tap, w in zip(taps[1:], weight[1:], strict=True):
+        for tap, w in zip(taps[1:-1], weight[1:-1], strict=True):
             y.addcmul_(tap, w)
-        return y
+        return torch.addcmul(y, taps[-1], weight[-1])  # not in place: see ops/__init__.py
 
     @staticmethod
     @torch.autograd.function.once_differentiable
