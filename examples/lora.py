@@ -16,7 +16,7 @@ import resolvent.hf  # noqa: F401  makes the models known to Transformers
 
 run, text, out = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(run)
-projections = ["qkv_proj", "v_proj", "out_proj", "ffn.0", "ffn.2"]
+projections = ["qkv_proj", "v_proj", "out_proj", "ffn.in_proj"]
 config = LoraConfig(r=8, lora_alpha=16, target_modules=projections, task_type="CAUSAL_LM")
 model = get_peft_model(AutoModelForCausalLM.from_pretrained(run), config)
 model.print_trainable_parameters()

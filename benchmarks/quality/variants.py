@@ -58,6 +58,7 @@ OPTIONS = {
     "conv": Switch("short convolution before q, k, v", {"conv_size": 1}),
     "norm": Switch("norm of the read-out", {"output_norm": False}),
     "gate": Switch("gate of the read-out", {"output_gate": False}),
+    "gated-ffn": Switch("SwiGLU in place of Linear, GELU, Linear", {"ffn_gated": False}),
     "scale": Switch("tokens enter at the size of what blocks add", {"embedding_scale": 1.0}),
     "floor": Switch("a least decay of 1 % a token, in place of 0.01 %", {"base_decay": 1e-4}),
 }
@@ -128,7 +129,7 @@ def parse_variant(name: str) -> Variant:
         if part == "bare":
             off |= set(MECHANISMS)
         elif part == "original":
-            original, config = True, {"tie_embeddings": False, "embedding_scale": 1.0}
+            original, config = True, {"tie_embeddings": False, "embedding_scale": 1.0, "ffn_gated": False}
         elif mechanism not in MECHANISMS | OPTIONS:
             known = ", ".join(["bare", "original", *MECHANISMS, *OPTIONS])
             raise ValueError(f"{name}: there is no {part!r}; known are {known}, each but the first two also with no-")

@@ -120,9 +120,7 @@ def check_version(path: Path | str, found: object, known: int) -> None:
             "file, update resolvent"
         )
     if type(found) is not int or found < 1:
-        raise CheckpointError(
-            f"{path} has format version {shown(found)}, which never was: restore it from a copy"
-        )
+        raise CheckpointError(f"{path} has format version {shown(found)}, which never was: restore it from a copy")
 
 
 def shown(value: object) -> str:

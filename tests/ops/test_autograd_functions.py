@@ -46,14 +46,20 @@ def calls() -> dict[type, tuple[Any, ...]]:
     }
 
 
-UNTOUCHED = {hebbian._Carry}  # returns what `cat` and indexing make, of what tests/models/phase2/test_compile.py compiles
+UNTOUCHED = {
+    hebbian._Carry
+}  # returns what `cat` and indexing make, of what tests/models/phase2/test_compile.py compiles
 
 
 def test_all_functions_are_known():
     functions = set()
     for module in pkgutil.iter_modules(resolvent.ops.__path__, "resolvent.ops."):
         for value in vars(importlib.import_module(module.name)).values():
-            if isinstance(value, type) and issubclass(value, torch.autograd.Function) and value.__module__ == module.name:
+            if (
+                isinstance(value, type)
+                and issubclass(value, torch.autograd.Function)
+                and value.__module__ == module.name
+            ):
                 functions.add(value)
     assert functions == calls().keys() | UNTOUCHED
 

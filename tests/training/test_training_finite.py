@@ -57,13 +57,13 @@ def test_the_gradient_that_is_not_finite_is_named(
 
 def test_the_first_is_the_one_that_the_backward_pass_met(small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch):
     def spoil(trainer: Trainer) -> None:
-        for name in ("token_embedding.weight", "blocks.1.ffn.2.weight", "blocks.0.ln1.weight"):
+        for name in ("token_embedding.weight", "blocks.1.ffn.out_proj.weight", "blocks.0.ln1.weight"):
             trainer.raw_model.get_parameter(name).register_hook(lambda gradient: gradient * math.nan)
 
     on_start(monkeypatch, spoil)
     with pytest.raises(NonFiniteError) as raised:
         train(small_config())
-    assert raised.value.name == "the gradient of blocks.1.ffn.2.weight"
+    assert raised.value.name == "the gradient of blocks.1.ffn.out_proj.weight"
 
 
 def test_a_run_goes_back_and_on_with_half_the_rate(

@@ -35,10 +35,10 @@ def test_only_matrices_decay(model: Phase2IntegratedModel):
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     assert decayed_names | kept_names == set(names.values())
     assert not decayed_names & kept_names
-    assert {"token_embedding.weight", "lm_head.weight", "blocks.1.ffn.0.weight"} <= decayed_names
+    assert {"token_embedding.weight", "lm_head.weight", "blocks.1.ffn.in_proj.weight"} <= decayed_names
     for name, parameter in model.named_parameters():
         assert (name in kept_names) == (parameter.ndim < 2), name
-    assert {"ln_f.weight", "blocks.0.ffn.0.bias"} <= kept_names
+    assert {"ln_f.weight", "blocks.0.hebbian.gate_up.bias"} <= kept_names
 
 
 def test_frozen_parameters_are_left_out(model: Phase2IntegratedModel):

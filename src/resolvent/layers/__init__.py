@@ -1,5 +1,6 @@
 """The parts of a block: modules that hold parameters and call one operator each."""
 
+from .feed_forward import GatedFeedForward, gated_width
 from .hebbian import DissipativeHebbianLayer, LyapunovStabilityMonitor
 from .low_rank import LowRankLinear
 from .memory_resonance import MemoryResonanceLayer
@@ -13,6 +14,7 @@ __all__ = [
     "AdaptiveRankSemiseparableLayer",
     "DissipativeBKLayer",
     "DissipativeHebbianLayer",
+    "GatedFeedForward",
     "LowRankLinear",
     "LyapunovStabilityMonitor",
     "MemoryResonanceLayer",
@@ -23,6 +25,7 @@ __all__ = [
     "TensorTrainEmbedding",
     "ZetaEmbedding",
     "ZetaInitializer",
+    "gated_width",
     "resonance_basis",
     "zeta_zeros",
 ]

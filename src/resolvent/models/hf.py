@@ -54,7 +54,7 @@ class _HFConfig(PretrainedConfig):
 
     def __init__(self, **values: Any) -> None:
         values = {self.attribute_map.get(name, name): value for name, value in values.items()}
-        values = in_todays_format(type(self).__name__, {"format_version": FORMAT_VERSION, **values})
+        values = in_todays_format(type(self).__name__, {"format_version": FORMAT_VERSION, **values}, self.dataclass)
         names = {field.name for field in dataclasses.fields(self.dataclass)}
         fields = {name: value for name, value in values.items() if name in names}
         others = {name: value for name, value in values.items() if name not in names}

@@ -5,6 +5,7 @@ beside ours, its names of weights may begin with the attribute that holds our mo
 files.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from ..files import check_version, read_json, shown, write_json
 from ..manifest import check_file
 from ..tensors import read_tensors, write_tensors
 from .base import IntegratedModel
+from .config import ModelConfig
 from .phase1 import Phase1Config
 from .phase2 import Phase2Config
 from .phases import PHASES, Phase, phase_of
 
 FORMAT_VERSION = 2
+_BEFORE_FORMAT_2 = {"embedding_scale": 1.0, "ffn_gated": False}
+"""What models did of which format 1 had no fields."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 """Names the file of every weight, where there are several files."""
@@ -145,9 +149,9 @@ def read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:
     if not isinstance(kind, str) or kind not in _TYPES:
         known = " or ".join(_TYPES)
         raise CheckpointError(f"{path} does not describe a resolvent model (model_type is {shown(kind)}, not {known})")
-    values = in_todays_format(path, values)
-    values = {name: value for name, value in values.items() if name not in TRANSFORMERS_ENTRIES}
     phase = _TYPES[kind]
+    values = in_todays_format(path, values, phase.config)
+    values = {name: value for name, value in values.items() if name not in TRANSFORMERS_ENTRIES}
     try:
         config = phase.config.from_dict(values)
         config.validate()
@@ -156,10 +160,13 @@ def read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:
     return phase, config
 
 
-def in_todays_format(place: Path | str, values: dict[str, Any]) -> dict[str, Any]:
+def in_todays_format(place: Path | str, values: dict[str, Any], kind: type[ModelConfig]) -> dict[str, Any]:
     """The entries of a ``config.json`` of any format version as this release writes them, without the version.
 
-    Format 1 had no ``embedding_scale``: tokens entered the first block as they stood in the table.
+    Args:
+        place: where they were found, for errors.
+        values: the entries, ``format_version`` among them.
+        kind: whose fields they are.
 
     Raises:
         VersionError, CheckpointError: the version is a later one, or none.
@@ -168,9 +175,8 @@ def in_todays_format(place: Path | str, values: dict[str, Any]) -> dict[str, Any
     check_version(place, version, FORMAT_VERSION)
     values = {name: value for name, value in values.items() if name != "format_version"}
     if version == 1:
-        values.setdefault("embedding_scale", 1.0)
-        if isinstance(source := values.get("phase1_config"), dict):
-            values["phase1_config"] = {"embedding_scale": 1.0, **source}
+        names = {field.name for field in dataclasses.fields(kind)}
+        values = {name: value for name, value in _BEFORE_FORMAT_2.items() if name in names} | values
     return values
 
 

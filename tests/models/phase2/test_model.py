@@ -139,6 +139,7 @@ FIELDS = {
     "n_layers": (3, 2),
     "ffn_dim": (None, 40),
     "embedding_scale": (None, 1.0),
+    "ffn_gated": (True, False),
     "vocab_size": (97, 120),
     "consolidation_interval": (64, 128),
     "memory_feedback": (True, False),

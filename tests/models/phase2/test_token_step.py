@@ -17,7 +17,7 @@ DEVICES = [
 OPTIONS = {
     "all": {},
     "bare": dict(snr_enabled=False, resonance_enabled=False, memory_feedback=False, output_gate=False),
-    "fixed decay": dict(adaptive_decay=False, output_norm=False, conv_size=2, resonance_enabled=False),
+    "fixed decay": dict(ffn_gated=False, adaptive_decay=False, output_norm=False, conv_size=2, resonance_enabled=False),
     "other widths": dict(num_heads=1, head_dim=24, d_model=40, conv_size=3, snr_enabled=False, tie_embeddings=True),
 }
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from ...errors import ConfigError
+from ...layers import gated_width
 from ...ops.backend import BACKENDS
 from ...ops.hebbian import CHUNK
 from ..config import ModelConfig, check_fields, must_be_at_least, must_be_positive
@@ -63,7 +64,7 @@ class Phase2Config(ModelConfig):
     n_seq: int = 1024
     """length of the sequences it is trained on; nothing ends there"""
     ffn_dim: int | None = None
-    """hidden width of the feed-forward network; None for 4 d_model"""
+    """hidden width of a plain feed-forward network; None for 4 d_model. A gated one has two thirds of it"""
     dropout: float = 0.1
 
     # Performance targets, which `resolvent benchmark` measures against
@@ -73,6 +74,8 @@ class Phase2Config(ModelConfig):
     # Beyond the report
     embedding_scale: float | None = None
     """factor of what enters the first block; None for sqrt(d_model), which brings it to the size of what blocks add"""
+    ffn_gated: bool = True
+    """gate the feed-forward network (SwiGLU), at about as many parameters; False is Linear, GELU, Linear"""
     snr_enabled: bool = True
     snr_temperature: float = 0.5
     """softness of the SNR threshold"""
@@ -116,13 +119,15 @@ class Phase2Config(ModelConfig):
             "target_vram_gb",
         )  # fmt: skip
         taken: dict[str, Any] = {name: getattr(phase1_config, name) for name in shared}
-        values: dict[str, Any] = {"phase1_config": phase1_config, **taken, **overrides}
+        values: dict[str, Any] = {"phase1_config": phase1_config, "ffn_gated": False, **taken, **overrides}
         values.setdefault("head_dim", max(1, values["d_model"] // max(1, values["num_heads"])))
         return cls(**values)
 
     @property
     def ffn_width(self) -> int:
-        return self.ffn_dim if self.ffn_dim is not None else 4 * self.d_model
+        """Hidden width of the feed-forward network."""
+        plain = self.ffn_dim if self.ffn_dim is not None else 4 * self.d_model
+        return gated_width(plain) if self.ffn_gated else plain
 
     @property
     def gate_width(self) -> int:

@@ -204,6 +204,8 @@ def _config_for_phase1(source: Any, wanted: Phase2Config | None) -> Phase2Config
     if config.htt_rank is not None and config.htt_rank != (source.htt_rank if source.htt_enabled else None):
         has = f"has rank {source.htt_rank}" if source.htt_enabled else "is a table"
         faults.append(f"htt_rank is {config.htt_rank}, but the Phase 1 model's token embedding {has}")
+    if config.ffn_gated:
+        faults.append("ffn_gated is True, but a Phase 1 model's feed-forward network has no gate")
     if config.tie_embeddings:
         faults.append("tie_embeddings is True, but a Phase 1 model's head is a matrix of its own")
     if faults:

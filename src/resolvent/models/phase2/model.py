@@ -19,6 +19,7 @@ from ...layers import (
     AdaptiveRankSemiseparableLayer,
     DissipativeBKLayer,
     DissipativeHebbianLayer,
+    GatedFeedForward,
     LyapunovStabilityMonitor,
     MemoryResonanceLayer,
     NonHermitianPotential,
@@ -93,7 +94,11 @@ class Phase2Block(Block):
             else None
         )
         self.ln3 = nn.LayerNorm(width)
-        self.ffn = nn.Sequential(nn.Linear(width, config.ffn_width), nn.GELU(), nn.Linear(config.ffn_width, width))
+        self.ffn = (
+            GatedFeedForward(width, config.ffn_width)
+            if config.ffn_gated
+            else nn.Sequential(nn.Linear(width, config.ffn_width), nn.GELU(), nn.Linear(config.ffn_width, width))
+        )
         self.dropout = nn.Dropout(config.dropout)
 
     def consolidation(self) -> Consolidation | None:

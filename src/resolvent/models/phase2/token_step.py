@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...layers import ZetaEmbedding
+from ...layers import GatedFeedForward, ZetaEmbedding
 from ...ops import Consolidation, backend
 from .state import LayerState, Phase2State
 
@@ -65,7 +65,9 @@ class TokenStep:
         overwrites."""
         model, kernels, waves = self.model, self.kernels, self.waves
         frequency = waves.initial_frequency.value
-        kernels.embed(token, self.state.position, self.table, frequency, waves.gain, waves.scale, model.embedding_factor, self.x)
+        kernels.embed(
+            token, self.state.position, self.table, frequency, waves.gain, waves.scale, model.embedding_factor, self.x
+        )
         for i, (block, layer) in enumerate(zip(model._blocks, self.state.layers, strict=True)):
             self._read(block, layer, self.consolidations[i], first=i == 0)
         kernels.linear(self.x, model.lm_head.weight, None, self.logits, self._norm(model.ln_f))
@@ -101,12 +103,19 @@ class TokenStep:
             self.gated,
         )
         kernels.linear(answer, layer.out_proj.weight, None, x, add=True)
-        inner, outer = (cast(nn.Linear, block.ffn[i]) for i in (0, 2))
-        kernels.linear(x, inner.weight, inner.bias, self.inner, self._norm(block.ln3), gelu=True)
+        inner, outer = _maps(block)
+        activation = "swiglu" if isinstance(block.ffn, GatedFeedForward) else "gelu"
+        kernels.linear(x, inner.weight, inner.bias, self.inner, self._norm(block.ln3), activation)
         kernels.linear(self.inner, outer.weight, outer.bias, x, add=True)
 
     def _norm(self, layer: nn.LayerNorm) -> Any:
         return self.kernels.Norm(layer.weight, layer.bias, layer.eps)
+
+
+def _maps(block: Phase2Block) -> tuple[nn.Linear, nn.Linear]:
+    """The two linear maps of the feed-forward network."""
+    ffn = block.ffn
+    return (ffn.in_proj, ffn.out_proj) if isinstance(ffn, GatedFeedForward) else cast(Any, (ffn[0], ffn[2]))
 
 
 def _projections(model: Phase2IntegratedModel) -> list[nn.Module]:
@@ -115,7 +124,7 @@ def _projections(model: Phase2IntegratedModel) -> list[nn.Module]:
     for block in model._blocks:
         potential, memory = block.dissipative_bk.potential, block.hebbian
         found += [potential.v_proj, potential.gamma_proj, potential.memory_to_potential, block.bk_proj]
-        found += [memory.qkv_proj, memory.gate_down, memory.gate_up, memory.out_proj, block.ffn[0], block.ffn[2]]
+        found += [memory.qkv_proj, memory.gate_down, memory.gate_up, memory.out_proj, *_maps(block)]
     return [layer for layer in found if layer is not None]
 
 

@@ -8,7 +8,7 @@ Shapes: B sequences, D width of the input, R rows of a weight, H heads, K = V he
 of the gate.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -56,7 +56,7 @@ def _embed(token, position, table, frequency, gain, x, scale, factor, D, BLOCK: 
 @_kernel
 def _linear(
     x, norm_weight, norm_bias, weight, bias, out, other_weight, other_out, eps, batch, width, rows, other_rows,
-    NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, OTHER: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, OTHER: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -66,9 +66,11 @@ def _linear(
             weight, out, rows, program = other_weight, other_out, other_rows, program - first
     columns, row = tl.arange(0, BLOCK), program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, wanted = columns < width, row < rows
-    matrix = tl.load(
-        weight + row[:, None] * width + columns[None, :], mask=wanted[:, None] & inside[None, :], other=0.0
-    ).to(tl.float32)
+    in_tile = wanted[:, None] & inside[None, :]
+    matrix = tl.load(weight + row[:, None] * width + columns[None, :], mask=in_tile, other=0.0).to(tl.float32)
+    if ACTIVATION == "swiglu":
+        tile = (rows + row)[:, None] * width + columns[None, :]
+        values = tl.load(weight + tile, mask=in_tile, other=0.0).to(tl.float32)
     for sequence in range(batch):
         given = tl.load(x + sequence * width + columns, mask=inside, other=0.0)
         if NORM:
@@ -76,8 +78,10 @@ def _linear(
         result = tl.sum(matrix * given[None, :], 1)
         if BIAS:
             result += tl.load(bias + row, mask=wanted, other=0.0).to(tl.float32)
-        if GELU:
+        if ACTIVATION == "gelu":
             result *= 0.5 * (1 + tl.erf(result * 0.7071067811865476))
+        if ACTIVATION == "swiglu":
+            result *= tl.sigmoid(result) * tl.sum(values * given[None, :], 1)
         place = out + sequence * rows + row
         if ADD:
             result += tl.load(place, mask=wanted, other=0.0)
@@ -216,23 +220,26 @@ def linear(
     bias: Tensor | None,
     out: Tensor,
     norm: Norm | None = None,
-    gelu: bool = False,
+    activation: Literal["gelu", "swiglu"] | None = None,
     add: bool = False,
     other: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """``out`` (B, R) = or, with ``add``, += ``gelu(norm(x) weightᵀ + bias)``: x (B, D), weight (R, D), bias (R,).
+    """``out`` (B, R) = or, with ``add``, += ``activation(norm(x) weightᵀ + bias)``: x (B, D), weight (R, D), bias (R,).
 
+    For ``swiglu`` the weight is (2R, D): gates, and what they gate, as ``layers.GatedFeedForward`` has them.
     ``other`` is another weight and room for its product with the same ``norm(x)``; neither product then has a bias.
     """
     (rows, width), block = weight.shape, triton.next_power_of_2(weight.shape[1])
-    held = max(1, min(triton.next_power_of_2(rows), _ELEMENTS // block))
+    matrices = 2 if activation == "swiglu" else 1
+    rows //= matrices
+    held = max(1, min(triton.next_power_of_2(rows), _ELEMENTS // (matrices * block)))
     scale, shift, eps = norm or (None, None, 0.0)
     other_rows = 0 if other is None else len(other[0])
     with torch.cuda.device_of(out):
         _linear[(triton.cdiv(rows, held) + triton.cdiv(other_rows, held),)](
             x, scale, shift, weight, bias, out, *(other or (None, None)), eps, len(x), width, rows, other_rows,
-            NORM=norm is not None, BIAS=bias is not None, GELU=gelu, ADD=add, OTHER=other is not None, BLOCK=block,
-            ROWS=held, num_warps=4,
+            NORM=norm is not None, BIAS=bias is not None, ACTIVATION=activation, ADD=add, OTHER=other is not None,
+            BLOCK=block, ROWS=held, num_warps=4,
         )  # fmt: skip
 
 

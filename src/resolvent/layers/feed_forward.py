@@ -1,0 +1,34 @@
+"""The gated feed-forward network.
+
+Shapes: D model width, F hidden width.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_MULTIPLE = 32
+
+
+class GatedFeedForward(nn.Module):
+    """``W_out (silu(W_gate x) ⊙ W_value x)``, a SwiGLU (Shazeer, 2020); one matrix holds both inner maps.
+
+    Args:
+        d_model: width D.
+        hidden: width F.
+    """
+
+    def __init__(self, d_model: int, hidden: int):
+        super().__init__()
+        self.in_proj = nn.Linear(d_model, 2 * hidden, bias=False)
+        self.out_proj = nn.Linear(hidden, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        gate, value = self.in_proj(x).chunk(2, dim=-1)
+        return self.out_proj(F.silu(gate) * value)
+
+
+def gated_width(plain: int) -> int:
+    """The hidden width with which a gated network has about as many parameters as a plain one: two thirds of that one's,
+    as a multiple of 32."""
+    return _MULTIPLE * max(1, round(plain * 2 / (3 * _MULTIPLE)))
