@@ -74,6 +74,8 @@ class Phase2Config(ModelConfig):
     snr_enabled: bool = True
     snr_temperature: float = 0.5
     """softness of the SNR threshold"""
+    snr_trained: bool = True
+    """let training decide how strongly the filter acts, from next to nothing on; False is full strength"""
     consolidation_interval: int = CHUNK
     """tokens between two consolidations of a memory"""
     memory_feedback: bool = True
