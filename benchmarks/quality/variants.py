@@ -6,6 +6,7 @@
     phase2/no-snr/no-resonance   without both
     phase2/bare                  without any mechanism: a decaying memory and a feed-forward part
     phase2/bare/bk               and with BK-Core alone
+    phase2/no-snr-training       with the SNR filter at full strength
     phase2/original              with the report's original initialisation
 
 BK-Core, Γ in the Hamiltonian and the positions have no switch in the configuration: what leads them to the stream (the
@@ -58,6 +59,7 @@ OPTIONS = {
     "conv": Switch("short convolution before q, k, v", {"conv_size": 1}),
     "norm": Switch("norm of the read-out", {"output_norm": False}),
     "gate": Switch("gate of the read-out", {"output_gate": False}),
+    "snr-training": Switch("the SNR filter's strength is trained", {"snr_trained": False}),
     "floor": Switch("a least decay of 1 % a token, in place of 0.01 %", {"base_decay": 1e-4}),
 }
 """What is ours, or has other grounds."""
@@ -127,7 +129,7 @@ def parse_variant(name: str) -> Variant:
         if part == "bare":
             off |= set(MECHANISMS)
         elif part == "original":
-            original, config = True, {"tie_embeddings": False}
+            original, config = True, {"tie_embeddings": False, "snr_trained": False}
         elif mechanism not in MECHANISMS | OPTIONS:
             known = ", ".join(["bare", "original", *MECHANISMS, *OPTIONS])
             raise ValueError(f"{name}: there is no {part!r}; known are {known}, each but the first two also with no-")

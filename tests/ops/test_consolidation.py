@@ -55,7 +55,8 @@ def test_the_written_out_gradient_is_autograds(which):
     forgetting = torch.rand(2, 2, dtype=torch.float64)
     strength = None if which == "snr" else torch.tensor([0.0, 0.7], dtype=torch.float64)
     snr, resonance = filters(sharpness=1.3, bias=0.2, strength=strength)
-    rule = Consolidation(64, snr if which != "resonance" else None, resonance if which in ("resonance", "both") else None)
+    of_memory, of_modes = which != "resonance", which in ("resonance", "both")
+    rule = Consolidation(64, snr if of_memory else None, resonance if of_modes else None)
     sources = [memory, writes, forgetting, *rule.parameters]
     assert len(sources) == 3 + {"snr": 0, "strength": 1, "resonance": 2, "both": 3}[which]
     for source in sources:

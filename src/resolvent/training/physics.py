@@ -35,9 +35,10 @@ def read_physics(model: IntegratedModel, tokens: Tensor) -> Physics:
         tokens: int64 (N,).
 
     Returns:
-        By layer, of a Phase 2 model: the decay rates Γ of all tokens; and of the memories after the text their SNR
-        and how strongly its filter acts, energy, the largest energy as a part of its bound, and the modes' energies with the share that resonates. Of a
-        Phase 1 model: its gates, their effective rank, and how near the resolvent came to a pole.
+        By layer, of a Phase 2 model: the decay rates Γ of all tokens; how strongly the SNR filter acts; and of the
+        memories after the text their SNR, energy, the largest energy as a part of its bound, and the modes' energies
+        with the share that resonates. Of a Phase 1 model: its gates, their effective rank, and how near the resolvent
+        came to a pole.
     """
     found: dict[str, Any] = {}
     with evaluating(model):

@@ -93,6 +93,8 @@ def test_names_of_variants():
     assert parse_variant("phase2/bare/bk/snr").zeros == bare.zeros[1:]
     assert "snr_enabled" not in parse_variant("phase2/bare/bk/snr").config
     assert parse_variant("phase2/no-conv/no-gate").config == {"conv_size": 1, "output_gate": False}
+    assert parse_variant("phase2/no-snr-training").config == {"snr_trained": False}
+    assert parse_variant("phase2/original").config["snr_trained"] is False
     assert parse_variant("phase2").config == {} and parse_variant("phase2").zeros == ()
 
 

@@ -131,6 +131,7 @@ FIELDS = {
     "snr_gamma_boost": (2.0, 5.0),
     "snr_eta_boost": (1.5, 3.0),
     "snr_temperature": (0.5, 2.0),
+    "snr_trained": (True, False),
     "snr_enabled": (True, False),
     "resonance_enabled": (True, False),
     "resonance_energy_threshold": (0.1, 2.0),

@@ -42,9 +42,9 @@ class Phase2Config(ModelConfig):
     snr_threshold: float = 2.0
     """components of a memory above this multiple of its rms are signal"""
     snr_gamma_boost: float = 2.0
-    """noise forgets this many times faster"""
+    """noise forgets this many times faster, at full strength"""
     snr_eta_boost: float = 1.5
-    """signal is learned this many times more strongly"""
+    """signal is learned this many times more strongly, at full strength"""
 
     # Memory resonance
     resonance_enabled: bool = True

@@ -470,7 +470,6 @@ def _walk_back(
     """
     segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     CONSOLIDATE: tl.constexpr = SNR or RESONANCE
-    STRENGTH: tl.constexpr = strength is not None
     start, end = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
     slot, chunk = tl.load(segments + 5 * segment + 2), tl.load(segments + 5 * segment + 3)
     since_boundary = tl.load(segments + 5 * segment + 4)
@@ -524,7 +523,8 @@ def _walk_back(
                     wrote += writes * kept
                 grad, grad_writes, grad_forgetting, one_strength, one_sharpness, one_bias = _consolidate_back(
                     grad, memory * kept + written, wrote, forgetting + total, force, modes, steepness, offset,
-                    threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK, SNR, STRENGTH, RESONANCE,
+                    threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK, SNR, strength is not None,
+                    RESONANCE,
                 )  # fmt: skip
                 sum_strength += one_strength
                 sum_sharpness += one_sharpness
@@ -549,7 +549,7 @@ def _walk_back(
         tl.store(grad_initial_forgetting + row, grad_forgetting)
     else:
         tl.store(grad_initial_forgetting + row, total_decay)
-    if STRENGTH:
+    if strength is not None:
         tl.store(grad_strength + row, tl.sum(sum_strength))
     if RESONANCE:
         tl.store(grad_sharpness + row, tl.sum(sum_sharpness))
@@ -1060,7 +1060,21 @@ def _memory(
     ``segments`` and ``chunks`` are what ``_tables_on_device`` gives; without them Python reads the offsets.
     """
     call = _Call(
-        q, k, v, decay, eta, strength, basis, sharpness, bias, position, cu_seqlens, segments, chunks, interval, snr,
+        q,
+        k,
+        v,
+        decay,
+        eta,
+        strength,
+        basis,
+        sharpness,
+        bias,
+        position,
+        cu_seqlens,
+        segments,
+        chunks,
+        interval,
+        snr,
         energy,
     )
     outputs = _room(q, k, v, decay, position, cu_seqlens, interval, save)
@@ -1151,7 +1165,21 @@ def _memory_backward(
     That of eta has a row for every chunk, those of the last three one for every sequence, to be summed up.
     """
     call = _Call(
-        q, k, v, decay, eta, strength, basis, sharpness, bias, position, cu_seqlens, segments, chunks, interval, snr,
+        q,
+        k,
+        v,
+        decay,
+        eta,
+        strength,
+        basis,
+        sharpness,
+        bias,
+        position,
+        cu_seqlens,
+        segments,
+        chunks,
+        interval,
+        snr,
         energy,
     )
     outputs = _room_for_gradients(grad_readout, q, k, v, decay, before, strength, basis, cu_seqlens, interval)
