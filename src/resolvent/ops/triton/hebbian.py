@@ -313,10 +313,9 @@ def _consolidate_back(
     grad, memory, writes, forgetting, force, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost,
     energy, K, V, BK: tl.constexpr, SNR: tl.constexpr, STRENGTH: tl.constexpr, RESONANCE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the memory, the writes, Γ̄, of the strength by key, and of the sharpness and the bias by mode."""
+    """Gradients of the memory, the writes, Γ̄ and the strength, and of the sharpness and the bias by mode."""
     grad_sharpness, grad_bias = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
-    grad_strength = tl.zeros([BK], tl.float32)
-    grad_writes, grad_forgetting = tl.zeros_like(grad), 0.0
+    grad_writes, grad_forgetting, grad_strength = tl.zeros_like(grad), 0.0, 0.0
     scale, keep, excess, survival = _snr_factors(memory, forgetting, force, threshold, temperature, gamma_boost, K * V)
     if RESONANCE:
         filtered = memory
@@ -335,15 +334,17 @@ def _consolidate_back(
     if SNR:
         direct = grad * survival
         grad_exponent = direct * memory
+        if STRENGTH:  # in two parts: here it takes no registers
+            grad_strength += (eta_boost - 1) * tl.sum(keep * (writes * grad))
         grad_keep = excess * grad_exponent + (force * (eta_boost - 1)) * (writes * grad)
         grad_ratio = grad_keep * (keep * (1 - keep) * (1 / temperature))
         # In units of the rms: the cube of the scale leaves the range of float32 before the memory's square does.
         from_scale = tl.sum(grad_ratio * (tl.abs(memory) * scale)) * (scale * scale / (K * V))
         grad_writes = (force * (eta_boost - 1)) * (keep * grad)
-        grad_forgetting = (force * (gamma_boost - 1)) * tl.sum((keep - 1) * grad_exponent)
+        of_boost = (gamma_boost - 1) * tl.sum((keep - 1) * grad_exponent)
+        grad_forgetting = force * of_boost
         if STRENGTH:
-            of_excess = ((gamma_boost - 1) * forgetting) * ((keep - 1) * grad_exponent)
-            grad_strength = tl.sum(of_excess + (eta_boost - 1) * (keep * writes * grad), 1)
+            grad_strength += forgetting * of_boost
         grad_ratio = tl.where(memory < 0, -grad_ratio, tl.where(memory > 0, grad_ratio, 0.0))
         grad = direct + grad_ratio * scale - from_scale * memory
     return grad, grad_writes, grad_forgetting, grad_strength, grad_sharpness, grad_bias
@@ -485,8 +486,8 @@ def _walk_back(
             grad_forgetting += tl.load(grad_final_forgetting + row)
     force = _force(strength, head)
     modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
-    sum_sharpness, sum_bias, total_decay = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32), 0.0
-    sum_strength = tl.zeros([BK], tl.float32)
+    sum_sharpness, sum_bias, sum_strength = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32), 0.0
+    total_decay = 0.0
 
     q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
     grad_readout += head * V
@@ -550,7 +551,7 @@ def _walk_back(
     else:
         tl.store(grad_initial_forgetting + row, total_decay)
     if strength is not None:
-        tl.store(grad_strength + row, tl.sum(sum_strength))
+        tl.store(grad_strength + row, sum_strength)
     if RESONANCE:
         tl.store(grad_sharpness + row, tl.sum(sum_sharpness))
         tl.store(grad_bias + row, tl.sum(sum_bias))
