@@ -94,11 +94,15 @@ class PeerModel(nn.Module):
         size: its sizes.
         mixer: makes a block's mixer.
         hidden: width of the feed-forward parts; 0 for none.
+        embedding_factor: what tokens' vectors are multiplied by; sqrt(width), as in Phase 2, if None.
     """
 
-    def __init__(self, size: Size, mixer: Callable[[int], Mixer], hidden: int) -> None:
+    def __init__(
+        self, size: Size, mixer: Callable[[int], Mixer], hidden: int, embedding_factor: float | None = None
+    ) -> None:
         super().__init__()
         self.vocab_size = size.vocabulary
+        self.embedding_factor = size.width**0.5 if embedding_factor is None else embedding_factor
         self.token_embedding = nn.Embedding(size.vocabulary, size.width)
         self.dropout = nn.Dropout(size.dropout)
         self.blocks = nn.ModuleList(
@@ -110,7 +114,7 @@ class PeerModel(nn.Module):
 
     def hidden_states(self, input_ids: Tensor) -> tuple[Tensor, None]:
         """Final hidden states (B, N, D) of tokens (B, N); no state, in the place where Phase 2 has one."""
-        x = self.dropout(self.token_embedding(input_ids))
+        x = self.dropout(self.token_embedding(input_ids) * self.embedding_factor)
         for block in self.blocks:
             x = block(x)
         return self.ln_f(x), None

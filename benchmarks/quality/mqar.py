@@ -168,12 +168,12 @@ def build(name: str, width: int, heads: int, vocabulary: int, device: torch.devi
     """
     size = Size(vocabulary, width, 1, 0, TEST[-1].length)
     if name in MIXERS:
-        model: Any = PeerModel(size, lambda _: MIXERS[name](width, heads), 0)
+        model: Any = PeerModel(size, lambda _: MIXERS[name](width, heads), 0, embedding_factor=1.0)
         state_bytes, draw = model.state_bytes(size.length), model.reset
     elif name.partition("/")[0] == "phase2":
         variant = parse_variant(name)
         sizes: dict[str, Any] = dict(vocab_size=vocabulary, d_model=width, n_layers=1, n_seq=size.length, dropout=0.0)
-        sizes |= dict(num_heads=heads, head_dim=width // heads, ffn_dim=1, tie_embeddings=True)
+        sizes |= dict(embedding_scale=1.0, num_heads=heads, head_dim=width // heads, ffn_dim=1, tie_embeddings=True)
         model = Phase2IntegratedModel(Phase2Config(**(sizes | variant.config)), init=False)
         variant.hold(model)
         model.blocks[0].ffn = NoFeedForward()

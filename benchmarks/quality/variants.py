@@ -59,6 +59,7 @@ OPTIONS = {
     "conv": Switch("short convolution before q, k, v", {"conv_size": 1}),
     "norm": Switch("norm of the read-out", {"output_norm": False}),
     "gate": Switch("gate of the read-out", {"output_gate": False}),
+    "scale": Switch("tokens enter at the size of what blocks add", {"embedding_scale": 1.0}),
     "snr-training": Switch("the SNR filter's strength is trained", {"snr_trained": False}),
     "floor": Switch("a least decay of 1 % a token, in place of 0.01 %", {"base_decay": 1e-4}),
 }
@@ -129,7 +130,8 @@ def parse_variant(name: str) -> Variant:
         if part == "bare":
             off |= set(MECHANISMS)
         elif part == "original":
-            original, config = True, {"tie_embeddings": False, "snr_trained": False}
+            original = True
+            config = {"tie_embeddings": False, "embedding_scale": 1.0, "snr_trained": False}
         elif mechanism not in MECHANISMS | OPTIONS:
             known = ", ".join(["bare", "original", *MECHANISMS, *OPTIONS])
             raise ValueError(f"{name}: there is no {part!r}; known are {known}, each but the first two also with no-")

@@ -108,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_version(path: Path | str, found: object, known: int) -> None:
-    """Refuse a file of another format version than the one that this release knows.
+    """Refuse a file of a format version that this release does not know: it knows all up to ``known``.
 
     Raises:
         VersionError: the version is a later one.
@@ -116,12 +116,12 @@ def check_version(path: Path | str, found: object, known: int) -> None:
     """
     if type(found) is int and found > known:
         raise VersionError(
-            f"{path} has format version {shown(found)}; this release reads version {known}: a newer one wrote the "
+            f"{path} has format version {shown(found)}; this release reads up to {known}: a newer one wrote the "
             "file, update resolvent"
         )
-    if type(found) is not int or found != known:
+    if type(found) is not int or found < 1:
         raise CheckpointError(
-            f"{path} has format version {shown(found)}; this release reads version {known}: restore it from a copy"
+            f"{path} has format version {shown(found)}, which never was: restore it from a copy"
         )
 
 

@@ -123,6 +123,17 @@ class IntegratedModel(nn.Module, Generation):
             return self.nats(hidden, labels)
         return self.logits(hidden)
 
+    def _embed(self, vectors: Tensor, place: Tensor) -> Tensor:
+        """What enters the first block (B, N, D), of the tokens' vectors (B, N, D) and places (B, N)."""
+        return (vectors + self.position_embedding(place).to(vectors.dtype)) * self.embedding_factor
+
+    @property
+    def embedding_factor(self) -> float:
+        """What the tokens' vectors are multiplied by. A table starts as small as a head needs it: as they are, its rows
+        would drown in what the first block adds to them."""
+        scale = self.config.embedding_scale
+        return self.d_model**0.5 if scale is None else scale
+
     def _start_position(self, state: ModelState | None, batch: TokenBatch) -> Tensor:
         """Tokens that the sequences have read, int64 (S,): on the CPU, or where the offsets or the state have it.
 

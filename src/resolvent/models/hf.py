@@ -21,7 +21,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..errors import ConfigError
-from ..files import check_version
 from ..layers.zeta import ExactConstant
 from ..ops import IGNORED
 from ..ops.precision import at_least_float32
@@ -30,7 +29,7 @@ from .config import ModelConfig, check_fields
 from .phase1 import Phase1Config, Phase1IntegratedModel
 from .phase2 import Phase2Config, Phase2IntegratedModel
 from .state import ModelState
-from .storage import FORMAT_VERSION, TRANSFORMERS_ENTRIES, model_type
+from .storage import FORMAT_VERSION, TRANSFORMERS_ENTRIES, in_todays_format, model_type
 
 _ARGUMENTS = ("model_type", "name_or_path", "num_labels", "attn_implementation", "experts_implementation")
 """What Transformers' configurations take besides what they hold."""
@@ -55,7 +54,7 @@ class _HFConfig(PretrainedConfig):
 
     def __init__(self, **values: Any) -> None:
         values = {self.attribute_map.get(name, name): value for name, value in values.items()}
-        check_version(type(self).__name__, values.pop("format_version", FORMAT_VERSION), FORMAT_VERSION)
+        values = in_todays_format(type(self).__name__, {"format_version": FORMAT_VERSION, **values})
         names = {field.name for field in dataclasses.fields(self.dataclass)}
         fields = {name: value for name, value in values.items() if name in names}
         others = {name: value for name, value in values.items() if name not in names}

@@ -146,7 +146,7 @@ def positions(start: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None
     device = input_ids.device
     index = torch.arange(input_ids.shape[1], device=device).unsqueeze(0)
     if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(device)
+        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
         sequence = torch.searchsorted(cu_seqlens[1:], index, right=True)
         return index - cu_seqlens[sequence] + (start.to(device)[sequence] if start is not None else 0)
     return index if start is None else start.to(device).unsqueeze(1) + index

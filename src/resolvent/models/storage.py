@@ -7,6 +7,7 @@ files.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from .phase1 import Phase1Config
 from .phase2 import Phase2Config
 from .phases import PHASES, Phase, phase_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 """Names the file of every weight, where there are several files."""
@@ -144,7 +145,7 @@ def read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:
     if not isinstance(kind, str) or kind not in _TYPES:
         known = " or ".join(_TYPES)
         raise CheckpointError(f"{path} does not describe a resolvent model (model_type is {shown(kind)}, not {known})")
-    check_version(path, values.pop("format_version", None), FORMAT_VERSION)
+    values = in_todays_format(path, values)
     values = {name: value for name, value in values.items() if name not in TRANSFORMERS_ENTRIES}
     phase = _TYPES[kind]
     try:
@@ -153,6 +154,24 @@ def read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return phase, config
+
+
+def in_todays_format(place: Path | str, values: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a ``config.json`` of any format version as this release writes them, without the version.
+
+    Format 1 had no ``embedding_scale``: tokens entered the first block as they stood in the table.
+
+    Raises:
+        VersionError, CheckpointError: the version is a later one, or none.
+    """
+    version = values.get("format_version")
+    check_version(place, version, FORMAT_VERSION)
+    values = {name: value for name, value in values.items() if name != "format_version"}
+    if version == 1:
+        values.setdefault("embedding_scale", 1.0)
+        if isinstance(source := values.get("phase1_config"), dict):
+            values["phase1_config"] = {"embedding_scale": 1.0, **source}
+    return values
 
 
 def _misfit(phase: Phase, config: Phase1Config | Phase2Config, tensors: dict[str, Tensor]) -> str | None:

@@ -1,4 +1,8 @@
-"""Pure functions on tensors: what the layers compute, with nothing of modules or parameters in it."""
+"""Pure functions on tensors: what the layers compute, with nothing of modules or parameters in it.
+
+What the ``forward`` of an ``autograd.Function`` returns must never have had another name: no operation in place makes it,
+no ``to`` that changes nothing. Compiled by PyTorch 2.11, its gradient would silently be zero (PyTorch issue 180642).
+"""
 
 from .bk_core import (
     effective_diagonal,

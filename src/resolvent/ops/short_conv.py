@@ -26,7 +26,8 @@ def causal_conv(x: Tensor, weight: Tensor, tail: Tensor, cu_seqlens: Tensor | No
     # Convolve across the starts, and put right the first W - 1 outputs of every sequence: they saw the inputs that
     # happened to stand before the start, and should have seen the tail.
     y = causal_conv(x, weight, x.new_zeros(1, width - 1, x.shape[-1]))
-    starts, ends = cu_seqlens.to(x.device)[:-1], cu_seqlens.to(x.device)[1:]
+    offsets = cu_seqlens.to(x.device, non_blocking=True)
+    starts, ends = offsets[:-1], offsets[1:]
     seen = _new_tails(x[0], torch.zeros_like(tail), torch.zeros_like(starts), starts)
     correction = causal_conv(torch.zeros_like(tail, dtype=x.dtype), weight, tail - seen)
     rows = starts.unsqueeze(1) + torch.arange(width - 1, device=x.device)
@@ -39,7 +40,7 @@ def next_tail(x: Tensor, tail: Tensor, cu_seqlens: Tensor | None = None) -> Tens
     length, kept = x.shape[1], tail.shape[1]
     if cu_seqlens is None:
         return (x[:, length - kept :] if length >= kept else torch.cat([tail[:, length:], x], dim=1)).to(tail.dtype)
-    offsets = cu_seqlens.to(x.device)
+    offsets = cu_seqlens.to(x.device, non_blocking=True)
     return _new_tails(x[0], tail, offsets[:-1], offsets[1:])
 
 
@@ -65,10 +66,12 @@ class _DepthwiseConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         taps = _taps(x, len(weight))
+        if len(taps) == 1:
+            return taps[0] * weight[0]
         y = taps[0] * weight[0]
-        for tap, w in zip(taps[1:], weight[1:], strict=True):
+        for tap, w in zip(taps[1:-1], weight[1:-1], strict=True):
             y.addcmul_(tap, w)
-        return y
+        return torch.addcmul(y, taps[-1], weight[-1])  # not in place: see ops/__init__.py
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -193,6 +193,7 @@ FIELDS = {
     "n_seq": (64, 128),
     "num_heads": (3, 2),
     "ffn_dim": (None, 40),
+    "embedding_scale": (1.0, 3.0),
 }
 """Fields that change what a model computes, with two values each."""
 

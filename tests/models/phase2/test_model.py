@@ -139,6 +139,7 @@ FIELDS = {
     "d_model": (48, 32),
     "n_layers": (3, 2),
     "ffn_dim": (None, 40),
+    "embedding_scale": (None, 1.0),
     "vocab_size": (97, 120),
     "consolidation_interval": (64, 128),
     "memory_feedback": (True, False),

@@ -73,6 +73,8 @@ class Phase1Config(ModelConfig):
     ffn_dim: int | None = None
     """hidden width of the feed-forward network; None for 4 d_model"""
     dropout: float = 0.1
+    embedding_scale: float = 1.0
+    """factor of what enters the first block"""
     rank_warmup_steps: int = 1000
     """training steps in which the rank rises from its least to its most"""
     ar_ssm_bounded: bool = True
@@ -153,6 +155,7 @@ class Phase1Config(ModelConfig):
             "n_layers",
             "n_seq",
             "num_heads",
+            "embedding_scale",
             "target_vram_gb",
             "target_ppl_degradation",
             "target_speedup",

@@ -227,7 +227,7 @@ class Phase1IntegratedModel(IntegratedModel):
             config.use_gradient_checkpointing and config.checkpoint_htt, self.token_embedding, batch.input_ids
         )
         place = positions(state.position if state is not None else None, batch.input_ids, batch.cu_seqlens)
-        embedded = x + self.position_embedding(place).to(x.dtype)
+        embedded = self._embed(x, place)
         x, layers, traces = self.dropout(embedded), [], []
         if outputs is not None:
             outputs.append(batch.restore(x))

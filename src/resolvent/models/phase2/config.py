@@ -71,6 +71,8 @@ class Phase2Config(ModelConfig):
     target_speedup_triton: float = 3.0
 
     # Beyond the report
+    embedding_scale: float | None = None
+    """factor of what enters the first block; None for sqrt(d_model), which brings it to the size of what blocks add"""
     snr_enabled: bool = True
     snr_temperature: float = 0.5
     """softness of the SNR threshold"""
@@ -112,7 +114,8 @@ class Phase2Config(ModelConfig):
         """
         check_fields(cls, overrides)
         shared = (
-            "vocab_size", "d_model", "n_layers", "n_seq", "num_heads", "ffn_dim", "dropout", "backend", "target_vram_gb"
+            "vocab_size", "d_model", "n_layers", "n_seq", "num_heads", "ffn_dim", "dropout", "embedding_scale", "backend",
+            "target_vram_gb",
         )  # fmt: skip
         taken: dict[str, Any] = {name: getattr(phase1_config, name) for name in shared}
         values: dict[str, Any] = {"phase1_config": phase1_config, **taken, **overrides}
@@ -150,7 +153,7 @@ class Phase2Config(ModelConfig):
         )
         faults += must_be_at_least(self, 1, "snr_gamma_boost", "snr_eta_boost", "conv_size")
         faults += must_be_at_least(self, 0, "ar_ssm_rank")
-        optional = ("ffn_dim", "ar_ssm_gate_hidden_dim", "htt_rank")
+        optional = ("ffn_dim", "ar_ssm_gate_hidden_dim", "htt_rank", "embedding_scale")
         faults += must_be_positive(self, *(name for name in optional if getattr(self, name) is not None))
         if self.tie_embeddings and self.htt_rank is not None:
             faults.append(f"tie_embeddings needs a table to share: htt_rank must be None, got {self.htt_rank}")

@@ -248,10 +248,9 @@ class Phase2IntegratedModel(IntegratedModel):
         (B, N, D)."""
         batch = read_tokens(input_ids, self.vocab_size, cu_seqlens, attention_mask)
         position = self._start_position(state, batch)
-        x = self.token_embedding(batch.input_ids)
         start = position if state is not None else None
         place = positions(start, batch.input_ids, batch.cu_seqlens)
-        embedded = x + self.position_embedding(place).to(x.dtype)
+        embedded = self._embed(self.token_embedding(batch.input_ids), place)
         x, readout, layers, traces = self.dropout(embedded), None, [], []
         if outputs is not None:
             outputs.append(batch.restore(x))

@@ -65,7 +65,7 @@ class TokenStep:
         overwrites."""
         model, kernels, waves = self.model, self.kernels, self.waves
         frequency = waves.initial_frequency.value
-        kernels.embed(token, self.state.position, self.table, frequency, waves.gain, waves.scale, self.x)
+        kernels.embed(token, self.state.position, self.table, frequency, waves.gain, waves.scale, model.embedding_factor, self.x)
         for i, (block, layer) in enumerate(zip(model._blocks, self.state.layers, strict=True)):
             self._read(block, layer, self.consolidations[i], first=i == 0)
         kernels.linear(self.x, model.lm_head.weight, None, self.logits, self._norm(model.ln_f))

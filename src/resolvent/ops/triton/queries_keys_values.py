@@ -183,7 +183,7 @@ def _queries_keys_values_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if cu_seqlens is not None:
         # One table, so that a program finds a token's sequence and its bounds without a search.
-        bounds = cu_seqlens.to(projected.device, torch.int64)
+        bounds = cu_seqlens.to(projected.device, torch.int64, non_blocking=True)
         token = torch.arange(projected.shape[1], device=projected.device)
         cu_seqlens = torch.cat([torch.searchsorted(bounds[1:], token, right=True), bounds])
     return _queries_keys_values(projected, weight, tail, cu_seqlens, num_heads)

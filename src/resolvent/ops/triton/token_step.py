@@ -43,13 +43,14 @@ def _normalized(x, weight, bias, columns, inside, width, eps):
 
 
 @_kernel
-def _embed(token, position, table, frequency, gain, x, scale, D, BLOCK: tl.constexpr):
+def _embed(token, position, table, frequency, gain, x, scale, factor, D, BLOCK: tl.constexpr):
     sequence, columns = tl.program_id(0), tl.arange(0, BLOCK)
     inside = columns < D
     row = tl.load(table + tl.load(token + sequence) * D + columns, mask=inside, other=0.0).to(tl.float32)
     phase = tl.load(position + sequence).to(tl.float64) * tl.load(frequency + columns // 2, mask=inside, other=0.0)
     waves = tl.where(columns % 2 == 0, tl.sin(phase), tl.cos(phase)).to(tl.float32)
-    tl.store(x + sequence * D + columns, row + tl.load(gain).to(tl.float32) * scale * waves, mask=inside)
+    row += tl.load(gain).to(tl.float32) * scale * waves
+    tl.store(x + sequence * D + columns, row * factor, mask=inside)
 
 
 @_kernel
@@ -195,12 +196,19 @@ def _remember(
 
 
 def embed(
-    token: Tensor, position: Tensor, table: Tensor, frequency: Tensor, gain: Tensor, scale: float, out: Tensor
+    token: Tensor,
+    position: Tensor,
+    table: Tensor,
+    frequency: Tensor,
+    gain: Tensor,
+    scale: float,
+    factor: float,
+    out: Tensor,
 ) -> None:
-    """``out`` (B, D) = the tokens' rows of the table (vocabulary, D) plus the waves of their positions
+    """``out`` (B, D) = ``factor`` times the tokens' rows of the table (vocabulary, D) and the waves of their positions
     (``ZetaEmbedding``)."""
     width = table.shape[1]
-    sizes = (scale, width, triton.next_power_of_2(width))
+    sizes = (scale, factor, width, triton.next_power_of_2(width))
     with torch.cuda.device_of(out):
         _embed[(len(token),)](token.contiguous(), position, table, frequency, gain, out, *sizes, num_warps=4)
 

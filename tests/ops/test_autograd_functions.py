@@ -1,0 +1,70 @@
+"""What PyTorch 2.11 asks of every `autograd.Function` that is compiled: see the docstring of `resolvent.ops`."""
+
+import importlib
+import pkgutil
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import resolvent.ops
+from resolvent.ops import bk_core, hebbian, normalize, short_conv
+
+
+class Context:
+    """Stands in for what autograd hands to `forward`."""
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        pass
+
+
+class Names(TorchFunctionMode):
+    """How often each tensor was a result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[int] = Counter()
+        self.kept: list[torch.Tensor] = []  # so that no address is given twice
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.kept.append(result)
+            self.count[id(result)] += 1
+        return result
+
+
+def calls() -> dict[type, tuple[Any, ...]]:
+    x, decay = torch.randn(2, 3, 4, 8, 8), torch.rand(2, 3, 4, 8).cumsum(-1)
+    return {
+        normalize._Normalize: (x, 1.0, 1e-5),
+        short_conv._DepthwiseConv: (torch.randn(2, 9, 8), torch.randn(4, 8)),
+        bk_core._Moebius: (torch.randn(2, 9, 3, dtype=torch.complex64) - 1j, torch.ones(2, 9, 3)),
+        hebbian._WithinChunk: (x, x, x, decay),
+    }
+
+
+UNTOUCHED = {hebbian._Carry}  # returns what `cat` and indexing make, of what tests/models/phase2/test_compile.py compiles
+
+
+def test_all_functions_are_known():
+    functions = set()
+    for module in pkgutil.iter_modules(resolvent.ops.__path__, "resolvent.ops."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, type) and issubclass(value, torch.autograd.Function) and value.__module__ == module.name:
+                functions.add(value)
+    assert functions == calls().keys() | UNTOUCHED
+
+
+@pytest.mark.parametrize("function", calls(), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_what_is_returned_has_one_name(function: type, taps: int):
+    args = calls()[function]
+    if function is short_conv._DepthwiseConv:
+        args = (args[0], args[1][:taps])
+    names = Names()
+    with torch.no_grad(), names:
+        result = function.forward(Context(), *args)  # pyrefly: ignore[missing-attribute]
+    assert names.count[id(result)] == 1
