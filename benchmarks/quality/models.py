@@ -17,7 +17,7 @@ from resolvent.models.phase2.model import Phase2Block
 from resolvent.ops import linear_cross_entropy
 
 HEAD_DIM = 64
-FFN_STEP = 32
+FFN_STEP = 16
 TOLERANCE = 0.02
 
 PEERS: dict[str, Callable[[int], Mixer]] = {
@@ -214,7 +214,7 @@ def _phase2(name: str, size: Size) -> Callable[[int], Contestant]:
             n_seq=size.length,
             num_heads=size.width // HEAD_DIM,
             head_dim=HEAD_DIM,
-            ffn_dim=3 * hidden // 2,  # of which a gated network takes two thirds
+            ffn_dim=3 * hidden,  # of which a gated network takes two thirds
             dropout=size.dropout,
             tie_embeddings=True,
         )

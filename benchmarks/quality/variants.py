@@ -6,6 +6,7 @@
     phase2/no-snr/no-resonance   without both
     phase2/bare                  without any mechanism: a decaying memory and a feed-forward part
     phase2/bare/bk               and with BK-Core alone
+    phase2/no-snr-training       with the SNR filter at full strength
     phase2/original              with the report's original initialisation
 
 BK-Core, Γ in the Hamiltonian and the positions have no switch in the configuration: what leads them to the stream (the
@@ -60,6 +61,7 @@ OPTIONS = {
     "gate": Switch("gate of the read-out", {"output_gate": False}),
     "gated-ffn": Switch("SwiGLU in place of Linear, GELU, Linear", {"ffn_gated": False}),
     "scale": Switch("tokens enter at the size of what blocks add", {"embedding_scale": 1.0}),
+    "snr-training": Switch("the SNR filter's strength is trained", {"snr_trained": False}),
     "floor": Switch("a least decay of 1 % a token, in place of 0.01 %", {"base_decay": 1e-4}),
 }
 """What is ours, or has other grounds."""
@@ -129,7 +131,8 @@ def parse_variant(name: str) -> Variant:
         if part == "bare":
             off |= set(MECHANISMS)
         elif part == "original":
-            original, config = True, {"tie_embeddings": False, "embedding_scale": 1.0, "ffn_gated": False}
+            original = True
+            config = {"tie_embeddings": False, "embedding_scale": 1.0, "ffn_gated": False, "snr_trained": False}
         elif mechanism not in MECHANISMS | OPTIONS:
             known = ", ".join(["bare", "original", *MECHANISMS, *OPTIONS])
             raise ValueError(f"{name}: there is no {part!r}; known are {known}, each but the first two also with no-")

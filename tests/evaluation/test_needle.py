@@ -104,7 +104,7 @@ def test_without_knowledge_it_is_chance(stream: TokenStream, tokenizer: Tokenize
     (row,) = scores.rows
     assert row.beaten.standard_error is not None
     assert abs(row.beaten.mean - 0.5) < 4 * row.beaten.standard_error
-    assert row.beaten.standard_error == pytest.approx(0.29 / 60**0.5, rel=0.25)  # of a uniform rank
+    assert 0.22 / 60**0.5 < row.beaten.standard_error < 0.5 / 60**0.5  # ranks are no narrower than uniform ones
     assert row.exact.mean == 0
 
 

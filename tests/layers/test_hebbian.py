@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -53,15 +55,19 @@ def test_eta_and_dt_reach_the_memory():
     boost=st.floats(1.0, 5.0),
     sharpness=st.floats(-20, 20),
     bias=st.floats(-20, 20),
+    logit=st.one_of(st.none(), st.floats(-20, 20)),
     same_token=st.booleans(),
 )
-def test_the_energy_bound_holds(seed, decay, eta, size, boost, sharpness, bias, same_token):
+def test_the_energy_bound_holds(seed, decay, eta, size, boost, sharpness, bias, logit, same_token):
     torch.manual_seed(seed)
     length, heads, width = 300, 2, 8
     resonance = MemoryResonanceLayer(heads, width)
     resonance.sharpness.data.fill_(sharpness)
     resonance.bias.data.fill_(bias)
-    rule = Consolidation(64, SNRMemoryFilter(eta_boost=boost).constants, resonance.constants())
+    snr = SNRMemoryFilter(heads, eta_boost=boost, trained=logit is not None)
+    if snr.strength_logit is not None:
+        snr.strength_logit.data.fill_(logit)
+    rule = Consolidation(64, snr.constants(), resonance.constants())
     k, v = torch.randn(2, 1, length, heads, width, dtype=torch.float64)
     if same_token:  # the worst case: every write adds to the last
         k, v = k[:, :1].expand_as(k), v[:, :1].expand_as(v)
@@ -97,9 +103,10 @@ def test_the_energy_rate_is_a_difference_quotient():
 def test_statistics_of_the_filters():
     memory = torch.zeros(1, 1, 4, 4)
     memory[0, 0, 1, 2] = 3.0
-    snr = SNRMemoryFilter(threshold=2.0).statistics(memory)
+    snr = SNRMemoryFilter(1, threshold=2.0).statistics(memory)
     assert snr["max_snr"].item() == pytest.approx(4.0)  # |S| = 3, rms = 3/4
     assert snr["low_snr_ratio"].item() == pytest.approx(15 / 16)
+    assert snr["strength"].item() == pytest.approx(1 / (1 + math.exp(4)))
     layer = MemoryResonanceLayer(1, 4, energy_threshold=0.5)
     mode = layer.basis.value[:, 2].float().unsqueeze(-1).expand(4, 4).view(1, 1, 4, 4)
     info = layer.statistics(mode)
@@ -107,6 +114,21 @@ def test_statistics_of_the_filters():
     assert info["num_resonant"].item() == 1
     assert info["sparsity_ratio"].item() == pytest.approx(0.75)
     assert info["total_energy"].item() == pytest.approx(4.0, rel=1e-5)
+
+
+def test_the_snr_filter_starts_near_nothing_and_can_be_opened():
+    layer = SNRMemoryFilter(3)
+    strength = layer().strength
+    torch.testing.assert_close(strength, torch.full((3,), 0.018), rtol=0.01, atol=0)
+    strength.sum().backward()
+    assert (layer.strength_logit.grad > 0).all()
+    assert layer.bfloat16()().strength.dtype == torch.float32
+
+
+def test_a_filter_that_is_not_trained_has_full_strength():
+    layer = SNRMemoryFilter(3, trained=False)
+    assert list(layer.parameters()) == [] and layer().strength is None
+    assert torch.equal(layer.statistics(torch.randn(2, 3, 4, 4))["strength"], torch.ones(2, 3))
 
 
 def test_autocast_keeps_what_all_projections_read_only_once():

@@ -159,7 +159,7 @@ def test_gradients_flow_through_the_state(model):
     _, state = model(ids[:, :70], return_state=True)
     split = gradient(model(ids[:, 70:], state=state))
     torch.testing.assert_close(split, whole, rtol=1e-3, atol=1e-3 * whole.abs().max().item())
-    assert (gradient(model(ids[:, 70:], state=state.detach())) - whole).norm() > 1e-2 * whole.norm()
+    assert (gradient(model(ids[:, 70:], state=state.detach())) - whole).norm() > 2e-3 * whole.norm()
 
 
 def test_gradients_match_finite_differences(model):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -29,21 +31,24 @@ def state(batch=2, heads=2, key=16, value=8, dtype=torch.float64):
     return MemoryState(memory, writes, torch.rand(batch, heads, dtype=dtype))
 
 
+KINDS = ["none", "snr", "strength", "resonance", "both"]
+"""Nothing, the SNR filter at full strength and at a strength of its own, the resonance, and the last two."""
+
+
 def consolidation(kind, heads=2, key=16, interval=CHUNK, dtype=torch.float64):
     if kind == "none":
         return None
     basis = torch.linalg.qr(torch.randn(key, key, dtype=dtype))[0]
-    sharpness, bias = (torch.rand(heads, dtype=dtype).requires_grad_() for _ in range(2))
+    strength, sharpness, bias = (torch.rand(heads, dtype=dtype).requires_grad_() for _ in range(3))
     return Consolidation(
         interval,
-        SNRFilter(1.0, 0.5, 2.0, 1.5) if kind in ("snr", "both") else None,
+        SNRFilter(1.0, 0.5, 2.0, 1.5, None if kind == "snr" else strength) if kind != "resonance" else None,
         Resonance(basis, 0.5, sharpness, bias) if kind in ("resonance", "both") else None,
     )
 
 
 def tensors_of(consolidation):
-    resonance = consolidation.resonance if consolidation else None
-    return [resonance.sharpness, resonance.bias] if resonance else []
+    return consolidation.parameters if consolidation else ()
 
 
 def relative(x, reference):
@@ -51,7 +56,7 @@ def relative(x, reference):
 
 
 @pytest.mark.parametrize("strength", DECAYS)
-@pytest.mark.parametrize("kind", ["none", "snr", "resonance", "both"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_chunks_are_the_reference_gradients_included(length, kind, strength):
     values = [x.requires_grad_() for x in inputs(length, DECAYS[strength])]
@@ -161,23 +166,63 @@ def test_gradcheck_with_packed_sequences_and_consolidation():
     start = MemoryState(*(x.requires_grad_() for x in state(batch=2, heads=1, key=4, value=3)))
     rule = consolidation("both", heads=1, key=4)
 
-    def run(q, k, v, decay, eta, memory, writes, forgetting):
+    def run(q, k, v, decay, eta, memory, writes, forgetting, strength, sharpness, bias):
+        snr, resonance = replace(rule.snr, strength=strength), replace(rule.resonance, sharpness=sharpness, bias=bias)
         readout, final = dissipative_memory(
             q, k, v, decay, eta,
             initial_state=MemoryState(memory, writes, forgetting),
             cu_seqlens=torch.tensor([0, 3, 70]),
-            consolidation=rule,
+            consolidation=replace(rule, snr=snr, resonance=resonance),
         )  # fmt: skip
         return readout, *final
 
-    assert torch.autograd.gradcheck(run, (*values, *start), fast_mode=True)
+    assert torch.autograd.gradcheck(run, (*values, *start, *rule.parameters), fast_mode=True)
+
+
+def at(strength):
+    """The SNR filter of ``consolidation`` at a strength."""
+    return Consolidation(CHUNK, replace(consolidation("snr").snr, strength=strength))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_a_strength_the_filter_acts_fully(dtype):
+    values, start = inputs(150, dtype=dtype), state(dtype=dtype)
+    given, grads = [*values, *start], []
+    for rule in (at(None), at(torch.ones(2))):
+        sources = [x.clone().requires_grad_() for x in given]
+        readout, final = dissipative_memory(
+            *sources[:5], initial_state=MemoryState(*sources[5:]), position=torch.tensor([0, 9]), consolidation=rule
+        )
+        loss = readout.sum() + sum(x.square().sum() for x in final)
+        grads.append([readout, *final, *torch.autograd.grad(loss, sources)])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_at_a_strength_of_zero_there_is_no_filter():
+    values, start = inputs(150), state()
+    strength = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    found, final = dissipative_memory(*values, initial_state=start, consolidation=at(strength))
+    expected, plain = dissipative_memory(*values, initial_state=start)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(final.memory, plain.memory, rtol=1e-12, atol=1e-12)
+    (grad,) = torch.autograd.grad(found.square().sum(), strength)
+    assert (grad != 0).all()  # it can be opened
+
+
+def test_every_head_has_its_own_strength():
+    values = inputs(150)
+    found, _ = dissipative_memory(*values, consolidation=at(torch.tensor([0.0, 1.0])))
+    without, _ = dissipative_memory(*values)
+    fully, _ = dissipative_memory(*values, consolidation=at(None))
+    torch.testing.assert_close(found, torch.stack([without[:, :, 0], fully[:, :, 1]], 2), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(without, fully)
 
 
 def test_parameters_that_took_no_part_get_zero_gradients():
     values, rule = [x.requires_grad_() for x in inputs(10)], consolidation("both")
     readout, _ = dissipative_memory(*values, consolidation=rule)
     readout.sum().backward()
-    assert torch.equal(rule.resonance.bias.grad, torch.zeros(2))
+    assert all(torch.equal(x.grad, torch.zeros(2)) for x in rule.parameters)
 
 
 def test_training_after_inference_on_the_same_lengths():

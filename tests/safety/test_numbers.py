@@ -149,14 +149,14 @@ def written(kind, length):
 def remembered(q, k, v, decay, dtype, wide, device="cpu", backend="torch"):
     """The final state and all gradients; ``wide`` is the dtype of decays and parameters."""
     tokens = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
-    given = [decay, torch.full((2,), ETA), torch.ones(2), torch.full((2,), 4.0)]
-    decay, eta, sharpness, bias = (x.to(device, wide).requires_grad_() for x in given)
+    given = [decay, torch.full((2,), ETA), torch.full((2,), 0.9), torch.ones(2), torch.full((2,), 4.0)]
+    decay, eta, strength, sharpness, bias = (x.to(device, wide).requires_grad_() for x in given)
     basis = resonance_basis(WIDTH).to(device)
-    rule = Consolidation(64, SNRFilter(2.0, 0.5, 2.0, BOOST), Resonance(basis, 0.1, sharpness, bias))
+    rule = Consolidation(64, SNRFilter(2.0, 0.5, 2.0, BOOST, strength), Resonance(basis, 0.1, sharpness, bias))
     readout, state = dissipative_memory(*tokens, decay, eta, consolidation=rule, backend=backend)
     weights = torch.cos(torch.arange(readout.numel(), device=device)).view(readout.shape)
     loss = (readout.double() * weights).sum() + state.memory.double().sum()
-    sources = (*tokens, decay, eta, sharpness, bias)
+    sources = (*tokens, decay, eta, *rule.parameters)
     return readout.detach(), state, torch.autograd.grad(loss, sources, materialize_grads=True)
 
 

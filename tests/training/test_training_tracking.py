@@ -56,7 +56,8 @@ def test_tensorboard_gets_the_metrics_and_the_physics(tracked: MakeConfig):
     assert found["validation/loss"] == [
         (s, pytest.approx(v, rel=1e-6)) for s, v in zip(checked, validated, strict=True)
     ]
-    for quantity in ("gamma_mean", "energy", "energy_over_bound", "signal_share", "resonant_share", "gradient_norm"):
+    quantities = ("gamma_mean", "energy", "energy_over_bound", "signal_share", "snr_strength", "resonant_share")
+    for quantity in (*quantities, "gradient_norm"):
         for layer in ("layer_01", "layer_02"):
             assert [step for step, _ in found[f"{quantity}/{layer}"]] == checked
     histograms = events(config.run_dir).Tags()["histograms"]

@@ -130,7 +130,7 @@ def measure_memory(bench: Bench, case: MemoryCase) -> Row:
 
 
 def memory_operator(case: MemoryCase, device: torch.device) -> Callable[..., Tensor]:
-    """The public operator: (q, k, v, decay, eta[, sharpness, bias]) -> read-out."""
+    """The public operator: (q, k, v, decay, eta[, strength, sharpness, bias]) -> read-out."""
     consolidation = _consolidation(case, device) if case.consolidated else None
 
     def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, eta: Tensor, *parameters: Tensor) -> Tensor:
@@ -140,14 +140,15 @@ def memory_operator(case: MemoryCase, device: torch.device) -> Callable[..., Ten
 
 
 def memory_inputs(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """q, k of unit length, v, a decay from half a token to hundreds of tokens, η, and the resonance's parameters."""
+    """q, k of unit length, v, a decay from half a token to hundreds of tokens, η, and the filters' parameters."""
     q, k, v = torch.randn(3, case.batch, case.length, case.heads, case.width, device=device)
     q, k, v = (x.to(dtype) for x in (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v))
     slowest_to_fastest = torch.logspace(-2.5, 0.0, case.heads, device=device)
     decay = slowest_to_fastest * (0.5 + torch.rand(case.batch, case.length, case.heads, device=device))
     inputs = [q, k, v, decay, torch.full((case.heads,), 0.1, device=device)]
     if case.consolidated:
-        inputs += [1 + torch.rand(case.heads, device=device), torch.rand(case.heads, device=device)]
+        strength, sharpness, bias = torch.rand(3, case.heads, device=device)
+        inputs += [strength, 1 + sharpness, bias]
     return inputs
 
 
@@ -185,18 +186,19 @@ def _consolidation(case: MemoryCase, device: torch.device) -> Consolidation:
     """Both mechanisms, with the defaults of a model."""
     config = Phase2Config()
     snr = SNRMemoryFilter(
-        config.snr_threshold, config.snr_gamma_boost, config.snr_eta_boost, config.snr_temperature
-    ).constants
+        case.heads, config.snr_threshold, config.snr_gamma_boost, config.snr_eta_boost, config.snr_temperature
+    ).to(device)
     resonance = MemoryResonanceLayer(case.heads, case.width, config.resonance_energy_threshold).to(device)
-    return Consolidation(config.consolidation_interval, snr, resonance.constants())
+    return Consolidation(config.consolidation_interval, snr(), resonance())
 
 
 def _with(consolidation: Consolidation | None, parameters: tuple[Tensor, ...]) -> Consolidation | None:
-    if consolidation is None or consolidation.resonance is None:
+    if consolidation is None or consolidation.snr is None or consolidation.resonance is None:
         return None
-    sharpness, bias = parameters
+    strength, sharpness, bias = parameters
+    snr = dataclasses.replace(consolidation.snr, strength=strength)
     resonance = dataclasses.replace(consolidation.resonance, sharpness=sharpness, bias=bias)
-    return dataclasses.replace(consolidation, resonance=resonance)
+    return dataclasses.replace(consolidation, snr=snr, resonance=resonance)
 
 
 # -------------------------------------------------------------------------------------------------- the resolvent

@@ -133,7 +133,7 @@ def new_model(preset: str, device: torch.device, backend: str = "auto") -> Phase
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
         for parameter in model.token_embedding.parameters():
-            parameter.mul_(50)
+            parameter.mul_(50 / model.embedding_factor)
     return model.to(device).train()
 
 

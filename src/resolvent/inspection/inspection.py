@@ -272,7 +272,7 @@ def _layer(seen: LayerTrace, block: torch.nn.Module) -> Layer:
 def _memory(seen: MemoryTrace, block: Phase2Block) -> Memory:
     snr = signal_to_noise(seen.last).flatten(1)
     bins = [np.histogram(row.clip(SNR_EDGES[0], SNR_EDGES[-1]), SNR_EDGES)[0] / row.size for row in snr.cpu().numpy()]
-    threshold = block.snr_filter.constants.threshold if block.snr_filter else None
+    threshold = block.snr_filter.threshold if block.snr_filter else None
     modes = None
     if block.resonance is not None:
         found = block.resonance.statistics(seen.last[None])

@@ -29,6 +29,6 @@ class GatedFeedForward(nn.Module):
 
 
 def gated_width(plain: int) -> int:
-    """The hidden width with which a gated network has about as many parameters as a plain one: two thirds of that one's,
-    as a multiple of 32."""
+    """The hidden width with which a gated network has about as many parameters as a plain one: two thirds of that
+    one's, as a multiple of 32."""
     return _MULTIPLE * max(1, round(plain * 2 / (3 * _MULTIPLE)))

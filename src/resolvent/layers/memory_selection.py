@@ -3,39 +3,76 @@
 Shapes: B batch, H heads, K key width, V value width.
 """
 
+import torch
 from torch import Tensor, nn
 
 from ..ops import SNRFilter
 from ..ops.consolidation import signal_to_noise
+from ..ops.precision import at_least_float32
 
 
 class SNRMemoryFilter(nn.Module):
     """At every consolidation, noise forgets faster and signal is written more strongly (``ops.consolidation``).
 
+    It starts near the identity: ``sigmoid(strength_logit)`` is how strongly it acts, and training opens it where it
+    helps.
+
     Args:
+        num_heads: heads H.
         threshold: SNR, in units of the memory's rms, above which a component counts as signal.
-        gamma_boost: how many times faster noise forgets, >= 1.
-        eta_boost: how many times more strongly signal is learned, >= 1.
+        gamma_boost: how many times faster noise forgets at full strength, >= 1.
+        eta_boost: how many times more strongly signal is learned at full strength, >= 1.
         temperature: softness of the threshold.
+        trained: False for full strength, which nothing changes.
     """
 
     def __init__(
-        self, threshold: float = 2.0, gamma_boost: float = 2.0, eta_boost: float = 1.5, temperature: float = 0.5
+        self,
+        num_heads: int,
+        threshold: float = 2.0,
+        gamma_boost: float = 2.0,
+        eta_boost: float = 1.5,
+        temperature: float = 0.5,
+        trained: bool = True,
     ):
         super().__init__()
-        self.constants = SNRFilter(threshold, temperature, gamma_boost, eta_boost)
+        self.threshold, self.temperature = threshold, temperature
+        self.gamma_boost, self.eta_boost = gamma_boost, eta_boost
+        self.strength_logit = nn.Parameter(torch.empty(num_heads)) if trained else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.strength_logit is not None:
+            self.strength_logit.fill_(-4.0)
+
+    def forward(self) -> SNRFilter:
+        """What the operator needs: ``constants``, through the module's hooks, which may have to fetch its weights."""
+        return self.constants()
+
+    def constants(self) -> SNRFilter:
+        """What the operator needs."""
+        return SNRFilter(self.threshold, self.temperature, self.gamma_boost, self.eta_boost, self.strength)
+
+    @property
+    def strength(self) -> Tensor | None:
+        """How strongly the filter acts on every head, (H,) float32 or wider, in [0, 1]; None for full strength."""
+        return None if self.strength_logit is None else at_least_float32(self.strength_logit).sigmoid()
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value:g}" for name, value in vars(self.constants).items())
+        names = ("threshold", "temperature", "gamma_boost", "eta_boost")
+        return ", ".join(f"{name}={getattr(self, name):g}" for name in names)
 
     def statistics(self, memory: Tensor) -> dict[str, Tensor]:
         """What the filter sees in a memory (B, H, K, V): ``mean_snr``, ``std_snr``, ``min_snr``, ``max_snr`` and
-        ``low_snr_ratio`` (the share of components below the threshold), each (B, H)."""
-        snr = signal_to_noise(memory).flatten(-2)
+        ``low_snr_ratio`` (the share of components below the threshold), and the ``strength`` with which it acts, each
+        (B, H)."""
+        snr, strength = signal_to_noise(memory).flatten(-2), self.strength
         return {
             "mean_snr": snr.mean(-1),
             "std_snr": snr.std(-1),
             "min_snr": snr.amin(-1),
             "max_snr": snr.amax(-1),
-            "low_snr_ratio": (snr < self.constants.threshold).float().mean(-1),
+            "low_snr_ratio": (snr < self.threshold).float().mean(-1),
+            "strength": (snr.new_ones(1) if strength is None else strength).expand(snr.shape[:-1]),
         }

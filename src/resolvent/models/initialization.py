@@ -11,6 +11,7 @@ from ..layers import (
     DissipativeHebbianLayer,
     MemoryResonanceLayer,
     NonHermitianPotential,
+    SNRMemoryFilter,
     TensorTrainEmbedding,
     ZetaEmbedding,
     ZetaInitializer,
@@ -21,6 +22,7 @@ _WITH_A_FIXED_START = (
     NonHermitianPotential,
     DissipativeBKLayer,
     DissipativeHebbianLayer,
+    SNRMemoryFilter,
     MemoryResonanceLayer,
     AdaptiveRankSemiseparableLayer,
 )

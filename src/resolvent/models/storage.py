@@ -25,7 +25,7 @@ from .phase2 import Phase2Config
 from .phases import PHASES, Phase, phase_of
 
 FORMAT_VERSION = 2
-_BEFORE_FORMAT_2 = {"embedding_scale": 1.0, "ffn_gated": False}
+_BEFORE_FORMAT_2 = {"embedding_scale": 1.0, "ffn_gated": False, "snr_trained": False}
 """What models did of which format 1 had no fields."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"

@@ -1,7 +1,7 @@
 """Pure functions on tensors: what the layers compute, with nothing of modules or parameters in it.
 
-What the ``forward`` of an ``autograd.Function`` returns must never have had another name: no operation in place makes it,
-no ``to`` that changes nothing. Compiled by PyTorch 2.11, its gradient would silently be zero (PyTorch issue 180642).
+What the ``forward`` of an ``autograd.Function`` returns must never have had another name: no operation in place makes
+it, no ``to`` that changes nothing. PyTorch 2.11 compiles such a function with a gradient of zero (its issue 180642).
 """
 
 from .bk_core import (

@@ -3,9 +3,10 @@ r"""Consolidation: what happens to a Hebbian memory at fixed boundaries, every `
 Let ``S`` be the memory at a boundary, ``ΔS`` the decayed sum of what was written since the last one and ``Γ̄`` the sum
 of ``Γ dt`` since then.
 
-* **SNR filter.** ``SNR_ij = |S_ij| / rms(S)`` per head and ``p = sigmoid((SNR - threshold) / temperature)``. Components
-  below the threshold forget as if Γ were ``gamma_boost`` times as large, those above it learn as if η were
-  ``eta_boost`` times as large: ``S <- S exp(-(gamma_boost - 1) Γ̄ (1 - p)) + (eta_boost - 1) p ΔS``.
+* **SNR filter.** ``SNR_ij = |S_ij| / rms(S)`` per head and ``p = sigmoid((SNR - threshold) / temperature)``. At full
+  strength, s = 1, components below the threshold forget as if Γ were ``gamma_boost`` times as large, those above it
+  learn as if η were ``eta_boost`` times as large; at s = 0 nothing happens:
+  ``S <- S exp(-s (gamma_boost - 1) Γ̄ (1 - p)) + s (eta_boost - 1) p ΔS``.
 * **Resonance.** The modes of a memory are the rows of ``QᵀS`` for a fixed orthonormal ``Q``, with energies ``E_m``
   relative to their mean; ``S <- Q diag(σ) QᵀS`` with ``σ_m = sigmoid(sharpness (E_m / mean(E) - threshold) + bias)``.
 
@@ -25,12 +26,14 @@ _TINY = 1e-20
 
 @dataclass(frozen=True)
 class SNRFilter:
-    """Constants of the SNR filter: threshold (in units of the memory's rms), softness, and the two boosts (>= 1)."""
+    """The SNR filter: threshold (in units of the memory's rms), softness, the two boosts (>= 1), and the ``strength`` s
+    in [0, 1] with which it acts on every head, (H,); None for full strength everywhere."""
 
     threshold: float
     temperature: float
     gamma_boost: float
     eta_boost: float
+    strength: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,13 @@ class Consolidation:
     interval: int
     snr: SNRFilter | None = None
     resonance: Resonance | None = None
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What has gradients, each (H,): the SNR filter's strength, if it has one, the resonance's sharpness and bias,
+        if there is one."""
+        strength = (self.snr.strength,) if self.snr is not None and self.snr.strength is not None else ()
+        return (*strength, self.resonance.sharpness, self.resonance.bias) if self.resonance is not None else strength
 
 
 def signal_to_noise(memory: Tensor) -> Tensor:
@@ -97,28 +107,34 @@ def consolidate(memory: Tensor, writes: Tensor, forgetting: Tensor, consolidatio
 
 
 class _SNRFactors(NamedTuple):
-    """What the SNR filter makes of a memory: ``p`` and ``exp(-(gamma_boost - 1) Γ̄ (1 - p))``, both (B, H, K, V), and
-    the scale ``1 / rms`` and the strength ``(gamma_boost - 1) Γ̄``, both (B, H, 1, 1)."""
+    """What the SNR filter makes of a memory: ``p`` and ``exp(-excess (1 - p))``, both (B, H, K, V), and the scale
+    ``1 / rms`` and the excess ``s (gamma_boost - 1) Γ̄``, both (B, H, 1, 1)."""
 
     keep: Tensor
     survival: Tensor
     scale: Tensor
-    strength: Tensor
+    excess: Tensor
 
 
 def _snr_factors(memory: Tensor, forgetting: Tensor, snr: SNRFilter) -> _SNRFactors:
     scale = torch.rsqrt(memory.square().mean(dim=(-2, -1), keepdim=True) + _TINY)
     keep = torch.sigmoid(memory.abs() * (scale / snr.temperature) - snr.threshold / snr.temperature)
-    strength = (snr.gamma_boost - 1) * forgetting[..., None, None]
-    return _SNRFactors(keep, torch.exp(strength * (keep - 1)), scale, strength)
+    excess = _at_strength((snr.gamma_boost - 1) * forgetting[..., None, None], snr)
+    return _SNRFactors(keep, torch.exp(excess * (keep - 1)), scale, excess)
 
 
 def _filtered(memory: Tensor, writes: Tensor, factors: _SNRFactors, snr: SNRFilter) -> Tensor:
-    return torch.addcmul(memory * factors.survival, factors.keep, writes, value=snr.eta_boost - 1)
+    learned = _at_strength(factors.keep, snr)
+    return torch.addcmul(memory * factors.survival, learned, writes, value=snr.eta_boost - 1)
+
+
+def _at_strength(x: Tensor, snr: SNRFilter) -> Tensor:
+    """``s x``: (B, H, ., .) -> the same."""
+    return x if snr.strength is None else x * snr.strength.to(x.dtype)[:, None, None]
 
 
 class ConsolidationGradient(NamedTuple):
-    """Gradients of ``consolidate`` in its inputs and in the resonance's sharpness and bias, if there is one."""
+    """Gradients of ``consolidate`` in its inputs and in ``Consolidation.parameters``, in their order."""
 
     memory: Tensor
     writes: Tensor
@@ -143,19 +159,24 @@ def consolidate_gradient(
     if snr is None or factors is None:
         return ConsolidationGradient(grad, torch.zeros_like(writes), torch.zeros_like(forgetting), parameters)
 
-    keep, survival, scale, strength = factors
-    direct = grad * survival
+    keep, survival, scale, excess = factors
+    direct, weighted = grad * survival, _at_strength(grad, snr)
     grad_exponent = direct * memory
-    grad_keep = torch.addcmul(strength * grad_exponent, writes, grad, value=snr.eta_boost - 1)
+    grad_keep = torch.addcmul(excess * grad_exponent, writes, weighted, value=snr.eta_boost - 1)
     grad_ratio = torch.ops.aten.sigmoid_backward(grad_keep, keep) / snr.temperature
     # In units of the rms: the cube of a scale leaves the range of float32 long before the memory's square does.
     along = (grad_ratio * memory.abs() * scale).sum(dim=(-2, -1), keepdim=True)
     from_scale = along * scale.square() / memory[0, 0].numel()
     grad_memory = torch.addcmul(direct, grad_ratio * scale, torch.sign(memory)).addcmul_(from_scale, memory, value=-1)
+    grad_excess = ((keep - 1) * grad_exponent).sum(dim=(-2, -1), keepdim=True)
+    if snr.strength is not None:
+        of_forgetting = (snr.gamma_boost - 1) * forgetting * grad_excess[..., 0, 0]
+        of_learning = (snr.eta_boost - 1) * (keep * writes * grad).sum(dim=(-2, -1))
+        parameters = ((of_forgetting + of_learning).sum(0), *parameters)
     return ConsolidationGradient(
         grad_memory,
-        (snr.eta_boost - 1) * (keep * grad),
-        (snr.gamma_boost - 1) * ((keep - 1) * grad_exponent).sum(dim=(-2, -1)),
+        (snr.eta_boost - 1) * (keep * weighted),
+        (snr.gamma_boost - 1) * _at_strength(grad_excess, snr)[..., 0, 0],
         parameters,
     )
 

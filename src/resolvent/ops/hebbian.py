@@ -267,7 +267,7 @@ def _chunked_memory(
     resonance = consolidation.resonance if consolidation else None
     if consolidation is not None and resonance is not None:  # cast the basis once, not at every boundary
         consolidation = replace(consolidation, resonance=replace(resonance, basis=resonance.basis.to(dtype)))
-    parameters = (resonance.sharpness, resonance.bias) if resonance else (None, None)
+    parameters = consolidation.parameters if consolidation else ()
     before, *final = _Carry.apply(layout, consolidation, written, total_MH.to(dtype), *state, *parameters)
     from_start = torch.exp(-decay_MHC).to(dtype)
     readout = readout + (q_MHCK * from_start[..., None]) @ before
@@ -357,7 +357,7 @@ class _Carry(torch.autograd.Function):
         written: what each chunk adds to the memory by its end, (M, H, K, V).
         total: the sum of Γ dt of each chunk, (M, H).
         memory, writes, forgetting: the state, one row a sequence, in the caller's order.
-        sharpness, bias: the resonance's parameters, named here to be differentiated; None without a resonance.
+        parameters: those of the consolidation, named here to be differentiated.
 
     Returns:
         The memory before each chunk (M, H, K, V), and the final memory, writes and forgetting.
@@ -377,8 +377,7 @@ class _Carry(torch.autograd.Function):
         memory: Tensor,
         writes: Tensor,
         forgetting: Tensor,
-        sharpness: Tensor | None,
-        bias: Tensor | None,
+        *parameters: Tensor,
     ) -> Any:
         running = MemoryState(
             _keys_innermost(memory[layout.order]), _keys_innermost(writes[layout.order]), forgetting[layout.order]
@@ -411,8 +410,7 @@ class _Carry(torch.autograd.Function):
         layout, consolidation = ctx.layout, ctx.consolidation
         grad_memory, grad_writes, grad_forgetting = (x[layout.order] for x in grad_final)
         grad = MemoryState(_keys_innermost(grad_memory), _keys_innermost(grad_writes), grad_forgetting)
-        resonance = consolidation.resonance if consolidation else None
-        grad_parameters = [torch.zeros_like(p) for p in ((resonance.sharpness, resonance.bias) if resonance else ())]
+        grad_parameters = [torch.zeros_like(p) for p in (consolidation.parameters if consolidation else ())]
         grad_written, grad_total = [], []
         rounds = [x.split(layout.active) for x in (*ctx.saved_tensors, _keys_innermost(grad_before))]
         for j, (memory, keep, write, decay, from_readout) in reversed(list(enumerate(zip(*rounds, strict=True)))):
@@ -442,7 +440,7 @@ class _Carry(torch.autograd.Function):
         back = torch.argsort(layout.order)
         grad_state = (x[back] for x in grad)
         grads = (torch.cat([x.mT for x in grad_written[::-1]]).mT, torch.cat(grad_total[::-1]), *grad_state)
-        return None, None, *grads, *(grad_parameters or (None, None))
+        return None, None, *grads, *grad_parameters
 
 
 def _keys_innermost(memory: Tensor) -> Tensor:

@@ -35,9 +35,10 @@ def read_physics(model: IntegratedModel, tokens: Tensor) -> Physics:
         tokens: int64 (N,).
 
     Returns:
-        By layer, of a Phase 2 model: the decay rates Γ of all tokens; and of the memories after the text their SNR,
-        energy, the largest energy as a part of its bound, and the modes' energies with the share that resonates. Of a
-        Phase 1 model: its gates, their effective rank, and how near the resolvent came to a pole.
+        By layer, of a Phase 2 model: the decay rates Γ of all tokens; how strongly the SNR filter acts; and of the
+        memories after the text their SNR, energy, the largest energy as a part of its bound, and the modes' energies
+        with the share that resonates. Of a Phase 1 model: its gates, their effective rank, and how near the resolvent
+        came to a pole.
     """
     found: dict[str, Any] = {}
     with evaluating(model):
@@ -73,6 +74,7 @@ def _phase2(found: dict[str, Any], state: Phase2State) -> Physics:
         histograms[_name("snr", i)] = signal_to_noise(layer.memory.memory)
         if snr:
             scalars[_name("signal_share", i)] = 1 - snr["low_snr_ratio"].mean().item()
+            scalars[_name("snr_strength", i)] = snr["strength"].mean().item()
         if resonance:
             scalars[_name("resonant_share", i)] = 1 - resonance["sparsity_ratio"].mean().item()
             histograms[_name("mode_energy", i)] = resonance["diag_energy"]

@@ -58,7 +58,11 @@ def test_a_change_leaves_all_other_weights_as_they_are(mechanism: str):
     weights = dict(whole.model.named_parameters())
     variant = parse_variant(changed.name)
     potential = ("v_proj.weight", "gamma_proj.weight", "memory_to_potential.weight")
-    own = {"zeta-init": potential, "floor": ("gamma_bias",)}
+    own = {
+        "zeta-init": potential,
+        "floor": ("gamma_bias",),
+        "gated-ffn": ("ffn.0.weight", "ffn.0.bias", "ffn.2.weight", "ffn.2.bias"),
+    }
     for name, parameter in changed.model.named_parameters():
         if variant.zeros and name.endswith(variant.zeros):
             assert not parameter.any() and not parameter.requires_grad
@@ -93,6 +97,8 @@ def test_names_of_variants():
     assert parse_variant("phase2/bare/bk/snr").zeros == bare.zeros[1:]
     assert "snr_enabled" not in parse_variant("phase2/bare/bk/snr").config
     assert parse_variant("phase2/no-conv/no-gate").config == {"conv_size": 1, "output_gate": False}
+    assert parse_variant("phase2/no-snr-training").config == {"snr_trained": False}
+    assert parse_variant("phase2/original").config["snr_trained"] is False
     assert parse_variant("phase2").config == {} and parse_variant("phase2").zeros == ()
 
 

@@ -68,7 +68,7 @@ def test_steps_are_those_of_a_plain_loop():
         expected.append(loss.item())
     assert found == pytest.approx(expected, rel=1e-6)
     for a, b in zip(contestant.model.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        assert (a - b).norm() <= 1e-6 * b.norm()
 
 
 def test_a_run_leaves_no_trace_in_the_next():

@@ -16,6 +16,7 @@ DEVICES = [
 ]
 OPTIONS = {
     "all": {},
+    "full strength": dict(snr_trained=False),
     "bare": dict(snr_enabled=False, resonance_enabled=False, memory_feedback=False, output_gate=False),
     "fixed decay": dict(ffn_gated=False, adaptive_decay=False, output_norm=False, conv_size=2, resonance_enabled=False),
     "other widths": dict(num_heads=1, head_dim=24, d_model=40, conv_size=3, snr_enabled=False, tie_embeddings=True),
@@ -25,6 +26,9 @@ OPTIONS = {
 def models_on(device, **options):
     """The same model with kernels and without."""
     plain = small_model(backend="torch", n_layers=2, **options)
+    for name, parameter in plain.named_parameters():
+        if name.endswith("strength_logit"):
+            torch.nn.init.normal_(parameter)
     fused = small_model(backend="triton", n_layers=2, **options)
     fused.load_state_dict(plain.state_dict())
     return fused.to(device), plain.to(device)
@@ -52,6 +56,24 @@ def test_reads_as_the_model_does(device, options):
         hidden, state = model.hidden_states(token.unsqueeze(1), state=state)
         expected, found = model.lm_head(hidden[:, -1]), step(token)
         assert (found - expected).norm() <= 1e-5 * expected.norm()
+    for found, expected in zip(step.state.tensors(), state.tensors(), strict=True):
+        torch.testing.assert_close(found.to(expected.device), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_weights_may_change_in_place(device):
+    fused, model = models_on(device)
+    state, token = start(model, device, read=63), torch.zeros(2, dtype=torch.int64, device=device)
+    step = token_step(fused, state)
+    for changed in (fused, model):
+        for block in changed.blocks:
+            block.snr_filter.strength_logit += 3
+            block.resonance.bias -= 3
+    for _ in range(2):
+        expected, state = model(token.unsqueeze(1), state=state, return_state=True)
+        found = step(token)
+        assert (found - expected[:, 0]).norm() <= 1e-5 * expected.norm()
     for found, expected in zip(step.state.tensors(), state.tensors(), strict=True):
         torch.testing.assert_close(found.to(expected.device), expected, rtol=1e-5, atol=1e-5)
 

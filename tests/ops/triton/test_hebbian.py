@@ -12,10 +12,10 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU: see test_hebbian_cuda.py", allow_module_level=True)
 from resolvent.ops.triton import hebbian as kernels
-from tests.ops.test_hebbian import consolidation, inputs, relative, state, tensors_of
+from tests.ops.test_hebbian import KINDS, at, consolidation, inputs, relative, state, tensors_of
 
 DECAYS = {"weak": 1e-3, "middling": 0.3, "strong": 1000.0}
-NAMES = ["q", "k", "v", "decay", "eta", "memory", "writes", "forgetting", "sharpness", "bias"]
+NAMES = ["q", "k", "v", "decay", "eta", "memory", "writes", "forgetting"]
 
 
 def single(x):
@@ -23,11 +23,15 @@ def single(x):
 
 
 def single_rule(rule):
-    if rule is None or rule.resonance is None:
+    if rule is None:
         return rule
-    resonance = rule.resonance
-    basis, sharpness, bias = (single(x) for x in (resonance.basis, resonance.sharpness, resonance.bias))
-    return replace(rule, resonance=replace(resonance, basis=basis, sharpness=sharpness, bias=bias))
+    snr, resonance = rule.snr, rule.resonance
+    if snr is not None and snr.strength is not None:
+        snr = replace(snr, strength=single(snr.strength))
+    if resonance is not None:
+        basis, sharpness, bias = (single(x) for x in (resonance.basis, resonance.sharpness, resonance.bias))
+        resonance = replace(resonance, basis=basis, sharpness=sharpness, bias=bias)
+    return replace(rule, snr=snr, resonance=resonance)
 
 
 def run(values, start, rule, position, offsets=None, **options):
@@ -50,13 +54,13 @@ def check(values, start=None, rule=None, position=None, offsets=None):
     narrow_start = MemoryState(*(single(x) for x in start)) if start else None
     found, found_gradients = run(narrow, narrow_start, single_rule(rule), position, offsets, backend="triton")
     assert all(relative(a.double(), b) <= 1e-6 for a, b in zip(found, expected, strict=True))
-    names = NAMES[:5] + (NAMES[5:8] if start else []) + (NAMES[8:] if tensors_of(rule) else [])
+    names = [*NAMES[: 8 if start else 5], *(f"parameter {i} of the rule" for i in range(len(tensors_of(rule))))]
     for name, a, b in zip(names, found_gradients, gradients, strict=True):
         # Where everything was forgotten, the gradient of how much was forgotten is nothing: exp(-40) of the others.
         assert relative(a.double(), b) <= 1e-5 or (a.double() - b).norm() <= 1e-12, name
 
 
-@pytest.mark.parametrize("kind", ["none", "snr", "resonance", "both"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 150])
 def test_kernels_are_the_reference_gradients_included(length, kind):
     check(inputs(length), state(), consolidation(kind), torch.full((2,), 37))
@@ -70,6 +74,18 @@ def test_weak_and_strong_decay(kind, strength):
 
 def test_from_an_empty_memory():
     check(inputs(150), rule=consolidation("both"))
+
+
+def test_without_a_strength_the_filter_acts_fully():
+    values, start = [single(x).requires_grad_() for x in inputs(150)], MemoryState(*(single(x) for x in state()))
+    start = MemoryState(*(x.requires_grad_() for x in start))
+    position = torch.tensor([0, 9])
+    (found, of_found), (fully, of_fully) = (
+        run(values, start, at(strength), position, backend="triton")
+        for strength in (torch.ones(2, requires_grad=True), None)
+    )
+    for a, b in zip([*found, *of_found[:8]], [*fully, *of_fully], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_long_intervals_start_anywhere():
@@ -108,7 +124,7 @@ def test_views_are_read_where_they_lie():
 
 def test_what_is_not_needed_is_not_saved():
     values = [x.float() for x in inputs(70)]
-    operands = (*values, *[None] * 10, 0, [], 0.0)
+    operands = (*values, *[None] * 11, 0, [], 0.0)
     assert kernels._memory(*operands, False)[4].numel() == 0
     assert kernels._memory(*operands, True)[4].shape == (4, 2, 16, 8)
 
@@ -121,14 +137,13 @@ def test_two_runs_are_the_same_bits():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kind", ["none", "both"])
+@pytest.mark.parametrize("kind", ["none", "strength", "both"])
 def test_the_operators_are_registered_as_pytorch_wants_them(kind, packed):
     given = inputs(70, batch=1 if packed else 2)
     values, rule = [single(x.requires_grad_()) for x in given], single_rule(consolidation(kind))
     start = [single(x.requires_grad_()) for x in state()]
-    resonance = rule.resonance if rule else None
-    parameters = [resonance.basis, resonance.sharpness, resonance.bias] if resonance else [None] * 3
-    constants = (64, [1.0, 0.5, 2.0, 1.5], 0.5) if rule else (0, [], 0.0)
+    parameters, named = kernels._parts_of(rule)
+    constants = tuple(named.values())
     where = [None] * 4
     if packed:  # every row that is saved has its chunk
         offsets = torch.tensor([0, 5, 70])
@@ -156,7 +171,7 @@ def test_what_ran_is_counted():
     assert backend.calls["dissipative_memory", "triton"] == before + 1
 
 
-@pytest.mark.parametrize("kind", ["none", "snr", "resonance", "both"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_step_is_a_walk_of_one_token(kind):
     values, start, rule = inputs(1), state(), consolidation(kind)
     position = torch.tensor([63, 5])

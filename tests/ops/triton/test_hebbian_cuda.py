@@ -30,23 +30,32 @@ def state(batch=2, heads=2, width=64):
     return MemoryState(memory, writes, torch.rand(batch, heads, **draw))
 
 
+KINDS = ["none", "snr", "strength", "resonance", "both"]
+"""Nothing, the SNR filter at full strength and at a strength of its own, the resonance, and the last two."""
+
+
 def consolidation(kind, interval=64, heads=2, width=64):
     if kind == "none":
         return None
     basis = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))[0].cuda()
-    sharpness, bias = (torch.rand(heads, device="cuda", dtype=torch.float64).requires_grad_() for _ in range(2))
-    snr = SNRFilter(2.0, 0.5, 2.0, 1.5) if kind in ("snr", "both") else None
+    draw = {"device": "cuda", "dtype": torch.float64}
+    strength, sharpness, bias = (torch.rand(heads, **draw).requires_grad_() for _ in range(3))
+    snr = SNRFilter(2.0, 0.5, 2.0, 1.5, None if kind == "snr" else strength) if kind != "resonance" else None
     resonance = Resonance(basis, 0.1, sharpness, bias) if kind in ("resonance", "both") else None
     return Consolidation(interval, snr, resonance)
 
 
 def cast(rule, dtype):
-    if rule is None or rule.resonance is None:
+    if rule is None:
         return rule
-    resonance = rule.resonance
-    names = ("basis", "sharpness", "bias")
-    values = {name: getattr(resonance, name).detach().to(dtype).requires_grad_(name != "basis") for name in names}
-    return replace(rule, resonance=replace(resonance, **values))
+
+    def casted(part, *names):
+        given = {name: getattr(part, name) for name in names if getattr(part, name) is not None}
+        return replace(part, **{k: x.detach().to(dtype).requires_grad_(k != "basis") for k, x in given.items()})
+
+    snr = casted(rule.snr, "strength") if rule.snr else None
+    resonance = casted(rule.resonance, "basis", "sharpness", "bias") if rule.resonance else None
+    return replace(rule, snr=snr, resonance=resonance)
 
 
 def run(values, start, rule, position, offsets, backend):
@@ -56,8 +65,7 @@ def run(values, start, rule, position, offsets, backend):
     )
     weights = torch.cos(torch.arange(readout.numel(), dtype=torch.float64, device="cuda")).view_as(readout)
     loss = (readout.double() * weights).sum() + sum(x.double().square().sum() for x in final)
-    resonance = rule.resonance if rule else None
-    sources = [*values, *(start or ()), *([resonance.sharpness, resonance.bias] if resonance else [])]
+    sources = [*values, *(start or ()), *(rule.parameters if rule else ())]
     return [readout, *final, *torch.autograd.grad(loss, sources, materialize_grads=True)]
 
 
@@ -94,7 +102,7 @@ def _poison_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("kind", ["none", "snr", "resonance", "both"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000])
 def test_lengths(length, kind, dtype):
     check(dtype, inputs(length), state(), consolidation(kind), torch.tensor([0, 37]))

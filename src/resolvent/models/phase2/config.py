@@ -43,9 +43,9 @@ class Phase2Config(ModelConfig):
     snr_threshold: float = 2.0
     """components of a memory above this multiple of its rms are signal"""
     snr_gamma_boost: float = 2.0
-    """noise forgets this many times faster"""
+    """noise forgets this many times faster, at full strength"""
     snr_eta_boost: float = 1.5
-    """signal is learned this many times more strongly"""
+    """signal is learned this many times more strongly, at full strength"""
 
     # Memory resonance
     resonance_enabled: bool = True
@@ -79,6 +79,8 @@ class Phase2Config(ModelConfig):
     snr_enabled: bool = True
     snr_temperature: float = 0.5
     """softness of the SNR threshold"""
+    snr_trained: bool = True
+    """let training decide how strongly the filter acts, from next to nothing on; False is full strength"""
     consolidation_interval: int = CHUNK
     """tokens between two consolidations of a memory"""
     memory_feedback: bool = True
@@ -115,8 +117,8 @@ class Phase2Config(ModelConfig):
         """
         check_fields(cls, overrides)
         shared = (
-            "vocab_size", "d_model", "n_layers", "n_seq", "num_heads", "ffn_dim", "dropout", "embedding_scale", "backend",
-            "target_vram_gb",
+            "vocab_size", "d_model", "n_layers", "n_seq", "num_heads", "ffn_dim", "dropout", "embedding_scale",
+            "backend", "target_vram_gb",
         )  # fmt: skip
         taken: dict[str, Any] = {name: getattr(phase1_config, name) for name in shared}
         values: dict[str, Any] = {"phase1_config": phase1_config, "ffn_gated": False, **taken, **overrides}

@@ -76,7 +76,14 @@ class Phase2Block(Block):
         )
         self.consolidation_interval = config.consolidation_interval
         self.snr_filter = (
-            SNRMemoryFilter(config.snr_threshold, config.snr_gamma_boost, config.snr_eta_boost, config.snr_temperature)
+            SNRMemoryFilter(
+                heads,
+                config.snr_threshold,
+                config.snr_gamma_boost,
+                config.snr_eta_boost,
+                config.snr_temperature,
+                config.snr_trained,
+            )
             if config.snr_enabled
             else None
         )
@@ -107,7 +114,7 @@ class Phase2Block(Block):
             return None
         return Consolidation(
             self.consolidation_interval,
-            self.snr_filter.constants if self.snr_filter else None,
+            self.snr_filter() if self.snr_filter else None,
             self.resonance() if self.resonance else None,
         )
 
@@ -317,7 +324,7 @@ def _stability(block: Phase2Block, trace: _Trace, lengths: Tensor) -> dict[str, 
         _per_sequence(writes, lengths, "amax", 0.0),
         _per_sequence(trace.gamma * layer.dt, lengths, "amin", torch.inf),
         (lengths * layer.dt).to(after.device),
-        block.snr_filter.constants.eta_boost if block.snr_filter else 1.0,
+        block.snr_filter.eta_boost if block.snr_filter else 1.0,
     )
 
 

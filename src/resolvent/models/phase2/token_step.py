@@ -97,6 +97,7 @@ class TokenStep:
             self.state.position,
             layer,
             rule,
+            None if block.snr_filter is None else block.snr_filter.strength_logit,
             tuple(state.memory),
             state.conv_tail,
             self.readout,

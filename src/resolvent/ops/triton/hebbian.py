@@ -241,12 +241,21 @@ def _sigmoid(x):
 
 
 @_kernel
-def _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, size):
-    """``1 / rms``, ``p``, the strength ``(gamma_boost - 1) Γ̄`` and the survival (see ``ops.consolidation``)."""
+def _force(strength, head):
+    """How strongly a head's SNR filter acts: fully, unless there is a strength."""
+    force = 1.0
+    if strength is not None:
+        force *= tl.load(strength + head).to(tl.float32)
+    return force
+
+
+@_kernel
+def _snr_factors(memory, forgetting, force, threshold, temperature, gamma_boost, size):
+    """``1 / rms``, ``p``, the excess ``s (gamma_boost - 1) Γ̄`` and the survival (see ``ops.consolidation``)."""
     scale = tl.rsqrt(tl.sum(memory * memory) / size + _TINY)
     keep = _sigmoid(tl.abs(memory) * (scale / temperature) - threshold / temperature)
-    strength = (gamma_boost - 1) * forgetting
-    return scale, keep, strength, tl.exp2((strength * _LOG2_E) * (keep - 1))
+    excess = force * (gamma_boost - 1) * forgetting
+    return scale, keep, excess, tl.exp2((excess * _LOG2_E) * (keep - 1))
 
 
 @_kernel
@@ -287,12 +296,12 @@ def _resonance(basis, sharpness, bias, head, keys, K, BK: tl.constexpr, RESONANC
 
 @_kernel
 def _consolidate(
-    memory, writes, forgetting, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy, K, V,
-    SNR: tl.constexpr, RESONANCE: tl.constexpr,
+    memory, writes, forgetting, force, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy,
+    K, V, SNR: tl.constexpr, RESONANCE: tl.constexpr,
 ):  # fmt: skip
     if SNR:
-        _, keep, _, survival = _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, K * V)
-        memory = memory * survival + (eta_boost - 1) * (keep * writes)
+        _, keep, _, survival = _snr_factors(memory, forgetting, force, threshold, temperature, gamma_boost, K * V)
+        memory = memory * survival + (force * (eta_boost - 1)) * (keep * writes)
     if RESONANCE:
         modes, _, gate, rms = _resonate(memory, basis, sharpness, bias, energy, K, V)
         memory = _rotate(basis, gate[:, None] * modes) * rms
@@ -301,17 +310,17 @@ def _consolidate(
 
 @_kernel
 def _consolidate_back(
-    grad, memory, writes, forgetting, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy,
-    K, V, BK: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr,
+    grad, memory, writes, forgetting, force, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost,
+    energy, K, V, BK: tl.constexpr, SNR: tl.constexpr, STRENGTH: tl.constexpr, RESONANCE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the memory, the writes, Γ̄, and of the sharpness and the bias by mode."""
+    """Gradients of the memory, the writes, Γ̄ and the strength, and of the sharpness and the bias by mode."""
     grad_sharpness, grad_bias = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
-    grad_writes, grad_forgetting = tl.zeros_like(grad), 0.0
-    scale, keep, strength, survival = _snr_factors(memory, forgetting, threshold, temperature, gamma_boost, K * V)
+    grad_writes, grad_forgetting, grad_strength = tl.zeros_like(grad), 0.0, 0.0
+    scale, keep, excess, survival = _snr_factors(memory, forgetting, force, threshold, temperature, gamma_boost, K * V)
     if RESONANCE:
         filtered = memory
         if SNR:
-            filtered = memory * survival + (eta_boost - 1) * (keep * writes)
+            filtered = memory * survival + (force * (eta_boost - 1)) * (keep * writes)
         modes, relative, gate, rms = _resonate(filtered, basis, sharpness, bias, energy, K, V)
         unit, grad_rms = _unit_rms(grad, K * V, _LEAST)
         grad_modes = _rotate(tl.trans(basis), unit)
@@ -325,15 +334,20 @@ def _consolidate_back(
     if SNR:
         direct = grad * survival
         grad_exponent = direct * memory
-        grad_keep = strength * grad_exponent + (eta_boost - 1) * (writes * grad)
+        if STRENGTH:  # in two parts: here it takes no registers
+            grad_strength += (eta_boost - 1) * tl.sum(keep * (writes * grad))
+        grad_keep = excess * grad_exponent + (force * (eta_boost - 1)) * (writes * grad)
         grad_ratio = grad_keep * (keep * (1 - keep) * (1 / temperature))
         # In units of the rms: the cube of the scale leaves the range of float32 before the memory's square does.
         from_scale = tl.sum(grad_ratio * (tl.abs(memory) * scale)) * (scale * scale / (K * V))
-        grad_writes = (eta_boost - 1) * (keep * grad)
-        grad_forgetting = (gamma_boost - 1) * tl.sum((keep - 1) * grad_exponent)
+        grad_writes = (force * (eta_boost - 1)) * (keep * grad)
+        of_boost = (gamma_boost - 1) * tl.sum((keep - 1) * grad_exponent)
+        grad_forgetting = force * of_boost
+        if STRENGTH:
+            grad_strength += forgetting * of_boost
         grad_ratio = tl.where(memory < 0, -grad_ratio, tl.where(memory > 0, grad_ratio, 0.0))
         grad = direct + grad_ratio * scale - from_scale * memory
-    return grad, grad_writes, grad_forgetting, grad_sharpness, grad_bias
+    return grad, grad_writes, grad_forgetting, grad_strength, grad_sharpness, grad_bias
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels
@@ -363,7 +377,8 @@ def _sum_decays(
 
 @_kernel(do_not_specialize=_VARYING)
 def _walk(
-    q, k, v, high, low, totals, eta, segments, initial, initial_writes, initial_forgetting, basis, sharpness, bias,
+    q, k, v, high, low, totals, eta, segments, initial, initial_writes, initial_forgetting,
+    strength, basis, sharpness, bias,
     readout, final, final_writes, final_forgetting, before, writes_before, forgetting_before,
     q_token, q_head, k_token, k_head, v_token, v_head,
     threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
@@ -387,6 +402,7 @@ def _walk(
         if CONSOLIDATE:
             writes += tl.load(initial_writes + row * K * V + square, mask=in_square, other=0.0)
             forgetting += tl.load(initial_forgetting + row)
+    force = _force(strength, head)
     modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
 
     q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
@@ -422,7 +438,7 @@ def _walk(
             forgetting += total
             if ((since_boundary + i + 1) * C % interval == 0) & (slot + (i + 1) * C <= end):
                 memory = _consolidate(
-                    memory, writes, forgetting, modes, steepness, offset, threshold, temperature, gamma_boost,
+                    memory, writes, forgetting, force, modes, steepness, offset, threshold, temperature, gamma_boost,
                     eta_boost, energy, K, V, SNR, RESONANCE,
                 )  # fmt: skip
                 writes = tl.zeros_like(writes)
@@ -439,8 +455,9 @@ def _walk(
 @_kernel(do_not_specialize=_VARYING)
 def _walk_back(
     q, k, v, high, low, totals, eta, segments, grad_readout, grad_final, grad_final_writes, grad_final_forgetting,
-    initial_writes, basis, sharpness, bias, before, writes_before, forgetting_before,
-    grad_written, grad_total, grad_initial, grad_initial_writes, grad_initial_forgetting, grad_sharpness, grad_bias,
+    initial_writes, strength, basis, sharpness, bias, before, writes_before, forgetting_before,
+    grad_written, grad_total, grad_initial, grad_initial_writes, grad_initial_forgetting,
+    grad_strength, grad_sharpness, grad_bias,
     q_token, q_head, k_token, k_head, v_token, v_head,
     threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -467,8 +484,10 @@ def _walk_back(
         if CONSOLIDATE:
             grad_writes += tl.load(grad_final_writes + row * K * V + square, mask=in_square, other=0.0)
             grad_forgetting += tl.load(grad_final_forgetting + row)
+    force = _force(strength, head)
     modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
-    sum_sharpness, sum_bias, total_decay = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32), 0.0
+    sum_sharpness, sum_bias, sum_strength = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32), 0.0
+    total_decay = 0.0
 
     q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
     grad_readout += head * V
@@ -503,10 +522,12 @@ def _walk_back(
                 wrote = written
                 if SAVED_WRITES or STATE:
                     wrote += writes * kept
-                grad, grad_writes, grad_forgetting, one_sharpness, one_bias = _consolidate_back(
-                    grad, memory * kept + written, wrote, forgetting + total, modes, steepness, offset,
-                    threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK, SNR, RESONANCE,
+                grad, grad_writes, grad_forgetting, one_strength, one_sharpness, one_bias = _consolidate_back(
+                    grad, memory * kept + written, wrote, forgetting + total, force, modes, steepness, offset,
+                    threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK, SNR, strength is not None,
+                    RESONANCE,
                 )  # fmt: skip
+                sum_strength += one_strength
                 sum_sharpness += one_sharpness
                 sum_bias += one_bias
         if SAVE:
@@ -529,6 +550,8 @@ def _walk_back(
         tl.store(grad_initial_forgetting + row, grad_forgetting)
     else:
         tl.store(grad_initial_forgetting + row, total_decay)
+    if strength is not None:
+        tl.store(grad_strength + row, sum_strength)
     if RESONANCE:
         tl.store(grad_sharpness + row, tl.sum(sum_sharpness))
         tl.store(grad_bias + row, tl.sum(sum_bias))
@@ -605,8 +628,8 @@ def _load_state(memory, writes, forgetting, row, K, V, BK: tl.constexpr, BV: tl.
 
 @_kernel
 def _advance(
-    query, key, value, decay, state, wrote, forgot, memory, writes, forgetting, boundary, basis, sharpness, bias, row,
-    head, threshold, temperature, gamma_boost, eta_boost, energy,
+    query, key, value, decay, state, wrote, forgot, memory, writes, forgetting, boundary, force, basis, sharpness, bias,
+    row, head, threshold, temperature, gamma_boost, eta_boost, energy,
     K, V, BK: tl.constexpr, BV: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """A memory learns ``key`` (with its rate η) and ``value``, answers ``query``, and is stored."""
@@ -621,8 +644,8 @@ def _advance(
             keys = tl.arange(0, BK)
             modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
             state = _consolidate(
-                state, wrote, forgot, modes, steepness, offset, threshold, temperature, gamma_boost, eta_boost, energy,
-                K, V, SNR, RESONANCE,
+                state, wrote, forgot, force, modes, steepness, offset, threshold, temperature, gamma_boost, eta_boost,
+                energy, K, V, SNR, RESONANCE,
             )  # fmt: skip
             wrote = tl.zeros_like(wrote)
             forgot = 0.0
@@ -634,7 +657,7 @@ def _advance(
 
 @_kernel(do_not_specialize=_VARYING)
 def _step(
-    q, k, v, decay, eta, memory, writes, forgetting, position, basis, sharpness, bias,
+    q, k, v, decay, eta, memory, writes, forgetting, position, strength, basis, sharpness, bias,
     readout, new_memory, new_writes, new_forgetting,
     q_row, q_head, k_row, k_head, v_row, v_head, decay_row, decay_head,
     threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
@@ -653,8 +676,8 @@ def _step(
     state, wrote, forgot = _load_state(memory, writes, forgetting, row, K, V, BK, BV, SNR or RESONANCE)
     answer = _advance(
         query, key * tl.load(eta + head), value, forgets, state, wrote, forgot, new_memory, new_writes, new_forgetting,
-        boundary, basis, sharpness, bias, row, head, threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK,
-        BV, SNR, RESONANCE, HALF,
+        boundary, _force(strength, head), basis, sharpness, bias, row, head, threshold, temperature, gamma_boost,
+        eta_boost, energy, K, V, BK, BV, SNR, RESONANCE, HALF,
     )  # fmt: skip
     tl.store(readout + row * V + values, answer.to(readout.dtype.element_ty), mask=values < V)
 
@@ -698,6 +721,7 @@ class _Call:
         v: Tensor,
         decay: Tensor,
         eta: Tensor,
+        strength: _Optional,
         basis: _Optional,
         sharpness: _Optional,
         bias: _Optional,
@@ -716,7 +740,7 @@ class _Call:
         self.heads = q.shape[2]
         self.tokens = [_rows(x.to(_product_dtype(q, k, v))) for x in (q, k, v)]
         self.eta = eta.float().contiguous()
-        self.modes = [contiguous(x, torch.float32) for x in (basis, sharpness, bias)]
+        self.filters = [contiguous(x, torch.float32) for x in (strength, basis, sharpness, bias)]
         self.strides = [stride for x in self.tokens for stride in x.stride()[:2]]
         self.constants = _constants(snr, energy, interval)
         self.sizes: dict[str, Any] = dict(_sizes(q, k, v), C=CHUNK)
@@ -766,7 +790,7 @@ class _Call:
                 self.eta,
                 self.layout.segments,
                 *map(contiguous, start),
-                *self.modes,
+                *self.filters,
                 readout,
                 *final,
                 before,
@@ -804,7 +828,7 @@ class _Call:
                 grad_readout,
                 *map(contiguous, grad_final),
                 contiguous(writes),
-                *self.modes,
+                *self.filters,
                 before,
                 writes_before,
                 forgetting_before,
@@ -881,12 +905,13 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     )
 
 
-def _parts_of(consolidation: Consolidation | None) -> tuple[tuple[_Optional, _Optional, _Optional], dict[str, Any]]:
-    """Basis, sharpness and bias of the resonance; and ``interval``, ``snr`` and ``energy``, as ``_memory`` has them."""
+def _parts_of(consolidation: Consolidation | None) -> tuple[tuple[_Optional, ...], dict[str, Any]]:
+    """Strength of the SNR filter, basis, sharpness and bias of the resonance; and ``interval``, ``snr`` and ``energy``,
+    as ``_memory`` has them."""
     snr = consolidation.snr if consolidation else None
     resonance = consolidation.resonance if consolidation else None
-    parameters = (resonance.basis, resonance.sharpness, resonance.bias) if resonance else (None, None, None)
-    return parameters, dict(
+    modes = (resonance.basis, resonance.sharpness, resonance.bias) if resonance else (None, None, None)
+    return (snr.strength if snr else None, *modes), dict(
         interval=consolidation.interval if consolidation and (snr or resonance) else 0,
         snr=[snr.threshold, snr.temperature, snr.gamma_boost, snr.eta_boost] if snr else [],
         energy=resonance.threshold if resonance else 0.0,
@@ -951,6 +976,7 @@ def _memory_step(
     memory: Tensor,
     writes: Tensor,
     forgetting: Tensor,
+    strength: Tensor | None,
     basis: Tensor | None,
     sharpness: Tensor | None,
     bias: Tensor | None,
@@ -972,7 +998,7 @@ def _memory_step(
             eta.float(),
             *map(contiguous, (memory, writes, forgetting)),
             position,
-            *(contiguous(x, torch.float32) for x in (basis, sharpness, bias)),
+            *(contiguous(x, torch.float32) for x in (strength, basis, sharpness, bias)),
             *outputs,
             *(stride for x in tokens for stride in x.stride()[:2]),
             *_constants(snr, energy, interval),
@@ -986,7 +1012,9 @@ def _memory_step(
 
 
 @torch.library.register_fake("resolvent::memory_step")
-def _(q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, interval, snr, energy):
+def _(
+    q, k, v, decay, eta, memory, writes, forgetting, strength, basis, sharpness, bias, position, interval, snr, energy
+):  # fmt: skip
     return _room_for_step(v, memory, writes, forgetting, interval)
 
 
@@ -1013,6 +1041,7 @@ def _memory(
     memory: Tensor | None,
     writes: Tensor | None,
     forgetting: Tensor | None,
+    strength: Tensor | None,
     basis: Tensor | None,
     sharpness: Tensor | None,
     bias: Tensor | None,
@@ -1032,7 +1061,22 @@ def _memory(
     ``segments`` and ``chunks`` are what ``_tables_on_device`` gives; without them Python reads the offsets.
     """
     call = _Call(
-        q, k, v, decay, eta, basis, sharpness, bias, position, cu_seqlens, segments, chunks, interval, snr, energy
+        q,
+        k,
+        v,
+        decay,
+        eta,
+        strength,
+        basis,
+        sharpness,
+        bias,
+        position,
+        cu_seqlens,
+        segments,
+        chunks,
+        interval,
+        snr,
+        energy,
     )
     outputs = _room(q, k, v, decay, position, cu_seqlens, interval, save)
     readout, final, final_writes, final_forgetting, *saved = outputs
@@ -1049,8 +1093,8 @@ def _memory(
 
 @torch.library.register_fake("resolvent::memory")
 def _(
-    q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, position, cu_seqlens, segments, chunks,
-    interval, snr, energy, save,
+    q, k, v, decay, eta, memory, writes, forgetting, strength, basis, sharpness, bias, position, cu_seqlens, segments,
+    chunks, interval, snr, energy, save,
 ):  # fmt: skip
     return _room(q, k, v, decay, position, cu_seqlens, interval, save)
 
@@ -1102,6 +1146,7 @@ def _memory_backward(
     decay: Tensor,
     eta: Tensor,
     writes: Tensor | None,
+    strength: Tensor | None,
     basis: Tensor | None,
     sharpness: Tensor | None,
     bias: Tensor | None,
@@ -1115,15 +1160,30 @@ def _memory_backward(
     interval: int,
     snr: list[float],
     energy: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, decay, eta, the initial state, the sharpness and the bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, decay, eta, the initial state, the strength, the sharpness and the bias.
 
-    That of eta has a row for every chunk, those of the sharpness and the bias one for every sequence, to be summed up.
+    That of eta has a row for every chunk, those of the last three one for every sequence, to be summed up.
     """
     call = _Call(
-        q, k, v, decay, eta, basis, sharpness, bias, position, cu_seqlens, segments, chunks, interval, snr, energy
+        q,
+        k,
+        v,
+        decay,
+        eta,
+        strength,
+        basis,
+        sharpness,
+        bias,
+        position,
+        cu_seqlens,
+        segments,
+        chunks,
+        interval,
+        snr,
+        energy,
     )
-    outputs = _room_for_gradients(grad_readout, q, k, v, decay, before, basis, cu_seqlens, interval)
+    outputs = _room_for_gradients(grad_readout, q, k, v, decay, before, strength, basis, cu_seqlens, interval)
     grad_q, grad_k, grad_v, grad_decay, grad_eta, grad_initial, *others = outputs
     upstream = grad_readout.to(call.tokens[0].dtype).contiguous()
     grad_written = before.new_empty(before.shape, dtype=upstream.dtype)
@@ -1134,7 +1194,7 @@ def _memory_backward(
         call.walk_back(upstream, final, writes if interval else None, saved, (grad_initial, *others))
     else:
         ends, starts, decays = call.segment_memories(), call.segment_memories(), call.segment_decays()
-        to_segments = (ends, None, decays, None, None)
+        to_segments = (ends, None, decays, None, None, None)
         call.walk_back(upstream, (None, None, None), None, None, to_segments)
         call.chain(ends, decays, grad_memory, starts, grad_initial, reverse=True)
         call.walk_back(upstream, (starts, None, None), None, saved, to_segments)
@@ -1144,10 +1204,10 @@ def _memory_backward(
 
 @torch.library.register_fake("resolvent::memory_backward")
 def _(
-    grad_readout, grad_memory, grad_writes, grad_forgetting, q, k, v, decay, eta, writes, basis, sharpness, bias,
-    before, writes_before, forgetting_before, position, cu_seqlens, segments, chunks, interval, snr, energy,
+    grad_readout, grad_memory, grad_writes, grad_forgetting, q, k, v, decay, eta, writes, strength, basis, sharpness,
+    bias, before, writes_before, forgetting_before, position, cu_seqlens, segments, chunks, interval, snr, energy,
 ):  # fmt: skip
-    return _room_for_gradients(grad_readout, q, k, v, decay, before, basis, cu_seqlens, interval)
+    return _room_for_gradients(grad_readout, q, k, v, decay, before, strength, basis, cu_seqlens, interval)
 
 
 def _room_for_gradients(
@@ -1157,10 +1217,11 @@ def _room_for_gradients(
     v: Tensor,
     decay: Tensor,
     before: Tensor,
+    strength: _Optional,
     basis: _Optional,
     cu_seqlens: _Optional,
     interval: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``_memory_backward`` returns, yet to be filled; rows of chunks that are not there stay zero."""
     (batch, length, heads, key), value = q.shape, v.shape[-1]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -1177,6 +1238,7 @@ def _room_for_gradients(
         room(sequences, heads, key, value),
         room(sequences if interval else 0, heads, key, value),
         room(sequences, heads),
+        room(sequences if strength is not None else 0, heads),
         room(sequences if basis is not None else 0, heads),
         room(sequences if basis is not None else 0, heads),
     )
@@ -1198,7 +1260,7 @@ def _gradient(
     grad_forgetting: _Optional,
     *_: Any,
 ) -> Any:
-    q, k, v, decay, eta, memory, writes, forgetting, basis, sharpness, bias, *others = ctx.saved_tensors
+    q, k, v, decay, eta, memory, writes, forgetting, strength, basis, sharpness, bias, *others = ctx.saved_tensors
     (position, cu_seqlens, segments, chunks), saved = others[:4], others[4:]
     final: list[_Optional] = [grad_memory, grad_writes, grad_forgetting]
     if not ctx.interval:
@@ -1210,19 +1272,22 @@ def _gradient(
         final = [
             saved[0].new_zeros(n, dtype=torch.float32) if x is None else x for x, n in zip(final, shapes, strict=True)
         ]
-    grad_q, grad_k, grad_v, grad_decay, grad_eta, *grad_state, grad_sharpness, grad_bias = _memory_backward(
+    grad_q, grad_k, grad_v, grad_decay, grad_eta, *others = _memory_backward(
         grad_readout if grad_readout is not None else torch.zeros_like(v),
         *final,
-        *(q, k, v, decay, eta, writes, basis, sharpness, bias, *saved, position, cu_seqlens, segments, chunks),
+        *(q, k, v, decay, eta, writes, strength, basis, sharpness, bias, *saved),
+        *(position, cu_seqlens, segments, chunks),
         ctx.interval,
         ctx.snr,
         ctx.energy,
     )
+    grad_state, (grad_strength, grad_sharpness, grad_bias) = others[:3], others[3:]
     of_state = [None if x is None else grad for x, grad in zip((memory, writes, forgetting), grad_state, strict=True)]
     if not ctx.interval:
         of_state[1:] = None, None
+    of_strength = grad_strength.sum(0) if strength is not None else None
     of_resonance = (None, grad_sharpness.sum(0), grad_bias.sum(0)) if basis is not None else (None, None, None)
-    grads = (grad_q, grad_k, grad_v, grad_decay, grad_eta.sum(0).to(eta.dtype), *of_state, *of_resonance)
+    grads = (grad_q, grad_k, grad_v, grad_decay, grad_eta.sum(0).to(eta.dtype), *of_state, of_strength, *of_resonance)
     return *grads, *[None] * 8
 
 

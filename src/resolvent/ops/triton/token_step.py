@@ -154,7 +154,7 @@ def _store_tail(tail, rows, sequence, channels, inside, C, W: tl.constexpr):
 
 @_kernel
 def _remember(
-    projected, tail, taps, gamma, log_eta, memory, writes, forgetting, position, basis, sharpness, bias, gate,
+    projected, tail, taps, gamma, log_eta, memory, writes, forgetting, position, logit, basis, sharpness, bias, gate,
     gate_weight, gate_bias, readout, gated, dt, threshold, temperature, gamma_boost, eta_boost, energy, interval, H, G,
     K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr,
     NORM: tl.constexpr, GATE: tl.constexpr, BG: tl.constexpr,
@@ -177,13 +177,16 @@ def _remember(
     query *= tl.rsqrt(tl.sum(query * query, 0) + K * _TINY)
     key *= tl.rsqrt(tl.sum(key * key, 0) + K * _TINY) * tl.exp(tl.load(log_eta + head).to(tl.float32))
     boundary = (tl.load(position + sequence) + 1) % tl.maximum(interval, 1) == 0
+    force = 1.0
+    if logit is not None:
+        force *= tl.sigmoid(tl.load(logit + head).to(tl.float32))
     tl.debug_barrier()  # several threads read the same numbers: all have, before one of them writes
     _store_tail(tail, q_rows, sequence, channels, inside, C, W)
     _store_tail(tail, k_rows, sequence, H * K + channels, inside, C, W)
     _store_tail(tail, v_rows, sequence, 2 * H * K + channels, inside, C, W)
     answer = _advance(
-        query, key, value, tl.load(gamma + row) * dt, state, wrote, forgot, memory, writes, forgetting, boundary, basis,
-        sharpness, bias, row, head, threshold, temperature, gamma_boost, eta_boost, energy, K, K, BK, BK, SNR,
+        query, key, value, tl.load(gamma + row) * dt, state, wrote, forgot, memory, writes, forgetting, boundary, force,
+        basis, sharpness, bias, row, head, threshold, temperature, gamma_boost, eta_boost, energy, K, K, BK, BK, SNR,
         RESONANCE, False,
     )  # fmt: skip
     if NORM:
@@ -271,6 +274,7 @@ def remember(
     position: Tensor,
     layer: Any,
     consolidation: Any,
+    strength_logit: Tensor | None,
     state: tuple[Tensor, Tensor, Tensor],
     tail: Tensor,
     readout: Tensor,
@@ -285,17 +289,19 @@ def remember(
         position: tokens read before, int64 (B,) on the device.
         layer: the layer.
         consolidation: what acts at its boundaries, the basis in float32.
+        strength_logit: what the SNR filter's strength is the sigmoid of, (H,): read anew for every token. None for full
+            strength.
         state: memory and writes (B, H, K, V), Γ̄ (B, H).
         tail: (B, W - 1, 3HK).
         readout, gated: room for the answers, (B, HV) each; the second is left alone without a gate.
     """
-    of_resonance, numbers = _parts_of(consolidation)
+    (_, *of_resonance), numbers = _parts_of(consolidation)
     heads, width = layer.num_heads, layer.head_dim
     up, narrow = layer.gate_up, 1 if gate is None else gate.shape[1]
     with torch.cuda.device_of(gated):
         _remember[(len(projected), heads)](
-            projected, tail, layer.conv_weight, gamma, layer.log_eta, *state, position, *of_resonance, gate,
-            *((None, None) if up is None else (up.weight, up.bias)), readout, gated, layer.dt,
+            projected, tail, layer.conv_weight, gamma, layer.log_eta, *state, position, strength_logit,
+            *of_resonance, gate, *((None, None) if up is None else (up.weight, up.bias)), readout, gated, layer.dt,
             *_constants(**numbers), heads, narrow,
             K=width, BK=max(16, triton.next_power_of_2(width)), W=len(layer.conv_weight), SNR=len(numbers["snr"]) > 0,
             RESONANCE=of_resonance[0] is not None, NORM=layer.output_norm, GATE=gate is not None,
