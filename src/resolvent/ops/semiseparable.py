@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
+from .packed import sequence_numbers
 from .precision import at_least_float32, wide_dtype
 from .prefix_sum import prefix_sum
 
@@ -83,8 +84,7 @@ def _gated_prefix_sum_torch(
     cu_seqlens = cu_seqlens.to(sums.device)
     # One sum over the whole row; each sequence then takes off what the row had reached before it.
     reached = torch.nn.functional.pad(sums[0], (0, 0, 1, 0))
-    index = torch.arange(sums.shape[1], device=sums.device)
-    sequence = torch.searchsorted(cu_seqlens[1:], index, right=True)
+    sequence = sequence_numbers(cu_seqlens, sums.shape[1])
     before = reached[cu_seqlens[:-1]]
     sums = state[sequence] + (reached[1:] - before[sequence])
     return sums.unsqueeze(0).to(wide_dtype(values)), state + (reached[cu_seqlens[1:]] - before)

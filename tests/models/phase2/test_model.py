@@ -102,7 +102,9 @@ def test_logits_are_float32_even_of_a_bfloat16_model(model):
 @pytest.mark.parametrize("packed", [False, True])
 def test_bfloat16_autocast_stays_close_gradients_included(packed):
     model, ids = small_model(spread=0.0), tokens(200, 1)
-    model.token_embedding.weight.data.mul_(50 / model.embedding_factor)  # the first norm would amplify the rounding of a small one
+    model.token_embedding.weight.data.mul_(
+        50 / model.embedding_factor
+    )  # the first norm would amplify the rounding of a small one
     options = {"cu_seqlens": torch.tensor([0, 70, 200])} if packed else {}
 
     def logits_and_gradient():

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend as _backend
+from ..packed import sequence_numbers
 from .launch import contiguous, more_than_float32
 
 _kernel: Any = triton.jit
@@ -184,8 +185,7 @@ def _queries_keys_values_triton(
     if cu_seqlens is not None:
         # One table, so that a program finds a token's sequence and its bounds without a search.
         bounds = cu_seqlens.to(projected.device, torch.int64, non_blocking=True)
-        token = torch.arange(projected.shape[1], device=projected.device)
-        cu_seqlens = torch.cat([torch.searchsorted(bounds[1:], token, right=True), bounds])
+        cu_seqlens = torch.cat([sequence_numbers(bounds, projected.shape[1]), bounds])
     return _queries_keys_values(projected, weight, tail, cu_seqlens, num_heads)
 
 
