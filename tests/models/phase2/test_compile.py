@@ -72,7 +72,7 @@ def test_offsets_that_python_does_not_read_are_one_graph_that_makes_its_tables_o
     forward, backward = graphs  # of both
     count = Counter(forward)
     assert count["resolvent.memory.default"] == count["resolvent.queries_keys_values.default"] == 2
-    # The memory's chunks ask for their sequence, and the tokens once for theirs, of which positions and convolution know.
+    # The memory's chunks ask for their sequence, and positions and convolution, both at once, for that of the tokens.
     assert count["aten.cumsum.default"] == 1
     assert count["aten.searchsorted.Tensor"] == 2
     assert not any(name in backward for name in ("aten.cumsum.default", "aten.searchsorted.Tensor"))
