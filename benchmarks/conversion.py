@@ -108,7 +108,8 @@ def measure(plan: Plan, seed: int) -> Outcome:
         return TrainingConfig(out=str(folder / name), steps=steps, seed=seed, data=data, **reports, **model)
 
     first = run("phase1", plan.steps, seed, phase=1, preset=None, model=plan.model)
-    fresh = run("phase2", 2 * plan.steps, seed, preset=None, model=Phase2Config.from_phase1(plan.model))
+    own = {name: getattr(Phase2Config(), name) for name in ("embedding_scale", "ffn_gated")}  # what needs no conversion
+    fresh = run("phase2", 2 * plan.steps, seed, preset=None, model=Phase2Config.from_phase1(plan.model, **own))
     go_on = [
         run(f"{source}-continued", plan.steps, seed + SECOND_HALF, start_from=str(folder / source))
         for source in ("phase1", "converted")
