@@ -2,12 +2,16 @@
 
 import importlib.util
 import os
+import signal
 
 import pytest
 import torch
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():  # before anything imports Triton
     os.environ["TRITON_INTERPRET"] = "1"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # the tensors are small: two threads would wait for each other longer than they compute
 
