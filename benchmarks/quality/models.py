@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mixer
 from benchmarks.quality.variants import parse_variant
+from resolvent.layers import GatedFeedForward
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
 from resolvent.models.phase2.model import Phase2Block
 from resolvent.ops import linear_cross_entropy
@@ -51,19 +51,6 @@ class Size:
     dropout: float = 0.0
 
 
-class SwiGLU(nn.Module):
-    """``W_out (silu(W_gate x) * W_in x)``."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.in_proj = nn.Linear(width, 2 * hidden, bias=False)
-        self.out_proj = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(F.silu(gate) * value)
-
-
 class PeerBlock(nn.Module):
     """A mixer and a feed-forward part, each with its norm before and its residual around it.
 
@@ -77,7 +64,8 @@ class PeerBlock(nn.Module):
     def __init__(self, mixer: Mixer, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.norm1, self.mixer = nn.RMSNorm(width, eps=1e-5), mixer
-        self.norm2, self.ffn = (nn.RMSNorm(width, eps=1e-5), SwiGLU(width, hidden)) if hidden else (None, None)
+        self.norm2 = nn.RMSNorm(width, eps=1e-5) if hidden else None
+        self.ffn = GatedFeedForward(width, hidden) if hidden else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
