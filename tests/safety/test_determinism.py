@@ -16,6 +16,7 @@ from resolvent.training import TrainingConfig, TrainingInterrupted, resume, trai
 from resolvent.training.trainer import Trainer
 from tests.models.small import PHASE1, PHASE2, SmallPhase, tokens
 from tests.safety.victim import TEXT, fork, minute_config, start
+from tests.training.test_training_run import after_step
 
 PHASES = pytest.mark.parametrize("phase", [PHASE1, PHASE2], ids=["phase1", "phase2"])
 SAMPLING = [dict(temperature=0.0), dict(temperature=1.0), dict(temperature=0.8, top_k=20, top_p=0.9)]
@@ -106,17 +107,9 @@ def test_training_on_cuda_gives_the_same_bits(
     for name in ("one", "other"):
         train(on_cuda(text, tmp_path / name, phase, precision=precision))
     assert outcome(tmp_path / "one") == outcome(tmp_path / "other")
-    report = Trainer._report
-
-    def stop_after_3(self: Trainer, *values: float) -> None:
-        report(self, *values)
-        if self.standing.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Trainer, "_report", stop_after_3)
+    after_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(TrainingInterrupted):
         train(on_cuda(text, tmp_path / "parts", phase, precision=precision))
-    monkeypatch.setattr(Trainer, "_report", report)
     resume(tmp_path / "parts")
     ours, theirs = outcome(tmp_path / "one"), outcome(tmp_path / "parts")
     assert ours["metrics"] == theirs["metrics"]

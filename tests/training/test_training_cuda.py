@@ -19,6 +19,8 @@ from resolvent.models import load_model
 from resolvent.training import TrainingConfig, TrainingInterrupted, resume, train
 from resolvent.training.trainer import Trainer
 
+from .test_training_run import after_step
+
 pytestmark = pytest.mark.gpu
 
 
@@ -155,17 +157,9 @@ def test_a_stopped_run_resumes(
 ):
     """The fused optimiser's state and dropout's seeds survive; sums on a GPU may differ in their last bits."""
     train(small_config(out=str(tmp_path / "whole"), device="cuda"))
-    report = Trainer._report
-
-    def stop_after_5(self: Trainer, *values: float) -> None:
-        report(self, *values)
-        if self.standing.step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Trainer, "_report", stop_after_5)
+    after_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(TrainingInterrupted):
         train(small_config(out=str(tmp_path / "parts"), device="cuda"))
-    monkeypatch.setattr(Trainer, "_report", report)
     resume(tmp_path / "parts")
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
     assert load_model(tmp_path / "parts", device="cpu").vocab_size == 257

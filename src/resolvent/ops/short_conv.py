@@ -6,7 +6,6 @@ Shapes: B batch, N sequence, D channels, W kernel width, S packed sequences.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -77,18 +76,16 @@ class _DepthwiseConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyrefly: ignore[bad-override]
         x, weight = ctx.saved_tensors
-        taps, length = len(weight), x.shape[1]
-        # Gathered, not added to rows that overlap: compiled for CUDA, such sums come out wrong (torch 2.11).
-        padded = F.pad(grad, (0, 0, taps - 1, taps - 1))
         grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
+        length = grad.shape[1]
         # Rows that fit the processor's cache are read from memory once, not once a tap.
-        block = 128 if x.device.type == "cpu" else length
+        block = 128 if x.device.type == "cpu" else max(length, 1)
         for start in range(0, length, block):
-            rows = slice(start, min(start + block, length))
-            for j in range(taps):
-                tap = padded[:, rows.start + j : rows.stop + j]
-                grad_x[:, rows].addcmul_(tap, weight[j])
-                grad_weight[j] += (tap * x[:, rows]).sum(dim=(0, 1))
+            part = slice(start, start + block + len(weight) - 1)
+            taps = zip(_taps(x[:, part], len(weight)), _taps(grad_x[:, part], len(weight)), strict=True)
+            for j, (tap, grad_tap) in enumerate(taps):
+                grad_tap.addcmul_(grad[:, start : start + block], weight[j])
+                grad_weight[j] += (grad[:, start : start + block] * tap).sum(dim=(0, 1))
         return grad_x, grad_weight
 
 

@@ -1061,23 +1061,9 @@ def _memory(
     ``segments`` and ``chunks`` are what ``_tables_on_device`` gives; without them Python reads the offsets.
     """
     call = _Call(
-        q,
-        k,
-        v,
-        decay,
-        eta,
-        strength,
-        basis,
-        sharpness,
-        bias,
-        position,
-        cu_seqlens,
-        segments,
-        chunks,
-        interval,
-        snr,
+        q, k, v, decay, eta, strength, basis, sharpness, bias, position, cu_seqlens, segments, chunks, interval, snr,
         energy,
-    )
+    )  # fmt: skip
     outputs = _room(q, k, v, decay, position, cu_seqlens, interval, save)
     readout, final, final_writes, final_forgetting, *saved = outputs
     to_save = (saved[0], saved[1], saved[2]) if save else None
@@ -1166,23 +1152,9 @@ def _memory_backward(
     That of eta has a row for every chunk, those of the last three one for every sequence, to be summed up.
     """
     call = _Call(
-        q,
-        k,
-        v,
-        decay,
-        eta,
-        strength,
-        basis,
-        sharpness,
-        bias,
-        position,
-        cu_seqlens,
-        segments,
-        chunks,
-        interval,
-        snr,
+        q, k, v, decay, eta, strength, basis, sharpness, bias, position, cu_seqlens, segments, chunks, interval, snr,
         energy,
-    )
+    )  # fmt: skip
     outputs = _room_for_gradients(grad_readout, q, k, v, decay, before, strength, basis, cu_seqlens, interval)
     grad_q, grad_k, grad_v, grad_decay, grad_eta, grad_initial, *others = outputs
     upstream = grad_readout.to(call.tokens[0].dtype).contiguous()
