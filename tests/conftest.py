@@ -17,5 +17,7 @@ torch.set_num_threads(1)  # the tensors are small: two threads would wait for ea
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _fresh_start() -> None:
+    """The same random numbers for every test; float32 products in float32, whatever a test before asked for."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")

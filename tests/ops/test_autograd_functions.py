@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import resolvent.ops
-from resolvent.ops import bk_core, hebbian, normalize, short_conv
+from resolvent.ops import bk_core, hebbian, normalize, short_conv, swiglu
 
 
 class Context:
@@ -43,6 +43,7 @@ def calls() -> dict[type, tuple[Any, ...]]:
         short_conv._DepthwiseConv: (torch.randn(2, 9, 8), torch.randn(4, 8)),
         bk_core._Moebius: (torch.randn(2, 9, 3, dtype=torch.complex64) - 1j, torch.ones(2, 9, 3)),
         hebbian._WithinChunk: (x, x, x, decay),
+        swiglu._SwiGLU: (x,),
     }
 
 

@@ -19,7 +19,8 @@ from resolvent.models import load_model
 from resolvent.training import TrainingConfig, TrainingInterrupted, resume, train
 from resolvent.training.trainer import Trainer
 
-from .test_training_run import after_step
+from .test_training_finite import on_start, spoil_loss
+from .test_training_run import after_step, metrics
 
 pytestmark = pytest.mark.gpu
 
@@ -42,6 +43,30 @@ def test_the_default_is_bf16_on_cuda(small_config: Callable[..., TrainingConfig]
     assert losses(tmp_path / "fp32") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "cpu"), rel=3e-2)
     assert losses(tmp_path / "bf16") != pytest.approx(losses(tmp_path / "fp32"), rel=1e-7)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_that_are_reported_later_are_the_same(
+    compiled: bool, small_config: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    train(small_config(out=str(tmp_path / "later"), device="cuda", compile=compiled))
+    on_start(monkeypatch, lambda trainer: setattr(trainer, "lag", 0))
+    train(small_config(out=str(tmp_path / "at once"), device="cuda", compile=compiled))
+    assert losses(tmp_path / "later") == pytest.approx(losses(tmp_path / "at once"), rel=1e-4)
+    assert [record["step"] for record in metrics(tmp_path / "later")] == [
+        record["step"] for record in metrics(tmp_path / "at once")
+    ]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_that_is_not_finite_is_not_taken(
+    compiled: bool, small_config: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    spoil_loss(monkeypatch, step=7, rewinds=1)
+    train(small_config(rewinds=1, device="cuda", compile=compiled))
+    assert [record["step"] for record in metrics(tmp_path / "run") if "loss" in record] == list(range(1, 11))
+    record = dict(step=5, rewinds=1, failed_step=7, not_finite="the loss", lr_factor=0.5)
+    assert [record for record in metrics(tmp_path / "run") if "rewinds" in record] == [record]
 
 
 Recorded = tuple[list[list[int]], list[tuple[int, int, int]]]

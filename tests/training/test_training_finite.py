@@ -38,6 +38,13 @@ def on_start(monkeypatch: pytest.MonkeyPatch, action: Callable[[Trainer], None])
     monkeypatch.setattr(Trainer, "_introduce", lambda self: (introduce(self), action(self)))
 
 
+@pytest.fixture(autouse=True, params=[0, 1], ids=["reported at once", "reported a step later"])
+def lag(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A GPU goes on while a step's loss is on its way."""
+    on_start(monkeypatch, lambda trainer: setattr(trainer, "lag", request.param))
+    return request.param
+
+
 def of_rewinds(run_dir: Path) -> list[dict[str, Any]]:
     return [record for record in metrics(run_dir) if "rewinds" in record]
 
@@ -104,9 +111,9 @@ def test_a_run_that_went_back_resumes_bit_for_bit(
     train(small_config(out=str(tmp_path / "whole"), rewinds=2))
     report = Trainer._report
 
-    def report_or_die(self: Trainer, *values: float) -> None:
-        report(self, *values)
-        if (self.standing.step, self.standing.rewinds) == (killed_in_step, rewinds):
+    def report_or_die(self: Trainer, step: int, *values: float) -> None:
+        report(self, step, *values)
+        if (step, self.standing.rewinds) == (killed_in_step, rewinds):
             raise RuntimeError("killed")
 
     monkeypatch.setattr(Trainer, "_report", report_or_die)

@@ -3,7 +3,7 @@ import torch
 
 from resolvent.errors import CheckpointError
 from resolvent.models.phase2 import Phase2IntegratedModel, create_phase2_model
-from resolvent.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from resolvent.training.optimizer import GuardedAdamW, build_optimizer, load_optimizer_tensors, optimizer_tensors
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def new_model() -> Phase2IntegratedModel:
     return create_phase2_model(**sizes, zeta_embedding_trainable=True, dropout=0.0, device=torch.device("cpu"))
 
 
-def optimizer_of(model: Phase2IntegratedModel) -> torch.optim.AdamW:
+def optimizer_of(model: Phase2IntegratedModel) -> GuardedAdamW:
     return build_optimizer(model, learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
 
 
@@ -45,6 +45,26 @@ def test_frozen_parameters_are_left_out(model: Phase2IntegratedModel):
     model.token_embedding.weight.requires_grad_(False)
     for group in optimizer_of(model).param_groups:
         assert all(parameter is not model.token_embedding.weight for parameter in group["params"])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_step_changes_nothing_while_the_switch_is_on(device: str):
+    def after(*switches: bool | None) -> list[torch.Tensor]:
+        """Weights and averages after a step for every switch; gradients are NaN where it is on."""
+        model = new_model().to(device)
+        optimizer = optimizer_of(model)
+        for on in switches:
+            optimizer.found_inf = None if on is None else torch.tensor(float(on), device=device)
+            optimizer.zero_grad()
+            model(torch.arange(100, device=device).reshape(1, 100)).square().mean().backward()
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad *= float("nan") if on else 1.0
+            optimizer.step()
+        return [*model.parameters(), *optimizer_tensors(model, optimizer).values()]
+
+    for found, expected in zip(after(True, False, True, True, False), after(None, None), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_the_state_survives_its_way_through_tensors(model: Phase2IntegratedModel):

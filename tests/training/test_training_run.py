@@ -57,9 +57,9 @@ def after_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], 
     """Do something once, in the middle of a run."""
     report = Trainer._report
 
-    def report_and_act(self: Trainer, *values: float) -> None:
-        report(self, *values)
-        if self.standing.step == step:
+    def report_and_act(self: Trainer, reported: int, *values: float) -> None:
+        report(self, reported, *values)
+        if reported == step:
             monkeypatch.setattr(Trainer, "_report", report)
             action()
 

@@ -24,9 +24,10 @@ class Batch(NamedTuple):
     labels: Tensor
     cu_seqlens: Tensor
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The batch on another device."""
-        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on another device; nobody waits until a GPU has taken it."""
+        on_cuda = torch.device(device).type == "cuda"
+        return Batch(*((x.pin_memory() if on_cuda else x).to(device, non_blocking=on_cuda) for x in self))
 
     def padded(self) -> "Batch":
         """The batch with empty segments at its end, so that their number is a power of two above one.

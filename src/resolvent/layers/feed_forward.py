@@ -4,7 +4,8 @@ Shapes: D model width, F hidden width.
 """
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from ..ops.swiglu import swiglu
 
 _MULTIPLE = 32
 
@@ -24,8 +25,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        gate, value = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(F.silu(gate) * value)
+        return self.out_proj(swiglu(self.in_proj(x)))
 
 
 def gated_width(plain: int) -> int:

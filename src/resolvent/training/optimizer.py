@@ -8,9 +8,20 @@ from torch import Tensor, nn
 from resolvent.errors import CheckpointError
 
 
+class GuardedAdamW(torch.optim.AdamW):
+    """Fused AdamW with a switch on its device.
+
+    Attributes:
+        found_inf: float32 (); as long as it is 1, steps change neither weights nor averages. PyTorch's fused kernels
+            look at it, so that Python need not.
+    """
+
+    found_inf: Tensor | None = None
+
+
 def build_optimizer(
     model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
+) -> GuardedAdamW:
     """AdamW with two parameter groups: matrices, which decay, and everything else, which does not.
 
     Biases, norms, rates, hoppings and energies are quantities with a meaning of their own; pulling them to zero
@@ -20,7 +31,7 @@ def build_optimizer(
     decayed = [parameter for parameter in trained if parameter.ndim >= 2]
     kept = [parameter for parameter in trained if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)
+    return GuardedAdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

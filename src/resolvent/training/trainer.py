@@ -4,6 +4,8 @@ import logging
 import math
 import signal
 import time
+from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +72,43 @@ class TrainingResult:
     validation: LanguageScore
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A step that was taken, and is yet to be reported.
+
+    Attributes:
+        number: counted from one.
+        lr: its learning rate.
+        started: when, by ``time.perf_counter``.
+        numbers: gives its loss and its gradient's norm before clipping, when they have been computed.
+    """
+
+    number: int
+    lr: float
+    started: float
+    numbers: Callable[[], list[float]]
+
+
+def _on_its_way(x: torch.Tensor) -> Callable[[], list[float]]:
+    """Begin to bring a tensor to the CPU; what is returned waits for its values."""
+    if x.device.type != "cuda":
+        return x.tolist
+    there = x.to("cpu", non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+
+    def wait() -> list[float]:
+        ready.synchronize()
+        return there.tolist()
+
+    return wait
+
+
 class Trainer:
     """A run in progress.
+
+    On a GPU a step is reported while the next one is computed: a GPU that waited for Python to look at every loss
+    would stand idle for a third of the time. Whether a step's loss and gradient are finite, the optimizer sees itself.
 
     Args:
         config: the run, validated.
@@ -106,6 +143,10 @@ class Trainer:
             weight_decay=config.weight_decay,
             betas=(config.beta1, config.beta2),
         )
+        self.failed = self.raw_optimizer.found_inf = torch.zeros((), device=self.device)
+        self.taken: deque[_Step] = deque()
+        self.lag = 1 if self.device.type == "cuda" and accelerator.num_processes == 1 else 0
+        self.reported_at = 0.0
         self.replayed = replays_steps(config, accelerator, model)
         if self.replayed and (compiler := accelerator.state.dynamo_plugin):
             compiler.mode = "reduce-overhead"
@@ -193,18 +234,19 @@ class Trainer:
             group["lr"] = lr
         if config.start_from is None:  # fewer channels of a saved model would be another function
             self.raw_model.update_rank_schedule(step)
-        loss, grad_norm = self._gradient(step)
+        loss = self._gradient(step)
+        if self._is_checked(step + 1):
+            self.tracking.log_gradients(step + 1, self.raw_model)
+        norm = self._clip()
+        self.failed.logical_or_(~(loss + norm).isfinite())
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.standing.step += 1
-        self._report(loss, grad_norm, lr, time.perf_counter() - started)
+        self.taken.append(_Step(self.standing.step, lr, started, _on_its_way(torch.stack([loss, norm]))))
+        self._report_all_but(self.lag)
 
-    def _gradient(self, step: int) -> tuple[float, float]:
-        """Leave the clipped gradient in the parameters; return the mean loss and the norm before clipping.
-
-        Raises:
-            NonFiniteError: one of them is not finite.
-        """
+    def _gradient(self, step: int) -> torch.Tensor:
+        """Leave the gradient in the parameters; the mean loss, on the device."""
         accelerator, config = self.accelerator, self.config
         mine = range(accelerator.process_index, self.batches_per_step, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = len(mine)
@@ -221,21 +263,40 @@ class Trainer:
             loss_sum += loss.detach()
             if self.replayed and number == mine[0] != mine[-1]:
                 self._move_gradients()
-        if self._is_checked(step + 1):
-            self.tracking.log_gradients(step + 1, self.raw_model)
-        mean_loss = accelerator.reduce(loss_sum / len(mine), reduction="mean")
+        return accelerator.reduce(loss_sum / len(mine), reduction="mean")
+
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradient; its norm before that, on the device."""
         parameters = [x for x in self.raw_model.parameters() if x.grad is not None]
         norm = get_total_norm([x.grad for x in parameters if x.grad is not None])
-        loss, grad_norm = mean_loss.item(), whole_tensor(norm).item()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            # Looked for before clipping, which spreads a NaN to all gradients.
-            name = "the loss" if not math.isfinite(loss) else offending_gradient(self.raw_model)
-            event = (
-                f"the loss is {loss} and its gradient's norm {grad_norm}, first of all {name}; the step was not taken"
-            )
-            raise self._not_finite(step + 1, name, event)
-        clip_grads_with_norm_(parameters, config.grad_clip or math.inf, norm)
-        return loss, grad_norm
+        clip_grads_with_norm_(parameters, self.config.grad_clip or math.inf, norm)
+        return whole_tensor(norm)
+
+    def _report_all_but(self, count: int) -> None:
+        """Report the steps that were taken, but for the last ``count``.
+
+        Raises:
+            NonFiniteError: a loss or a gradient's norm is not finite; that step and those after it changed nothing.
+        """
+        while len(self.taken) > count:
+            step = self.taken.popleft()
+            loss, grad_norm = step.numbers()
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise self._failed(step.number, loss, grad_norm)
+            now = time.perf_counter()
+            seconds, self.reported_at = now - max(step.started, self.reported_at), now
+            self._report(step.number, loss, grad_norm, step.lr, seconds)
+
+    def _failed(self, step: int, loss: float, grad_norm: float) -> NonFiniteError:
+        """The error of a step, whose gradient is computed once more: it may have been overwritten since."""
+        self.taken.clear()
+        name = "the loss"
+        if math.isfinite(loss):
+            self.standing.step = step - 1
+            self._gradient(step - 1)
+            name = offending_gradient(self.raw_model)
+        event = f"the loss is {loss} and its gradient's norm {grad_norm}, first of all {name}; the step was not taken"
+        return self._not_finite(step, name, event)
 
     def _move_gradients(self) -> None:
         """Move the gradients out of a graph's memory, which its next replay writes anew, so that they can be summed."""
@@ -249,17 +310,17 @@ class Trainer:
         if self.replayed:
             torch.compiler.cudagraph_mark_step_begin()  # nobody reads what the last one left any more
             # Nobody looks at the offsets, and the number of segments says which graph is replayed.
-            input_ids, labels, cu_seqlens = batch.padded().to(self.device, non_blocking=True)
+            input_ids, labels, cu_seqlens = batch.padded().to(self.device)
             torch._dynamo.mark_dynamic(cu_seqlens, 0)  # compiled once for every number
         else:
             # The offsets stay on the CPU, where the model looks at them without waiting for the device.
-            input_ids, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
+            input_ids, labels, _ = batch.to(self.device)
             cu_seqlens = batch.cu_seqlens
         output = self.model(input_ids, labels=labels, cu_seqlens=cu_seqlens, **options)
         return output if options else (output, 0.0)
 
-    def _report(self, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
-        step, average = self.standing.step, self.standing.loss_average.update(loss)
+    def _report(self, step: int, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
+        average = self.standing.loss_average.update(loss)
         record = dict(
             tokens=step * self.tokens_per_step,
             loss=loss,
@@ -299,6 +360,7 @@ class Trainer:
         restore_weights(checkpoint, self.raw_model)
         self.restore(checkpoint)
         self.optimizer.zero_grad()
+        self.failed.zero_()
         self.standing.rewinds = rewinds
         self.metrics.go_back(self.standing.step)
         # The record belongs to the first step that is taken again: a run that is resumed before it gets here anew.
@@ -317,14 +379,13 @@ class Trainer:
             TrainingInterrupted: it was asked for.
         """
         config, step = self.config, self.standing.step
-        if stop.signal_number is not None:
-            self.accelerator.set_trigger()
-        # A signal may reach the processes at different steps; they stop at the same one.
-        stopping = self.accelerator.check_trigger() and step < config.steps
+        stopping = self._is_to_stop(stop) and step < config.steps
         if stopping:
             self.display.say(f"Stopping after step {step}: saving a checkpoint (once more to stop at once)")
         validating = self._is_checked(step) and step < config.steps
         saving = _is_due(step, config.checkpoint_interval) or stopping or step == config.steps
+        if validating or saving:
+            self._report_all_but(0)
         if (validating or saving) and (name := offending_weight(self.raw_model)):
             raise self._not_finite(step, name, f"the step left {name} with values that are not finite")
         if validating:
@@ -333,6 +394,15 @@ class Trainer:
             self._save()
         if stopping:
             raise TrainingInterrupted(stop.signal_number or signal.SIGTERM, self.run_dir, step)
+
+    def _is_to_stop(self, stop: StopRequest) -> bool:
+        """Whether a signal asked for it; of several processes, which it may reach at different steps, any of them."""
+        asked = stop.signal_number is not None
+        if self.accelerator.num_processes == 1:  # nobody waits for the device
+            return asked
+        if asked:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
 
     def _validate(self, stream: TokenStream, *, final: bool = False) -> LanguageScore:
         """Score held-out documents, shared out between the processes."""

@@ -12,11 +12,6 @@ from .conftest import small_model
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def _full_precision(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 def pair(**options):
     here = small_model(spread=0.1, **options)
     return here, copy.deepcopy(here).cuda()

@@ -1,0 +1,30 @@
+"""What a gated feed-forward network does between its two products."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """``silu(gate) ⊙ value`` of gates and values side by side (Shazeer, 2020): (..., 2F) -> (..., F).
+
+    The gradient computes ``silu(gate)`` anew: autograd would keep it, a tensor as large as the result.
+    """
+    return _SwiGLU.apply(x)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        (x,) = ctx.saved_tensors
+        gate, value = x.chunk(2, dim=-1)
+        return torch.cat([torch.ops.aten.silu_backward(grad * value, gate), grad * F.silu(gate)], dim=-1)
