@@ -209,7 +209,7 @@ def plus_minus(estimate: "Estimate", *, signed: bool = False, percent: bool = Fa
     mean, error = estimate.mean, estimate.standard_error
     if percent:
         return f"{mean:.1%}" + (f" ± {error:.1%}" if error is not None else "")
-    return f"{mean:{'+' if signed else ''}.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    return f"{mean:{'+' if signed else ''}z.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
 def _scientific(estimate: "Estimate") -> str:

@@ -66,8 +66,8 @@ def mechanisms(
     options = dict(length=length, horizon=horizon, sequences=sequences, joined=joined, seed=seed)
     found = evaluate_mechanisms(model, stream, tokenizer, batch_tokens=batch_tokens, progress=True, **options)
     print(
-        f"{directory}, {found.sequences:,} texts: {found.length:,} tokens read, the next {found.horizon:,} predicted at "
-        f"{plus_minus(found.loss)} nats a token"
+        f"{directory}, {found.sequences:,} texts: {found.length:,} tokens read, the next {found.horizon:,} predicted "
+        f"at {plus_minus(found.loss)} nats a token"
     )
     for part in _parts(found):
         print()
@@ -99,8 +99,9 @@ def _heads(found: "Mechanisms") -> _Part:
         "Erasing the memory of a head",
         ("layer", "head", "Γ dt", "half-life (tokens)", "cost"),
         rows,
-        f"Erasing all memories costs {_signed(found.erased)} nats. Of single heads, head {most.head} of layer {most.layer} "
-        f"is missed most, by {_signed(most.cost)}. Half-life and cost have a rank correlation of {found.correlation:+.2f}.",
+        f"Erasing all memories costs {_signed(found.erased)} nats a token. Of single heads, head {most.head} of layer "
+        f"{most.layer} is missed most, by {_signed(most.cost)}. Half-life and cost have a rank correlation of "
+        f"{found.correlation:+.2f}.",
     )
 
 
@@ -113,11 +114,11 @@ def _half_lives(found: "HalfLives") -> _Part:
     kept = [row.kept for row in found.rows]
     slow, fast, difference = (_reach(kept, costs) for costs in columns)
     return _Part(
-        f"Erasing all but the last tokens of the slow heads (half-life {found.slow_from:,.1f} tokens and more) and of the "
-        f"fast ones ({found.fast_to:,.1f} and less)",
+        f"Erasing all but the last tokens of the slow heads (half-life {found.slow_from:,.1f} tokens and more) and of "
+        f"the fast ones ({found.fast_to:,.1f} and less)",
         ("tokens kept", "cost of slow", "cost of fast", "slow - fast"),
         [(f"{n:,}", *map(_signed, costs)) for n, *costs in zip(kept, *columns, strict=True)],
-        f"Two standard errors above zero are: the slow heads' cost {slow}, the fast heads' {fast}, slow - fast "
+        f"Above zero by two standard errors: the slow heads' cost {slow}, the fast heads' {fast}, slow - fast "
         f"{difference}.",
     )
 
@@ -125,11 +126,11 @@ def _half_lives(found: "HalfLives") -> _Part:
 def _reach(kept: Sequence[int], costs: "Sequence[Estimate]") -> str:
     """With how many tokens kept a cost can still be told from zero."""
     felt = [n for n, cost in zip(kept, costs, strict=True) if cost.mean > 0 and _is_clear(cost)]
-    return f"with {', '.join(f'{n:,}' for n in felt)} tokens kept" if felt else "nowhere"
+    return f"with {', '.join(f'{n:,}' for n in felt)} tokens kept" if felt else "never"
 
 
 def _classes(found: "TokenDecay") -> _Part:
-    means = {row.name: fmean([ratio for heads in row.relative for ratio in heads]) for row in found.rows}
+    means = {row.name: fmean(_flat(row.relative)) for row in found.rows}
     highest, lowest = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
     clear = [row for row in found.rows if _is_clear(row.difference)]
     more, less = (
@@ -141,27 +142,28 @@ def _classes(found: "TokenDecay") -> _Part:
         ("tokens", "count", "Γ / mean", "of heads", "cost", "at random tokens", "difference"),
         [_class_row(row, means[row.name]) for row in found.rows],
         f"Γ is highest at {highest} ({means[highest]:.2f} of the mean) and lowest at {lowest} ({means[lowest]:.2f}). "
-        f"Replacing it everywhere costs {_signed(found.everywhere)} nats. By two standard errors, that costs more "
-        f"than at as many random tokens: {', '.join(more) or 'nowhere'}; less: {', '.join(less) or 'nowhere'}.",
+        f"Replacing it everywhere costs {_signed(found.everywhere)} nats a token. By two standard errors, that costs "
+        f"more than at as many random tokens: {', '.join(more) or 'nowhere'}; less: {', '.join(less) or 'nowhere'}.",
     )
 
 
 def _class_row(row: "ClassDecay", mean: float) -> tuple[str, ...]:
-    ratios = [ratio for heads in row.relative for ratio in heads]
+    ratios = _flat(row.relative)
     spread = f"{min(ratios):.2f} - {max(ratios):.2f}"
     return (row.name, f"{row.tokens:,}", f"{mean:.2f}", spread, *map(_signed, (row.cost, row.random, row.difference)))
 
 
 def _selection(found: "Selection") -> _Part:
     kept, dropped, *_ = found.rows
-    strengths = [strength for heads in found.strength for strength in heads]
+    strengths = _flat(found.strength)
     return _Part(
         "Erasing what the SNR filter keeps (p > 1/2) and what it drops",
         ("components", "share", "energy", "cost", "cost / energy"),
         [_removed_row(row) for row in found.rows],
-        f"Erasing what the filter keeps costs {_signed(kept.cost)} nats, what it drops {_signed(dropped.cost)}. The first is "
-        f"{_signed(found.kept_over_random)} more than random components of the same energy cost. The filter acts with a "
-        f"strength of {min(strengths):.3f} to {max(strengths):.3f}; without it the texts cost {_signed(found.off)} nats.",
+        f"Erasing what the filter keeps costs {_signed(kept.cost)} nats a token, what it drops "
+        f"{_signed(dropped.cost)}. What it keeps costs {_signed(found.kept_over_random)} more than random components with as much energy. The "
+        f"filter acts with a strength of {min(strengths):.3f} to {max(strengths):.3f}; to read without it costs "
+        f"{_signed(found.off)}.",
     )
 
 
@@ -171,9 +173,9 @@ def _occupancy(found: "Occupancy") -> _Part:
         "Erasing modes by their energy",
         ("modes", "share", "energy", "gate", "cost", "cost / energy"),
         [_modes_row(row) for row in (*found.gated, *found.groups)],
-        f"Modes whose gate is above 1/2, {above.share:.1%} of all, cost {_signed(above.cost)} nats, the others "
-        f"{_signed(below.cost)}. Energy and cost of the groups have a rank correlation of {_signed(found.correlation)}. "
-        f"Without the resonance the texts cost {_signed(found.off)} nats.",
+        f"Erasing the modes whose gate is above 1/2, {above.share:.1%} of all, costs {_signed(above.cost)} nats a "
+        f"token, the others {_signed(below.cost)}. Energy and cost of the groups have a rank correlation of "
+        f"{_signed(found.correlation)}. To read without the resonance costs {_signed(found.off)}.",
     )
 
 
@@ -186,6 +188,10 @@ def _removed_row(row: "Removed") -> tuple[str, ...]:
 def _modes_row(row: "Modes") -> tuple[str, ...]:
     name, share, energy, cost, worth = _removed_row(row)
     return name, share, energy, "" if row.gate is None else f"{row.gate:.3f}", cost, worth
+
+
+def _flat(by_head: list[list[float]]) -> list[float]:
+    return [value for heads in by_head for value in heads]
 
 
 def _signed(estimate: "Estimate") -> str:

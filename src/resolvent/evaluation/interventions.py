@@ -91,8 +91,8 @@ class Reading:
     def cost_of_memories(self, memories: Sequence[Tensor]) -> Cost:
         """What it costs, over the horizon, to go on with other memories, (B, H, K, V) a layer.
 
-        The rest of the state stays. ``writes`` and ``forgetting`` need no edit: at a boundary both are zero, and without
-        consolidation nothing reads them.
+        The rest of the state stays. ``writes`` and ``forgetting`` need no edit: at a boundary both are zero, and
+        without consolidation nothing reads them.
         """
         state = with_memories(self.state, memories)
         stretch = slice(self.length, None)

@@ -349,26 +349,29 @@ def token_decay(reading: Reading, classes: np.ndarray, random: np.random.Generat
 
 def selection(reading: Reading, random: np.random.Generator) -> Selection:
     """What it costs to lose the components that the SNR filter keeps, drops, and random ones of as much energy."""
-    kept = kept_components(reading)
-    dropped = [~mask for mask in kept]
+    memories, kept = reading.memories, kept_components(reading)
+    total, above = _energies(memories), _energies(memories, kept)
     parts = {
         "kept": kept,
-        "dropped": dropped,
-        "random, energy of the kept": random_components(reading.memories, _energies(reading.memories, kept), random),
-        "random, energy of the dropped": random_components(
-            reading.memories, _energies(reading.memories, dropped), random
-        ),
+        "dropped": [~mask for mask in kept],
+        "random, energy of the kept": random_components(memories, above, random),
+        "random, energy of the dropped": random_components(memories, total - above, random),
     }
-    total, rows = _energies(reading.memories), []
+    rows, costs = [], []
     for name, masks in parts.items():
-        pairs = zip(reading.memories, masks, strict=True)
-        cost = reading.cost_of_memories([memory.masked_fill(mask, 0) for memory, mask in pairs])
+        left = [memory.masked_fill(mask, 0) for memory, mask in zip(memories, masks, strict=True)]
+        costs.append(reading.cost_of_memories(left))
         share = torch.stack([mask.double().mean() for mask in masks]).mean().item()
-        rows.append(Removed(name, share, _share(_energies(reading.memories, masks), total), cost.estimate))
+        rows.append(Removed(name, share, _share(_energies(memories, masks), total), costs[-1].estimate))
     strengths = [snr.strength for snr in _filters(reading)]
-    by_head = [[1.0] * total.shape[-1] if strength is None else strength.tolist() for strength in strengths]
     with switched_off(reading, "snr_filter"):
-        return Selection(by_head, reading.cost_of_rereading().estimate, rows, (costs[0] - costs[2]).estimate)
+        off = reading.cost_of_rereading().estimate
+    return Selection(
+        strength=[[1.0] * total.shape[-1] if heads is None else heads.tolist() for heads in strengths],
+        off=off,
+        rows=rows,
+        kept_over_random=(costs[0] - costs[2]).estimate,
+    )
 
 
 def kept_components(reading: Reading) -> list[Tensor]:

@@ -25,6 +25,7 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"
 def token_texts(tokenizer: Tokenizer, ids: np.ndarray) -> dict[int, str]:
     """The text that each id stands for amid a text, its spaces included."""
     separator = tokenizer.token_to_id(EOT)
+    assert separator is not None, f"the tokenizer has no {EOT}"
     numbers = np.unique(ids).tolist()
     # Behind another token: some decoders drop the space that a text begins with.
     texts = tokenizer.decode_batch([[separator, number] for number in numbers], skip_special_tokens=False)
