@@ -161,9 +161,9 @@ def _selection(found: "Selection") -> _Part:
         ("components", "share", "energy", "cost", "cost / energy"),
         [_removed_row(row) for row in found.rows],
         f"Erasing what the filter keeps costs {_signed(kept.cost)} nats a token, what it drops "
-        f"{_signed(dropped.cost)}. What it keeps costs {_signed(found.kept_over_random)} more than random components with as much energy. The "
-        f"filter acts with a strength of {min(strengths):.3f} to {max(strengths):.3f}; to read without it costs "
-        f"{_signed(found.off)}.",
+        f"{_signed(dropped.cost)}; that is {_signed(found.kept_over_random)} and {_signed(found.dropped_over_random)} "
+        "more than random components with as much energy. The filter acts with a strength of "
+        f"{min(strengths):.3f} to {max(strengths):.3f}; to read without it costs {_signed(found.off)}.",
     )
 
 
@@ -175,7 +175,8 @@ def _occupancy(found: "Occupancy") -> _Part:
         [_modes_row(row) for row in (*found.gated, *found.groups)],
         f"Erasing the modes whose gate is above 1/2, {above.share:.1%} of all, costs {_signed(above.cost)} nats a "
         f"token, the others {_signed(below.cost)}. Energy and cost of the groups have a rank correlation of "
-        f"{_signed(found.correlation)}. To read without the resonance costs {_signed(found.off)}.",
+        f"{found.correlation:+.2f}, within single texts of {_signed(found.correlation_by_text)}. To read without the "
+        f"resonance costs {_signed(found.off)}.",
     )
 
 

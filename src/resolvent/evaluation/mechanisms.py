@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -154,13 +155,15 @@ class Selection:
         strength: how strongly the filter acts, by layer and head, from 0 to 1.
         off: nats a token, over the whole texts, without the filter.
         rows: what it keeps, what it drops, and random components with as much energy as either.
-        kept_over_random: nats a token that what it keeps costs more than random components with as much energy.
+        kept_over_random, dropped_over_random: nats a token that either costs more than random components with as much
+            energy.
     """
 
     strength: list[list[float]]
     off: Estimate
     rows: list[Removed]
     kept_over_random: Estimate
+    dropped_over_random: Estimate
 
 
 @dataclass(frozen=True)
@@ -182,13 +185,15 @@ class Occupancy:
         off: nats a token, over the whole texts, without the resonance.
         gated: the modes whose gate is above, and up to, one half.
         groups: as many modes each, from the least energy to the most.
-        correlation: rank correlation, text by text, of a group's energy with the cost of removing it.
+        correlation: rank correlation of a group's energy with the mean cost of removing it.
+        correlation_by_text: the same within every text.
     """
 
     off: Estimate
     gated: list[Modes]
     groups: list[Modes]
-    correlation: Estimate
+    correlation: float
+    correlation_by_text: Estimate
 
 
 @dataclass(frozen=True)
@@ -371,6 +376,7 @@ def selection(reading: Reading, random: np.random.Generator) -> Selection:
         off=off,
         rows=rows,
         kept_over_random=(costs[0] - costs[2]).estimate,
+        dropped_over_random=(costs[1] - costs[3]).estimate,
     )
 
 
@@ -381,12 +387,14 @@ def kept_components(reading: Reading) -> list[Tensor]:
 
 
 def random_components(memories: Sequence[Tensor], energies: Tensor, random: np.random.Generator) -> list[Tensor]:
-    """Components in random order, as many as hold no more than an energy (L, B, H), bool (B, H, K, V) a layer."""
+    """Components in random order, as many as come closest to an energy (L, B, H), bool (B, H, K, V) a layer."""
     masks = []
     for memory, energy in zip(memories, energies, strict=True):
         squares = memory.flatten(-2).double().square()
         order = torch.from_numpy(random.random(squares.shape).argsort(axis=-1)).to(squares.device)
-        chosen = squares.gather(-1, order).cumsum(-1) <= energy[..., None]
+        sums = F.pad(squares.gather(-1, order).cumsum(-1), (1, 0))  # of the first 0, 1, 2, ...
+        count = (sums - energy[..., None]).abs().argmin(dim=-1, keepdim=True)
+        chosen = torch.arange(squares.shape[-1], device=squares.device) < count
         masks.append(torch.zeros_like(chosen).scatter(-1, order, chosen).view(memory.shape))
     return masks
 
@@ -406,12 +414,18 @@ def occupancy(reading: Reading) -> Occupancy:
 
     gated = [remove("gate above 1/2", gates > 0.5)[0], remove("gate up to 1/2", gates <= 0.5)[0]]
     groups, costs = zip(*(remove(f"{n + 1} of {count} by energy", group == n) for n in range(count)), strict=True)
-    # By text: the energy of every group in every head, on average over layers and heads, beside the cost.
+    # The energy of every group in a text, on average over layers and heads, beside its cost there.
     shares = torch.stack([(energies * (group == n)).sum(-1).mean(dim=(0, 2)) for n in range(count)], dim=-1)
     by_text = zip(shares.tolist(), np.stack([cost.by_text for cost in costs], axis=-1), strict=True)
-    correlation = Estimate.of([rank_correlation(energy, cost) for energy, cost in by_text])
     with switched_off(reading, "resonance"):
-        return Occupancy(reading.cost_of_rereading().estimate, gated, list(groups), correlation)
+        off = reading.cost_of_rereading().estimate
+    return Occupancy(
+        off=off,
+        gated=gated,
+        groups=list(groups),
+        correlation=rank_correlation([row.energy for row in groups], [row.cost.mean for row in groups]),
+        correlation_by_text=Estimate.of([rank_correlation(*pair) for pair in by_text]),
+    )
 
 
 def mode_occupancy(reading: Reading) -> tuple[Tensor, Tensor]:
