@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
 from resolvent.data import build_tokenizer, encode_documents
@@ -21,6 +22,7 @@ from resolvent.evaluation.mechanisms import (
     occupancy,
     random_components,
     selection,
+    token_decay,
     without_modes,
 )
 from resolvent.evaluation.token_classes import TOKEN_CLASSES, token_classes
@@ -186,6 +188,30 @@ def test_gamma_is_replaced_where_it_is_asked_for():
     assert cost[0] != 0 and cost[1] != 0 and cost[2] == 0
 
 
+def test_a_class_is_compared_with_as_many_random_tokens(monkeypatch: pytest.MonkeyPatch):
+    reading, replaced = reading_of(), []
+
+    def spy(reading: Reading, places: Tensor) -> Any:
+        replaced.append(places)
+        return mean_gamma_at(reading, places)
+
+    monkeypatch.setattr("resolvent.evaluation.mechanisms.mean_gamma_at", spy)
+    classes = np.random.default_rng(1).choice(2, size=reading.inputs.shape, p=(0.1, 0.9))
+    found = token_decay(reading, classes, np.random.default_rng(0))
+    assert [row.name for row in found.rows] == list(TOKEN_CLASSES[:2])
+    for number, row in enumerate(found.rows):
+        places, others = replaced[2 * number : 2 * number + 2]
+        assert torch.equal(places, torch.from_numpy(classes == number)) and row.tokens == places.sum()
+        assert torch.equal(places.sum(dim=1), others.sum(dim=1)) and not torch.equal(places, others)
+        for mask, cost in ((places, row.cost), (others, row.random)):
+            with mean_gamma_at(reading, mask):
+                assert reading.cost_of_rereading().estimate == cost
+        assert row.difference.mean == pytest.approx(row.cost.mean - row.random.mean)
+        ratio = reading.gamma[2][places][:, 1].mean() / reading.gamma[2][..., 1].mean()
+        assert row.relative[2][1] == pytest.approx(ratio.item(), rel=1e-5)
+    assert replaced[-1].all() and len(replaced) == 5
+
+
 def test_the_filter_keeps_what_its_own_p_says():
     reading = reading_of()
     _, diagnostics = reading.model(reading.inputs[:, :LENGTH], return_diagnostics=True)
@@ -304,6 +330,19 @@ def test_classes_of_a_byte_level_vocabulary():
         "Un": START, "bel": INSIDE, "iev": INSIDE, "ably": INSIDE, ",": PUNCTUATION, "Ġ1912": DIGITS, "ĠnaÃ¯ve": START,
         "Ċ": LINE, "cats": START, "'": PUNCTUATION, "Ġâĺ": PART, "ĥ": PART,
     }  # fmt: skip
+
+
+def test_a_space_that_a_decoder_drops_where_a_text_begins_counts():
+    vocabulary = {"<|endoftext|>": 0, "▁the": 1, "s": 2, "▁cat": 3}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="s"))
+    tokenizer.decoder = decoders.Metaspace()
+    assert tokenizer.decode([3]) == "cat"
+    assert [TOKEN_CLASSES[n] for n in token_classes(tokenizer, np.array([[0, 1, 3, 2]]))[0]] == [
+        END,
+        START,
+        START,
+        INSIDE,
+    ]
 
 
 def test_a_word_begins_anew_in_every_row():
