@@ -79,7 +79,7 @@ def test_mechanisms_prints_its_tables_and_writes_what_the_library_finds(
     header, *parts = outcome.out.strip().split("\n\n")
     assert header.startswith(f"{run_dir}, {found.sequences} texts: 64 tokens read, the next 32 predicted at ")
     assert found.token_decay and found.half_lives
-    rows = [len(found.heads), len(found.half_lives.rows), len(found.token_decay.rows), 4, 10]
+    rows = [len(found.heads), len(found.half_lives.rows), len(found.token_decay.rows), 5, 10]
     assert [len(part.splitlines()) for part in parts] == [3 + count for count in rows]  # title, headings, and in words
     assert f"Erasing all memories costs {found.erased.mean:+.4f} ± {found.erased.standard_error:.4f} nats" in parts[0]
     most = max(found.heads, key=lambda head: head.cost.mean)

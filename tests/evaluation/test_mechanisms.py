@@ -22,6 +22,7 @@ from resolvent.evaluation.mechanisms import (
     occupancy,
     random_components,
     selection,
+    shuffled,
     token_decay,
     without_modes,
 )
@@ -230,17 +231,25 @@ def test_the_filter_keeps_what_its_own_p_says():
 def test_what_is_kept_and_dropped_are_all_there_is():
     reading = reading_of()
     found = selection(reading, np.random.default_rng(0))
-    kept, dropped, like_kept, like_dropped = found.rows
+    kept, dropped, like_kept, like_dropped, as_many = found.rows
     assert kept.share + dropped.share == pytest.approx(1)
     assert kept.energy + dropped.energy == pytest.approx(1)
     assert kept.energy > 4 * kept.share  # nothing below twice the rms is among them
     for row, like in ((kept, like_kept), (dropped, like_dropped)):
         assert like.energy == pytest.approx(row.energy, abs=0.05)
         assert like.share == pytest.approx(like.energy, abs=0.05)  # chosen whatever their size
+    assert as_many.share == kept.share
+    assert as_many.energy == pytest.approx(as_many.share, abs=0.02)
     assert found.kept_over_random.mean == pytest.approx(kept.cost.mean - like_kept.cost.mean)
     assert found.dropped_over_random.mean == pytest.approx(dropped.cost.mean - like_dropped.cost.mean)
     expected = [block.snr_filter.strength_logit.sigmoid().tolist() for block in reading.blocks if block.snr_filter]
     assert found.strength == expected
+
+
+def test_as_many_components_of_every_head_lie_elsewhere():
+    masks = [torch.rand(2, 3, 8, 8) < share for share in (0.1, 0.6)]
+    for mask, other in zip(masks, shuffled(masks, np.random.default_rng(0)), strict=True):
+        assert torch.equal(mask.sum(dim=(-2, -1)), other.sum(dim=(-2, -1))) and not torch.equal(mask, other)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

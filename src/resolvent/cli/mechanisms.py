@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from resolvent.cli.loading import BatchTokens, Device, Directory, Text
-from resolvent.cli.long_range import JsonFile, Seed, check_files, load, plus_minus, show, write
+from resolvent.cli.long_range import JsonFile, check_files, load, plus_minus, show, write
 
 if TYPE_CHECKING:
     from resolvent.evaluation.estimates import Estimate
@@ -43,7 +43,7 @@ def mechanisms(
     joined: Annotated[
         bool, typer.Option("--joined", help="Read on from document to document, where documents are short.")
     ] = False,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random components and tokens.")] = 0,
     json_path: JsonFile = None,
     batch_tokens: BatchTokens = 4096,
     device: Device = "auto",
@@ -154,7 +154,7 @@ def _class_row(row: "ClassDecay", mean: float) -> tuple[str, ...]:
 
 
 def _selection(found: "Selection") -> _Part:
-    kept, dropped, *_ = found.rows
+    kept, dropped, *_, as_many = found.rows
     strengths = _flat(found.strength)
     return _Part(
         "Erasing what the SNR filter keeps (p > 1/2) and what it drops",
@@ -162,8 +162,9 @@ def _selection(found: "Selection") -> _Part:
         [_removed_row(row) for row in found.rows],
         f"Erasing what the filter keeps costs {_signed(kept.cost)} nats a token, what it drops "
         f"{_signed(dropped.cost)}; that is {_signed(found.kept_over_random)} and {_signed(found.dropped_over_random)} "
-        "more than random components with as much energy. The filter acts with a strength of "
-        f"{min(strengths):.3f} to {max(strengths):.3f}; to read without it costs {_signed(found.off)}.",
+        "more than random components with as much energy. As many random ones as it keeps cost "
+        f"{_signed(as_many.cost)}. The filter acts with a strength of {min(strengths):.3f} to {max(strengths):.3f}; to "
+        f"read without it costs {_signed(found.off)}.",
     )
 
 

@@ -154,7 +154,7 @@ class Selection:
     Attributes:
         strength: how strongly the filter acts, by layer and head, from 0 to 1.
         off: nats a token, over the whole texts, without the filter.
-        rows: what it keeps, what it drops, and random components with as much energy as either.
+        rows: what it keeps, what it drops, random components with as much energy as either, and as many as it keeps.
         kept_over_random, dropped_over_random: nats a token that either costs more than random components with as much
             energy.
     """
@@ -361,6 +361,7 @@ def selection(reading: Reading, random: np.random.Generator) -> Selection:
         "dropped": [~mask for mask in kept],
         "random, energy of the kept": random_components(memories, above, random),
         "random, energy of the dropped": random_components(memories, total - above, random),
+        "random, as many as the kept": shuffled(kept, random),
     }
     rows, costs = [], []
     for name, masks in parts.items():
@@ -397,6 +398,13 @@ def random_components(memories: Sequence[Tensor], energies: Tensor, random: np.r
         chosen = torch.arange(squares.shape[-1], device=squares.device) < count
         masks.append(torch.zeros_like(chosen).scatter(-1, order, chosen).view(memory.shape))
     return masks
+
+
+def shuffled(masks: Sequence[Tensor], random: np.random.Generator) -> list[Tensor]:
+    """As many components of every head as masks (B, H, K, V) choose, at random."""
+    flat = (mask.flatten(-2).cpu().numpy() for mask in masks)
+    mixed = (torch.from_numpy(random.permuted(mask, axis=-1)) for mask in flat)
+    return [mask.view(like.shape).to(like.device) for mask, like in zip(mixed, masks, strict=True)]
 
 
 def occupancy(reading: Reading) -> Occupancy:
@@ -505,7 +513,7 @@ def _tokens_to_read(
 ) -> int:
     """Tokens that all readings together have."""
     heads = config.n_layers * config.num_heads
-    edits = 1 + heads + 2 * (1 + len(distances)) * (heads > 1) + 4 * config.snr_enabled
+    edits = 1 + heads + 2 * (1 + len(distances)) * (heads > 1) + 5 * config.snr_enabled
     edits += (2 + min(MODE_GROUPS, config.head_dim)) * config.resonance_enabled
     rereadings = 1 + config.snr_enabled + config.resonance_enabled
     rereadings += 0 if classes is None else 1 + 2 * len(np.unique(classes))
