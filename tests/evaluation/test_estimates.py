@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from resolvent.errors import ConfigError, ResolventError
-from resolvent.evaluation.estimates import Bucket, Estimate, doubling, doubling_buckets
+from resolvent.evaluation.estimates import Bucket, Estimate, doubling, doubling_buckets, rank_correlation
 
 
 def test_the_error_of_single_values_is_that_of_their_mean():
@@ -56,3 +56,19 @@ def test_distances_double_up_to_the_last():
     assert doubling(16, 64) == [16, 32, 64]
     with pytest.raises(ConfigError, match="length must be >= 16, got 15"):
         doubling(16, 15)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "expected"),
+    [
+        ([1, 20, 3, 400], [-1, 5, 0, 6], 1),  # by order, whatever the distances
+        ([1, 2, 3], [3, 2, 1], -1),
+        ([1, 2, 3, 4], [2, 1, 4, 3], 0.6),  # 1 - 6 * 4 / (4 * 15)
+        ([1, 2, 3, 4], [1, 2, 2, 3], math.sqrt(0.9)),  # equal values share their places
+        ([1, 2, 3], [5, 5, 5], 0),
+        ([7], [1], 0),
+    ],
+)
+def test_rank_correlation(x: list[float], y: list[float], expected: float):
+    assert rank_correlation(x, y) == pytest.approx(expected)
+    assert rank_correlation(y, x) == pytest.approx(expected)

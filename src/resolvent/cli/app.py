@@ -13,6 +13,7 @@ from resolvent.cli.generate import generate
 from resolvent.cli.inspect import inspect
 from resolvent.cli.long_range import influence, needle, positions
 from resolvent.cli.measures import Measures
+from resolvent.cli.mechanisms import mechanisms
 from resolvent.cli.presets import presets
 from resolvent.cli.train import train
 
@@ -28,7 +29,7 @@ for command in (train, generate, inspect, convert, presets, benchmark):
     app.command(no_args_is_help=False)(command)
 
 measures = typer.Typer(cls=Measures, no_args_is_help=True, rich_markup_mode="rich", subcommand_metavar="[MEASURE] DIR")
-for measure in (language, positions, needle, influence):
+for measure in (language, positions, needle, influence, mechanisms):
     measures.command(no_args_is_help=False)(measure)
 app.add_typer(measures, name="evaluate")
 
@@ -38,10 +39,11 @@ def evaluate() -> None:
     """Measure what a model has learnt.
 
     Without the name of a measure it is [bold]language[/bold]: how well the model
-    predicts text. The other three go far beyond the length that it was
+    predicts text. The next three go far beyond the length that it was
     trained on, by default to 65,536 tokens. They print a table, write its
-    figures with --json FILE and draw them with --plot FILE. Each explains
-    them with --help.
+    figures with --json FILE and draw them with --plot FILE. The last tells
+    what parts of a Phase 2 model do for it. Each explains its figures with
+    --help.
 
     Example: [bold]resolvent evaluate runs/tiny --data novel.txt[/bold]
 

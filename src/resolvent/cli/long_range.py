@@ -49,8 +49,8 @@ def positions(
 
     Example: [bold]resolvent evaluate positions runs/tiny --length 16384 --plot positions.png[/bold]
     """
-    _check_files(json_path, plot_path)
-    model, tokenizer, stream = _load(directory, data, device)
+    check_files(json_path, plot_path)
+    model, tokenizer, stream = load(directory, data, device)
     from resolvent.evaluation import evaluate_positions
     from resolvent.evaluation.estimates import Bucket
 
@@ -62,16 +62,16 @@ def positions(
             str(Bucket(row.first, row.last)),
             f"{row.sequences:,}",
             f"{row.tokens:,}",
-            _plus_minus(row.loss),
+            plus_minus(row.loss),
             f"{row.perplexity:,.3f}",
             "" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}",
-            _plus_minus(row.windows_loss),
-            _plus_minus(row.gain, signed=True),
+            plus_minus(row.windows_loss),
+            plus_minus(row.gain, signed=True),
         )
         for row in scores.rows
     ]
-    _show(f"{directory}, loss by position; windows of {scores.training_length:,} tokens", columns, rows)
-    _write(scores, options, directory, data, json_path)
+    show(f"{directory}, loss by position; windows of {scores.training_length:,} tokens", columns, rows)
+    write(scores, options, directory, data, json_path)
     if plot_path is not None:
         from resolvent.evaluation.plots import plot_positions
 
@@ -102,20 +102,20 @@ def needle(
 
     Example: [bold]resolvent evaluate needle runs/tiny --length 4096 --samples 100 --json needle.json[/bold]
     """
-    _check_files(json_path, plot_path)
-    model, tokenizer, stream = _load(directory, data, device)
+    check_files(json_path, plot_path)
+    model, tokenizer, stream = load(directory, data, device)
     from resolvent.evaluation import evaluate_needle
 
     options = dict(length=length, samples=samples, candidates=candidates, seed=seed)
     scores = evaluate_needle(model, stream, tokenizer, batch_tokens=batch_tokens, progress=True, **options)
     rows = [
-        (f"{row.distance:,}", *(_plus_minus(share, percent=True) for share in (row.first, row.beaten, row.exact)))
+        (f"{row.distance:,}", *(plus_minus(share, percent=True) for share in (row.first, row.beaten, row.exact)))
         for row in scores.rows
     ]
     chance = ("by chance", f"{scores.chance:.1%}", "50.0%", "")
     title = f"{directory}, a pass key among {candidates:,} in {samples:,} places"
-    _show(title, ("distance", "first", "beaten", "exact"), [*rows, chance])
-    _write(scores, options, directory, data, json_path)
+    show(title, ("distance", "first", "beaten", "exact"), [*rows, chance])
+    write(scores, options, directory, data, json_path)
     if plot_path is not None:
         from resolvent.evaluation.plots import plot_needle
 
@@ -145,8 +145,8 @@ def influence(
 
     Example: [bold]resolvent evaluate influence runs/tiny --length 4096 --plot influence.png[/bold]
     """
-    _check_files(json_path, plot_path)
-    model, _, stream = _load(directory, data, device)
+    check_files(json_path, plot_path)
+    model, _, stream = load(directory, data, device)
     from resolvent.evaluation import measure_influence
     from resolvent.evaluation.estimates import Bucket
 
@@ -157,15 +157,15 @@ def influence(
         for row in influences.rows
     ]
     title = f"{directory}, influence on the last prediction in {sequences:,} texts"
-    _show(title, ("distance", "gradient", "divergence (nats)"), rows)
-    _write(influences, options, directory, data, json_path)
+    show(title, ("distance", "gradient", "divergence (nats)"), rows)
+    write(influences, options, directory, data, json_path)
     if plot_path is not None:
         from resolvent.evaluation.plots import plot_influence
 
         plot_influence(influences, plot_path)
 
 
-def _check_files(json_path: Path | None, plot_path: Path | None) -> None:
+def check_files(json_path: Path | None, plot_path: Path | None) -> None:
     """Find out before the measurement, not after it, that its result cannot be written."""
     for path, option in ((json_path, "--json"), (plot_path, "--plot")):
         if path is not None and not path.parent.is_dir():
@@ -176,7 +176,7 @@ def _check_files(json_path: Path | None, plot_path: Path | None) -> None:
         check_plot(plot_path)
 
 
-def _load(directory: Path, data: Path | None, device: str) -> "tuple[IntegratedModel, Tokenizer, TokenStream]":
+def load(directory: Path, data: Path | None, device: str) -> "tuple[IntegratedModel, Tokenizer, TokenStream]":
     """A model, its tokenizer and the text to measure it on."""
     model, tokenizer = load_trained(directory, device)
     from resolvent.data import encode_documents
@@ -184,7 +184,7 @@ def _load(directory: Path, data: Path | None, device: str) -> "tuple[IntegratedM
     return model, tokenizer, encode_documents(documents_of(directory, data), tokenizer, progress=True)
 
 
-def _show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2))
@@ -197,7 +197,7 @@ def _show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]])
     console.print(table)
 
 
-def _write(scores: Any, options: dict[str, Any], directory: Path, data: Path | None, json_path: Path | None) -> None:
+def write(scores: Any, options: dict[str, Any], directory: Path, data: Path | None, json_path: Path | None) -> None:
     from resolvent.files import write_json
 
     if json_path is not None:
@@ -205,11 +205,11 @@ def _write(scores: Any, options: dict[str, Any], directory: Path, data: Path | N
         write_json(json_path, {"settings": settings, **scores.to_dict()})
 
 
-def _plus_minus(estimate: "Estimate", *, signed: bool = False, percent: bool = False) -> str:
+def plus_minus(estimate: "Estimate", *, signed: bool = False, percent: bool = False) -> str:
     mean, error = estimate.mean, estimate.standard_error
     if percent:
         return f"{mean:.1%}" + (f" ± {error:.1%}" if error is not None else "")
-    return f"{mean:{'+' if signed else ''}.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    return f"{mean:{'+' if signed else ''}z.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
 def _scientific(estimate: "Estimate") -> str:

@@ -47,6 +47,20 @@ class Estimate:
         return cls(mean, spread / float(sizes.sum()))
 
 
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's: 1 where y rises whenever x does, -1 where it falls, 0 also where one of them is constant."""
+    ranks = np.stack([_ranks(np.asarray(values, np.float64)) for values in (x, y)])
+    if (ranks == ranks[:, :1]).all(axis=1).any():
+        return 0.0
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """From one on; equal values have the mean of their places."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[place]
+
+
 class Bucket(NamedTuple):
     """Whole numbers from the first to the last one."""
 

@@ -106,7 +106,7 @@ def evaluate_positions(
         DataError: there is no text.
         ResolventError: the model's predictions are not finite.
     """
-    texts = _long_texts(stream, length, sequences, joined)
+    texts = long_texts(stream, length, sequences, joined)
     windows = [_windows(text, model.n_seq) for text in texts]
     total = sum(len(text) - 1 for text in (*texts, *itertools.chain(*windows)))
     with progress_bar("Reading", total, progress) as advance:
@@ -167,7 +167,7 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
     return sizes
 
 
-def _long_texts(stream: TokenStream, length: int, sequences: int, joined: bool) -> list[np.ndarray]:
+def long_texts(stream: TokenStream, length: int, sequences: int, joined: bool) -> list[np.ndarray]:
     """Token sequences of up to `length + 1` tokens, the longest first."""
     for name, value in (("length", length), ("sequences", sequences)):
         if value < 1:
