@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.language import calls_of_model, document_tokens, sum_of_nats
 from resolvent.models import IntegratedModel
+from resolvent.models.base import Block
 from resolvent.models.generation import evaluating
 from resolvent.models.phases import phase_of
 from resolvent.models.storage import named_weights, write_weights
@@ -137,6 +139,9 @@ class Trainer:
         self.bits_per_byte_per_nat = corpus.train.num_predictions / corpus.train.num_bytes / math.log(2)
         self.peak_learning_rate = config.peak_learning_rate(model.d_model)
         self.raw_model = model
+        if config.recompute:
+            for block in model.blocks:
+                cast(Block, block).gradient_checkpointing = True
         self.raw_optimizer = build_optimizer(
             model,
             learning_rate=self.peak_learning_rate,
