@@ -229,8 +229,9 @@ class Phase2IntegratedModel(IntegratedModel):
         Returns:
             logits (B, N, vocabulary), float32 outside autocast, or the labels' mean nats, a scalar; followed by the
             ``Phase2State`` and by the dictionary of diagnostics where asked for. The dictionary holds a list with an
-            entry per layer under ``layer_outputs``, ``gamma_values``, ``snr_stats``, ``resonance_info`` and
-            ``stability_metrics``, and ``input_embeddings`` and ``final_hidden_states``.
+            entry per layer under ``layer_outputs``, ``gamma_values``, ``snr_stats`` (its ``strength`` says how strongly
+            the SNR filter acts), ``resonance_info`` and ``stability_metrics``, and ``input_embeddings`` and
+            ``final_hidden_states``.
 
         Raises:
             ValueError: tokens, labels, offsets, mask or state do not fit each other or the model.
