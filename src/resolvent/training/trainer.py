@@ -239,6 +239,8 @@ class Trainer:
             group["lr"] = lr
         if config.start_from is None:  # fewer channels of a saved model would be another function
             self.raw_model.update_rank_schedule(step)
+        if self._is_checked(step + 1):  # trackers are told of its gradients, and of no step before it after that
+            self._report_all_but(0)
         loss = self._gradient(step)
         if self._is_checked(step + 1):
             self.tracking.log_gradients(step + 1, self.raw_model)
@@ -368,6 +370,7 @@ class Trainer:
         self.failed.zero_()
         self.standing.rewinds = rewinds
         self.metrics.go_back(self.standing.step)
+        self.tracking.go_back(self.standing.step, rewinds)
         # The record belongs to the first step that is taken again: a run that is resumed before it gets here anew.
         first, factor = self.standing.step + 1, REWIND_FACTOR**rewinds
         self.metrics.write(step=first, rewinds=rewinds, failed_step=fault.step, not_finite=fault.name, lr_factor=factor)
