@@ -1,6 +1,7 @@
 """Trackers: a run's numbers for TensorBoard, Weights & Biases and the others that Accelerate knows."""
 
 import json
+import time
 import uuid
 from typing import Any, Self
 
@@ -58,6 +59,7 @@ class Tracking:
         self._step = step
         if self._name == "tensorboard":  # begins anew, as for a run that is resumed
             self._close()
+            time.sleep(1)  # files are read in the order of their names, which begin with the second
             self._open()
             self._told = step
         self._tell(max(step + 1, self._told), {"training/rewinds": rewinds})
