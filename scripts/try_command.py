@@ -1,6 +1,6 @@
 """Try an installed `resolvent`: train a tiny model on the CPU, go on with it, let it write and measure it.
 
-    python scripts/try_command.py .venv/bin/resolvent
+python scripts/try_command.py .venv/bin/resolvent
 """
 
 import subprocess
@@ -30,9 +30,9 @@ def try_command(command: Path, folder: Path) -> None:
 
     (folder / "text.txt").write_text("A line of some text.\n" * 100)
     step("presets", writes="large")
-    step("train", "--data", "text.txt", "--out", "run", "--steps", "2", "--seq-len", "32", "--device", "cpu", *SIZES,
-         writes="")
-    step("train", "--resume", "run", writes="")
+    length = ("--steps", "2", "--seq-len", "32", "--device", "cpu")
+    step("train", "--data", "text.txt", "--out", "run", *length, *SIZES, writes="resolvent generate run")
+    step("train", "--resume", "run", writes="resolvent generate run")
     step("generate", "run", "--prompt", "A line", "--max-new-tokens", "3", writes="A line")
     step("evaluate", "run", "--data", "text.txt", "--json", writes="bits_per_byte")
 
