@@ -11,8 +11,11 @@ export GOMP_SPINCOUNT ?= 10000
 # A process takes up to a gigabyte.
 WORKERS := -n auto --maxprocesses 4
 
+# The versions that the wheel is tried with.
+CONSTRAINTS := constraints.txt
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-oldest test-gpu lint format bench docs clean
+.PHONY: help setup demo test test-all test-oldest test-gpu lint format bench docs wheel clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +62,13 @@ bench: setup  ## measure training speed and memory beside a Transformer of the s
 docs: setup  ## build the documentation into build/site
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+wheel:  ## build the wheel into dist and try it with nothing but its dependencies, in an environment of their own
+	rm -rf build dist
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) dist/*.whl
+	$(PYTHON) scripts/try_command.py build/wheel/bin/resolvent
 
 clean:  ## remove the environments, runs and caches
 	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
