@@ -63,16 +63,32 @@ def piece(x: Tensor) -> Tensor:
     return x.tensor_split(CUTS[dist.get_world_size()], dim=1)[dist.get_rank()]
 
 
-def read_in_stretches(dtype: torch.dtype, recompute: bool, frozen: bool) -> list[dict[str, float]]:
-    """For every model: the largest differences of several processes' loss, gradient, logits and last state to those of
-    one alone."""
+def largest_differences(recompute: bool, frozen: bool) -> list[dict[str, float]]:
+    """For every model in float64: the largest differences of several processes' loss, gradient, logits and last state
+    to those of one alone."""
     dist.init_process_group("gloo")
     found = []
     for config in MODELS.values():
-        alone = read_alone(make(config, dtype, recompute, frozen))
-        shared = read_together(make(config, dtype, recompute, frozen))
+        alone = read_alone(make(config, torch.float64, recompute, frozen))
+        shared = read_together(make(config, torch.float64, recompute, frozen))
         found.append({name: (x - alone[name]).abs().max().item() for name, x in shared.items()})
     return found
+
+
+def errors_of_float32() -> list[dict[str, tuple[float, float]]]:
+    """For every model: how far several processes' results and those of one alone, both in float32, are from those of
+    float64, as root mean squares."""
+    dist.init_process_group("gloo")
+    found = []
+    for config in MODELS.values():
+        exact = read_alone(make(config, torch.float64))
+        alone, shared = read_alone(make(config)), read_together(make(config))
+        found.append({name: (rms(x - exact[name]), rms(alone[name] - exact[name])) for name, x in shared.items()})
+    return found
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
 
 
 def read_alone(model: Any) -> dict[str, Tensor]:
@@ -109,19 +125,25 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([x.detach().flatten().double() for x in real])
 
 
-@pytest.mark.parametrize(
-    ("processes", "dtype", "recompute", "frozen", "tolerance"),
-    [
-        (2, torch.float32, False, False, 1e-5),
-        (3, torch.float64, True, True, 1e-12),
-    ],
-)
-def test_stretches_are_the_whole(processes: int, dtype: torch.dtype, recompute: bool, frozen: bool, tolerance: float):
-    for found in together(processes, read_in_stretches, dtype, recompute, frozen):
+@pytest.mark.parametrize(("processes", "recompute", "frozen"), [(2, False, False), (3, True, True)])
+def test_stretches_are_the_whole(processes: int, recompute: bool, frozen: bool):
+    for found in together(processes, largest_differences, recompute, frozen):
         assert len(found) == len(MODELS)
         for name, distances in zip(MODELS, found, strict=True):
             for what, largest in distances.items():
-                assert largest < tolerance, (name, what)
+                assert largest < 1e-12, (name, what)
+
+
+def test_stretches_are_as_near_the_truth_in_float32():
+    """Orders of additions differ, and read-outs that almost vanish are brought to unit size: at a few tokens two right
+    results may be further from each other than is telling, but on the whole neither is further from float64."""
+    for found in together(2, errors_of_float32):
+        assert len(found) == len(MODELS)
+        for name, errors in zip(MODELS, found, strict=True):
+            for what, (shared, alone) in errors.items():
+                assert shared < 1e-5 and alone < 1e-5, (name, what, shared, alone)
+                rounding = 1e-6 if what == "loss" else 0.0  # one number may be right by chance
+                assert shared <= 3 * alone + rounding, (name, what, shared, alone)
 
 
 def train_a_little(in_parallel: bool) -> list[float]:

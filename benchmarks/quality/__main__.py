@@ -132,9 +132,25 @@ def learn_recall(
 @app.command("report")
 def print_report(paths: Annotated[list[Path], typer.Argument(help="Files of runs.")]) -> None:
     """Print tables of the runs: best learning rates, means and standard errors, paired differences."""
-    records = {results.key(record): record for record in results.read(paths)}
-    for table in report.tables(list(records.values())):
+    for table in report.tables(_runs(paths)):
         Console(width=200).print(table, "")
+
+
+@app.command("plot")
+def draw_report(
+    paths: Annotated[list[Path], typer.Argument(help="Files of runs.")],
+    out: Annotated[Path, typer.Option(help="Picture to write: .svg, .png or .pdf.")],
+) -> None:
+    """Draw what the runs say: losses, what mechanisms are worth, recall by the size of the state."""
+    from benchmarks.quality import plots  # needs matplotlib
+
+    plots.plot(_runs(paths), out)
+    say(f"{out}")
+
+
+def _runs(paths: Sequence[Path]) -> list[results.Record]:
+    """Of all files, each run once."""
+    return list({results.key(record): record for record in results.read(paths)}.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ runs

@@ -7,18 +7,24 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from benchmarks.quality.results import Record, best_learning_rate, setting
 
 
+class Row(NamedTuple):
+    """Something with a name, and its values over seeds."""
+
+    name: str
+    values: list[float]
+
+
 def tables(records: Sequence[Record]) -> list[Table]:
     """All that can be said of the runs, for each setting by itself."""
     found = []
-    for _, group in groupby(sorted(records, key=setting), key=setting):
-        runs = list(group)
+    for runs in _by_setting(records):
         task = runs[0]["settings"]["task"]
         found += _language(runs) if task == "language" else _recall(runs)
     if recalls := [run for run in records if run["settings"]["task"] == "mqar"]:
@@ -31,9 +37,43 @@ def average(values: Sequence[float], digits: int = 4, signed: bool = False) -> s
     if not values:
         return "-"
     mean = f"{statistics.mean(values):{'+' if signed else ''}.{digits}f}"
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {standard_error(values):.{digits}f}"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; zero where a single value says nothing of it."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def losses(records: Sequence[Record]) -> list[list[Row]]:
+    """For each setting, the losses of every model but variants of Phase 2 at its best learning rate."""
+    found = []
+    for runs in _by_setting(record for record in records if record["settings"]["task"] == "language"):
+        whole = {name: of for name, of in _by_model(runs).items() if not name.startswith("phase2/")}
+        best = {name: _at_best(of, "loss", smallest=True)[1] for name, of in whole.items()}
+        found.append([Row(name, [run["loss"] for run in kept]) for name, kept in best.items() if kept])
+    return found
+
+
+def differences(records: Sequence[Record]) -> list[list[Row]]:
+    """For each setting, the loss of every variant of Phase 2 less that of Phase 2 as it is, for runs with the same seed
+    and learning rate."""
+    found = []
+    for runs in _by_setting(record for record in records if record["settings"]["task"] == "language"):
+        models = _by_model(run for run in runs if run["finite"])
+        whole = {(run["learning_rate"], run["seed"]): run["loss"] for run in models.get("phase2", [])}
+        rows = []
+        for name, of in models.items():
+            pairs = [(run["learning_rate"], run["seed"], run["loss"]) for run in of]
+            gaps = [loss - whole[rate, seed] for rate, seed, loss in pairs if (rate, seed) in whole]
+            if name.startswith("phase2/") and gaps:
+                rows.append(Row(name, gaps))
+        found.append(rows)
+    return found
+
+
+def _by_setting(records: Iterable[Record]) -> list[list[Record]]:
+    return [list(group) for _, group in groupby(sorted(records, key=setting), key=setting)]
 
 
 def _by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -81,8 +121,9 @@ def _language(records: list[Record]) -> list[Table]:
                 lambda run: run["long"]["in_windows"],
             ),
         ]
-    if "phase2" in models and any(name.startswith("phase2/") for name in models):
-        found.append(_differences_table(models))
+    (rows,) = differences(records)
+    if rows:
+        found.append(_differences_table(rows))
     return found
 
 
@@ -139,19 +180,13 @@ def _positions_table(
     return table
 
 
-def _differences_table(models: dict[str, list[Record]]) -> Table:
-    """Of runs with the same seed and learning rate: loss of a variant less that of Phase 2 as it is."""
+def _differences_table(rows: Sequence[Row]) -> Table:
     table = _table(
         "variants of Phase 2: difference of loss to phase2, paired by seed and learning rate; above 0 the change costs",
         *("model", "pairs", "difference (nats)", "standard errors"),
     )
-    whole = {(run["learning_rate"], run["seed"]): run["loss"] for run in models["phase2"] if run["finite"]}
-    for name, runs in models.items():
-        if not name.startswith("phase2/"):
-            continue
-        pairs = [(run["learning_rate"], run["seed"], run["loss"]) for run in runs if run["finite"]]
-        gaps = [loss - whole[rate, seed] for rate, seed, loss in pairs if (rate, seed) in whole]
-        error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+    for name, gaps in rows:
+        error = standard_error(gaps)
         ratio = f"{statistics.mean(gaps) / error:+.1f}" if error else "-"
         table.add_row(name, str(len(gaps)), average(gaps, signed=True), ratio)
     return table
@@ -169,19 +204,33 @@ def _recall(records: list[Record]) -> list[Table]:
     return [table, _rates_table("accuracy by learning rate", models, "accuracy", 3)]
 
 
+class Recalled(NamedTuple):
+    """Accuracies of a model of a size at its best learning rate, over seeds."""
+
+    name: str
+    kilobytes: float
+    accuracies: list[float]
+    width: int
+    heads: int
+
+
+def recalls(records: Sequence[Record]) -> list[Recalled]:
+    """A row for every model and size, in the order of names and sizes."""
+    rows = []
+    for runs in _by_setting(record for record in records if record["settings"]["task"] == "mqar"):
+        for name, of in _by_model(runs).items():
+            _, kept = _at_best(of, "accuracy", smallest=False)
+            if kept:
+                size, accuracies = kept[0]["settings"], [run["accuracy"] for run in kept]
+                rows.append(Recalled(name, kept[0]["state_bytes"] / 1024, accuracies, size["width"], size["heads"]))
+    return sorted(rows, key=lambda row: (row.name, row.kilobytes))
+
+
 def _recall_curve(records: list[Record]) -> Table:
     """Accuracy against the size of the state: a line for every model and size."""
     table = _table(
         "recall by state bytes, each at its best learning rate", "model", "state KB", "accuracy", "width", "heads"
     )
-    rows = []
-    for name, runs in _by_model(records).items():
-        for _, group in groupby(sorted(runs, key=setting), key=setting):
-            _, kept = _at_best(list(group), "accuracy", smallest=False)
-            if kept:
-                size = kept[0]["settings"]
-                rows.append((name, kept[0]["state_bytes"], kept, size["width"], size["heads"]))
-    for name, state, kept, width, heads in sorted(rows, key=lambda row: (row[0], row[1])):
-        accuracy = average([run["accuracy"] for run in kept], 3)
-        table.add_row(name, f"{state / 1024:,.1f}", accuracy, str(width), str(heads))
+    for name, kilobytes, accuracies, width, heads in recalls(records):
+        table.add_row(name, f"{kilobytes:,.1f}", average(accuracies, 3), str(width), str(heads))
     return table

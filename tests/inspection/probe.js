@@ -83,6 +83,7 @@ function probe() {
   $("layer").value = data.layers.length - 1;
   $("layer").dispatchEvent(new Event("change"));
   found.layer_changes = Object.fromEntries(followers.map((id, i) => [id, charts[id].innerHTML !== before[i]]));
+  found.strength = $("strength")?.textContent;
   found.layer_named = document.querySelector(".layer").textContent;
 
   found.themes = [];

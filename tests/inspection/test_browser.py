@@ -108,6 +108,7 @@ def test_the_layer_can_be_chosen(wide: dict[str, Any]):
         "resolvent-path": True,
     }
     assert wide["layer_named"] == "layer 3 of 3"
+    assert re.fullmatch(r"Strength here, by head: 0\.\d+(, 0\.\d+){2}\.", wide["strength"])
 
 
 def test_text_can_be_read_in_both_themes(wide: dict[str, Any], narrow: dict[str, Any]):

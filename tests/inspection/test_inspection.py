@@ -16,6 +16,7 @@ from resolvent.evaluation.language import document_tokens, sum_of_nats
 from resolvent.inspection import Inspection, inspect_model
 from resolvent.inspection.inspection import read_curves, token_texts
 from resolvent.models import IntegratedModel
+from resolvent.models.phase2 import Phase2IntegratedModel
 from tests.models.small import PHASE1, PHASE2
 
 TEXT = "The old cat, père №7, sat on the mat.\n" * 4
@@ -92,6 +93,19 @@ def test_every_layer_has_numbers_for_every_token(inspection: Inspection, model: 
         assert (np.asarray(memory.signal) >= certain - 1e-3).all()
 
 
+@pytest.mark.parametrize(("trained", "expected"), [(True, [0.25, 0.5, 0.75]), (False, [1.0, 1.0, 1.0])])
+def test_the_strength_of_the_snr_filter_is_shown(trained: bool, expected: list[float]):
+    model = PHASE2.model(vocab_size=257, snr_trained=trained)
+    assert isinstance(model, Phase2IntegratedModel)
+    last = next(reversed(list(model.blocks)))
+    if trained:
+        last.snr_filter.strength_logit.data = torch.tensor(expected).logit()
+    found = inspect_model(model, TOKENIZER, TEXT).layers[-1].memory
+    assert found is not None and found.strength == pytest.approx(expected, rel=1e-3)
+    *_, stats = model(ids()[None], return_diagnostics=True)[1]["snr_stats"]
+    assert stats["strength"].tolist() == [pytest.approx(expected)]
+
+
 def test_it_survives_json(inspection: Inspection):
     values = json.loads(json.dumps(inspection.to_dict(), allow_nan=False))
     assert list(values) == [field.name for field in fields(Inspection)]
@@ -104,7 +118,7 @@ def test_mechanisms_that_are_off_are_not_there():
     found = inspect_model(model, TOKENIZER, TEXT)
     assert found.snr_threshold is None and found.resonance_threshold is None and found.consolidation_interval is None
     memory = found.layers[0].memory
-    assert memory is not None and memory.signal is None and memory.modes is None and memory.snr
+    assert memory is not None and memory.signal is memory.strength is memory.modes is None and memory.snr
 
 
 def test_length_cuts(model: IntegratedModel):

@@ -125,7 +125,7 @@ def test_a_layer_with_extreme_weights_is_bounded(size, rate, autocast, device):
 
 # ------------------------------------------------------------------------------------------------------- the memory
 
-WIDTH, ETA, BOOST = 16, 0.1, 1.5
+WIDTH, ETA, BOOST, STRENGTH = 16, 0.1, 1.5, 0.9
 DECAYS = {
     "1e-6": lambda n: torch.full((1, n, 2), 1e-6, dtype=torch.float64),
     "1": lambda n: torch.ones(1, n, 2, dtype=torch.float64),
@@ -149,7 +149,7 @@ def written(kind, length):
 def remembered(q, k, v, decay, dtype, wide, device="cpu", backend="torch"):
     """The final state and all gradients; ``wide`` is the dtype of decays and parameters."""
     tokens = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
-    given = [decay, torch.full((2,), ETA), torch.full((2,), 0.9), torch.ones(2), torch.full((2,), 4.0)]
+    given = [decay, torch.full((2,), ETA), torch.full((2,), STRENGTH), torch.ones(2), torch.full((2,), 4.0)]
     decay, eta, strength, sharpness, bias = (x.to(device, wide).requires_grad_() for x in given)
     basis = resonance_basis(WIDTH).to(device)
     rule = Consolidation(64, SNRFilter(2.0, 0.5, 2.0, BOOST, strength), Resonance(basis, 0.1, sharpness, bias))
@@ -168,7 +168,8 @@ def assert_memory_is_bounded(kind, decay, dtype, device, backend):
     assert all(x.isfinite().all() for x in (readout, *state))
     largest, least = ETA * v.norm(dim=-1).amax(1), decay.amin(1)
     energy = state.memory.detach().double().square().sum((-2, -1)).cpu()
-    assert (energy <= LyapunovStabilityMonitor.bound(torch.zeros_like(largest), largest, least, BOOST) * 1.00001).all()
+    gain = torch.tensor(STRENGTH * (BOOST - 1))
+    assert (energy <= LyapunovStabilityMonitor.bound(torch.zeros_like(largest), largest, least, gain) * 1.00001).all()
     assert all(x.isfinite().all() for x in exact)
     assert_finite_as(grads, exact)
 

@@ -22,6 +22,7 @@ from resolvent.data.tokenization import TOKENIZER_FILES
 from resolvent.errors import CheckpointError, ConfigError, DataError
 from resolvent.evaluation import evaluate_documents
 from resolvent.models import load_model
+from resolvent.models.base import Block
 from resolvent.models.phase2 import Phase2IntegratedModel
 from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupted, resume, train, trainer
 from resolvent.training.corpus import split_corpus
@@ -388,6 +389,19 @@ def test_plain_output_is_a_line_at_intervals(small_config: MakeConfig, tmp_path:
 def test_without_a_console_nothing_is_printed(small_config: MakeConfig, capfd: pytest.CaptureFixture[str]):
     train(small_config(steps=2))
     assert capfd.readouterr() == ("", "")
+
+
+def test_blocks_that_are_computed_anew_learn_the_same(
+    small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plain = train(small_config(steps=3, out=str(tmp_path / "plain"))).model
+    checkpointed, calls = Block._gradient_checkpointing_func, []
+    monkeypatch.setattr(
+        Block, "_gradient_checkpointing_func", staticmethod(lambda *x: (calls.append(x), checkpointed(*x))[1])
+    )
+    anew = train(small_config(steps=3, recompute=True, out=str(tmp_path / "anew"))).model
+    assert len(calls) == 3 * anew.n_layers
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), anew.parameters(), strict=True))
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from resolvent.training.physics import gradient_norms, read_physics
 from resolvent.training.tracking import tracker_options
 from resolvent.training.trainer import Trainer
 from tests.models.small import PHASE1, PHASE2, tokens
+from tests.training.test_training_finite import on_start, spoil_loss
 from tests.training.test_training_run import after_step, assert_same_run, metrics
 
 MakeConfig = Callable[..., TrainingConfig]
@@ -100,6 +101,30 @@ def test_a_resumed_run_goes_on_in_the_same_place(tracked: MakeConfig, tmp_path: 
     assert scalars(broken.run_dir) == scalars(whole.run_dir)
 
 
+@pytest.fixture(params=[0, 1], ids=["reported at once", "reported a step later"])
+def lag(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A GPU goes on while a step's loss is on its way."""
+    on_start(monkeypatch, lambda trainer: setattr(trainer, "lag", request.param))
+    return request.param
+
+
+@pytest.mark.parametrize("step", [6, 7, 9])
+def test_tensorboard_shows_the_steps_that_a_run_took_again(
+    tracked: MakeConfig, monkeypatch: pytest.MonkeyPatch, lag: int, step: int
+):
+    """Back from step 6 or 7 to 4, from 9 to 8, and that twice."""
+    config = tracked(rewinds=2)
+    spoil_loss(monkeypatch, step=step, rewinds=2)
+    train(config)
+    found, first = scalars(config.run_dir), 5 if step < 8 else 9
+    for name in ("loss", "lr"):
+        written = [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in metrics(config.run_dir) if "loss" in r]
+        assert found[f"training/{name}"] == written
+    assert found["training/rewinds"] == [(first, 2.0)]
+    for name in ("validation/loss", "gamma_mean/layer_01", "gradient_norm/layer_01"):
+        assert [step for step, _ in found[name]] == [3, 6, 9, 10]
+
+
 def test_a_run_takes_up_a_tracker_when_it_resumes(small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch):
     config = small_config()
     with monkeypatch.context() as patch:
@@ -168,6 +193,38 @@ def test_any_tracker_of_accelerate_gets_scalars_and_settings(small_config: MakeC
     created, settings = notes.options
     assert created == {} and settings["model.d_model"] == 32 and settings["seed"] == 0
     assert notes.finished == ["resolvent"]
+
+
+def told(name: str) -> list[tuple[int, float]]:
+    return [(step, values[name]) for step, values in Notes.told if name in values]
+
+
+@pytest.mark.parametrize("interval", [3, 4])
+def test_other_trackers_are_never_told_of_an_earlier_step(
+    small_config: MakeConfig, notes: type[Notes], monkeypatch: pytest.MonkeyPatch, lag: int, interval: int
+):
+    """Back from step 8, to 6 or to 4: the last step that they know is the seventh."""
+    spoil_loss(monkeypatch, step=8, rewinds=1)
+    config = small_config(tracker="mlflow", rewinds=1, checkpoint_interval=interval)
+    train(config)
+    steps = [step for step, _ in notes.told]
+    assert steps == sorted(steps)
+    assert [step for step, _ in told("training/loss")] == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10]
+    assert [step for step, _ in told("validation/loss")] == [3, 6, 9, 10]
+    assert told("training/rewinds") == [(7, 1)]
+    taken_again = [(r["step"], r["lr"]) for r in metrics(config.run_dir) if "loss" in r and r["step"] >= 7]
+    assert told("training/lr")[-4:] == taken_again
+
+
+def test_a_run_that_goes_back_from_its_last_step_has_its_validation(
+    small_config: MakeConfig, notes: type[Notes], monkeypatch: pytest.MonkeyPatch, lag: int
+):
+    spoil_loss(monkeypatch, step=10, rewinds=1)
+    config = small_config(tracker="mlflow", rewinds=1)
+    train(config)
+    (last,) = (r for r in metrics(config.run_dir) if r.get("final"))
+    assert told("validation/loss")[-1] == (10, last["validation_loss"])
+    assert told("training/rewinds") == [(10, 1)]
 
 
 def test_a_tracker_is_closed_when_a_run_is_interrupted(

@@ -12,13 +12,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from resolvent.benchmark.contest import Bench
 from resolvent.benchmark.report import Target
 from resolvent.models import IntegratedModel
+from resolvent.models.base import Block
 from resolvent.models.phase1 import Phase1Config, Phase1IntegratedModel
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel, get_phase2_preset
 from resolvent.training.optimizer import build_optimizer
@@ -33,10 +34,12 @@ class Case:
     Attributes:
         source: a preset of Phase 2, or the GB of a GPU for which Phase 1 has a configuration.
         batch: sequences.
+        recompute: whether blocks are computed anew in the backward pass.
     """
 
     source: str | float
     batch: int
+    recompute: bool = False
 
     @property
     def config(self) -> Phase1Config | Phase2Config:
@@ -52,7 +55,7 @@ class Case:
 
     def __str__(self) -> str:
         model = self.source if isinstance(self.source, str) else f"Phase 1 for {self.source:g} GB"
-        return f"{model}, B{self.batch} N{self.config.n_seq}"
+        return f"{model}, B{self.batch} N{self.config.n_seq}{', recomputed' * self.recompute}"
 
 
 CASES = {
@@ -60,9 +63,10 @@ CASES = {
         Case("small", 8),
         Case("base", 8),
         Case("large", 8),
+        Case("large", 8, recompute=True),
         *(Case(vram, batch) for vram in (8.0, 10.0, 24.0) for batch in (1, 8)),
     ),
-    "cpu": (Case("small", 1), Case("base", 1), Case(8.0, 1)),
+    "cpu": (Case("small", 1), Case("base", 1), Case("base", 1, recompute=True), Case(8.0, 1)),
     "quick": (Case("tiny", 1),),
 }
 
@@ -81,6 +85,8 @@ def training_peak(case: Case, device: str) -> float:
     """GiB at the peak of two training steps; on the CPU beyond what the process held before."""
     before = 0 if device == "cuda" else peak_resident_bytes()
     model = _create(case.config).to(device).train()
+    for block in model.blocks if case.recompute else ():
+        cast(Block, block).gradient_checkpointing = True
     model.update_rank_schedule(sys.maxsize)  # all channels in use
     optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.1, betas=(0.9, 0.95))
     ids = torch.randint(model.vocab_size, (case.batch, model.n_seq + 1), device=device)

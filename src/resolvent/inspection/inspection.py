@@ -68,6 +68,7 @@ class Memory:
         energy, bound: ``||S||²`` and what it cannot exceed, (H, P).
         snr: share of the components in each bin of ``SNR_EDGES`` after the text, (H, bins).
         signal: share of the components above the SNR threshold, (H,); None without an SNR filter.
+        strength: how strongly the SNR filter acts on each head, from 0 to 1, (H,); None without one.
         modes: None without resonance.
     """
 
@@ -75,6 +76,7 @@ class Memory:
     bound: list[Row]
     snr: list[Row]
     signal: Row | None
+    strength: Row | None
     modes: Modes | None
 
 
@@ -272,8 +274,10 @@ def _layer(seen: LayerTrace, block: torch.nn.Module) -> Layer:
 def _memory(seen: MemoryTrace, block: Phase2Block) -> Memory:
     snr = signal_to_noise(seen.last).flatten(1)
     bins = [np.histogram(row.clip(SNR_EDGES[0], SNR_EDGES[-1]), SNR_EDGES)[0] / row.size for row in snr.cpu().numpy()]
-    threshold = block.snr_filter.threshold if block.snr_filter else None
-    modes = None
+    signal = strength = modes = None
+    if (snr_filter := block.snr_filter) is not None:
+        found = snr_filter.statistics(seen.last[None])
+        signal, strength = _numbers(1 - found["low_snr_ratio"][0]), _numbers(found["strength"][0].detach())
     if block.resonance is not None:
         found = block.resonance.statistics(seen.last[None])
         modes = Modes(_numbers(found["diag_energy"][0]), _numbers(found["gate"][0].detach()))
@@ -281,7 +285,8 @@ def _memory(seen: MemoryTrace, block: Phase2Block) -> Memory:
         energy=_numbers(seen.energy.T),
         bound=_numbers(seen.bound.T),
         snr=[[_short(share) for share in row] for row in bins],
-        signal=None if threshold is None else _numbers((snr > threshold).float().mean(1)),
+        signal=signal,
+        strength=strength,
         modes=modes,
     )
 

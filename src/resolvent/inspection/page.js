@@ -384,8 +384,9 @@ function drawSnr() {
   const edges = data.snr_edges, height = 240, bins = edges.length - 1, threshold = data.snr_threshold;
   const shares = () => range(bins).map((b) => { const rows = data.layers[view.layer].memory.snr; return sum(rows.map((row) => row[b])) / rows.length; });
   onLayer.push(() => {
-    const { signal } = data.layers[view.layer].memory;
+    const { signal, strength } = data.layers[view.layer].memory;
     $("signal").textContent = `Here ${percent(sum(signal) / signal.length)} of the components are signal.`;
+    $("strength").textContent = `Strength here, by head: ${strength.map(number).join(", ")}.`;
   });
   onLayer.push(picture($("snr-bars"), "Histogram of signal-to-noise ratios; arrow keys move", height, (canvas, width) => {
     const bars = shares(), x = scale(edges, true), y = scale(bars.map((b) => 100 * b), false);

@@ -117,7 +117,7 @@ def _layer(block: nn.Module, heard: dict[nn.Module, list[Any]], states: list[Any
         torch.zeros_like(gamma),
         (values.norm(dim=-1) * hebbian.eta.detach()).cummax(dim=0).values,
         (gamma * hebbian.dt).cummin(dim=0).values,
-        block.snr_filter.eta_boost if block.snr_filter else 1.0,
+        block.write_gain,
     )
     energy = memories.square().sum(dim=(-2, -1))
     return LayerTrace(

@@ -150,35 +150,48 @@ class DissipativeHebbianLayer(nn.Module):
 class LyapunovStabilityMonitor:
     """The energy ``E = ||S||²`` of a memory, how fast it changes, and the bound that holds for it.
 
-    Every write adds at most ``η |k| |v| = η |v|`` to ``||S||``, every token keeps at most ``exp(-Γ_min dt)`` of it, the
-    resonance filter keeps at most all of it, and the SNR filter at most multiplies the writes of an interval by
-    ``eta_boost``. Hence ``||S_t|| <= ||S_0|| + eta_boost η max|v| / (1 - exp(-Γ_min dt))`` for all t.
+    Every write adds at most ``η |k| |v| = η |v|`` to ``||S||``, every token keeps at most ``exp(-Γ_min dt)`` of it, and
+    the resonance filter at most all of it. At a boundary ``S = R + ΔS``, where R is what is left of before the last
+    one. An SNR filter of strength s and gain ``a = s (eta_boost - 1)`` makes of it, component by component,
+    ``survival R + (survival + a p) ΔS`` with survival and p in [0, 1]. So R does not grow, and writes are multiplied
+    once, by at most ``1 + max(a, 0)``: where ``0 <= eta_boost < 1``, a is in [-1, 0] and the factor in [-1, 1].
+    Writes ΔS_0 that are in ``S_0`` and yet to meet a boundary add ``a p ΔS_0`` there. Hence, for all t,
+
+        ``||S_t|| <= ||S_0|| + |a| ||ΔS_0|| + (1 + max(a, 0)) η max|v| / (1 - exp(-Γ_min dt))``.
     """
 
     @staticmethod
-    def bound(initial: Tensor, largest_write: Tensor, least_decay: Tensor, eta_boost: float) -> Tensor:
-        """Bound on E: ``||S_0||`` (B, H), ``η max|v|`` (B, H) and ``min Γ dt`` (B, H) -> (B, H)."""
-        return (initial + max(1.0, eta_boost) * largest_write / -torch.expm1(-least_decay)).square()
+    def bound(initial: Tensor, largest_write: Tensor, least_decay: Tensor, gain: Tensor) -> Tensor:
+        """Bound on E: ``||S_0|| + |a| ||ΔS_0||``, ``η max|v|``, ``min Γ dt``, each (B, H), and a (H,) -> (B, H)."""
+        return (initial + (1 + gain.clamp(min=0)) * largest_write / -torch.expm1(-least_decay)).square()
 
     @staticmethod
     def metrics(
-        before: Tensor, after: Tensor, largest_write: Tensor, least_decay: Tensor, elapsed: Tensor, eta_boost: float
+        before: MemoryState,
+        after: MemoryState,
+        largest_write: Tensor,
+        least_decay: Tensor,
+        elapsed: Tensor,
+        gain: Tensor,
     ) -> dict[str, Tensor]:
         """Stability of a stretch of tokens.
 
         Args:
-            before, after: the memories around it, (B, H, K, V).
+            before, after: the memories around it.
             largest_write: ``η max|v|`` of its tokens, (B, H).
             least_decay: ``min Γ dt`` of its tokens, (B, H).
             elapsed: its duration ``N dt``, (B,).
-            eta_boost: boost of the SNR filter, 1 without one.
+            gain: a of the SNR filter, (H,), 0 without one.
 
         Returns:
             ``energy``, ``energy_rate`` (mean dE/dt over the stretch) and ``energy_bound``, each (B, H).
         """
-        energy_before, energy = (s.square().sum(dim=(-2, -1)) for s in (before, after))
+        energy_before, waiting, energy = (
+            s.square().sum(dim=(-2, -1)) for s in (before.memory, before.writes, after.memory)
+        )
+        initial = energy_before.sqrt() + gain.abs() * waiting.sqrt()
         return {
             "energy": energy,
             "energy_rate": (energy - energy_before) / elapsed.unsqueeze(-1),
-            "energy_bound": LyapunovStabilityMonitor.bound(energy_before.sqrt(), largest_write, least_decay, eta_boost),
+            "energy_bound": LyapunovStabilityMonitor.bound(initial, largest_write, least_decay, gain),
         }

@@ -59,6 +59,13 @@ class SNRMemoryFilter(nn.Module):
         """How strongly the filter acts on every head, (H,) float32 or wider, in [0, 1]; None for full strength."""
         return None if self.strength_logit is None else at_least_float32(self.strength_logit).sigmoid()
 
+    @property
+    def gain(self) -> Tensor:
+        """What is added to writes that are signal, as a part of them, ``s (eta_boost - 1)``: (H,), or () at full
+        strength."""
+        strength = torch.ones(()) if self.strength is None else self.strength
+        return strength * (self.eta_boost - 1)
+
     def extra_repr(self) -> str:
         names = ("threshold", "temperature", "gamma_boost", "eta_boost")
         return ", ".join(f"{name}={getattr(self, name):g}" for name in names)

@@ -57,6 +57,11 @@ class TrainingConfig:
         "ddp", RUN, "Of several processes, each holds the whole model (ddp), or a share of it (fsdp)."
     )
     compile: bool = setting(False, RUN, "Compile the model with torch.compile: worth a minute's wait on long GPU runs.")
+    recompute: bool = setting(
+        False,
+        RUN,
+        "Compute blocks anew in the backward pass instead of keeping their insides: less memory, more time.",
+    )
 
     phase: int = setting(
         2, TEXT, "2: resolvent and memory; 1: the static Hamiltonian it grows out of.", at_least=1, at_most=2

@@ -23,7 +23,8 @@ class Tracking:
     """Hands a run's numbers on within a `with` block; with the tracker `none`, it does nothing.
 
     A resumed run goes on with what it tracked before in TensorBoard, where what lies beyond its checkpoint is dropped,
-    and in Weights & Biases. In the others it becomes a new entry, and they get no distributions.
+    and in Weights & Biases. In the others it becomes a new entry, and they get no distributions. Trackers other than
+    TensorBoard cannot drop what they were told: a run that goes back tells them nothing until it is where it was.
 
     Args:
         accelerator: of the run; it knows the tracker, see `tracker_options`.
@@ -35,10 +36,53 @@ class Tracking:
     def __init__(self, accelerator: Accelerator, config: TrainingConfig, step: int, probe: Tensor) -> None:
         self._accelerator, self._config, self._step, self._probe = accelerator, config, step, probe
         self._name = config.tracker
+        self._told = step
 
     def __enter__(self) -> Self:
+        if self._name != "none":
+            self._open()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close()
+
+    def log(self, step: int, group: str, values: dict[str, float]) -> None:
+        """Hand on some numbers of a step."""
+        if self._name != "none":
+            self._tell(step, {f"{group}/{name}": value for name, value in values.items()})
+
+    def go_back(self, step: int, rewinds: int) -> None:
+        """Hand on that the run went back to a step, and how often it has; call it in every process."""
         if self._name == "none":
-            return self
+            return
+        self._step = step
+        if self._name == "tensorboard":  # begins anew, as for a run that is resumed
+            self._close()
+            self._open()
+            self._told = step
+        self._tell(max(step + 1, self._told), {"training/rewinds": rewinds})
+
+    def log_gradients(self, step: int, model: IntegratedModel) -> None:
+        """Hand on the norms of the gradients that the model's parameters hold; call it in every process."""
+        if self._name != "none":
+            self._tell(step, gradient_norms(model))
+
+    def log_physics(self, step: int, model: IntegratedModel) -> None:
+        """Let the model read the probe, and hand on what happened inside; call it in every process."""
+        if self._name == "none":
+            return
+        physics = read_physics(model, self._probe.to(self._accelerator.device))
+        self._tell(step, physics.scalars)
+        histograms = {name: values.float().flatten().cpu() for name, values in physics.histograms.items()}
+        if self._name == "tensorboard":
+            for name, values in histograms.items():
+                self._writes(lambda writer, name=name, values=values: writer.add_histogram(name, values, step))
+        elif self._name == "wandb" and self._accelerator.is_main_process:
+            import wandb
+
+            self._tell(step, {name: wandb.Histogram(values.numpy()) for name, values in histograms.items()})
+
+    def _open(self) -> None:
         settings = _flat(self._config.to_dict())
         if self._name == "tensorboard":
             options = {self._name: {"purge_step": self._step + 1}}
@@ -48,37 +92,17 @@ class Tracking:
         else:
             options = {self._name: self._same_run()} if self._name == "wandb" else {}
             self._accelerator.init_trackers(PROJECT, config=settings, init_kwargs=options)
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def _close(self) -> None:
         for tracker in self._accelerator.trackers:
             tracker.finish()
         self._accelerator.trackers = []
 
-    def log(self, step: int, group: str, values: dict[str, float]) -> None:
-        """Hand on some numbers of a step."""
-        if self._name != "none":
-            self._accelerator.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
-
-    def log_gradients(self, step: int, model: IntegratedModel) -> None:
-        """Hand on the norms of the gradients that the model's parameters hold; call it in every process."""
-        if self._name != "none":
-            self._accelerator.log(gradient_norms(model), step=step)
-
-    def log_physics(self, step: int, model: IntegratedModel) -> None:
-        """Let the model read the probe, and hand on what happened inside; call it in every process."""
-        if self._name == "none":
-            return
-        physics = read_physics(model, self._probe.to(self._accelerator.device))
-        self._accelerator.log(physics.scalars, step=step)
-        histograms = {name: values.float().flatten().cpu() for name, values in physics.histograms.items()}
-        if self._name == "tensorboard":
-            for name, values in histograms.items():
-                self._writes(lambda writer, name=name, values=values: writer.add_histogram(name, values, step))
-        elif self._name == "wandb" and self._accelerator.is_main_process:
-            import wandb
-
-            self._accelerator.log({name: wandb.Histogram(values.numpy()) for name, values in histograms.items()}, step)
+    def _tell(self, step: int, values: dict[str, Any]) -> None:
+        """Hand values on, but for a step before the last one that the tracker was told of."""
+        if step >= self._told:
+            self._told = step
+            self._accelerator.log(values, step=step)
 
     def _writes(self, write: Any) -> None:
         """Use TensorBoard's writer, which the first process alone has."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.language import calls_of_model, document_tokens, sum_of_nats
 from resolvent.models import IntegratedModel
+from resolvent.models.base import Block
 from resolvent.models.generation import evaluating
 from resolvent.models.phases import phase_of
 from resolvent.models.storage import named_weights, write_weights
@@ -137,6 +139,9 @@ class Trainer:
         self.bits_per_byte_per_nat = corpus.train.num_predictions / corpus.train.num_bytes / math.log(2)
         self.peak_learning_rate = config.peak_learning_rate(model.d_model)
         self.raw_model = model
+        if config.recompute:
+            for block in model.blocks:
+                cast(Block, block).gradient_checkpointing = True
         self.raw_optimizer = build_optimizer(
             model,
             learning_rate=self.peak_learning_rate,
@@ -234,6 +239,8 @@ class Trainer:
             group["lr"] = lr
         if config.start_from is None:  # fewer channels of a saved model would be another function
             self.raw_model.update_rank_schedule(step)
+        if self._is_checked(step + 1):  # trackers are told of its gradients, and of no step before it after that
+            self._report_all_but(0)
         loss = self._gradient(step)
         if self._is_checked(step + 1):
             self.tracking.log_gradients(step + 1, self.raw_model)
@@ -363,6 +370,7 @@ class Trainer:
         self.failed.zero_()
         self.standing.rewinds = rewinds
         self.metrics.go_back(self.standing.step)
+        self.tracking.go_back(self.standing.step, rewinds)
         # The record belongs to the first step that is taken again: a run that is resumed before it gets here anew.
         first, factor = self.standing.step + 1, REWIND_FACTOR**rewinds
         self.metrics.write(step=first, rewinds=rewinds, failed_step=fault.step, not_finite=fault.name, lr_factor=factor)

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from benchmarks.quality import results
 from benchmarks.quality.__main__ import Jobs, app, expand
-from benchmarks.quality.report import average, tables
+from benchmarks.quality.plots import plot
+from benchmarks.quality.report import average, differences, losses, recalls, tables
 
 SETTINGS = {"task": "language", "width": 8}
 
@@ -123,6 +124,36 @@ def test_only_missing_runs_are_made(tmp_path: Path):
         wanted("mamba2", "best", 1)
 
 
+RECALLED = [
+    dict(settings=dict(task="mqar", width=width, heads=2), model=model, learning_rate=1e-3, seed=0, finite=True)
+    | dict(state_bytes=width * 64, accuracy=accuracy, accuracies={"64x4": accuracy})
+    for model, width, accuracy in [("gla", 64, 0.5), ("gla", 128, 0.8), ("phase2", 64, 0.7)]
+]
+
+
+def test_pictures_show_what_tables_say(tmp_path: Path):
+    def drawn(records: list[results.Record]) -> str:
+        plot(records, tmp_path / "runs.svg")
+        return (tmp_path / "runs.svg").read_text()
+
+    picture = drawn(RUNS + RECALLED)
+    for text in ("Phase 2", "GLA", "SNR filter", "what leaving it out costs", "held-out loss", "state, KB"):
+        assert text in picture
+    assert picture == drawn(RUNS + RECALLED)
+    assert "what leaving it out costs" not in drawn(RECALLED)
+    with pytest.raises(ValueError, match="no runs"):
+        plot(RUNS[-1:], tmp_path / "none.svg")
+
+
+def test_rows_of_pictures():
+    assert losses(RUNS) == [[("phase2", [3.0, 3.2, 3.1]), ("gla", [3.3])]]
+    ((name, gaps),) = differences(RUNS)[0]
+    assert name == "phase2/no-snr"
+    assert gaps == pytest.approx([-0.1, -0.05, -0.05])
+    rows = [(row.name, row.kilobytes, row.accuracies) for row in recalls(RECALLED)]
+    assert rows == [("gla", 4.0, [0.5]), ("gla", 8.0, [0.8]), ("phase2", 4.0, [0.7])]
+
+
 def test_groups_of_models():
     assert expand("gla,peers,phase2") == ["gla", "transformer", "mamba2", "gated-deltanet", "phase2"]
     assert "phase2/no-snr" in expand("ablation")
@@ -146,3 +177,6 @@ def test_the_commands_from_text_to_table(tmp_path: Path):
     output = call(*learn, "--models", "phase2/bare", "--lr", "3e-3", "--budget-seconds", "0.001")
     assert len(out.read_text().splitlines()) == 2 and "the same command goes on" in output
     assert "phase2/bare" in call("report", str(out))
+    call(*learn, "--models", "phase2", "--lr", "1e-3")
+    call("plot", str(out), "--out", str(tmp_path / "runs.svg"))
+    assert "Phase 2" in (tmp_path / "runs.svg").read_text()

@@ -28,8 +28,10 @@ def loss_and_gradients(forward, model, ids, **options):
     return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def check(backend, ids, calls, compiler="aot_eager", **sizes):
-    model = small_model(spread=0.1, backend=backend, n_layers=2, **sizes)
+def check(backend, ids, calls, compiler="aot_eager", recompute=False, **sizes):
+    model = small_model(spread=0.1, backend=backend, n_layers=2, **sizes).train()
+    for block in model.blocks:
+        block.gradient_checkpointing = recompute
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     for options in calls:
         expected, gradients = loss_and_gradients(model, model, ids, **options)
@@ -43,6 +45,10 @@ def check(backend, ids, calls, compiler="aot_eager", **sizes):
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_interpreter)])
 def test_a_rectangle_is_one_graph(backend):
     check(backend, torch.randint(0, 97, (2, 31)), [{}])
+
+
+def test_blocks_that_are_computed_anew_are_in_that_graph():
+    check("torch", torch.randint(0, 97, (2, 31)), [{}], recompute=True)
 
 
 @needs_interpreter

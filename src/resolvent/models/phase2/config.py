@@ -23,7 +23,7 @@ class Phase2Config(ModelConfig):
     use_triton_bk: bool = True
     """let the BK-Core use its Triton kernel where ``backend`` does; False keeps it on torch"""
     triton_block_size: int = 256
-    """sites of a chain that one program of the kernel holds"""
+    """lanes of one program of the kernel at most, each of which holds eight sites of a chain"""
 
     # Non-Hermitian potential
     base_decay: float = 0.01

@@ -118,6 +118,11 @@ class Phase2Block(Block):
             self.resonance() if self.resonance else None,
         )
 
+    @property
+    def write_gain(self) -> Tensor:
+        """What the SNR filter adds at most to a write, as a part of it, (H,) or (); 0 without one."""
+        return self.snr_filter.gain if self.snr_filter else torch.zeros(())
+
     def state_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of one sequence's state, tensor by tensor."""
         heads = self.dissipative_bk.potential.num_heads
@@ -224,8 +229,9 @@ class Phase2IntegratedModel(IntegratedModel):
         Returns:
             logits (B, N, vocabulary), float32 outside autocast, or the labels' mean nats, a scalar; followed by the
             ``Phase2State`` and by the dictionary of diagnostics where asked for. The dictionary holds a list with an
-            entry per layer under ``layer_outputs``, ``gamma_values``, ``snr_stats``, ``resonance_info`` and
-            ``stability_metrics``, and ``input_embeddings`` and ``final_hidden_states``.
+            entry per layer under ``layer_outputs``, ``gamma_values``, ``snr_stats`` (its ``strength`` says how strongly
+            the SNR filter acts), ``resonance_info`` and ``stability_metrics``, and ``input_embeddings`` and
+            ``final_hidden_states``.
 
         Raises:
             ValueError: tokens, labels, offsets, mask or state do not fit each other or the model.
@@ -315,16 +321,16 @@ class Phase2IntegratedModel(IntegratedModel):
 
 
 def _stability(block: Phase2Block, trace: _Trace, lengths: Tensor) -> dict[str, Tensor]:
-    layer, after = block.hebbian, trace.hebbian.state.memory
+    layer, after = block.hebbian, trace.hebbian.state
     writes = trace.hebbian.values.norm(dim=-1, dtype=layer.eta.dtype) * layer.eta
-    before = trace.before.memory if trace.before is not None else torch.zeros_like(after)
+    before = trace.before if trace.before is not None else MemoryState(*map(torch.zeros_like, after))
     return LyapunovStabilityMonitor.metrics(
         before,
         after,
         _per_sequence(writes, lengths, "amax", 0.0),
         _per_sequence(trace.gamma * layer.dt, lengths, "amin", torch.inf),
-        (lengths * layer.dt).to(after.device),
-        block.snr_filter.eta_boost if block.snr_filter else 1.0,
+        (lengths * layer.dt).to(after.memory.device),
+        block.write_gain,
     )
 
 
