@@ -56,9 +56,12 @@ class Tracking:
         if self._name == "none":
             return
         self._step = step
-        if self._name == "tensorboard":  # begins anew, as for a run that is resumed
-            self._close()
-            self._open()
+        if self._name == "tensorboard":
+            # In the same file: TensorBoard reads files in order of name, which within a second is not that of writing.
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))  # drops what lies beyond
+            self._writes(lambda writer: writer.file_writer.add_event(restart))
             self._told = step
         self._tell(max(step + 1, self._told), {"training/rewinds": rewinds})
 
