@@ -55,12 +55,13 @@ class Tracking:
         """Hand on that the run went back to a step, and how often it has; call it in every process."""
         if self._name == "none":
             return
-        self._step = step
         if self._name == "tensorboard":
             # In the same file: TensorBoard reads files in order of name, which within a second is not that of writing.
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.compat.proto import event_pb2
 
-            restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))  # drops what lies beyond
+            events: Any = event_pb2  # whose classes are made on import: the type checker sees none
+            begins = events.SessionLog(status=events.SessionLog.START)  # drops what lies beyond
+            restart = events.Event(step=step + 1, session_log=begins)
             self._writes(lambda writer: writer.file_writer.add_event(restart))
             self._told = step
         self._tell(max(step + 1, self._told), {"training/rewinds": rewinds})
