@@ -1,6 +1,7 @@
 # Everything a newcomer needs: `make demo` and `make test` set themselves up.
 PYTHON ?= python3
 VENV   := .venv
+OLDEST := .venv-oldest
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
@@ -10,19 +11,25 @@ export GOMP_SPINCOUNT ?= 10000
 # A process takes up to a gigabyte.
 WORKERS := -n auto --maxprocesses 4
 
+# The versions that the wheel is tried with.
+CONSTRAINTS := constraints.txt
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu lint format bench docs clean
+.PHONY: help setup demo test test-all test-oldest test-gpu lint format bench docs wheel clean
 
 help:  ## show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## create .venv with the pinned versions and this checkout
 
-$(READY): pyproject.toml constraints.txt
+$(READY): constraints.txt
+$(OLDEST)/.ready: constraints-oldest.txt
+
+$(READY) $(OLDEST)/.ready: %/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "resolvent needs Python 3.11 or newer; set PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(filter constraints%,$^) torch
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(filter constraints%,$^) --editable '.[dev]'
 	@touch $@
 
 demo: setup  ## train a small model on the default corpus, compare it with a 3-gram model, write some text
@@ -33,6 +40,9 @@ test: setup  ## run the tests (CPU, under ten minutes on two cores)
 
 test-all: setup  ## run the slow tests too
 	$(BIN)/python -m pytest -m 'not gpu' $(WORKERS)
+
+test-oldest: $(OLDEST)/.ready  ## run the tests with the oldest versions, in an environment of their own
+	$(OLDEST)/bin/python -m pytest $(WORKERS)
 
 test-gpu:  ## run the CUDA tests, in the current environment
 	$(PYTHON) -m pytest -m gpu
@@ -53,5 +63,12 @@ docs: setup  ## build the documentation into build/site
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-clean:  ## remove the environment, runs and caches
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
+wheel:  ## build the wheel into dist and try it with nothing but its dependencies, in an environment of their own
+	rm -rf build dist
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) dist/*.whl
+	$(PYTHON) scripts/try_command.py build/wheel/bin/resolvent
+
+clean:  ## remove the environments, runs and caches
+	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info

@@ -70,7 +70,7 @@ def test_a_model_without_a_run_needs_a_text(resolvent: Resolvent, run_dir: Path,
     [
         (["--text", "a", "--file", "-"], 2, "leave out --text"),
         (["--out", "no/such/folder/page.html"], 2, "no/such/folder is no folder"),
-        (["--length", 1], 2, "greater than or equal to 2"),
+        (["--length", 1], 2, "Invalid value for '--length'"),
         (["--text", ""], 1, "there is no text"),
     ],
 )

@@ -1,7 +1,6 @@
 """Trackers: a run's numbers for TensorBoard, Weights & Biases and the others that Accelerate knows."""
 
 import json
-import time
 import uuid
 from typing import Any, Self
 
@@ -56,11 +55,14 @@ class Tracking:
         """Hand on that the run went back to a step, and how often it has; call it in every process."""
         if self._name == "none":
             return
-        self._step = step
-        if self._name == "tensorboard":  # begins anew, as for a run that is resumed
-            self._close()
-            time.sleep(1)  # files are read in the order of their names, which begin with the second
-            self._open()
+        if self._name == "tensorboard":
+            # In the same file: TensorBoard reads files in order of name, which within a second is not that of writing.
+            from tensorboard.compat.proto import event_pb2
+
+            events: Any = event_pb2  # whose classes are made on import: the type checker sees none
+            begins = events.SessionLog(status=events.SessionLog.START)  # drops what lies beyond
+            restart = events.Event(step=step + 1, session_log=begins)
+            self._writes(lambda writer: writer.file_writer.add_event(restart))
             self._told = step
         self._tell(max(step + 1, self._told), {"training/rewinds": rewinds})
 
