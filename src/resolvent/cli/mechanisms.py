@@ -124,8 +124,8 @@ def _half_lives(found: "HalfLives") -> _Part:
 
 
 def _reach(kept: Sequence[int], costs: "Sequence[Estimate]") -> str:
-    """With how many tokens kept a cost can still be told from zero."""
-    felt = [n for n, cost in zip(kept, costs, strict=True) if cost.mean > 0 and _is_clear(cost)]
+    """With how many tokens kept a cost can still be told from zero, which what the table rounds to zero is, too."""
+    felt = [n for n, cost in zip(kept, costs, strict=True) if cost.mean >= 5e-5 and _is_clear(cost)]
     return f"with {', '.join(f'{n:,}' for n in felt)} tokens kept" if felt else "never"
 
 
