@@ -21,7 +21,7 @@ from resolvent.errors import CheckpointError, ConfigError
 from resolvent.models import load_model
 from resolvent.models.phase2 import Phase2Config
 from resolvent.tensors import read_tensors
-from resolvent.training import NonFiniteError, TrainingConfig, resume, train
+from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupted, resume, train
 from resolvent.training.checkpoint import find_checkpoint
 from resolvent.training.record import has_begun
 from resolvent.training.trainer import Trainer
@@ -241,6 +241,38 @@ def test_a_disk_that_is_full_for_one_stops_both(make: MakeConfig, sharded: Path)
     assert names == ["step-00000000", "step-00000002"]
     together(2, go_on, config.run_dir)
     assert_same(config.run_dir, sharded)
+
+
+def stop_last(config: TrainingConfig, lag: int) -> int:
+    """Train until the last process is interrupted after step 1 and all of them stop; the step after which they do."""
+    report, introduce = Trainer._report, Trainer._introduce
+
+    def interrupted(self: Trainer, step: int, *values: float) -> None:
+        report(self, step, *values)
+        if step == 1 and self.accelerator.process_index == self.accelerator.num_processes - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def lagging(self: Trainer) -> None:
+        introduce(self)
+        self.lag = lag
+
+    Trainer._report, Trainer._introduce = interrupted, lagging
+    try:
+        train(config)
+    except TrainingInterrupted as stop:
+        return stop.step
+    finally:
+        Trainer._report, Trainer._introduce = report, introduce
+    return config.steps
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_processes_stop_together_and_go_on(make: MakeConfig, alone: Path, tmp_path: Path, lag: int):
+    config = make(f"stopped-{lag}", 2)
+    assert together(2, stop_last, config, lag) == [2 + lag] * 2
+    assert find_checkpoint(config.run_dir)[0] == config.run_dir / "checkpoints" / f"step-{2 + lag:08d}"
+    together(2, go_on, config.run_dir)
+    assert_agree(config.run_dir, alone)
 
 
 def fail_once(config: TrainingConfig) -> list[str]:

@@ -82,7 +82,8 @@ class _Step:
         number: counted from one.
         lr: its learning rate.
         started: when, by ``time.perf_counter``.
-        numbers: gives its loss and its gradient's norm before clipping, when they have been computed.
+        numbers: gives its loss, its gradient's norm before clipping, and above zero if a process was asked to stop
+            before it, when they have been computed.
     """
 
     number: int
@@ -150,8 +151,8 @@ class Trainer:
         )
         self.failed = self.raw_optimizer.found_inf = torch.zeros((), device=self.device)
         self.taken: deque[_Step] = deque()
-        self.lag = 1 if self.device.type == "cuda" and accelerator.num_processes == 1 else 0
-        self.reported_at = 0.0
+        self.lag = 1 if self.device.type == "cuda" else 0
+        self.reported_at, self.stopping = 0.0, False
         self.replayed = replays_steps(config, accelerator, model)
         if self.replayed and (compiler := accelerator.state.dynamo_plugin):
             compiler.mode = "reduce-overhead"
@@ -211,7 +212,7 @@ class Trainer:
             with self.display, StopRequest() as stop:
                 while self.standing.step < self.config.steps:
                     try:
-                        self._step()
+                        self._step(stop)
                         self._after_step(stop)
                     except NonFiniteError as fault:
                         self._rewind(fault)
@@ -224,7 +225,7 @@ class Trainer:
         )  # takes autocast off
         return TrainingResult(self.run_dir, self.raw_model.eval(), self.corpus.tokenizer, score)
 
-    def _step(self) -> None:
+    def _step(self, stop: StopRequest) -> None:
         """Update the weights once, along the gradient of the mean loss over this step's batches."""
         config, step, started = self.config, self.standing.step, time.perf_counter()
         factor = learning_rate_factor(
@@ -241,7 +242,7 @@ class Trainer:
             self.raw_model.update_rank_schedule(step)
         if self._is_checked(step + 1):  # trackers are told of its gradients, and of no step before it after that
             self._report_all_but(0)
-        loss = self._gradient(step)
+        loss, stopping = self._over_processes(self._gradient(step), stop)
         if self._is_checked(step + 1):
             self.tracking.log_gradients(step + 1, self.raw_model)
         norm = self._clip()
@@ -249,11 +250,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.standing.step += 1
-        self.taken.append(_Step(self.standing.step, lr, started, _on_its_way(torch.stack([loss, norm]))))
+        self.taken.append(_Step(self.standing.step, lr, started, _on_its_way(torch.stack([loss, norm, stopping]))))
         self._report_all_but(self.lag)
 
     def _gradient(self, step: int) -> torch.Tensor:
-        """Leave the gradient in the parameters; the mean loss, on the device."""
+        """Leave the gradient in the parameters; the mean loss of this process's batches, on the device."""
         accelerator, config = self.accelerator, self.config
         mine = range(accelerator.process_index, self.batches_per_step, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = len(mine)
@@ -270,7 +271,12 @@ class Trainer:
             loss_sum += loss.detach()
             if self.replayed and number == mine[0] != mine[-1]:
                 self._move_gradients()
-        return accelerator.reduce(loss_sum / len(mine), reduction="mean")
+        return loss_sum / len(mine)
+
+    def _over_processes(self, loss: torch.Tensor, stop: StopRequest) -> torch.Tensor:
+        """The mean loss of all processes, and above zero if any of them was asked to stop: (2,) on the device."""
+        asked = torch.full_like(loss, stop.signal_number is not None)
+        return self.accelerator.reduce(torch.stack([loss, asked]), reduction="mean")
 
     def _clip(self) -> torch.Tensor:
         """Clip the gradient; its norm before that, on the device."""
@@ -287,7 +293,8 @@ class Trainer:
         """
         while len(self.taken) > count:
             step = self.taken.popleft()
-            loss, grad_norm = step.numbers()
+            loss, grad_norm, stopping = step.numbers()
+            self.stopping |= stopping > 0
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise self._failed(step.number, loss, grad_norm)
             now = time.perf_counter()
@@ -387,13 +394,17 @@ class Trainer:
             TrainingInterrupted: it was asked for.
         """
         config, step = self.config, self.standing.step
-        stopping = self._is_to_stop(stop) and step < config.steps
-        if stopping:
-            self.display.say(f"Stopping after step {step}: saving a checkpoint (once more to stop at once)")
         validating = self._is_checked(step) and step < config.steps
-        saving = _is_due(step, config.checkpoint_interval) or stopping or step == config.steps
+        saving = _is_due(step, config.checkpoint_interval) or step == config.steps
         if validating or saving:
             self._report_all_but(0)
+        # A signal may reach several processes at different steps; they stop when all of them have been told.
+        asked = self.stopping if self.accelerator.num_processes > 1 else stop.signal_number is not None
+        stopping = asked and step < config.steps
+        if stopping:
+            self.display.say(f"Stopping after step {step}: saving a checkpoint (once more to stop at once)")
+            self._report_all_but(0)
+            saving = True
         if (validating or saving) and (name := offending_weight(self.raw_model)):
             raise self._not_finite(step, name, f"the step left {name} with values that are not finite")
         if validating:
@@ -402,15 +413,6 @@ class Trainer:
             self._save()
         if stopping:
             raise TrainingInterrupted(stop.signal_number or signal.SIGTERM, self.run_dir, step)
-
-    def _is_to_stop(self, stop: StopRequest) -> bool:
-        """Whether a signal asked for it; of several processes, which it may reach at different steps, any of them."""
-        asked = stop.signal_number is not None
-        if self.accelerator.num_processes == 1:  # nobody waits for the device
-            return asked
-        if asked:
-            self.accelerator.set_trigger()
-        return self.accelerator.check_trigger()
 
     def _validate(self, stream: TokenStream, *, final: bool = False) -> LanguageScore:
         """Score held-out documents, shared out between the processes."""
