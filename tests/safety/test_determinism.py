@@ -13,6 +13,7 @@ import torch
 from resolvent.device import deterministic
 from resolvent.models import load_model, save_model
 from resolvent.training import TrainingConfig, TrainingInterrupted, resume, train
+from resolvent.training.interrupt import StopRequest
 from resolvent.training.trainer import Trainer
 from tests.models.small import PHASE1, PHASE2, SmallPhase, tokens
 from tests.safety.victim import TEXT, fork, minute_config, start
@@ -151,11 +152,11 @@ def test_the_setting_ends_with_its_block(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_deterministic_run_trains_so(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[bool] = []
-    step: Callable[[Trainer], None] = Trainer._step
+    step: Callable[[Trainer, StopRequest], None] = Trainer._step
 
-    def look(self: Trainer) -> None:
+    def look(self: Trainer, stop: StopRequest) -> None:
         seen.append(torch.are_deterministic_algorithms_enabled())
-        step(self)
+        step(self, stop)
 
     monkeypatch.setattr(Trainer, "_step", look)
     config = minute_config(text, tmp_path / "run")
