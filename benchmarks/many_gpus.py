@@ -135,8 +135,7 @@ def timed(model: Any, run: Callable[[], Tensor]) -> tuple[Tensor, float]:
 def train(preset: str, tokens: int, device: torch.device) -> None:
     """Two steps on one sequence: the second is the first without what happens only once."""
     model, ids, labels = make(preset, tokens, device)
-    for block in model.blocks:
-        block.gradient_checkpointing = True
+    model.recompute_blocks()
     optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
     parallel = SequenceParallel(model)
     ids, labels = parallel.stretch(ids), parallel.stretch(labels)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from benchmarks.quality.results import Record, best_learning_rate, setting
+from resolvent.evaluation.estimates import Estimate
 
 
 class Row(NamedTuple):
@@ -27,8 +28,8 @@ def tables(records: Sequence[Record]) -> list[Table]:
     for runs in _by_setting(records):
         task = runs[0]["settings"]["task"]
         found += _language(runs) if task == "language" else _recall(runs)
-    if recalls := [run for run in records if run["settings"]["task"] == "mqar"]:
-        found.append(_recall_curve(recalls))
+    if recall := _of_task(records, "mqar"):
+        found.append(_recall_curve(recall))
     return found
 
 
@@ -42,13 +43,13 @@ def average(values: Sequence[float], digits: int = 4, signed: bool = False) -> s
 
 def standard_error(values: Sequence[float]) -> float:
     """Of the mean; zero where a single value says nothing of it."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Estimate.of(values).standard_error or 0.0
 
 
 def losses(records: Sequence[Record]) -> list[list[Row]]:
     """For each setting, the losses of every model but variants of Phase 2 at its best learning rate."""
     found = []
-    for runs in _by_setting(record for record in records if record["settings"]["task"] == "language"):
+    for runs in _by_setting(_of_task(records, "language")):
         whole = {name: of for name, of in _by_model(runs).items() if not name.startswith("phase2/")}
         best = {name: _at_best(of, "loss", smallest=True)[1] for name, of in whole.items()}
         found.append([Row(name, [run["loss"] for run in kept]) for name, kept in best.items() if kept])
@@ -59,7 +60,7 @@ def differences(records: Sequence[Record]) -> list[list[Row]]:
     """For each setting, the loss of every variant of Phase 2 less that of Phase 2 as it is, for runs with the same seed
     and learning rate."""
     found = []
-    for runs in _by_setting(record for record in records if record["settings"]["task"] == "language"):
+    for runs in _by_setting(_of_task(records, "language")):
         models = _by_model(run for run in runs if run["finite"])
         whole = {(run["learning_rate"], run["seed"]): run["loss"] for run in models.get("phase2", [])}
         rows = []
@@ -70,6 +71,10 @@ def differences(records: Sequence[Record]) -> list[list[Row]]:
                 rows.append(Row(name, gaps))
         found.append(rows)
     return found
+
+
+def _of_task(records: Iterable[Record], task: str) -> list[Record]:
+    return [record for record in records if record["settings"]["task"] == task]
 
 
 def _by_setting(records: Iterable[Record]) -> list[list[Record]]:
@@ -217,7 +222,7 @@ class Recalled(NamedTuple):
 def recalls(records: Sequence[Record]) -> list[Recalled]:
     """A row for every model and size, in the order of names and sizes."""
     rows = []
-    for runs in _by_setting(record for record in records if record["settings"]["task"] == "mqar"):
+    for runs in _by_setting(_of_task(records, "mqar")):
         for name, of in _by_model(runs).items():
             _, kept = _at_best(of, "accuracy", smallest=False)
             if kept:

@@ -12,14 +12,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from resolvent.benchmark.contest import Bench
 from resolvent.benchmark.report import Target
 from resolvent.models import IntegratedModel
-from resolvent.models.base import Block
 from resolvent.models.phase1 import Phase1Config, Phase1IntegratedModel
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel, get_phase2_preset
 from resolvent.training.optimizer import build_optimizer
@@ -85,8 +84,8 @@ def training_peak(case: Case, device: str) -> float:
     """GiB at the peak of two training steps; on the CPU beyond what the process held before."""
     before = 0 if device == "cuda" else peak_resident_bytes()
     model = _create(case.config).to(device).train()
-    for block in model.blocks if case.recompute else ():
-        cast(Block, block).gradient_checkpointing = True
+    if case.recompute:
+        model.recompute_blocks()
     model.update_rank_schedule(sys.maxsize)  # all channels in use
     optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.1, betas=(0.9, 0.95))
     ids = torch.randint(model.vocab_size, (case.batch, model.n_seq + 1), device=device)

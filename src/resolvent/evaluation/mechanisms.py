@@ -369,11 +369,11 @@ def selection(reading: Reading, random: np.random.Generator) -> Selection:
         costs.append(reading.cost_of_memories(left))
         share = torch.stack([mask.double().mean() for mask in masks]).mean().item()
         rows.append(Removed(name, share, _share(_energies(memories, masks), total), costs[-1].estimate))
-    strengths = [snr.strength for snr in _filters(reading)]
+    seen = [snr.statistics(memory) for snr, memory in zip(_filters(reading), memories, strict=True)]
     with switched_off(reading, "snr_filter"):
         off = reading.cost_of_rereading().estimate
     return Selection(
-        strength=[[1.0] * total.shape[-1] if heads is None else heads.tolist() for heads in strengths],
+        strength=[layer["strength"][0].tolist() for layer in seen],
         off=off,
         rows=rows,
         kept_over_random=(costs[0] - costs[2]).estimate,

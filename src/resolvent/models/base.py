@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,11 @@ class IntegratedModel(nn.Module, Generation):
         """Adapt to a training step, before it; a model without a schedule does nothing and returns None."""
         del step
         return None
+
+    def recompute_blocks(self) -> None:
+        """Let training keep what enters the blocks only, and compute the rest anew in the backward pass."""
+        for block in self.blocks:
+            cast(Block, block).gradient_checkpointing = True
 
     def state_shapes(self) -> list[list[tuple[int, ...]]]:
         """Shapes of one sequence's state: of every layer, every tensor."""

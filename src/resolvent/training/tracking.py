@@ -39,12 +39,23 @@ class Tracking:
         self._told = step
 
     def __enter__(self) -> Self:
-        if self._name != "none":
-            self._open()
+        if self._name == "none":
+            return self
+        settings = _flat(self._config.to_dict())
+        if self._name == "tensorboard":
+            options = {self._name: {"purge_step": self._step + 1}}
+            self._accelerator.init_trackers(TENSORBOARD_DIR, init_kwargs=options)
+            text = "\n".join(f"    {name}: {value}" for name, value in settings.items())  # four blanks: as it is
+            self._writes(lambda writer: writer.add_text("configuration", text, self._step))
+        else:
+            options = {self._name: self._same_run()} if self._name == "wandb" else {}
+            self._accelerator.init_trackers(PROJECT, config=settings, init_kwargs=options)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._close()
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+        self._accelerator.trackers = []
 
     def log(self, step: int, group: str, values: dict[str, float]) -> None:
         """Hand on some numbers of a step."""
@@ -85,22 +96,6 @@ class Tracking:
             import wandb
 
             self._tell(step, {name: wandb.Histogram(values.numpy()) for name, values in histograms.items()})
-
-    def _open(self) -> None:
-        settings = _flat(self._config.to_dict())
-        if self._name == "tensorboard":
-            options = {self._name: {"purge_step": self._step + 1}}
-            self._accelerator.init_trackers(TENSORBOARD_DIR, init_kwargs=options)
-            text = "\n".join(f"    {name}: {value}" for name, value in settings.items())  # four blanks: as it is
-            self._writes(lambda writer: writer.add_text("configuration", text, self._step))
-        else:
-            options = {self._name: self._same_run()} if self._name == "wandb" else {}
-            self._accelerator.init_trackers(PROJECT, config=settings, init_kwargs=options)
-
-    def _close(self) -> None:
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
-        self._accelerator.trackers = []
 
     def _tell(self, step: int, values: dict[str, Any]) -> None:
         """Hand values on, but for a step before the last one that the tracker was told of."""

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.language import calls_of_model, document_tokens, sum_of_nats
 from resolvent.models import IntegratedModel
-from resolvent.models.base import Block
 from resolvent.models.generation import evaluating
 from resolvent.models.phases import phase_of
 from resolvent.models.storage import named_weights, write_weights
@@ -141,15 +139,14 @@ class Trainer:
         self.peak_learning_rate = config.peak_learning_rate(model.d_model)
         self.raw_model = model
         if config.recompute:
-            for block in model.blocks:
-                cast(Block, block).gradient_checkpointing = True
+            model.recompute_blocks()
         self.raw_optimizer = build_optimizer(
             model,
             learning_rate=self.peak_learning_rate,
             weight_decay=config.weight_decay,
             betas=(config.beta1, config.beta2),
         )
-        self.failed = self.raw_optimizer.found_inf = torch.zeros((), device=self.device)
+        self.found_inf = self.raw_optimizer.found_inf = torch.zeros((), device=self.device)
         self.taken: deque[_Step] = deque()
         self.lag = 1 if self.device.type == "cuda" else 0
         self.reported_at, self.stopping = 0.0, False
@@ -240,13 +237,14 @@ class Trainer:
             group["lr"] = lr
         if config.start_from is None:  # fewer channels of a saved model would be another function
             self.raw_model.update_rank_schedule(step)
-        if self._is_checked(step + 1):  # trackers are told of its gradients, and of no step before it after that
+        checked = self._is_checked(step + 1)
+        if checked:  # trackers are told of its gradients, and of no step before it after that
             self._report_all_but(0)
         loss, stopping = self._over_processes(self._gradient(step), stop)
-        if self._is_checked(step + 1):
+        if checked:
             self.tracking.log_gradients(step + 1, self.raw_model)
         norm = self._clip()
-        self.failed.logical_or_(~(loss + norm).isfinite())
+        self.found_inf.logical_or_(~(loss + norm).isfinite())
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.standing.step += 1
@@ -374,7 +372,7 @@ class Trainer:
         restore_weights(checkpoint, self.raw_model)
         self.restore(checkpoint)
         self.optimizer.zero_grad()
-        self.failed.zero_()
+        self.found_inf.zero_()
         self.standing.rewinds = rewinds
         self.metrics.go_back(self.standing.step)
         self.tracking.go_back(self.standing.step, rewinds)
