@@ -20,49 +20,24 @@ from .launch import contiguous, more_than_float32
 
 _kernel: Any = triton.jit
 _TINY = tl.constexpr(1e-12)  # that of ``ops.normalize.unit_length``
-_TOKENS = 32
-"""Tokens of a tile."""
-_SUMMED = dict(T=64, CHANNELS=64, TILES=4)
-"""Tokens, channels and tiles of a program that sums up the gradient of the taps."""
+_SUMMED = dict(T=64, TILES=1)
+_FORWARD = dict(TOKENS=64, STAGES=3, num_warps=1)
+_BACKWARD = dict(TOKENS=64, STAGES=3, num_warps=1)
+_VALUES = 128
 
 
 @_kernel
-def _sequence(tokens, bounds, length, total, PACKED: tl.constexpr):
-    """Sequence of every token, its first token and its last token + 1."""
+def _sequence(token, bounds, length, total, PACKED: tl.constexpr):
+    """Sequence of a token, its first token and its last token + 1."""
     if PACKED:
-        inside = tokens < total
-        sequence = tl.load(bounds + tokens, mask=inside, other=0)
-        start = tl.load(bounds + total + sequence, mask=inside, other=0)
-        end = tl.load(bounds + total + sequence + 1, mask=inside, other=0)
+        sequence = tl.load(bounds + token).to(tl.int32)
+        start = tl.load(bounds + total + sequence).to(tl.int32)
+        end = tl.load(bounds + total + sequence + 1).to(tl.int32)
     else:
-        sequence = tokens // length
+        sequence = token // length
         start = sequence * length
-        end = tl.minimum(start + length, total)
+        end = start + length
     return sequence, start, end
-
-
-@_kernel
-def _row(x, stride, tail, sequence, tokens, start, end, channels, wanted, C, W: tl.constexpr):
-    """Projections of tokens, out of the tail where they lie before the first; zero from the end on: [T, K]."""
-    here = (tokens >= start) & (tokens < end)
-    found = tl.load(x + tokens[:, None] * stride + channels[None, :], mask=here[:, None] & wanted[None, :], other=0.0)
-    row = found.to(tl.float32)
-    back = start - tokens  # 1 for the last row of the tail
-    before = (back > 0) & (back < W) & (tokens + back < end)
-    if tl.max(before.to(tl.int32), 0) > 0:  # hardly ever
-        kept = (sequence * (W - 1) + (W - 1 - back)) * C
-        mask = before[:, None] & wanted[None, :]
-        row += tl.load(tail + kept[:, None] + channels[None, :], mask=mask, other=0.0).to(tl.float32)
-    return row
-
-
-@_kernel
-def _convolved(x, stride, tail, weight, sequence, tokens, start, end, channels, wanted, C, W: tl.constexpr):
-    total = tl.zeros([tokens.shape[0], channels.shape[0]], tl.float32)
-    for j in tl.static_range(W):
-        tap = tl.load(weight + j * C + channels, mask=wanted, other=0.0).to(tl.float32)
-        total += tap[None, :] * _row(x, stride, tail, sequence, tokens - j, start, end, channels, wanted, C, W)
-    return total
 
 
 @_kernel
@@ -77,105 +52,162 @@ def _of_role(role, of_q, of_k, of_v):
 
 
 @_kernel
+def _columns(heads, K: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr):
+    """Role of a program's heads, their columns in a row of the role and which of them exist, [HEADS, BK]."""
+    groups = (heads + HEADS - 1) // HEADS
+    role, group = tl.program_id(1) // groups, tl.program_id(1) % groups
+    head, column = group * HEADS + tl.arange(0, HEADS), tl.arange(0, BK)
+    return role, head[:, None] * K + column[None, :], (head < heads)[:, None] & (column < K)[None, :]
+
+
+@_kernel
+def _zeros(HEADS: tl.constexpr, BK: tl.constexpr, W: tl.constexpr):
+    rows = ()
+    for _ in tl.static_range(W):
+        rows = rows + (tl.zeros([HEADS, BK], tl.float32),)  # noqa: RUF005 (Triton has no starred tuples)
+    return rows
+
+
+@_kernel
+def _loaded(x, stride, wanted, W: tl.constexpr):
+    """W rows, one after the other."""
+    rows = ()
+    for j in tl.static_range(W):
+        rows = rows + (tl.load(x + j * stride, mask=wanted, other=0.0).to(tl.float32),)  # noqa: RUF005
+    return rows
+
+
+@_kernel
+def _before(x, stride, tail, C, place, wanted, W: tl.constexpr):
+    """The W - 1 rows of projections before the one at ``x``, latest first, and a row of zeros.
+
+    ``place`` tells which of its sequence it is; rows before the first are those of the tail.
+    """
+    rows = ()
+    for j in tl.static_range(1, W):
+        if place >= j:
+            row = tl.load(x - j * stride, mask=wanted, other=0.0).to(tl.float32)
+        else:
+            row = tl.load(tail + (W - 1 + place - j) * C, mask=wanted, other=0.0).to(tl.float32)
+        rows = rows + (row,)  # noqa: RUF005
+    return rows + _zeros(x.shape[0], x.shape[1], 1)
+
+
+@_kernel
+def _convolved(rows, taps, W: tl.constexpr):
+    total = rows[0] * taps[0]
+    for j in tl.static_range(1, W):
+        total += rows[j] * taps[j]
+    return total
+
+
+@_kernel
+def _sigmoid(x):
+    """In 5 instructions of 12: the division of 1 by 1 + exp(-x) that ``tl.sigmoid`` does takes as many as all of this."""
+    root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
+@_kernel
 def _forward(
     x, weight, tail, bounds, q, k, v, stride, length, total, heads,
-    PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
+    PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    role, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    columns, wanted, HK = head * K + tl.arange(0, BK), tl.arange(0, BK) < K, heads * K
-    tokens = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
-    sequence, start, end = _sequence(tokens, bounds, length, total, PACKED)
-    given = _convolved(
-        x, stride, tail, weight, sequence, tokens, start, end, role * HK + columns, wanted, 3 * HK, W
-    )  # fmt: skip
-    given *= tl.sigmoid(given)
-    if role < 2:
-        given *= tl.rsqrt(tl.sum(given * given, 1) + K * _TINY)[:, None]
-    out = _of_role(role, q, k, v) + tokens[:, None] * HK + columns[None, :]
-    tl.store(out, given.to(q.dtype.element_ty), mask=(tokens < total)[:, None] & wanted[None, :])
+    role, columns, wanted = _columns(heads, K, BK, HEADS)
+    HK = heads * K
+    channels, C = role * HK + columns, 3 * HK
+    first = tl.program_id(0) * TOKENS
+    taps, rows = _loaded(weight + channels, C, wanted, W), _zeros(HEADS, BK, W)
+    at_x = x + first.to(tl.int64) * stride + channels
+    at_out = _of_role(role, q, k, v) + first.to(tl.int64) * HK + columns
+    end = first
+    for step in tl.range(tl.minimum(TOKENS, total - first), num_stages=STAGES):
+        row, token = tl.load(at_x, mask=wanted, other=0.0).to(tl.float32), first + step
+        if token == end:
+            sequence, start, end = _sequence(token, bounds, length, total, PACKED)
+            at_tail = tail + sequence.to(tl.int64) * (W - 1) * C + channels
+            rows = _before(at_x, stride, at_tail, C, token - start, wanted, W)
+        rows = (row,) + rows[: W - 1]  # noqa: RUF005
+        given = _convolved(rows, taps, W)
+        given *= _sigmoid(given)
+        if role < 2:
+            given *= tl.rsqrt(tl.sum(given * given, 1) + K * _TINY)[:, None]
+        tl.store(at_out, given.to(q.dtype.element_ty), mask=wanted)
+        at_x += stride
+        at_out += HK
 
 
 @_kernel
-def _backward_activation(
-    grad_q, grad_k, grad_v, x, weight, tail, bounds, grad_conv, stride, length, total, heads,
-    PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """Gradient of what the convolution gave, (T, C)."""
-    role, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    columns, wanted, HK = head * K + tl.arange(0, BK), tl.arange(0, BK) < K, heads * K
-    tokens = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
-    mask = (tokens < total)[:, None] & wanted[None, :]
-    upstream = _of_role(role, grad_q, grad_k, grad_v) + tokens[:, None] * HK + columns[None, :]
-    grad = tl.load(upstream, mask=mask, other=0.0).to(tl.float32)
-    sequence, start, end = _sequence(tokens, bounds, length, total, PACKED)
-    given = _convolved(
-        x, stride, tail, weight, sequence, tokens, start, end, role * HK + columns, wanted, 3 * HK, W
-    )  # fmt: skip
-    gate = tl.sigmoid(given)
-    if role < 2:
-        activated = given * gate
-        inverse = tl.rsqrt(tl.sum(activated * activated, 1) + K * _TINY)
-        along = tl.sum(activated * grad, 1) * inverse * inverse
-        grad = (grad - activated * along[:, None]) * inverse[:, None]
-    grad *= gate * (1 + given * (1 - gate))
-    out = grad_conv + tokens[:, None] * 3 * HK + role * HK + columns[None, :]
-    tl.store(out, grad.to(grad_conv.dtype.element_ty), mask=mask)
+def _settle(row, token, at_x, at_tail, start, first, last, wanted, C, W: tl.constexpr):
+    """Store the gradient of a row of the projections, or of the tail before ``start``, if it is a program's own."""
+    if token >= start:
+        if (token >= first) & (token < last):
+            tl.store(at_x, row.to(at_x.dtype.element_ty), mask=wanted)
+    elif (start >= first) & (start < last):
+        at_tail += (W - 1 + token - start) * C
+        tl.store(at_tail, row.to(at_tail.dtype.element_ty), mask=wanted)
 
 
 @_kernel
-def _gathered(grad_conv, row, weight, tokens, start, end, channels, C, W: tl.constexpr, TAPS: tl.constexpr):
-    """Gradients of rows of the projections, from the W tokens that met them, and of the taps, [TAPS, K]."""
-    of_row, of_taps = tl.zeros_like(row), tl.zeros([TAPS, channels.shape[0]], tl.float32)
+def _settle_all(rows, token, at_x, grad_tail, sequence, start, first, last, wanted, C, W: tl.constexpr):
+    """The rows before a token that meet no other any more."""
+    for j in tl.static_range(1, W):
+        _settle(rows[j - 1], token - j, at_x - j * C, grad_tail + sequence.to(tl.int64) * (W - 1) * C, start, first, last, wanted, C, W)
+
+
+@_kernel
+def _backward(
+    grad_q, grad_k, grad_v, x, weight, tail, bounds, grad_x, grad_tail, grad_weight, stride, length, total, heads,
+    PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    role, columns, wanted = _columns(heads, K, BK, HEADS)
+    HK = heads * K
+    channels, C = role * HK + columns, 3 * HK
+    first = tl.program_id(0) * TOKENS
+    last = tl.minimum(first + TOKENS, total)
+    taps, rows = _loaded(weight + channels, C, wanted, W), _zeros(HEADS, BK, W)
+    of_rows, of_taps = _zeros(HEADS, BK, W), _zeros(HEADS, BK, W)
+    at_x = x + first.to(tl.int64) * stride + channels
+    at_upstream = _of_role(role, grad_q, grad_k, grad_v) + first.to(tl.int64) * HK + columns
+    at_out = grad_x + first.to(tl.int64) * C + channels
+    sequence, start, end = first, first - W, first
+    steps = tl.minimum(first + TOKENS + W - 1, total) - first
+    for step in tl.range(steps, num_stages=STAGES):
+        token = first + step
+        row = tl.load(at_x, mask=wanted, other=0.0).to(tl.float32)
+        grad = tl.load(at_upstream, mask=wanted, other=0.0).to(tl.float32)
+        if token == end:
+            _settle_all(of_rows, token, at_out, grad_tail + channels, sequence, start, first, last, wanted, C, W)
+            of_rows = _zeros(HEADS, BK, W)
+            sequence, start, end = _sequence(token, bounds, length, total, PACKED)
+            at_tail = tail + sequence.to(tl.int64) * (W - 1) * C + channels
+            rows = _before(at_x, stride, at_tail, C, token - start, wanted, W)
+        rows = (row,) + rows[: W - 1]  # noqa: RUF005
+        given = _convolved(rows, taps, W)
+        gate = _sigmoid(given)
+        if role < 2:
+            activated = given * gate
+            inverse = tl.rsqrt(tl.sum(activated * activated, 1) + K * _TINY)
+            along = tl.sum(activated * grad, 1) * inverse * inverse
+            grad = (grad - activated * along[:, None]) * inverse[:, None]
+        grad *= gate * (1 + given * (1 - gate))
+        mine = tl.where(token < last, grad, 0.0)
+        met, summed = (grad * taps[0],), (of_taps[0] + mine * rows[0],)
+        for j in tl.static_range(1, W):
+            summed = summed + (of_taps[j] + mine * rows[j],)
+            met = met + (of_rows[j - 1] + grad * taps[j],)
+        of_rows, of_taps = met, summed
+        at_tail = grad_tail + sequence.to(tl.int64) * (W - 1) * C + channels
+        _settle(of_rows[W - 1], token - (W - 1), at_out - (W - 1) * C, at_tail, start, first, last, wanted, C, W)
+        at_x += stride
+        at_upstream += HK
+        at_out += C
+    _settle_all(of_rows, first + steps, at_out, grad_tail + channels, sequence, start, first, last, wanted, C, W)
     for j in tl.static_range(W):
-        met = ((tokens + j >= start) & (tokens + j < end))[:, None] & (channels < C)[None, :]
-        grad = tl.load(grad_conv + (tokens + j)[:, None] * C + channels[None, :], mask=met, other=0.0).to(tl.float32)
-        of_row += grad * tl.load(weight + j * C + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
-        of_tap = tl.sum(grad * row, 0)
-        of_taps += tl.where(tl.arange(0, TAPS)[:, None] == j, tl.expand_dims(of_tap, 0), 0.0)
-    return of_row, of_taps
-
-
-@_kernel
-def _backward_conv(
-    x, weight, bounds, grad_conv, grad_x, grad_weight, stride, length, total, C,
-    PACKED: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):  # fmt: skip
-    program, channels = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    grad_taps = tl.zeros([TAPS, CHANNELS], tl.float32)
-    for tile in range(TILES):
-        tokens = (program * TILES + tile) * T + tl.arange(0, T)
-        _, start, end = _sequence(tokens, bounds, length, total, PACKED)
-        mask = (tokens < total)[:, None] & (channels < C)[None, :]
-        row = tl.load(x + tokens[:, None] * stride + channels[None, :], mask=mask, other=0.0).to(tl.float32)
-        of_row, of_taps = _gathered(grad_conv, row, weight, tokens, start, end, channels, C, W, TAPS)
-        grad_taps += of_taps
-        tl.store(grad_x + tokens[:, None] * C + channels[None, :], of_row.to(grad_x.dtype.element_ty), mask=mask)
-    taps = tl.arange(0, TAPS)
-    place = (program * W + taps[:, None]) * C + channels[None, :]
-    tl.store(grad_weight + place, grad_taps, mask=(taps < W)[:, None] & (channels < C)[None, :])
-
-
-@_kernel
-def _backward_tail(
-    tail, weight, bounds, grad_conv, grad_tail, grad_weight, length, total, C,
-    PACKED: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """The rows of a tail are the W - 1 tokens before a sequence's first."""
-    sequence, channels = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    if PACKED:
-        start, end = tl.load(bounds + total + sequence), tl.load(bounds + total + sequence + 1)
-    else:
-        start, end = sequence * length, (sequence + 1) * length
-    taps = tl.arange(0, TAPS)
-    place = (sequence * (W - 1) + taps[:, None]) * C + channels[None, :]
-    mask = (taps < W - 1)[:, None] & (channels < C)[None, :]
-    row = tl.load(tail + place, mask=mask, other=0.0).to(tl.float32)
-    tokens = start - (W - 1) + taps
-    of_row, of_taps = _gathered(grad_conv, row, weight, tokens, start, end, channels, C, W, TAPS)
-    tl.store(grad_tail + place, of_row.to(grad_tail.dtype.element_ty), mask=mask)
-    place = (sequence * W + taps[:, None]) * C + channels[None, :]
-    tl.store(grad_weight + place, of_taps, mask=(taps < W)[:, None] & (channels < C)[None, :])
+        place = (tl.program_id(0).to(tl.int64) * W + j) * C + channels
+        tl.store(grad_weight + place, of_taps[j], mask=wanted)
 
 
 @_backend.register("queries_keys_values", "triton", refuses=more_than_float32)
@@ -200,11 +232,10 @@ def _queries_keys_values(
     """
     outputs = _room(projected)
     if projected.numel():
-        tensors, lengths, sizes = _arguments(projected, weight, tail, bounds, num_heads)
+        tensors, numbers, sizes = _arguments(projected, weight, tail, bounds, num_heads)
+        launch = _launch(_FORWARD, sizes, num_heads)
         with torch.cuda.device_of(projected):
-            _forward[(triton.cdiv(len(tensors[0]), _TOKENS), 3 * num_heads)](
-                *tensors, *outputs, *lengths, num_heads, T=_TOKENS, num_warps=4, **sizes
-            )
+            _forward[_grid(numbers[2], num_heads, launch)](*tensors, *outputs, *numbers, **launch)
     return outputs
 
 
@@ -236,33 +267,15 @@ def _queries_keys_values_backward(
     if not projected.numel():
         torch._foreach_zero_(outputs)
         return outputs
-    tensors, lengths, sizes = _arguments(projected, weight, tail, bounds, num_heads)
-    rows, taps, tails, bounds = tensors
+    if bounds is not None:  # sequences without tokens
+        outputs[2].zero_()
+    tensors, numbers, sizes = _arguments(projected, weight, tail, bounds, num_heads)
+    launch = _launch(_BACKWARD, sizes, num_heads)
     upstream = [contiguous(x) for x in (grad_q, grad_k, grad_v)]
     grad_x, grad_weight, grad_tail = outputs
-    grad_conv = torch.empty_like(grad_x)
-    of_tails, of_rows = grad_weight.tensor_split([len(tail)])
     with torch.cuda.device_of(projected):
-        _backward_activation[(triton.cdiv(len(rows), _TOKENS), 3 * num_heads)](
-            *upstream, *tensors, grad_conv, *lengths, num_heads, T=_TOKENS, num_warps=4, **sizes
-        )
-        width, channels = len(weight), projected.shape[-1]
-        shared = dict(PACKED=bounds is not None, W=width, TAPS=triton.next_power_of_2(width), num_warps=4)
-        blocks = triton.cdiv(channels, _SUMMED["CHANNELS"])
-        _backward_conv[(len(of_rows), blocks)](
-            rows, taps, bounds, grad_conv, grad_x, of_rows, *lengths, channels, **_SUMMED, **shared
-        )
-        _backward_tail[(len(tail), blocks)](
-            tails,
-            taps,
-            bounds,
-            grad_conv,
-            grad_tail,
-            of_tails,
-            *lengths[1:],
-            channels,
-            CHANNELS=_SUMMED["CHANNELS"],
-            **shared,
+        _backward[_grid(numbers[2], num_heads, launch)](
+            *upstream, *tensors, grad_x, grad_tail, grad_weight, *numbers, **launch
         )
     return outputs
 
@@ -273,8 +286,8 @@ def _(grad_q, grad_k, grad_v, projected, weight, tail, bounds, num_heads):
 
 
 def _room_for_gradients(projected: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``_queries_keys_values_backward`` returns, yet to be filled; tails have programs of their own."""
-    programs = tail.shape[0] + -(-projected.shape[0] * projected.shape[1] // (_SUMMED["T"] * _SUMMED["TILES"]))
+    """What ``_queries_keys_values_backward`` returns, yet to be filled."""
+    programs = -(-projected.shape[0] * projected.shape[1] // _BACKWARD["TOKENS"])
     return (
         projected.new_empty(projected.shape),
         weight.new_empty(programs, *weight.shape, dtype=torch.float32),
@@ -292,7 +305,16 @@ def _arguments(
     width = channels // (3 * num_heads)
     tensors = [rows, *map(contiguous, (weight, tail, bounds))]
     sizes = dict(PACKED=bounds is not None, K=width, BK=triton.next_power_of_2(width), W=len(weight))
-    return tensors, [rows.stride(0), length, batch * length], sizes
+    return tensors, [rows.stride(0), length, batch * length, num_heads], sizes
+
+
+def _launch(plan, sizes, num_heads):
+    fit = max(1, _VALUES * plan["num_warps"] // sizes["BK"])
+    return dict(HEADS=min(triton.next_power_of_2(num_heads), fit), **plan, **sizes)
+
+
+def _grid(total, heads, launch):
+    return (triton.cdiv(total, launch["TOKENS"]), 3 * triton.cdiv(heads, launch["HEADS"]))
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
