@@ -8,13 +8,13 @@ from resolvent.ops.queries_keys_values import queries_keys_values
 from ..test_queries_keys_values import HEADS, inputs
 
 pytest.importorskip("triton")
-from resolvent.ops.triton.queries_keys_values import _SUMMED
+from resolvent.ops.triton.queries_keys_values import _BACKWARD
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU")),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
-PROGRAM = _SUMMED["T"] * _SUMMED["TILES"]
+PROGRAM = _BACKWARD["TOKENS"]
 NAMES = ["q", "k", "v", "tail", "of projected", "of weight", "of tail"]
 
 

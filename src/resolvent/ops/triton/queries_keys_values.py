@@ -1,10 +1,11 @@
 """Triton kernels of the short convolution before the memory, with SiLU and unit length (``ops.queries_keys_values``).
 
-Everything between the projection and the memory is one pass over memory, two for the gradient, which keeps the
+Everything between the projection and the memory is one pass over memory, and so is its gradient, which keeps the
 projection alone.
 
-A program takes a tile of tokens and one head of the queries, the keys or the values. Shapes: T tokens, H heads, K head
-width, C = 3HK channels, W convolution width, S sequences.
+A program takes a run of tokens of some heads' queries, keys or values, one token after the other: the rows that a
+convolution lets meet stay in registers, so that each is loaded once. Where a run or a sequence begins they are read
+anew. Shapes: T tokens, H heads, K head width, C = 3HK channels, W convolution width, S sequences.
 """
 
 from typing import Any
@@ -20,10 +21,10 @@ from .launch import contiguous, more_than_float32
 
 _kernel: Any = triton.jit
 _TINY = tl.constexpr(1e-12)  # that of ``ops.normalize.unit_length``
-_SUMMED = dict(T=64, TILES=1)
-_FORWARD = dict(TOKENS=64, STAGES=3, num_warps=1)
-_BACKWARD = dict(TOKENS=64, STAGES=3, num_warps=1)
-_VALUES = 128
+_FORWARD = dict(VALUES=256, TOKENS=64, STAGES=3, UNROLL=4)
+_BACKWARD = dict(VALUES=256, TOKENS=64, STAGES=3, maxnreg=168)
+"""Channels of a warp; tokens of a run; rows that are loaded ahead, itself included; rows between which none moves to
+another register; registers of a thread, more of which leave too few warps to a processor."""
 
 
 @_kernel
@@ -52,45 +53,52 @@ def _of_role(role, of_q, of_k, of_v):
 
 
 @_kernel
-def _columns(heads, K: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr):
-    """Role of a program's heads, their columns in a row of the role and which of them exist, [HEADS, BK]."""
+def _heads(heads, K: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr):
+    """Role of a program's heads, the columns they have in a row of that role and which of those exist, [HEADS, BK]."""
     groups = (heads + HEADS - 1) // HEADS
     role, group = tl.program_id(1) // groups, tl.program_id(1) % groups
     head, column = group * HEADS + tl.arange(0, HEADS), tl.arange(0, BK)
     return role, head[:, None] * K + column[None, :], (head < heads)[:, None] & (column < K)[None, :]
 
 
+# Rows are tuples of tiles [HEADS, BK], W of them unless it says otherwise. Triton has no starred tuples.
+
+
 @_kernel
 def _zeros(HEADS: tl.constexpr, BK: tl.constexpr, W: tl.constexpr):
     rows = ()
     for _ in tl.static_range(W):
-        rows = rows + (tl.zeros([HEADS, BK], tl.float32),)  # noqa: RUF005 (Triton has no starred tuples)
+        rows = rows + (tl.zeros([HEADS, BK], tl.float32),)  # noqa: RUF005
     return rows
 
 
 @_kernel
-def _loaded(x, stride, wanted, W: tl.constexpr):
-    """W rows, one after the other."""
+def _loaded(x, wanted):
+    return tl.load(x, mask=wanted, other=0.0).to(tl.float32)
+
+
+@_kernel
+def _taps(weight, wanted, C, W: tl.constexpr):
     rows = ()
     for j in tl.static_range(W):
-        rows = rows + (tl.load(x + j * stride, mask=wanted, other=0.0).to(tl.float32),)  # noqa: RUF005
+        rows = rows + (_loaded(weight + j * C, wanted),)  # noqa: RUF005
     return rows
 
 
 @_kernel
 def _before(x, stride, tail, C, place, wanted, W: tl.constexpr):
-    """The W - 1 rows of projections before the one at ``x``, latest first, and a row of zeros.
+    """The W - 1 projections before the one at ``x``, the latest first, and zeros.
 
-    ``place`` tells which of its sequence it is; rows before the first are those of the tail.
+    ``place`` says how many of its sequence precede it; what precedes those is in the tail.
     """
     rows = ()
     for j in tl.static_range(1, W):
         if place >= j:
-            row = tl.load(x - j * stride, mask=wanted, other=0.0).to(tl.float32)
+            row = _loaded(x - j * stride, wanted)
         else:
-            row = tl.load(tail + (W - 1 + place - j) * C, mask=wanted, other=0.0).to(tl.float32)
+            row = _loaded(tail + (W - 1 + place - j) * C, wanted)
         rows = rows + (row,)  # noqa: RUF005
-    return rows + _zeros(x.shape[0], x.shape[1], 1)
+    return rows + _zeros(wanted.shape[0], wanted.shape[1], 1)
 
 
 @_kernel
@@ -102,8 +110,16 @@ def _convolved(rows, taps, W: tl.constexpr):
 
 
 @_kernel
+def _with_product(rows, others, factor, W: tl.constexpr):
+    sums = ()
+    for j in tl.static_range(W):
+        sums = sums + (rows[j] + others[j] * factor,)  # noqa: RUF005
+    return sums
+
+
+@_kernel
 def _sigmoid(x):
-    """In 5 instructions of 12: the division of 1 by 1 + exp(-x) that ``tl.sigmoid`` does takes as many as all of this."""
+    """In 5 instructions instead of the 12 of ``tl.sigmoid``, as exact: the kernels have to do little else."""
     root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
     return root * root
 
@@ -112,18 +128,17 @@ def _sigmoid(x):
 def _forward(
     x, weight, tail, bounds, q, k, v, stride, length, total, heads,
     PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr,
-    TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    role, columns, wanted = _columns(heads, K, BK, HEADS)
-    HK = heads * K
-    channels, C = role * HK + columns, 3 * HK
+    role, columns, wanted = _heads(heads, K, BK, HEADS)
+    HK, C, channels = heads * K, 3 * heads * K, role * heads * K + columns
     first = tl.program_id(0) * TOKENS
-    taps, rows = _loaded(weight + channels, C, wanted, W), _zeros(HEADS, BK, W)
     at_x = x + first.to(tl.int64) * stride + channels
     at_out = _of_role(role, q, k, v) + first.to(tl.int64) * HK + columns
-    end = first
-    for step in tl.range(tl.minimum(TOKENS, total - first), num_stages=STAGES):
-        row, token = tl.load(at_x, mask=wanted, other=0.0).to(tl.float32), first + step
+    taps, rows = _taps(weight + channels, wanted, C, W), _zeros(HEADS, BK, W)
+    end = first  # of the sequence before
+    for step in tl.range(tl.minimum(TOKENS, total - first), num_stages=STAGES, loop_unroll_factor=UNROLL):
+        token, row = first + step, _loaded(at_x, wanted)
         if token == end:
             sequence, start, end = _sequence(token, bounds, length, total, PACKED)
             at_tail = tail + sequence.to(tl.int64) * (W - 1) * C + channels
@@ -140,7 +155,7 @@ def _forward(
 
 @_kernel
 def _settle(row, token, at_x, at_tail, start, first, last, wanted, C, W: tl.constexpr):
-    """Store the gradient of a row of the projections, or of the tail before ``start``, if it is a program's own."""
+    """Store the gradient of a token's projection, of one of the tail before ``start``, if it is this program's."""
     if token >= start:
         if (token >= first) & (token < last):
             tl.store(at_x, row.to(at_x.dtype.element_ty), mask=wanted)
@@ -150,10 +165,10 @@ def _settle(row, token, at_x, at_tail, start, first, last, wanted, C, W: tl.cons
 
 
 @_kernel
-def _settle_all(rows, token, at_x, grad_tail, sequence, start, first, last, wanted, C, W: tl.constexpr):
-    """The rows before a token that meet no other any more."""
+def _settle_all(rows, token, at_x, at_tail, start, first, last, wanted, C, W: tl.constexpr):
+    """What W - 1 tokens before this one have got, when no other comes."""
     for j in tl.static_range(1, W):
-        _settle(rows[j - 1], token - j, at_x - j * C, grad_tail + sequence.to(tl.int64) * (W - 1) * C, start, first, last, wanted, C, W)
+        _settle(rows[j - 1], token - j, at_x - j * C, at_tail, start, first, last, wanted, C, W)
 
 
 @_kernel
@@ -162,52 +177,48 @@ def _backward(
     PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr,
     TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    role, columns, wanted = _columns(heads, K, BK, HEADS)
-    HK = heads * K
-    channels, C = role * HK + columns, 3 * HK
+    """Walks W - 1 tokens beyond its run, because a token's projection meets those after it."""
+    role, columns, wanted = _heads(heads, K, BK, HEADS)
+    HK, C, channels = heads * K, 3 * heads * K, role * heads * K + columns
     first = tl.program_id(0) * TOKENS
     last = tl.minimum(first + TOKENS, total)
-    taps, rows = _loaded(weight + channels, C, wanted, W), _zeros(HEADS, BK, W)
-    of_rows, of_taps = _zeros(HEADS, BK, W), _zeros(HEADS, BK, W)
+    steps = tl.minimum(last + W - 1, total) - first
     at_x = x + first.to(tl.int64) * stride + channels
     at_upstream = _of_role(role, grad_q, grad_k, grad_v) + first.to(tl.int64) * HK + columns
-    at_out = grad_x + first.to(tl.int64) * C + channels
-    sequence, start, end = first, first - W, first
-    steps = tl.minimum(first + TOKENS + W - 1, total) - first
+    at_grad = grad_x + first.to(tl.int64) * C + channels
+    at_tail = grad_tail + channels
+    taps, rows = _taps(weight + channels, wanted, C, W), _zeros(HEADS, BK, W)
+    of_rows, of_taps = _zeros(HEADS, BK, W), _zeros(HEADS, BK, W)
+    start, end = first - W, first  # of the sequence before, whose gradients are another program's
     for step in tl.range(steps, num_stages=STAGES):
-        token = first + step
-        row = tl.load(at_x, mask=wanted, other=0.0).to(tl.float32)
-        grad = tl.load(at_upstream, mask=wanted, other=0.0).to(tl.float32)
+        token, row, grad = first + step, _loaded(at_x, wanted), _loaded(at_upstream, wanted)
         if token == end:
-            _settle_all(of_rows, token, at_out, grad_tail + channels, sequence, start, first, last, wanted, C, W)
-            of_rows = _zeros(HEADS, BK, W)
+            _settle_all(of_rows, token, at_grad, at_tail, start, first, last, wanted, C, W)
             sequence, start, end = _sequence(token, bounds, length, total, PACKED)
-            at_tail = tail + sequence.to(tl.int64) * (W - 1) * C + channels
-            rows = _before(at_x, stride, at_tail, C, token - start, wanted, W)
+            of_tail = sequence.to(tl.int64) * (W - 1) * C + channels
+            at_tail = grad_tail + of_tail
+            rows = _before(at_x, stride, tail + of_tail, C, token - start, wanted, W)
+            of_rows = _zeros(HEADS, BK, W)
         rows = (row,) + rows[: W - 1]  # noqa: RUF005
         given = _convolved(rows, taps, W)
         gate = _sigmoid(given)
+        activated = given * gate
         if role < 2:
-            activated = given * gate
             inverse = tl.rsqrt(tl.sum(activated * activated, 1) + K * _TINY)
             along = tl.sum(activated * grad, 1) * inverse * inverse
             grad = (grad - activated * along[:, None]) * inverse[:, None]
-        grad *= gate * (1 + given * (1 - gate))
-        mine = tl.where(token < last, grad, 0.0)
-        met, summed = (grad * taps[0],), (of_taps[0] + mine * rows[0],)
-        for j in tl.static_range(1, W):
-            summed = summed + (of_taps[j] + mine * rows[j],)
-            met = met + (of_rows[j - 1] + grad * taps[j],)
-        of_rows, of_taps = met, summed
-        at_tail = grad_tail + sequence.to(tl.int64) * (W - 1) * C + channels
-        _settle(of_rows[W - 1], token - (W - 1), at_out - (W - 1) * C, at_tail, start, first, last, wanted, C, W)
+        grad *= gate + activated * (1 - gate)
+        if token < last:
+            of_taps = _with_product(of_taps, rows, grad, W)
+        of_rows = _with_product(_zeros(HEADS, BK, 1) + of_rows[: W - 1], taps, grad, W)
+        _settle(of_rows[W - 1], token - (W - 1), at_grad - (W - 1) * C, at_tail, start, first, last, wanted, C, W)
         at_x += stride
         at_upstream += HK
-        at_out += C
-    _settle_all(of_rows, first + steps, at_out, grad_tail + channels, sequence, start, first, last, wanted, C, W)
+        at_grad += C
+    _settle_all(of_rows, first + steps, at_grad, at_tail, start, first, last, wanted, C, W)
     for j in tl.static_range(W):
-        place = (tl.program_id(0).to(tl.int64) * W + j) * C + channels
-        tl.store(grad_weight + place, of_taps[j], mask=wanted)
+        at_weight = grad_weight + (tl.program_id(0).to(tl.int64) * W + j) * C + channels
+        tl.store(at_weight, of_taps[j], mask=wanted)
 
 
 @_backend.register("queries_keys_values", "triton", refuses=more_than_float32)
@@ -232,10 +243,9 @@ def _queries_keys_values(
     """
     outputs = _room(projected)
     if projected.numel():
-        tensors, numbers, sizes = _arguments(projected, weight, tail, bounds, num_heads)
-        launch = _launch(_FORWARD, sizes, num_heads)
+        tensors, numbers, grid, sizes = _arguments(projected, weight, tail, bounds, num_heads, _FORWARD)
         with torch.cuda.device_of(projected):
-            _forward[_grid(numbers[2], num_heads, launch)](*tensors, *outputs, *numbers, **launch)
+            _forward[grid](*tensors, *outputs, *numbers, **sizes)
     return outputs
 
 
@@ -267,16 +277,13 @@ def _queries_keys_values_backward(
     if not projected.numel():
         torch._foreach_zero_(outputs)
         return outputs
-    if bounds is not None:  # sequences without tokens
-        outputs[2].zero_()
-    tensors, numbers, sizes = _arguments(projected, weight, tail, bounds, num_heads)
-    launch = _launch(_BACKWARD, sizes, num_heads)
-    upstream = [contiguous(x) for x in (grad_q, grad_k, grad_v)]
     grad_x, grad_weight, grad_tail = outputs
+    if bounds is not None:
+        grad_tail.zero_()  # sequences without a token have a tail
+    tensors, numbers, grid, sizes = _arguments(projected, weight, tail, bounds, num_heads, _BACKWARD)
+    upstream = [contiguous(x) for x in (grad_q, grad_k, grad_v)]
     with torch.cuda.device_of(projected):
-        _backward[_grid(numbers[2], num_heads, launch)](
-            *upstream, *tensors, grad_x, grad_tail, grad_weight, *numbers, **launch
-        )
+        _backward[grid](*upstream, *tensors, grad_x, grad_tail, grad_weight, *numbers, **sizes)
     return outputs
 
 
@@ -296,25 +303,20 @@ def _room_for_gradients(projected: Tensor, weight: Tensor, tail: Tensor) -> tupl
 
 
 def _arguments(
-    projected: Tensor, weight: Tensor, tail: Tensor, bounds: Tensor | None, num_heads: int
-) -> tuple[list[Any], list[int], dict[str, Any]]:
-    """What the kernels take: tensors; stride of a row, tokens of a sequence and of all; what they are compiled for."""
+    projected: Tensor, weight: Tensor, tail: Tensor, bounds: Tensor | None, num_heads: int, plan: dict[str, int]
+) -> tuple[list[Any], list[int], tuple[int, int], dict[str, Any]]:
+    """What the kernels take: tensors; stride of a row, tokens of a sequence and of all, heads; grid and options."""
     batch, length, channels = projected.shape
     rows = projected.flatten(0, 1)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     width = channels // (3 * num_heads)
     tensors = [rows, *map(contiguous, (weight, tail, bounds))]
-    sizes = dict(PACKED=bounds is not None, K=width, BK=triton.next_power_of_2(width), W=len(weight))
-    return tensors, [rows.stride(0), length, batch * length, num_heads], sizes
-
-
-def _launch(plan, sizes, num_heads):
-    fit = max(1, _VALUES * plan["num_warps"] // sizes["BK"])
-    return dict(HEADS=min(triton.next_power_of_2(num_heads), fit), **plan, **sizes)
-
-
-def _grid(total, heads, launch):
-    return (triton.cdiv(total, launch["TOKENS"]), 3 * triton.cdiv(heads, launch["HEADS"]))
+    options = dict(plan)
+    padded, values = triton.next_power_of_2(width), options.pop("VALUES")
+    options |= dict(PACKED=bounds is not None, K=width, BK=padded, W=len(weight), num_warps=max(1, padded // values))
+    options["HEADS"] = min(triton.next_power_of_2(num_heads), max(1, values // padded))
+    grid = (triton.cdiv(len(rows), plan["TOKENS"]), 3 * triton.cdiv(num_heads, options["HEADS"]))
+    return tensors, [rows.stride(0), length, len(rows), num_heads], grid, options
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
