@@ -186,18 +186,17 @@ def _backward(
     at_x = x + first.to(tl.int64) * stride + channels
     at_upstream = _of_role(role, grad_q, grad_k, grad_v) + first.to(tl.int64) * HK + columns
     at_grad = grad_x + first.to(tl.int64) * C + channels
-    at_tail = grad_tail + channels
     taps, rows = _taps(weight + channels, wanted, C, W), _zeros(HEADS, BK, W)
     of_rows, of_taps = _zeros(HEADS, BK, W), _zeros(HEADS, BK, W)
     start, end = first - W, first  # of the sequence before, whose gradients are another program's
+    of_tail = first.to(tl.int64)
     for step in tl.range(steps, num_stages=STAGES):
         token, row, grad = first + step, _loaded(at_x, wanted), _loaded(at_upstream, wanted)
         if token == end:
-            _settle_all(of_rows, token, at_grad, at_tail, start, first, last, wanted, C, W)
+            _settle_all(of_rows, token, at_grad, grad_tail + of_tail + channels, start, first, last, wanted, C, W)
             sequence, start, end = _sequence(token, bounds, length, total, PACKED)
-            of_tail = sequence.to(tl.int64) * (W - 1) * C + channels
-            at_tail = grad_tail + of_tail
-            rows = _before(at_x, stride, tail + of_tail, C, token - start, wanted, W)
+            of_tail = sequence.to(tl.int64) * (W - 1) * C
+            rows = _before(at_x, stride, tail + of_tail + channels, C, token - start, wanted, W)
             of_rows = _zeros(HEADS, BK, W)
         rows = (row,) + rows[: W - 1]  # noqa: RUF005
         given = _convolved(rows, taps, W)
@@ -211,11 +210,11 @@ def _backward(
         if token < last:
             of_taps = _with_product(of_taps, rows, grad, W)
         of_rows = _with_product(_zeros(HEADS, BK, 1) + of_rows[: W - 1], taps, grad, W)
-        _settle(of_rows[W - 1], token - (W - 1), at_grad - (W - 1) * C, at_tail, start, first, last, wanted, C, W)
+        _settle(of_rows[W - 1], token - (W - 1), at_grad - (W - 1) * C, grad_tail + of_tail + channels, start, first, last, wanted, C, W)
         at_x += stride
         at_upstream += HK
         at_grad += C
-    _settle_all(of_rows, first + steps, at_grad, at_tail, start, first, last, wanted, C, W)
+    _settle_all(of_rows, first + steps, at_grad, grad_tail + of_tail + channels, start, first, last, wanted, C, W)
     for j in tl.static_range(W):
         at_weight = grad_weight + (tl.program_id(0).to(tl.int64) * W + j) * C + channels
         tl.store(at_weight, of_taps[j], mask=wanted)
