@@ -23,8 +23,8 @@ _kernel: Any = triton.jit
 _TINY = tl.constexpr(1e-12)  # that of ``ops.normalize.unit_length``
 _FORWARD = dict(VALUES=256, TOKENS=64, STAGES=3, UNROLL=4)
 _BACKWARD = dict(VALUES=256, TOKENS=64, STAGES=3, maxnreg=168)
-"""Channels of a warp; tokens of a run; rows that are loaded ahead, itself included; rows between which none moves to
-another register; registers of a thread, more of which leave too few warps to a processor."""
+"""Channels of a warp (of up to 4 taps), tokens of a run, rows that are on their way at a time, steps that are written
+out one after the other, and registers of a thread at most, so that there is room for more warps."""
 
 
 @_kernel
@@ -118,10 +118,14 @@ def _with_product(rows, others, factor, W: tl.constexpr):
 
 
 @_kernel
-def _sigmoid(x):
-    """In 5 instructions instead of the 12 of ``tl.sigmoid``, as exact: the kernels have to do little else."""
-    root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
-    return root * root
+def _sigmoid(x, dtype: tl.constexpr):
+    """Of float32; in 5 instructions instead of 12, not to its last bit, where results are stored in 16 bits."""
+    if dtype == tl.float32:
+        gate = tl.sigmoid(x)
+    else:
+        root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
+        gate = root * root
+    return gate
 
 
 @_kernel
@@ -145,7 +149,7 @@ def _forward(
             rows = _before(at_x, stride, at_tail, C, token - start, wanted, W)
         rows = (row,) + rows[: W - 1]  # noqa: RUF005
         given = _convolved(rows, taps, W)
-        given *= _sigmoid(given)
+        given *= _sigmoid(given, x.dtype.element_ty)
         if role < 2:
             given *= tl.rsqrt(tl.sum(given * given, 1) + K * _TINY)[:, None]
         tl.store(at_out, given.to(q.dtype.element_ty), mask=wanted)
@@ -188,8 +192,8 @@ def _backward(
     at_grad = grad_x + first.to(tl.int64) * C + channels
     taps, rows = _taps(weight + channels, wanted, C, W), _zeros(HEADS, BK, W)
     of_rows, of_taps = _zeros(HEADS, BK, W), _zeros(HEADS, BK, W)
-    start, end = first - W, first  # of the sequence before, whose gradients are another program's
-    of_tail = first.to(tl.int64)
+    # Of a sequence before, whose gradients are another program's: its place among the tails does not matter.
+    start, end, of_tail = first - W, first, first.to(tl.int64)
     for step in tl.range(steps, num_stages=STAGES):
         token, row, grad = first + step, _loaded(at_x, wanted), _loaded(at_upstream, wanted)
         if token == end:
@@ -200,7 +204,7 @@ def _backward(
             of_rows = _zeros(HEADS, BK, W)
         rows = (row,) + rows[: W - 1]  # noqa: RUF005
         given = _convolved(rows, taps, W)
-        gate = _sigmoid(given)
+        gate = _sigmoid(given, x.dtype.element_ty)
         activated = given * gate
         if role < 2:
             inverse = tl.rsqrt(tl.sum(activated * activated, 1) + K * _TINY)
@@ -210,7 +214,8 @@ def _backward(
         if token < last:
             of_taps = _with_product(of_taps, rows, grad, W)
         of_rows = _with_product(_zeros(HEADS, BK, 1) + of_rows[: W - 1], taps, grad, W)
-        _settle(of_rows[W - 1], token - (W - 1), at_grad - (W - 1) * C, grad_tail + of_tail + channels, start, first, last, wanted, C, W)
+        place, at_tail = token - (W - 1), grad_tail + of_tail + channels
+        _settle(of_rows[W - 1], place, at_grad - (W - 1) * C, at_tail, start, first, last, wanted, C, W)
         at_x += stride
         at_upstream += HK
         at_grad += C
@@ -304,17 +309,17 @@ def _room_for_gradients(projected: Tensor, weight: Tensor, tail: Tensor) -> tupl
 def _arguments(
     projected: Tensor, weight: Tensor, tail: Tensor, bounds: Tensor | None, num_heads: int, plan: dict[str, int]
 ) -> tuple[list[Any], list[int], tuple[int, int], dict[str, Any]]:
-    """What the kernels take: tensors; stride of a row, tokens of a sequence and of all, heads; grid and options."""
-    batch, length, channels = projected.shape
+    """What the kernels take: tensors; stride of a row, tokens of a sequence and of all, heads; grid; options."""
+    length, channels = projected.shape[1:]
     rows = projected.flatten(0, 1)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    width = channels // (3 * num_heads)
-    tensors = [rows, *map(contiguous, (weight, tail, bounds))]
-    options = dict(plan)
-    padded, values = triton.next_power_of_2(width), options.pop("VALUES")
-    options |= dict(PACKED=bounds is not None, K=width, BK=padded, W=len(weight), num_warps=max(1, padded // values))
-    options["HEADS"] = min(triton.next_power_of_2(num_heads), max(1, values // padded))
+    width, taps = channels // (3 * num_heads), len(weight)
+    options = dict(plan, PACKED=bounds is not None, K=width, BK=triton.next_power_of_2(width), W=taps)
+    values = options.pop("VALUES") * 4 // max(4, triton.next_power_of_2(taps))  # of every tap a thread keeps rows
+    options["HEADS"] = min(triton.next_power_of_2(num_heads), max(1, values // options["BK"]))
+    options["num_warps"] = max(1, options["BK"] // values)
     grid = (triton.cdiv(len(rows), plan["TOKENS"]), 3 * triton.cdiv(num_heads, options["HEADS"]))
+    tensors = [rows, *map(contiguous, (weight, tail, bounds))]
     return tensors, [rows.stride(0), length, len(rows), num_heads], grid, options
 
 
