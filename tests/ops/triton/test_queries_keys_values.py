@@ -8,13 +8,13 @@ from resolvent.ops.queries_keys_values import queries_keys_values
 from ..test_queries_keys_values import HEADS, inputs
 
 pytest.importorskip("triton")
-from resolvent.ops.triton.queries_keys_values import _SUMMED
+from resolvent.ops.triton.queries_keys_values import _BACKWARD
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU")),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
-PROGRAM = _SUMMED["T"] * _SUMMED["TILES"]
+PROGRAM = _BACKWARD["TOKENS"]
 NAMES = ["q", "k", "v", "tail", "of projected", "of weight", "of tail"]
 
 
@@ -45,13 +45,15 @@ def test_kernels_are_the_reference_gradients_included(device, length):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("width", "head_dim"), [(2, 5), (3, 16), (4, 64), (5, 8)])
+@pytest.mark.parametrize(("width", "head_dim"), [(1, 5), (2, 5), (3, 16), (4, 64), (5, 8), (3, 160)])
 def test_any_width(device, width, head_dim):
     check(inputs(40, width=width, head_dim=head_dim), None, device, torch.float32, 1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("lengths", [[3, 0, 1, 40, 2, 0], [0, 70], [1, 1, 1, 1]])
+@pytest.mark.parametrize(
+    "lengths", [[3, 0, 1, 40, 2, 0], [0, 70], [1, 1, 1, 1], [PROGRAM - 1, 2, 1], [PROGRAM + 1, 1, 9]]
+)
 def test_packed(device, lengths):
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     check(inputs(sum(lengths), 1, sequences=len(lengths)), offsets, device, torch.float32, 1e-5)

@@ -1,10 +1,11 @@
 """Triton kernels of the short convolution before the memory, with SiLU and unit length (``ops.queries_keys_values``).
 
-Everything between the projection and the memory is one pass over memory, two for the gradient, which keeps the
+Everything between the projection and the memory is one pass over memory, and so is its gradient, which keeps the
 projection alone.
 
-A program takes a tile of tokens and one head of the queries, the keys or the values. Shapes: T tokens, H heads, K head
-width, C = 3HK channels, W convolution width, S sequences.
+A program takes a run of tokens of some heads' queries, keys or values, one token after the other: the rows that a
+convolution lets meet stay in registers, so that each is loaded once. Where a run or a sequence begins they are read
+anew. Shapes: T tokens, H heads, K head width, C = 3HK channels, W convolution width, S sequences.
 """
 
 from typing import Any
@@ -20,49 +21,24 @@ from .launch import contiguous, more_than_float32
 
 _kernel: Any = triton.jit
 _TINY = tl.constexpr(1e-12)  # that of ``ops.normalize.unit_length``
-_TOKENS = 32
-"""Tokens of a tile."""
-_SUMMED = dict(T=64, CHANNELS=64, TILES=4)
-"""Tokens, channels and tiles of a program that sums up the gradient of the taps."""
+_FORWARD = dict(VALUES=256, TOKENS=32, STAGES=3, UNROLL=4)
+_BACKWARD = dict(VALUES=256, TOKENS=64, STAGES=4, maxnreg=168)
+"""Channels of a warp (of up to 4 taps), tokens of a run, rows that are on their way at a time, steps that are written
+out one after the other, and registers of a thread at most, so that there is room for more warps."""
 
 
 @_kernel
-def _sequence(tokens, bounds, length, total, PACKED: tl.constexpr):
-    """Sequence of every token, its first token and its last token + 1."""
+def _sequence(token, bounds, length, total, PACKED: tl.constexpr):
+    """Sequence of a token, its first token and its last token + 1."""
     if PACKED:
-        inside = tokens < total
-        sequence = tl.load(bounds + tokens, mask=inside, other=0)
-        start = tl.load(bounds + total + sequence, mask=inside, other=0)
-        end = tl.load(bounds + total + sequence + 1, mask=inside, other=0)
+        sequence = tl.load(bounds + token).to(tl.int32)
+        start = tl.load(bounds + total + sequence).to(tl.int32)
+        end = tl.load(bounds + total + sequence + 1).to(tl.int32)
     else:
-        sequence = tokens // length
+        sequence = token // length
         start = sequence * length
-        end = tl.minimum(start + length, total)
+        end = start + length
     return sequence, start, end
-
-
-@_kernel
-def _row(x, stride, tail, sequence, tokens, start, end, channels, wanted, C, W: tl.constexpr):
-    """Projections of tokens, out of the tail where they lie before the first; zero from the end on: [T, K]."""
-    here = (tokens >= start) & (tokens < end)
-    found = tl.load(x + tokens[:, None] * stride + channels[None, :], mask=here[:, None] & wanted[None, :], other=0.0)
-    row = found.to(tl.float32)
-    back = start - tokens  # 1 for the last row of the tail
-    before = (back > 0) & (back < W) & (tokens + back < end)
-    if tl.max(before.to(tl.int32), 0) > 0:  # hardly ever
-        kept = (sequence * (W - 1) + (W - 1 - back)) * C
-        mask = before[:, None] & wanted[None, :]
-        row += tl.load(tail + kept[:, None] + channels[None, :], mask=mask, other=0.0).to(tl.float32)
-    return row
-
-
-@_kernel
-def _convolved(x, stride, tail, weight, sequence, tokens, start, end, channels, wanted, C, W: tl.constexpr):
-    total = tl.zeros([tokens.shape[0], channels.shape[0]], tl.float32)
-    for j in tl.static_range(W):
-        tap = tl.load(weight + j * C + channels, mask=wanted, other=0.0).to(tl.float32)
-        total += tap[None, :] * _row(x, stride, tail, sequence, tokens - j, start, end, channels, wanted, C, W)
-    return total
 
 
 @_kernel
@@ -77,105 +53,176 @@ def _of_role(role, of_q, of_k, of_v):
 
 
 @_kernel
+def _heads(heads, K: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr):
+    """Role of a program's heads, the columns they have in a row of that role and which of those exist, [HEADS, BK]."""
+    groups = (heads + HEADS - 1) // HEADS
+    role, group = tl.program_id(1) // groups, tl.program_id(1) % groups
+    head, column = group * HEADS + tl.arange(0, HEADS), tl.arange(0, BK)
+    return role, head[:, None] * K + column[None, :], (head < heads)[:, None] & (column < K)[None, :]
+
+
+# Rows are tuples of tiles [HEADS, BK], W of them unless it says otherwise. Triton has no starred tuples.
+
+
+@_kernel
+def _zeros(HEADS: tl.constexpr, BK: tl.constexpr, W: tl.constexpr):
+    rows = ()
+    for _ in tl.static_range(W):
+        rows = rows + (tl.zeros([HEADS, BK], tl.float32),)  # noqa: RUF005
+    return rows
+
+
+@_kernel
+def _loaded(x, wanted):
+    return tl.load(x, mask=wanted, other=0.0).to(tl.float32)
+
+
+@_kernel
+def _taps(weight, wanted, C, W: tl.constexpr):
+    rows = ()
+    for j in tl.static_range(W):
+        rows = rows + (_loaded(weight + j * C, wanted),)  # noqa: RUF005
+    return rows
+
+
+@_kernel
+def _before(x, stride, tail, C, place, wanted, W: tl.constexpr):
+    """The W - 1 projections before the one at ``x``, the latest first, and zeros.
+
+    ``place`` says how many of its sequence precede it; what precedes those is in the tail.
+    """
+    rows = ()
+    for j in tl.static_range(1, W):
+        if place >= j:
+            row = _loaded(x - j * stride, wanted)
+        else:
+            row = _loaded(tail + (W - 1 + place - j) * C, wanted)
+        rows = rows + (row,)  # noqa: RUF005
+    return rows + _zeros(wanted.shape[0], wanted.shape[1], 1)
+
+
+@_kernel
+def _convolved(rows, taps, W: tl.constexpr):
+    total = rows[0] * taps[0]
+    for j in tl.static_range(1, W):
+        total += rows[j] * taps[j]
+    return total
+
+
+@_kernel
+def _with_product(rows, others, factor, W: tl.constexpr):
+    sums = ()
+    for j in tl.static_range(W):
+        sums = sums + (rows[j] + others[j] * factor,)  # noqa: RUF005
+    return sums
+
+
+@_kernel
+def _sigmoid(x, dtype: tl.constexpr):
+    """Of float32; in 5 instructions instead of 12, not to its last bit, where results are stored in 16 bits."""
+    if dtype == tl.float32:
+        gate = tl.sigmoid(x)
+    else:
+        root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
+        gate = root * root
+    return gate
+
+
+@_kernel
 def _forward(
     x, weight, tail, bounds, q, k, v, stride, length, total, heads,
-    PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
+    PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    role, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    columns, wanted, HK = head * K + tl.arange(0, BK), tl.arange(0, BK) < K, heads * K
-    tokens = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
-    sequence, start, end = _sequence(tokens, bounds, length, total, PACKED)
-    given = _convolved(
-        x, stride, tail, weight, sequence, tokens, start, end, role * HK + columns, wanted, 3 * HK, W
-    )  # fmt: skip
-    given *= tl.sigmoid(given)
-    if role < 2:
-        given *= tl.rsqrt(tl.sum(given * given, 1) + K * _TINY)[:, None]
-    out = _of_role(role, q, k, v) + tokens[:, None] * HK + columns[None, :]
-    tl.store(out, given.to(q.dtype.element_ty), mask=(tokens < total)[:, None] & wanted[None, :])
+    role, columns, wanted = _heads(heads, K, BK, HEADS)
+    HK, C, channels = heads * K, 3 * heads * K, role * heads * K + columns
+    first = tl.program_id(0) * TOKENS
+    at_x = x + first.to(tl.int64) * stride + channels
+    at_out = _of_role(role, q, k, v) + first.to(tl.int64) * HK + columns
+    taps, rows = _taps(weight + channels, wanted, C, W), _zeros(HEADS, BK, W)
+    end = first  # of the sequence before
+    for step in tl.range(tl.minimum(TOKENS, total - first), num_stages=STAGES, loop_unroll_factor=UNROLL):
+        token, row = first + step, _loaded(at_x, wanted)
+        if token == end:
+            sequence, start, end = _sequence(token, bounds, length, total, PACKED)
+            at_tail = tail + sequence.to(tl.int64) * (W - 1) * C + channels
+            rows = _before(at_x, stride, at_tail, C, token - start, wanted, W)
+        rows = (row,) + rows[: W - 1]  # noqa: RUF005
+        given = _convolved(rows, taps, W)
+        given *= _sigmoid(given, x.dtype.element_ty)
+        if role < 2:
+            given *= tl.rsqrt(tl.sum(given * given, 1) + K * _TINY)[:, None]
+        tl.store(at_out, given.to(q.dtype.element_ty), mask=wanted)
+        at_x += stride
+        at_out += HK
 
 
 @_kernel
-def _backward_activation(
-    grad_q, grad_k, grad_v, x, weight, tail, bounds, grad_conv, stride, length, total, heads,
-    PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
+def _settle(row, token, at_x, at_tail, start, first, last, wanted, C, W: tl.constexpr):
+    """Store the gradient of a token's projection, of one of the tail before ``start``, if it is this program's."""
+    if token >= start:
+        if (token >= first) & (token < last):
+            tl.store(at_x, row.to(at_x.dtype.element_ty), mask=wanted)
+    elif (start >= first) & (start < last):
+        at_tail += (W - 1 + token - start) * C
+        tl.store(at_tail, row.to(at_tail.dtype.element_ty), mask=wanted)
+
+
+@_kernel
+def _settle_all(rows, token, at_x, at_tail, start, first, last, wanted, C, W: tl.constexpr):
+    """What W - 1 tokens before this one have got, when no other comes."""
+    for j in tl.static_range(1, W):
+        _settle(rows[j - 1], token - j, at_x - j * C, at_tail, start, first, last, wanted, C, W)
+
+
+@_kernel
+def _backward(
+    grad_q, grad_k, grad_v, x, weight, tail, bounds, grad_x, grad_tail, grad_weight, stride, length, total, heads,
+    PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of what the convolution gave, (T, C)."""
-    role, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    columns, wanted, HK = head * K + tl.arange(0, BK), tl.arange(0, BK) < K, heads * K
-    tokens = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
-    mask = (tokens < total)[:, None] & wanted[None, :]
-    upstream = _of_role(role, grad_q, grad_k, grad_v) + tokens[:, None] * HK + columns[None, :]
-    grad = tl.load(upstream, mask=mask, other=0.0).to(tl.float32)
-    sequence, start, end = _sequence(tokens, bounds, length, total, PACKED)
-    given = _convolved(
-        x, stride, tail, weight, sequence, tokens, start, end, role * HK + columns, wanted, 3 * HK, W
-    )  # fmt: skip
-    gate = tl.sigmoid(given)
-    if role < 2:
+    """Walks W - 1 tokens beyond its run, because a token's projection meets those after it."""
+    role, columns, wanted = _heads(heads, K, BK, HEADS)
+    HK, C, channels = heads * K, 3 * heads * K, role * heads * K + columns
+    first = tl.program_id(0) * TOKENS
+    last = tl.minimum(first + TOKENS, total)
+    steps = tl.minimum(last + W - 1, total) - first
+    at_x = x + first.to(tl.int64) * stride + channels
+    at_upstream = _of_role(role, grad_q, grad_k, grad_v) + first.to(tl.int64) * HK + columns
+    at_grad = grad_x + first.to(tl.int64) * C + channels
+    taps, rows = _taps(weight + channels, wanted, C, W), _zeros(HEADS, BK, W)
+    of_rows, of_taps = _zeros(HEADS, BK, W), _zeros(HEADS, BK, W)
+    # Of a sequence before, whose gradients are another program's: its place among the tails does not matter.
+    start, end, of_tail = first - W, first, first.to(tl.int64)
+    for step in tl.range(steps, num_stages=STAGES):
+        token, row, grad = first + step, _loaded(at_x, wanted), _loaded(at_upstream, wanted)
+        if token == end:
+            _settle_all(of_rows, token, at_grad, grad_tail + of_tail + channels, start, first, last, wanted, C, W)
+            sequence, start, end = _sequence(token, bounds, length, total, PACKED)
+            of_tail = sequence.to(tl.int64) * (W - 1) * C
+            rows = _before(at_x, stride, tail + of_tail + channels, C, token - start, wanted, W)
+            of_rows = _zeros(HEADS, BK, W)
+        rows = (row,) + rows[: W - 1]  # noqa: RUF005
+        given = _convolved(rows, taps, W)
+        gate = _sigmoid(given, x.dtype.element_ty)
         activated = given * gate
-        inverse = tl.rsqrt(tl.sum(activated * activated, 1) + K * _TINY)
-        along = tl.sum(activated * grad, 1) * inverse * inverse
-        grad = (grad - activated * along[:, None]) * inverse[:, None]
-    grad *= gate * (1 + given * (1 - gate))
-    out = grad_conv + tokens[:, None] * 3 * HK + role * HK + columns[None, :]
-    tl.store(out, grad.to(grad_conv.dtype.element_ty), mask=mask)
-
-
-@_kernel
-def _gathered(grad_conv, row, weight, tokens, start, end, channels, C, W: tl.constexpr, TAPS: tl.constexpr):
-    """Gradients of rows of the projections, from the W tokens that met them, and of the taps, [TAPS, K]."""
-    of_row, of_taps = tl.zeros_like(row), tl.zeros([TAPS, channels.shape[0]], tl.float32)
+        if role < 2:
+            inverse = tl.rsqrt(tl.sum(activated * activated, 1) + K * _TINY)
+            along = tl.sum(activated * grad, 1) * inverse * inverse
+            grad = (grad - activated * along[:, None]) * inverse[:, None]
+        grad *= gate + activated * (1 - gate)
+        if token < last:
+            of_taps = _with_product(of_taps, rows, grad, W)
+        of_rows = _with_product(_zeros(HEADS, BK, 1) + of_rows[: W - 1], taps, grad, W)
+        place, at_tail = token - (W - 1), grad_tail + of_tail + channels
+        _settle(of_rows[W - 1], place, at_grad - (W - 1) * C, at_tail, start, first, last, wanted, C, W)
+        at_x += stride
+        at_upstream += HK
+        at_grad += C
+    _settle_all(of_rows, first + steps, at_grad, grad_tail + of_tail + channels, start, first, last, wanted, C, W)
     for j in tl.static_range(W):
-        met = ((tokens + j >= start) & (tokens + j < end))[:, None] & (channels < C)[None, :]
-        grad = tl.load(grad_conv + (tokens + j)[:, None] * C + channels[None, :], mask=met, other=0.0).to(tl.float32)
-        of_row += grad * tl.load(weight + j * C + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
-        of_tap = tl.sum(grad * row, 0)
-        of_taps += tl.where(tl.arange(0, TAPS)[:, None] == j, tl.expand_dims(of_tap, 0), 0.0)
-    return of_row, of_taps
-
-
-@_kernel
-def _backward_conv(
-    x, weight, bounds, grad_conv, grad_x, grad_weight, stride, length, total, C,
-    PACKED: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):  # fmt: skip
-    program, channels = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    grad_taps = tl.zeros([TAPS, CHANNELS], tl.float32)
-    for tile in range(TILES):
-        tokens = (program * TILES + tile) * T + tl.arange(0, T)
-        _, start, end = _sequence(tokens, bounds, length, total, PACKED)
-        mask = (tokens < total)[:, None] & (channels < C)[None, :]
-        row = tl.load(x + tokens[:, None] * stride + channels[None, :], mask=mask, other=0.0).to(tl.float32)
-        of_row, of_taps = _gathered(grad_conv, row, weight, tokens, start, end, channels, C, W, TAPS)
-        grad_taps += of_taps
-        tl.store(grad_x + tokens[:, None] * C + channels[None, :], of_row.to(grad_x.dtype.element_ty), mask=mask)
-    taps = tl.arange(0, TAPS)
-    place = (program * W + taps[:, None]) * C + channels[None, :]
-    tl.store(grad_weight + place, grad_taps, mask=(taps < W)[:, None] & (channels < C)[None, :])
-
-
-@_kernel
-def _backward_tail(
-    tail, weight, bounds, grad_conv, grad_tail, grad_weight, length, total, C,
-    PACKED: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """The rows of a tail are the W - 1 tokens before a sequence's first."""
-    sequence, channels = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    if PACKED:
-        start, end = tl.load(bounds + total + sequence), tl.load(bounds + total + sequence + 1)
-    else:
-        start, end = sequence * length, (sequence + 1) * length
-    taps = tl.arange(0, TAPS)
-    place = (sequence * (W - 1) + taps[:, None]) * C + channels[None, :]
-    mask = (taps < W - 1)[:, None] & (channels < C)[None, :]
-    row = tl.load(tail + place, mask=mask, other=0.0).to(tl.float32)
-    tokens = start - (W - 1) + taps
-    of_row, of_taps = _gathered(grad_conv, row, weight, tokens, start, end, channels, C, W, TAPS)
-    tl.store(grad_tail + place, of_row.to(grad_tail.dtype.element_ty), mask=mask)
-    place = (sequence * W + taps[:, None]) * C + channels[None, :]
-    tl.store(grad_weight + place, of_taps, mask=(taps < W)[:, None] & (channels < C)[None, :])
+        at_weight = grad_weight + (tl.program_id(0).to(tl.int64) * W + j) * C + channels
+        tl.store(at_weight, of_taps[j], mask=wanted)
 
 
 @_backend.register("queries_keys_values", "triton", refuses=more_than_float32)
@@ -200,11 +247,9 @@ def _queries_keys_values(
     """
     outputs = _room(projected)
     if projected.numel():
-        tensors, lengths, sizes = _arguments(projected, weight, tail, bounds, num_heads)
+        tensors, numbers, grid, sizes = _arguments(projected, weight, tail, bounds, num_heads, _FORWARD)
         with torch.cuda.device_of(projected):
-            _forward[(triton.cdiv(len(tensors[0]), _TOKENS), 3 * num_heads)](
-                *tensors, *outputs, *lengths, num_heads, T=_TOKENS, num_warps=4, **sizes
-            )
+            _forward[grid](*tensors, *outputs, *numbers, **sizes)
     return outputs
 
 
@@ -236,34 +281,13 @@ def _queries_keys_values_backward(
     if not projected.numel():
         torch._foreach_zero_(outputs)
         return outputs
-    tensors, lengths, sizes = _arguments(projected, weight, tail, bounds, num_heads)
-    rows, taps, tails, bounds = tensors
-    upstream = [contiguous(x) for x in (grad_q, grad_k, grad_v)]
     grad_x, grad_weight, grad_tail = outputs
-    grad_conv = torch.empty_like(grad_x)
-    of_tails, of_rows = grad_weight.tensor_split([len(tail)])
+    if bounds is not None:
+        grad_tail.zero_()  # sequences without a token have a tail
+    tensors, numbers, grid, sizes = _arguments(projected, weight, tail, bounds, num_heads, _BACKWARD)
+    upstream = [contiguous(x) for x in (grad_q, grad_k, grad_v)]
     with torch.cuda.device_of(projected):
-        _backward_activation[(triton.cdiv(len(rows), _TOKENS), 3 * num_heads)](
-            *upstream, *tensors, grad_conv, *lengths, num_heads, T=_TOKENS, num_warps=4, **sizes
-        )
-        width, channels = len(weight), projected.shape[-1]
-        shared = dict(PACKED=bounds is not None, W=width, TAPS=triton.next_power_of_2(width), num_warps=4)
-        blocks = triton.cdiv(channels, _SUMMED["CHANNELS"])
-        _backward_conv[(len(of_rows), blocks)](
-            rows, taps, bounds, grad_conv, grad_x, of_rows, *lengths, channels, **_SUMMED, **shared
-        )
-        _backward_tail[(len(tail), blocks)](
-            tails,
-            taps,
-            bounds,
-            grad_conv,
-            grad_tail,
-            of_tails,
-            *lengths[1:],
-            channels,
-            CHANNELS=_SUMMED["CHANNELS"],
-            **shared,
-        )
+        _backward[grid](*upstream, *tensors, grad_x, grad_tail, grad_weight, *numbers, **sizes)
     return outputs
 
 
@@ -273,8 +297,8 @@ def _(grad_q, grad_k, grad_v, projected, weight, tail, bounds, num_heads):
 
 
 def _room_for_gradients(projected: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``_queries_keys_values_backward`` returns, yet to be filled; tails have programs of their own."""
-    programs = tail.shape[0] + -(-projected.shape[0] * projected.shape[1] // (_SUMMED["T"] * _SUMMED["TILES"]))
+    """What ``_queries_keys_values_backward`` returns, yet to be filled."""
+    programs = -(-projected.shape[0] * projected.shape[1] // _BACKWARD["TOKENS"])
     return (
         projected.new_empty(projected.shape),
         weight.new_empty(programs, *weight.shape, dtype=torch.float32),
@@ -283,16 +307,20 @@ def _room_for_gradients(projected: Tensor, weight: Tensor, tail: Tensor) -> tupl
 
 
 def _arguments(
-    projected: Tensor, weight: Tensor, tail: Tensor, bounds: Tensor | None, num_heads: int
-) -> tuple[list[Any], list[int], dict[str, Any]]:
-    """What the kernels take: tensors; stride of a row, tokens of a sequence and of all; what they are compiled for."""
-    batch, length, channels = projected.shape
+    projected: Tensor, weight: Tensor, tail: Tensor, bounds: Tensor | None, num_heads: int, plan: dict[str, int]
+) -> tuple[list[Any], list[int], tuple[int, int], dict[str, Any]]:
+    """What the kernels take: tensors; stride of a row, tokens of a sequence and of all, heads; grid; options."""
+    length, channels = projected.shape[1:]
     rows = projected.flatten(0, 1)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    width = channels // (3 * num_heads)
+    width, taps = channels // (3 * num_heads), len(weight)
+    options = dict(plan, PACKED=bounds is not None, K=width, BK=triton.next_power_of_2(width), W=taps)
+    values = options.pop("VALUES") * 4 // max(4, triton.next_power_of_2(taps))  # of every tap a thread keeps rows
+    options["HEADS"] = min(triton.next_power_of_2(num_heads), max(1, values // options["BK"]))
+    options["num_warps"] = max(1, options["BK"] // values)
+    grid = (triton.cdiv(len(rows), plan["TOKENS"]), 3 * triton.cdiv(num_heads, options["HEADS"]))
     tensors = [rows, *map(contiguous, (weight, tail, bounds))]
-    sizes = dict(PACKED=bounds is not None, K=width, BK=triton.next_power_of_2(width), W=len(weight))
-    return tensors, [rows.stride(0), length, batch * length], sizes
+    return tensors, [rows.stride(0), length, len(rows), num_heads], grid, options
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
