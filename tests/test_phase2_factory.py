@@ -247,7 +247,7 @@ class TestIntegration:
     def test_create_and_train_step(self, preset):
         """Every trainable parameter has a finite gradient after one backward pass, and moves within a few steps."""
         model = create_phase2_model(preset=preset, vocab_size=500, device="cpu")
-        moved = moved_by_training(model, (torch.randint(0, 500, (1, 140)) for _ in range(4)))
+        moved = moved_by_training(model, (torch.randint(0, 500, (1, 270)) for _ in range(4)))
         assert moved == {name for name, _ in model.named_parameters()}
 
     def test_gradients_exist_for_sequences_without_a_boundary(self):

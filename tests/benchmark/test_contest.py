@@ -13,7 +13,7 @@ from resolvent.benchmark.contest import Bench
 from resolvent.benchmark.timing import Ceilings
 
 CPU = torch.device("cpu")
-MEMORY = operators.MemoryCase(1, 70, 2, 16, backward=True, consolidated=True)
+MEMORY = operators.MemoryCase(1, 330, 2, 16, backward=True, consolidated=True)
 RESOLVENT = operators.ResolventCase(1, 70, 2, backward=True)
 LOSS = operators.LossCase(20, 16, 50)
 

@@ -23,9 +23,9 @@ def test_it_measures_everything_and_writes_it_down(resolvent: Resolvent, tmp_pat
     figures = json.loads((tmp_path / "figures.json").read_text())
     names = [(row["section"], row["name"]) for row in figures["rows"]]
     assert names == [
-        ("operators", "memory forward, B1 N130 H2 K16"),
-        ("operators", "memory forward + backward, B1 N130 H2 K16"),
-        ("operators", "memory forward + backward, consolidated, B1 N130 H2 K16"),
+        ("operators", "memory forward, B1 N330 H2 K16"),
+        ("operators", "memory forward + backward, B1 N330 H2 K16"),
+        ("operators", "memory forward + backward, consolidated, B1 N330 H2 K16"),
         ("operators", "memory forward + backward, consolidated / not"),
         ("operators", "BK-Core forward, B1 N130 H2"),
         ("operators", "BK-Core forward + backward, B1 N130 H2"),

@@ -37,7 +37,7 @@ class SmallPhase:
 
 SIZES = dict(vocab_size=97, d_model=48, n_layers=3, n_seq=64, num_heads=3, dropout=0.0, device="cpu")
 PHASE1 = SmallPhase(create_phase1_model, {**SIZES, "ar_ssm_max_rank": 8, "htt_rank": 6}, 0.15, Phase1State)
-PHASE2 = SmallPhase(create_phase2_model, {**SIZES, "head_dim": 16}, 0.3, Phase2State)
+PHASE2 = SmallPhase(create_phase2_model, {**SIZES, "head_dim": 16, "consolidation_interval": 64}, 0.3, Phase2State)
 
 
 def tokens(length: int = 100, batch: int = 2) -> torch.Tensor:

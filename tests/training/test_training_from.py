@@ -62,7 +62,9 @@ def test_it_begins_with_the_saved_model_and_trains_it_on(from_saved: MakeConfig,
     ids = torch.randint(0, 270, (1, 100))
     torch.testing.assert_close(result.model(ids), source(ids), rtol=1e-4, atol=1e-4)
 
-    result = train(from_saved(steps=20, out=str(tmp_path / "on"), learning_rate=1e-2, seq_len=150))
+    poem = tmp_path / "poem.txt"  # long enough for a consolidation
+    poem.write_text(Path(from_saved().data).read_text().replace("<|endoftext|>", "") * 20)
+    result = train(from_saved(data=str(poem), steps=20, out=str(tmp_path / "on"), learning_rate=1e-2, seq_len=270))
     records = metrics(tmp_path / "on")
     assert [record["step"] for record in records if "loss" in record] == list(range(1, 21))
     assert records[-1]["validation_loss"] < metrics(tmp_path / "run")[-1]["validation_loss"] - 0.1

@@ -25,8 +25,8 @@ from resolvent.models.phase2 import Phase2IntegratedModel, Phase2State
 SECTION = "decoding"
 _WARM_UP = 8
 """Tokens before the clock starts: what is prepared once is prepared with them."""
-_CHECKED = 140
-"""Tokens that are checked: two consolidations and a bit."""
+_CHECKED = 300
+"""Tokens that are checked: a consolidation and a bit."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def needs(case: "MemoryCase | ResolventCase") -> str:
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """A call of ``dissipative_memory``; ``checked`` tokens of it are compared with the reference."""
+    """A call of ``dissipative_memory``; ``checked`` tokens of it, a consolidation among them, are compared with the
+    reference."""
 
     batch: int
     length: int
@@ -69,7 +70,7 @@ class MemoryCase:
     backward: bool = False
     consolidated: bool = False
     target: Target | None = None
-    checked: int = 3 * CHUNK + 3
+    checked: int = 5 * CHUNK + 3
 
     def __str__(self) -> str:
         mechanisms = ", consolidated" if self.consolidated else ""
@@ -93,9 +94,9 @@ MEMORY = {
         MemoryCase(1, 1024, 8, 64, backward=True, consolidated=True),
     ),
     "quick": (
-        MemoryCase(1, 130, 2, 16),
-        MemoryCase(1, 130, 2, 16, backward=True),
-        MemoryCase(1, 130, 2, 16, backward=True, consolidated=True),
+        MemoryCase(1, 330, 2, 16),
+        MemoryCase(1, 330, 2, 16, backward=True),
+        MemoryCase(1, 330, 2, 16, backward=True, consolidated=True),
     ),
 }
 

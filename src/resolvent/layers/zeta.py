@@ -70,9 +70,10 @@ class ExactConstant(nn.Module):
 class ZetaEmbedding(nn.Module):
     """Positions as waves whose lengths the zeros set: ``PE(p, 2i) = sin(p / γ_i)``, ``PE(p, 2i + 1) = cos(p / γ_i)``.
 
-    Computed for any position: there is no table, and so no last one. Phases are formed in float64, so that a position
-    of a million is as sharp as the first. The waves enter with the amplitude ``gain * scale``; ``gain`` is trained and
-    starts at zero, so that a fresh model reads no position until training asks for it.
+    Computed for any position: there is no table, and so no last one. Phases are formed in float64 and lose their whole
+    turns there, so that a position of a million is as sharp as the first. The waves enter with the amplitude
+    ``gain * scale``; ``gain`` is trained and starts at zero, so that a fresh model reads no position until training
+    asks for it.
 
     Args:
         d_model: width D of the embedding.
@@ -97,9 +98,11 @@ class ZetaEmbedding(nn.Module):
     def forward(self, position: Tensor) -> Tensor:
         """Positions, integer (...) -> (..., D), at least float32."""
         frequency = self.initial_frequency.value if self.frequency is None else self.frequency.to(torch.float64)
-        phase = position.to(torch.float64).unsqueeze(-1) * frequency
+        turns = position.to(torch.float64).unsqueeze(-1) * (frequency / (2 * math.pi))
+        # Only the phases need float64: its sines and cosines take a GPU longer than a block.
+        phase = ((turns - turns.round()) * (2 * math.pi)).to(wide_dtype(self.gain))
         waves = torch.stack([torch.sin(phase), torch.cos(phase)], dim=-1).flatten(-2)[..., : self.d_model]
-        return self.gain * self.scale * waves.to(wide_dtype(self.gain))
+        return self.gain * self.scale * waves
 
 
 class ZetaInitializer:

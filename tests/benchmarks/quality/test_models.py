@@ -83,7 +83,7 @@ def test_a_change_matters_once_there_is_something_to_learn(mechanism: str):
                 if parameter.requires_grad and not (mechanism == "zeta-init" and ".potential." in key):
                     generator = torch.Generator().manual_seed(sum(map(ord, key)))
                     parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-        ids = torch.randint(97, (1, 130), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(97, (1, 300), generator=torch.Generator().manual_seed(0))
         losses.append(contestant.model(ids[:, :-1], labels=ids[:, 1:]).item())
     assert abs(losses[0] - losses[1]) > 1e-6
 

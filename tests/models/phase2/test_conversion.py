@@ -68,7 +68,7 @@ def test_the_function_is_preserved_at_any_length_full_and_streaming(name, carrie
 
 def test_every_new_parameter_learns_after_two_steps():
     model = convert_phase1_to_phase2(trained())
-    assert moved_by_training(model, (tokens(150) for _ in range(4))) == {name for name, _ in model.named_parameters()}
+    assert moved_by_training(model, (tokens(270) for _ in range(4))) == {name for name, _ in model.named_parameters()}
 
 
 @pytest.mark.parametrize("options", [{}, dict(htt_enabled=False, ar_ssm_enabled=False), dict(ffn_rank=5)])
@@ -79,7 +79,7 @@ def test_freezing_freezes_exactly_what_was_copied(options):
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == copied
     assert model.num_parameters(trainable_only=True) == model.conversion_report.parameters("new")
     new = {tensor.name for tensor in model.conversion_report.new}
-    assert moved_by_training(model, (tokens(150) for _ in range(4))) == new
+    assert moved_by_training(model, (tokens(270) for _ in range(4))) == new
     assert all(p.requires_grad for p in source.parameters())
 
 

@@ -114,6 +114,40 @@ def test_segments_that_walk_at_the_same_time_are_one_walk(packed, monkeypatch):
     check(inputs(600, 0.01, batch=1 if packed else 2), state(batch=4 if packed else 2), offsets=offsets)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("kind", "interval"), [("both", 64), ("both", 128), ("snr", 192), ("resonance", 128)])
+def test_segments_meet_at_boundaries(kind, interval, packed, monkeypatch):
+    monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 2)
+    lengths = [0, 5, 195, 1, 99] if packed else [300, 300]
+    position = torch.tensor([7, 50, 100, 127, 0] if packed else [0, 100])
+    offsets = torch.tensor([0, *lengths]).cumsum(0) if packed else None
+    values, start = inputs(300, batch=1 if packed else 2), state(len(lengths))
+    assert kernels._layout_of(values[0], position, offsets, interval).segmented
+    check(values, start, consolidation(kind, interval=interval), position, offsets)
+
+
+@pytest.mark.parametrize("phase", [0, 100])
+def test_segments_read_without_a_gradient(phase, monkeypatch):
+    monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 1)
+    rule, values, start = consolidation("both", interval=128), inputs(300), state()
+    position = torch.tensor([phase, 0])
+    narrow = MemoryState(*(single(x) for x in start))
+    with torch.no_grad():
+        expected, of_expected = dissipative_memory(*values, initial_state=start, position=position, consolidation=rule)
+        found, of_found = dissipative_memory(
+            *(single(x) for x in values), initial_state=narrow, position=position, consolidation=single_rule(rule),
+            backend="triton",
+        )  # fmt: skip
+    for a, b in zip([found, *of_found], [expected, *of_expected], strict=True):
+        assert relative(a.double(), b) <= 1e-6
+
+
+def test_segments_end_where_boundaries_lie():
+    segments = kernels._layout((300,), (100,), 2, 192, torch.device("cpu")).segments
+    assert segments[:, :2].tolist() == [[0, 92], [92, 220], [220, 284], [284, 300]]
+    assert segments[:, 4].tolist() == [1, 0, 2, 0]  # chunks since the last boundary
+
+
 def test_views_are_read_where_they_lie():
     packed = torch.randn(2, 70, 3 * 2 * 16, dtype=torch.float64)
     q, k, v = (x.unflatten(-1, (2, 16)) for x in packed.chunk(3, dim=-1))
@@ -201,7 +235,7 @@ def test_a_layout_that_python_does_not_read_is_the_same(interval, read):
     lengths, position = (torch.tensor(x) for x in RAGGED)
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     phases = tuple((position % interval).tolist()) if read and interval else (0,) * len(lengths)
-    expected = kernels._layout(tuple(lengths.tolist()), phases, 0, torch.device("cpu"))
+    expected = kernels._layout(tuple(lengths.tolist()), phases, 0, interval, torch.device("cpu"))
     given = position if read and interval else None
     segments, chunks = kernels._layout_on_device(offsets, given, int(offsets[-1]), interval)
     assert torch.equal(segments, expected.segments)

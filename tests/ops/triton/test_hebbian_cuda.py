@@ -140,6 +140,21 @@ def test_segments(dtype):
     check(dtype, values, state())
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("interval", [64, 256])
+@pytest.mark.parametrize("kind", ["strength", "both"])
+def test_segments_with_consolidation(kind, interval, dtype):
+    values, position = inputs(2000, 0.05), torch.tensor([0, 100])
+    assert kernels._layout_of(values[0], position, None, interval).segmented
+    check(dtype, values, state(), consolidation(kind, interval), position)
+
+
+@pytest.mark.parametrize("width", [16, 128])
+def test_segments_with_consolidation_of_any_width(width):
+    values = inputs(1000, 0.05, width=width)
+    check(torch.bfloat16, values, state(width=width), consolidation("both", 128, width=width), torch.tensor([70, 0]))
+
+
 def test_another_length_needs_no_new_kernel():
     def sizes():
         of_device = [

@@ -81,7 +81,7 @@ class Phase2Config(ModelConfig):
     """softness of the SNR threshold"""
     snr_trained: bool = True
     """let training decide how strongly the filter acts, from next to nothing on; False is full strength"""
-    consolidation_interval: int = CHUNK
+    consolidation_interval: int = 4 * CHUNK
     """tokens between two consolidations of a memory"""
     memory_feedback: bool = True
     """let the previous block's memory read-out enter the potential"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -42,6 +43,7 @@ class TokenStep:
         self.gamma, self.gate, self.inner = room(config.num_heads), room(config.head_dim), room(config.ffn_width)
         self.table = cast(nn.Embedding, model.token_embedding).weight
         self.waves = cast(ZetaEmbedding, model.position_embedding)
+        self.pace = self.waves.initial_frequency.value / (2 * math.pi)
         self.consolidations = [_in_float32(block.consolidation()) for block in model._blocks]
 
     @staticmethod
@@ -64,9 +66,8 @@ class TokenStep:
         """Read a token of every sequence, int64 (B,): logits of the next, (B, vocabulary), which the next call
         overwrites."""
         model, kernels, waves = self.model, self.kernels, self.waves
-        frequency = waves.initial_frequency.value
         kernels.embed(
-            token, self.state.position, self.table, frequency, waves.gain, waves.scale, model.embedding_factor, self.x
+            token, self.state.position, self.table, self.pace, waves.gain, waves.scale, model.embedding_factor, self.x
         )
         for i, (block, layer) in enumerate(zip(model._blocks, self.state.layers, strict=True)):
             self._read(block, layer, self.consolidations[i], first=i == 0)

@@ -8,9 +8,11 @@ chunk a masked ``QKᵀ``, between chunks the state, at the boundaries the consol
 * ``_walk_back``: carries the gradient of the memory backwards, and leaves it after every chunk.
 * ``_chunk_gradients``: with both at hand all chunks are independent, and give the gradients of q, k, v and the decay.
 * ``_step``: one token of every sequence, for generation.
-* ``_chain``: where few heads meet a long sequence and nothing is consolidated, the memory is linear in its past. The
-  sequence is cut into segments that walk at the same time from an empty memory; this kernel joins their ends, and the
-  segments walk once more from what came before them.
+* ``_chain``: where few heads meet a long sequence, it is cut into segments that walk at the same time from an empty
+  memory: between boundaries the memory is linear in its past. This kernel joins their ends, and the segments walk once
+  more from what came before them.
+* ``_join`` and ``_join_back``: the same where memories are consolidated. Segments end at the boundaries, and only from
+  boundary to boundary does one have to wait for the other.
 
 Sums of decays are taken in float64 and only their differences are exponentiated, so that a token which erases
 everything does not blur its neighbours. Products take bfloat16 (or float32 as three tf32 products), sums are float32.
@@ -47,18 +49,22 @@ _LAUNCH = {
         "walk": dict(num_warps=4, num_stages=3),
         "walk_back": dict(num_warps=4, num_stages=2, STAGES=2),
         "chunk_gradients": dict(num_warps=4, num_stages=1),
+        "join": dict(num_warps=8),
+        "join_back": dict(num_warps=8),
     },
     "wide": {
         "walk": dict(num_warps=8, num_stages=2),
         "walk_back": dict(num_warps=8, num_stages=1, STAGES=1),
         "chunk_gradients": dict(num_warps=8, num_stages=1),
+        "join": dict(num_warps=8),
+        "join_back": dict(num_warps=8),
     },
 }
 """How kernels are launched for heads up to a width of 64, by measurement, and above it, where they have to fit."""
 _LEAST_PROGRAMS, _WANTED_PROGRAMS = 64, 528
 """With fewer than the first, one for every head of a sequence, a GPU stays empty; the second fills it four times."""
 _SHORTEST_SEGMENT = 8
-"""Chunks that a segment has at least: each is read twice."""
+"""Chunks that a segment has at least, if no boundary ends it before: each is read twice."""
 
 
 # ------------------------------------------------------------------------------------------------------ the layout
@@ -71,7 +77,8 @@ class _Layout:
     Attributes:
         segments: one row a segment, int64 (G, 5): its first and its last token + 1; the place of its first chunk's
             first slot, which lies up to 63 slots before the first token where the sequence goes on inside a chunk; the
-            number of its first chunk; the chunks since the last boundary.
+            number of its first chunk; the chunks since the last boundary. Segments of a sequence that is cut do not
+            reach across a boundary.
         chunks: one row a chunk, its segment and its number in it, int64 (M, 2).
         first_segment: of every sequence, int64 (S + 1,); None where sequences are whole segments.
     """
@@ -87,18 +94,22 @@ class _Layout:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept for later calls must serve training, too
-def _layout(lengths: tuple[int, ...], phases: tuple[int, ...], longest_segment: int, device: torch.device) -> _Layout:
+def _layout(
+    lengths: tuple[int, ...], phases: tuple[int, ...], longest_segment: int, interval: int, device: torch.device
+) -> _Layout:
     """``lengths`` and ``phases`` (tokens read since the last boundary) of the sequences; ``longest_segment`` in chunks,
-    0 for no end."""
+    0 for no end; ``interval`` between boundaries in tokens, 0 without any."""
     segments, first_segment, chunks, start, chunk = [], [0], [], 0, 0
     for length, phase in zip(lengths, phases, strict=True):
         end, slot, since_boundary = start + length, start - phase % CHUNK, phase // CHUNK
         while True:
-            stop = end if longest_segment == 0 else min(end, slot + longest_segment * CHUNK)
+            longest = min(longest_segment, interval // CHUNK - since_boundary) if interval else longest_segment
+            stop = end if longest_segment == 0 else min(end, slot + longest * CHUNK)
             count = -(-(stop - slot) // CHUNK) if stop > start else 0
             chunks += [(len(segments), i) for i in range(count)]
             segments.append((max(start, slot), stop, slot, chunk, since_boundary))
             slot, chunk = slot + count * CHUNK, chunk + count
+            since_boundary = (since_boundary + count) % (interval // CHUNK) if interval else 0
             if stop == end:
                 break
         first_segment.append(len(segments))
@@ -129,10 +140,10 @@ def _copied(x: Tensor, device: torch.device) -> Tensor:
 def _layout_of(q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, interval: int) -> _Layout:
     lengths, phases = lengths_and_phases(q, position, cu_seqlens, interval)
     heads, longest = q.shape[2], 0
-    if not interval and len(lengths) * heads < _LEAST_PROGRAMS:
-        chunks = sum(-(-n // CHUNK) for n in lengths)
-        longest = max(_SHORTEST_SEGMENT, triton.next_power_of_2(-(-chunks * heads // _WANTED_PROGRAMS)))
-    return _layout(lengths, phases, longest, q.device)
+    chunks = [-(-n // CHUNK) for n in lengths]
+    if len(lengths) * heads < _LEAST_PROGRAMS and max(chunks, default=0) > _SHORTEST_SEGMENT:
+        longest = max(_SHORTEST_SEGMENT, triton.next_power_of_2(-(-sum(chunks) * heads // _WANTED_PROGRAMS)))
+    return _layout(lengths, phases, longest, interval, q.device)
 
 
 def _tables_on_device(
@@ -295,6 +306,12 @@ def _resonance(basis, sharpness, bias, head, keys, K, BK: tl.constexpr, RESONANC
 
 
 @_kernel
+def _is_boundary(since_boundary, chunk_end, end, interval, C: tl.constexpr):
+    """Whether a boundary lies behind a chunk that is the ``since_boundary``-th since the last one."""
+    return (since_boundary * C % interval == 0) & (chunk_end <= end)
+
+
+@_kernel
 def _consolidate(
     memory, writes, forgetting, force, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy,
     K, V, SNR: tl.constexpr, RESONANCE: tl.constexpr,
@@ -306,6 +323,23 @@ def _consolidate(
         modes, _, gate, rms = _resonate(memory, basis, sharpness, bias, energy, K, V)
         memory = _rotate(basis, gate[:, None] * modes) * rms
     return memory
+
+
+@_kernel
+def _left(
+    before, forgetting_before, totals, initial_writes, chunk, first, since_boundary, row, head, heads, interval, square,
+    in_square, K, V, C: tl.constexpr, STATE: tl.constexpr,
+):  # fmt: skip
+    """What is left, at the end of a chunk, of the memory behind the last boundary, or of what was there before the
+    ``first`` chunk and had met one."""
+    origin = tl.maximum(chunk - since_boundary % (interval // C), first)
+    held = tl.load(before + (origin * heads + head) * K * V + square, mask=in_square, other=0.0).to(tl.float32)
+    if STATE:  # noqa: SIM102 (the outer one when the kernel is compiled)
+        if origin == first:
+            held -= tl.load(initial_writes + row * K * V + square, mask=in_square, other=0.0)
+    place = chunk * heads + head
+    since = tl.load(forgetting_before + place) + tl.load(totals + place)
+    return held * tl.exp(tl.load(forgetting_before + origin * heads + head) - since)
 
 
 @_kernel
@@ -379,14 +413,15 @@ def _sum_decays(
 def _walk(
     q, k, v, high, low, totals, eta, segments, initial, initial_writes, initial_forgetting,
     strength, basis, sharpness, bias,
-    readout, final, final_writes, final_forgetting, before, writes_before, forgetting_before,
+    readout, final, final_writes, final_forgetting, before, forgetting_before,
     q_token, q_head, k_token, k_head, v_token, v_head,
     threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    READ: tl.constexpr, SAVE: tl.constexpr, SAVE_WRITES: tl.constexpr, STATE: tl.constexpr, SNR: tl.constexpr,
+    READ: tl.constexpr, SAVE: tl.constexpr, STATE: tl.constexpr, CARRY: tl.constexpr, SNR: tl.constexpr,
     RESONANCE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Walk over a segment with the memory of a head. Without consolidation its total decay stands for the final Γ̄."""
+    """Walk over a segment with the memory of a head, and with what it wrote since the last boundary and Γ̄ if it is to
+    ``CARRY`` them; otherwise its total decay stands for the final Γ̄."""
     segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     CONSOLIDATE: tl.constexpr = SNR or RESONANCE
     start, end = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
@@ -399,7 +434,7 @@ def _walk(
     memory, writes, forgetting = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
     if STATE:
         memory += tl.load(initial + row * K * V + square, mask=in_square, other=0.0)
-        if CONSOLIDATE:
+        if CARRY:
             writes += tl.load(initial_writes + row * K * V + square, mask=in_square, other=0.0)
             forgetting += tl.load(initial_forgetting + row)
     force = _force(strength, head)
@@ -417,10 +452,8 @@ def _walk(
         total = tl.load(totals + place)
         if SAVE:
             tl.store(before + place * K * V + square, memory.to(before.dtype.element_ty), mask=in_square)
-            if CONSOLIDATE:
+            if CARRY:
                 tl.store(forgetting_before + place, forgetting)
-            if SAVE_WRITES:
-                tl.store(writes_before + place * K * V + square, writes.to(before.dtype.element_ty), mask=in_square)
         if READ:
             query = _tile(q, q_token, tokens, keys, inside, K)
             scores = tl.dot(query, tl.trans(key), input_precision=_PRECISION)
@@ -433,10 +466,11 @@ def _walk(
         kept = tl.exp(-total)
         memory = memory * kept + written
         total_decay += total
-        if CONSOLIDATE:
+        if CARRY:
             writes = writes * kept + written
             forgetting += total
-            if ((since_boundary + i + 1) * C % interval == 0) & (slot + (i + 1) * C <= end):
+        if CONSOLIDATE:  # noqa: SIM102 (the outer one when the kernel is compiled)
+            if _is_boundary(since_boundary + i + 1, slot + (i + 1) * C, end, interval, C):
                 memory = _consolidate(
                     memory, writes, forgetting, force, modes, steepness, offset, threshold, temperature, gamma_boost,
                     eta_boost, energy, K, V, SNR, RESONANCE,
@@ -445,7 +479,7 @@ def _walk(
                 forgetting = 0.0
 
     tl.store(final + row * K * V + square, memory, mask=in_square)
-    if CONSOLIDATE:
+    if CARRY:
         tl.store(final_writes + row * K * V + square, writes, mask=in_square)
         tl.store(final_forgetting + row, forgetting)
     else:
@@ -455,19 +489,24 @@ def _walk(
 @_kernel(do_not_specialize=_VARYING)
 def _walk_back(
     q, k, v, high, low, totals, eta, segments, grad_readout, grad_final, grad_final_writes, grad_final_forgetting,
-    initial_writes, strength, basis, sharpness, bias, before, writes_before, forgetting_before,
+    initial_writes, strength, basis, sharpness, bias, before, forgetting_before, of_left,
     grad_written, grad_total, grad_initial, grad_initial_writes, grad_initial_forgetting,
     grad_strength, grad_sharpness, grad_bias,
     q_token, q_head, k_token, k_head, v_token, v_head,
     threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    SAVE: tl.constexpr, SAVED_WRITES: tl.constexpr, STATE: tl.constexpr, FINAL: tl.constexpr, SNR: tl.constexpr,
+    SAVE: tl.constexpr, STATE: tl.constexpr, FINAL: tl.constexpr, CARRY: tl.constexpr, SNR: tl.constexpr,
     RESONANCE: tl.constexpr, HALF: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk back over a segment with the gradient of the memory of a head.
 
     Leaves after every chunk the gradient of what the chunk wrote, and of its total decay as far as it acts on the
-    memory. Without consolidation the total decay of the segment stands for the gradient of the initial Γ̄.
+    memory. If it is not to ``CARRY`` the gradients of the writes and of Γ̄, the segment's total decay stands for the
+    gradient of the initial Γ̄.
+
+    Nobody kept the writes ΔS. They are what the memory has beyond what is left of it from the last boundary,
+    ``ΔS = S - exp(-Γ̄) S_b``, and as their gradient fades like what is left, its product with that, ``of_left``, is the
+    same for all chunks between two boundaries.
     """
     segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     CONSOLIDATE: tl.constexpr = SNR or RESONANCE
@@ -481,17 +520,26 @@ def _walk_back(
     grad, grad_writes, grad_forgetting = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
     if FINAL:
         grad += tl.load(grad_final + row * K * V + square, mask=in_square, other=0.0)
-        if CONSOLIDATE:
+        if CARRY:
             grad_writes += tl.load(grad_final_writes + row * K * V + square, mask=in_square, other=0.0)
             grad_forgetting += tl.load(grad_final_forgetting + row)
     force = _force(strength, head)
     modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
     sum_sharpness, sum_bias, sum_strength = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32), 0.0
-    total_decay = 0.0
+    total_decay, along_left = 0.0, 0.0
 
     q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
     grad_readout += head * V
     count = tl.where(end > start, tl.cdiv(end - slot, C), 0).to(tl.int32)
+    if CARRY and not CONSOLIDATE:
+        along_left += tl.load(of_left + row)
+    elif CARRY and FINAL:  # noqa: SIM102 (the outer one when the kernel is compiled)
+        if count > 0:
+            left = _left(
+                before, forgetting_before, totals, initial_writes, chunk + count - 1, chunk, since_boundary + count - 1,
+                row, head, heads, interval, square, in_square, K, V, C, STATE,
+            )  # fmt: skip
+            along_left += tl.sum(grad_writes * left)
     for j in tl.range(0, count, num_stages=STAGES):
         i = count - 1 - j
         tokens = slot + i * C + tl.arange(0, C)
@@ -499,58 +547,50 @@ def _walk_back(
         query = _tile(q, q_token, tokens, keys, inside, K)
         upstream = _tile(grad_readout, heads * V, tokens, values, inside, V)
         place = (chunk + i) * heads + head
-        if CONSOLIDATE:
-            key = _tile(k, k_token, tokens, keys, inside, K)
-            value = _tile(v, v_token, tokens, values, inside, V)
-            forgetting = tl.load(forgetting_before + place)
         from_start, to_end, _, _ = _decays(high, low, place, C, HALF)
         total = tl.load(totals + place)
         kept = tl.exp(-total)
         total_decay += total
         if SAVE:
             memory = tl.load(before + place * K * V + square, mask=in_square, other=0.0).to(tl.float32)
-        if CONSOLIDATE:
-            writes = tl.zeros([BK, BV], tl.float32)
-            if SAVED_WRITES:
-                writes += tl.load(writes_before + place * K * V + square, mask=in_square, other=0.0).to(tl.float32)
-            elif STATE:  # noqa: SIM102 (this branch is taken when the kernel is compiled, the next when it runs)
-                if i == 0:
-                    writes += tl.load(initial_writes + row * K * V + square, mask=in_square, other=0.0)
-            if ((since_boundary + i + 1) * C % interval == 0) & (slot + (i + 1) * C <= end):
+        if CONSOLIDATE:  # noqa: SIM102 (the outer one when the kernel is compiled)
+            if _is_boundary(since_boundary + i + 1, slot + (i + 1) * C, end, interval, C):
+                key = _tile(k, k_token, tokens, keys, inside, K)
+                value = _tile(v, v_token, tokens, values, inside, V)
                 key = (key * (rate * to_end)[:, None]).to(value.dtype)
-                written = tl.dot(tl.trans(key), value, input_precision=_PRECISION)
-                wrote = written
-                if SAVED_WRITES or STATE:
-                    wrote += writes * kept
-                grad, grad_writes, grad_forgetting, one_strength, one_sharpness, one_bias = _consolidate_back(
-                    grad, memory * kept + written, wrote, forgetting + total, force, modes, steepness, offset,
-                    threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK, SNR, strength is not None,
-                    RESONANCE,
+                full = tl.dot(tl.trans(key), value, memory * kept, input_precision=_PRECISION)
+                left = _left(
+                    before, forgetting_before, totals, initial_writes, chunk + i, chunk, since_boundary + i, row, head,
+                    heads, interval, square, in_square, K, V, C, STATE,
                 )  # fmt: skip
+                forgetting = tl.load(forgetting_before + place) + total
+                grad, grad_writes, grad_forgetting, one_strength, one_sharpness, one_bias = _consolidate_back(
+                    grad, full, full - left, forgetting, force, modes, steepness, offset, threshold, temperature,
+                    gamma_boost, eta_boost, energy, K, V, BK, SNR, strength is not None, RESONANCE,
+                )  # fmt: skip
+                along_left = tl.sum(grad_writes * left)
                 sum_strength += one_strength
                 sum_sharpness += one_sharpness
                 sum_bias += one_bias
         if SAVE:
             of_written = grad
-            of_kept = tl.sum(grad * memory)
-            if CONSOLIDATE:
+            if CARRY:
                 of_written += grad_writes
-                if SAVED_WRITES or STATE:
-                    of_kept += tl.sum(grad_writes * writes)
+            of_total = grad_forgetting + along_left - kept * tl.sum(of_written * memory)
             tl.store(grad_written + place * K * V + square, of_written.to(query.dtype), mask=in_square)
-            tl.store(grad_total + place, grad_forgetting - kept * of_kept)
-        if CONSOLIDATE:
+            tl.store(grad_total + place, of_total)
+        if CARRY:
             grad_writes = grad_writes * kept
         query = (query * from_start[:, None]).to(query.dtype)
         grad = tl.dot(tl.trans(query), upstream, grad * kept, input_precision=_PRECISION)
 
     tl.store(grad_initial + row * K * V + square, grad, mask=in_square)
-    if CONSOLIDATE:
+    if CARRY:
         tl.store(grad_initial_writes + row * K * V + square, grad_writes, mask=in_square)
         tl.store(grad_initial_forgetting + row, grad_forgetting)
     else:
         tl.store(grad_initial_forgetting + row, total_decay)
-    if strength is not None:
+    if SNR and strength is not None:
         tl.store(grad_strength + row, sum_strength)
     if RESONANCE:
         tl.store(grad_sharpness + row, tl.sum(sum_sharpness))
@@ -704,11 +744,150 @@ def _chain(
     tl.store(last + row, memory, mask=inside)
 
 
+@_kernel
+def _last_chunk(segments, segment, interval, C: tl.constexpr):
+    """The number of a segment's last chunk, its tokens, which of them are there, the chunks between the last boundary
+    and it, and whether a boundary follows."""
+    start, end = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
+    slot, first = tl.load(segments + 5 * segment + 2), tl.load(segments + 5 * segment + 3)
+    count = tl.where(end > start, tl.cdiv(end - slot, C), 0)
+    tokens = slot + (count - 1) * C + tl.arange(0, C)
+    since_boundary = tl.load(segments + 5 * segment + 4) + count
+    boundary = (count > 0) & _is_boundary(since_boundary, slot + count * C, end, interval, C)
+    return first + count - 1, tokens, (tokens >= start) & (tokens < end), since_boundary - 1, boundary
+
+
+@_kernel(do_not_specialize=_VARYING)
+def _join(
+    ends, decays, segments, first_segment, initial, initial_writes, initial_forgetting,
+    strength, basis, sharpness, bias,
+    starts, starts_writes, starts_forgetting, final, final_writes, final_forgetting,
+    threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    STATE: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Join segments that walked from an empty memory, consolidating at boundaries: what stood before each of them."""
+    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, stop = tl.load(first_segment + sequence), tl.load(first_segment + sequence + 1)
+    keys, row = tl.arange(0, BK), sequence * heads + head
+    square, in_square = _square(keys, tl.arange(0, BV), K, V)
+    memory, writes, forgetting = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
+    if STATE:
+        memory += tl.load(initial + row * K * V + square, mask=in_square, other=0.0)
+        writes += tl.load(initial_writes + row * K * V + square, mask=in_square, other=0.0)
+        forgetting += tl.load(initial_forgetting + row)
+    force = _force(strength, head)
+    modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
+
+    # The next end is asked for before this one is consolidated: memory is slow, and all wait for this walk.
+    written = tl.load(ends + (first * heads + head) * K * V + square, mask=in_square, other=0.0)
+    for j in range(0, (stop - first).to(tl.int32)):
+        segment = first + j
+        place = segment * heads + head
+        tl.store(starts + place * K * V + square, memory, mask=in_square)
+        tl.store(starts_writes + place * K * V + square, writes, mask=in_square)
+        tl.store(starts_forgetting + place, forgetting)
+        following = tl.minimum(segment + 1, stop - 1) * heads + head
+        upcoming = tl.load(ends + following * K * V + square, mask=in_square, other=0.0)
+        _, _, _, _, boundary = _last_chunk(segments, segment, interval, C)
+        total = tl.load(decays + place)
+        kept = tl.exp(-total)
+        memory, writes, forgetting = memory * kept + written, writes * kept + written, forgetting + total
+        if boundary:
+            memory = _consolidate(
+                memory, writes, forgetting, force, modes, steepness, offset, threshold, temperature, gamma_boost,
+                eta_boost, energy, K, V, SNR, RESONANCE,
+            )  # fmt: skip
+            writes = tl.zeros_like(writes)
+            forgetting = 0.0
+        written = upcoming
+
+    tl.store(final + row * K * V + square, memory, mask=in_square)
+    tl.store(final_writes + row * K * V + square, writes, mask=in_square)
+    tl.store(final_forgetting + row, forgetting)
+
+
+@_kernel(do_not_specialize=_VARYING)
+def _join_back(
+    k, v, high, low, totals, eta, segments, first_segment, ends, decays,
+    grad_final, grad_final_writes, grad_final_forgetting, strength, basis, sharpness, bias,
+    initial_writes, before, forgetting_before, starts, starts_writes, starts_forgetting, of_left,
+    grad_initial, grad_initial_writes, grad_initial_forgetting, grad_strength, grad_sharpness, grad_bias,
+    k_token, k_head, v_token, v_head,
+    threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    STATE: tl.constexpr, FINAL: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Join the gradients of segments that walked back from nothing (``ends``): those behind each of them (``starts``),
+    before a boundary that may lie there, and their ``of_left`` (see ``_walk_back``)."""
+    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, stop = tl.load(first_segment + sequence), tl.load(first_segment + sequence + 1)
+    keys, values, row = tl.arange(0, BK), tl.arange(0, BV), sequence * heads + head
+    square, in_square = _square(keys, values, K, V)
+    rate, k, v = tl.load(eta + head), k + head * k_head, v + head * v_head
+    grad, grad_writes, grad_forgetting = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
+    if FINAL:
+        grad += tl.load(grad_final + row * K * V + square, mask=in_square, other=0.0)
+        grad_writes += tl.load(grad_final_writes + row * K * V + square, mask=in_square, other=0.0)
+        grad_forgetting += tl.load(grad_final_forgetting + row)
+    force = _force(strength, head)
+    modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
+    sum_sharpness, sum_bias, sum_strength = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32), 0.0
+    first_chunk, along_left = tl.load(segments + 5 * first + 3), 0.0
+
+    for j in range(0, (stop - first).to(tl.int32)):
+        segment = stop - 1 - j
+        segment_place = segment * heads + head
+        end = tl.load(ends + segment_place * K * V + square, mask=in_square, other=0.0)
+        chunk, tokens, inside, since_boundary, boundary = _last_chunk(segments, segment, interval, C)
+        place, left = chunk * heads + head, tl.zeros([BK, BV], tl.float32)
+        if boundary | ((j == 0) & (chunk >= first_chunk)):
+            left += _left(
+                before, forgetting_before, totals, initial_writes, chunk, first_chunk, since_boundary, row, head, heads,
+                interval, square, in_square, K, V, C, STATE,
+            )  # fmt: skip
+            along_left = tl.sum(grad_writes * left)
+        if boundary:
+            key = _tile(k, k_token, tokens, keys, inside, K)
+            value = _tile(v, v_token, tokens, values, inside, V)
+            _, to_end, _, _ = _decays(high, low, place, C, HALF)
+            total = tl.load(totals + place)
+            kept = tl.exp(-total)
+            memory = tl.load(before + place * K * V + square, mask=in_square, other=0.0)
+            key = (key * (rate * to_end)[:, None]).to(value.dtype)
+            full = tl.dot(tl.trans(key), value, memory * kept, input_precision=_PRECISION)
+            forgetting = tl.load(forgetting_before + place) + total
+            grad, grad_writes, grad_forgetting, one_strength, one_sharpness, one_bias = _consolidate_back(
+                grad, full, full - left, forgetting, force, modes, steepness, offset, threshold, temperature,
+                gamma_boost, eta_boost, energy, K, V, BK, SNR, strength is not None, RESONANCE,
+            )  # fmt: skip
+            along_left = tl.sum(grad_writes * left)
+            sum_strength += one_strength
+            sum_sharpness += one_sharpness
+            sum_bias += one_bias
+        tl.store(starts + segment_place * K * V + square, grad, mask=in_square)
+        tl.store(starts_writes + segment_place * K * V + square, grad_writes, mask=in_square)
+        tl.store(starts_forgetting + segment_place, grad_forgetting)
+        tl.store(of_left + segment_place, along_left)
+        kept = tl.exp(-tl.load(decays + segment_place))
+        grad, grad_writes = grad * kept + end, grad_writes * kept
+
+    tl.store(grad_initial + row * K * V + square, grad, mask=in_square)
+    tl.store(grad_initial_writes + row * K * V + square, grad_writes, mask=in_square)
+    tl.store(grad_initial_forgetting + row, grad_forgetting)
+    if SNR and strength is not None:
+        tl.store(grad_strength + row, sum_strength)
+    if RESONANCE:
+        tl.store(grad_sharpness + row, tl.sum(sum_sharpness))
+        tl.store(grad_bias + row, tl.sum(sum_bias))
+
+
 # ------------------------------------------------------------------------------------------------------- the launches
 
 _Optional = Tensor | None
 _State = tuple[_Optional, _Optional, _Optional]
 """Memory, writes and Γ̄, or their gradients."""
+_NO_FILTERS = dict(SNR=False, RESONANCE=False)
 
 
 class _Call:
@@ -742,7 +921,7 @@ class _Call:
         self.eta = eta.float().contiguous()
         self.filters = [contiguous(x, torch.float32) for x in (strength, basis, sharpness, bias)]
         self.strides = [stride for x in self.tokens for stride in x.stride()[:2]]
-        self.constants = _constants(snr, energy, interval)
+        self.interval, self.constants = interval, _constants(snr, energy, interval)
         self.sizes: dict[str, Any] = dict(_sizes(q, k, v), C=CHUNK)
         self.mechanisms = dict(SNR=len(snr) > 0, RESONANCE=basis is not None)
         self.segments = len(self.layout.segments)
@@ -780,9 +959,23 @@ class _Call:
         """Room for the total decay of every segment."""
         return self.eta.new_empty((self.segments, self.heads))
 
-    def walk(self, readout: _Optional, start: _State, final: _State, saved: _State | None) -> None:
-        """Read the segments from their ``start`` into ``readout``, their ``final`` states and what is ``saved``."""
-        before, writes_before, forgetting_before = saved or (None, None, None)
+    def segment_states(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Room for the state, or its gradient, of every segment."""
+        return self.segment_memories(), self.segment_memories(), self.segment_decays()
+
+    def walk(
+        self,
+        readout: _Optional,
+        start: _State,
+        final: _State,
+        saved: tuple[Tensor, Tensor] | None,
+        consolidate: bool = True,
+    ) -> None:
+        """Read the segments from their ``start`` into ``readout``, their ``final`` states and what is ``saved``.
+
+        Without room for final writes none are carried, and segments do not ``consolidate`` that end at boundaries.
+        """
+        before, forgetting_before = saved or (None, None)
         with torch.cuda.device_of(self.eta):
             _walk[(self.segments, self.heads)](
                 *self.tokens,
@@ -794,18 +987,17 @@ class _Call:
                 readout,
                 *final,
                 before,
-                writes_before,
                 forgetting_before,
                 *self.strides,
                 *self.constants,
                 self.heads,
                 READ=readout is not None,
                 SAVE=before is not None,
-                SAVE_WRITES=writes_before is not None and writes_before.numel() > 0,
                 STATE=start[0] is not None,
+                CARRY=self.interval > 0 and final[1] is not None,
                 **self.launch["walk"],
                 **self.sizes,
-                **self.mechanisms,
+                **(self.mechanisms if consolidate else _NO_FILTERS),
             )
 
     def walk_back(
@@ -815,10 +1007,13 @@ class _Call:
         writes: _Optional,
         saved: tuple[Tensor, ...] | None,
         grad_start: tuple[_Optional, ...],
+        consolidate: bool = True,
+        of_left: _Optional = None,
     ) -> None:
-        """Carry the gradient of the memory back to the start of the segments. ``saved`` holds the memory, the writes
-        and Γ̄ before every chunk, and room for the gradients of what it wrote and of its total decay."""
-        before, writes_before, forgetting_before, grad_written, grad_total = saved or [None] * 5
+        """Carry the gradient of the memory back to the start of the segments, as ``walk`` went. ``saved`` holds the
+        memory and Γ̄ before every chunk, and room for the gradients of what it wrote and of its total decay;
+        ``of_left`` is what ``join_back`` found."""
+        before, forgetting_before, grad_written, grad_total = saved or [None] * 4
         with torch.cuda.device_of(self.eta):
             _walk_back[(self.segments, self.heads)](
                 *self.tokens,
@@ -830,8 +1025,8 @@ class _Call:
                 contiguous(writes),
                 *self.filters,
                 before,
-                writes_before,
                 forgetting_before,
+                of_left,
                 grad_written,
                 grad_total,
                 *grad_start,
@@ -839,12 +1034,12 @@ class _Call:
                 *self.constants,
                 self.heads,
                 SAVE=before is not None,
-                SAVED_WRITES=writes_before is not None and writes_before.numel() > 0,
                 STATE=writes is not None,
                 FINAL=grad_final[0] is not None,
+                CARRY=self.interval > 0 and grad_start[1] is not None,
                 **self.launch["walk_back"],
                 **self.sizes,
-                **self.mechanisms,
+                **(self.mechanisms if consolidate else _NO_FILTERS),
             )
 
     def chunk_gradients(
@@ -887,6 +1082,64 @@ class _Call:
                 BLOCK=block,
                 START=start is not None,
                 REVERSE=reverse,
+            )
+
+    def join(self, ends: Tensor, decays: Tensor, start: _State, starts: _State, final: _State) -> None:
+        """``chain`` with consolidation, forwards: from the state ``start`` to ``final`` through ``starts``."""
+        with torch.cuda.device_of(ends):
+            _join[(len(self.layout.first_segment) - 1, self.heads)](
+                ends,
+                decays,
+                self.layout.segments,
+                self.layout.first_segment,
+                *map(contiguous, start),
+                *self.filters,
+                *starts,
+                *final,
+                *self.constants,
+                self.heads,
+                STATE=start[0] is not None,
+                **self.launch["join"],
+                **self.sizes,
+                **self.mechanisms,
+            )
+
+    def join_back(
+        self,
+        ends: Tensor,
+        decays: Tensor,
+        grad_final: _State,
+        writes: _Optional,
+        saved: tuple[Tensor, ...],
+        starts: _State,
+        of_left: Tensor,
+        grad_start: tuple[Tensor, ...],
+    ) -> None:
+        """``chain`` with consolidation, backwards. ``saved`` holds the memory and Γ̄ before every chunk."""
+        with torch.cuda.device_of(ends):
+            _join_back[(len(self.layout.first_segment) - 1, self.heads)](
+                *self.tokens[1:],
+                *self.decays,
+                self.eta,
+                self.layout.segments,
+                self.layout.first_segment,
+                ends,
+                decays,
+                *map(contiguous, grad_final),
+                *self.filters,
+                contiguous(writes),
+                *saved,
+                *starts,
+                of_left,
+                *grad_start,
+                *self.strides[2:],
+                *self.constants,
+                self.heads,
+                STATE=writes is not None,
+                FINAL=grad_final[0] is not None,
+                **self.launch["join_back"],
+                **self.sizes,
+                **self.mechanisms,
             )
 
 
@@ -1053,8 +1306,8 @@ def _memory(
     snr: list[float],
     energy: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The read-out, the final state, and what the gradient needs: the memory, the writes and Γ̄ before every chunk.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The read-out, the final state, and what the gradient needs: the memory and Γ̄ before every chunk.
 
     ``snr`` holds threshold, temperature, gamma_boost and eta_boost, or nothing; ``interval`` is 0 without
     consolidation, and then the final writes and Γ̄ mean nothing. What is saved has a row for every chunk there may be.
@@ -1066,14 +1319,22 @@ def _memory(
     )  # fmt: skip
     outputs = _room(q, k, v, decay, position, cu_seqlens, interval, save)
     readout, final, final_writes, final_forgetting, *saved = outputs
-    to_save = (saved[0], saved[1], saved[2]) if save else None
+    to_save = (saved[0], saved[1]) if save else None
+    start, last = (memory, writes, forgetting), (final, final_writes, final_forgetting)
     if not call.layout.segmented:
-        call.walk(readout, (memory, writes, forgetting), (final, final_writes, final_forgetting), to_save)
+        call.walk(readout, start, last, to_save)
         return outputs
-    ends, starts, decays = call.segment_memories(), call.segment_memories(), call.segment_decays()
-    call.walk(None, (None, None, None), (ends, None, decays), None)
-    call.chain(ends, decays, memory, starts, final, reverse=False)
-    call.walk(readout, (starts, None, None), (ends, None, decays), to_save)
+    ends, decays = call.segment_memories(), call.segment_decays()
+    call.walk(None, (None, None, None), (ends, None, decays), None, consolidate=False)
+    if interval:
+        starts = call.segment_states()
+        call.join(ends, decays, start, starts, last)
+        # A program reads the start of its segment before it writes the end.
+        call.walk(readout, starts, starts if save else (ends, None, decays), to_save, consolidate=False)
+    else:
+        before = call.segment_memories()
+        call.chain(ends, decays, memory, before, final, reverse=False)
+        call.walk(readout, (before, None, None), (ends, None, decays), to_save)
     return outputs
 
 
@@ -1094,7 +1355,7 @@ def _room(
     cu_seqlens: _Optional,
     interval: int,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``_memory`` returns, yet to be filled."""
     (batch, length, heads, key), value = q.shape, v.shape[-1]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -1115,7 +1376,6 @@ def _room(
         room(sequences, heads),
         # The gradient of a consolidation asks for digits that products do not.
         room(chunks, heads, key, value, dtype=torch.float32 if interval else _product_dtype(q, k, v)),
-        room(chunks if interval > CHUNK else 0, heads, key, value),
         room(chunks if interval else 0, heads),
     )
 
@@ -1137,7 +1397,6 @@ def _memory_backward(
     sharpness: Tensor | None,
     bias: Tensor | None,
     before: Tensor,
-    writes_before: Tensor,
     forgetting_before: Tensor,
     position: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -1160,16 +1419,24 @@ def _memory_backward(
     upstream = grad_readout.to(call.tokens[0].dtype).contiguous()
     grad_written = before.new_empty(before.shape, dtype=upstream.dtype)
     grad_total = before.new_empty(before.shape[:2], dtype=torch.float32)
-    saved = (before, writes_before, forgetting_before, grad_written, grad_total)
+    saved = (before, forgetting_before, grad_written, grad_total)
+    final, initial_writes = (grad_memory, grad_writes, grad_forgetting), writes if interval else None
     if not call.layout.segmented:
-        final = (grad_memory, grad_writes, grad_forgetting)
-        call.walk_back(upstream, final, writes if interval else None, saved, (grad_initial, *others))
+        call.walk_back(upstream, final, initial_writes, saved, (grad_initial, *others))
     else:
-        ends, starts, decays = call.segment_memories(), call.segment_memories(), call.segment_decays()
+        ends, decays = call.segment_memories(), call.segment_decays()
         to_segments = (ends, None, decays, None, None, None)
-        call.walk_back(upstream, (None, None, None), None, None, to_segments)
-        call.chain(ends, decays, grad_memory, starts, grad_initial, reverse=True)
-        call.walk_back(upstream, (starts, None, None), None, saved, to_segments)
+        call.walk_back(upstream, (None, None, None), None, None, to_segments, consolidate=False)
+        if interval:
+            behind, of_left = call.segment_states(), call.segment_decays()
+            call.join_back(ends, decays, final, initial_writes, saved[:2], behind, of_left, (grad_initial, *others))
+            # A program reads the gradient behind its segment before it writes the one before it.
+            to_segments = (*behind, None, None, None)
+            call.walk_back(upstream, behind, None, saved, to_segments, consolidate=False, of_left=of_left)
+        else:
+            behind = call.segment_memories()
+            call.chain(ends, decays, grad_memory, behind, grad_initial, reverse=True)
+            call.walk_back(upstream, (behind, None, None), None, saved, to_segments)
     call.chunk_gradients(upstream, before, grad_written, grad_total, (grad_q, grad_k, grad_v, grad_decay, grad_eta))
     return outputs
 
@@ -1177,7 +1444,7 @@ def _memory_backward(
 @torch.library.register_fake("resolvent::memory_backward")
 def _(
     grad_readout, grad_memory, grad_writes, grad_forgetting, q, k, v, decay, eta, writes, strength, basis, sharpness,
-    bias, before, writes_before, forgetting_before, position, cu_seqlens, segments, chunks, interval, snr, energy,
+    bias, before, forgetting_before, position, cu_seqlens, segments, chunks, interval, snr, energy,
 ):  # fmt: skip
     return _room_for_gradients(grad_readout, q, k, v, decay, before, strength, basis, cu_seqlens, interval)
 
@@ -1218,9 +1485,8 @@ def _room_for_gradients(
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.interval, ctx.snr, ctx.energy, _ = inputs
-    before, writes_before, forgetting_before = output[4:]
-    ctx.save_for_backward(*tensors, before, writes_before, forgetting_before)
-    ctx.mark_non_differentiable(before, writes_before, forgetting_before)
+    ctx.save_for_backward(*tensors, *output[4:])
+    ctx.mark_non_differentiable(*output[4:])
     ctx.set_materialize_grads(False)
 
 

@@ -1,7 +1,15 @@
 """What launches of kernels have in common."""
 
+import functools
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+_kernel: Any = triton.jit
 
 
 def contiguous(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -14,3 +22,26 @@ def more_than_float32(dtype: torch.dtype) -> str | None:
     if dtype in (torch.bfloat16, torch.float16, torch.float32):
         return None
     return f"its kernel computes in float32, the tensors are {dtype}"
+
+
+@functools.lru_cache(maxsize=8)
+def early(device: torch.device) -> dict[str, Any]:
+    """Options of a launch that begins while the one before it ends, on GPUs that can (NVIDIA's since Hopper).
+
+    Its kernel has a parameter ``EARLY`` for ``let_next_begin``, which comes first, and ``wait_for_last``, which comes
+    before anything that another launch writes is read, and before anything is written.
+    """
+    able = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return dict(EARLY=True, launch_pdl=True) if able else dict(EARLY=False)
+
+
+@_kernel
+def let_next_begin(EARLY: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@_kernel
+def wait_for_last(EARLY: tl.constexpr):
+    if EARLY:
+        gdc_wait()

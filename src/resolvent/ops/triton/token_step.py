@@ -1,8 +1,9 @@
 """Triton kernels for one token of a few sequences: what a block does with it, in few launches.
 
 At this size a GPU waits for launches and for weights, so whatever a program can work out again for itself it does:
-norms are part of the product that follows them, activations and residual sums of the one before. Everything but the
-weights is float32. The functions here change what they are given: the residual stream and the state.
+norms are part of the product that follows them, activations and residual sums of the one before. And where the GPU can,
+a launch begins while the one before it ends: it loads its weights and only then waits for what that one writes.
+Everything but the weights is float32. The functions here change what they are given: the residual stream and the state.
 
 Shapes: B sequences, D width of the input, R rows of a weight, H heads, K = V head width, W convolution width, G width
 of the gate.
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .bk_core import _reciprocal
 from .hebbian import _advance, _constants, _load_state, _parts_of
+from .launch import early, let_next_begin, wait_for_last
 from .queries_keys_values import _TINY
 
 _kernel: Any = triton.jit
@@ -43,12 +45,17 @@ def _normalized(x, weight, bias, columns, inside, width, eps):
 
 
 @_kernel
-def _embed(token, position, table, frequency, gain, x, scale, factor, D, BLOCK: tl.constexpr):
+def _embed(
+    token, position, table, pace, gain, x, scale, factor, D, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    let_next_begin(EARLY)
     sequence, columns = tl.program_id(0), tl.arange(0, BLOCK)
     inside = columns < D
+    wait_for_last(EARLY)
     row = tl.load(table + tl.load(token + sequence) * D + columns, mask=inside, other=0.0).to(tl.float32)
-    phase = tl.load(position + sequence).to(tl.float64) * tl.load(frequency + columns // 2, mask=inside, other=0.0)
-    waves = tl.where(columns % 2 == 0, tl.sin(phase), tl.cos(phase)).to(tl.float32)
+    turns = tl.load(position + sequence).to(tl.float64) * tl.load(pace + columns // 2, mask=inside, other=0.0)
+    phase = (turns - tl.floor(turns)).to(tl.float32) * 6.283185307179586
+    waves = tl.where(columns % 2 == 0, tl.sin(phase), tl.cos(phase))
     row += tl.load(gain).to(tl.float32) * scale * waves
     tl.store(x + sequence * D + columns, row * factor, mask=inside)
 
@@ -57,8 +64,9 @@ def _embed(token, position, table, frequency, gain, x, scale, factor, D, BLOCK: 
 def _linear(
     x, norm_weight, norm_bias, weight, bias, out, other_weight, other_out, eps, batch, width, rows, other_rows,
     NORM: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, OTHER: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(EARLY)
     program = tl.program_id(0)
     if OTHER:
         first = tl.cdiv(rows, ROWS)
@@ -71,13 +79,16 @@ def _linear(
     if ACTIVATION == "swiglu":
         tile = (rows + row)[:, None] * width + columns[None, :]
         values = tl.load(weight + tile, mask=in_tile, other=0.0).to(tl.float32)
+    if BIAS:
+        shift = tl.load(bias + row, mask=wanted, other=0.0).to(tl.float32)
+    wait_for_last(EARLY)
     for sequence in range(batch):
         given = tl.load(x + sequence * width + columns, mask=inside, other=0.0)
         if NORM:
             given = _normalized(given, norm_weight, norm_bias, columns, inside, width, eps)
         result = tl.sum(matrix * given[None, :], 1)
         if BIAS:
-            result += tl.load(bias + row, mask=wanted, other=0.0).to(tl.float32)
+            result += shift
         if ACTIVATION == "gelu":
             result *= 0.5 * (1 + tl.erf(result * 0.7071067811865476))
         if ACTIVATION == "swiglu":
@@ -93,21 +104,20 @@ def _scatter(
     x, readout, norm_weight, norm_bias, v_weight, gamma_weight, memory_weight, gamma_bias, h0_super, h0_sub, kappa,
     energy, log_zeta, bk_weight, g, gamma, eps, base_decay, D, H, memory_width,
     ADAPTIVE: tl.constexpr, FEEDBACK: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, MEMORY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Potential, a site of every chain, and its features on top of the residual stream."""
+    let_next_begin(EARLY)
     sequence, columns, heads = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, HEADS)
     inside, there = columns < D, heads < H
     # Everything is loaded before anything waits for a sum.
     tile, in_tile = heads[:, None] * D + columns[None, :], there[:, None] & inside[None, :]
-    old = tl.load(x + sequence * D + columns, mask=inside, other=0.0)
     of_v, of_gamma = tl.load(v_weight + tile, mask=in_tile, other=0.0), tl.zeros([HEADS, BLOCK], tl.float32)
     if ADAPTIVE:
         of_gamma += tl.load(gamma_weight + tile, mask=in_tile, other=0.0).to(tl.float32)
     turned, in_turned = columns[:, None] * 2 * H + heads[None, :], inside[:, None] & there[None, :]
     of_re = tl.load(bk_weight + turned, mask=in_turned, other=0.0).to(tl.float32)
     of_im = tl.load(bk_weight + turned + H, mask=in_turned, other=0.0).to(tl.float32)
-    place = g + 2 * (sequence * H + heads)
-    g_re, g_im = tl.load(place, mask=there, other=0.0), tl.load(place + 1, mask=there, other=0.0)
     potential = -tl.load(energy + heads, mask=there, other=0.0).to(tl.float32)
     rate = tl.load(gamma_bias + heads, mask=there, other=0.0).to(tl.float32)
     strength = tl.abs(tl.load(kappa + heads, mask=there, other=0.0).to(tl.float32))
@@ -116,10 +126,15 @@ def _scatter(
     hopping = tl.abs(hopping * tl.load(h0_sub + heads, mask=there, other=0.0).to(tl.float32))
     if FEEDBACK:
         cells = tl.arange(0, MEMORY)
-        answer = tl.load(readout + sequence * memory_width + cells, mask=cells < memory_width, other=0.0)
         back = heads[:, None] * memory_width + cells[None, :]
         in_back = there[:, None] & (cells < memory_width)[None, :]
         feedback = tl.load(memory_weight + back, mask=in_back, other=0.0).to(tl.float32)
+    wait_for_last(EARLY)
+    old = tl.load(x + sequence * D + columns, mask=inside, other=0.0)
+    place = g + 2 * (sequence * H + heads)
+    g_re, g_im = tl.load(place, mask=there, other=0.0), tl.load(place + 1, mask=there, other=0.0)
+    if FEEDBACK:
+        answer = tl.load(readout + sequence * memory_width + cells, mask=cells < memory_width, other=0.0)
         potential += tl.sum(feedback * answer[None, :], 1)
     tl.debug_barrier()  # several threads read the same numbers: all have, before one of them writes
 
@@ -157,21 +172,25 @@ def _remember(
     projected, tail, taps, gamma, log_eta, memory, writes, forgetting, position, logit, basis, sharpness, bias, gate,
     gate_weight, gate_bias, readout, gated, dt, threshold, temperature, gamma_boost, eta_boost, energy, interval, H, G,
     K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr,
-    NORM: tl.constexpr, GATE: tl.constexpr, BG: tl.constexpr,
+    NORM: tl.constexpr, GATE: tl.constexpr, BG: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A head's memory learns the token and answers it."""
+    let_next_begin(EARLY)
     sequence, head = tl.program_id(0), tl.program_id(1)
     row, cells = sequence * H + head, tl.arange(0, BK)
     inside, C, channels = cells < K, 3 * H * K, head * K + cells
+    # The launch that last wrote the state is of the token before: it ended before this token's first began.
     state, wrote, forgot = _load_state(memory, writes, forgetting, row, K, K, BK, BK, SNR or RESONANCE)
+    if GATE:
+        down = tl.arange(0, BG)
+        tile, mask = channels[:, None] * G + down[None, :], inside[:, None] & (down < G)[None, :]
+        up = tl.load(gate_weight + tile, mask=mask, other=0.0).to(tl.float32)
+    wait_for_last(EARLY)
     query, q_rows = _convolved(projected, tail, taps, sequence, channels, inside, C, W)
     key, k_rows = _convolved(projected, tail, taps, sequence, H * K + channels, inside, C, W)
     value, v_rows = _convolved(projected, tail, taps, sequence, 2 * H * K + channels, inside, C, W)
     opening = tl.zeros_like(value)
     if GATE:
-        down = tl.arange(0, BG)
-        tile, mask = channels[:, None] * G + down[None, :], inside[:, None] & (down < G)[None, :]
-        up = tl.load(gate_weight + tile, mask=mask, other=0.0).to(tl.float32)
         opening += tl.sum(up * tl.load(gate + sequence * G + down, mask=down < G, other=0.0)[None, :], 1)
         opening += tl.load(gate_bias + channels, mask=inside, other=0.0).to(tl.float32)
     query *= tl.rsqrt(tl.sum(query * query, 0) + K * _TINY)
@@ -203,18 +222,20 @@ def embed(
     token: Tensor,
     position: Tensor,
     table: Tensor,
-    frequency: Tensor,
+    pace: Tensor,
     gain: Tensor,
     scale: float,
     factor: float,
     out: Tensor,
 ) -> None:
     """``out`` (B, D) = ``factor`` times the tokens' rows of the table (vocabulary, D) and the waves of their positions
-    (``ZetaEmbedding``)."""
+    (``ZetaEmbedding``), which turn ``pace`` times a token, float64 (D / 2,)."""
     width = table.shape[1]
     sizes = (scale, factor, width, triton.next_power_of_2(width))
     with torch.cuda.device_of(out):
-        _embed[(len(token),)](token.contiguous(), position, table, frequency, gain, out, *sizes, num_warps=4)
+        _embed[(len(token),)](
+            token.contiguous(), position, table, pace, gain, out, *sizes, num_warps=4, **early(out.device)
+        )
 
 
 def linear(
@@ -242,7 +263,7 @@ def linear(
         _linear[(triton.cdiv(rows, held) + triton.cdiv(other_rows, held),)](
             x, scale, shift, weight, bias, out, *(other or (None, None)), eps, len(x), width, rows, other_rows,
             NORM=norm is not None, BIAS=bias is not None, ACTIVATION=activation, ADD=add, OTHER=other is not None,
-            BLOCK=block, ROWS=held, num_warps=4,
+            BLOCK=block, ROWS=held, num_warps=4, **early(out.device),
         )  # fmt: skip
 
 
@@ -264,6 +285,7 @@ def scatter(
             norm.eps, potential.base_decay, width, potential.num_heads, memory_width,
             ADAPTIVE=adaptive is not None, FEEDBACK=back is not None, BLOCK=triton.next_power_of_2(width),
             HEADS=triton.next_power_of_2(potential.num_heads), MEMORY=triton.next_power_of_2(memory_width), num_warps=8,
+            **early(out.device),
         )  # fmt: skip
 
 
@@ -305,5 +327,5 @@ def remember(
             *_constants(**numbers), heads, narrow,
             K=width, BK=max(16, triton.next_power_of_2(width)), W=len(layer.conv_weight), SNR=len(numbers["snr"]) > 0,
             RESONANCE=of_resonance[0] is not None, NORM=layer.output_norm, GATE=gate is not None,
-            BG=triton.next_power_of_2(narrow), num_warps=8,
+            BG=triton.next_power_of_2(narrow), num_warps=8, **early(gated.device),
         )  # fmt: skip
