@@ -59,9 +59,9 @@ def test_packed_sequences_are_one_graph_however_many_they_are():
 
 @needs_interpreter
 def test_offsets_that_python_does_not_read_are_one_graph_that_makes_its_tables_once(monkeypatch):
-    from resolvent.ops.triton import hebbian as kernels
+    from resolvent.ops.triton import segments
 
-    monkeypatch.setattr(kernels, "_stays_on_device", lambda cu_seqlens: True)
+    monkeypatch.setattr(segments, "_stays_on_device", lambda cu_seqlens: True)
     graphs = []
 
     def keep(graph, inputs):
@@ -86,9 +86,9 @@ def test_offsets_that_python_does_not_read_are_one_graph_that_makes_its_tables_o
 
 @needs_interpreter
 def test_empty_sequences_at_the_end_change_nothing_in_kernels(monkeypatch):
-    from resolvent.ops.triton import hebbian as kernels
+    from resolvent.ops.triton import segments
 
-    monkeypatch.setattr(kernels, "_stays_on_device", lambda cu_seqlens: True)
+    monkeypatch.setattr(segments, "_stays_on_device", lambda cu_seqlens: True)
     model, ids = small_model(spread=0.1, backend="triton", n_layers=1, num_heads=1), torch.randint(0, 97, (1, 71))
     loss, gradients = loss_and_gradients(model, model, ids, cu_seqlens=torch.tensor([0, 5, 70]))
     padded, found = loss_and_gradients(model, model, ids, cu_seqlens=torch.tensor([0, 5, 70, 70, 70]))

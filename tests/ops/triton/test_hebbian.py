@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU: see test_hebbian_cuda.py", allow_module_level=True)
 from resolvent.ops.triton import hebbian as kernels
+from resolvent.ops.triton import segments
 from tests.ops.test_hebbian import KINDS, at, consolidation, inputs, relative, state, tensors_of
 
 DECAYS = {"weak": 1e-3, "middling": 0.3, "strong": 1000.0}
@@ -107,9 +108,9 @@ def test_packed_sequences(kind):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_segments_that_walk_at_the_same_time_are_one_walk(packed, monkeypatch):
-    monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 2)
+    monkeypatch.setattr(segments, "_SHORTEST_SEGMENT", 2)
     offsets = torch.tensor([0, 300, 300, 310, 600]) if packed else None
-    layout = kernels._layout_of(torch.empty(1 if packed else 2, 600, 2, 16), None, offsets, 0)
+    layout = segments.layout_of(torch.empty(1 if packed else 2, 600, 2, 16), None, offsets, 0)
     assert layout.segmented
     check(inputs(600, 0.01, batch=1 if packed else 2), state(batch=4 if packed else 2), offsets=offsets)
 
@@ -117,18 +118,18 @@ def test_segments_that_walk_at_the_same_time_are_one_walk(packed, monkeypatch):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("kind", "interval"), [("both", 64), ("both", 128), ("snr", 192), ("resonance", 128)])
 def test_segments_meet_at_boundaries(kind, interval, packed, monkeypatch):
-    monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 2)
+    monkeypatch.setattr(segments, "_SHORTEST_SEGMENT", 2)
     lengths = [0, 5, 195, 1, 99] if packed else [300, 300]
     position = torch.tensor([7, 50, 100, 127, 0] if packed else [0, 100])
     offsets = torch.tensor([0, *lengths]).cumsum(0) if packed else None
     values, start = inputs(300, batch=1 if packed else 2), state(len(lengths))
-    assert kernels._layout_of(values[0], position, offsets, interval).segmented
+    assert segments.layout_of(values[0], position, offsets, interval).segmented
     check(values, start, consolidation(kind, interval=interval), position, offsets)
 
 
 @pytest.mark.parametrize("phase", [0, 100])
 def test_segments_read_without_a_gradient(phase, monkeypatch):
-    monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 1)
+    monkeypatch.setattr(segments, "_SHORTEST_SEGMENT", 1)
     rule, values, start = consolidation("both", interval=128), inputs(300), state()
     position = torch.tensor([phase, 0])
     narrow = MemoryState(*(single(x) for x in start))
@@ -143,9 +144,9 @@ def test_segments_read_without_a_gradient(phase, monkeypatch):
 
 
 def test_segments_end_where_boundaries_lie():
-    segments = kernels._layout((300,), (100,), 2, 192, torch.device("cpu")).segments
-    assert segments[:, :2].tolist() == [[0, 92], [92, 220], [220, 284], [284, 300]]
-    assert segments[:, 4].tolist() == [1, 0, 2, 0]  # chunks since the last boundary
+    rows = segments._layout((300,), (100,), 2, 192, torch.device("cpu")).segments
+    assert rows[:, :2].tolist() == [[0, 92], [92, 220], [220, 284], [284, 300]]
+    assert rows[:, 4].tolist() == [1, 0, 2, 0]  # chunks since the last boundary
 
 
 def test_views_are_read_where_they_lie():
@@ -181,7 +182,7 @@ def test_the_operators_are_registered_as_pytorch_wants_them(kind, packed):
     where = [None] * 4
     if packed:  # every row that is saved has its chunk
         offsets = torch.tensor([0, 5, 70])
-        where = [None, offsets, *kernels._layout_on_device(offsets, None, 70, constants[0])]
+        where = [None, offsets, *segments.layout_on_device(offsets, None, 70, constants[0])]
     operands = (*values, *start, *parameters, *where, *constants, True)
     torch.library.opcheck(torch.ops.resolvent.memory.default, operands)
     saved = [x.detach() for x in torch.ops.resolvent.memory.default(*operands)[4:]]
@@ -235,20 +236,20 @@ def test_a_layout_that_python_does_not_read_is_the_same(interval, read):
     lengths, position = (torch.tensor(x) for x in RAGGED)
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     phases = tuple((position % interval).tolist()) if read and interval else (0,) * len(lengths)
-    expected = kernels._layout(tuple(lengths.tolist()), phases, 0, interval, torch.device("cpu"))
+    expected = segments._layout(tuple(lengths.tolist()), phases, 0, interval, torch.device("cpu"))
     given = position if read and interval else None
-    segments, chunks = kernels._layout_on_device(offsets, given, int(offsets[-1]), interval)
-    assert torch.equal(segments, expected.segments)
+    rows, chunks = segments.layout_on_device(offsets, given, int(offsets[-1]), interval)
+    assert torch.equal(rows, expected.segments)
     assert torch.equal(chunks[: len(expected.chunks)], expected.chunks)
     assert not expected.segmented
     for segment, chunk in chunks[len(expected.chunks) :]:
-        assert segments[segment, 2] + 64 * chunk >= segments[segment, 1]
+        assert rows[segment, 2] + 64 * chunk >= rows[segment, 1]
 
 
 @pytest.mark.parametrize("kind", ["none", "both"])
 def test_offsets_that_python_does_not_read(kind, monkeypatch):
-    monkeypatch.setattr(kernels, "_stays_on_device", lambda cu_seqlens: True)
-    monkeypatch.setattr(kernels, "lengths_and_phases", None)  # would read them
+    monkeypatch.setattr(segments, "_stays_on_device", lambda cu_seqlens: True)
+    monkeypatch.setattr(segments, "lengths_and_phases", None)  # would read them
     lengths, position = (torch.tensor(x) for x in RAGGED)
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     check(inputs(int(offsets[-1]), batch=1), state(len(lengths)), consolidation(kind), position, offsets)

@@ -10,6 +10,7 @@ from resolvent.ops import Consolidation, MemoryState, Resonance, SNRFilter, diss
 
 pytest.importorskip("triton")
 from resolvent.ops.triton import hebbian as kernels
+from resolvent.ops.triton import segments
 
 pytestmark = pytest.mark.gpu
 
@@ -136,7 +137,7 @@ def test_packed_sequences(kind, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_segments(dtype):
     values = inputs(4000, 0.05)
-    assert kernels._layout_of(values[0], None, None, 0).segmented
+    assert segments.layout_of(values[0], None, None, 0).segmented
     check(dtype, values, state())
 
 
@@ -145,7 +146,7 @@ def test_segments(dtype):
 @pytest.mark.parametrize("kind", ["strength", "both"])
 def test_segments_with_consolidation(kind, interval, dtype):
     values, position = inputs(2000, 0.05), torch.tensor([0, 100])
-    assert kernels._layout_of(values[0], position, None, interval).segmented
+    assert segments.layout_of(values[0], position, None, interval).segmented
     check(dtype, values, state(), consolidation(kind, interval), position)
 
 

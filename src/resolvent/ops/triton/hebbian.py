@@ -21,9 +21,6 @@ Shapes: B batch, N sequence, T = B N tokens, H heads, K key width, V value width
 C tokens of a chunk.
 """
 
-import functools
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,15 +30,13 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..consolidation import Consolidation
-from ..hebbian import CHUNK, MemoryState, lengths_and_phases
+from ..hebbian import CHUNK, MemoryState
+from .consolidation import LOG2_E, PRECISION, consolidate, consolidate_back
 from .launch import contiguous, more_than_float32
+from .segments import Layout, layout_of, most_chunks, tables_on_device
 
 _kernel: Any = triton.jit  # what it makes is launched on a grid, which no type of a function allows
 
-_TINY = tl.constexpr(1e-20)  # that of ``ops.consolidation``
-_LEAST = tl.constexpr(1e-35)  # added to the mean square of a gradient, which may be small
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_PRECISION = tl.constexpr("tf32x3")  # of float32 products
 _WIDEST_HEAD = 128
 """A program holds whole memories in its registers."""
 _LAUNCH = {
@@ -61,133 +56,6 @@ _LAUNCH = {
     },
 }
 """How kernels are launched for heads up to a width of 64, by measurement, and above it, where they have to fit."""
-_LEAST_PROGRAMS, _WANTED_PROGRAMS = 64, 528
-"""With fewer than the first, one for every head of a sequence, a GPU stays empty; the second fills it four times."""
-_SHORTEST_SEGMENT = 8
-"""Chunks that a segment has at least, if no boundary ends it before: each is read twice."""
-
-
-# ------------------------------------------------------------------------------------------------------ the layout
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Which tokens each program walks over.
-
-    Attributes:
-        segments: one row a segment, int64 (G, 5): its first and its last token + 1; the place of its first chunk's
-            first slot, which lies up to 63 slots before the first token where the sequence goes on inside a chunk; the
-            number of its first chunk; the chunks since the last boundary. Segments of a sequence that is cut do not
-            reach across a boundary.
-        chunks: one row a chunk, its segment and its number in it, int64 (M, 2).
-        first_segment: of every sequence, int64 (S + 1,); None where sequences are whole segments.
-    """
-
-    segments: Tensor
-    chunks: Tensor
-    first_segment: Tensor | None = None
-
-    @property
-    def segmented(self) -> bool:
-        return self.first_segment is not None and len(self.segments) > len(self.first_segment) - 1
-
-
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept for later calls must serve training, too
-def _layout(
-    lengths: tuple[int, ...], phases: tuple[int, ...], longest_segment: int, interval: int, device: torch.device
-) -> _Layout:
-    """``lengths`` and ``phases`` (tokens read since the last boundary) of the sequences; ``longest_segment`` in chunks,
-    0 for no end; ``interval`` between boundaries in tokens, 0 without any."""
-    segments, first_segment, chunks, start, chunk = [], [0], [], 0, 0
-    for length, phase in zip(lengths, phases, strict=True):
-        end, slot, since_boundary = start + length, start - phase % CHUNK, phase // CHUNK
-        while True:
-            longest = min(longest_segment, interval // CHUNK - since_boundary) if interval else longest_segment
-            stop = end if longest_segment == 0 else min(end, slot + longest * CHUNK)
-            count = -(-(stop - slot) // CHUNK) if stop > start else 0
-            chunks += [(len(segments), i) for i in range(count)]
-            segments.append((max(start, slot), stop, slot, chunk, since_boundary))
-            slot, chunk = slot + count * CHUNK, chunk + count
-            since_boundary = (since_boundary + count) % (interval // CHUNK) if interval else 0
-            if stop == end:
-                break
-        first_segment.append(len(segments))
-        start = end
-    table = (torch.tensor(rows, dtype=torch.int64) for rows in (segments, chunks, first_segment))
-    return _Layout(*(_on(rows, device) for rows in table))
-
-
-def _on(x: Tensor, device: torch.device) -> Tensor:
-    """A copy to be kept, made without waiting for the work that is queued there.
-
-    A thread of its own makes it: while a CUDA graph is being prepared, what its own thread allocates is the graph's.
-    """
-    if device.type != "cuda":
-        return x
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_copied, x, device).result()
-
-
-def _copied(x: Tensor, device: torch.device) -> Tensor:
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        copy = x.pin_memory().to(device, non_blocking=True)
-    stream.synchronize()
-    return copy
-
-
-def _layout_of(q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, interval: int) -> _Layout:
-    lengths, phases = lengths_and_phases(q, position, cu_seqlens, interval)
-    heads, longest = q.shape[2], 0
-    chunks = [-(-n // CHUNK) for n in lengths]
-    if len(lengths) * heads < _LEAST_PROGRAMS and max(chunks, default=0) > _SHORTEST_SEGMENT:
-        longest = max(_SHORTEST_SEGMENT, triton.next_power_of_2(-(-sum(chunks) * heads // _WANTED_PROGRAMS)))
-    return _layout(lengths, phases, longest, interval, q.device)
-
-
-def _tables_on_device(
-    cu_seqlens: Tensor | None, position: Tensor | None, tokens: int, interval: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """``segments`` and ``chunks`` of packed sequences whose offsets are on a device; None where Python reads them.
-
-    They are made in front of the operator, not in it: ``torch.compile`` then sees that all layers make the same tables
-    and makes them once a step, forward and backward; and what was not compiled keeps them for its gradient.
-    """
-    if cu_seqlens is None or not _stays_on_device(cu_seqlens):
-        return None, None
-    return _layout_on_device(cu_seqlens, position if interval else None, tokens, interval)
-
-
-def _stays_on_device(cu_seqlens: Tensor) -> bool:
-    """Whether offsets are where Python does not read them."""
-    return cu_seqlens.device.type != "cpu"
-
-
-def _layout_on_device(cu_seqlens: Tensor, position: Tensor | None, tokens: int, interval: int) -> tuple[Tensor, Tensor]:
-    """``segments`` and ``chunks`` of packed sequences without a look at their offsets: a step can be replayed with
-    other ones.
-
-    Sequences are whole segments. There are as many rows of chunks as there may be chunks; those left over are of no
-    token.
-    """
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    phase = torch.zeros_like(starts) if position is None else position.to(starts.device) % interval
-    slots = starts - phase % CHUNK
-    counts = torch.where(ends > starts, (ends - slots + CHUNK - 1) // CHUNK, 0)
-    last = counts.cumsum(0)
-    segments = torch.stack([starts, ends, slots, last - counts, phase // CHUNK], dim=1)
-    row = torch.arange(_most_chunks(tokens, len(starts), position is not None), device=starts.device)
-    segment = torch.searchsorted(last, row, right=True)
-    there = segment < len(starts)
-    segment = torch.where(there, segment, 0)
-    chunk = torch.where(there, row - (last - counts)[segment], tokens)
-    return segments, torch.stack([segment, chunk], dim=1)
-
-
-def _most_chunks(tokens: int, sequences: int, phases: bool) -> int:
-    """Chunks of packed sequences at most: each may end inside one and, if it goes on inside one, touch one more."""
-    return tokens // CHUNK + (2 if phases else 1) * sequences
 
 
 # --------------------------------------------------------------------------------------------- what the kernels share
@@ -245,51 +113,12 @@ def _decay_between(high, low, C: tl.constexpr, HALF: tl.constexpr):
 
 
 @_kernel
-def _sigmoid(x):
-    # 1 / y is rsqrt(y)²: two instructions, where a division takes eight.
-    root = tl.rsqrt(1 + tl.exp2(-(x * _LOG2_E)))
-    return root * root
-
-
-@_kernel
 def _force(strength, head):
     """How strongly a head's SNR filter acts: fully, unless there is a strength."""
     force = 1.0
     if strength is not None:
         force *= tl.load(strength + head).to(tl.float32)
     return force
-
-
-@_kernel
-def _snr_factors(memory, forgetting, force, threshold, temperature, gamma_boost, size):
-    """``1 / rms``, ``p``, the excess ``s (gamma_boost - 1) Γ̄`` and the survival (see ``ops.consolidation``)."""
-    scale = tl.rsqrt(tl.sum(memory * memory) / size + _TINY)
-    keep = _sigmoid(tl.abs(memory) * (scale / temperature) - threshold / temperature)
-    excess = force * (gamma_boost - 1) * forgetting
-    return scale, keep, excess, tl.exp2((excess * _LOG2_E) * (keep - 1))
-
-
-@_kernel
-def _unit_rms(x, size, tiny):
-    """x divided by its rms, and the rms."""
-    mean_square = tl.sum(x * x) / size + tiny
-    inverse = tl.rsqrt(mean_square)
-    return x * inverse, mean_square * inverse
-
-
-@_kernel
-def _rotate(basis, x):
-    """``basis @ x``: numbers of unit rms are held by float16 as well as by tf32, whose products cost twice as much."""
-    return tl.dot(basis, x.to(basis.dtype), input_precision=_PRECISION)
-
-
-@_kernel
-def _resonate(memory, basis, sharpness, bias, energy, K, V):
-    """Modes of a memory in units of its rms, their energies relative to the mean, the gate, and the rms."""
-    unit, rms = _unit_rms(memory, K * V, _TINY)
-    modes = _rotate(tl.trans(basis), unit)
-    relative = tl.sum(modes * modes, 1) / V  # the basis is orthonormal: the mean energy of unit rms is V
-    return modes, relative, _sigmoid(sharpness * (relative - energy) + bias), rms
 
 
 @_kernel
@@ -312,20 +141,6 @@ def _is_boundary(since_boundary, chunk_end, end, interval, C: tl.constexpr):
 
 
 @_kernel
-def _consolidate(
-    memory, writes, forgetting, force, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy,
-    K, V, SNR: tl.constexpr, RESONANCE: tl.constexpr,
-):  # fmt: skip
-    if SNR:
-        _, keep, _, survival = _snr_factors(memory, forgetting, force, threshold, temperature, gamma_boost, K * V)
-        memory = memory * survival + (force * (eta_boost - 1)) * (keep * writes)
-    if RESONANCE:
-        modes, _, gate, rms = _resonate(memory, basis, sharpness, bias, energy, K, V)
-        memory = _rotate(basis, gate[:, None] * modes) * rms
-    return memory
-
-
-@_kernel
 def _left(
     before, forgetting_before, totals, initial_writes, chunk, first, since_boundary, row, head, heads, interval, square,
     in_square, K, V, C: tl.constexpr, STATE: tl.constexpr,
@@ -340,48 +155,6 @@ def _left(
     place = chunk * heads + head
     since = tl.load(forgetting_before + place) + tl.load(totals + place)
     return held * tl.exp(tl.load(forgetting_before + origin * heads + head) - since)
-
-
-@_kernel
-def _consolidate_back(
-    grad, memory, writes, forgetting, force, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost,
-    energy, K, V, BK: tl.constexpr, SNR: tl.constexpr, STRENGTH: tl.constexpr, RESONANCE: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the memory, the writes, Γ̄ and the strength, and of the sharpness and the bias by mode."""
-    grad_sharpness, grad_bias = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
-    grad_writes, grad_forgetting, grad_strength = tl.zeros_like(grad), 0.0, 0.0
-    scale, keep, excess, survival = _snr_factors(memory, forgetting, force, threshold, temperature, gamma_boost, K * V)
-    if RESONANCE:
-        filtered = memory
-        if SNR:
-            filtered = memory * survival + (force * (eta_boost - 1)) * (keep * writes)
-        modes, relative, gate, rms = _resonate(filtered, basis, sharpness, bias, energy, K, V)
-        unit, grad_rms = _unit_rms(grad, K * V, _LEAST)
-        grad_modes = _rotate(tl.trans(basis), unit)
-        grad_bias = tl.sum(grad_modes * modes, 1) * (gate * (1 - gate) * (grad_rms * rms))
-        grad_sharpness = grad_bias * (relative - energy)
-        grad_relative = sharpness * grad_bias
-        grad_energy = (grad_relative - tl.sum(grad_relative * relative) / K) * (2 / (V * rms))
-        grad_modes = grad_modes * (gate * grad_rms)[:, None] + modes * grad_energy[:, None]
-        unit, grad_rms = _unit_rms(grad_modes, K * V, _LEAST)
-        grad = _rotate(basis, unit) * grad_rms
-    if SNR:
-        direct = grad * survival
-        grad_exponent = direct * memory
-        if STRENGTH:  # in two parts: here it takes no registers
-            grad_strength += (eta_boost - 1) * tl.sum(keep * (writes * grad))
-        grad_keep = excess * grad_exponent + (force * (eta_boost - 1)) * (writes * grad)
-        grad_ratio = grad_keep * (keep * (1 - keep) * (1 / temperature))
-        # In units of the rms: the cube of the scale leaves the range of float32 before the memory's square does.
-        from_scale = tl.sum(grad_ratio * (tl.abs(memory) * scale)) * (scale * scale / (K * V))
-        grad_writes = (force * (eta_boost - 1)) * (keep * grad)
-        of_boost = (gamma_boost - 1) * tl.sum((keep - 1) * grad_exponent)
-        grad_forgetting = force * of_boost
-        if STRENGTH:
-            grad_strength += forgetting * of_boost
-        grad_ratio = tl.where(memory < 0, -grad_ratio, tl.where(memory > 0, grad_ratio, 0.0))
-        grad = direct + grad_ratio * scale - from_scale * memory
-    return grad, grad_writes, grad_forgetting, grad_strength, grad_sharpness, grad_bias
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels
@@ -402,7 +175,7 @@ def _sum_decays(
     place = chunk * heads + head
     tl.store(totals + place, tl.sum(given, 0).to(tl.float32))
     # What is left after 40 is nothing in float32; smaller sums keep more digits.
-    cumulative = tl.cumsum(tl.minimum(given, 40.0), 0) * _LOG2_E
+    cumulative = tl.cumsum(tl.minimum(given, 40.0), 0) * LOG2_E
     rounded, slots = cumulative.to(tl.float32), place * C + tl.arange(0, C)
     tl.store(high + slots, rounded)
     if not HALF:
@@ -456,13 +229,13 @@ def _walk(
                 tl.store(forgetting_before + place, forgetting)
         if READ:
             query = _tile(q, q_token, tokens, keys, inside, K)
-            scores = tl.dot(query, tl.trans(key), input_precision=_PRECISION)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
             scores = scores * _decay_between(cumulative, rest, C, HALF) * rate
-            out = tl.dot(query, memory.to(query.dtype), input_precision=_PRECISION) * from_start[:, None]
-            out = tl.dot(scores.to(value.dtype), value, out, input_precision=_PRECISION)
+            out = tl.dot(query, memory.to(query.dtype), input_precision=PRECISION) * from_start[:, None]
+            out = tl.dot(scores.to(value.dtype), value, out, input_precision=PRECISION)
             _store_tile(readout + head * V, heads * V, tokens, values, inside, V, out.to(readout.dtype.element_ty))
         key = (key * (rate * to_end)[:, None]).to(value.dtype)
-        written = tl.dot(tl.trans(key), value, input_precision=_PRECISION)
+        written = tl.dot(tl.trans(key), value, input_precision=PRECISION)
         kept = tl.exp(-total)
         memory = memory * kept + written
         total_decay += total
@@ -471,7 +244,7 @@ def _walk(
             forgetting += total
         if CONSOLIDATE:  # noqa: SIM102 (the outer one when the kernel is compiled)
             if _is_boundary(since_boundary + i + 1, slot + (i + 1) * C, end, interval, C):
-                memory = _consolidate(
+                memory = consolidate(
                     memory, writes, forgetting, force, modes, steepness, offset, threshold, temperature, gamma_boost,
                     eta_boost, energy, K, V, SNR, RESONANCE,
                 )  # fmt: skip
@@ -558,13 +331,13 @@ def _walk_back(
                 key = _tile(k, k_token, tokens, keys, inside, K)
                 value = _tile(v, v_token, tokens, values, inside, V)
                 key = (key * (rate * to_end)[:, None]).to(value.dtype)
-                full = tl.dot(tl.trans(key), value, memory * kept, input_precision=_PRECISION)
+                full = tl.dot(tl.trans(key), value, memory * kept, input_precision=PRECISION)
                 left = _left(
                     before, forgetting_before, totals, initial_writes, chunk + i, chunk, since_boundary + i, row, head,
                     heads, interval, square, in_square, K, V, C, STATE,
                 )  # fmt: skip
                 forgetting = tl.load(forgetting_before + place) + total
-                grad, grad_writes, grad_forgetting, one_strength, one_sharpness, one_bias = _consolidate_back(
+                grad, grad_writes, grad_forgetting, one_strength, one_sharpness, one_bias = consolidate_back(
                     grad, full, full - left, forgetting, force, modes, steepness, offset, threshold, temperature,
                     gamma_boost, eta_boost, energy, K, V, BK, SNR, strength is not None, RESONANCE,
                 )  # fmt: skip
@@ -582,7 +355,7 @@ def _walk_back(
         if CARRY:
             grad_writes = grad_writes * kept
         query = (query * from_start[:, None]).to(query.dtype)
-        grad = tl.dot(tl.trans(query), upstream, grad * kept, input_precision=_PRECISION)
+        grad = tl.dot(tl.trans(query), upstream, grad * kept, input_precision=PRECISION)
 
     tl.store(grad_initial + row * K * V + square, grad, mask=in_square)
     if CARRY:
@@ -622,8 +395,8 @@ def _chunk_gradients(
 
     # Within the chunk. A token's own term does not depend on the decay: left out, it costs the others no digits.
     between = _decay_between(cumulative, rest, C, HALF) * rate
-    scores = tl.dot(query, tl.trans(key), input_precision=_PRECISION)
-    score_grad = tl.dot(upstream, tl.trans(value), input_precision=_PRECISION) * between
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    score_grad = tl.dot(upstream, tl.trans(value), input_precision=PRECISION) * between
     earlier = tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
     exponents = tl.where(earlier, score_grad * scores, 0.0)
     of_cumulative = tl.sum(exponents, 0) - tl.sum(exponents, 1)
@@ -632,19 +405,19 @@ def _chunk_gradients(
 
     # And through the memory.
     scaled_key = (key * (rate * to_end)[:, None]).to(value.dtype)
-    value_grad = tl.dot(scaled_key, of_written, input_precision=_PRECISION)
-    value_grad = tl.dot(tl.trans(scores), upstream, value_grad, input_precision=_PRECISION)
+    value_grad = tl.dot(scaled_key, of_written, input_precision=PRECISION)
+    value_grad = tl.dot(tl.trans(scores), upstream, value_grad, input_precision=PRECISION)
     _store_tile(grad_v + head * V, heads * V, tokens, values, inside, V, value_grad.to(grad_v.dtype.element_ty))
 
-    query_grad = tl.dot(upstream, tl.trans(memory), input_precision=_PRECISION) * from_start[:, None]
+    query_grad = tl.dot(upstream, tl.trans(memory), input_precision=PRECISION) * from_start[:, None]
     of_cumulative -= tl.sum(query_grad * query, 1)
-    query_grad = tl.dot(score_grad, key, query_grad, input_precision=_PRECISION)
+    query_grad = tl.dot(score_grad, key, query_grad, input_precision=PRECISION)
     _store_tile(grad_q + head * K, heads * K, tokens, keys, inside, K, query_grad.to(grad_q.dtype.element_ty))
 
-    key_grad = tl.dot(value, tl.trans(of_written), input_precision=_PRECISION) * (rate * to_end)[:, None]
+    key_grad = tl.dot(value, tl.trans(of_written), input_precision=PRECISION) * (rate * to_end)[:, None]
     from_keys = tl.sum(key_grad * key, 1)
     of_cumulative += from_keys
-    key_grad = tl.dot(tl.trans(score_grad), query, key_grad, input_precision=_PRECISION)
+    key_grad = tl.dot(tl.trans(score_grad), query, key_grad, input_precision=PRECISION)
     _store_tile(grad_k + head * K, heads * K, tokens, keys, inside, K, key_grad.to(grad_k.dtype.element_ty))
     # An η that has underflown is out of reach: its logarithm has a gradient of zero.
     tl.store(grad_eta + place, tl.where(rate > 0, tl.sum(key_grad * key) / rate, 0.0))
@@ -683,7 +456,7 @@ def _advance(
         if boundary:
             keys = tl.arange(0, BK)
             modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
-            state = _consolidate(
+            state = consolidate(
                 state, wrote, forgot, force, modes, steepness, offset, threshold, temperature, gamma_boost, eta_boost,
                 energy, K, V, SNR, RESONANCE,
             )  # fmt: skip
@@ -794,7 +567,7 @@ def _join(
         kept = tl.exp(-total)
         memory, writes, forgetting = memory * kept + written, writes * kept + written, forgetting + total
         if boundary:
-            memory = _consolidate(
+            memory = consolidate(
                 memory, writes, forgetting, force, modes, steepness, offset, threshold, temperature, gamma_boost,
                 eta_boost, energy, K, V, SNR, RESONANCE,
             )  # fmt: skip
@@ -855,9 +628,9 @@ def _join_back(
             kept = tl.exp(-total)
             memory = tl.load(before + place * K * V + square, mask=in_square, other=0.0)
             key = (key * (rate * to_end)[:, None]).to(value.dtype)
-            full = tl.dot(tl.trans(key), value, memory * kept, input_precision=_PRECISION)
+            full = tl.dot(tl.trans(key), value, memory * kept, input_precision=PRECISION)
             forgetting = tl.load(forgetting_before + place) + total
-            grad, grad_writes, grad_forgetting, one_strength, one_sharpness, one_bias = _consolidate_back(
+            grad, grad_writes, grad_forgetting, one_strength, one_sharpness, one_bias = consolidate_back(
                 grad, full, full - left, forgetting, force, modes, steepness, offset, threshold, temperature,
                 gamma_boost, eta_boost, energy, K, V, BK, SNR, strength is not None, RESONANCE,
             )  # fmt: skip
@@ -913,9 +686,9 @@ class _Call:
         energy: float,
     ):
         if segments is not None and chunks is not None:
-            self.layout = _Layout(segments, chunks)
+            self.layout = Layout(segments, chunks)
         else:
-            self.layout = _layout_of(q, position, cu_seqlens, interval)
+            self.layout = layout_of(q, position, cu_seqlens, interval)
         self.heads = q.shape[2]
         self.tokens = [_rows(x.to(_product_dtype(q, k, v))) for x in (q, k, v)]
         self.eta = eta.float().contiguous()
@@ -1209,7 +982,7 @@ def _dissipative_memory_triton(
             position = torch.zeros(len(q), dtype=torch.long)
         readout, memory, writes, forgetting = _memory_step(*tensors, position.to(q.device), **constants)
     else:
-        tables = _tables_on_device(cu_seqlens, position, q.shape[1], constants["interval"])
+        tables = tables_on_device(cu_seqlens, position, q.shape[1], constants["interval"])
         outputs = _memory(*tensors, position, cu_seqlens, *tables, **constants, save=needs_gradient)
         readout, memory, writes, forgetting, *_ = outputs
     if constants["interval"]:
@@ -1311,7 +1084,7 @@ def _memory(
 
     ``snr`` holds threshold, temperature, gamma_boost and eta_boost, or nothing; ``interval`` is 0 without
     consolidation, and then the final writes and Γ̄ mean nothing. What is saved has a row for every chunk there may be.
-    ``segments`` and ``chunks`` are what ``_tables_on_device`` gives; without them Python reads the offsets.
+    ``segments`` and ``chunks`` are what ``tables_on_device`` gives; without them Python reads the offsets.
     """
     call = _Call(
         q, k, v, decay, eta, strength, basis, sharpness, bias, position, cu_seqlens, segments, chunks, interval, snr,
@@ -1363,7 +1136,7 @@ def _room(
     if cu_seqlens is None:
         chunks = batch * -(-length // CHUNK) + (sequences if position is not None else 0)
     else:
-        chunks = _most_chunks(length, sequences, position is not None)
+        chunks = most_chunks(length, sequences, position is not None)
     chunks = chunks if save else 0
 
     def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

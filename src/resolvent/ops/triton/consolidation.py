@@ -1,0 +1,111 @@
+"""Consolidation of a memory in a program's registers, and its adjoint: ``ops.consolidation`` in Triton.
+
+Shapes: K key width, V value width, both as far as they are padded.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+_kernel: Any = triton.jit
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+PRECISION = tl.constexpr("tf32x3")  # of float32 products
+_TINY = tl.constexpr(1e-20)  # that of ``ops.consolidation``
+_LEAST = tl.constexpr(1e-35)  # added to the mean square of a gradient, which may be small
+
+
+@_kernel
+def sigmoid(x):
+    # 1 / y is rsqrt(y)²: two instructions, where a division takes eight.
+    root = tl.rsqrt(1 + tl.exp2(-(x * LOG2_E)))
+    return root * root
+
+
+@_kernel
+def snr_factors(memory, forgetting, force, threshold, temperature, gamma_boost, size):
+    """``1 / rms``, ``p``, the excess ``s (gamma_boost - 1) Γ̄`` and the survival (see ``ops.consolidation``)."""
+    scale = tl.rsqrt(tl.sum(memory * memory) / size + _TINY)
+    keep = sigmoid(tl.abs(memory) * (scale / temperature) - threshold / temperature)
+    excess = force * (gamma_boost - 1) * forgetting
+    return scale, keep, excess, tl.exp2((excess * LOG2_E) * (keep - 1))
+
+
+@_kernel
+def unit_rms(x, size, tiny):
+    """x divided by its rms, and the rms."""
+    mean_square = tl.sum(x * x) / size + tiny
+    inverse = tl.rsqrt(mean_square)
+    return x * inverse, mean_square * inverse
+
+
+@_kernel
+def rotate(basis, x):
+    """``basis @ x``: numbers of unit rms are held by float16 as well as by tf32, whose products cost twice as much."""
+    return tl.dot(basis, x.to(basis.dtype), input_precision=PRECISION)
+
+
+@_kernel
+def resonate(memory, basis, sharpness, bias, energy, K, V):
+    """Modes of a memory in units of its rms, their energies relative to the mean, the gate, and the rms."""
+    unit, rms = unit_rms(memory, K * V, _TINY)
+    modes = rotate(tl.trans(basis), unit)
+    relative = tl.sum(modes * modes, 1) / V  # the basis is orthonormal: the mean energy of unit rms is V
+    return modes, relative, sigmoid(sharpness * (relative - energy) + bias), rms
+
+
+@_kernel
+def consolidate(
+    memory, writes, forgetting, force, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy,
+    K, V, SNR: tl.constexpr, RESONANCE: tl.constexpr,
+):  # fmt: skip
+    if SNR:
+        _, keep, _, survival = snr_factors(memory, forgetting, force, threshold, temperature, gamma_boost, K * V)
+        memory = memory * survival + (force * (eta_boost - 1)) * (keep * writes)
+    if RESONANCE:
+        modes, _, gate, rms = resonate(memory, basis, sharpness, bias, energy, K, V)
+        memory = rotate(basis, gate[:, None] * modes) * rms
+    return memory
+
+
+@_kernel
+def consolidate_back(
+    grad, memory, writes, forgetting, force, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost,
+    energy, K, V, BK: tl.constexpr, SNR: tl.constexpr, STRENGTH: tl.constexpr, RESONANCE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the memory, the writes, Γ̄ and the strength, and of the sharpness and the bias by mode."""
+    grad_sharpness, grad_bias = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
+    grad_writes, grad_forgetting, grad_strength = tl.zeros_like(grad), 0.0, 0.0
+    scale, keep, excess, survival = snr_factors(memory, forgetting, force, threshold, temperature, gamma_boost, K * V)
+    if RESONANCE:
+        filtered = memory
+        if SNR:
+            filtered = memory * survival + (force * (eta_boost - 1)) * (keep * writes)
+        modes, relative, gate, rms = resonate(filtered, basis, sharpness, bias, energy, K, V)
+        unit, grad_rms = unit_rms(grad, K * V, _LEAST)
+        grad_modes = rotate(tl.trans(basis), unit)
+        grad_bias = tl.sum(grad_modes * modes, 1) * (gate * (1 - gate) * (grad_rms * rms))
+        grad_sharpness = grad_bias * (relative - energy)
+        grad_relative = sharpness * grad_bias
+        grad_energy = (grad_relative - tl.sum(grad_relative * relative) / K) * (2 / (V * rms))
+        grad_modes = grad_modes * (gate * grad_rms)[:, None] + modes * grad_energy[:, None]
+        unit, grad_rms = unit_rms(grad_modes, K * V, _LEAST)
+        grad = rotate(basis, unit) * grad_rms
+    if SNR:
+        direct = grad * survival
+        grad_exponent = direct * memory
+        if STRENGTH:  # in two parts: here it takes no registers
+            grad_strength += (eta_boost - 1) * tl.sum(keep * (writes * grad))
+        grad_keep = excess * grad_exponent + (force * (eta_boost - 1)) * (writes * grad)
+        grad_ratio = grad_keep * (keep * (1 - keep) * (1 / temperature))
+        # In units of the rms: the cube of the scale leaves the range of float32 before the memory's square does.
+        from_scale = tl.sum(grad_ratio * (tl.abs(memory) * scale)) * (scale * scale / (K * V))
+        grad_writes = (force * (eta_boost - 1)) * (keep * grad)
+        of_boost = (gamma_boost - 1) * tl.sum((keep - 1) * grad_exponent)
+        grad_forgetting = force * of_boost
+        if STRENGTH:
+            grad_strength += forgetting * of_boost
+        grad_ratio = tl.where(memory < 0, -grad_ratio, tl.where(memory > 0, grad_ratio, 0.0))
+        grad = direct + grad_ratio * scale - from_scale * memory
+    return grad, grad_writes, grad_forgetting, grad_strength, grad_sharpness, grad_bias
