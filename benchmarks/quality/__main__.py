@@ -13,9 +13,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from tokenizers import Tokenizer
 
-from benchmarks.quality import language, models, mqar, report, results, variants
+from benchmarks.quality import language, models, mqar, needle, report, results, variants
 from benchmarks.quality.training import Clock, Mode, OutOfTimeError
+from resolvent.evaluation.needle import NEAREST
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 console = Console(stderr=True)
@@ -96,6 +98,43 @@ def learn_language(
             run_all(jobs, name, experiment, clock, keep)
 
 
+@app.command("needle")
+def learn_needle(
+    text: Annotated[Path, typer.Option(help="What `tokens` wrote, with a tokenizer.")],
+    out: Out = Path("benchmarks/quality/results/needle.jsonl"),
+    plan: Annotated[str, typer.Option(help=", ".join(language.PLANS))] = "corpus",
+    names: Annotated[str, typer.Option("--models", help=Models.__metadata__[0].help)] = "peers",
+    rates: Rates = "2e-3",
+    seeds: Seeds = 1,
+    first_seed: FirstSeed = 0,
+    budget_seconds: Budget = 500.0,
+    steps: int | None = None,
+    length: int | None = None,
+    longest: Annotated[int, typer.Option(min=NEAREST, help="Longest distance.")] = needle.Probe.longest,
+    samples: Annotated[int, typer.Option(min=1, help="Keys asked for at every distance.")] = needle.Probe.samples,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help=Compile.__metadata__[0].help)] = True,
+    capture: Capture = True,
+) -> None:
+    """Train models on text that asks for facts, and ask them over longer and longer distances."""
+    clock, corpus, device = Clock.of(budget_seconds), language.Text.load(text), pick_device()
+    if not corpus.tokenizer:
+        raise typer.BadParameter(f"{text} holds characters: questions take a tokenizer")
+    given = {name: x for name, x in dict(steps=steps, length=length).items() if x is not None}
+    chosen, probe = dataclasses.replace(language.PLANS[plan], **given), needle.Probe(longest, samples)
+    phrases = needle.Phrases.of(Tokenizer.from_str(corpus.tokenizer))
+    mode = mode_for(device, compiled, capture, autocast=True)
+    seeds_wanted = range(first_seed, first_seed + seeds)
+    jobs = Jobs(out, needle.settings(chosen, corpus, probe), rates, seeds_wanted, "loss", True)
+
+    def experiment(name: str) -> needle.Experiment:
+        contestant = models.build(name, chosen.size(corpus.vocabulary), device)
+        return needle.Experiment(contestant, corpus, chosen, mode, phrases, probe)
+
+    with until(clock):
+        for name in expand(names):
+            run_all(jobs, name, experiment, clock)
+
+
 @app.command("mqar")
 def learn_recall(
     out: Out,
@@ -141,7 +180,7 @@ def draw_report(
     paths: Annotated[list[Path], typer.Argument(help="Files of runs.")],
     out: Annotated[Path, typer.Option(help="Picture to write: .svg, .png or .pdf.")],
 ) -> None:
-    """Draw what the runs say: losses, what mechanisms are worth, recall by the size of the state."""
+    """Draw what the runs say: losses, what mechanisms are worth, recall by the size of the state and by distance."""
     from benchmarks.quality import plots  # needs matplotlib
 
     plots.plot(_runs(paths), out)

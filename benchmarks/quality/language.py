@@ -238,8 +238,7 @@ class Experiment:
         self.contestant.reset(seed)
         torch.manual_seed(seed)
         plan = self.plan
-        starts = window_starts(len(self.stream), plan.length, plan.batch, plan.steps, seed)
-        self.starts.copy_(torch.from_numpy(starts))
+        self._draw(seed)
         self.trainer.start(plan.schedule.rates(learning_rate))
         curve, seconds, finite, nats = [], 0.0, True, torch.full((1, plan.length), math.nan)
         for end in evaluation_steps(plan.steps, plan.evaluations):
@@ -277,9 +276,19 @@ class Experiment:
             save_model(model, folder)
             save_tokenizer(Tokenizer.from_str(self.text.tokenizer), folder)
 
-    def _loss(self, step: Tensor) -> Tensor:
+    def _draw(self, seed: int) -> None:
+        """Lay down on the device what the steps of a run read."""
+        plan = self.plan
+        starts = window_starts(len(self.stream), plan.length, plan.batch, plan.steps, seed)
+        self.starts.copy_(torch.from_numpy(starts))
+
+    def _window(self, step: Tensor) -> Tensor:
+        """The tokens that a step reads and predicts, int64 (B, N + 1)."""
         places = self.starts.index_select(0, step).view(-1, 1)
-        window = self.stream[places + torch.arange(self.plan.length + 1, device=self.device)].long()
+        return self.stream[places + torch.arange(self.plan.length + 1, device=self.device)].long()
+
+    def _loss(self, step: Tensor) -> Tensor:
+        window = self._window(step)
         return self.contestant.model(window[:, :-1].contiguous(), labels=window[:, 1:].contiguous())
 
     def _validate(self) -> Tensor:

@@ -1,17 +1,19 @@
-"""Pictures of runs: how well models predict, what mechanisms are worth, and recall against the size of the state."""
+"""Pictures of runs: how well models predict, what mechanisms are worth, and recall against the size of the state and
+against distance."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.quality.report import Row, differences, losses, recalls, standard_error
+from benchmarks.quality.report import Row, differences, losses, needles, recalls, standard_error
 from benchmarks.quality.results import Record
 
 _OURS, _OTHERS = "#d55e00", "#0072b2"  # told apart by colour-blind readers, too
@@ -24,9 +26,10 @@ def plot(records: Sequence[Record], path: Path) -> None:
     Raises:
         ValueError: there is nothing to draw.
     """
-    panels = [panel for panel in (_language(records), _mechanisms(records), _recall(records)) if panel is not None]
+    drawn = (_language(records), _mechanisms(records), _recall(records), _needle(records))
+    panels = [panel for panel in drawn if panel is not None]
     if not panels:
-        raise ValueError("the files hold no runs of a language or of mqar that stayed finite")
+        raise ValueError("the files hold no runs of a language, mqar or needle that stayed finite")
     width, height = _PANEL
     figure = Figure(figsize=(width * len(panels), height), layout="constrained")
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -62,8 +65,7 @@ def _recall(records: Sequence[Record]) -> Draw | None:
     def draw(axes: Axes) -> None:
         for i, name in enumerate(dict.fromkeys(row.name for row in rows)):
             points = [(row.kilobytes, statistics.mean(row.accuracies)) for row in rows if row.name == name]
-            look = dict(color=_OURS if name.startswith("phase2") else _OTHERS, marker="ox^sDv"[i % 6])
-            axes.plot(*zip(*points, strict=True), label=_name(name), **look)
+            axes.plot(*zip(*points, strict=True), label=_name(name), **_look(name, i))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("state, KB")
@@ -71,6 +73,29 @@ def _recall(records: Sequence[Record]) -> Draw | None:
         axes.legend(frameon=False)
 
     return draw if rows else None
+
+
+def _needle(records: Sequence[Record]) -> Draw | None:
+    """Models of the setting with the most of them."""
+    rows = max(needles(records), key=len, default=[])
+
+    def draw(axes: Axes) -> None:
+        for i, row in enumerate(rows):
+            shares, errors = zip(*row.exact.values(), strict=True)
+            label = row.name.replace("phase2/", "Phase 2, ") if "/" in row.name else _name(row.name)
+            axes.errorbar(list(row.exact), shares, yerr=errors, label=label, capsize=3, **_look(row.name, i))
+        axes.set_xscale("log", base=4)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_xlabel("tokens between fact and question")
+        axes.set_ylabel("exact answers")
+        axes.legend(frameon=False)
+
+    return draw if rows else None
+
+
+def _look(model: str, number: int) -> dict[str, Any]:
+    return dict(color=_OURS if model.startswith("phase2") else _OTHERS, marker="ox^sDv"[number % 6])
 
 
 def _dots(axes: Axes, rows: Sequence[Row], label: str) -> None:

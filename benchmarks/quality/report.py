@@ -26,8 +26,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
     """All that can be said of the runs, for each setting by itself."""
     found = []
     for runs in _by_setting(records):
-        task = runs[0]["settings"]["task"]
-        found += _language(runs) if task == "language" else _recall(runs)
+        found += _TABLES[runs[0]["settings"]["task"]](runs)
     if recall := _of_task(records, "mqar"):
         found.append(_recall_curve(recall))
     return found
@@ -239,3 +238,58 @@ def _recall_curve(records: list[Record]) -> Table:
     for name, kilobytes, accuracies, width, heads in recalls(records):
         table.add_row(name, f"{kilobytes:,.1f}", average(accuracies, 3), str(width), str(heads))
     return table
+
+
+class Needle(NamedTuple):
+    """What a model at its best learning rate recalls.
+
+    Attributes:
+        name: of the model.
+        seeds: that stayed finite.
+        exact: by distance, the part of the answers that is exact and its standard error: over seeds, or over samples
+            where there is one seed.
+        nats: by distance, of an answer, for every seed where they are finite.
+    """
+
+    name: str
+    seeds: int
+    exact: dict[int, tuple[float, float]]
+    nats: dict[int, list[float]]
+
+
+def needles(records: Sequence[Record]) -> list[list[Needle]]:
+    """For each setting, what every model recalls."""
+    found = []
+    for runs in _by_setting(_of_task(records, "needle")):
+        best = [(name, _at_best(of, "loss", smallest=True)[1]) for name, of in _by_model(runs).items()]
+        found.append([_needle_of(name, kept) for name, kept in best if kept])
+    return found
+
+
+def _needle_of(name: str, runs: list[Record]) -> Needle:
+    exact, nats = {}, {}
+    for distance in runs[0]["needle"]:
+        scores = [run["needle"][distance] for run in runs]
+        shares = [score["exact"] for score in scores]
+        error = standard_error(shares) if len(shares) > 1 else scores[0]["exact_error"] or 0.0
+        exact[int(distance)] = statistics.mean(shares), error
+        nats[int(distance)] = [score["nats"] for score in scores if score["nats"] is not None]
+    return Needle(name, len(runs), exact, nats)
+
+
+def _needle(records: list[Record]) -> list[Table]:
+    models, (rows,) = _by_model(records), needles(records)
+    found = [_models_table(_title(records), models), _rates_table("loss by learning rate", models, "loss", 4)]
+    distances = [f"{distance:,}" for distance in (rows[0].exact if rows else ())]
+    exact = _table(
+        "exact answers in percent by distance, ± over seeds, or over samples of one seed", "model", "seeds", *distances
+    )
+    nats = _table("nats of an answer by distance", "model", "seeds", *distances)
+    for row in rows:
+        shares = (f"{100 * share:.1f} ± {100 * error:.1f}" for share, error in row.exact.values())
+        exact.add_row(row.name, str(row.seeds), *shares)
+        nats.add_row(row.name, str(row.seeds), *(average(values, 2) for values in row.nats.values()))
+    return [*found, exact, nats]
+
+
+_TABLES: dict[str, Callable[[list[Record]], list[Table]]] = {"language": _language, "mqar": _recall, "needle": _needle}

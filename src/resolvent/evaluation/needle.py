@@ -34,7 +34,7 @@ NEAREST = 16
 """Tokens between the fact and the first question."""
 _LEAD = 128
 """The fact comes after fewer tokens of text than this."""
-_PASS_KEYS = range(10_000, 100_000)
+PASS_KEYS = range(10_000, 100_000)
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ def evaluate_needle(
     """
     if samples < 1:
         raise ConfigError(f"samples must be >= 1, got {samples}")
-    if not 2 <= candidates <= len(_PASS_KEYS):
-        raise ConfigError(f"candidates must be between 2 and {len(_PASS_KEYS):,}, got {candidates}")
+    if not 2 <= candidates <= len(PASS_KEYS):
+        raise ConfigError(f"candidates must be between 2 and {len(PASS_KEYS):,}, got {candidates}")
     distances = doubling(NEAREST, length)
     haystack = _hide(stream, tokenizer, length, samples, candidates, np.random.default_rng(seed))
     lanes = max(1, batch_tokens // (2 * _LEAD))
@@ -173,7 +173,7 @@ def _hide(
     separator = np.array([separator_of(stream)])
     leads, facts, fillers, answers = [], [], [], []
     for text in texts:
-        keys = _PASS_KEYS.start + random.choice(len(_PASS_KEYS), candidates, replace=False)
+        keys = PASS_KEYS.start + random.choice(len(PASS_KEYS), candidates, replace=False)
         lead = int(random.integers(_LEAD))
         leads.append(np.concatenate([separator, text[:lead]]))
         facts.append(encode(FACT.format(key=keys[0])))

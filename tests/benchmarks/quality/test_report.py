@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from benchmarks.quality import results
 from benchmarks.quality.__main__ import Jobs, app, expand
 from benchmarks.quality.plots import plot
-from benchmarks.quality.report import average, differences, losses, recalls, tables
+from benchmarks.quality.report import average, differences, losses, needles, recalls, tables
 
 SETTINGS = {"task": "language", "width": 8}
 
@@ -152,6 +152,33 @@ def test_rows_of_pictures():
     assert gaps == pytest.approx([-0.1, -0.05, -0.05])
     rows = [(row.name, row.kilobytes, row.accuracies) for row in recalls(RECALLED)]
     assert rows == [("gla", 4.0, [0.5]), ("gla", 8.0, [0.8]), ("phase2", 4.0, [0.7])]
+
+
+def asked(model: str, seed: int, loss: float | None, *shares: float) -> results.Record:
+    scores = [{"exact": share, "exact_error": 0.125, "nats": 2.0 + seed if share else None} for share in shares]
+    found = dict(zip(("16", "64"), scores, strict=True)) if loss is not None else None
+    return run(model, 1e-3, seed, loss, settings={"task": "needle", "width": 8}, needle=found)
+
+
+ASKED = [
+    asked("gla", 0, 3.0, 1.0, 0.5),
+    asked("gla", 1, 3.1, 0.75, 0.0),
+    asked("phase2/no-floor", 0, 3.2, 0.5, 0.0),
+    asked("mamba2", 0, None),
+]
+
+
+def test_recall_is_shown_against_distance(tmp_path: Path):
+    ((gla, phase2),) = needles(ASKED)
+    assert gla == ("gla", 2, {16: (0.875, 0.125), 64: (0.25, 0.25)}, {16: [2.0, 3.0], 64: [2.0]})
+    assert phase2 == ("phase2/no-floor", 1, {16: (0.5, 0.125), 64: (0.0, 0.125)}, {16: [2.0], 64: []})
+    text = lines(RUNS + ASKED)
+    assert ["gla", "2", "87.5", "±", "12.5", "25.0", "±", "25.0"] in text
+    assert ["phase2/no-floor", "1", "2.00", "-"] in text
+    plot(ASKED, tmp_path / "runs.svg")
+    picture = (tmp_path / "runs.svg").read_text()
+    assert "GLA" in picture and "Phase 2, no-floor" in picture and "Mamba-2" not in picture
+    assert lines([ASKED[-1]])  # of runs that all failed, too
 
 
 def test_groups_of_models():
