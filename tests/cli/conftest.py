@@ -47,7 +47,7 @@ def small() -> list[str]:
     """Options that make a model small and quick to train."""
     sizes = ("d_model=32", "n_layers=2", "num_heads=2", "head_dim=16", "consolidation_interval=64")
     options = [part for size in sizes for part in ("--set", size)]
-    return [*options, "--seq-len", "64", "--batch-size", "2", "--device", "cpu"]
+    return [*options, "--seq-len", "65", "--batch-size", "2", "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Whole runs of a model that is small enough to train in a second."""
 
+import dataclasses
 import json
 import math
 import os
@@ -458,3 +459,18 @@ def test_steps_are_replayed_where_that_is_safe(
 
 def test_the_manifest_lists_all_files_of_the_tokenizer():
     assert set(TOKENIZER_FILES) < set(fixed_files())
+
+
+@pytest.mark.parametrize(("interval", "enabled", "said"), [(256, True, True), (64, True, True), (256, False, False)])
+def test_mechanisms_that_no_window_reaches_are_said(small_config, caplog, interval: int, enabled: bool, said: bool):
+    model = dataclasses.replace(
+        small_config().model, consolidation_interval=interval, snr_enabled=enabled, resonance_enabled=enabled
+    )
+    train(small_config(model=model, steps=1, seq_len=64))
+    assert any(f"consolidated every {interval} tokens" in message for message in caplog.messages) == said
+
+
+def test_mechanisms_that_windows_reach_are_not_mentioned(small_config, caplog):
+    model = dataclasses.replace(small_config().model, consolidation_interval=64)
+    train(small_config(model=model, steps=1, seq_len=65))
+    assert not any("consolidated every" in message for message in caplog.messages)

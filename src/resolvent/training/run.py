@@ -68,6 +68,8 @@ def _train(config: TrainingConfig, console: Console | None) -> TrainingResult:
     console = _console(console, accelerator)
     corpus = load_corpus(config, tokenizer, progress=console.is_terminal)
     model = _initial_model(config, corpus, accelerator)
+    if accelerator.is_main_process:
+        _warn_of_what_is_not_trained(model, config.seq_len)
     trainer = Trainer(config, accelerator, corpus, model, console)
     accelerator.wait_for_everyone()  # nobody writes before everybody has found the folder empty
     first = accelerator.is_main_process
@@ -152,6 +154,20 @@ def _resume(config: TrainingConfig, fingerprint: str, accelerator: Accelerator, 
     trainer = Trainer(config, accelerator, corpus, model, console)
     trainer.restore(checkpoint)
     return trainer.run()
+
+
+def _warn_of_what_is_not_trained(model: IntegratedModel, seq_len: int) -> None:
+    """Say so where no window is long enough for a consolidation to change what it predicts."""
+    wanted = model.config
+    if not isinstance(wanted, Phase2Config) or not (wanted.snr_enabled or wanted.resonance_enabled):
+        return
+    if seq_len <= wanted.consolidation_interval:
+        logger.warning(
+            "Memories are consolidated every %d tokens (consolidation_interval), and windows have %d: SNR filter and "
+            "resonance will not be trained. --set consolidation_interval=64 or a longer --seq-len lets them.",
+            wanted.consolidation_interval,
+            seq_len,
+        )
 
 
 def _saved_tokenizer(config: TrainingConfig) -> Tokenizer | None:

@@ -175,7 +175,15 @@ class Phase2Config(ModelConfig):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        vocab_size=257, d_model=128, n_layers=3, n_seq=256, num_heads=4, head_dim=32, dropout=0.0, target_vram_gb=1.0
+        vocab_size=257,
+        d_model=128,
+        n_layers=3,
+        n_seq=256,
+        num_heads=4,
+        head_dim=32,
+        dropout=0.0,
+        consolidation_interval=64,
+        target_vram_gb=1.0,
     ),
     "small": dict(d_model=256, n_layers=4, n_seq=512, num_heads=4, target_vram_gb=4.0),
     "base": dict(d_model=512, n_layers=6, n_seq=1024, num_heads=8, target_vram_gb=8.0),
