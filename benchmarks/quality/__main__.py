@@ -77,10 +77,9 @@ def learn_language(
 ) -> None:
     """Train models to predict text, and validate them."""
     clock = Clock.of(budget_seconds)
-    given = dict(
-        steps=steps, batch=batch, length=length, parameters=parameters, dropout=dropout, extrapolate=extrapolate
+    chosen = planned(
+        plan, steps=steps, batch=batch, length=length, parameters=parameters, dropout=dropout, extrapolate=extrapolate
     )
-    chosen = dataclasses.replace(language.PLANS[plan], **{name: x for name, x in given.items() if x is not None})
     corpus, device = language.Text.load(text), pick_device()
     mode = mode_for(device, compiled, capture, autocast=True)
     jobs = Jobs(out, language.settings(chosen, corpus), rates, range(first_seed, first_seed + seeds), "loss", True)
@@ -119,8 +118,7 @@ def learn_needle(
     clock, corpus, device = Clock.of(budget_seconds), language.Text.load(text), pick_device()
     if not corpus.tokenizer:
         raise typer.BadParameter(f"{text} holds characters: questions take a tokenizer")
-    given = {name: x for name, x in dict(steps=steps, length=length).items() if x is not None}
-    chosen, probe = dataclasses.replace(language.PLANS[plan], **given), needle.Probe(longest, samples)
+    chosen, probe = planned(plan, steps=steps, length=length), needle.Probe(longest, samples)
     phrases = needle.Phrases.of(Tokenizer.from_str(corpus.tokenizer))
     mode = mode_for(device, compiled, capture, autocast=True)
     seeds_wanted = range(first_seed, first_seed + seeds)
@@ -283,6 +281,11 @@ def until(clock: Clock) -> Iterator[None]:
 def expand(names: str) -> list[str]:
     """The models that a list of names and groups stands for, each once."""
     return list(dict.fromkeys(model for name in names.split(",") for model in GROUPS.get(name, (name,))))
+
+
+def planned(plan: str, **given: Any) -> language.Plan:
+    """The plan of that name with what was given, and is not None, in the place of its own."""
+    return dataclasses.replace(language.PLANS[plan], **{name: x for name, x in given.items() if x is not None})
 
 
 def mode_for(device: torch.device, compiled: bool, captured: bool, autocast: bool) -> Mode:

@@ -20,12 +20,12 @@ from resolvent.benchmark.contest import Bench, Check, Outcome
 from resolvent.benchmark.peers import GPT
 from resolvent.benchmark.report import Target
 from resolvent.benchmark.timing import Work, capture, greatest, relative_error, synchronize
-from resolvent.models.phase2 import Phase2IntegratedModel, Phase2State
+from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel, Phase2State
 
 SECTION = "decoding"
 _WARM_UP = 8
 """Tokens before the clock starts: what is prepared once is prepared with them."""
-_CHECKED = 300
+_CHECKED = Phase2Config.consolidation_interval + 44
 """Tokens that are checked: a consolidation and a bit."""
 
 

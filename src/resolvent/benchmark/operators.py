@@ -70,7 +70,7 @@ class MemoryCase:
     backward: bool = False
     consolidated: bool = False
     target: Target | None = None
-    checked: int = 5 * CHUNK + 3
+    checked: int = Phase2Config.consolidation_interval + CHUNK + 3
 
     def __str__(self) -> str:
         mechanisms = ", consolidated" if self.consolidated else ""

@@ -95,10 +95,15 @@ class ZetaEmbedding(nn.Module):
             self.frequency.copy_(self.initial_frequency.value)
         self.gain.zero_()
 
+    @property
+    def pace(self) -> Tensor:
+        """Turns that every wave makes a token, float64 (D / 2,)."""
+        frequency = self.initial_frequency.value if self.frequency is None else self.frequency.to(torch.float64)
+        return frequency / (2 * math.pi)
+
     def forward(self, position: Tensor) -> Tensor:
         """Positions, integer (...) -> (..., D), at least float32."""
-        frequency = self.initial_frequency.value if self.frequency is None else self.frequency.to(torch.float64)
-        turns = position.to(torch.float64).unsqueeze(-1) * (frequency / (2 * math.pi))
+        turns = position.to(torch.float64).unsqueeze(-1) * self.pace
         # Only the phases need float64: its sines and cosines take a GPU longer than a block.
         phase = ((turns - turns.round()) * (2 * math.pi)).to(wide_dtype(self.gain))
         waves = torch.stack([torch.sin(phase), torch.cos(phase)], dim=-1).flatten(-2)[..., : self.d_model]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,7 +42,7 @@ class TokenStep:
         self.gamma, self.gate, self.inner = room(config.num_heads), room(config.head_dim), room(config.ffn_width)
         self.table = cast(nn.Embedding, model.token_embedding).weight
         self.waves = cast(ZetaEmbedding, model.position_embedding)
-        self.pace = self.waves.initial_frequency.value / (2 * math.pi)
+        self.pace = self.waves.pace
         self.consolidations = [_in_float32(block.consolidation()) for block in model._blocks]
 
     @staticmethod

@@ -141,6 +141,27 @@ def _is_boundary(since_boundary, chunk_end, end, interval, C: tl.constexpr):
 
 
 @_kernel
+def _store_state(memories, writes, forgetting, row, square, in_square, K, V, memory, wrote, forgot):
+    """Memory, writes and Γ̄ of a head, or their gradients."""
+    tl.store(memories + row * K * V + square, memory, mask=in_square)
+    tl.store(writes + row * K * V + square, wrote, mask=in_square)
+    tl.store(forgetting + row, forgot)
+
+
+@_kernel
+def _store_sums(
+    grad_strength, grad_sharpness, grad_bias, row, strength, sharpness, bias, STRENGTH: tl.constexpr,
+    RESONANCE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a head's strength and, still by mode, of its sharpness and bias."""
+    if STRENGTH:
+        tl.store(grad_strength + row, strength)
+    if RESONANCE:
+        tl.store(grad_sharpness + row, tl.sum(sharpness))
+        tl.store(grad_bias + row, tl.sum(bias))
+
+
+@_kernel
 def _left(
     before, forgetting_before, totals, initial_writes, chunk, first, since_boundary, row, head, heads, interval, square,
     in_square, K, V, C: tl.constexpr, STATE: tl.constexpr,
@@ -251,11 +272,10 @@ def _walk(
                 writes = tl.zeros_like(writes)
                 forgetting = 0.0
 
-    tl.store(final + row * K * V + square, memory, mask=in_square)
     if CARRY:
-        tl.store(final_writes + row * K * V + square, writes, mask=in_square)
-        tl.store(final_forgetting + row, forgetting)
+        _store_state(final, final_writes, final_forgetting, row, square, in_square, K, V, memory, writes, forgetting)
     else:
+        tl.store(final + row * K * V + square, memory, mask=in_square)
         tl.store(final_forgetting + row, total_decay)
 
 
@@ -357,17 +377,18 @@ def _walk_back(
         query = (query * from_start[:, None]).to(query.dtype)
         grad = tl.dot(tl.trans(query), upstream, grad * kept, input_precision=PRECISION)
 
-    tl.store(grad_initial + row * K * V + square, grad, mask=in_square)
     if CARRY:
-        tl.store(grad_initial_writes + row * K * V + square, grad_writes, mask=in_square)
-        tl.store(grad_initial_forgetting + row, grad_forgetting)
+        _store_state(
+            grad_initial, grad_initial_writes, grad_initial_forgetting, row, square, in_square, K, V, grad, grad_writes,
+            grad_forgetting,
+        )  # fmt: skip
     else:
+        tl.store(grad_initial + row * K * V + square, grad, mask=in_square)
         tl.store(grad_initial_forgetting + row, total_decay)
-    if SNR and strength is not None:
-        tl.store(grad_strength + row, sum_strength)
-    if RESONANCE:
-        tl.store(grad_sharpness + row, tl.sum(sum_sharpness))
-        tl.store(grad_bias + row, tl.sum(sum_bias))
+    _store_sums(
+        grad_strength, grad_sharpness, grad_bias, row, sum_strength, sum_sharpness, sum_bias,
+        SNR and strength is not None, RESONANCE,
+    )  # fmt: skip
 
 
 @_kernel(do_not_specialize=_VARYING)
@@ -557,9 +578,9 @@ def _join(
     for j in range(0, (stop - first).to(tl.int32)):
         segment = first + j
         place = segment * heads + head
-        tl.store(starts + place * K * V + square, memory, mask=in_square)
-        tl.store(starts_writes + place * K * V + square, writes, mask=in_square)
-        tl.store(starts_forgetting + place, forgetting)
+        _store_state(
+            starts, starts_writes, starts_forgetting, place, square, in_square, K, V, memory, writes, forgetting
+        )
         following = tl.minimum(segment + 1, stop - 1) * heads + head
         upcoming = tl.load(ends + following * K * V + square, mask=in_square, other=0.0)
         _, _, _, _, boundary = _last_chunk(segments, segment, interval, C)
@@ -575,9 +596,7 @@ def _join(
             forgetting = 0.0
         written = upcoming
 
-    tl.store(final + row * K * V + square, memory, mask=in_square)
-    tl.store(final_writes + row * K * V + square, writes, mask=in_square)
-    tl.store(final_forgetting + row, forgetting)
+    _store_state(final, final_writes, final_forgetting, row, square, in_square, K, V, memory, writes, forgetting)
 
 
 @_kernel(do_not_specialize=_VARYING)
@@ -638,21 +657,22 @@ def _join_back(
             sum_strength += one_strength
             sum_sharpness += one_sharpness
             sum_bias += one_bias
-        tl.store(starts + segment_place * K * V + square, grad, mask=in_square)
-        tl.store(starts_writes + segment_place * K * V + square, grad_writes, mask=in_square)
-        tl.store(starts_forgetting + segment_place, grad_forgetting)
+        _store_state(
+            starts, starts_writes, starts_forgetting, segment_place, square, in_square, K, V, grad, grad_writes,
+            grad_forgetting,
+        )  # fmt: skip
         tl.store(of_left + segment_place, along_left)
         kept = tl.exp(-tl.load(decays + segment_place))
         grad, grad_writes = grad * kept + end, grad_writes * kept
 
-    tl.store(grad_initial + row * K * V + square, grad, mask=in_square)
-    tl.store(grad_initial_writes + row * K * V + square, grad_writes, mask=in_square)
-    tl.store(grad_initial_forgetting + row, grad_forgetting)
-    if SNR and strength is not None:
-        tl.store(grad_strength + row, sum_strength)
-    if RESONANCE:
-        tl.store(grad_sharpness + row, tl.sum(sum_sharpness))
-        tl.store(grad_bias + row, tl.sum(sum_bias))
+    _store_state(
+        grad_initial, grad_initial_writes, grad_initial_forgetting, row, square, in_square, K, V, grad, grad_writes,
+        grad_forgetting,
+    )  # fmt: skip
+    _store_sums(
+        grad_strength, grad_sharpness, grad_bias, row, sum_strength, sum_sharpness, sum_bias,
+        SNR and strength is not None, RESONANCE,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- the launches
@@ -860,7 +880,7 @@ class _Call:
     def join(self, ends: Tensor, decays: Tensor, start: _State, starts: _State, final: _State) -> None:
         """``chain`` with consolidation, forwards: from the state ``start`` to ``final`` through ``starts``."""
         with torch.cuda.device_of(ends):
-            _join[(len(self.layout.first_segment) - 1, self.heads)](
+            _join[self._over_sequences()](
                 ends,
                 decays,
                 self.layout.segments,
@@ -890,7 +910,7 @@ class _Call:
     ) -> None:
         """``chain`` with consolidation, backwards. ``saved`` holds the memory and Γ̄ before every chunk."""
         with torch.cuda.device_of(ends):
-            _join_back[(len(self.layout.first_segment) - 1, self.heads)](
+            _join_back[self._over_sequences()](
                 *self.tokens[1:],
                 *self.decays,
                 self.eta,
@@ -914,6 +934,11 @@ class _Call:
                 **self.sizes,
                 **self.mechanisms,
             )
+
+    def _over_sequences(self) -> tuple[int, int]:
+        """The grid of a program for each head of a sequence."""
+        assert self.layout.first_segment is not None
+        return len(self.layout.first_segment) - 1, self.heads
 
 
 def _rows(x: Tensor) -> Tensor:

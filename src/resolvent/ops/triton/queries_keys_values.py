@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..packed import sequence_numbers
+from .consolidation import sigmoid
 from .launch import contiguous, more_than_float32
 
 _kernel: Any = triton.jit
@@ -123,8 +124,7 @@ def _sigmoid(x, dtype: tl.constexpr):
     if dtype == tl.float32:
         gate = tl.sigmoid(x)
     else:
-        root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
-        gate = root * root
+        gate = sigmoid(x)
     return gate
 
 
