@@ -185,10 +185,10 @@ def test_the_operators_are_registered_as_pytorch_wants_them(kind, packed):
         where = [None, offsets, *segments.layout_on_device(offsets, None, 70, constants[0])]
     operands = (*values, *start, *parameters, *where, *constants, True)
     torch.library.opcheck(torch.ops.resolvent.memory.default, operands)
-    saved = [x.detach() for x in torch.ops.resolvent.memory.default(*operands)[4:]]
-    plain = [x if x is None else x.detach() for x in (*values, start[1], *parameters)]
+    found = [x.detach() for x in torch.ops.resolvent.memory.default(*operands)]
+    plain = [x if x is None else x.detach() for x in (*values, *parameters)]
     upstream = torch.randn_like(values[2]), *(torch.randn_like(x) for x in start)
-    operands = (*upstream, *plain, *saved, *where, *constants)
+    operands = (*upstream, *plain, *found[1:3], *found[4:], *where, *constants)
     torch.library.opcheck(torch.ops.resolvent.memory_backward.default, operands)
 
 

@@ -56,13 +56,26 @@ def resonate(memory, basis, sharpness, bias, energy, K, V):
 
 
 @_kernel
+def _beside(x, other):
+    """x in the registers of the threads that hold ``other``. What is loaded lies elsewhere than what a product leaves;
+    and where the two meet late, the compiler moves all that was computed from one of them, not the one."""
+    return x + 0.0 * other
+
+
+@_kernel
+def _filtered(memory, writes, forgetting, force, threshold, temperature, gamma_boost, eta_boost, size):
+    """A memory behind the SNR filter."""
+    _, keep, _, survival = snr_factors(memory, forgetting, force, threshold, temperature, gamma_boost, size)
+    return memory * survival + (force * (eta_boost - 1)) * (keep * writes)
+
+
+@_kernel
 def consolidate(
     memory, writes, forgetting, force, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost, energy,
     K, V, SNR: tl.constexpr, RESONANCE: tl.constexpr,
 ):  # fmt: skip
     if SNR:
-        _, keep, _, survival = snr_factors(memory, forgetting, force, threshold, temperature, gamma_boost, K * V)
-        memory = memory * survival + (force * (eta_boost - 1)) * (keep * writes)
+        memory = _filtered(memory, writes, forgetting, force, threshold, temperature, gamma_boost, eta_boost, K * V)
     if RESONANCE:
         modes, _, gate, rms = resonate(memory, basis, sharpness, bias, energy, K, V)
         memory = rotate(basis, gate[:, None] * modes) * rms
@@ -70,42 +83,58 @@ def consolidate(
 
 
 @_kernel
+def _resonance_back(grad, memory, basis, sharpness, bias, energy, K, V):
+    """Gradients of a memory in front of the resonance, and of the sharpness and the bias by mode."""
+    modes, relative, gate, rms = resonate(memory, basis, sharpness, bias, energy, K, V)
+    unit, grad_rms = unit_rms(grad, K * V, _LEAST)
+    grad_modes = rotate(tl.trans(basis), unit)
+    grad_bias = tl.sum(grad_modes * modes, 1) * (gate * (1 - gate) * (grad_rms * rms))
+    grad_sharpness = grad_bias * (relative - energy)
+    grad_relative = sharpness * grad_bias
+    grad_energy = (grad_relative - tl.sum(grad_relative * relative) / K) * (2 / (V * rms))
+    grad_modes = grad_modes * (gate * grad_rms)[:, None] + modes * grad_energy[:, None]
+    unit, grad_rms = unit_rms(grad_modes, K * V, _LEAST)
+    return rotate(basis, unit) * grad_rms, grad_sharpness, grad_bias
+
+
+@_kernel
 def consolidate_back(
-    grad, memory, writes, forgetting, force, basis, sharpness, bias, threshold, temperature, gamma_boost, eta_boost,
-    energy, K, V, BK: tl.constexpr, SNR: tl.constexpr, STRENGTH: tl.constexpr, RESONANCE: tl.constexpr,
+    grad, memories, writes, square, in_square, forgetting, force, basis, sharpness, bias,
+    threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK: tl.constexpr, SNR: tl.constexpr,
+    STRENGTH: tl.constexpr, RESONANCE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the memory, the writes, Γ̄ and the strength, and of the sharpness and the bias by mode."""
+    """Gradients of the memory, the writes, Γ̄ and the strength, and of the sharpness and the bias by mode; and the
+    product of the writes' gradient with what the memory holds beside them.
+
+    Memory and writes are read twice, where they lie, rather than held: a program has few registers left.
+    """
     grad_sharpness, grad_bias = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
-    grad_writes, grad_forgetting, grad_strength = tl.zeros_like(grad), 0.0, 0.0
-    scale, keep, excess, survival = snr_factors(memory, forgetting, force, threshold, temperature, gamma_boost, K * V)
+    grad_writes, grad_forgetting, grad_strength, of_left = tl.zeros_like(grad), 0.0, 0.0, 0.0
     if RESONANCE:
-        filtered = memory
+        memory = _beside(tl.load(memories + square, mask=in_square, other=0.0), grad)
         if SNR:
-            filtered = memory * survival + (force * (eta_boost - 1)) * (keep * writes)
-        modes, relative, gate, rms = resonate(filtered, basis, sharpness, bias, energy, K, V)
-        unit, grad_rms = unit_rms(grad, K * V, _LEAST)
-        grad_modes = rotate(tl.trans(basis), unit)
-        grad_bias = tl.sum(grad_modes * modes, 1) * (gate * (1 - gate) * (grad_rms * rms))
-        grad_sharpness = grad_bias * (relative - energy)
-        grad_relative = sharpness * grad_bias
-        grad_energy = (grad_relative - tl.sum(grad_relative * relative) / K) * (2 / (V * rms))
-        grad_modes = grad_modes * (gate * grad_rms)[:, None] + modes * grad_energy[:, None]
-        unit, grad_rms = unit_rms(grad_modes, K * V, _LEAST)
-        grad = rotate(basis, unit) * grad_rms
+            wrote = _beside(tl.load(writes + square, mask=in_square, other=0.0), grad)
+            memory = _filtered(memory, wrote, forgetting, force, threshold, temperature, gamma_boost, eta_boost, K * V)
+        grad, grad_sharpness, grad_bias = _resonance_back(grad, memory, basis, sharpness, bias, energy, K, V)
     if SNR:
-        direct = grad * survival
-        grad_exponent = direct * memory
-        if STRENGTH:  # in two parts: here it takes no registers
-            grad_strength += (eta_boost - 1) * tl.sum(keep * (writes * grad))
-        grad_keep = excess * grad_exponent + (force * (eta_boost - 1)) * (writes * grad)
+        memory = _beside(tl.load(memories + square, mask=in_square, other=0.0, volatile=True), grad)
+        wrote = _beside(tl.load(writes + square, mask=in_square, other=0.0, volatile=True), grad)
+        scale, keep, excess, survival = snr_factors(
+            memory, forgetting, force, threshold, temperature, gamma_boost, K * V
+        )
+        grad_writes = (force * (eta_boost - 1)) * (keep * grad)
+        of_left += tl.sum(grad_writes * (memory - wrote))
+        wrote *= grad
+        grad = grad * survival
+        grad_exponent = grad * memory
+        of_boost = (gamma_boost - 1) * tl.sum((keep - 1) * grad_exponent)
+        grad_forgetting += force * of_boost
+        if STRENGTH:
+            grad_strength += forgetting * of_boost + (eta_boost - 1) * tl.sum(keep * wrote)
+        grad_keep = excess * grad_exponent + (force * (eta_boost - 1)) * wrote
         grad_ratio = grad_keep * (keep * (1 - keep) * (1 / temperature))
         # In units of the rms: the cube of the scale leaves the range of float32 before the memory's square does.
         from_scale = tl.sum(grad_ratio * (tl.abs(memory) * scale)) * (scale * scale / (K * V))
-        grad_writes = (force * (eta_boost - 1)) * (keep * grad)
-        of_boost = (gamma_boost - 1) * tl.sum((keep - 1) * grad_exponent)
-        grad_forgetting = force * of_boost
-        if STRENGTH:
-            grad_strength += forgetting * of_boost
         grad_ratio = tl.where(memory < 0, -grad_ratio, tl.where(memory > 0, grad_ratio, 0.0))
-        grad = direct + grad_ratio * scale - from_scale * memory
-    return grad, grad_writes, grad_forgetting, grad_strength, grad_sharpness, grad_bias
+        grad = grad + grad_ratio * scale - from_scale * memory
+    return grad, grad_writes, grad_forgetting, grad_strength, grad_sharpness, grad_bias, of_left

@@ -4,7 +4,8 @@ A program holds the memory of one head of one sequence in registers and walks ov
 chunk a masked ``QKᵀ``, between chunks the state, at the boundaries the consolidation. Its kernels:
 
 * ``_sum_decays``: the cumulative decays of every chunk, which the others read.
-* ``_walk``: reads, writes and consolidates, forwards. For training it leaves the memory before every chunk.
+* ``_walk``: reads, writes and consolidates, forwards. For training it leaves the memory before every chunk, and the
+  state that met every boundary.
 * ``_walk_back``: carries the gradient of the memory backwards, and leaves it after every chunk.
 * ``_chunk_gradients``: with both at hand all chunks are independent, and give the gradients of q, k, v and the decay.
 * ``_step``: one token of every sequence, for generation.
@@ -45,7 +46,7 @@ _LAUNCH = {
         "walk_back": dict(num_warps=4, num_stages=2, STAGES=2),
         "chunk_gradients": dict(num_warps=4, num_stages=1),
         "join": dict(num_warps=8),
-        "join_back": dict(num_warps=8),
+        "join_back": dict(num_warps=4),
     },
     "wide": {
         "walk": dict(num_warps=8, num_stages=2),
@@ -78,8 +79,8 @@ def _store_tile(pointer, stride, rows, columns, inside, width, x):
 def _chunk_tokens(segments, chunks, chunk, C: tl.constexpr):
     """Places of a chunk's tokens, and which of them are there."""
     segment, i = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
-    start, end = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
-    tokens = tl.load(segments + 5 * segment + 2) + i * C + tl.arange(0, C)
+    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
+    tokens = tl.load(segments + 6 * segment + 2) + i * C + tl.arange(0, C)
     return tokens, (tokens >= start) & (tokens < end)
 
 
@@ -142,7 +143,7 @@ def _is_boundary(since_boundary, chunk_end, end, interval, C: tl.constexpr):
 
 @_kernel
 def _store_state(memories, writes, forgetting, row, square, in_square, K, V, memory, wrote, forgot):
-    """Memory, writes and Γ̄ of a head, or their gradients."""
+    """Memory, ΔS and Γ̄ of a row, each in a tensor of its own."""
     tl.store(memories + row * K * V + square, memory, mask=in_square)
     tl.store(writes + row * K * V + square, wrote, mask=in_square)
     tl.store(forgetting + row, forgot)
@@ -159,23 +160,6 @@ def _store_sums(
     if RESONANCE:
         tl.store(grad_sharpness + row, tl.sum(sharpness))
         tl.store(grad_bias + row, tl.sum(bias))
-
-
-@_kernel
-def _left(
-    before, forgetting_before, totals, initial_writes, chunk, first, since_boundary, row, head, heads, interval, square,
-    in_square, K, V, C: tl.constexpr, STATE: tl.constexpr,
-):  # fmt: skip
-    """What is left, at the end of a chunk, of the memory behind the last boundary, or of what was there before the
-    ``first`` chunk and had met one."""
-    origin = tl.maximum(chunk - since_boundary % (interval // C), first)
-    held = tl.load(before + (origin * heads + head) * K * V + square, mask=in_square, other=0.0).to(tl.float32)
-    if STATE:  # noqa: SIM102 (the outer one when the kernel is compiled)
-        if origin == first:
-            held -= tl.load(initial_writes + row * K * V + square, mask=in_square, other=0.0)
-    place = chunk * heads + head
-    since = tl.load(forgetting_before + place) + tl.load(totals + place)
-    return held * tl.exp(tl.load(forgetting_before + origin * heads + head) - since)
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels
@@ -207,20 +191,19 @@ def _sum_decays(
 def _walk(
     q, k, v, high, low, totals, eta, segments, initial, initial_writes, initial_forgetting,
     strength, basis, sharpness, bias,
-    readout, final, final_writes, final_forgetting, before, forgetting_before,
+    readout, final, final_writes, final_forgetting, before, met, met_writes, met_forgetting,
     q_token, q_head, k_token, k_head, v_token, v_head,
     threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    READ: tl.constexpr, SAVE: tl.constexpr, STATE: tl.constexpr, CARRY: tl.constexpr, SNR: tl.constexpr,
-    RESONANCE: tl.constexpr, HALF: tl.constexpr,
+    READ: tl.constexpr, SAVE: tl.constexpr, STATE: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
-    """Walk over a segment with the memory of a head, and with what it wrote since the last boundary and Γ̄ if it is to
-    ``CARRY`` them; otherwise its total decay stands for the final Γ̄."""
+    """Walk over a segment with the memory of a head. Without consolidation its total decay stands for the final Γ̄."""
     segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     CONSOLIDATE: tl.constexpr = SNR or RESONANCE
-    start, end = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
-    slot, chunk = tl.load(segments + 5 * segment + 2), tl.load(segments + 5 * segment + 3)
-    since_boundary = tl.load(segments + 5 * segment + 4)
+    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
+    slot, chunk = tl.load(segments + 6 * segment + 2), tl.load(segments + 6 * segment + 3)
+    since_boundary, boundary = tl.load(segments + 6 * segment + 4), tl.load(segments + 6 * segment + 5)
     rate, row = tl.load(eta + head), segment * heads + head
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
     square, in_square = _square(keys, values, K, V)
@@ -228,7 +211,7 @@ def _walk(
     memory, writes, forgetting = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
     if STATE:
         memory += tl.load(initial + row * K * V + square, mask=in_square, other=0.0)
-        if CARRY:
+        if CONSOLIDATE:
             writes += tl.load(initial_writes + row * K * V + square, mask=in_square, other=0.0)
             forgetting += tl.load(initial_forgetting + row)
     force = _force(strength, head)
@@ -246,8 +229,6 @@ def _walk(
         total = tl.load(totals + place)
         if SAVE:
             tl.store(before + place * K * V + square, memory.to(before.dtype.element_ty), mask=in_square)
-            if CARRY:
-                tl.store(forgetting_before + place, forgetting)
         if READ:
             query = _tile(q, q_token, tokens, keys, inside, K)
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
@@ -260,11 +241,16 @@ def _walk(
         kept = tl.exp(-total)
         memory = memory * kept + written
         total_decay += total
-        if CARRY:
+        if CONSOLIDATE:
             writes = writes * kept + written
             forgetting += total
-        if CONSOLIDATE:  # noqa: SIM102 (the outer one when the kernel is compiled)
             if _is_boundary(since_boundary + i + 1, slot + (i + 1) * C, end, interval, C):
+                if SAVE:
+                    crossed = boundary * heads + head
+                    _store_state(
+                        met, met_writes, met_forgetting, crossed, square, in_square, K, V, memory, writes, forgetting
+                    )
+                boundary += 1
                 memory = consolidate(
                     memory, writes, forgetting, force, modes, steepness, offset, threshold, temperature, gamma_boost,
                     eta_boost, energy, K, V, SNR, RESONANCE,
@@ -272,7 +258,7 @@ def _walk(
                 writes = tl.zeros_like(writes)
                 forgetting = 0.0
 
-    if CARRY:
+    if CONSOLIDATE:
         _store_state(final, final_writes, final_forgetting, row, square, in_square, K, V, memory, writes, forgetting)
     else:
         tl.store(final + row * K * V + square, memory, mask=in_square)
@@ -281,15 +267,15 @@ def _walk(
 
 @_kernel(do_not_specialize=_VARYING)
 def _walk_back(
-    q, k, v, high, low, totals, eta, segments, grad_readout, grad_final, grad_final_writes, grad_final_forgetting,
-    initial_writes, strength, basis, sharpness, bias, before, forgetting_before, of_left,
+    q, high, low, totals, segments, grad_readout, grad_final, grad_final_writes, grad_final_forgetting,
+    strength, basis, sharpness, bias, before, met, met_writes, met_forgetting, left_at_end, of_left,
     grad_written, grad_total, grad_initial, grad_initial_writes, grad_initial_forgetting,
     grad_strength, grad_sharpness, grad_bias,
-    q_token, q_head, k_token, k_head, v_token, v_head,
+    q_token, q_head,
     threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    SAVE: tl.constexpr, STATE: tl.constexpr, FINAL: tl.constexpr, CARRY: tl.constexpr, SNR: tl.constexpr,
-    RESONANCE: tl.constexpr, HALF: tl.constexpr, STAGES: tl.constexpr,
+    SAVE: tl.constexpr, FINAL: tl.constexpr, CARRY: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr,
+    HALF: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk back over a segment with the gradient of the memory of a head.
 
@@ -297,16 +283,15 @@ def _walk_back(
     memory. If it is not to ``CARRY`` the gradients of the writes and of Γ̄, the segment's total decay stands for the
     gradient of the initial Γ̄.
 
-    Nobody kept the writes ΔS. They are what the memory has beyond what is left of it from the last boundary,
-    ``ΔS = S - exp(-Γ̄) S_b``, and as their gradient fades like what is left, its product with that, ``of_left``, is the
-    same for all chunks between two boundaries.
+    The writes ΔS were kept at boundaries alone. In between they are what the memory has beyond what is left of it from
+    the last boundary, ``ΔS = S - exp(-Γ̄) S_b``, and as their gradient fades like what is left, its product with that,
+    ``of_left``, is the same for all chunks between two boundaries.
     """
     segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     CONSOLIDATE: tl.constexpr = SNR or RESONANCE
-    start, end = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
-    slot, chunk = tl.load(segments + 5 * segment + 2), tl.load(segments + 5 * segment + 3)
-    since_boundary = tl.load(segments + 5 * segment + 4)
-    rate, row = tl.load(eta + head), segment * heads + head
+    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
+    slot, chunk = tl.load(segments + 6 * segment + 2), tl.load(segments + 6 * segment + 3)
+    since_boundary, row = tl.load(segments + 6 * segment + 4), segment * heads + head
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
     square, in_square = _square(keys, values, K, V)
 
@@ -321,18 +306,15 @@ def _walk_back(
     sum_sharpness, sum_bias, sum_strength = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32), 0.0
     total_decay, along_left = 0.0, 0.0
 
-    q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
-    grad_readout += head * V
+    q, grad_readout = q + head * q_head, grad_readout + head * V
     count = tl.where(end > start, tl.cdiv(end - slot, C), 0).to(tl.int32)
-    if CARRY and not CONSOLIDATE:
-        along_left += tl.load(of_left + row)
-    elif CARRY and FINAL:  # noqa: SIM102 (the outer one when the kernel is compiled)
-        if count > 0:
-            left = _left(
-                before, forgetting_before, totals, initial_writes, chunk + count - 1, chunk, since_boundary + count - 1,
-                row, head, heads, interval, square, in_square, K, V, C, STATE,
-            )  # fmt: skip
+    if CONSOLIDATE:
+        boundary = tl.load(segments + 6 * segment + 5) + tl.maximum(end - slot + since_boundary * C, 0) // interval
+        if FINAL:
+            left = tl.load(left_at_end + row * K * V + square, mask=in_square, other=0.0)
             along_left += tl.sum(grad_writes * left)
+    elif CARRY:
+        along_left += tl.load(of_left + row)
     for j in tl.range(0, count, num_stages=STAGES):
         i = count - 1 - j
         tokens = slot + i * C + tl.arange(0, C)
@@ -340,7 +322,7 @@ def _walk_back(
         query = _tile(q, q_token, tokens, keys, inside, K)
         upstream = _tile(grad_readout, heads * V, tokens, values, inside, V)
         place = (chunk + i) * heads + head
-        from_start, to_end, _, _ = _decays(high, low, place, C, HALF)
+        from_start, _, _, _ = _decays(high, low, place, C, HALF)
         total = tl.load(totals + place)
         kept = tl.exp(-total)
         total_decay += total
@@ -348,23 +330,16 @@ def _walk_back(
             memory = tl.load(before + place * K * V + square, mask=in_square, other=0.0).to(tl.float32)
         if CONSOLIDATE:  # noqa: SIM102 (the outer one when the kernel is compiled)
             if _is_boundary(since_boundary + i + 1, slot + (i + 1) * C, end, interval, C):
-                key = _tile(k, k_token, tokens, keys, inside, K)
-                value = _tile(v, v_token, tokens, values, inside, V)
-                key = (key * (rate * to_end)[:, None]).to(value.dtype)
-                full = tl.dot(tl.trans(key), value, memory * kept, input_precision=PRECISION)
-                left = _left(
-                    before, forgetting_before, totals, initial_writes, chunk + i, chunk, since_boundary + i, row, head,
-                    heads, interval, square, in_square, K, V, C, STATE,
-                )  # fmt: skip
-                forgetting = tl.load(forgetting_before + place) + total
-                grad, grad_writes, grad_forgetting, one_strength, one_sharpness, one_bias = consolidate_back(
-                    grad, full, full - left, forgetting, force, modes, steepness, offset, threshold, temperature,
+                boundary -= 1
+                crossed = boundary * heads + head
+                grad, grad_writes, grad_forgetting, a_strength, a_sharpness, a_bias, along_left = consolidate_back(
+                    grad, met + crossed * K * V, met_writes + crossed * K * V, square, in_square,
+                    tl.load(met_forgetting + crossed), force, modes, steepness, offset, threshold, temperature,
                     gamma_boost, eta_boost, energy, K, V, BK, SNR, strength is not None, RESONANCE,
                 )  # fmt: skip
-                along_left = tl.sum(grad_writes * left)
-                sum_strength += one_strength
-                sum_sharpness += one_sharpness
-                sum_bias += one_bias
+                sum_strength += a_strength
+                sum_sharpness += a_sharpness
+                sum_bias += a_bias
         if SAVE:
             of_written = grad
             if CARRY:
@@ -539,26 +514,21 @@ def _chain(
 
 
 @_kernel
-def _last_chunk(segments, segment, interval, C: tl.constexpr):
-    """The number of a segment's last chunk, its tokens, which of them are there, the chunks between the last boundary
-    and it, and whether a boundary follows."""
-    start, end = tl.load(segments + 5 * segment), tl.load(segments + 5 * segment + 1)
-    slot, first = tl.load(segments + 5 * segment + 2), tl.load(segments + 5 * segment + 3)
-    count = tl.where(end > start, tl.cdiv(end - slot, C), 0)
-    tokens = slot + (count - 1) * C + tl.arange(0, C)
-    since_boundary = tl.load(segments + 5 * segment + 4) + count
-    boundary = (count > 0) & _is_boundary(since_boundary, slot + count * C, end, interval, C)
-    return first + count - 1, tokens, (tokens >= start) & (tokens < end), since_boundary - 1, boundary
+def _ends_at_boundary(segments, segment, interval, C: tl.constexpr):
+    """Whether a boundary lies behind a segment."""
+    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
+    slot, since_boundary = tl.load(segments + 6 * segment + 2), tl.load(segments + 6 * segment + 4)
+    return (end > start) & ((since_boundary * C + end - slot) % interval == 0)
 
 
 @_kernel(do_not_specialize=_VARYING)
 def _join(
     ends, decays, segments, first_segment, initial, initial_writes, initial_forgetting,
     strength, basis, sharpness, bias,
-    starts, starts_writes, starts_forgetting, final, final_writes, final_forgetting,
+    starts, final, final_writes, final_forgetting, met, met_writes, met_forgetting,
     threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    STATE: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
+    SAVE: tl.constexpr, STATE: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Join segments that walked from an empty memory, consolidating at boundaries: what stood before each of them."""
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -578,16 +548,19 @@ def _join(
     for j in range(0, (stop - first).to(tl.int32)):
         segment = first + j
         place = segment * heads + head
-        _store_state(
-            starts, starts_writes, starts_forgetting, place, square, in_square, K, V, memory, writes, forgetting
-        )
+        tl.store(starts + place * K * V + square, memory, mask=in_square)
         following = tl.minimum(segment + 1, stop - 1) * heads + head
         upcoming = tl.load(ends + following * K * V + square, mask=in_square, other=0.0)
-        _, _, _, _, boundary = _last_chunk(segments, segment, interval, C)
+        boundary = _ends_at_boundary(segments, segment, interval, C)
         total = tl.load(decays + place)
         kept = tl.exp(-total)
         memory, writes, forgetting = memory * kept + written, writes * kept + written, forgetting + total
         if boundary:
+            if SAVE:
+                crossed = tl.load(segments + 6 * segment + 5) * heads + head
+                _store_state(
+                    met, met_writes, met_forgetting, crossed, square, in_square, K, V, memory, writes, forgetting
+                )
             memory = consolidate(
                 memory, writes, forgetting, force, modes, steepness, offset, threshold, temperature, gamma_boost,
                 eta_boost, energy, K, V, SNR, RESONANCE,
@@ -601,14 +574,13 @@ def _join(
 
 @_kernel(do_not_specialize=_VARYING)
 def _join_back(
-    k, v, high, low, totals, eta, segments, first_segment, ends, decays,
-    grad_final, grad_final_writes, grad_final_forgetting, strength, basis, sharpness, bias,
-    initial_writes, before, forgetting_before, starts, starts_writes, starts_forgetting, of_left,
+    segments, first_segment, ends, decays, grad_final, grad_final_writes, grad_final_forgetting,
+    strength, basis, sharpness, bias, met, met_writes, met_forgetting, left_at_end,
+    starts, starts_writes, starts_forgetting, of_left,
     grad_initial, grad_initial_writes, grad_initial_forgetting, grad_strength, grad_sharpness, grad_bias,
-    k_token, k_head, v_token, v_head,
     threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    STATE: tl.constexpr, FINAL: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
+    FINAL: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Join the gradients of segments that walked back from nothing (``ends``): those behind each of them (``starts``),
     before a boundary that may lie there, and their ``of_left`` (see ``_walk_back``)."""
@@ -616,53 +588,36 @@ def _join_back(
     first, stop = tl.load(first_segment + sequence), tl.load(first_segment + sequence + 1)
     keys, values, row = tl.arange(0, BK), tl.arange(0, BV), sequence * heads + head
     square, in_square = _square(keys, values, K, V)
-    rate, k, v = tl.load(eta + head), k + head * k_head, v + head * v_head
     grad, grad_writes, grad_forgetting = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
+    along_left = 0.0
     if FINAL:
         grad += tl.load(grad_final + row * K * V + square, mask=in_square, other=0.0)
         grad_writes += tl.load(grad_final_writes + row * K * V + square, mask=in_square, other=0.0)
         grad_forgetting += tl.load(grad_final_forgetting + row)
+        along_left += tl.sum(grad_writes * tl.load(left_at_end + row * K * V + square, mask=in_square, other=0.0))
     force = _force(strength, head)
     modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
     sum_sharpness, sum_bias, sum_strength = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32), 0.0
-    first_chunk, along_left = tl.load(segments + 5 * first + 3), 0.0
 
     for j in range(0, (stop - first).to(tl.int32)):
         segment = stop - 1 - j
-        segment_place = segment * heads + head
-        end = tl.load(ends + segment_place * K * V + square, mask=in_square, other=0.0)
-        chunk, tokens, inside, since_boundary, boundary = _last_chunk(segments, segment, interval, C)
-        place, left = chunk * heads + head, tl.zeros([BK, BV], tl.float32)
-        if boundary | ((j == 0) & (chunk >= first_chunk)):
-            left += _left(
-                before, forgetting_before, totals, initial_writes, chunk, first_chunk, since_boundary, row, head, heads,
-                interval, square, in_square, K, V, C, STATE,
-            )  # fmt: skip
-            along_left = tl.sum(grad_writes * left)
-        if boundary:
-            key = _tile(k, k_token, tokens, keys, inside, K)
-            value = _tile(v, v_token, tokens, values, inside, V)
-            _, to_end, _, _ = _decays(high, low, place, C, HALF)
-            total = tl.load(totals + place)
-            kept = tl.exp(-total)
-            memory = tl.load(before + place * K * V + square, mask=in_square, other=0.0)
-            key = (key * (rate * to_end)[:, None]).to(value.dtype)
-            full = tl.dot(tl.trans(key), value, memory * kept, input_precision=PRECISION)
-            forgetting = tl.load(forgetting_before + place) + total
-            grad, grad_writes, grad_forgetting, one_strength, one_sharpness, one_bias = consolidate_back(
-                grad, full, full - left, forgetting, force, modes, steepness, offset, threshold, temperature,
+        place = segment * heads + head
+        end = tl.load(ends + place * K * V + square, mask=in_square, other=0.0)
+        if _ends_at_boundary(segments, segment, interval, C):
+            crossed = tl.load(segments + 6 * segment + 5) * heads + head
+            grad, grad_writes, grad_forgetting, a_strength, a_sharpness, a_bias, along_left = consolidate_back(
+                grad, met + crossed * K * V, met_writes + crossed * K * V, square, in_square,
+                tl.load(met_forgetting + crossed), force, modes, steepness, offset, threshold, temperature,
                 gamma_boost, eta_boost, energy, K, V, BK, SNR, strength is not None, RESONANCE,
             )  # fmt: skip
-            along_left = tl.sum(grad_writes * left)
-            sum_strength += one_strength
-            sum_sharpness += one_sharpness
-            sum_bias += one_bias
+            sum_strength += a_strength
+            sum_sharpness += a_sharpness
+            sum_bias += a_bias
         _store_state(
-            starts, starts_writes, starts_forgetting, segment_place, square, in_square, K, V, grad, grad_writes,
-            grad_forgetting,
-        )  # fmt: skip
-        tl.store(of_left + segment_place, along_left)
-        kept = tl.exp(-tl.load(decays + segment_place))
+            starts, starts_writes, starts_forgetting, place, square, in_square, K, V, grad, grad_writes, grad_forgetting
+        )
+        tl.store(of_left + place, along_left)
+        kept = tl.exp(-tl.load(decays + place))
         grad, grad_writes = grad * kept + end, grad_writes * kept
 
     _store_state(
@@ -761,14 +716,13 @@ class _Call:
         readout: _Optional,
         start: _State,
         final: _State,
-        saved: tuple[Tensor, Tensor] | None,
+        before: _Optional,
+        met: _State = (None, None, None),
         consolidate: bool = True,
     ) -> None:
-        """Read the segments from their ``start`` into ``readout``, their ``final`` states and what is ``saved``.
-
-        Without room for final writes none are carried, and segments do not ``consolidate`` that end at boundaries.
-        """
-        before, forgetting_before = saved or (None, None)
+        """Read the segments from their ``start`` into ``readout`` and their ``final`` states, and save the memory
+        ``before`` every chunk and the states that ``met`` the boundaries. Segments that end at boundaries leave it to
+        others to ``consolidate``."""
         with torch.cuda.device_of(self.eta):
             _walk[(self.segments, self.heads)](
                 *self.tokens,
@@ -780,14 +734,13 @@ class _Call:
                 readout,
                 *final,
                 before,
-                forgetting_before,
+                *met,
                 *self.strides,
                 *self.constants,
                 self.heads,
                 READ=readout is not None,
                 SAVE=before is not None,
                 STATE=start[0] is not None,
-                CARRY=self.interval > 0 and final[1] is not None,
                 **self.launch["walk"],
                 **self.sizes,
                 **(self.mechanisms if consolidate else _NO_FILTERS),
@@ -797,37 +750,39 @@ class _Call:
         self,
         grad_readout: Tensor,
         grad_final: _State,
-        writes: _Optional,
-        saved: tuple[Tensor, ...] | None,
+        saved: tuple[Tensor, Tensor, Tensor] | None,
         grad_start: tuple[_Optional, ...],
-        consolidate: bool = True,
+        met: _State = (None, None, None),
+        left: _Optional = None,
         of_left: _Optional = None,
+        consolidate: bool = True,
     ) -> None:
-        """Carry the gradient of the memory back to the start of the segments, as ``walk`` went. ``saved`` holds the
-        memory and Γ̄ before every chunk, and room for the gradients of what it wrote and of its total decay;
-        ``of_left`` is what ``join_back`` found."""
-        before, forgetting_before, grad_written, grad_total = saved or [None] * 4
+        """Carry the gradient of the memory back to the start of the segments, as ``walk`` went.
+
+        ``saved`` holds the memory before every chunk, and room for the gradients of what it wrote and of its total
+        decay. At the end ``left`` is what the memory still has from before the last boundary; where ``join_back``
+        consolidates, it found ``of_left``.
+        """
+        before, grad_written, grad_total = saved or (None, None, None)
         with torch.cuda.device_of(self.eta):
             _walk_back[(self.segments, self.heads)](
-                *self.tokens,
+                self.tokens[0],
                 *self.decays,
-                self.eta,
                 self.layout.segments,
                 grad_readout,
                 *map(contiguous, grad_final),
-                contiguous(writes),
                 *self.filters,
                 before,
-                forgetting_before,
+                *met,
+                left,
                 of_left,
                 grad_written,
                 grad_total,
                 *grad_start,
-                *self.strides,
+                *self.strides[:2],
                 *self.constants,
                 self.heads,
                 SAVE=before is not None,
-                STATE=writes is not None,
                 FINAL=grad_final[0] is not None,
                 CARRY=self.interval > 0 and grad_start[1] is not None,
                 **self.launch["walk_back"],
@@ -877,8 +832,9 @@ class _Call:
                 REVERSE=reverse,
             )
 
-    def join(self, ends: Tensor, decays: Tensor, start: _State, starts: _State, final: _State) -> None:
-        """``chain`` with consolidation, forwards: from the state ``start`` to ``final`` through ``starts``."""
+    def join(self, ends: Tensor, decays: Tensor, start: _State, starts: Tensor, final: _State, met: _State) -> None:
+        """``chain`` with consolidation, forwards: from the state ``start`` to ``final`` through ``starts``, saving the
+        states that ``met`` the boundaries."""
         with torch.cuda.device_of(ends):
             _join[self._over_sequences()](
                 ends,
@@ -887,10 +843,12 @@ class _Call:
                 self.layout.first_segment,
                 *map(contiguous, start),
                 *self.filters,
-                *starts,
+                starts,
                 *final,
+                *met,
                 *self.constants,
                 self.heads,
+                SAVE=met[0] is not None,
                 STATE=start[0] is not None,
                 **self.launch["join"],
                 **self.sizes,
@@ -902,33 +860,28 @@ class _Call:
         ends: Tensor,
         decays: Tensor,
         grad_final: _State,
-        writes: _Optional,
-        saved: tuple[Tensor, ...],
+        met: tuple[Tensor, Tensor, Tensor],
+        left: _Optional,
         starts: _State,
         of_left: Tensor,
         grad_start: tuple[Tensor, ...],
     ) -> None:
-        """``chain`` with consolidation, backwards. ``saved`` holds the memory and Γ̄ before every chunk."""
+        """``chain`` with consolidation, backwards: through ``starts`` and ``of_left`` to ``grad_start``."""
         with torch.cuda.device_of(ends):
             _join_back[self._over_sequences()](
-                *self.tokens[1:],
-                *self.decays,
-                self.eta,
                 self.layout.segments,
                 self.layout.first_segment,
                 ends,
                 decays,
                 *map(contiguous, grad_final),
                 *self.filters,
-                contiguous(writes),
-                *saved,
+                *met,
+                left,
                 *starts,
                 of_left,
                 *grad_start,
-                *self.strides[2:],
                 *self.constants,
                 self.heads,
-                STATE=writes is not None,
                 FINAL=grad_final[0] is not None,
                 **self.launch["join_back"],
                 **self.sizes,
@@ -1104,11 +1057,13 @@ def _memory(
     snr: list[float],
     energy: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The read-out, the final state, and what the gradient needs: the memory and Γ̄ before every chunk.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The read-out, the final state, and what the gradient needs: the memory before every chunk, and the states that
+    met the boundaries.
 
     ``snr`` holds threshold, temperature, gamma_boost and eta_boost, or nothing; ``interval`` is 0 without
-    consolidation, and then the final writes and Γ̄ mean nothing. What is saved has a row for every chunk there may be.
+    consolidation, and then the final writes and Γ̄ mean nothing. What is saved has a row for every chunk and boundary
+    there may be.
     ``segments`` and ``chunks`` are what ``tables_on_device`` gives; without them Python reads the offsets.
     """
     call = _Call(
@@ -1116,23 +1071,19 @@ def _memory(
         energy,
     )  # fmt: skip
     outputs = _room(q, k, v, decay, position, cu_seqlens, interval, save)
-    readout, final, final_writes, final_forgetting, *saved = outputs
-    to_save = (saved[0], saved[1]) if save else None
+    readout, final, final_writes, final_forgetting, before, met, met_writes, met_forgetting = outputs
     start, last = (memory, writes, forgetting), (final, final_writes, final_forgetting)
+    to_save, to_meet = (before, (met, met_writes, met_forgetting)) if save else (None, (None, None, None))
     if not call.layout.segmented:
-        call.walk(readout, start, last, to_save)
+        call.walk(readout, start, last, to_save, to_meet)
         return outputs
-    ends, decays = call.segment_memories(), call.segment_decays()
+    ends, starts, decays = call.segment_memories(), call.segment_memories(), call.segment_decays()
     call.walk(None, (None, None, None), (ends, None, decays), None, consolidate=False)
     if interval:
-        starts = call.segment_states()
-        call.join(ends, decays, start, starts, last)
-        # A program reads the start of its segment before it writes the end.
-        call.walk(readout, starts, starts if save else (ends, None, decays), to_save, consolidate=False)
+        call.join(ends, decays, start, starts, last, to_meet)
     else:
-        before = call.segment_memories()
-        call.chain(ends, decays, memory, before, final, reverse=False)
-        call.walk(readout, (before, None, None), (ends, None, decays), to_save)
+        call.chain(ends, decays, memory, starts, final, reverse=False)
+    call.walk(readout, (starts, None, None), (ends, None, decays), to_save, consolidate=False)
     return outputs
 
 
@@ -1153,7 +1104,7 @@ def _room(
     cu_seqlens: _Optional,
     interval: int,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``_memory`` returns, yet to be filled."""
     (batch, length, heads, key), value = q.shape, v.shape[-1]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -1163,6 +1114,8 @@ def _room(
     else:
         chunks = most_chunks(length, sequences, position is not None)
     chunks = chunks if save else 0
+    most = batch * (length // interval) + (sequences if position is not None else 0) if interval else 0
+    boundaries = most if save else 0
 
     def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return decay.new_empty(shape, dtype=dtype)
@@ -1172,9 +1125,11 @@ def _room(
         room(sequences, heads, key, value),
         room(sequences if interval else 0, heads, key, value),
         room(sequences, heads),
+        room(chunks, heads, key, value, dtype=_product_dtype(q, k, v)),
         # The gradient of a consolidation asks for digits that products do not.
-        room(chunks, heads, key, value, dtype=torch.float32 if interval else _product_dtype(q, k, v)),
-        room(chunks if interval else 0, heads),
+        room(boundaries, heads, key, value),
+        room(boundaries, heads, key, value),
+        room(boundaries, heads),
     )
 
 
@@ -1189,13 +1144,16 @@ def _memory_backward(
     v: Tensor,
     decay: Tensor,
     eta: Tensor,
-    writes: Tensor | None,
     strength: Tensor | None,
     basis: Tensor | None,
     sharpness: Tensor | None,
     bias: Tensor | None,
+    last: Tensor,
+    last_writes: Tensor,
     before: Tensor,
-    forgetting_before: Tensor,
+    met: Tensor,
+    met_writes: Tensor,
+    met_forgetting: Tensor,
     position: Tensor | None,
     cu_seqlens: Tensor | None,
     segments: Tensor | None,
@@ -1217,32 +1175,34 @@ def _memory_backward(
     upstream = grad_readout.to(call.tokens[0].dtype).contiguous()
     grad_written = before.new_empty(before.shape, dtype=upstream.dtype)
     grad_total = before.new_empty(before.shape[:2], dtype=torch.float32)
-    saved = (before, forgetting_before, grad_written, grad_total)
-    final, initial_writes = (grad_memory, grad_writes, grad_forgetting), writes if interval else None
+    saved, final = (before, grad_written, grad_total), (grad_memory, grad_writes, grad_forgetting)
+    state, start = (met, met_writes, met_forgetting), (grad_initial, *others)
+    left = last - last_writes if interval and grad_memory is not None else None
     if not call.layout.segmented:
-        call.walk_back(upstream, final, initial_writes, saved, (grad_initial, *others))
+        call.walk_back(upstream, final, saved, start, state, left)
     else:
-        ends, decays = call.segment_memories(), call.segment_decays()
-        to_segments = (ends, None, decays, None, None, None)
-        call.walk_back(upstream, (None, None, None), None, None, to_segments, consolidate=False)
+        ends, of_left, decays = call.segment_memories(), call.segment_decays(), call.segment_decays()
+        nowhere = (None, None, None)
+        call.walk_back(upstream, nowhere, None, (ends, None, decays, *nowhere), consolidate=False)
         if interval:
-            behind, of_left = call.segment_states(), call.segment_decays()
-            call.join_back(ends, decays, final, initial_writes, saved[:2], behind, of_left, (grad_initial, *others))
+            behind = call.segment_states()
+            call.join_back(ends, decays, final, state, left, behind, of_left, start)
             # A program reads the gradient behind its segment before it writes the one before it.
-            to_segments = (*behind, None, None, None)
-            call.walk_back(upstream, behind, None, saved, to_segments, consolidate=False, of_left=of_left)
+            to_segments = (*behind, *nowhere)
         else:
-            behind = call.segment_memories()
-            call.chain(ends, decays, grad_memory, behind, grad_initial, reverse=True)
-            call.walk_back(upstream, (behind, None, None), None, saved, to_segments)
+            behind = (call.segment_memories(), None, None)
+            call.chain(ends, decays, grad_memory, behind[0], grad_initial, reverse=True)
+            to_segments = (ends, None, decays, *nowhere)
+        call.walk_back(upstream, behind, saved, to_segments, of_left=of_left, consolidate=False)
     call.chunk_gradients(upstream, before, grad_written, grad_total, (grad_q, grad_k, grad_v, grad_decay, grad_eta))
     return outputs
 
 
 @torch.library.register_fake("resolvent::memory_backward")
 def _(
-    grad_readout, grad_memory, grad_writes, grad_forgetting, q, k, v, decay, eta, writes, strength, basis, sharpness,
-    bias, before, forgetting_before, position, cu_seqlens, segments, chunks, interval, snr, energy,
+    grad_readout, grad_memory, grad_writes, grad_forgetting, q, k, v, decay, eta, strength, basis, sharpness, bias,
+    last, last_writes, before, met, met_writes, met_forgetting, position, cu_seqlens, segments, chunks, interval, snr,
+    energy,
 ):  # fmt: skip
     return _room_for_gradients(grad_readout, q, k, v, decay, before, strength, basis, cu_seqlens, interval)
 
@@ -1283,7 +1243,7 @@ def _room_for_gradients(
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.interval, ctx.snr, ctx.energy, _ = inputs
-    ctx.save_for_backward(*tensors, *output[4:])
+    ctx.save_for_backward(*tensors, *output[1:3], *output[4:])
     ctx.mark_non_differentiable(*output[4:])
     ctx.set_materialize_grads(False)
 
@@ -1311,7 +1271,7 @@ def _gradient(
     grad_q, grad_k, grad_v, grad_decay, grad_eta, *others = _memory_backward(
         grad_readout if grad_readout is not None else torch.zeros_like(v),
         *final,
-        *(q, k, v, decay, eta, writes, strength, basis, sharpness, bias, *saved),
+        *(q, k, v, decay, eta, strength, basis, sharpness, bias, *saved),
         *(position, cu_seqlens, segments, chunks),
         ctx.interval,
         ctx.snr,

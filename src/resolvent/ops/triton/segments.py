@@ -24,10 +24,10 @@ class Layout:
     """Which tokens each program walks over.
 
     Attributes:
-        segments: one row a segment, int64 (G, 5): its first and its last token + 1; the place of its first chunk's
+        segments: one row a segment, int64 (G, 6): its first and its last token + 1; the place of its first chunk's
             first slot, which lies up to 63 slots before the first token where the sequence goes on inside a chunk; the
-            number of its first chunk; the chunks since the last boundary. Segments of a sequence that is cut do not
-            reach across a boundary.
+            number of its first chunk; the chunks since the last boundary; the number of its first boundary. Segments of
+            a sequence that is cut do not reach across a boundary.
         chunks: one row a chunk, its segment and its number in it, int64 (M, 2).
         first_segment: of every sequence, int64 (S + 1,); None where sequences are whole segments.
     """
@@ -48,7 +48,7 @@ def _layout(
 ) -> Layout:
     """``lengths`` and ``phases`` (tokens read since the last boundary) of the sequences; ``longest_segment`` in chunks,
     0 for no end; ``interval`` between boundaries in tokens, 0 without any."""
-    segments, first_segment, chunks, start, chunk = [], [0], [], 0, 0
+    segments, first_segment, chunks, start, chunk, boundary = [], [0], [], 0, 0, 0
     for length, phase in zip(lengths, phases, strict=True):
         end, slot, since_boundary = start + length, start - phase % CHUNK, phase // CHUNK
         while True:
@@ -56,7 +56,8 @@ def _layout(
             stop = end if longest_segment == 0 else min(end, slot + longest * CHUNK)
             count = -(-(stop - slot) // CHUNK) if stop > start else 0
             chunks += [(len(segments), i) for i in range(count)]
-            segments.append((max(start, slot), stop, slot, chunk, since_boundary))
+            segments.append((max(start, slot), stop, slot, chunk, since_boundary, boundary))
+            boundary += (since_boundary * CHUNK + stop - slot) // interval if interval else 0
             slot, chunk = slot + count * CHUNK, chunk + count
             since_boundary = (since_boundary + count) % (interval // CHUNK) if interval else 0
             if stop == end:
@@ -124,8 +125,9 @@ def layout_on_device(cu_seqlens: Tensor, position: Tensor | None, tokens: int, i
     phase = torch.zeros_like(starts) if position is None else position.to(starts.device) % interval
     slots = starts - phase % CHUNK
     counts = torch.where(ends > starts, (ends - slots + CHUNK - 1) // CHUNK, 0)
-    last = counts.cumsum(0)
-    segments = torch.stack([starts, ends, slots, last - counts, phase // CHUNK], dim=1)
+    boundaries = (phase + ends - starts) // interval if interval else torch.zeros_like(starts)
+    last, met = torch.stack([counts, boundaries]).cumsum(1)
+    segments = torch.stack([starts, ends, slots, last - counts, phase // CHUNK, met - boundaries], dim=1)
     row = torch.arange(most_chunks(tokens, len(starts), position is not None), device=starts.device)
     segment = torch.searchsorted(last, row, right=True)
     there = segment < len(starts)
