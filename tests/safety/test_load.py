@@ -151,11 +151,14 @@ class Growth:
         tracemalloc.stop()
 
     def begin(self) -> None:
+        self.snapshot = tracemalloc.take_snapshot()
         self.before = self._look()
 
     def assert_none(self, python: int, process: int) -> None:
         grown = [after - before for after, before in zip(self._look(), self.before, strict=True)]
-        assert grown[0] <= python and grown[1] <= process, grown
+        if grown[0] > python or grown[1] > process:
+            lines = tracemalloc.take_snapshot().compare_to(self.snapshot, "lineno")[:10]
+            pytest.fail("\n".join([f"grown by {grown[0]:,} and {grown[1]:,} bytes", *map(str, lines)]))
 
     def _look(self) -> tuple[int, int]:
         gc.collect()

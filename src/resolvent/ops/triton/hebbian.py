@@ -46,7 +46,7 @@ _LAUNCH = {
         "walk_back": dict(num_warps=4, num_stages=2, STAGES=2),
         "chunk_gradients": dict(num_warps=4, num_stages=1),
         "join": dict(num_warps=8),
-        "join_back": dict(num_warps=4),
+        "join_back": dict(num_warps=8),
     },
     "wide": {
         "walk": dict(num_warps=8, num_stages=2),
