@@ -32,7 +32,8 @@ class TestPhase2Config:
             zeta_embedding_trainable=False, vocab_size=50257, d_model=512, n_layers=6, n_seq=1024, ffn_dim=None,
             dropout=0.1, target_vram_gb=8.0, target_speedup_triton=3.0,
         )  # fmt: skip
-        assert {name: getattr(config, name) for name in report} == report
+        # A memory that forgets 1 % a token reaches no further than a few hundred: the one default of ours.
+        assert {name: getattr(config, name) for name in report} == report | {"base_decay": 0.001}
 
     def test_config_validation_valid(self):
         Phase2Config().validate()

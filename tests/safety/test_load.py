@@ -147,7 +147,7 @@ class Growth:
     moves now and then from one that was there before the tracing; what else grows in one piece shows in the process.
     """
 
-    LARGEST = 64 * 1024
+    LARGEST = 16 * 1024
 
     def __enter__(self) -> "Growth":
         tracemalloc.start()

@@ -18,8 +18,8 @@ class NonHermitianPotential(nn.Module):
     ``Γ = softplus(gamma_proj(x) + gamma_bias) + base_decay``.
 
     Γ is a rate per unit time. Its bias sets out the heads' initial ``Γ dt``: the first keeps what it can, at 1.5
-    ``base_decay dt``; the others are spaced geometrically up to one half, from a third of the way there: by default
-    from memories of twenty tokens down to two, which text is learnt with faster.
+    ``base_decay dt``; the others are spaced geometrically from one twentieth to one half, memories of twenty tokens
+    down to two, which text is learnt with faster.
 
     Args:
         d_model: width D of x.
@@ -34,7 +34,7 @@ class NonHermitianPotential(nn.Module):
         self,
         d_model: int,
         num_heads: int,
-        base_decay: float = 0.01,
+        base_decay: float = 0.001,
         adaptive_decay: bool = True,
         dt: float = 1.0,
         memory_width: int = 0,
@@ -51,9 +51,8 @@ class NonHermitianPotential(nn.Module):
     def reset_parameters(self) -> None:
         """Set what has a fixed start: the spacing of Γ, and a feedback of zero."""
         slowest = 1.5 * self.base_decay * self.dt
-        fastest = max(0.5, 2 * slowest)
-        steps = torch.linspace(1 / 3, 1, max(1, self.num_heads - 1), dtype=torch.float64)
-        others = slowest * (fastest / slowest) ** steps
+        slow, fast = max(1 / 20, slowest), max(1 / 2, 2 * slowest)
+        others = slow * (fast / slow) ** torch.linspace(0, 1, max(1, self.num_heads - 1), dtype=torch.float64)
         rate = torch.cat([others.new_tensor([slowest]), others])[: self.num_heads] / self.dt - self.base_decay
         self.gamma_bias.copy_(rate + torch.log(-torch.expm1(-rate)))  # the inverse of softplus
         if self.memory_to_potential is not None:

@@ -27,14 +27,18 @@ _WITH_A_FIXED_START = (
     AdaptiveRankSemiseparableLayer,
 )
 
+_TO_THE_STREAM = (".hebbian.out_proj", ".ffn.out_proj", ".ffn.2", ".ffn.2.up")
+
 
 @torch.no_grad()
 def init_weights(model: Any, generator: torch.Generator | None, zeta_potential: bool = False) -> None:
     """Draw the weights of a model of either phase.
 
     Matrices inside the blocks get N(0, std²) with the standard deviation ``1 / sqrt(fan_in)``; with ``zeta_potential``
-    those of the potential get the zeta spectrum at the same norm. A sum over all of the past gets its input scaled so
-    that it has about unit size after ``n_seq`` tokens. What BK-Core and AR-SSM add to the stream starts at zero.
+    those of the potential get the zeta spectrum at the same norm. What memory and feed-forward network add to the
+    stream shrinks with the number L of blocks, by ``1 / sqrt(2 L)``, so that all of them together add about as much as
+    one (Radford et al., 2019); what BK-Core and AR-SSM add starts at zero. A sum over all of the past gets its input
+    scaled so that it has about unit size after ``n_seq`` tokens.
 
     Args:
         model: has ``blocks``, ``token_embedding``, ``lm_head`` and ``n_seq``.
@@ -48,8 +52,7 @@ def init_weights(model: Any, generator: torch.Generator | None, zeta_potential: 
             if zeta_potential and ".potential." in name:
                 zeta(module.weight, std)
             else:
-                scale = model.n_seq**-0.5 if name.endswith(".ar_ssm.u_proj") else 1.0
-                _normal(module.weight, std * scale, generator)
+                _normal(module.weight, std * _scale(model, name), generator)
             if module.bias is not None:
                 module.bias.zero_()
     if isinstance(model.token_embedding, TensorTrainEmbedding):
@@ -62,6 +65,13 @@ def init_weights(model: Any, generator: torch.Generator | None, zeta_potential: 
             module.reset_parameters()
     for block in model.blocks:
         block.bk_proj.weight.zero_()
+
+
+def _scale(model: Any, name: str) -> float:
+    """Of a matrix of this name, in units of ``1 / sqrt(fan_in)``."""
+    if name.endswith(_TO_THE_STREAM):
+        return (2 * len(model.blocks)) ** -0.5
+    return model.n_seq**-0.5 if name.endswith(".ar_ssm.u_proj") else 1.0
 
 
 def _normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
