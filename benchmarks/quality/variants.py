@@ -62,6 +62,7 @@ OPTIONS = {
     "gated-ffn": Switch("SwiGLU in place of Linear, GELU, Linear", {"ffn_gated": False}),
     "scale": Switch("tokens enter at the size of what blocks add", {"embedding_scale": 1.0}),
     "snr-training": Switch("the SNR filter's strength is trained", {"snr_trained": False}),
+    "reach": Switch("a least decay of 0.1 % a token, in place of 1 %", {"base_decay": 0.01}),
     "floor": Switch("a least decay of 0.1 % a token, in place of 0.01 %", {"base_decay": 1e-4}),
 }
 """What is ours, or has other grounds."""

@@ -15,7 +15,7 @@ Job = Callable[[], Any]
 
 _SECONDS = 0.3
 """Time that one measurement takes, about."""
-_GRAPH_BELOW_MS = 3.0
+_GRAPH_BELOW_MS = 10.0
 """Jobs that take less as Python launches them are launched from a CUDA graph: gaps between kernels would count."""
 _GRAPH_MS = 2.0
 """Work in a graph, beside which its own launch is short."""
