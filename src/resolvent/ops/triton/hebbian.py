@@ -142,8 +142,19 @@ def _is_boundary(since_boundary, chunk_end, end, interval, C: tl.constexpr):
 
 
 @_kernel
+def _load_state(memories, writes, forgetting, row, square, in_square, K, V, CONSOLIDATE: tl.constexpr):
+    """Memory, writes and Γ̄ of a row, or their gradients; zeros for the last two without consolidation."""
+    memory = tl.load(memories + row * K * V + square, mask=in_square, other=0.0)
+    wrote, forgot = tl.zeros_like(memory), 0.0
+    if CONSOLIDATE:
+        wrote += tl.load(writes + row * K * V + square, mask=in_square, other=0.0)
+        forgot += tl.load(forgetting + row)
+    return memory, wrote, forgot
+
+
+@_kernel
 def _store_state(memories, writes, forgetting, row, square, in_square, K, V, memory, wrote, forgot):
-    """Memory, ΔS and Γ̄ of a row, each in a tensor of its own."""
+    """Memory, writes and Γ̄ of a row, or their gradients."""
     tl.store(memories + row * K * V + square, memory, mask=in_square)
     tl.store(writes + row * K * V + square, wrote, mask=in_square)
     tl.store(forgetting + row, forgot)
@@ -210,10 +221,9 @@ def _walk(
 
     memory, writes, forgetting = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
     if STATE:
-        memory += tl.load(initial + row * K * V + square, mask=in_square, other=0.0)
-        if CONSOLIDATE:
-            writes += tl.load(initial_writes + row * K * V + square, mask=in_square, other=0.0)
-            forgetting += tl.load(initial_forgetting + row)
+        memory, writes, forgetting = _load_state(
+            initial, initial_writes, initial_forgetting, row, square, in_square, K, V, CONSOLIDATE
+        )
     force = _force(strength, head)
     modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
 
@@ -297,10 +307,9 @@ def _walk_back(
 
     grad, grad_writes, grad_forgetting = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
     if FINAL:
-        grad += tl.load(grad_final + row * K * V + square, mask=in_square, other=0.0)
-        if CARRY:
-            grad_writes += tl.load(grad_final_writes + row * K * V + square, mask=in_square, other=0.0)
-            grad_forgetting += tl.load(grad_final_forgetting + row)
+        grad, grad_writes, grad_forgetting = _load_state(
+            grad_final, grad_final_writes, grad_final_forgetting, row, square, in_square, K, V, CARRY
+        )
     force = _force(strength, head)
     modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
     sum_sharpness, sum_bias, sum_strength = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32), 0.0
@@ -424,18 +433,6 @@ def _chunk_gradients(
 
 
 @_kernel
-def _load_state(memory, writes, forgetting, row, K, V, BK: tl.constexpr, BV: tl.constexpr, CONSOLIDATE: tl.constexpr):
-    """Memory, writes and Γ̄ of a head; zeros for the last two without consolidation."""
-    square, in_square = _square(tl.arange(0, BK), tl.arange(0, BV), K, V)
-    state = tl.load(memory + row * K * V + square, mask=in_square, other=0.0)
-    wrote, forgot = tl.zeros_like(state), 0.0
-    if CONSOLIDATE:
-        wrote += tl.load(writes + row * K * V + square, mask=in_square, other=0.0)
-        forgot += tl.load(forgetting + row)
-    return state, wrote, forgot
-
-
-@_kernel
 def _advance(
     query, key, value, decay, state, wrote, forgot, memory, writes, forgetting, boundary, force, basis, sharpness, bias,
     row, head, threshold, temperature, gamma_boost, eta_boost, energy,
@@ -482,7 +479,8 @@ def _step(
     value = tl.load(v + sequence * v_row + head * v_head + values, mask=values < V, other=0.0).to(tl.float32)
     boundary = (tl.load(position + sequence) + 1) % tl.maximum(interval, 1) == 0
     forgets = tl.load(decay + sequence * decay_row + head * decay_head).to(tl.float32)
-    state, wrote, forgot = _load_state(memory, writes, forgetting, row, K, V, BK, BV, SNR or RESONANCE)
+    square, in_square = _square(keys, values, K, V)
+    state, wrote, forgot = _load_state(memory, writes, forgetting, row, square, in_square, K, V, SNR or RESONANCE)
     answer = _advance(
         query, key * tl.load(eta + head), value, forgets, state, wrote, forgot, new_memory, new_writes, new_forgetting,
         boundary, _force(strength, head), basis, sharpness, bias, row, head, threshold, temperature, gamma_boost,
@@ -537,9 +535,9 @@ def _join(
     square, in_square = _square(keys, tl.arange(0, BV), K, V)
     memory, writes, forgetting = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
     if STATE:
-        memory += tl.load(initial + row * K * V + square, mask=in_square, other=0.0)
-        writes += tl.load(initial_writes + row * K * V + square, mask=in_square, other=0.0)
-        forgetting += tl.load(initial_forgetting + row)
+        memory, writes, forgetting = _load_state(
+            initial, initial_writes, initial_forgetting, row, square, in_square, K, V, True
+        )
     force = _force(strength, head)
     modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
 
@@ -591,9 +589,9 @@ def _join_back(
     grad, grad_writes, grad_forgetting = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
     along_left = 0.0
     if FINAL:
-        grad += tl.load(grad_final + row * K * V + square, mask=in_square, other=0.0)
-        grad_writes += tl.load(grad_final_writes + row * K * V + square, mask=in_square, other=0.0)
-        grad_forgetting += tl.load(grad_final_forgetting + row)
+        grad, grad_writes, grad_forgetting = _load_state(
+            grad_final, grad_final_writes, grad_final_forgetting, row, square, in_square, K, V, True
+        )
         along_left += tl.sum(grad_writes * tl.load(left_at_end + row * K * V + square, mask=in_square, other=0.0))
     force = _force(strength, head)
     modes, steepness, offset = _resonance(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)

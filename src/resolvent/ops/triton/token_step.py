@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bk_core import _reciprocal
-from .hebbian import _advance, _constants, _load_state, _parts_of
+from .hebbian import _advance, _constants, _load_state, _parts_of, _square
 from .launch import early, let_next_begin, wait_for_last
 from .queries_keys_values import _TINY
 
@@ -180,7 +180,8 @@ def _remember(
     row, cells = sequence * H + head, tl.arange(0, BK)
     inside, C, channels = cells < K, 3 * H * K, head * K + cells
     # The launch that last wrote the state is of the token before: it ended before this token's first began.
-    state, wrote, forgot = _load_state(memory, writes, forgetting, row, K, K, BK, BK, SNR or RESONANCE)
+    square, in_square = _square(cells, cells, K, K)
+    state, wrote, forgot = _load_state(memory, writes, forgetting, row, square, in_square, K, K, SNR or RESONANCE)
     if GATE:
         down = tl.arange(0, BG)
         tile, mask = channels[:, None] * G + down[None, :], inside[:, None] & (down < G)[None, :]
