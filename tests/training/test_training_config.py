@@ -93,6 +93,10 @@ def test_the_default_warm_up(steps: int, warmup: int):
     assert TrainingConfig(steps=steps, warmup_steps=7).warmup == 7
 
 
+def test_the_default_window_is_what_the_model_was_configured_for():
+    assert [TrainingConfig(seq_len=given).window(n_seq=512) for given in (None, 64)] == [512, 64]
+
+
 def test_the_default_learning_rate_falls_with_the_width():
     assert TrainingConfig().peak_learning_rate(d_model=512) == pytest.approx(1e-3, rel=0.03)
     assert TrainingConfig().peak_learning_rate(d_model=128) == pytest.approx(4e-3, rel=0.03)

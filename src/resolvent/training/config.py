@@ -92,7 +92,13 @@ class TrainingConfig:
     vocab_size: int = setting(8192, TEXT, "Tokens that bpe learns; the other tokenizers have their own.", at_least=257)
 
     steps: int = setting(1000, SIZE, "Optimiser steps.", at_least=1)
-    seq_len: int = setting(256, SIZE, "Tokens in a training window.", at_least=1)
+    seq_len: int | None = setting(
+        None,
+        SIZE,
+        "Tokens in a training window.",
+        at_least=1,
+        default_text="the model's n_seq: 256 for tiny, 1024 for base",
+    )
     batch_size: int = setting(8, SIZE, "Windows in a batch, on each device.", at_least=1)
     accumulation: int = setting(1, SIZE, "Batches in a step, on each device.", at_least=1)
 
@@ -143,6 +149,10 @@ class TrainingConfig:
     def warmup(self) -> int:
         """Steps of warm-up, the default worked out."""
         return min(200, self.steps // 20) if self.warmup_steps is None else self.warmup_steps
+
+    def window(self, n_seq: int) -> int:
+        """Tokens in a training window, the default worked out: what the model was configured for."""
+        return n_seq if self.seq_len is None else self.seq_len
 
     def peak_learning_rate(self, d_model: int) -> float:
         """The highest learning rate, the default worked out: the wider a model, the smaller are good steps."""

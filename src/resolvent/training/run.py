@@ -69,7 +69,7 @@ def _train(config: TrainingConfig, console: Console | None) -> TrainingResult:
     corpus = load_corpus(config, tokenizer, progress=console.is_terminal)
     model = _initial_model(config, corpus, accelerator)
     if accelerator.is_main_process:
-        _warn_of_what_is_not_trained(model, config.seq_len)
+        _warn_of_what_is_not_trained(model, config.window(model.n_seq))
     trainer = Trainer(config, accelerator, corpus, model, console)
     accelerator.wait_for_everyone()  # nobody writes before everybody has found the folder empty
     first = accelerator.is_main_process

@@ -132,7 +132,7 @@ class Trainer:
         self.device = accelerator.device
         self.standing = Standing(step=0, processes=accelerator.num_processes, loss_average=Average())
         self.batches = PackedBatches(
-            corpus.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
+            corpus.train, seq_len=config.window(model.n_seq), batch_size=config.batch_size, seed=config.seed
         )
         self.validation_sample = sample_documents(corpus.validation, config.eval_tokens)
         self.bits_per_byte_per_nat = corpus.train.num_predictions / corpus.train.num_bytes / math.log(2)
