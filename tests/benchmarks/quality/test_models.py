@@ -60,6 +60,7 @@ def test_a_change_leaves_all_other_weights_as_they_are(mechanism: str):
     potential = ("v_proj.weight", "gamma_proj.weight", "memory_to_potential.weight")
     own = {
         "zeta-init": potential,
+        "reach": ("gamma_bias",),
         "floor": ("gamma_bias",),
         "gated-ffn": ("ffn.0.weight", "ffn.0.bias", "ffn.2.weight", "ffn.2.bias"),
     }
