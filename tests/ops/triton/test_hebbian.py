@@ -13,6 +13,7 @@ if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU: see test_hebbian_cuda.py", allow_module_level=True)
 from resolvent.ops.triton import hebbian as kernels
 from resolvent.ops.triton import segments
+from resolvent.ops.triton.consolidation import parts_of
 from tests.ops.test_hebbian import KINDS, at, consolidation, inputs, relative, state, tensors_of
 
 DECAYS = {"weak": 1e-3, "middling": 0.3, "strong": 1000.0}
@@ -177,7 +178,7 @@ def test_the_operators_are_registered_as_pytorch_wants_them(kind, packed):
     given = inputs(70, batch=1 if packed else 2)
     values, rule = [single(x.requires_grad_()) for x in given], single_rule(consolidation(kind))
     start = [single(x.requires_grad_()) for x in state()]
-    parameters, named = kernels._parts_of(rule)
+    parameters, named = parts_of(rule)
     constants = tuple(named.values())
     where = [None] * 4
     if packed:  # every row that is saved has its chunk

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from resolvent.ops import Consolidation, MemoryState, Resonance, SNRFilter, dissipative_memory
 
 pytest.importorskip("triton")
-from resolvent.ops.triton import hebbian as kernels
+from resolvent.ops.triton import hebbian_kernels as kernels
 from resolvent.ops.triton import segments
 
 pytestmark = pytest.mark.gpu
@@ -158,9 +158,7 @@ def test_segments_with_consolidation_of_any_width(width):
 
 def test_another_length_needs_no_new_kernel():
     def sizes():
-        of_device = [
-            kernel.device_caches[torch.cuda.current_device()] for kernel in (kernels._walk, kernels._walk_back)
-        ]
+        of_device = [kernel.device_caches[torch.cuda.current_device()] for kernel in (kernels.walk, kernels.walk_back)]
         return [len(caches[0]) for caches in of_device]
 
     for length in (200, 333, 1024, 77):

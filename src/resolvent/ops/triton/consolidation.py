@@ -7,6 +7,9 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ..consolidation import Consolidation
 
 _kernel: Any = triton.jit
 
@@ -138,3 +141,21 @@ def consolidate_back(
         grad_ratio = tl.where(memory < 0, -grad_ratio, tl.where(memory > 0, grad_ratio, 0.0))
         grad = grad + grad_ratio * scale - from_scale * memory
     return grad, grad_writes, grad_forgetting, grad_strength, grad_sharpness, grad_bias, of_left
+
+
+def parts_of(consolidation: Consolidation | None) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+    """Strength of the SNR filter, basis, sharpness and bias of the resonance; and ``interval``, ``snr`` and ``energy``,
+    as ``_memory`` has them."""
+    snr = consolidation.snr if consolidation else None
+    resonance = consolidation.resonance if consolidation else None
+    modes = (resonance.basis, resonance.sharpness, resonance.bias) if resonance else (None, None, None)
+    return (snr.strength if snr else None, *modes), dict(
+        interval=consolidation.interval if consolidation and (snr or resonance) else 0,
+        snr=[snr.threshold, snr.temperature, snr.gamma_boost, snr.eta_boost] if snr else [],
+        energy=resonance.threshold if resonance else 0.0,
+    )
+
+
+def constants_of(snr: list[float], energy: float, interval: int) -> tuple[float | int, ...]:
+    """The numbers of the consolidation, as the kernels take them."""
+    return *(snr or (0.0, 1.0, 1.0, 1.0)), energy, interval

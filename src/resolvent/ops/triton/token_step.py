@@ -17,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .bk_core import _reciprocal
-from .hebbian import _advance, _constants, _load_state, _parts_of, _square
+from .consolidation import constants_of, parts_of
+from .hebbian_kernels import cells_of, load_state
+from .hebbian_step import advance
 from .launch import early, let_next_begin, wait_for_last
 from .queries_keys_values import _TINY
 
@@ -180,8 +182,8 @@ def _remember(
     row, cells = sequence * H + head, tl.arange(0, BK)
     inside, C, channels = cells < K, 3 * H * K, head * K + cells
     # The launch that last wrote the state is of the token before: it ended before this token's first began.
-    square, in_square = _square(cells, cells, K, K)
-    state, wrote, forgot = _load_state(memory, writes, forgetting, row, square, in_square, K, K, SNR or RESONANCE)
+    square, in_square = cells_of(cells, cells, K, K)
+    state, wrote, forgot = load_state(memory, writes, forgetting, row, square, in_square, K, K, SNR or RESONANCE)
     if GATE:
         down = tl.arange(0, BG)
         tile, mask = channels[:, None] * G + down[None, :], inside[:, None] & (down < G)[None, :]
@@ -204,7 +206,7 @@ def _remember(
     _store_tail(tail, q_rows, sequence, channels, inside, C, W)
     _store_tail(tail, k_rows, sequence, H * K + channels, inside, C, W)
     _store_tail(tail, v_rows, sequence, 2 * H * K + channels, inside, C, W)
-    answer = _advance(
+    answer = advance(
         query, key, value, tl.load(gamma + row) * dt, state, wrote, forgot, memory, writes, forgetting, boundary, force,
         basis, sharpness, bias, row, head, threshold, temperature, gamma_boost, eta_boost, energy, K, K, BK, BK, SNR,
         RESONANCE, False,
@@ -318,14 +320,14 @@ def remember(
         tail: (B, W - 1, 3HK).
         readout, gated: room for the answers, (B, HV) each; the second is left alone without a gate.
     """
-    (_, *of_resonance), numbers = _parts_of(consolidation)
+    (_, *of_resonance), numbers = parts_of(consolidation)
     heads, width = layer.num_heads, layer.head_dim
     up, narrow = layer.gate_up, 1 if gate is None else gate.shape[1]
     with torch.cuda.device_of(gated):
         _remember[(len(projected), heads)](
             projected, tail, layer.conv_weight, gamma, layer.log_eta, *state, position, strength_logit,
             *of_resonance, gate, *((None, None) if up is None else (up.weight, up.bias)), readout, gated, layer.dt,
-            *_constants(**numbers), heads, narrow,
+            *constants_of(**numbers), heads, narrow,
             K=width, BK=max(16, triton.next_power_of_2(width)), W=len(layer.conv_weight), SNR=len(numbers["snr"]) > 0,
             RESONANCE=of_resonance[0] is not None, NORM=layer.output_norm, GATE=gate is not None,
             BG=triton.next_power_of_2(narrow), num_warps=8, **early(gated.device),
