@@ -90,6 +90,11 @@ class TestPhase2Config:
         with pytest.raises(ValueError, match="unknown field"):
             Phase2Config.from_phase1(phase1, layers=5)
 
+    @pytest.mark.parametrize(("n_seq", "interval"), [(1, 64), (256, 64), (700, 128), (1024, 256), (65536, 256)])
+    def test_a_window_of_phase1_holds_consolidations(self, n_seq, interval):
+        assert Phase2Config.from_phase1(Phase1Config(n_seq=n_seq)).consolidation_interval == interval
+        assert Phase2Config.from_phase1(Phase1Config(), consolidation_interval=320).consolidation_interval == 320
+
 
 class TestPresets:
     def check(self, name):

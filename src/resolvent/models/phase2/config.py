@@ -110,7 +110,8 @@ class Phase2Config(ModelConfig):
 
     @classmethod
     def from_phase1(cls, phase1_config: Phase1Config, **overrides: Any) -> Self:
-        """The Phase 2 configuration of a Phase 1 model: its sizes and targets, and Phase 2's defaults elsewhere.
+        """The Phase 2 configuration of a Phase 1 model: its sizes and targets, and Phase 2's defaults elsewhere, but for
+        a consolidation that takes place several times in the ``n_seq`` tokens of a training window.
 
         Raises:
             ConfigError: an override is no field.
@@ -123,6 +124,8 @@ class Phase2Config(ModelConfig):
         taken: dict[str, Any] = {name: getattr(phase1_config, name) for name in shared}
         values: dict[str, Any] = {"phase1_config": phase1_config, "ffn_gated": False, **taken, **overrides}
         values.setdefault("head_dim", max(1, values["d_model"] // max(1, values["num_heads"])))
+        reached = values["n_seq"] // 4 // CHUNK * CHUNK
+        values.setdefault("consolidation_interval", min(max(reached, CHUNK), cls.consolidation_interval))
         return cls(**values)
 
     @property
