@@ -110,8 +110,8 @@ class Phase2Config(ModelConfig):
 
     @classmethod
     def from_phase1(cls, phase1_config: Phase1Config, **overrides: Any) -> Self:
-        """The Phase 2 configuration of a Phase 1 model: its sizes and targets, and Phase 2's defaults elsewhere, but for
-        a consolidation that takes place several times in the ``n_seq`` tokens of a training window.
+        """The Phase 2 configuration of a Phase 1 model: its sizes and targets, and Phase 2's defaults elsewhere. Of
+        consolidations there are several in the ``n_seq`` tokens of a training window.
 
         Raises:
             ConfigError: an override is no field.
