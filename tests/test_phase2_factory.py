@@ -89,6 +89,8 @@ class TestPhase2Config:
         assert config.target_vram_gb == 10.0
         with pytest.raises(ValueError, match="unknown field"):
             Phase2Config.from_phase1(phase1, layers=5)
+        with pytest.raises(ValueError, match="n_seq must be an integer, got '512'"):
+            Phase2Config.from_phase1(phase1, n_seq="512").validate()
 
     @pytest.mark.parametrize(("n_seq", "interval"), [(1, 64), (256, 64), (700, 128), (1024, 256), (65536, 256)])
     def test_a_window_of_phase1_holds_consolidations(self, n_seq, interval):

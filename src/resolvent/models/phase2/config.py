@@ -123,9 +123,12 @@ class Phase2Config(ModelConfig):
         )  # fmt: skip
         taken: dict[str, Any] = {name: getattr(phase1_config, name) for name in shared}
         values: dict[str, Any] = {"phase1_config": phase1_config, "ffn_gated": False, **taken, **overrides}
-        values.setdefault("head_dim", max(1, values["d_model"] // max(1, values["num_heads"])))
-        reached = values["n_seq"] // 4 // CHUNK * CHUNK
-        values.setdefault("consolidation_interval", min(max(reached, CHUNK), cls.consolidation_interval))
+        sizes = values["d_model"], values["num_heads"], values["n_seq"]
+        if all(isinstance(size, int) for size in sizes):  # else ``validate`` says which is none
+            width, heads, window = sizes
+            interval = max(CHUNK, window // 4 // CHUNK * CHUNK)
+            values.setdefault("head_dim", max(1, width // max(1, heads)))
+            values.setdefault("consolidation_interval", min(interval, cls.consolidation_interval))
         return cls(**values)
 
     @property
