@@ -19,6 +19,10 @@ def spread_in_units_of_fan_in(layer: nn.Linear) -> float:
     return layer.weight.std().item() * layer.in_features**0.5
 
 
+def last_map(network: nn.Module) -> nn.Linear:
+    return [layer for layer in network.modules() if isinstance(layer, nn.Linear)][-1]
+
+
 @pytest.mark.parametrize("layers", [2, 8])
 def test_what_adds_to_the_stream_shrinks_with_the_number_of_blocks(layers: int):
     model = fresh(create_phase2_model, n_layers=layers)
@@ -32,15 +36,13 @@ def test_what_adds_to_the_stream_shrinks_with_the_number_of_blocks(layers: int):
 @pytest.mark.parametrize("options", [{}, {"ffn_gated": False}])
 def test_a_plain_feed_forward_network_shrinks_as_a_gated_one_does(options: dict):
     block = fresh(create_phase2_model, **options).blocks[0]
-    last = [layer for layer in block.ffn.modules() if isinstance(layer, nn.Linear)][-1]
-    assert spread_in_units_of_fan_in(last) == pytest.approx(6**-0.5, rel=0.05)
+    assert spread_in_units_of_fan_in(last_map(block.ffn)) == pytest.approx(6**-0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("rank", [None, 48])
 def test_so_does_that_of_phase_1_whatever_its_rank(rank: int | None):
-    model = fresh(create_phase1_model, ffn_rank=rank)
-    last = [layer for layer in model.blocks[0].ffn.modules() if isinstance(layer, nn.Linear)][-1]
-    assert spread_in_units_of_fan_in(last) == pytest.approx(6**-0.5, rel=0.05)
+    block = fresh(create_phase1_model, ffn_rank=rank).blocks[0]
+    assert spread_in_units_of_fan_in(last_map(block.ffn)) == pytest.approx(6**-0.5, rel=0.05)
 
 
 def test_what_the_resolvent_adds_starts_at_zero():
