@@ -1,4 +1,5 @@
-"""Consolidation of a memory in a program's registers, and its adjoint: ``ops.consolidation`` in Triton.
+"""Consolidation of a memory in a program's registers, and its adjoint: ``ops.consolidation`` in Triton; and what
+kernels are given of it.
 
 Shapes: K key width, V value width, both as far as they are padded.
 """
@@ -145,7 +146,7 @@ def consolidate_back(
 
 def parts_of(consolidation: Consolidation | None) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
     """Strength of the SNR filter, basis, sharpness and bias of the resonance; and ``interval``, ``snr`` and ``energy``,
-    as ``_memory`` has them."""
+    as the operators have them."""
     snr = consolidation.snr if consolidation else None
     resonance = consolidation.resonance if consolidation else None
     modes = (resonance.basis, resonance.sharpness, resonance.bias) if resonance else (None, None, None)

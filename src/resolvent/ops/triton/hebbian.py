@@ -17,7 +17,6 @@ from ..consolidation import Consolidation
 from ..hebbian import CHUNK, MemoryState
 from . import hebbian_kernels as kernels
 from .consolidation import constants_of, parts_of
-from .hebbian_kernels import product_dtype, sizes_of
 from .hebbian_step import memory_step
 from .launch import contiguous, more_than_float32
 from .segments import Layout, layout_of, most_chunks, tables_on_device
@@ -78,12 +77,12 @@ class _Call:
         else:
             self.layout = layout_of(q, position, cu_seqlens, interval)
         self.heads = q.shape[2]
-        self.tokens = [_rows(x.to(product_dtype(q, k, v))) for x in (q, k, v)]
+        self.tokens = [_rows(x.to(kernels.product_dtype(q, k, v))) for x in (q, k, v)]
         self.eta = eta.float().contiguous()
         self.filters = [contiguous(x, torch.float32) for x in (strength, basis, sharpness, bias)]
         self.strides = [stride for x in self.tokens for stride in x.stride()[:2]]
         self.interval, self.constants = interval, constants_of(snr, energy, interval)
-        self.sizes: dict[str, Any] = dict(sizes_of(q, k, v), C=CHUNK)
+        self.sizes: dict[str, Any] = dict(kernels.sizes_of(q, k, v), C=CHUNK)
         self.mechanisms = dict(SNR=len(snr) > 0, RESONANCE=basis is not None)
         self.segments = len(self.layout.segments)
         self.launch = _LAUNCH["narrow" if max(self.sizes["K"], self.sizes["V"]) <= 64 else "wide"]
@@ -442,7 +441,7 @@ def _room(
         room(sequences, heads, key, value),
         room(sequences if interval else 0, heads, key, value),
         room(sequences, heads),
-        room(chunks, heads, key, value, dtype=product_dtype(q, k, v)),
+        room(chunks, heads, key, value, dtype=kernels.product_dtype(q, k, v)),
         # The gradient of a consolidation asks for digits that products do not.
         room(boundaries, heads, key, value),
         room(boundaries, heads, key, value),

@@ -65,11 +65,19 @@ def _store_tile(pointer, stride, rows, columns, inside, width, x):
 
 
 @_kernel
+def _segment(segments, segment):
+    """A segment's first token and its last + 1, its first slot and chunk, the chunks since the last boundary, and its
+    first boundary: a row of ``segments.Layout``."""
+    row = segments + 6 * segment
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+
+
+@_kernel
 def _chunk_tokens(segments, chunks, chunk, C: tl.constexpr):
     """Places of a chunk's tokens, and which of them are there."""
     segment, i = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
-    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
-    tokens = tl.load(segments + 6 * segment + 2) + i * C + tl.arange(0, C)
+    start, end, slot, _, _, _ = _segment(segments, segment)
+    tokens = slot + i * C + tl.arange(0, C)
     return tokens, (tokens >= start) & (tokens < end)
 
 
@@ -198,9 +206,7 @@ def walk(
     """Walk over a segment with the memory of a head. Without consolidation its total decay stands for the final Γ̄."""
     segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     CONSOLIDATE: tl.constexpr = SNR or RESONANCE
-    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
-    slot, chunk = tl.load(segments + 6 * segment + 2), tl.load(segments + 6 * segment + 3)
-    since_boundary, boundary = tl.load(segments + 6 * segment + 4), tl.load(segments + 6 * segment + 5)
+    start, end, slot, chunk, since_boundary, boundary = _segment(segments, segment)
     rate, row = tl.load(eta + head), segment * heads + head
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
     square, in_square = cells_of(keys, values, K, V)
@@ -285,10 +291,8 @@ def walk_back(
     """
     segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     CONSOLIDATE: tl.constexpr = SNR or RESONANCE
-    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
-    slot, chunk = tl.load(segments + 6 * segment + 2), tl.load(segments + 6 * segment + 3)
-    since_boundary, row = tl.load(segments + 6 * segment + 4), segment * heads + head
-    keys, values = tl.arange(0, BK), tl.arange(0, BV)
+    start, end, slot, chunk, since_boundary, boundary = _segment(segments, segment)
+    keys, values, row = tl.arange(0, BK), tl.arange(0, BV), segment * heads + head
     square, in_square = cells_of(keys, values, K, V)
 
     grad, grad_writes, grad_forgetting = tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
@@ -304,7 +308,7 @@ def walk_back(
     q, grad_readout = q + head * q_head, grad_readout + head * V
     count = tl.where(end > start, tl.cdiv(end - slot, C), 0).to(tl.int32)
     if CONSOLIDATE:
-        boundary = tl.load(segments + 6 * segment + 5) + tl.maximum(end - slot + since_boundary * C, 0) // interval
+        boundary += tl.maximum(end - slot + since_boundary * C, 0) // interval
         if FINAL:
             left = tl.load(left_at_end + row * K * V + square, mask=in_square, other=0.0)
             along_left += tl.sum(grad_writes * left)
@@ -441,11 +445,10 @@ def chain(
 
 
 @_kernel
-def _ends_at_boundary(segments, segment, interval, C: tl.constexpr):
-    """Whether a boundary lies behind a segment."""
-    start, end = tl.load(segments + 6 * segment), tl.load(segments + 6 * segment + 1)
-    slot, since_boundary = tl.load(segments + 6 * segment + 2), tl.load(segments + 6 * segment + 4)
-    return (end > start) & ((since_boundary * C + end - slot) % interval == 0)
+def _boundary_behind(segments, segment, interval, C: tl.constexpr):
+    """Whether a boundary lies behind a segment, and which: the only one that it meets."""
+    start, end, slot, _, since_boundary, boundary = _segment(segments, segment)
+    return (end > start) & ((since_boundary * C + end - slot) % interval == 0), boundary
 
 
 @_kernel(do_not_specialize=VARYING)
@@ -478,13 +481,13 @@ def join(
         tl.store(starts + place * K * V + square, memory, mask=in_square)
         following = tl.minimum(segment + 1, stop - 1) * heads + head
         upcoming = tl.load(ends + following * K * V + square, mask=in_square, other=0.0)
-        boundary = _ends_at_boundary(segments, segment, interval, C)
+        at_boundary, boundary = _boundary_behind(segments, segment, interval, C)
         total = tl.load(decays + place)
         kept = tl.exp(-total)
         memory, writes, forgetting = memory * kept + written, writes * kept + written, forgetting + total
-        if boundary:
+        if at_boundary:
             if SAVE:
-                crossed = tl.load(segments + 6 * segment + 5) * heads + head
+                crossed = boundary * heads + head
                 store_state(
                     met, met_writes, met_forgetting, crossed, square, in_square, K, V, memory, writes, forgetting
                 )
@@ -530,8 +533,9 @@ def join_back(
         segment = stop - 1 - j
         place = segment * heads + head
         end = tl.load(ends + place * K * V + square, mask=in_square, other=0.0)
-        if _ends_at_boundary(segments, segment, interval, C):
-            crossed = tl.load(segments + 6 * segment + 5) * heads + head
+        at_boundary, boundary = _boundary_behind(segments, segment, interval, C)
+        if at_boundary:
+            crossed = boundary * heads + head
             grad, grad_writes, grad_forgetting, a_strength, a_sharpness, a_bias, along_left = consolidate_back(
                 grad, met + crossed * K * V, met_writes + crossed * K * V, square, in_square,
                 tl.load(met_forgetting + crossed), force, modes, steepness, offset, threshold, temperature,

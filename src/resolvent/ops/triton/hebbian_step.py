@@ -21,11 +21,10 @@ _kernel: Any = triton.jit
 @_kernel
 def advance(
     query, key, value, decay, state, wrote, forgot, memory, writes, forgetting, boundary, force, basis, sharpness, bias,
-    row, head, threshold, temperature, gamma_boost, eta_boost, energy,
-    K, V, BK: tl.constexpr, BV: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
+    row, head, square, in_square, threshold, temperature, gamma_boost, eta_boost, energy,
+    K, V, BK: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """A memory learns ``key`` (with its rate η) and ``value``, answers ``query``, and is stored."""
-    square, in_square = cells_of(tl.arange(0, BK), tl.arange(0, BV), K, V)
     square += row * K * V
     kept, written = tl.exp(-decay), key[:, None] * value[None, :]
     state = state * kept + written
@@ -69,8 +68,8 @@ def _step(
     state, wrote, forgot = load_state(memory, writes, forgetting, row, square, in_square, K, V, SNR or RESONANCE)
     answer = advance(
         query, key * tl.load(eta + head), value, forgets, state, wrote, forgot, new_memory, new_writes, new_forgetting,
-        boundary, strength_of(strength, head), basis, sharpness, bias, row, head, threshold, temperature, gamma_boost,
-        eta_boost, energy, K, V, BK, BV, SNR, RESONANCE, HALF,
+        boundary, strength_of(strength, head), basis, sharpness, bias, row, head, square, in_square, threshold,
+        temperature, gamma_boost, eta_boost, energy, K, V, BK, SNR, RESONANCE, HALF,
     )  # fmt: skip
     tl.store(readout + row * V + values, answer.to(readout.dtype.element_ty), mask=values < V)
 

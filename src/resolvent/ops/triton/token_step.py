@@ -208,8 +208,8 @@ def _remember(
     _store_tail(tail, v_rows, sequence, 2 * H * K + channels, inside, C, W)
     answer = advance(
         query, key, value, tl.load(gamma + row) * dt, state, wrote, forgot, memory, writes, forgetting, boundary, force,
-        basis, sharpness, bias, row, head, threshold, temperature, gamma_boost, eta_boost, energy, K, K, BK, BK, SNR,
-        RESONANCE, False,
+        basis, sharpness, bias, row, head, square, in_square, threshold, temperature, gamma_boost, eta_boost, energy,
+        K, K, BK, SNR, RESONANCE, False,
     )  # fmt: skip
     if NORM:
         answer *= tl.rsqrt(tl.sum(answer * answer, 0) / K + _EPS)
