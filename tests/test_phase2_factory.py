@@ -33,7 +33,7 @@ class TestPhase2Config:
             dropout=0.1, target_vram_gb=8.0, target_speedup_triton=3.0,
         )  # fmt: skip
         # A memory that forgets 1 % a token reaches no further than a few hundred: the one default of ours.
-        assert {name: getattr(config, name) for name in report} == report | {"base_decay": 0.001}
+        assert {name: getattr(config, name) for name in report} == report | {"base_decay": 1e-4}
 
     def test_config_validation_valid(self):
         Phase2Config().validate()

@@ -114,7 +114,6 @@ def _dots(axes: Axes, rows: Sequence[Row], label: str) -> None:
 
 _NAMES = {
     "phase2": "Phase 2",
-    "phase2/no-floor": "Phase 2",
     "phase2/bare": "all of them",
     "gated-deltanet": "Gated DeltaNet",
     "mamba2": "Mamba-2",

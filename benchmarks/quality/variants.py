@@ -62,8 +62,7 @@ OPTIONS = {
     "gated-ffn": Switch("SwiGLU in place of Linear, GELU, Linear", {"ffn_gated": False}),
     "scale": Switch("tokens enter at the size of what blocks add", {"embedding_scale": 1.0}),
     "snr-training": Switch("the SNR filter's strength is trained", {"snr_trained": False}),
-    "reach": Switch("a least decay of 0.1 % a token, in place of 1 %", {"base_decay": 0.01}),
-    "floor": Switch("a least decay of 0.1 % a token, in place of 0.01 %", {"base_decay": 1e-4}),
+    "reach": Switch("a least decay of 0.01 % a token, in place of 1 %", {"base_decay": 0.01}),
 }
 """What is ours, or has other grounds."""
 
@@ -133,7 +132,13 @@ def parse_variant(name: str) -> Variant:
             off |= set(MECHANISMS)
         elif part == "original":
             original = True
-            config = {"tie_embeddings": False, "embedding_scale": 1.0, "ffn_gated": False, "snr_trained": False}
+            config = {
+                "base_decay": 0.01,
+                "tie_embeddings": False,
+                "embedding_scale": 1.0,
+                "ffn_gated": False,
+                "snr_trained": False,
+            }
         elif mechanism not in MECHANISMS | OPTIONS:
             known = ", ".join(["bare", "original", *MECHANISMS, *OPTIONS])
             raise ValueError(f"{name}: there is no {part!r}; known are {known}, each but the first two also with no-")

@@ -23,7 +23,7 @@ def test_gamma_starts_with_one_slow_head_and_the_others_spaced_up_to_one_half(ba
 def test_few_heads_start_with_the_slowest(heads):
     _, gamma = NonHermitianPotential(16, heads)(torch.zeros(1, 1, 16))
     assert gamma.shape == (1, 1, heads)
-    assert gamma[0, 0, 0].item() == pytest.approx(0.0015, rel=1e-4)
+    assert gamma[0, 0, 0].item() == pytest.approx(1.5e-4, rel=1e-4)
 
 
 def test_gamma_spacing_is_in_units_of_the_time_step():
@@ -52,9 +52,19 @@ def test_the_memory_feeds_back_from_zero():
     layer = NonHermitianPotential(16, 4, memory_width=8)
     x, readout = torch.randn(2, 5, 16), torch.randn(2, 5, 8)
     fresh, _ = layer(x, readout)
-    assert torch.equal(fresh, layer.v_proj(x))
+    torch.testing.assert_close(fresh, layer.v_proj(x))
     layer.memory_to_potential.weight.data.normal_()
     torch.testing.assert_close(layer(x, readout)[0], layer.v_proj(x) + layer.memory_to_potential(readout))
+
+
+def test_projections_that_are_hooked_are_called_and_give_the_same():
+    layer = NonHermitianPotential(16, 4).double()
+    x, seen = torch.randn(2, 5, 16, dtype=torch.float64), []
+    together = layer(x)
+    for projection in (layer.v_proj, layer.gamma_proj):
+        projection.register_forward_hook(lambda module, args, output: seen.append(module))
+    torch.testing.assert_close(layer(x), together, rtol=1e-12, atol=1e-12)
+    assert seen == [layer.v_proj, layer.gamma_proj]
 
 
 def test_bk_features_are_bounded_for_any_parameters():

@@ -135,8 +135,8 @@ def test_weights_come_in_the_dtype_asked_for(phase, pair, tmp_path):
     assert all(p.grad.isfinite().all() for p in half.parameters() if p.grad is not None)
 
 
-def test_blocks_may_lie_on_disk(tmp_path):
-    model = PHASE2.model()
+def test_blocks_may_lie_on_disk(phase, tmp_path):
+    model = PHASES[phase].model()
     save_model(model, tmp_path / "ours")
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     places = {f"model.{name}": "cpu" for name, _ in hf.model.named_children()}
@@ -147,7 +147,8 @@ def test_blocks_may_lie_on_disk(tmp_path):
     )
     ids = tokens(70)
     assert offloaded.model.blocks[1].ln1.weight.is_meta
-    assert torch.equal(offloaded(ids).logits, model(ids))
+    # Where a weight has to be fetched, its product is not merged with others.
+    torch.testing.assert_close(offloaded(ids).logits, model(ids), rtol=1e-5, atol=1e-5)
     assert torch.equal(offloaded.generate(ids, **GREEDY), hf.generate(ids, **GREEDY))
 
 

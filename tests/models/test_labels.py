@@ -74,6 +74,15 @@ def test_autocast_gives_the_loss_in_float32(make):
     torch.testing.assert_close(loss, exact, rtol=1e-2, atol=0)
 
 
+def test_the_stream_of_the_blocks_has_the_dtype_of_autocast(make):
+    model, seen = make(0.0), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: seen.extend([args[0].dtype, output[0].dtype]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch()[0])
+    assert seen == 2 * len(model.blocks) * [torch.bfloat16]
+
+
 def test_a_bfloat16_model_has_a_float32_loss(make):
     model = make(0.0)
     ids, labels = batch()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from resolvent.models.phase2 import Phase2Config
 from resolvent.ops import linear_cross_entropy
+from resolvent.ops.precision import for_products
 
 
 @dataclass
@@ -132,7 +133,7 @@ class GPT(nn.Module):
         mask = None
         if isinstance(cache, KVCache) and cache.length and N > 1:
             mask = torch.ones(N, cache.length + N, dtype=torch.bool, device=device).tril(cache.length)
-        x = self.token_embedding(input_ids)
+        x = for_products(self.token_embedding(input_ids))  # a stream of half the bytes, as ours
         for block in self.blocks:
             x = block(x, rotation, mask, cache)
         if cache:

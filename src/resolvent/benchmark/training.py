@@ -1,8 +1,9 @@
 """Training steps of a preset beside a Transformer of the same size: tokens a second, and memory.
 
-Forward, backward, gradient clipping and fused AdamW; under bfloat16 autocast on CUDA, in float32 elsewhere; without
-dropout. Where the sizes are those of a GPU, both models are compiled, each as a whole, and all of a step is replayed
-from one CUDA graph; the peak of memory is that of a step before it was captured.
+Forward, backward, gradient clipping and fused AdamW; under bfloat16 autocast on CUDA, the residual streams of both
+models included, in float32 elsewhere; without dropout. Where the sizes are those of a GPU, both models are compiled,
+each as a whole, and all of a step is replayed from one CUDA graph; the peak of memory is that of a step before it was
+captured.
 
 The Transformer is pre-norm with rotary positions, SDPA, GELU and an untied head. It is measured with our loss, which
 holds a chunk of the logits, and with the plain one.

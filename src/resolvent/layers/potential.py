@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..ops import effective_diagonal, resolvent_features
 from ..ops.precision import at_least_float32, for_products
+from .plain import is_plain
 
 
 class NonHermitianPotential(nn.Module):
@@ -34,7 +35,7 @@ class NonHermitianPotential(nn.Module):
         self,
         d_model: int,
         num_heads: int,
-        base_decay: float = 0.001,
+        base_decay: float = 1e-4,
         adaptive_decay: bool = True,
         dt: float = 1.0,
         memory_width: int = 0,
@@ -60,14 +61,20 @@ class NonHermitianPotential(nn.Module):
 
     def forward(self, x: Tensor, readout: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, N, D) and the previous block's read-out (B, N, memory_width) -> V, Γ, at least float32 (B, N, H)."""
-        x = for_products(x)
-        potential = self.v_proj(x)
+        potential, adaptive = self._projected(for_products(x))
         if self.memory_to_potential is not None and readout is not None:
             potential = potential + self.memory_to_potential(readout)
-        rate = self.gamma_bias.expand(*x.shape[:-1], -1)
-        if self.gamma_proj is not None:
-            rate = rate + self.gamma_proj(x)
+        rate = self.gamma_bias.expand_as(potential) if adaptive is None else self.gamma_bias + adaptive
         return at_least_float32(potential), F.softplus(at_least_float32(rate)) + self.base_decay
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``v_proj(x)`` and ``gamma_proj(x)``, of one product if possible: either alone is hardly worth reading x."""
+        if self.gamma_proj is None:
+            return self.v_proj(x), None
+        if is_plain(self.v_proj) and is_plain(self.gamma_proj):
+            potential, adaptive = F.linear(x, torch.cat([self.v_proj.weight, self.gamma_proj.weight])).chunk(2, dim=-1)
+            return potential, adaptive
+        return self.v_proj(x), self.gamma_proj(x)
 
 
 class DissipativeBKLayer(nn.Module):
@@ -173,13 +180,14 @@ class StaticBKLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x (B, N, D), g of the last token read (complex, a row a sequence) and the offsets of packed sequences ->
         features (B, N, 2H), at least float32, and the next state."""
-        # The bias counts as a constant. A module that wraps the projection adds it nevertheless.
-        plain = type(self.v_proj) is nn.Linear
-        potential = at_least_float32(F.linear(x, self.v_proj.weight) if plain else self.v_proj(x) - self.v_proj.bias)
+        # The bias counts as a constant, unless it is in other hands.
+        plain = is_plain(self.v_proj)
+        potential = at_least_float32(F.linear(x, self.v_proj.weight) if plain else self.v_proj(x))
         with torch.autocast(x.device.type, enabled=False):
             constant = potential.new_ones(self.num_heads)
             no_decay = torch.zeros_like(potential)
-            alpha = effective_diagonal(potential, no_decay, 0 * constant, self.energy, self.ZETA * constant)
+            energy = self.energy if plain else (self.ENERGY - self.H0_DIAG) * constant
+            alpha = effective_diagonal(potential, no_decay, 0 * constant, energy, self.ZETA * constant)
             features, new_state = resolvent_features(
                 alpha,
                 self.HOPPING**2 * constant,

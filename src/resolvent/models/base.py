@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..device import pick_device
 from ..errors import ConfigError
 from ..ops import linear_cross_entropy
-from ..ops.precision import at_least_float32
+from ..ops.precision import at_least_float32, for_products
 from .config import ModelConfig, check_fields
 from .generation import Generation
 from .packing import TokenBatch
@@ -129,8 +129,9 @@ class IntegratedModel(nn.Module, Generation):
         return self.logits(hidden)
 
     def _embed(self, vectors: Tensor, place: Tensor) -> Tensor:
-        """What enters the first block (B, N, D), of the tokens' vectors (B, N, D) and places (B, N)."""
-        return (vectors + self.position_embedding(place).to(vectors.dtype)) * self.embedding_factor
+        """What enters the first block (B, N, D), of the tokens' vectors (B, N, D) and places (B, N). Under autocast
+        the stream of the blocks is of its dtype from here on: half the bytes of all that norms and sums move."""
+        return for_products((vectors + self.position_embedding(place).to(vectors.dtype)) * self.embedding_factor)
 
     @property
     def embedding_factor(self) -> float:

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..errors import ConfigError
+from ..layers.plain import is_plain
 from ..layers.zeta import ExactConstant
 from ..ops import IGNORED
 from ..ops.precision import at_least_float32
@@ -321,7 +322,7 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         unless the head is more than a matrix: one that PEFT has wrapped, or that Accelerate fetches when it is called.
         """
         head = self.model.lm_head
-        if type(head) is nn.Linear and not hasattr(head, "_hf_hook"):
+        if is_plain(head):
             return self.model.nats(hidden, labels, "sum")
         logits = self.model.logits(hidden).flatten(0, 1)
         return F.cross_entropy(at_least_float32(logits), labels.flatten(), ignore_index=IGNORED, reduction="sum")

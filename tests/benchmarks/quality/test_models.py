@@ -112,7 +112,7 @@ def test_the_original_initialisation_is_as_small_as_it_was():
     assert model.token_embedding.weight.abs().max() <= 0.02
     assert model.position_embedding(torch.arange(5)).abs().max().item() == pytest.approx(1.0, rel=1e-3)
     _, gamma = model.blocks[0].dissipative_bk.potential(torch.zeros(1, 1, 128))
-    torch.testing.assert_close(gamma, torch.full_like(gamma, 0.001 + torch.tensor(2.0).log().item()))
+    torch.testing.assert_close(gamma, torch.full_like(gamma, 0.01 + torch.tensor(2.0).log().item()))
 
 
 def test_state_bytes():

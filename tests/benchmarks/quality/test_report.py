@@ -163,7 +163,7 @@ def asked(model: str, seed: int, loss: float | None, *shares: float) -> results.
 ASKED = [
     asked("gla", 0, 3.0, 1.0, 0.5),
     asked("gla", 1, 3.1, 0.75, 0.0),
-    asked("phase2/no-floor", 0, 3.2, 0.5, 0.0),
+    asked("phase2/no-reach", 0, 3.2, 0.5, 0.0),
     asked("mamba2", 0, None),
 ]
 
@@ -171,13 +171,13 @@ ASKED = [
 def test_recall_is_shown_against_distance(tmp_path: Path):
     ((gla, phase2),) = needles(ASKED)
     assert gla == ("gla", 2, {16: (0.875, 0.125), 64: (0.25, 0.25)}, {16: [2.0, 3.0], 64: [2.0]})
-    assert phase2 == ("phase2/no-floor", 1, {16: (0.5, 0.125), 64: (0.0, 0.125)}, {16: [2.0], 64: []})
+    assert phase2 == ("phase2/no-reach", 1, {16: (0.5, 0.125), 64: (0.0, 0.125)}, {16: [2.0], 64: []})
     text = lines(RUNS + ASKED)
     assert ["gla", "2", "87.5", "±", "12.5", "25.0", "±", "25.0"] in text
-    assert ["phase2/no-floor", "1", "2.00", "-"] in text
+    assert ["phase2/no-reach", "1", "2.00", "-"] in text
     plot(ASKED, tmp_path / "runs.svg")
     picture = (tmp_path / "runs.svg").read_text()
-    assert "GLA" in picture and "Phase 2, no-floor" in picture and "Mamba-2" not in picture
+    assert "GLA" in picture and "Phase 2, no-reach" in picture and "Mamba-2" not in picture
     assert lines([ASKED[-1]])  # of runs that all failed, too
 
 

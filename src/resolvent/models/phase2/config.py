@@ -26,7 +26,7 @@ class Phase2Config(ModelConfig):
     """lanes of one program of the kernel at most, each of which holds eight sites of a chain"""
 
     # Non-Hermitian potential
-    base_decay: float = 0.001
+    base_decay: float = 1e-4
     """least decay rate Γ, per unit time: the inverse of what a memory can reach"""
     adaptive_decay: bool = True
     """let Γ depend on the token"""
