@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
 
 from resolvent import create_phase2_model
+from resolvent.models.decoding import read_token
 from resolvent.models.generation import PREFILL, sample
 
 
@@ -34,6 +37,31 @@ def test_long_prompts_are_read_in_pieces(model):
     prompt = torch.randint(0, 50, (1, PREFILL + 70))
     out = model.generate(prompt, 1, temperature=0)
     assert out[0, -1] == model.eval()(prompt)[0, -1].argmax()
+
+
+def test_a_mask_without_padding_changes_nothing(model, monkeypatch):
+    prompt, read = torch.randint(0, 50, (1, PREFILL + 70)), []
+    hidden_states = model.hidden_states
+
+    def reading(ids, **more):
+        read.append(ids.shape[1])
+        return hidden_states(ids, **more)
+
+    monkeypatch.setattr(model, "hidden_states", reading)
+    out = model.generate(prompt, 1, temperature=0, attention_mask=torch.ones_like(prompt))
+    assert read == [PREFILL, 70]
+    assert torch.equal(out, model.generate(prompt, 1, temperature=0))
+    with pytest.raises(ValueError, match="attention_mask"):
+        model.generate(prompt, 1, attention_mask=torch.ones(1, 5))
+
+
+def test_logits_of_a_token_are_as_wide_as_those_of_a_text(model):
+    model = copy.deepcopy(model).double().eval()
+    prompt = torch.randint(0, 50, (2, 9))
+    (hidden, state), whole = model.hidden_states(prompt[:, :-1]), model(prompt)
+    logits, _ = read_token(model, prompt[:, -1], state)
+    assert hidden.dtype == logits.dtype == torch.float64
+    torch.testing.assert_close(logits, whole[:, -1], rtol=1e-10, atol=1e-10)
 
 
 def test_a_state_continues_a_conversation(model):
@@ -69,6 +97,7 @@ def test_top_k_and_top_p_keep_the_likeliest():
     assert set(sample(logits, top_p=0.81).tolist()) == {0, 1, 2}
     assert set(sample(logits, top_p=0.1).tolist()) == {0}
     assert set(sample(logits, temperature=0).tolist()) == {0}
+    assert set(sample(logits, temperature=1e-39).tolist()) == {0}
     counts = torch.bincount(sample(logits), minlength=4) / 4000
     torch.testing.assert_close(counts, logits[0].exp(), rtol=0, atol=0.04)
     hot = torch.bincount(sample(logits, temperature=5.0), minlength=4) / 4000
@@ -82,4 +111,4 @@ def test_options_out_of_range_are_named(model, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         model.generate(torch.zeros(1, 3, dtype=torch.long), 2, **options)
     with pytest.raises(ValueError, match="max_new_tokens"):
-        model.generate(torch.zeros(1, 3, dtype=torch.long), -1)
+        model.stream(torch.zeros(1, 3, dtype=torch.long), -1)  # before its first token is asked for

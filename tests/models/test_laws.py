@@ -99,6 +99,7 @@ def test_packed_is_separate(phase, options):
         alone, last = model(ids[:, offsets[i] : offsets[i] + length], return_state=True)
         assert_same(packed[:, offsets[i] : offsets[i + 1]], alone)
         assert_same_state(state[[i]], last)
+    assert torch.equal(model(ids, cu_seqlens=offsets.int()), packed)
     more = tokens(7, batch=5)
     continued = model(more, state=state)
     rest = model(torch.cat([ids[:, offsets[3] : offsets[4]], more[3:4]], 1))

@@ -205,5 +205,7 @@ def test_wrong_calls_are_named():
         resolvent_diagonal(alpha, coupling[:2])
     with pytest.raises(ValueError, match="takes no initial_state"):
         resolvent_diagonal(alpha, coupling, initial_state=alpha[:, 0], form="two_sided")
+    with pytest.raises(ValueError, match=r"initial_state must have shape \(\d, \d\), got"):
+        resolvent_diagonal(alpha, coupling, initial_state=alpha[:1, 0])
     with pytest.raises(ValueError, match="batch of one"):
         resolvent_diagonal(alpha, coupling, cu_seqlens=torch.tensor([0, 8]))

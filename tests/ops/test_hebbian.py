@@ -251,3 +251,12 @@ def test_wrong_calls_are_named():
         dissipative_memory(*values, cu_seqlens=torch.tensor([0, 10]))
     with pytest.raises(ValueError, match="multiple of 64, got 100"):
         dissipative_memory(*values, consolidation=Consolidation(100))
+    with pytest.raises(ValueError, match=r"eta must have shape \(2,\), got \(1,\)"):
+        dissipative_memory(*values[:4], values[4][:1])
+    with pytest.raises(ValueError, match=r"position must have shape \(2,\), got \(1,\)"):
+        dissipative_memory(*values, position=torch.zeros(1, dtype=torch.long))
+    one, whole = state(batch=1), state()
+    for name in MemoryState._fields:
+        wrong = whole._replace(**{name: getattr(one, name)})
+        with pytest.raises(ValueError, match=rf"initial_state.{name} must have shape \(2, 2"):
+            dissipative_memory(*values, initial_state=wrong)

@@ -4,7 +4,8 @@ from torch import nn
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling it is a product with its weight and nothing else: no adapter in its place, and no hook or wrapped
-    ``forward``, which may have to fetch the weight first."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not hooked
+    """Whether calling it is a product with its weight, a bias and nothing else: no adapter in its place, and no hook or
+    wrapped ``forward``, which may have to fetch the weight first."""
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return type(module) is nn.Linear and not forward and not backward

@@ -63,7 +63,7 @@ class NonHermitianPotential(nn.Module):
         """x (B, N, D) and the previous block's read-out (B, N, memory_width) -> V, Γ, at least float32 (B, N, H)."""
         potential, adaptive = self._projected(for_products(x))
         if self.memory_to_potential is not None and readout is not None:
-            potential = potential + self.memory_to_potential(readout)
+            potential = at_least_float32(potential) + self.memory_to_potential(readout)
         rate = self.gamma_bias.expand_as(potential) if adaptive is None else self.gamma_bias + adaptive
         return at_least_float32(potential), F.softplus(at_least_float32(rate)) + self.base_decay
 

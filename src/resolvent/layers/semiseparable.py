@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import gated_prefix_sum
-from ..ops.precision import wide_dtype
+from ..ops.precision import for_products, wide_dtype
 from ..ops.short_conv import causal_conv, next_tail
 
 CONV_SIZE = 3
@@ -98,6 +98,7 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         Returns:
             what is added to the residual stream (B, N, D), the gates (B, N, rank) and the next state.
         """
+        x = for_products(x)
         state = state if state is not None else self._empty_state(x, cu_seqlens)
         rank = self.rank
         hidden = F.relu(self.gate_hidden(x))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.precision import at_least_float32
+
 WARM_UP = 2
 """Steps that run before the capture, so that kernels are compiled and libraries have set themselves up."""
 
@@ -78,4 +80,4 @@ def _plain_step(model: Any, state: Any) -> Callable[[Tensor], Tensor]:
 def read_token(model: Any, token: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Logits (B, vocabulary) after a token of every sequence, int64 (B,), and the state."""
     hidden, state = model.hidden_states(token.unsqueeze(1), state=state)
-    return model.lm_head(hidden[:, -1]).float(), state
+    return at_least_float32(model.logits(hidden[:, -1])), state

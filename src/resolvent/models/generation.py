@@ -5,14 +5,14 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..ops.precision import at_least_float32
 from ..ops.prefix_sum import prefix_sum
 from .decoding import CapturedStep, read_token
 
 PREFILL = 2048
-"""Tokens of a prompt that are read at once: long prompts need no more memory than this many."""
-
+"""Tokens of a prompt that are read at once: without padding, long prompts need no more memory than this many."""
 
 WORTH_CAPTURING = 64
 """Tokens from which on it pays to capture the step as a CUDA graph."""
@@ -21,7 +21,6 @@ WORTH_CAPTURING = 64
 class StreamingModel(Protocol):
     """What generation asks of a model."""
 
-    lm_head: nn.Module
     training: bool
 
     def train(self, mode: bool = True) -> Any: ...
@@ -29,6 +28,8 @@ class StreamingModel(Protocol):
     def hidden_states(
         self, input_ids: Tensor, *, state: Any = None, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Any]: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
 
 
 @contextmanager
@@ -50,7 +51,6 @@ class Generation:
         new = list(self.stream(input_ids, max_new_tokens, **options))
         return torch.cat([input_ids, *(token.unsqueeze(1) for token in new)], dim=1)
 
-    @torch.inference_mode()
     def stream(
         self: Any,
         input_ids: Tensor,
@@ -84,12 +84,26 @@ class Generation:
             ValueError: an option is out of range.
         """
         _check_options(max_new_tokens, temperature, top_k, top_p)
+        sampling = temperature, top_k, top_p, generator
+        return self._stream(input_ids, max_new_tokens, sampling, eos_token_id, attention_mask, state)
+
+    @torch.inference_mode()
+    def _stream(
+        self: Any,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        sampling: tuple[Any, ...],
+        eos_token_id: int | None,
+        attention_mask: Tensor | None,
+        state: Any,
+    ) -> Iterator[Tensor]:
+        """``stream`` with options that are in range; ``sampling`` is what ``sample`` takes besides logits."""
         with evaluating(self):
             hidden, state = _prefill(self, input_ids, attention_mask, state)
-            step, logits = _stepper(self, state, max_new_tokens), self.lm_head(hidden).float()
+            step, logits = _stepper(self, state, max_new_tokens), at_least_float32(self.logits(hidden))
             done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
             for remaining in range(max_new_tokens, 0, -1):
-                token = sample(logits, temperature, top_k, top_p, generator)
+                token = sample(logits, *sampling)
                 if eos_token_id is not None:
                     token = torch.where(done, eos_token_id, token)
                     done = done | (token == eos_token_id)
@@ -109,7 +123,7 @@ def sample(
     """Draw a token of every row: logits float (B, V) -> int64 (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # without infinities, however cold
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -124,7 +138,7 @@ def sample(
 
 def _prefill(model: StreamingModel, input_ids: Tensor, mask: Tensor | None, state: Any) -> tuple[Tensor, Any]:
     """Read the prompts; the hidden state of each sequence's last token (B, D), and the state after it."""
-    if mask is not None:
+    if mask is not None and (mask.shape != input_ids.shape or not mask.all()):
         hidden, state = model.hidden_states(input_ids, state=state, attention_mask=mask)
         place = torch.arange(input_ids.shape[1], device=mask.device)
         last = torch.where(mask.bool(), place, -1).amax(dim=1)

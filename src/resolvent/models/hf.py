@@ -319,10 +319,10 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum of the labels' nats: hidden states (B, N, D), labels (B, N). The logits never lie in memory together,
-        unless the head is more than a matrix: one that PEFT has wrapped, or that Accelerate fetches when it is called.
+        unless the head is more than a matrix: with a bias, wrapped by PEFT, or fetched by Accelerate when it is called.
         """
         head = self.model.lm_head
-        if is_plain(head):
+        if is_plain(head) and head.bias is None:
             return self.model.nats(hidden, labels, "sum")
         logits = self.model.logits(hidden).flatten(0, 1)
         return F.cross_entropy(at_least_float32(logits), labels.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, VersionError
 from ..tensors import read_tensors, write_tensors
 
 _COMPLEX = ":complex"
@@ -110,6 +110,7 @@ class ModelState:
         """Read what ``save`` wrote.
 
         Raises:
+            VersionError: a newer version wrote the file.
             CheckpointError: the file cannot be read or holds no state.
         """
         try:
@@ -121,6 +122,8 @@ class ModelState:
             count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
             layers = tuple(_assemble(cls.layer_type, tensors, f"layers.{i}") for i in range(count))
             return cls(tensors["position"], layers).to(device)
+        except VersionError:
+            raise
         except (KeyError, IndexError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} holds no saved state: {error}") from error
 

@@ -120,6 +120,10 @@ def _diagonal_pairs(
         raise ValueError(f"packed sequences need a batch of one, got {alpha.shape[0]}")
     if form == "two_sided" and initial_state is not None:
         raise ValueError("the two-sided form sees the whole chain at once and takes no initial_state")
+    sequences = alpha.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if initial_state is not None and initial_state.shape != (sequences, alpha.shape[2]):
+        expected, got = (sequences, alpha.shape[2]), tuple(initial_state.shape)
+        raise ValueError(f"initial_state must have shape {expected}, got {got}")
     run = _backend.implementation("resolvent_diagonal", backend, alpha.device, alpha.dtype)
     state = None if initial_state is None else torch.view_as_real(initial_state.resolve_conj())
     return run(torch.view_as_real(alpha.resolve_conj()), coupling, state, cu_seqlens, form, block_size)
@@ -196,7 +200,7 @@ def _bounds(alpha: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     if cu_seqlens is None:
         starts = torch.zeros(1, dtype=torch.long, device=alpha.device)
         return starts, starts + alpha.shape[1]
-    offsets = cu_seqlens.to(alpha.device)
+    offsets = cu_seqlens.to(alpha.device, torch.long)
     return offsets[:-1], offsets[1:]
 
 

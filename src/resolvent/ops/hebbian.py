@@ -85,12 +85,25 @@ def dissipative_memory(
         raise ValueError(f"expected q, k (B, N, H, K), v (B, N, H, V) and decay (B, N, H), got {shapes}")
     if cu_seqlens is not None and q.shape[0] != 1:
         raise ValueError(f"packed sequences need a batch of one, got {q.shape[0]}")
+    sequences, heads = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, q.shape[2]
+    _check_shape("eta", eta, (heads,))
+    if position is not None:
+        _check_shape("position", position, (sequences,))
+    if initial_state is not None:
+        _check_shape("initial_state.memory", initial_state.memory, (sequences, heads, q.shape[3], v.shape[3]))
+        _check_shape("initial_state.writes", initial_state.writes, initial_state.memory.shape)
+        _check_shape("initial_state.forgetting", initial_state.forgetting, (sequences, heads))
     if consolidation is not None and consolidation.interval % CHUNK:
         raise ValueError(f"the consolidation interval must be a multiple of {CHUNK}, got {consolidation.interval}")
     run = _backend.implementation("dissipative_memory", backend, q.device, q.dtype, q.shape[-1], v.shape[-1])
     # Autocast would turn the float32 products of the state into half precision.
     with torch.autocast(q.device.type, enabled=False):
         return run(q, k, v, decay, eta, initial_state, position, cu_seqlens, consolidation)
+
+
+def _check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    if x.shape != expected:
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(x.shape)}")
 
 
 def empty_state(sequences: int, q: Tensor, v: Tensor) -> MemoryState:

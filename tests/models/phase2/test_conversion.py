@@ -139,6 +139,11 @@ def test_a_configuration_is_followed_where_it_can_be_and_refused_where_not():
     ids = tokens()
     assert (model.eval()(ids) - source.eval()(ids)).abs().max() <= 1e-5
 
+    by_hand = dataclasses.replace(wanted, embedding_scale=None)
+    model = convert_phase1_to_phase2(source, by_hand)
+    assert model.conversion_report.config_changes["embedding_scale"] == (None, source.config.embedding_scale)
+    assert (model.eval()(ids) - source(ids)).abs().max() <= 1e-5
+
     faulty = dataclasses.replace(wanted, d_model=64, n_layers=2, num_heads=4, vocab_size=98, htt_rank=5)
     with pytest.raises(ConfigError) as error:
         convert_phase1_to_phase2(source, faulty)

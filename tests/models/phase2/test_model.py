@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from resolvent import CheckpointError, Phase2Config, Phase2State, create_phase2_model, load_model, save_model
+from resolvent.errors import VersionError
 
 from ...learning import moved_by_training
 from ..small import tokens
@@ -254,3 +255,11 @@ def test_a_damaged_state_is_named(tmp_path):
     (tmp_path / "state").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="holds no saved state"):
         Phase2State.load(tmp_path / "state")
+
+
+def test_a_state_of_a_newer_format_is_refused_for_that(tmp_path):
+    path = tmp_path / "state"
+    small_model()(tokens(5), return_state=True)[1].save(path)
+    path.write_bytes(path.read_bytes().replace(b'"format_version":"1"', b'"format_version":"2"'))
+    with pytest.raises(VersionError, match="format version 2"):
+        Phase2State.load(path)

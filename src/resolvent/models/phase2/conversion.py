@@ -218,6 +218,7 @@ def _config_for_phase1(source: Any, wanted: Phase2Config | None) -> Phase2Config
     return dataclasses.replace(
         config,
         phase1_config=source,
+        embedding_scale=source.embedding_scale,
         ar_ssm_rank=source.ar_ssm_max_rank if source.ar_ssm_enabled else 0,
         ar_ssm_gate_hidden_dim=source.gate_width if source.ar_ssm_enabled else None,
         ar_ssm_bounded=source.ar_ssm_bounded,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import GatedFeedForward, ZetaEmbedding
+from ...layers.plain import is_plain
 from ...ops import Consolidation, backend
 from .state import LayerState, Phase2State
 
@@ -55,8 +56,8 @@ class TokenStep:
             return "it has a tensor-train embedding, a semiseparable branch or no short convolution"
         if model.position_embedding.trainable:
             return "its positions have trained frequencies"
-        if any(type(layer) is not nn.Linear for layer in _projections(model)):
-            return "a projection of it is no plain nn.Linear"
+        if not all(map(is_plain, _projections(model))):
+            return "a projection of it is no nn.Linear that nothing is hooked to"
         dtype = model.lm_head.weight.dtype
         run = backend.implementation("dissipative_memory", config.backend, state.device, dtype, config.head_dim)
         return None if run.__module__.startswith("resolvent.ops.triton") else "its operators run in torch"
