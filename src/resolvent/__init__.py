@@ -56,3 +56,7 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'models.phase2')}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

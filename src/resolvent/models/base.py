@@ -171,10 +171,15 @@ def resolve_config(base: Config, sizes: dict[str, int | None], others: dict[str,
     return dataclasses.replace(base, **overrides)
 
 
-def check_single_origin(config: ModelConfig | None, preset: str | None) -> None:
-    """Raise a ConfigError where a model shall be made from both a configuration and a preset."""
+def check_single_origin(config: ModelConfig | None, preset: str | None, kind: type[ModelConfig]) -> None:
+    """Raise a ConfigError where a model shall be made from both a configuration and a preset, or from a configuration
+    of another kind."""
     if config is not None and preset is not None:
         raise ConfigError(f"give either config or preset, not both (preset={preset!r})")
+    if config is not None and not isinstance(config, kind):
+        raise ConfigError(
+            f"config must be a {kind.__name__}, got {config!r}; presets and fields go by name (preset=...)"
+        )
 
 
 def place(model: Model, device: torch.device | str | None) -> Model:

@@ -129,7 +129,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
     if shape[0] != 1:
         raise ValueError(f"cu_seqlens needs packed input_ids of shape (1, T), got {shape}")
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
-        raise ValueError(f"cu_seqlens must be a list of at least two integers, got {cu_seqlens}")
+        raise ValueError(f"cu_seqlens must be a tensor of at least two integers in one dimension, got {cu_seqlens}")
     if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
         return
     offsets = cu_seqlens.tolist()

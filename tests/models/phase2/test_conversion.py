@@ -12,6 +12,8 @@ from resolvent import (
     Phase2Config,
     convert_phase1_to_phase2,
     create_phase1_model,
+    create_phase2_model,
+    get_phase1_preset,
     load_model,
     save_model,
 )
@@ -281,3 +283,16 @@ def test_parts_that_fit_are_taken_alone():
     assert "lm_head.weight" in names
     assert not any(name.startswith("token_embedding") for name in names)
     assert {"blocks.0.ln1.weight", "blocks.1.ln3.bias"} <= names
+
+
+def test_a_phase2_model_is_nothing_to_convert():
+    with pytest.raises(ConfigError, match="is a Phase 2 model"):
+        convert_phase1_to_phase2(create_phase2_model(vocab_size=20, d_model=16, n_layers=1, num_heads=2, head_dim=8))
+
+
+@pytest.mark.parametrize("wrong", ["tiny", {"d_model": 128}, get_phase1_preset("tiny")], ids=lambda x: type(x).__name__)
+def test_a_configuration_of_another_kind_is_named(wrong):
+    with pytest.raises(ConfigError, match="config must be a Phase2Config, got"):
+        create_phase2_model(wrong)
+    with pytest.raises(ConfigError, match="config must be a Phase1Config, got"):
+        create_phase1_model(wrong if isinstance(wrong, str | dict) else Phase2Config())

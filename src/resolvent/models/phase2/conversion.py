@@ -119,8 +119,10 @@ def convert_phase1_to_phase2(
 
     Raises:
         ConfigError: the configuration's sizes are not those of the Phase 1 model, which then could not be preserved;
-            or there is no configuration and no token embedding to infer one from.
+            or there is no configuration and no token embedding to infer one from; or it is a Phase 2 model.
     """
+    if isinstance(phase1_model, Phase2IntegratedModel):
+        raise ConfigError("phase1_model is a Phase 2 model: there is nothing to convert")
     with torch.no_grad():
         if isinstance(phase1_model, Phase1IntegratedModel):
             config = _config_for_phase1(phase1_model.config, phase2_config)

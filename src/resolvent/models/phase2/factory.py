@@ -39,7 +39,7 @@ def create_phase2_model(
     Raises:
         ConfigError: both ``config`` and ``preset`` are given, the preset or a field is unknown, or a value is wrong.
     """
-    check_single_origin(config, preset)
+    check_single_origin(config, preset, Phase2Config)
     base = config if config is not None else get_phase2_preset(preset) if preset is not None else Phase2Config()
     sizes = dict(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_seq=n_seq)
     return place(Phase2IntegratedModel(resolve_config(base, sizes, kwargs)), device)
