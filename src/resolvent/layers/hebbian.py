@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import Consolidation, MemoryState, dissipative_memory
 from ..ops.normalize import unit_length, unit_rms
+from ..ops.packed import count_sequences
 from ..ops.precision import at_least_float32, for_products, wide_dtype
 from ..ops.queries_keys_values import queries_keys_values
 
@@ -116,7 +117,7 @@ class DissipativeHebbianLayer(nn.Module):
         """
         x = for_products(x)
         qkv = self.qkv_proj(x)
-        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        sequences = count_sequences(x.shape[0], cu_seqlens)
         if conv_tail is None:
             conv_tail = torch.zeros(sequences, *self.state_shape[1], dtype=wide_dtype(qkv), device=x.device)
         if self.conv_weight is not None:

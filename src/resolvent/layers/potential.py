@@ -62,10 +62,11 @@ class NonHermitianPotential(nn.Module):
     def forward(self, x: Tensor, readout: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, N, D) and the previous block's read-out (B, N, memory_width) -> V, Γ, at least float32 (B, N, H)."""
         potential, adaptive = self._projected(for_products(x))
+        potential = at_least_float32(potential)
         if self.memory_to_potential is not None and readout is not None:
-            potential = at_least_float32(potential) + self.memory_to_potential(readout)
+            potential = potential + self.memory_to_potential(readout)
         rate = self.gamma_bias.expand_as(potential) if adaptive is None else self.gamma_bias + adaptive
-        return at_least_float32(potential), F.softplus(at_least_float32(rate)) + self.base_decay
+        return potential, F.softplus(at_least_float32(rate)) + self.base_decay
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``v_proj(x)`` and ``gamma_proj(x)``, of one product if possible: either alone is hardly worth reading x."""

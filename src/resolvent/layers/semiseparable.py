@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import gated_prefix_sum
+from ..ops.packed import count_sequences
 from ..ops.precision import for_products, wide_dtype
 from ..ops.short_conv import causal_conv, next_tail
 
@@ -117,7 +118,7 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         return far + near, gates, SemiseparableState(total, next_tail(x, state.conv_tail, cu_seqlens))
 
     def _empty_state(self, x: Tensor, cu_seqlens: Tensor | None) -> SemiseparableState:
-        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        sequences = count_sequences(x.shape[0], cu_seqlens)
         total, tail = self.state_shape
         return SemiseparableState(
             torch.zeros(sequences, *total, dtype=torch.float64, device=x.device),

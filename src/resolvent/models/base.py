@@ -171,7 +171,7 @@ def resolve_config(base: Config, sizes: dict[str, int | None], others: dict[str,
     return dataclasses.replace(base, **overrides)
 
 
-def check_single_origin(config: ModelConfig | None, preset: str | None, kind: type[ModelConfig]) -> None:
+def check_origin(config: ModelConfig | None, preset: str | None, kind: type[ModelConfig]) -> None:
     """Raise a ConfigError where a model shall be made from both a configuration and a preset, or from a configuration
     of another kind."""
     if config is not None and preset is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -84,26 +85,26 @@ class Generation:
             ValueError: an option is out of range.
         """
         _check_options(max_new_tokens, temperature, top_k, top_p)
-        sampling = temperature, top_k, top_p, generator
-        return self._stream(input_ids, max_new_tokens, sampling, eos_token_id, attention_mask, state)
+        draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        return self._stream(input_ids, max_new_tokens, draw, eos_token_id, attention_mask, state)
 
     @torch.inference_mode()
     def _stream(
         self: Any,
         input_ids: Tensor,
         max_new_tokens: int,
-        sampling: tuple[Any, ...],
+        draw: Callable[[Tensor], Tensor],
         eos_token_id: int | None,
         attention_mask: Tensor | None,
         state: Any,
     ) -> Iterator[Tensor]:
-        """``stream`` with options that are in range; ``sampling`` is what ``sample`` takes besides logits."""
+        """``stream`` with options that are in range; ``draw`` takes logits (B, V) to a token of every row (B,)."""
         with evaluating(self):
             hidden, state = _prefill(self, input_ids, attention_mask, state)
             step, logits = _stepper(self, state, max_new_tokens), at_least_float32(self.logits(hidden))
             done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
             for remaining in range(max_new_tokens, 0, -1):
-                token = sample(logits, *sampling)
+                token = draw(logits)
                 if eos_token_id is not None:
                     token = torch.where(done, eos_token_id, token)
                     done = done | (token == eos_token_id)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
+from .packed import check_shape, count_sequences
 
 Form = Literal["causal", "two_sided"]
 
@@ -116,14 +117,11 @@ def _diagonal_pairs(
         raise ValueError(
             f"expected alpha (B, N, H) and coupling (H,), got {tuple(alpha.shape)}, {tuple(coupling.shape)}"
         )
-    if cu_seqlens is not None and alpha.shape[0] != 1:
-        raise ValueError(f"packed sequences need a batch of one, got {alpha.shape[0]}")
+    sequences = count_sequences(alpha.shape[0], cu_seqlens)
     if form == "two_sided" and initial_state is not None:
         raise ValueError("the two-sided form sees the whole chain at once and takes no initial_state")
-    sequences = alpha.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    if initial_state is not None and initial_state.shape != (sequences, alpha.shape[2]):
-        expected, got = (sequences, alpha.shape[2]), tuple(initial_state.shape)
-        raise ValueError(f"initial_state must have shape {expected}, got {got}")
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, (sequences, alpha.shape[2]))
     run = _backend.implementation("resolvent_diagonal", backend, alpha.device, alpha.dtype)
     state = None if initial_state is None else torch.view_as_real(initial_state.resolve_conj())
     return run(torch.view_as_real(alpha.resolve_conj()), coupling, state, cu_seqlens, form, block_size)

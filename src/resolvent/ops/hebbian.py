@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import backend as _backend
 from .consolidation import Consolidation, consolidate, consolidate_gradient
+from .packed import check_shape, count_sequences
 from .precision import wide_dtype
 from .prefix_sum import prefix_sum
 
@@ -83,27 +84,20 @@ def dissipative_memory(
     if q.dim() != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3] or decay.shape != q.shape[:3]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, decay))
         raise ValueError(f"expected q, k (B, N, H, K), v (B, N, H, V) and decay (B, N, H), got {shapes}")
-    if cu_seqlens is not None and q.shape[0] != 1:
-        raise ValueError(f"packed sequences need a batch of one, got {q.shape[0]}")
-    sequences, heads = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, q.shape[2]
-    _check_shape("eta", eta, (heads,))
+    sequences, heads = count_sequences(q.shape[0], cu_seqlens), q.shape[2]
+    check_shape("eta", eta, (heads,))
     if position is not None:
-        _check_shape("position", position, (sequences,))
+        check_shape("position", position, (sequences,))
     if initial_state is not None:
-        _check_shape("initial_state.memory", initial_state.memory, (sequences, heads, q.shape[3], v.shape[3]))
-        _check_shape("initial_state.writes", initial_state.writes, initial_state.memory.shape)
-        _check_shape("initial_state.forgetting", initial_state.forgetting, (sequences, heads))
+        check_shape("initial_state.memory", initial_state.memory, (sequences, heads, q.shape[3], v.shape[3]))
+        check_shape("initial_state.writes", initial_state.writes, initial_state.memory.shape)
+        check_shape("initial_state.forgetting", initial_state.forgetting, (sequences, heads))
     if consolidation is not None and consolidation.interval % CHUNK:
         raise ValueError(f"the consolidation interval must be a multiple of {CHUNK}, got {consolidation.interval}")
     run = _backend.implementation("dissipative_memory", backend, q.device, q.dtype, q.shape[-1], v.shape[-1])
     # Autocast would turn the float32 products of the state into half precision.
     with torch.autocast(q.device.type, enabled=False):
         return run(q, k, v, decay, eta, initial_state, position, cu_seqlens, consolidation)
-
-
-def _check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
-    if x.shape != expected:
-        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(x.shape)}")
 
 
 def empty_state(sequences: int, q: Tensor, v: Tensor) -> MemoryState:
@@ -181,7 +175,7 @@ def _dissipative_memory_torch(
     consolidation: Consolidation | None,
 ) -> tuple[Tensor, MemoryState]:
     batch, length = q.shape[:2]
-    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    sequences = count_sequences(batch, cu_seqlens)
     if state is None:
         state = empty_state(sequences, q, v)
     if q.numel() == 0:

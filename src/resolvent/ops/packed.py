@@ -1,7 +1,26 @@
-"""Sequences packed end to end in one row, told apart by their offsets."""
+"""Sequences packed end to end in one row, told apart by their offsets, and what has a row for each of them."""
 
 import torch
 from torch import Tensor
+
+
+def count_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
+    """Sequences of a batch, packed in one row where there are offsets (S + 1,).
+
+    Raises:
+        ValueError: there are offsets, but not one row.
+    """
+    if cu_seqlens is None:
+        return batch
+    if batch != 1:
+        raise ValueError(f"packed sequences need a batch of one, got {batch}")
+    return cu_seqlens.shape[0] - 1
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise a ValueError that names a tensor of another shape than the expected one."""
+    if x.shape != expected:
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(x.shape)}")
 
 
 def sequence_numbers(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
-from .packed import sequence_numbers
+from .packed import check_shape, count_sequences, sequence_numbers
 from .precision import at_least_float32, wide_dtype
 from .prefix_sum import prefix_sum
 
@@ -43,14 +43,10 @@ def gated_prefix_sum(
     """
     if gates.dim() != 3 or gates.shape != values.shape:
         raise ValueError(f"expected gates and values (B, N, R), got {tuple(gates.shape)}, {tuple(values.shape)}")
-    if cu_seqlens is not None and gates.shape[0] != 1:
-        raise ValueError(f"packed sequences need a batch of one, got {gates.shape[0]}")
-    sequences = gates.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    sequences = count_sequences(gates.shape[0], cu_seqlens)
     if initial_state is None:
         initial_state = gates.new_zeros(sequences, gates.shape[2], dtype=torch.float64)
-    if initial_state.shape != (sequences, gates.shape[2]):
-        expected, got = (sequences, gates.shape[2]), tuple(initial_state.shape)
-        raise ValueError(f"initial_state must have shape {expected}, got {got}")
+    check_shape("initial_state", initial_state, (sequences, gates.shape[2]))
     run = _backend.implementation("gated_prefix_sum", backend, gates.device, gates.dtype)
     return run(gates, values, initial_state, cu_seqlens)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..base import check_single_origin, place, resolve_config
+from ..base import check_origin, place, resolve_config
 from .config import Phase1Config, get_phase1_preset
 from .model import Phase1IntegratedModel
 
@@ -36,7 +36,7 @@ def create_phase1_model(
     Raises:
         ConfigError: both ``config`` and ``preset`` are given, the preset or a field is unknown, or a value is wrong.
     """
-    check_single_origin(config, preset, Phase1Config)
+    check_origin(config, preset, Phase1Config)
     base = config if config is not None else get_phase1_preset(preset) if preset is not None else Phase1Config()
     sizes = dict(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_seq=n_seq)
     return place(Phase1IntegratedModel(resolve_config(base, sizes, kwargs)), device)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..base import check_single_origin, place, resolve_config
+from ..base import check_origin, place, resolve_config
 from .config import Phase2Config, get_phase2_preset
 from .conversion import convert_phase1_to_phase2
 from .model import Phase2IntegratedModel
@@ -39,7 +39,7 @@ def create_phase2_model(
     Raises:
         ConfigError: both ``config`` and ``preset`` are given, the preset or a field is unknown, or a value is wrong.
     """
-    check_single_origin(config, preset, Phase2Config)
+    check_origin(config, preset, Phase2Config)
     base = config if config is not None else get_phase2_preset(preset) if preset is not None else Phase2Config()
     sizes = dict(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_seq=n_seq)
     return place(Phase2IntegratedModel(resolve_config(base, sizes, kwargs)), device)

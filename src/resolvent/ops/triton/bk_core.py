@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..bk_core import join_sides
+from ..packed import count_sequences
 from .launch import contiguous
 
 SITES = 8
@@ -119,7 +120,7 @@ def causal_diagonal_backward(
 
 @torch.library.register_fake("resolvent::causal_diagonal")
 def _(alpha: Tensor, coupling: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, block_size: int) -> Any:
-    sequences = alpha.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = count_sequences(alpha.shape[0], cu_seqlens)
     g = torch.empty_like(alpha, memory_format=torch.contiguous_format)
     return g, alpha.new_empty(sequences, *alpha.shape[2:])
 
@@ -134,7 +135,7 @@ def _(
     cu_seqlens: Tensor | None,
     block_size: int,
 ) -> Any:
-    sequences = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = count_sequences(g.shape[0], cu_seqlens)
     return torch.empty_like(g), torch.empty_like(coupling), g.new_empty(sequences, *g.shape[2:])
 
 

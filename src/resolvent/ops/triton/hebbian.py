@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import backend as _backend
 from ..consolidation import Consolidation
 from ..hebbian import CHUNK, MemoryState
+from ..packed import count_sequences
 from . import hebbian_kernels as kernels
 from .consolidation import constants_of, parts_of
 from .hebbian_step import memory_step
@@ -423,7 +424,7 @@ def _room(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``_memory`` returns, yet to be filled."""
     (batch, length, heads, key), value = q.shape, v.shape[-1]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = count_sequences(batch, cu_seqlens)
     # A bound that follows from the shapes alone: a sequence that goes on inside a chunk may touch one more.
     if cu_seqlens is None:
         chunks = batch * -(-length // CHUNK) + (sequences if position is not None else 0)
@@ -537,7 +538,7 @@ def _room_for_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``_memory_backward`` returns, yet to be filled; rows of chunks that are not there stay zero."""
     (batch, length, heads, key), value = q.shape, v.shape[-1]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = count_sequences(batch, cu_seqlens)
 
     def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return decay.new_empty(shape, dtype=dtype)
@@ -578,7 +579,7 @@ def _gradient(
     if not ctx.interval:
         final[1:] = None, None
     if any(x is not None for x in final):
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sequences = count_sequences(q.shape[0], cu_seqlens)
         matrix = (sequences, *q.shape[2:], v.shape[-1])
         shapes = (matrix, matrix, matrix[:2])
         final = [
