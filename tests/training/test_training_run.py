@@ -470,6 +470,20 @@ def test_mechanisms_that_no_window_reaches_are_said(small_config, caplog, interv
     assert any(f"consolidated every {interval} tokens" in message for message in caplog.messages) == said
 
 
+@pytest.mark.parametrize(("seq_len", "remedy"), [(64, "trained. a --seq-len of more than 256"), (65, "=64 or a --seq")])
+def test_the_remedy_reaches_a_consolidation(small_config, caplog, seq_len: int, remedy: str):
+    model = dataclasses.replace(small_config().model, consolidation_interval=256)
+    train(small_config(model=model, steps=1, seq_len=seq_len))
+    assert any(remedy in message for message in caplog.messages)
+
+
+def test_the_model_says_how_long_its_windows_were(small_config, tmp_path: Path):
+    model = small_config().model
+    assert train(small_config(model=model, steps=1, seq_len=48)).model.n_seq == 48
+    assert load_model(tmp_path / "run", device="cpu").n_seq == 48
+    assert train(small_config(model=model, steps=1, seq_len=None, out=str(tmp_path / "own"))).model.n_seq == model.n_seq
+
+
 def test_mechanisms_that_windows_reach_are_not_mentioned(small_config, caplog):
     model = dataclasses.replace(small_config().model, consolidation_interval=64)
     train(small_config(model=model, steps=1, seq_len=65))

@@ -55,7 +55,6 @@ class IntegratedModel(nn.Module, Generation):
     vocab_size: int
     d_model: int
     n_layers: int
-    n_seq: int
     token_embedding: nn.Module
     position_embedding: nn.Module
     blocks: nn.ModuleList
@@ -68,6 +67,11 @@ class IntegratedModel(nn.Module, Generation):
         return self.lm_head.weight is getattr(self.token_embedding, "weight", None)
 
     @property
+    def n_seq(self) -> int:
+        """Tokens of the windows that the model is trained on; it reads any number of them."""
+        return self.config.n_seq
+
+    @property
     def reads_offsets(self) -> bool:
         """Whether Python reads the offsets of packed sequences, for which it would wait if they were on a device."""
         return False
@@ -78,7 +82,7 @@ class IntegratedModel(nn.Module, Generation):
         config.validate()
         self.config = config
         self.vocab_size, self.d_model = config.vocab_size, config.d_model
-        self.n_layers, self.n_seq = config.n_layers, config.n_seq
+        self.n_layers = config.n_layers
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         """Number of parameters."""

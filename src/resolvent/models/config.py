@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Container
 from typing import Any, Self
 
 from ..errors import ConfigError
@@ -34,8 +35,12 @@ class ModelConfig:
             raise ConfigError.of(self, faults)
 
     def faults(self) -> list[str]:
-        """What is wrong: types, or else sizes, or else rules, which make sense only for values of the right type."""
-        return self._type_faults() or self._size_faults() or self._faults()
+        """What is wrong with types, sizes and rules, which make sense only for values of the right type: they are
+        checked with the defaults in the place of the others."""
+        wrong = self._type_faults()
+        wrong |= self._size_faults(but=wrong)
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in wrong}
+        return [*wrong.values(), *dataclasses.replace(self, **defaults)._faults()]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary of all fields, nested configurations included; ``from_dict`` restores an equal object."""
@@ -60,20 +65,22 @@ class ModelConfig:
         """Every rule that a value breaks; all types are right when this is called."""
         raise NotImplementedError
 
-    def _size_faults(self) -> list[str]:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return [
-            f"{name} must be <= {limit}, got {value}"
+    def _size_faults(self, but: Container[str]) -> dict[str, str]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in but}
+        return {
+            name: f"{name} must be <= {limit}, got {value}"
             for name, value in values.items()
             if isinstance(value, int) and value > (limit := LARGEST.get(name, _LARGEST_INTEGER))
-        ]
+        }
 
-    def _type_faults(self) -> list[str]:
+    def _type_faults(self) -> dict[str, str]:
         hints = typing.get_type_hints(type(self))
         pairs = ((f.name, getattr(self, f.name), hints[f.name]) for f in dataclasses.fields(self))
-        return [
-            f"{name} must be {_say(kind)}, got {shown(value)}" for name, value, kind in pairs if not _fits(value, kind)
-        ]
+        return {
+            name: f"{name} must be {_say(kind)}, got {shown(value)}"
+            for name, value, kind in pairs
+            if not _fits(value, kind)
+        }
 
 
 def check_fields(config: type[ModelConfig], values: dict[str, Any]) -> None:

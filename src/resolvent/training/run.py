@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from resolvent.models.phase1 import Phase1Config
 from resolvent.models.phase2 import Phase2Config
 from resolvent.models.phases import PHASES
 from resolvent.models.storage import write_config
+from resolvent.ops.hebbian import CHUNK
 from resolvent.training.checkpoint import find_checkpoint, load_weights
 from resolvent.training.config import Tracker, TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus
@@ -69,7 +70,7 @@ def _train(config: TrainingConfig, console: Console | None) -> TrainingResult:
     corpus = load_corpus(config, tokenizer, progress=console.is_terminal)
     model = _initial_model(config, corpus, accelerator)
     if accelerator.is_main_process:
-        _warn_of_what_is_not_trained(model, config.window(model.n_seq))
+        _warn_of_what_is_not_trained(model)
     trainer = Trainer(config, accelerator, corpus, model, console)
     accelerator.wait_for_everyone()  # nobody writes before everybody has found the folder empty
     first = accelerator.is_main_process
@@ -156,17 +157,18 @@ def _resume(config: TrainingConfig, fingerprint: str, accelerator: Accelerator, 
     return trainer.run()
 
 
-def _warn_of_what_is_not_trained(model: IntegratedModel, seq_len: int) -> None:
+def _warn_of_what_is_not_trained(model: IntegratedModel) -> None:
     """Say so where no window is long enough for a consolidation to change what it predicts."""
     wanted = model.config
     if not isinstance(wanted, Phase2Config) or not (wanted.snr_enabled or wanted.resonance_enabled):
         return
-    if seq_len <= wanted.consolidation_interval:
+    interval = wanted.consolidation_interval
+    if model.n_seq <= interval:
+        oftener = f"--set consolidation_interval={CHUNK} or " if model.n_seq > CHUNK else ""
         logger.warning(
-            "Memories are consolidated every %d tokens (consolidation_interval), and windows have %d: SNR filter and "
-            "resonance will not be trained. --set consolidation_interval=64 or a longer --seq-len lets them.",
-            wanted.consolidation_interval,
-            seq_len,
+            f"Memories are consolidated every {interval} tokens (consolidation_interval), and windows have "
+            f"{model.n_seq}: SNR filter and resonance will not be trained. {oftener}a --seq-len of more than "
+            f"{interval} lets them."
         )
 
 
@@ -182,7 +184,13 @@ def _saved_tokenizer(config: TrainingConfig) -> Tokenizer | None:
 
 
 def _model_config(config: TrainingConfig) -> Phase1Config | Phase2Config:
-    return config.model if config.model is not None else PHASES[config.phase].preset(str(config.preset))
+    chosen = config.model if config.model is not None else PHASES[config.phase].preset(str(config.preset))
+    return _for_windows(chosen, config)
+
+
+def _for_windows(model_config: Any, config: TrainingConfig) -> Any:
+    """A model's configuration with the length of the run's windows: what reads a model later learns it from there."""
+    return dataclasses.replace(model_config, n_seq=config.window(model_config.n_seq))
 
 
 def _initial_model(config: TrainingConfig, corpus: Corpus, accelerator: Accelerator) -> IntegratedModel:
@@ -190,6 +198,7 @@ def _initial_model(config: TrainingConfig, corpus: Corpus, accelerator: Accelera
     sharded = _shares_model(config, accelerator)
     if config.start_from is not None:
         model = load_trained(Path(config.start_from), "cpu")[0]
+        model.config = _for_windows(model.config, config)
     else:
         torch.manual_seed(config.seed)
         vocab_size = corpus.tokenizer.get_vocab_size()

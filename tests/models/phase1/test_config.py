@@ -56,6 +56,13 @@ def test_all_faults_are_reported_at_once():
     assert all(text in str(error.value) for text in ("must be >= 1", "must be > 0", "must be in range"))
 
 
+def test_a_wrong_type_hides_no_other_fault():
+    with pytest.raises(ValueError, match="4 faults") as error:
+        Phase1Config(d_model="wide", n_layers=10**7, target_speedup=0, htt_compression_target=2.0).validate()
+    found = str(error.value)
+    assert all(text in found for text in ("got 'wide'", "n_layers must be <= ", "must be > 0", "must be in range"))
+
+
 @pytest.mark.parametrize(
     ("vram", "ranks", "htt_rank", "target", "checkpoints", "bucket"),
     [
