@@ -112,3 +112,9 @@ def test_options_out_of_range_are_named(model, options):
         model.generate(torch.zeros(1, 3, dtype=torch.long), 2, **options)
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.stream(torch.zeros(1, 3, dtype=torch.long), -1)  # before its first token is asked for
+
+
+@pytest.mark.parametrize("prompt", [[[1, 2]], torch.tensor([1, 2]), torch.tensor([[50]]), torch.tensor([[0.5]])])
+def test_a_prompt_without_tokens_of_the_vocabulary_is_refused_before_anything_is_read(model, prompt):
+    with pytest.raises(ValueError, match="input_ids must|outside the vocabulary"):
+        model.stream(prompt, 3)

@@ -209,5 +209,9 @@ def test_what_does_not_fit_is_named():
         linear_cross_entropy(hidden, weight, labels, chunk_tokens=0)
     with pytest.raises(ValueError, match="reduction must be mean or sum, got 'none'"):
         linear_cross_entropy(hidden, weight, labels, reduction="none")
-    with pytest.raises(RuntimeError, match="out of bounds"):
+    with pytest.raises(ValueError, match=r"label 101 is outside the vocabulary of 101 \(0..100\).*labelled -100"):
         linear_cross_entropy(hidden, weight, labels.clamp(min=101))
+    with pytest.raises(ValueError, match="label -1 is outside"):
+        linear_cross_entropy(hidden, weight, labels.new_full(labels.shape, -1))
+    with pytest.raises(ValueError, match=r"labels must be int64, got torch.float32"):
+        linear_cross_entropy(hidden, weight, labels.float())

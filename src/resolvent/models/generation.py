@@ -11,6 +11,7 @@ from torch import Tensor
 from ..ops.precision import at_least_float32
 from ..ops.prefix_sum import prefix_sum
 from .decoding import CapturedStep, read_token
+from .packing import check_tokens
 
 PREFILL = 2048
 """Tokens of a prompt that are read at once: without padding, long prompts need no more memory than this many."""
@@ -82,8 +83,9 @@ class Generation:
             state: what the model has read before the prompt.
 
         Raises:
-            ValueError: an option is out of range.
+            ValueError: an option is out of range, or a prompt holds what is no token.
         """
+        check_tokens(input_ids, self.vocab_size)
         _check_options(max_new_tokens, temperature, top_k, top_p)
         draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         return self._stream(input_ids, max_new_tokens, draw, eos_token_id, attention_mask, state)

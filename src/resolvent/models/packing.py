@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..files import shown
 from ..ops.packed import sequence_numbers
 
 
@@ -91,6 +92,7 @@ def read_tokens(
 
 def check_tokens(input_ids: Tensor, vocab_size: int) -> None:
     """Raise a ValueError unless these are tokens of the vocabulary, integer (B, N)."""
+    _check_tensor("input_ids", input_ids)
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids must be integers (int64 or int32), got {input_ids.dtype}")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
@@ -110,6 +112,7 @@ def unpad(input_ids: Tensor, attention_mask: Tensor) -> Unpadded:
     Raises:
         ValueError: the mask does not fit the tokens.
     """
+    _check_tensor("attention_mask", attention_mask)
     if attention_mask.shape != input_ids.shape:
         expected, got = tuple(input_ids.shape), tuple(attention_mask.shape)
         raise ValueError(f"attention_mask must have the shape of input_ids, {expected}, got {got}")
@@ -126,6 +129,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
 
     In a graph that is being compiled their values are not known, and on a device nobody looks: they are not checked.
     """
+    _check_tensor("cu_seqlens", cu_seqlens)
     if shape[0] != 1:
         raise ValueError(f"cu_seqlens needs packed input_ids of shape (1, T), got {shape}")
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
@@ -135,6 +139,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != shape[1] or sorted(offsets) != offsets:
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens {shape[1]}, got {offsets}")
+
+
+def _check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {shown(x)}; make it one with torch.tensor")
 
 
 def positions(start: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:

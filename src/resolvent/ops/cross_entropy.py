@@ -52,11 +52,13 @@ def linear_cross_entropy(
         NaN. Differentiable, once, in ``hidden`` and ``weight``, whose gradients come in their own dtypes.
 
     Raises:
-        ValueError: shapes do not fit, ``chunk_tokens`` is not above zero, or there is no such reduction.
+        ValueError: shapes do not fit, a label is no token, ``chunk_tokens`` is not above zero, or there is no such
+            reduction. On a device nobody looks at the labels' values: a wrong one makes the loss NaN, or stops it.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (hidden, weight, labels))
         raise ValueError(f"expected hidden (T, D), weight (V, D) and labels (T,), got {shapes}")
+    _check_labels(labels, len(weight), ignore_index)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum, got {reduction!r}")
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -67,6 +69,19 @@ def linear_cross_entropy(
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
     total, _, _ = _linear_cross_entropy(hidden, weight, labels, ignore_index, chunk_tokens, dtype, backend, *wanted)
     return total if reduction == "sum" else total / (labels != ignore_index).sum()
+
+
+def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = labels[((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)]
+    if len(wrong):
+        raise ValueError(
+            f"label {wrong[0]} is outside the vocabulary of {vocabulary} (0..{vocabulary - 1}); places that do not "
+            f"count are labelled {ignore_index}"
+        )
 
 
 @_backend.operator("linear_cross_entropy")

@@ -57,8 +57,8 @@ def test_the_function_is_preserved_at_any_length_full_and_streaming(name, carrie
     for length in (1, 40, 64, 300):
         ids = tokens(length)
         expected = source(ids)
-        assert (model(ids) - expected).abs().max() <= 1e-5
-        assert name == "low rank" or torch.equal(model(ids), expected)
+        # Bit for bit only where a processor sums products of any width in one order.
+        assert (model(ids) - expected).abs().max() <= 1e-6 * expected.abs().max()
         state, pieces = None, []
         for piece in ids.split(1 if length <= 64 else 37, dim=1):
             logits, state = model(piece, state=state, return_state=True)

@@ -36,6 +36,9 @@ def test_wrong_offsets_and_masks_are_named(model):
         model(tokens(10, 2), cu_seqlens=torch.tensor([0, 10]))
     with pytest.raises(ValueError, match="integers"):
         model(ids, cu_seqlens=torch.tensor([0.0, 10.0]))
+    for wrong in (dict(cu_seqlens=[0, 10]), dict(attention_mask=[[1] * 10]), dict(input_ids=[[1, 2]])):
+        with pytest.raises(ValueError, match=rf"{next(iter(wrong))} must be a tensor, got \[.*torch.tensor"):
+            model(**(dict(input_ids=ids) | wrong))
     with pytest.raises(ValueError, match="attention_mask must have the shape"):
         model(ids, attention_mask=torch.ones(1, 9))
     with pytest.raises(ValueError, match="not both"):
