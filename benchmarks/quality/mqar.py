@@ -157,7 +157,8 @@ MIXERS: dict[str, Callable[[int, int], Mixer]] = {
     "gated-deltanet": lambda width, heads: GatedDeltaNet(width, heads, expand=2),
 }
 """Mixers of a width and a number of heads, as Zoology has them, but for Mamba-2, whose state is as large as Gated
-DeltaNet's. Phase 2 comes as a block without feed-forward part."""
+DeltaNet's. Phase 2 comes as a block without feed-forward part, and as `phase2/.../wide` with twice the heads."""
+_WIDE = "/wide"
 
 
 def build(name: str, width: int, heads: int, vocabulary: int, device: torch.device | str = "cpu") -> Contestant:
@@ -171,9 +172,10 @@ def build(name: str, width: int, heads: int, vocabulary: int, device: torch.devi
         model: Any = PeerModel(size, lambda _: MIXERS[name](width, heads), 0, embedding_factor=1.0)
         state_bytes, draw = model.state_bytes(size.length), model.reset
     elif name.partition("/")[0] == "phase2":
-        variant = parse_variant(name)
+        variant, copies = parse_variant(name.removesuffix(_WIDE)), 2 if name.endswith(_WIDE) else 1
         sizes: dict[str, Any] = dict(vocab_size=vocabulary, d_model=width, n_layers=1, n_seq=size.length, dropout=0.0)
-        sizes |= dict(embedding_scale=1.0, num_heads=heads, head_dim=width // heads, ffn_dim=1, tie_embeddings=True)
+        sizes |= dict(num_heads=copies * heads, head_dim=width // heads)
+        sizes |= dict(embedding_scale=1.0, ffn_dim=1, tie_embeddings=True)
         model = Phase2IntegratedModel(Phase2Config(**(sizes | variant.config)), init=False)
         variant.hold(model)
         model.blocks[0].ffn = NoFeedForward()

@@ -116,5 +116,5 @@ def test_options_out_of_range_are_named(model, options):
 
 @pytest.mark.parametrize("prompt", [[[1, 2]], torch.tensor([1, 2]), torch.tensor([[50]]), torch.tensor([[0.5]])])
 def test_a_prompt_without_tokens_of_the_vocabulary_is_refused_before_anything_is_read(model, prompt):
-    with pytest.raises(ValueError, match="input_ids must|outside the vocabulary"):
+    with pytest.raises(ValueError, match=r"input_ids must|outside the vocabulary"):
         model.stream(prompt, 3)

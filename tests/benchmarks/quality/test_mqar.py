@@ -71,7 +71,7 @@ def test_sequences_to_learn_and_to_test_differ_and_are_always_the_same():
     assert not torch.equal(first[0][0].inputs[:20], first[1][0].inputs)
 
 
-@pytest.mark.parametrize("name", [*MIXERS, "phase2", "phase2/bare", "phase2/original"])
+@pytest.mark.parametrize("name", [*MIXERS, "phase2", "phase2/bare", "phase2/original", "phase2/no-snr/wide"])
 def test_every_model_learns_from_the_places_asked_for(name: str):
     contestant = build(name, 64, 2, 64)
     experiment = Experiment(contestant, SMALL, PLAIN, mqar.draw(SMALL, torch.device("cpu")))
@@ -88,6 +88,13 @@ def test_every_model_learns_from_the_places_asked_for(name: str):
     record = experiment.run(3e-3, 0, FOREVER)
     assert record["finite"] and set(record["accuracies"]) == {"32x4"} and 0 <= record["accuracy"] <= 1
     assert record == experiment.run(3e-3, 0, FOREVER) | {key: record[key] for key in ("seconds",)}
+
+
+def test_twice_the_heads_take_what_the_snr_filter_needs():
+    whole, wide = (build(name, 64, 2, 64).state_bytes for name in ("phase2", "phase2/no-snr/wide"))
+    memory = 4 * 2 * 32 * 32
+    assert whole // memory == wide // memory == 2
+    assert build("phase2/wide", 64, 2, 64).model.config.num_heads == 4
 
 
 def test_attention_learns_to_recall():
