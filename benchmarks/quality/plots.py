@@ -65,7 +65,7 @@ def _recall(records: Sequence[Record]) -> Draw | None:
     def draw(axes: Axes) -> None:
         for i, name in enumerate(dict.fromkeys(row.name for row in rows)):
             points = [(row.kilobytes, statistics.mean(row.accuracies)) for row in rows if row.name == name]
-            axes.plot(*zip(*points, strict=True), label=_name(name), **_look(name, i))
+            axes.plot(*zip(*points, strict=True), label=_whole_name(name), **_look(name, i))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("state, KB")
@@ -82,8 +82,7 @@ def _needle(records: Sequence[Record]) -> Draw | None:
     def draw(axes: Axes) -> None:
         for i, row in enumerate(rows):
             shares, errors = zip(*row.exact.values(), strict=True)
-            label = row.name.replace("phase2/", "Phase 2, ") if "/" in row.name else _name(row.name)
-            axes.errorbar(list(row.exact), shares, yerr=errors, label=label, capsize=3, **_look(row.name, i))
+            axes.errorbar(list(row.exact), shares, yerr=errors, label=_whole_name(row.name), capsize=3, **_look(row.name, i))
         axes.set_xscale("log", base=4)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylim(-0.03, 1.03)
@@ -125,6 +124,11 @@ _NAMES = {
     "phase2/no-snr": "SNR filter",
     "phase2/no-zeta-init": "zeta initialisation",
 }
+
+
+def _whole_name(model: str) -> str:
+    """Of a model; where a variant is all there is, `_name` says what it leaves out."""
+    return "Phase 2, " + ", ".join(model.split("/")[1:]) if "/" in model else _name(model)
 
 
 def _name(model: str) -> str:
