@@ -82,7 +82,8 @@ def _needle(records: Sequence[Record]) -> Draw | None:
     def draw(axes: Axes) -> None:
         for i, row in enumerate(rows):
             shares, errors = zip(*row.exact.values(), strict=True)
-            axes.errorbar(list(row.exact), shares, yerr=errors, label=_whole_name(row.name), capsize=3, **_look(row.name, i))
+            label = _whole_name(row.name)
+            axes.errorbar(list(row.exact), shares, yerr=errors, label=label, capsize=3, **_look(row.name, i))
         axes.set_xscale("log", base=4)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylim(-0.03, 1.03)
