@@ -220,8 +220,8 @@ def phase2_state_bytes(model: Phase2IntegratedModel) -> int:
 
 def _block_state_bytes(block: Phase2Block) -> int:
     resolvent, memory, writes, forgetting, *others = (torch.Size(shape).numel() for shape in block.state_shapes())
-    consolidated = writes + forgetting if block.snr_filter is not None else 0
-    return 8 * resolvent + 4 * (memory + consolidated + sum(others))
+    filtered = writes + forgetting if block.snr_filter is not None else 0
+    return 8 * resolvent + 4 * (memory + filtered + sum(others))
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -38,9 +38,8 @@ class ModelConfig:
         """What is wrong with types, sizes and rules, which make sense only for values of the right type: they are
         checked with the defaults in the place of the others."""
         wrong = self._type_faults()
-        wrong |= self._size_faults(but=wrong)
-        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in wrong}
-        return [*wrong.values(), *dataclasses.replace(self, **defaults)._faults()]
+        wrong |= self._with_defaults_for(wrong)._size_faults()
+        return [*wrong.values(), *self._with_defaults_for(wrong)._faults()]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary of all fields, nested configurations included; ``from_dict`` restores an equal object."""
@@ -65,8 +64,11 @@ class ModelConfig:
         """Every rule that a value breaks; all types are right when this is called."""
         raise NotImplementedError
 
-    def _size_faults(self, but: Container[str]) -> dict[str, str]:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in but}
+    def _with_defaults_for(self, names: Container[str]) -> Self:
+        return dataclasses.replace(self, **{f.name: f.default for f in dataclasses.fields(self) if f.name in names})
+
+    def _size_faults(self) -> dict[str, str]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {
             name: f"{name} must be <= {limit}, got {value}"
             for name, value in values.items()
