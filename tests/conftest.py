@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what ru
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # the tensors are small: two threads would wait for each other longer than they compute
+
+
+def _patch_triton_once() -> None:
+    """The interpreter looks through ``triton.language`` anew for every call of a function of a kernel, which takes
+    longer than what the kernels compute. Once for every module of kernels is enough."""
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set[int]()
+
+    class Kept:
+        def restore(self) -> None:
+            pass
+
+    def patch_once(fn: Any) -> Kept:
+        if id(fn.__globals__) not in patched:
+            patch(fn)
+            patched.add(id(fn.__globals__))
+        return Kept()
+
+    interpreter._patch_lang = patch_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _patch_triton_once()
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.quality.models import Contestant, Size
 from benchmarks.quality.training import Clock, Mode, Schedule, Trainer
+from benchmarks.quality.variants import mechanisms_of
 from resolvent.data import build_tokenizer, load_documents, save_tokenizer
 from resolvent.data.corpus import EOT, split_documents
 from resolvent.evaluation.reading import score_tokens
@@ -263,6 +264,7 @@ class Experiment:
             "train_loss": _mean(self.trainer.losses()[-50:]) if finite else None,
             "loss_by_position": by_position(nats) if finite else None,
             "long": self._long() if finite and plan.extrapolate else None,
+            "switched_off": self._switched_off(nats) if finite else None,
             "seconds": seconds,
             "tokens_per_second": taken * plan.batch * plan.length / seconds,
             "preparation_seconds": self.trainer.preparation_seconds,
@@ -309,6 +311,16 @@ class Experiment:
             "all_in_windows": short.mean().item(),
         }
 
+    def _switched_off(self, nats: Tensor) -> dict[str, tuple[float, float]]:
+        """What the model loses without each of its mechanisms: nats a held-out token more than with it, and standard
+        error over windows. Given those with it, (W, N)."""
+        model, found = self.contestant.model, {}
+        if isinstance(model, Phase2IntegratedModel):
+            for name, switch in mechanisms_of(self.contestant.name).items():
+                with switch.off(model):
+                    found[name] = difference(self._validate(), nats)
+        return found
+
     def _nats(self, ids: Tensor, labels: Tensor, batch: int) -> Tensor:
         return token_nats(self.contestant.model, ids, labels, batch, self.trainer.evaluating())
 
@@ -326,6 +338,15 @@ def token_nats(model: Any, ids: Tensor, labels: Tensor, batch: int, context: tor
             rows.append(score_tokens(model, hidden, wanted).nats)
     nats = torch.cat(rows).double()
     return nats.masked_fill_(labels == IGNORED, math.nan).cpu()
+
+
+def difference(nats: Tensor, others: Tensor) -> tuple[float, float]:
+    """Mean of ``nats - others`` (W, N), NaN where there is none, and its standard error over windows, which differ in
+    how many they have."""
+    gaps, counts = (nats - others).nansum(dim=1), nats.isfinite().sum(dim=1)
+    mean = gaps.sum() / counts.sum()
+    spread = (gaps - mean * counts).square().sum() * len(gaps) / max(1, len(gaps) - 1)
+    return mean.item(), (spread.sqrt() / counts.sum()).item()
 
 
 def by_position(nats: Tensor) -> dict[str, float]:

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,19 +38,41 @@ class Switch:
         does: what it does while it is on.
         config: fields of the configuration that switch it off.
         zeros: endings of names of parameters that are held at zero.
+        parts: names of parts that a block can do without once it is trained.
     """
 
     does: str
     config: dict[str, Any] = field(default_factory=dict)
     zeros: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+
+    @contextmanager
+    def off(self, model: Phase2IntegratedModel) -> Iterator[None]:
+        """Do without it in a model that was trained with it."""
+        weights = [parameter.data for name, parameter in model.named_parameters() if name.endswith(self.zeros or "/")]
+        parts = [(block, name, getattr(block, name)) for block in model.blocks for name in self.parts]
+        kept = [weight.clone() for weight in weights]
+        try:
+            for weight in weights:
+                weight.zero_()
+            for block, name, _ in parts:
+                setattr(block, name, None)
+            yield
+        finally:
+            for weight, value in zip(weights, kept, strict=True):
+                weight.copy_(value)
+            for block, name, part in parts:
+                setattr(block, name, part)
 
 
 MECHANISMS = {
     "bk": Switch("features of the resolvent", zeros=("bk_proj.weight",)),
     "kappa": Switch("Γ damps the Hamiltonian", zeros=("dissipative_bk.kappa",)),
-    "feedback": Switch("the memory enters the next potential", {"memory_feedback": False}),
-    "snr": Switch("SNR filter", {"snr_enabled": False}),
-    "resonance": Switch("memory resonance", {"resonance_enabled": False}),
+    "feedback": Switch(
+        "the memory enters the next potential", {"memory_feedback": False}, zeros=("memory_to_potential.weight",)
+    ),
+    "snr": Switch("SNR filter", {"snr_enabled": False}, parts=("snr_filter",)),
+    "resonance": Switch("memory resonance", {"resonance_enabled": False}, parts=("resonance",)),
     "zeta-init": Switch("zeta spectrum of the potential", {"use_zeta_init": False}),
     "positions": Switch("zeta positions", zeros=("position_embedding.gain",)),
 }
@@ -118,6 +142,13 @@ class Variant:
         return [p for name, p in model.named_parameters() if name.endswith(self.zeros)] if self.zeros else []
 
 
+def mechanisms_of(name: str) -> dict[str, Switch]:
+    """What is on in the variant of a name and can be switched off once it is trained, by name."""
+    variant = parse_variant(name)
+    on = {key: switch for key, switch in MECHANISMS.items() if not switch.config.keys() & variant.config.keys()}
+    return {key: switch for key, switch in on.items() if switch.parts or set(switch.zeros) - set(variant.zeros)}
+
+
 def parse_variant(name: str) -> Variant:
     """The variant of a name such as `phase2/no-snr`.
 
@@ -173,7 +204,8 @@ def original_initialisation(model: Phase2IntegratedModel, generator: torch.Gener
     model.lm_head.weight.copy_(
         torch.randn(model.lm_head.weight.shape, generator=generator) / (3 * model.d_model) ** 0.5
     )
-    model.position_embedding.gain.fill_(1 / model.position_embedding.scale)
+    model.position_embedding.scale = 1.0
+    model.position_embedding.gain.fill_(math.atanh(1 - 1e-6))
 
 
 def _token_waves(count: int, width: int) -> Tensor:

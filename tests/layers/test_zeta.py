@@ -1,3 +1,5 @@
+import math
+
 import mpmath
 import pytest
 import torch
@@ -34,8 +36,8 @@ def test_beyond_the_table_the_smooth_counting_function_is_inverted():
 
 
 def test_positions_are_the_formula_at_any_distance():
-    layer = ZetaEmbedding(6, scale=1.0)
-    layer.gain.data.fill_(1.0)
+    layer = ZetaEmbedding(6, scale=2.0)
+    layer.gain.data.fill_(math.atanh(0.5))
     gamma = zeta_zeros(3)
     for position in (0, 1, 77, 10_000_000):
         phase = position / gamma
@@ -53,6 +55,13 @@ def test_a_fresh_model_reads_no_position_but_can_learn_to():
     assert layer.gain.grad != 0
     assert {name for name, _ in layer.named_parameters()} == {"gain", "frequency"}
     assert {name for name, _ in ZetaEmbedding(8).named_parameters()} == {"gain"}
+
+
+@pytest.mark.parametrize("gain", [-1e6, -6.2, 0.03, 6.2, 1e6])
+def test_positions_are_never_louder_than_their_scale(gain):
+    layer = ZetaEmbedding(64, scale=0.02)
+    layer.gain.data.fill_(gain)
+    assert layer(torch.arange(10_000)).abs().max().item() == pytest.approx(min(0.02, 0.02 * abs(gain)), rel=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (16, 64), (64, 16), (3, 100)])

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ..ops.precision import wide_dtype
+from ..ops.precision import at_least_float32, wide_dtype
 
 
 def zeta_zeros(count: int) -> Tensor:
@@ -72,13 +72,14 @@ class ZetaEmbedding(nn.Module):
 
     Computed for any position: there is no table, and so no last one. Phases are formed in float64 and lose their whole
     turns there, so that a position of a million is as sharp as the first. The waves enter with the amplitude
-    ``gain * scale``; ``gain`` is trained and starts at zero, so that a fresh model reads no position until training
-    asks for it.
+    ``tanh(gain) * scale``. ``gain`` is trained and starts at zero, so that a fresh model reads no position until training
+    asks for it; and however much it asks, waves do not drown the tokens they are added to. Past the length of training
+    their phases are ones that it never showed, and a model to which they were loud lost there what it remembers.
 
     Args:
         d_model: width D of the embedding.
         trainable: let training move the frequencies ``1 / γ_i`` as well.
-        scale: amplitude at a gain of one; the default matches the spread of the token embedding.
+        scale: largest amplitude; the default matches the spread of the token embedding.
     """
 
     def __init__(self, d_model: int, trainable: bool = False, scale: float = 0.02):
@@ -96,6 +97,11 @@ class ZetaEmbedding(nn.Module):
         self.gain.zero_()
 
     @property
+    def amplitude(self) -> Tensor:
+        """Of the waves, (), at least float32."""
+        return self.scale * torch.tanh(at_least_float32(self.gain))
+
+    @property
     def pace(self) -> Tensor:
         """Turns that every wave makes a token, float64 (D / 2,)."""
         frequency = self.initial_frequency.value if self.frequency is None else self.frequency.to(torch.float64)
@@ -107,7 +113,7 @@ class ZetaEmbedding(nn.Module):
         # Only the phases need float64: its sines and cosines take a GPU longer than a block.
         phase = ((turns - turns.round()) * (2 * math.pi)).to(wide_dtype(self.gain))
         waves = torch.stack([torch.sin(phase), torch.cos(phase)], dim=-1).flatten(-2)[..., : self.d_model]
-        return self.gain * self.scale * waves
+        return self.amplitude * waves
 
 
 class ZetaInitializer:

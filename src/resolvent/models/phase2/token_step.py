@@ -42,8 +42,8 @@ class TokenStep:
         self.projected, self.readout, self.gated = room(3 * width), room(width), room(width)
         self.gamma, self.gate, self.inner = room(config.num_heads), room(config.head_dim), room(config.ffn_width)
         self.table = cast(nn.Embedding, model.token_embedding).weight
-        self.waves = cast(ZetaEmbedding, model.position_embedding)
-        self.pace = self.waves.pace
+        waves = cast(ZetaEmbedding, model.position_embedding)
+        self.pace, self.amplitude = waves.pace, waves.amplitude
         self.consolidations = [_in_float32(block.consolidation()) for block in model._blocks]
 
     @staticmethod
@@ -65,10 +65,8 @@ class TokenStep:
     def __call__(self, token: Tensor) -> Tensor:
         """Read a token of every sequence, int64 (B,): logits of the next, (B, vocabulary), which the next call
         overwrites."""
-        model, kernels, waves = self.model, self.kernels, self.waves
-        kernels.embed(
-            token, self.state.position, self.table, self.pace, waves.gain, waves.scale, model.embedding_factor, self.x
-        )
+        model, kernels = self.model, self.kernels
+        kernels.embed(token, self.state.position, self.table, self.pace, self.amplitude, model.embedding_factor, self.x)
         for i, (block, layer) in enumerate(zip(model._blocks, self.state.layers, strict=True)):
             self._read(block, layer, self.consolidations[i], first=i == 0)
         kernels.linear(self.x, model.lm_head.weight, None, self.logits, self._norm(model.ln_f))

@@ -48,7 +48,7 @@ def _normalized(x, weight, bias, columns, inside, width, eps):
 
 @_kernel
 def _embed(
-    token, position, table, pace, gain, x, scale, factor, D, BLOCK: tl.constexpr, EARLY: tl.constexpr
+    token, position, table, pace, amplitude, x, factor, D, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip
     let_next_begin(EARLY)
     sequence, columns = tl.program_id(0), tl.arange(0, BLOCK)
@@ -58,7 +58,7 @@ def _embed(
     turns = tl.load(position + sequence).to(tl.float64) * tl.load(pace + columns // 2, mask=inside, other=0.0)
     phase = (turns - tl.floor(turns)).to(tl.float32) * 6.283185307179586
     waves = tl.where(columns % 2 == 0, tl.sin(phase), tl.cos(phase))
-    row += tl.load(gain).to(tl.float32) * scale * waves
+    row += tl.load(amplitude) * waves
     tl.store(x + sequence * D + columns, row * factor, mask=inside)
 
 
@@ -226,18 +226,17 @@ def embed(
     position: Tensor,
     table: Tensor,
     pace: Tensor,
-    gain: Tensor,
-    scale: float,
+    amplitude: Tensor,
     factor: float,
     out: Tensor,
 ) -> None:
     """``out`` (B, D) = ``factor`` times the tokens' rows of the table (vocabulary, D) and the waves of their positions
-    (``ZetaEmbedding``), which turn ``pace`` times a token, float64 (D / 2,)."""
+    (``ZetaEmbedding``), of an ``amplitude`` (), and which turn ``pace`` times a token, float64 (D / 2,)."""
     width = table.shape[1]
-    sizes = (scale, factor, width, triton.next_power_of_2(width))
+    sizes = (factor, width, triton.next_power_of_2(width))
     with torch.cuda.device_of(out):
         _embed[(len(token),)](
-            token.contiguous(), position, table, pace, gain, out, *sizes, num_warps=4, **early(out.device)
+            token.contiguous(), position, table, pace, amplitude, out, *sizes, num_warps=4, **early(out.device)
         )
 
 
