@@ -156,7 +156,7 @@ def test_statistics_of_the_filters():
 def test_the_snr_filter_starts_near_nothing_and_can_be_opened():
     layer = SNRMemoryFilter(3)
     strength = layer().strength
-    torch.testing.assert_close(strength, torch.full((3,), 0.018), rtol=0.01, atol=0)
+    torch.testing.assert_close(strength, torch.full((3,), 0.00247), rtol=0.01, atol=0)
     strength.sum().backward()
     assert (layer.strength_logit.grad > 0).all()
     assert layer.bfloat16()().strength.dtype == torch.float32

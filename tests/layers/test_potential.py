@@ -54,7 +54,10 @@ def test_the_memory_feeds_back_from_zero():
     fresh, _ = layer(x, readout)
     torch.testing.assert_close(fresh, layer.v_proj(x))
     layer.memory_to_potential.weight.data.normal_()
-    torch.testing.assert_close(layer(x, readout)[0], layer.v_proj(x) + layer.memory_to_potential(readout))
+    expected = layer.v_proj(x) + layer.memory_to_potential(readout) / 8**0.5
+    torch.testing.assert_close(layer(x, readout)[0], expected)
+    layer.memory_scale = 2.0
+    torch.testing.assert_close(layer(x, readout)[0], layer.v_proj(x) + layer.memory_to_potential(2 * readout))
 
 
 def test_projections_that_are_hooked_are_called_and_give_the_same():

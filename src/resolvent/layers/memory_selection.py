@@ -44,7 +44,7 @@ class SNRMemoryFilter(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         if self.strength_logit is not None:
-            self.strength_logit.fill_(-4.0)
+            self.strength_logit.fill_(-6.0)
 
     def forward(self) -> SNRFilter:
         """What the operator needs: ``constants``, through the module's hooks, which may have to fetch its weights."""

@@ -15,7 +15,7 @@ from .plain import is_plain
 
 
 class NonHermitianPotential(nn.Module):
-    """Token features -> potential V and decay rate Γ of every head: ``V = v_proj(x) + memory_to_potential(r)``,
+    """Token features -> potential V and decay rate Γ of every head: ``V = v_proj(x) + s memory_to_potential(r)``,
     ``Γ = softplus(gamma_proj(x) + gamma_bias) + base_decay``.
 
     Γ is a rate per unit time. Its bias sets out the heads' initial ``Γ dt``: the first keeps what it can, at 1.5
@@ -29,6 +29,8 @@ class NonHermitianPotential(nn.Module):
         adaptive_decay: let Γ depend on the token; otherwise it is one trainable number a head.
         dt: time a token takes.
         memory_width: width of the memory read-out r that feeds back into V; 0 for no feedback.
+        memory_scale: s; None for ``1 / sqrt(memory_width)``. Without it, training learns this feedback so fast that it
+            overfits.
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class NonHermitianPotential(nn.Module):
         adaptive_decay: bool = True,
         dt: float = 1.0,
         memory_width: int = 0,
+        memory_scale: float | None = None,
     ):
         super().__init__()
         self.num_heads, self.base_decay, self.dt = num_heads, base_decay, dt
         self.v_proj = nn.Linear(d_model, num_heads, bias=False)
         self.gamma_proj = nn.Linear(d_model, num_heads, bias=False) if adaptive_decay else None
         self.gamma_bias = nn.Parameter(torch.empty(num_heads))
+        self.memory_scale = max(1, memory_width) ** -0.5 if memory_scale is None else memory_scale
         self.memory_to_potential = nn.Linear(memory_width, num_heads, bias=False) if memory_width else None
         self.reset_parameters()
 
@@ -64,7 +68,7 @@ class NonHermitianPotential(nn.Module):
         potential, adaptive = self._projected(for_products(x))
         potential = at_least_float32(potential)
         if self.memory_to_potential is not None and readout is not None:
-            potential = potential + self.memory_to_potential(readout)
+            potential = potential + self.memory_scale * self.memory_to_potential(readout)
         rate = self.gamma_bias.expand_as(potential) if adaptive is None else self.gamma_bias + adaptive
         return potential, F.softplus(at_least_float32(rate)) + self.base_decay
 

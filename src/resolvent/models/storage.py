@@ -24,9 +24,12 @@ from .phase1 import Phase1Config
 from .phase2 import Phase2Config
 from .phases import PHASES, Phase, phase_of
 
-FORMAT_VERSION = 2
-_BEFORE_FORMAT_2 = {"embedding_scale": 1.0, "ffn_gated": False, "snr_trained": False}
-"""What models did of which format 1 had no fields."""
+FORMAT_VERSION = 3
+_BEFORE = {
+    2: {"embedding_scale": 1.0, "ffn_gated": False, "snr_trained": False},
+    3: {"feedback_scale": 1.0},
+}
+"""What models did before the fields for it that came with a format."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 """Names the file of every weight, where there are several files."""
@@ -174,9 +177,9 @@ def in_todays_format(place: Path | str, values: dict[str, Any], kind: type[Model
     version = values.get("format_version")
     check_version(place, version, FORMAT_VERSION)
     values = {name: value for name, value in values.items() if name != "format_version"}
-    if version == 1:
-        names = {field.name for field in dataclasses.fields(kind)}
-        values = {name: value for name, value in _BEFORE_FORMAT_2.items() if name in names} | values
+    names = {field.name for field in dataclasses.fields(kind)}
+    for fields in (fields for since, fields in _BEFORE.items() if version < since):
+        values = {name: value for name, value in fields.items() if name in names} | values
     return values
 
 

@@ -94,7 +94,8 @@ def test_names_of_variants():
     assert bare.config == {
         "memory_feedback": False, "snr_enabled": False, "resonance_enabled": False, "use_zeta_init": False
     }  # fmt: skip
-    assert bare.zeros == ("bk_proj.weight", "dissipative_bk.kappa", "position_embedding.gain")
+    held = ("bk_proj.weight", "dissipative_bk.kappa", "memory_to_potential.weight", "position_embedding.gain")
+    assert bare.zeros == held
     assert parse_variant("phase2/bare/bk/snr").zeros == bare.zeros[1:]
     assert "snr_enabled" not in parse_variant("phase2/bare/bk/snr").config
     assert parse_variant("phase2/no-conv/no-gate").config == {"conv_size": 1, "output_gate": False}

@@ -150,6 +150,7 @@ FIELDS = {
     "vocab_size": (97, 120),
     "consolidation_interval": (64, 128),
     "memory_feedback": (True, False),
+    "feedback_scale": (None, 1.0),
     "conv_size": (4, 2),
     "output_norm": (True, False),
     "output_gate": (True, False),

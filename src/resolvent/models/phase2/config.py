@@ -85,6 +85,8 @@ class Phase2Config(ModelConfig):
     """tokens between two consolidations of a memory"""
     memory_feedback: bool = True
     """let the previous block's memory read-out enter the potential"""
+    feedback_scale: float | None = None
+    """factor of that read-out; None for one over the root of its width"""
     conv_size: int = 4
     """tokens that the short convolution before q, k, v spans; 1 for none"""
     output_norm: bool = True
@@ -164,7 +166,7 @@ class Phase2Config(ModelConfig):
         )
         faults += must_be_at_least(self, 1, "snr_gamma_boost", "snr_eta_boost", "conv_size")
         faults += must_be_at_least(self, 0, "ar_ssm_rank")
-        optional = ("ffn_dim", "ar_ssm_gate_hidden_dim", "htt_rank", "embedding_scale")
+        optional = ("ffn_dim", "ar_ssm_gate_hidden_dim", "htt_rank", "embedding_scale", "feedback_scale")
         faults += must_be_positive(self, *(name for name in optional if getattr(self, name) is not None))
         if self.tie_embeddings and self.htt_rank is not None:
             faults.append(f"tie_embeddings needs a table to share: htt_rank must be None, got {self.htt_rank}")

@@ -57,6 +57,7 @@ class Phase2Block(Block):
                 config.adaptive_decay,
                 config.hebbian_dt,
                 memory_width=heads * head_dim if config.memory_feedback and not first else 0,
+                memory_scale=config.feedback_scale,
             ),
             backend=config.backend if config.use_triton_bk else "torch",
             block_size=config.triton_block_size,

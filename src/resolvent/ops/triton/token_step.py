@@ -104,7 +104,7 @@ def _linear(
 @_kernel
 def _scatter(
     x, readout, norm_weight, norm_bias, v_weight, gamma_weight, memory_weight, gamma_bias, h0_super, h0_sub, kappa,
-    energy, log_zeta, bk_weight, g, gamma, eps, base_decay, D, H, memory_width,
+    energy, log_zeta, bk_weight, g, gamma, eps, base_decay, memory_scale, D, H, memory_width,
     ADAPTIVE: tl.constexpr, FEEDBACK: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, MEMORY: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def _scatter(
     g_re, g_im = tl.load(place, mask=there, other=0.0), tl.load(place + 1, mask=there, other=0.0)
     if FEEDBACK:
         answer = tl.load(readout + sequence * memory_width + cells, mask=cells < memory_width, other=0.0)
-        potential += tl.sum(feedback * answer[None, :], 1)
+        potential += memory_scale * tl.sum(feedback * answer[None, :], 1)
     tl.debug_barrier()  # several threads read the same numbers: all have, before one of them writes
 
     given = _normalized(old, norm_weight, norm_bias, columns, inside, D, eps)[None, :]
@@ -284,7 +284,7 @@ def scatter(
     with torch.cuda.device_of(out):
         _scatter[(batch,)](
             x, readout, norm.weight, norm.bias, *of_potential, potential.gamma_bias, *of_chain, bk_weight, g, out,
-            norm.eps, potential.base_decay, width, potential.num_heads, memory_width,
+            norm.eps, potential.base_decay, potential.memory_scale, width, potential.num_heads, memory_width,
             ADAPTIVE=adaptive is not None, FEEDBACK=back is not None, BLOCK=triton.next_power_of_2(width),
             HEADS=triton.next_power_of_2(potential.num_heads), MEMORY=triton.next_power_of_2(memory_width), num_warps=8,
             **early(out.device),
