@@ -40,7 +40,8 @@ def test_the_models_are_what_they_are_called(plan: Plan, outcome: Outcome):
         assert isinstance(model, Phase1IntegratedModel) == name.startswith("phase1")
         found = getattr(outcome, name.replace("-", "_"))
         assert (model.num_parameters(), model.d_model) == (found.parameters, 32)
-    scores = [model.bits_per_byte for model in vars(outcome).values()]
+    # Phase 1 and what it was converted to say the same, to the rounding of the processor.
+    scores = [round(model.bits_per_byte, 5) for model in vars(outcome).values()]
     assert len(set(scores)) == 4 and all(0 < score < 8 for score in scores)
 
 

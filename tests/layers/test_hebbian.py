@@ -143,7 +143,7 @@ def test_statistics_of_the_filters():
     snr = SNRMemoryFilter(1, threshold=2.0).statistics(memory)
     assert snr["max_snr"].item() == pytest.approx(4.0)  # |S| = 3, rms = 3/4
     assert snr["low_snr_ratio"].item() == pytest.approx(15 / 16)
-    assert snr["strength"].item() == pytest.approx(1 / (1 + math.exp(4)))
+    assert snr["strength"].item() == pytest.approx(1 / (1 + math.exp(6)))
     layer = MemoryResonanceLayer(1, 4, energy_threshold=0.5)
     mode = layer.basis.value[:, 2].float().unsqueeze(-1).expand(4, 4).view(1, 1, 4, 4)
     info = layer.statistics(mode)

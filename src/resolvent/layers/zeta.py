@@ -72,9 +72,10 @@ class ZetaEmbedding(nn.Module):
 
     Computed for any position: there is no table, and so no last one. Phases are formed in float64 and lose their whole
     turns there, so that a position of a million is as sharp as the first. The waves enter with the amplitude
-    ``tanh(gain) * scale``. ``gain`` is trained and starts at zero, so that a fresh model reads no position until training
-    asks for it; and however much it asks, waves do not drown the tokens they are added to. Past the length of training
-    their phases are ones that it never showed, and a model to which they were loud lost there what it remembers.
+    ``tanh(gain) * scale``. ``gain`` is trained and starts at zero, so that a fresh model reads no position until
+    training asks for it; and however much it asks, waves do not drown the tokens they are added to. Past the length of
+    training their phases are ones that it never showed, and a model to which they were loud lost there what it
+    remembers.
 
     Args:
         d_model: width D of the embedding.

@@ -7,9 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.quality.language import Experiment, Plan, Text, by_position, evaluation_steps, token_nats, window_starts
+from benchmarks.quality.language import (
+    Experiment,
+    Plan,
+    Text,
+    by_position,
+    difference,
+    evaluation_steps,
+    token_nats,
+    window_starts,
+)
 from benchmarks.quality.models import build
 from benchmarks.quality.training import Clock, Mode, OutOfTimeError
+from benchmarks.quality.variants import ABLATION, mechanisms_of
 from resolvent import load_model
 from resolvent.data import build_tokenizer, load_tokenizer
 
@@ -105,6 +115,9 @@ def test_a_run_says_what_it_found_and_can_be_repeated(experiment: Experiment, te
         record["loss"] * text.predicted / text.validation_bytes / math.log(2)
     )
     assert list(record["loss_by_position"]) == ["0-32"]
+    on = mechanisms_of(experiment.contestant.name) if experiment.contestant.name in ABLATION else {}
+    assert list(record["switched_off"]) == list(on)
+    assert all(math.isfinite(mean) and error >= 0 for mean, error in record["switched_off"].values())
     ids, labels = text.windows(32)
     model = experiment.contestant.model
     with torch.no_grad():
@@ -165,3 +178,13 @@ def test_nats_of_a_diverged_model_are_not_taken_for_missing_ones(experiment: Exp
     nats = token_nats(experiment.contestant.model, ids, labels, 8, experiment.trainer.evaluating())
     assert nats[experiment.counted].mean().isnan()
     experiment.contestant.reset(0)
+
+
+def test_a_difference_counts_tokens_and_its_error_windows():
+    nan = math.nan
+    nats = torch.tensor([[2.0, 4.0, nan], [1.0, nan, nan], [3.0, 3.0, 3.0]], dtype=torch.float64)
+    assert difference(nats, nats) == (0.0, 0.0)
+    mean, error = difference(nats, nats - torch.tensor([[1.0], [1.0], [0.0]]))
+    assert mean == pytest.approx(3 / 6)
+    gaps = [2 - 2 * 0.5, 1 - 1 * 0.5, 0 - 3 * 0.5]  # of the windows' sums to what the mean lets expect
+    assert error == pytest.approx(math.sqrt(sum(gap**2 for gap in gaps) * 3 / 2) / 6)

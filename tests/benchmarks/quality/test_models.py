@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.quality.models import PEERS, Size, build
-from benchmarks.quality.variants import ABLATION, MECHANISMS, OPTIONS, parse_variant
+from benchmarks.quality.variants import ABLATION, MECHANISMS, OPTIONS, mechanisms_of, parse_variant
 
 SMALL = Size(vocabulary=97, width=128, layers=2, parameters=500_000, length=64)
 NAMES = (*PEERS, *ABLATION)
@@ -102,6 +102,31 @@ def test_names_of_variants():
     assert parse_variant("phase2/no-snr-training").config == {"snr_trained": False}
     assert parse_variant("phase2/original").config["snr_trained"] is False
     assert parse_variant("phase2").config == {} and parse_variant("phase2").zeros == ()
+
+
+@pytest.mark.parametrize("mechanism", mechanisms_of("phase2"))
+def test_a_trained_model_does_without_a_mechanism_and_has_it_back(mechanism: str):
+    contestant = build("phase2", SMALL)
+    contestant.reset(0)
+    model = contestant.model.eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(sum(map(ord, name)))
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    ids = torch.randint(97, (1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, weights = model(ids), {name: p.clone() for name, p in model.named_parameters()}
+        with mechanisms_of("phase2")[mechanism].off(model):
+            without = model(ids)
+        assert (without - before).abs().max() > 1e-5
+        assert torch.equal(model(ids), before)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+def test_only_what_is_on_can_be_put_to_zero():
+    assert list(mechanisms_of("phase2")) == ["bk", "kappa", "feedback", "snr", "resonance", "positions"]
+    assert list(mechanisms_of("phase2/no-snr/no-bk")) == ["kappa", "feedback", "resonance", "positions"]
+    assert list(mechanisms_of("phase2/bare/bk")) == ["bk"]
 
 
 def test_the_original_initialisation_is_as_small_as_it_was():
