@@ -174,7 +174,7 @@ def in_todays_format(place: Path | str, values: dict[str, Any], kind: type[Model
     Raises:
         VersionError, CheckpointError: the version is a later one, or none.
     """
-    version = values.get("format_version")
+    version: Any = values.get("format_version")
     check_version(place, version, FORMAT_VERSION)
     values = {name: value for name, value in values.items() if name != "format_version"}
     names = {field.name for field in dataclasses.fields(kind)}
