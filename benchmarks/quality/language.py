@@ -24,6 +24,7 @@ from benchmarks.quality.training import Clock, Mode, Schedule, Trainer
 from benchmarks.quality.variants import mechanisms_of
 from resolvent.data import build_tokenizer, load_documents, save_tokenizer
 from resolvent.data.corpus import EOT, split_documents
+from resolvent.evaluation.estimates import Estimate
 from resolvent.evaluation.reading import score_tokens
 from resolvent.models import save_model
 from resolvent.models.generation import evaluating
@@ -311,7 +312,7 @@ class Experiment:
             "all_in_windows": short.mean().item(),
         }
 
-    def _switched_off(self, nats: Tensor) -> dict[str, tuple[float, float]]:
+    def _switched_off(self, nats: Tensor) -> dict[str, tuple[float, float | None]]:
         """What the model loses without each of its mechanisms: nats a held-out token more than with it, and standard
         error over windows. Given those with it, (W, N)."""
         model, found = self.contestant.model, {}
@@ -340,13 +341,11 @@ def token_nats(model: Any, ids: Tensor, labels: Tensor, batch: int, context: tor
     return nats.masked_fill_(labels == IGNORED, math.nan).cpu()
 
 
-def difference(nats: Tensor, others: Tensor) -> tuple[float, float]:
+def difference(nats: Tensor, others: Tensor) -> tuple[float, float | None]:
     """Mean of ``nats - others`` (W, N), NaN where there is none, and its standard error over windows, which differ in
     how many they have."""
-    gaps, counts = (nats - others).nansum(dim=1), nats.isfinite().sum(dim=1)
-    mean = gaps.sum() / counts.sum()
-    spread = (gaps - mean * counts).square().sum() * len(gaps) / max(1, len(gaps) - 1)
-    return mean.item(), (spread.sqrt() / counts.sum()).item()
+    estimate = Estimate.of((nats - others).nansum(dim=1).tolist(), nats.isfinite().sum(dim=1).tolist())
+    return estimate.mean, estimate.standard_error
 
 
 def by_position(nats: Tensor) -> dict[str, float]:

@@ -18,13 +18,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from resolvent.evaluation.interventions import switched_off
 from resolvent.layers import NonHermitianPotential, ZetaInitializer
 from resolvent.layers.zeta import zeta_zeros
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
@@ -38,31 +39,27 @@ class Switch:
         does: what it does while it is on.
         config: fields of the configuration that switch it off.
         zeros: endings of names of parameters that are held at zero.
-        parts: names of parts that a block can do without once it is trained.
+        part: name of what blocks can do without once they are trained.
     """
 
     does: str
     config: dict[str, Any] = field(default_factory=dict)
     zeros: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ()
+    part: str | None = None
 
     @contextmanager
     def off(self, model: Phase2IntegratedModel) -> Iterator[None]:
         """Do without it in a model that was trained with it."""
-        weights = [parameter.data for name, parameter in model.named_parameters() if name.endswith(self.zeros or "/")]
-        parts = [(block, name, getattr(block, name)) for block in model.blocks for name in self.parts]
+        weights = [parameter.data for parameter in _ending(model, self.zeros)]
         kept = [weight.clone() for weight in weights]
         try:
             for weight in weights:
                 weight.zero_()
-            for block, name, _ in parts:
-                setattr(block, name, None)
-            yield
+            with switched_off(model, self.part) if self.part else nullcontext():
+                yield
         finally:
             for weight, value in zip(weights, kept, strict=True):
                 weight.copy_(value)
-            for block, name, part in parts:
-                setattr(block, name, part)
 
 
 MECHANISMS = {
@@ -71,8 +68,8 @@ MECHANISMS = {
     "feedback": Switch(
         "the memory enters the next potential", {"memory_feedback": False}, zeros=("memory_to_potential.weight",)
     ),
-    "snr": Switch("SNR filter", {"snr_enabled": False}, parts=("snr_filter",)),
-    "resonance": Switch("memory resonance", {"resonance_enabled": False}, parts=("resonance",)),
+    "snr": Switch("SNR filter", {"snr_enabled": False}, part="snr_filter"),
+    "resonance": Switch("memory resonance", {"resonance_enabled": False}, part="resonance"),
     "zeta-init": Switch("zeta spectrum of the potential", {"use_zeta_init": False}),
     "positions": Switch("zeta positions", zeros=("position_embedding.gain",)),
 }
@@ -109,7 +106,7 @@ class Variant:
 
     def hold(self, model: Phase2IntegratedModel) -> None:
         """Keep training from what is held at zero."""
-        for parameter in self._held(model):
+        for parameter in _ending(model, self.zeros):
             parameter.requires_grad_(False)
 
     @torch.no_grad()
@@ -124,7 +121,7 @@ class Variant:
             original_initialisation(model, generator)
         else:
             self._share(model, seed)
-        for parameter in self._held(model):
+        for parameter in _ending(model, self.zeros):
             parameter.zero_()
 
     def _share(self, model: Phase2IntegratedModel, seed: int) -> None:
@@ -138,15 +135,16 @@ class Variant:
             if name in weights and weights[name].shape == parameter.shape and not (own and own in name):
                 parameter.copy_(weights[name])
 
-    def _held(self, model: Phase2IntegratedModel) -> list[nn.Parameter]:
-        return [p for name, p in model.named_parameters() if name.endswith(self.zeros)] if self.zeros else []
+
+def _ending(model: Phase2IntegratedModel, endings: tuple[str, ...]) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if name.endswith(endings)]
 
 
 def mechanisms_of(name: str) -> dict[str, Switch]:
     """What is on in the variant of a name and can be switched off once it is trained, by name."""
     variant = parse_variant(name)
     on = {key: switch for key, switch in MECHANISMS.items() if not switch.config.keys() & variant.config.keys()}
-    return {key: switch for key, switch in on.items() if switch.parts or set(switch.zeros) - set(variant.zeros)}
+    return {key: switch for key, switch in on.items() if switch.part or set(switch.zeros) - set(variant.zeros)}
 
 
 def parse_variant(name: str) -> Variant:

@@ -312,7 +312,7 @@ def test_gates_that_are_all_open_or_all_shut(bias: float):
 @pytest.mark.parametrize("mechanism", ["snr_filter", "resonance"])
 def test_a_mechanism_is_switched_off_and_on_again(mechanism: str):
     reading = reading_of(snr_trained=False, base_decay=0.01)
-    with switched_off(reading, mechanism):
+    with switched_off(reading.model, mechanism):
         cost = reading.cost_of_rereading().by_text
         expected = plain_nats(reading.model, reading.inputs, reading.labels) - reading.nats
     np.testing.assert_allclose(cost, expected.mean(dim=1).numpy(), atol=1e-5)

@@ -246,15 +246,16 @@ def mean_gamma_at(reading: Reading, places: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def switched_off(reading: Reading, mechanism: str) -> Iterator[None]:
+def switched_off(model: Phase2IntegratedModel, mechanism: str) -> Iterator[None]:
     """Do without ``snr_filter`` or ``resonance`` in all blocks."""
-    kept = [getattr(block, mechanism) for block in reading.blocks]
+    blocks = blocks_of(model)
+    kept = [getattr(block, mechanism) for block in blocks]
     try:
-        for block in reading.blocks:
+        for block in blocks:
             setattr(block, mechanism, None)
         yield
     finally:
-        for block, module in zip(reading.blocks, kept, strict=True):
+        for block, module in zip(blocks, kept, strict=True):
             setattr(block, mechanism, module)
 
 

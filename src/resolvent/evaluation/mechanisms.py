@@ -370,7 +370,7 @@ def selection(reading: Reading, random: np.random.Generator) -> Selection:
         share = torch.stack([mask.double().mean() for mask in masks]).mean().item()
         rows.append(Removed(name, share, _share(_energies(memories, masks), total), costs[-1].estimate))
     seen = [snr.statistics(memory) for snr, memory in zip(_filters(reading), memories, strict=True)]
-    with switched_off(reading, "snr_filter"):
+    with switched_off(reading.model, "snr_filter"):
         off = reading.cost_of_rereading().estimate
     return Selection(
         strength=[layer["strength"][0].tolist() for layer in seen],
@@ -425,7 +425,7 @@ def occupancy(reading: Reading) -> Occupancy:
     # The energy of every group in a text, on average over layers and heads, beside its cost there.
     shares = torch.stack([(energies * (group == n)).sum(-1).mean(dim=(0, 2)) for n in range(count)], dim=-1)
     by_text = zip(shares.tolist(), np.stack([cost.by_text for cost in costs], axis=-1), strict=True)
-    with switched_off(reading, "resonance"):
+    with switched_off(reading.model, "resonance"):
         off = reading.cost_of_rereading().estimate
     return Occupancy(
         off=off,

@@ -178,8 +178,9 @@ def in_todays_format(place: Path | str, values: dict[str, Any], kind: type[Model
     check_version(place, version, FORMAT_VERSION)
     values = {name: value for name, value in values.items() if name != "format_version"}
     names = {field.name for field in dataclasses.fields(kind)}
-    for fields in (fields for since, fields in _BEFORE.items() if version < since):
-        values = {name: value for name, value in fields.items() if name in names} | values
+    for since, fields in _BEFORE.items():
+        if version < since:
+            values = {name: value for name, value in fields.items() if name in names} | values
     return values
 
 

@@ -54,7 +54,7 @@ def test_blocks_that_are_computed_anew_are_in_that_graph():
 @needs_interpreter
 def test_packed_sequences_are_one_graph_however_many_they_are():
     offsets = ([0, 10, 30], [0, 5, 7, 30])
-    check("triton", torch.randint(0, 97, (1, 31)), [{"cu_seqlens": torch.tensor(x)} for x in offsets], num_heads=1)
+    check("triton", torch.randint(0, 97, (1, 31)), [{"cu_seqlens": torch.tensor(x)} for x in offsets])
 
 
 @needs_interpreter
