@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -28,10 +29,12 @@ from benchmarks.quality import language
 from benchmarks.quality.language import Plan, Text
 from benchmarks.quality.models import Contestant
 from benchmarks.quality.training import Clock, Mode
+from benchmarks.quality.variants import mechanisms_of
 from resolvent.evaluation.estimates import Estimate
 from resolvent.evaluation.needle import ANSWER, FACT, NEAREST, PASS_KEYS, QUESTION
 from resolvent.evaluation.reading import score_tokens
 from resolvent.models.generation import evaluating
+from resolvent.models.phase2 import Phase2IntegratedModel
 
 QUESTIONS = 6
 """In a training sequence."""
@@ -193,7 +196,11 @@ class Experiment(language.Experiment):
             OutOfTimeError: the run would not end in time.
         """
         record = super().run(learning_rate, seed, clock)
-        return record | {"needle": self._recall() if record["finite"] else None}
+        finite = record["finite"]
+        return record | {
+            "needle": self._recall(self.probe.distances) if finite else None,
+            "needle_without": self._recall_without() if finite else None,
+        }
 
     def _draw(self, seed: int) -> None:
         super()._draw(seed)
@@ -206,11 +213,21 @@ class Experiment(language.Experiment):
         places, written = (x.index_select(0, step).squeeze(0) for x in (self.places, self.written))
         return super()._window(step).scatter(1, places, written)
 
-    def _recall(self) -> dict[str, dict[str, float | None]]:
+    def _recall(self, distances: Sequence[int]) -> dict[str, dict[str, float | None]]:
         """Scores by distance."""
         found = {}
-        for distance in self.probe.distances:
+        for distance in distances:
             found[str(distance)] = summary(*self._ask(self.probe.sequences(self.phrases, self.held_out, distance)))
+        return found
+
+    def _recall_without(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """Scores of Phase 2 without each of its mechanisms, by distance up to the length of training."""
+        model, found = self.contestant.model, {}
+        if isinstance(model, Phase2IntegratedModel):
+            distances = [distance for distance in self.probe.distances if distance <= self.plan.length]
+            for name, switch in mechanisms_of(self.contestant.name).items():
+                with switch.off(model):
+                    found[name] = self._recall(distances)
         return found
 
     def _ask(self, sequences: Tensor) -> tuple[Tensor, Tensor]:

@@ -289,7 +289,23 @@ def _needle(records: list[Record]) -> list[Table]:
         shares = (f"{100 * share:.1f} ± {100 * error:.1f}" for share, error in row.exact.values())
         exact.add_row(row.name, str(row.seeds), *shares)
         nats.add_row(row.name, str(row.seeds), *(average(values, 2) for values in row.nats.values()))
-    return [*found, exact, nats]
+    return [*found, exact, nats, *(table for runs in models.values() for table in _needle_without(runs))]
+
+
+def _needle_without(runs: list[Record]) -> list[Table]:
+    """What a model answers once a mechanism that it was trained with is switched off, seed by seed."""
+    runs = [run for run in _at_best(runs, "loss", smallest=True)[1] if run.get("needle_without")]
+    if not runs:
+        return []
+    distances = list(next(iter(runs[0]["needle_without"].values())))
+    table = _table(
+        f"{runs[0]['model']}: exact answers in percent by distance, a mechanism switched off after training, by seed",
+        *("without", *(f"{int(distance):,}" for distance in distances)),
+    )
+    for name, of in [("-", "needle"), *((name, "needle_without") for name in runs[0]["needle_without"])]:
+        scores = [run[of] if name == "-" else run[of][name] for run in runs]
+        table.add_row(name, *(", ".join(f"{100 * x[distance]['exact']:.1f}" for x in scores) for distance in distances))
+    return [table]
 
 
 _TABLES: dict[str, Callable[[list[Record]], list[Table]]] = {"language": _language, "mqar": _recall, "needle": _needle}

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -164,11 +165,22 @@ def test_who_remembers_is_exact_and_who_does_not_is_not(text: Text, phrases: Phr
 def test_a_run_is_that_of_language_and_a_test(experiment: Experiment, text: Text):
     record = experiment.run(1e-3, 0, FOREVER)
     assert record["finite"] and [step for step, _ in record["curve"]] == [2, 4]
-    assert list(record["needle"]) == ["16", "64"]
+    assert list(record["needle"]) == ["16", "64"] and record["needle_without"] == {}
     assert all(score["nats"] > 0 for score in record["needle"].values())
     assert experiment.run(1e-3, 0, FOREVER)["needle"] == record["needle"]
     assert experiment.run(1e30, 0, FOREVER)["needle"] is None
     assert settings(PLAN, text, PROBE)["task"] == "needle"
+
+
+def test_phase2_is_asked_again_without_each_mechanism(text: Text, phrases: Phrases):
+    plan = dataclasses.replace(PLAN, steps=1)
+    phase2 = Experiment(build("phase2/no-snr", plan.size(text.vocabulary)), text, plan, PLAIN, phrases, Probe(1024, 2))
+    record = phase2.run(1e-2, 0, FOREVER)
+    without = record["needle_without"]
+    assert list(without) == ["bk", "kappa", "feedback", "resonance", "positions"]
+    assert all(list(scores) == ["16", "64", "256"] for scores in without.values())  # 400 tokens are a sequence
+    assert without["bk"]["16"]["nats"] != record["needle"]["16"]["nats"]
+    assert phase2.run(1e30, 0, FOREVER)["needle_without"] is None
 
 
 def test_the_command_makes_missing_runs_and_the_report_shows_them(text: Text, tmp_path: Path):
@@ -188,6 +200,10 @@ def test_the_command_makes_missing_runs_and_the_report_shows_them(text: Text, tm
     assert [record["seed"] for record in results.read([out])] == [0, 1]
     output = call("report", str(out))
     assert "exact answers in percent by distance" in output and "± 0.0" in output
+    assert "switched off" not in output
+    call(*learn, "--models", "phase2/bare/bk")
+    title = "phase2/bare/bk: exact answers in percent by distance, a mechanism switched off after training, by seed"
+    assert title in " ".join(call("report", str(out)).split())
     call("plot", str(out), "--out", str(tmp_path / "runs.svg"))
     assert "tokens between fact and question" in (tmp_path / "runs.svg").read_text()
 
