@@ -83,6 +83,12 @@ def test_options_reach_the_run(resolvent: Resolvent, text_file: Path, small: lis
     assert (model.d_model, model.n_layers, model.vocab_size) == (32, 2, 270)
 
 
+def test_tokens_to_learn_are_for_bpe_alone(resolvent: Resolvent, text_file: Path, tmp_path: Path):
+    outcome = resolvent("train", "--data", text_file, "--out", tmp_path / "run", "--vocab-size", 500)
+    assert outcome.code == 2 and not (tmp_path / "run").exists()
+    assert "bytes has tokens of its own; leave out --vocab-size" in " ".join(outcome.err.replace("│", "").split())
+
+
 def test_train_says_what_it_does_and_what_comes_next(
     resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path
 ):

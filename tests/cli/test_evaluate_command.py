@@ -1,11 +1,14 @@
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from resolvent.cli.long_range import show
 from resolvent.data import encode_documents, load_documents, load_tokenizer
 from resolvent.evaluation import evaluate_mechanisms, evaluate_needle, evaluate_positions, measure_influence
 from resolvent.models import load_model
@@ -116,6 +119,34 @@ def test_tables_hold_the_figures(resolvent: Resolvent, run_dir: Path, text_file:
     assert line.split()[:5] == ["5", "-", "8", str(row["sequences"]), str(row["tokens"])]
     for figure in (row["loss"]["mean"], row["bits_per_byte"], row["windows_loss"]["standard_error"]):
         assert f"{figure:.4f}" in line
+
+
+def test_a_narrow_terminal_cuts_no_figure_off(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("resolvent.cli.long_range.table_console", lambda: Console(width=80))
+    headings = ("tokens read", "texts", "predicted", "loss", "perplexity", "bits per byte", "in windows", "gain")
+    counts, estimates = ("1 - 2", "4,512", "65,536"), ("7.5678 ± 0.5678", "+8.9012 ± 0.9012")
+    figures = (*counts, "1.2345 ± 0.1234", "1,227.035", "1.1234", *estimates)
+    show("positions", headings, [figures])
+    out = capsys.readouterr().out
+    assert "1 - 2 " in out and set(" ".join([*headings, *figures]).split()) <= set(out.split())
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_misspelt_measure_is_named(resolvent: Resolvent, run_dir: Path):
+    outcome = resolvent("evaluate", "postions", run_dir)
+    assert outcome.code == 2
+    told = " ".join(outcome.err.replace("│", "").split())
+    assert "'postions' is none of language, positions, needle, influence, mechanisms" in told
+
+
+def test_a_text_that_has_moved_can_be_named(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    shutil.copy(text_file, text)
+    assert resolvent("train", "--data", text, "--out", run, "--steps", 1, *small).code == 0
+    text.unlink()
+    outcome = resolvent("evaluate", run)
+    assert outcome.code == 1
+    assert str(text) in outcome.err and outcome.err.endswith("or name another text with --data\n")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def documents_of(directory: Path, data: Path | None, option: str = "--data") -> 
         DataError: text that cannot be used.
     """
     from resolvent.data import load_documents
-    from resolvent.errors import CheckpointError
+    from resolvent.errors import CheckpointError, DataError
     from resolvent.training.corpus import split_corpus
     from resolvent.training.record import RUN_FILE, read_run
 
@@ -36,4 +36,7 @@ def documents_of(directory: Path, data: Path | None, option: str = "--data") -> 
     if not (run_dir / RUN_FILE).exists():
         raise CheckpointError(f"{run_dir} does not say what it was trained on: name a text with {option}")
     config, _ = read_run(run_dir)
-    return split_corpus(config)[1]
+    try:
+        return split_corpus(config)[1]
+    except DataError as error:
+        raise DataError(f"{error}; or name another text with {option}") from error

@@ -11,6 +11,7 @@ from resolvent.cli.loading import BatchTokens, Device, Directory, Text, document
 from resolvent.training.trained import load_trained
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from tokenizers import Tokenizer
 
     from resolvent.data import TokenStream
@@ -184,17 +185,29 @@ def load(directory: Path, data: Path | None, device: str) -> "tuple[IntegratedMo
     return model, tokenizer, encode_documents(documents_of(directory, data), tokenizer, progress=True)
 
 
-def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table. One too wide for the terminal has headings and ± on lines of their own; no figure is cut off."""
+    console = table_console()
+    table, width = _table(columns, rows)
+    if width > console.width:
+        headings = [heading.replace(" ", "\n") for heading in columns]
+        table, width = _table(headings, [[cell.replace(" ±", "\n±") for cell in row] for row in rows])
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    console.width = max(console.width, width)
+    console.print(table)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> "tuple[Table, int]":
+    """A table and how wide it is."""
+    from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = table_console()
-    console.print(title, highlight=False, markup=False, soft_wrap=True)
-    console.print(table)
+    return table, Console(width=10_000).measure(table).maximum
 
 
 def write(scores: Any, options: dict[str, Any], directory: Path, data: Path | None, json_path: Path | None) -> None:

@@ -74,6 +74,8 @@ def train(
         _refuse(context, settled, "--from", "the model brings its sizes and its tokenizer along")
     elif change:
         config.model, config.preset = _changed_preset(config.phase, str(config.preset), change), None
+    if config.tokenizer != "bpe":
+        _refuse(context, ["vocab_size"], "--tokenizer", f"{config.tokenizer} has tokens of its own")
     from rich.console import Console
 
     from resolvent import training
