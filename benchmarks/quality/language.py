@@ -6,11 +6,11 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from resolvent.models import save_model
 from resolvent.models.generation import evaluating
 from resolvent.models.phase2 import Phase2IntegratedModel
 from resolvent.ops import IGNORED
+
+T = TypeVar("T")
 
 VALIDATION_PART = 0.05
 CHARACTERS_VALIDATION_PART = 0.1
@@ -265,7 +267,7 @@ class Experiment:
             "train_loss": _mean(self.trainer.losses()[-50:]) if finite else None,
             "loss_by_position": by_position(nats) if finite else None,
             "long": self._long() if finite and plan.extrapolate else None,
-            "switched_off": self._switched_off(nats) if finite else None,
+            "switched_off": self._without_each(lambda: difference(self._validate(), nats)) if finite else None,
             "seconds": seconds,
             "tokens_per_second": taken * plan.batch * plan.length / seconds,
             "preparation_seconds": self.trainer.preparation_seconds,
@@ -312,14 +314,13 @@ class Experiment:
             "all_in_windows": short.mean().item(),
         }
 
-    def _switched_off(self, nats: Tensor) -> dict[str, tuple[float, float | None]]:
-        """What the model loses without each of its mechanisms: nats a held-out token more than with it, and standard
-        error over windows. Given those with it, (W, N)."""
+    def _without_each(self, measure: Callable[[], T]) -> dict[str, T]:
+        """What is measured while a Phase 2 model does without each of its mechanisms, by name; of a peer, nothing."""
         model, found = self.contestant.model, {}
         if isinstance(model, Phase2IntegratedModel):
             for name, switch in mechanisms_of(self.contestant.name).items():
                 with switch.off(model):
-                    found[name] = difference(self._validate(), nats)
+                    found[name] = measure()
         return found
 
     def _nats(self, ids: Tensor, labels: Tensor, batch: int) -> Tensor:

@@ -29,12 +29,10 @@ from benchmarks.quality import language
 from benchmarks.quality.language import Plan, Text
 from benchmarks.quality.models import Contestant
 from benchmarks.quality.training import Clock, Mode
-from benchmarks.quality.variants import mechanisms_of
 from resolvent.evaluation.estimates import Estimate
 from resolvent.evaluation.needle import ANSWER, FACT, NEAREST, PASS_KEYS, QUESTION
 from resolvent.evaluation.reading import score_tokens
 from resolvent.models.generation import evaluating
-from resolvent.models.phase2 import Phase2IntegratedModel
 
 QUESTIONS = 6
 """In a training sequence."""
@@ -196,10 +194,11 @@ class Experiment(language.Experiment):
             OutOfTimeError: the run would not end in time.
         """
         record = super().run(learning_rate, seed, clock)
-        finite = record["finite"]
+        finite, distances = record["finite"], self.probe.distances
+        near = [distance for distance in distances if distance <= self.plan.length]
         return record | {
-            "needle": self._recall(self.probe.distances) if finite else None,
-            "needle_without": self._recall_without() if finite else None,
+            "needle": self._recall(distances) if finite else None,
+            "needle_without": self._without_each(lambda: self._recall(near)) if finite else None,
         }
 
     def _draw(self, seed: int) -> None:
@@ -218,16 +217,6 @@ class Experiment(language.Experiment):
         found = {}
         for distance in distances:
             found[str(distance)] = summary(*self._ask(self.probe.sequences(self.phrases, self.held_out, distance)))
-        return found
-
-    def _recall_without(self) -> dict[str, dict[str, dict[str, float | None]]]:
-        """Scores of Phase 2 without each of its mechanisms, by distance up to the length of training."""
-        model, found = self.contestant.model, {}
-        if isinstance(model, Phase2IntegratedModel):
-            distances = [distance for distance in self.probe.distances if distance <= self.plan.length]
-            for name, switch in mechanisms_of(self.contestant.name).items():
-                with switch.off(model):
-                    found[name] = self._recall(distances)
         return found
 
     def _ask(self, sequences: Tensor) -> tuple[Tensor, Tensor]:

@@ -302,9 +302,10 @@ def _needle_without(runs: list[Record]) -> list[Table]:
         f"{runs[0]['model']}: exact answers in percent by distance, a mechanism switched off after training, by seed",
         *("without", *(f"{int(distance):,}" for distance in distances)),
     )
-    for name, of in [("-", "needle"), *((name, "needle_without") for name in runs[0]["needle_without"])]:
-        scores = [run[of] if name == "-" else run[of][name] for run in runs]
-        table.add_row(name, *(", ".join(f"{100 * x[distance]['exact']:.1f}" for x in scores) for distance in distances))
+    scores = [{"-": run["needle"], **run["needle_without"]} for run in runs]
+    for name in scores[0]:
+        shares = ([score[name][distance]["exact"] for score in scores] for distance in distances)
+        table.add_row(name, *(", ".join(f"{100 * share:.1f}" for share in of) for of in shares))
     return [table]
 
 
