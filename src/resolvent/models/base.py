@@ -16,8 +16,8 @@ from ..ops import linear_cross_entropy
 from ..ops.precision import at_least_float32, for_products
 from .config import ModelConfig, check_fields
 from .generation import Generation
-from .packing import TokenBatch
 from .state import ModelState, named_tensors
+from .token_batch import TokenBatch
 
 _log = logging.getLogger(__name__)
 

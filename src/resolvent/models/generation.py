@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops.precision import at_least_float32
 from ..ops.prefix_sum import prefix_sum
 from .decoding import CapturedStep, read_token
-from .packing import check_tokens
+from .token_batch import check_tokens
 
 PREFILL = 2048
 """Tokens of a prompt that are read at once: without padding, long prompts need no more memory than this many."""

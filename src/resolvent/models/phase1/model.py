@@ -24,7 +24,7 @@ from ...layers import (
 from ...ops.precision import wide_dtype
 from ..base import Block, IntegratedModel
 from ..initialization import init_weights
-from ..packing import TokenBatch, positions, read_tokens
+from ..token_batch import TokenBatch, positions, read_tokens
 from .config import Phase1Config
 from .state import Phase1LayerState, Phase1State
 

@@ -31,7 +31,7 @@ from ...layers.hebbian import HebbianOutput
 from ...ops import Consolidation, MemoryState, backend
 from ..base import Block, IntegratedModel
 from ..initialization import init_weights
-from ..packing import TokenBatch, positions, read_tokens
+from ..token_batch import TokenBatch, positions, read_tokens
 from .config import Phase2Config
 from .state import LayerState, Phase2State
 from .token_step import TokenStep
