@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from benchmarks.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mixer
 from benchmarks.quality.variants import parse_variant
 from resolvent.layers import GatedFeedForward
-from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
-from resolvent.models.phase2.model import Phase2Block
+from resolvent.models.phase2 import Phase2Block, Phase2Config, Phase2IntegratedModel
 from resolvent.ops import linear_cross_entropy
 
 HEAD_DIM = 64

@@ -21,7 +21,7 @@ from resolvent.errors import CheckpointError, DataError, ResolventError
 from resolvent.evaluation.influence import input_gradients
 from resolvent.inspection.trace import LayerTrace, MemoryTrace, trace
 from resolvent.models import IntegratedModel
-from resolvent.models.phase2.model import Phase2Block
+from resolvent.models.phase2 import Phase2Block
 from resolvent.models.phases import phase_of
 from resolvent.ops.consolidation import signal_to_noise
 from resolvent.ops.precision import at_least_float32

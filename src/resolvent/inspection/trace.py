@@ -15,8 +15,8 @@ from resolvent.evaluation.reading import read
 from resolvent.layers import DissipativeBKLayer, DissipativeHebbianLayer, LyapunovStabilityMonitor, StaticBKLayer
 from resolvent.models import IntegratedModel
 from resolvent.models.generation import evaluating
-from resolvent.models.phase1.model import Phase1Block
-from resolvent.models.phase2.model import Phase2Block
+from resolvent.models.phase1 import Phase1Block
+from resolvent.models.phase2 import Phase2Block
 
 
 @dataclass(frozen=True)

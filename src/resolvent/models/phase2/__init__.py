@@ -1,9 +1,11 @@
 """Phase 2: resolvent and dissipative memory."""
 
+from .block import Phase2Block
 from .config import Phase2Config, get_phase2_preset
-from .conversion import ConversionReport, ConvertedTensor, convert_phase1_to_phase2
+from .conversion import convert_phase1_to_phase2
+from .conversion_report import ConversionReport, ConvertedTensor
 from .factory import create_phase2_model
-from .model import Phase2Block, Phase2IntegratedModel
+from .model import Phase2IntegratedModel
 from .state import LayerState, Phase2State
 
 __all__ = [

@@ -14,7 +14,8 @@ from ...ops import Consolidation, backend
 from .state import LayerState, Phase2State
 
 if TYPE_CHECKING:
-    from .model import Phase2Block, Phase2IntegratedModel
+    from .block import Phase2Block
+    from .model import Phase2IntegratedModel
 
 MOST_SEQUENCES = 8
 """With more, products of matrices win over products with one vector after another."""

@@ -1,0 +1,135 @@
+"""The Phase 2 block: BK-Core, dissipative Hebbian memory and feed-forward network, each in a residual branch.
+
+Γ acts in BK-Core and in the memory. The memory read-out of a block enters the potential of the next block. A block of a
+model that grew out of Phase 1 keeps its semiseparable branch, behind the memory.
+
+Shapes: B batch, N sequence, D model width, H heads, K = V head width, S sequences.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ...layers import (
+    AdaptiveRankSemiseparableLayer,
+    DissipativeBKLayer,
+    DissipativeHebbianLayer,
+    GatedFeedForward,
+    MemoryResonanceLayer,
+    NonHermitianPotential,
+    SNRMemoryFilter,
+)
+from ...layers.hebbian import HebbianOutput
+from ...ops import Consolidation
+from ..base import Block
+from .config import Phase2Config
+from .state import LayerState
+
+
+class Phase2Block(Block):
+    """One block; ``first`` blocks have no memory before them to feed back."""
+
+    def __init__(self, config: Phase2Config, first: bool = False):
+        super().__init__()
+        heads, head_dim, width = config.num_heads, config.head_dim, config.d_model
+        self.ln1 = nn.LayerNorm(width)
+        self.dissipative_bk = DissipativeBKLayer(
+            NonHermitianPotential(
+                width,
+                heads,
+                config.base_decay,
+                config.adaptive_decay,
+                config.hebbian_dt,
+                memory_width=heads * head_dim if config.memory_feedback and not first else 0,
+                memory_scale=config.feedback_scale,
+            ),
+            backend=config.backend if config.use_triton_bk else "torch",
+            block_size=config.triton_block_size,
+        )
+        self.bk_proj = nn.Linear(2 * heads, width, bias=False)
+        self.ln2 = nn.LayerNorm(width)
+        self.hebbian = DissipativeHebbianLayer(
+            width,
+            heads,
+            head_dim,
+            config.hebbian_eta,
+            config.hebbian_dt,
+            config.conv_size,
+            config.output_norm,
+            config.output_gate,
+            config.backend,
+        )
+        self.consolidation_interval = config.consolidation_interval
+        self.snr_filter = (
+            SNRMemoryFilter(
+                heads,
+                config.snr_threshold,
+                config.snr_gamma_boost,
+                config.snr_eta_boost,
+                config.snr_temperature,
+                config.snr_trained,
+            )
+            if config.snr_enabled
+            else None
+        )
+        self.resonance = (
+            MemoryResonanceLayer(heads, head_dim, config.resonance_energy_threshold)
+            if config.resonance_enabled
+            else None
+        )
+        self.ln_ssm = nn.LayerNorm(width) if config.ar_ssm_rank else None
+        self.ar_ssm = (
+            AdaptiveRankSemiseparableLayer(
+                width, config.ar_ssm_rank, config.gate_width, config.ar_ssm_bounded, config.backend
+            )
+            if config.ar_ssm_rank
+            else None
+        )
+        self.ln3 = nn.LayerNorm(width)
+        self.ffn = (
+            GatedFeedForward(width, config.ffn_width)
+            if config.ffn_gated
+            else nn.Sequential(nn.Linear(width, config.ffn_width), nn.GELU(), nn.Linear(config.ffn_width, width))
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def consolidation(self) -> Consolidation | None:
+        """What acts on the memory at its boundaries; None if nothing does."""
+        if self.snr_filter is None and self.resonance is None:
+            return None
+        return Consolidation(
+            self.consolidation_interval,
+            self.snr_filter() if self.snr_filter else None,
+            self.resonance() if self.resonance else None,
+        )
+
+    @property
+    def write_gain(self) -> Tensor:
+        """What the SNR filter adds at most to a write, as a part of it, (H,) or (); 0 without one."""
+        return self.snr_filter.gain if self.snr_filter else torch.zeros(())
+
+    def state_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of one sequence's state, tensor by tensor."""
+        heads = self.dissipative_bk.potential.num_heads
+        memory, conv_tail = self.hebbian.state_shape
+        return [(heads,), memory, memory, memory[:1], conv_tail, *(self.ar_ssm.state_shape if self.ar_ssm else ())]
+
+    def compute(
+        self,
+        x: Tensor,
+        readout: Tensor | None,
+        state: LayerState | None,
+        position: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, HebbianOutput, LayerState]:
+        """x (B, N, D), the previous block's read-out, the block's state and the sequences' positions (S,), if they read
+        before -> x, Γ (B, N, H), what the memory layer hands on, and the next state."""
+        resolvent, memory, conv_tail, ar_ssm = state if state is not None else (None, None, None, None)
+        features, gamma, resolvent = self.dissipative_bk(self.ln1(x), readout, resolvent, cu_seqlens)
+        x = x + self.dropout(self.bk_proj(features.to(x.dtype)))
+        hebbian = self.hebbian(self.ln2(x), gamma, memory, conv_tail, position, cu_seqlens, self.consolidation())
+        x = x + self.dropout(hebbian.output)
+        if self.ar_ssm is not None and self.ln_ssm is not None:
+            output, _, ar_ssm = self.ar_ssm(self.ln_ssm(x), ar_ssm, cu_seqlens)
+            x = x + self.dropout(output)
+        x = x + self.dropout(self.ffn(self.ln3(x)))
+        return x, gamma, hebbian, LayerState(resolvent, hebbian.state, hebbian.conv_tail, ar_ssm)

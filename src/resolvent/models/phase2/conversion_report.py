@@ -1,0 +1,76 @@
+"""Report of a conversion: one record for every tensor, copied, new or left behind."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+Status = Literal["copied", "new", "left behind"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedTensor:
+    """What became of a tensor.
+
+    Attributes:
+        status: ``copied`` out of the source, ``new`` in the target, or ``left behind`` in the source.
+        name: of the target's parameter; of the source's where it was left behind.
+        shape: its shape.
+        sources: the source's tensors that it was made of.
+        note: what was done, where it was more than copying.
+    """
+
+    status: Status
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def count(self) -> int:
+        """Number of its entries."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionReport:
+    """Every tensor of a conversion.
+
+    Attributes:
+        tensors: those of the target in its order, then those that were left behind.
+        config_changes: fields of the configuration that was asked for and that the source demanded otherwise, with
+            both values.
+    """
+
+    tensors: tuple[ConvertedTensor, ...]
+    config_changes: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def copied(self) -> list[ConvertedTensor]:
+        return self._with("copied")
+
+    @property
+    def new(self) -> list[ConvertedTensor]:
+        return self._with("new")
+
+    @property
+    def left_behind(self) -> list[ConvertedTensor]:
+        return self._with("left behind")
+
+    def parameters(self, status: Status) -> int:
+        """Number of entries of all tensors of a status."""
+        return sum(tensor.count for tensor in self._with(status))
+
+    def summary(self) -> str:
+        """One line of counts."""
+        parts = ((self._with(status), status) for status in ("copied", "new", "left behind"))
+        return ", ".join(
+            f"{len(tensors)} tensors ({sum(t.count for t in tensors):,} parameters) {status}"
+            for tensors, status in parts
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    def _with(self, status: Status) -> list[ConvertedTensor]:
+        return [tensor for tensor in self.tensors if tensor.status == status]
