@@ -1,8 +1,9 @@
 """Phase 1: the static-Hamiltonian model that Phase 2 grows out of."""
 
+from .block import Phase1Block
 from .config import Phase1Config, get_phase1_preset
 from .factory import create_phase1_model
-from .model import Phase1Block, Phase1IntegratedModel
+from .model import Phase1IntegratedModel
 from .state import Phase1LayerState, Phase1State
 
 __all__ = [
