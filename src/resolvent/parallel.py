@@ -71,7 +71,7 @@ class SequenceParallel(nn.Module):
         chain, model = self._chain, self.model
         before = self._state_before(input_ids, state)
         with self._linked_blocks(before):
-            hidden, after = cast(Any, model).hidden_states(input_ids, state=before)
+            hidden, after = model.hidden_states(input_ids, state=before)
         output = model.logits(hidden) if labels is None else self._mean_nats(hidden, labels)
         chain.settle()
         return (output, after) if return_state else output
@@ -96,7 +96,7 @@ class SequenceParallel(nn.Module):
         if chain.first:
             return state
         with torch.no_grad():
-            _, room = cast(Any, self.model).hidden_states(input_ids[:, :1])
+            _, room = self.model.hidden_states(input_ids[:, :1])
         return replace(room, position=position + sum(lengths[: chain.rank]))
 
     @contextmanager
@@ -113,9 +113,8 @@ class SequenceParallel(nn.Module):
             others[place] = _with_tensors(others[place], tensors)
             return (x, *others)
 
-        def send(block: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            x, *others = outputs
-            return (_Send.apply(chain, anchor, x, *_tensors(others[-1])), *others)
+        def send(block: nn.Module, inputs: tuple[Any, ...], record: Any) -> Any:
+            return record._replace(output=_Send.apply(chain, anchor, record.output, *_tensors(record.state)))
 
         with ExitStack() as hooks:
             for block in cast(Sequence[Block], self.model.blocks):

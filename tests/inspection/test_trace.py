@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from resolvent.inspection.trace import trace
+from resolvent.inspection.trace import trace_text
+from resolvent.models import observe
 from resolvent.models.phase1 import Phase1IntegratedModel
 from resolvent.models.phase2 import Phase2IntegratedModel, convert_phase1_to_phase2
 from tests.models.small import PHASE1, PHASE2, tokens
@@ -23,9 +24,9 @@ def phase2(**options: Any) -> Phase2IntegratedModel:
 @pytest.mark.parametrize("options", [{}, {"snr_enabled": False}, {"resonance_enabled": False, "conv_size": 1}])
 def test_a_trace_is_what_one_pass_finds(options: dict[str, Any], stride: int):
     model, ids = phase2(**options), tokens(150, 1)[0]
-    seen = trace(model, ids, stride=stride)
-    found: dict[str, Any] = {}
-    hidden, state = model.hidden_states(ids[None], diagnostics=found)
+    seen = trace_text(model, ids, stride=stride)
+    whole = observe(model, ids[None])
+    hidden, state, found = whole.hidden, whole.after, model.diagnostics(whole)
     torch.testing.assert_close(seen.hidden, hidden[0].detach(), **CLOSE)
     assert seen.places == [*range(stride - 1, 149, stride), 149]
     for i, layer in enumerate(seen.layers):
@@ -39,7 +40,7 @@ def test_a_trace_is_what_one_pass_finds(options: dict[str, Any], stride: int):
 
 
 def test_nothing_leaves_its_bounds():
-    for layer in trace(phase2(), tokens(300, 1)[0]).layers:
+    for layer in trace_text(phase2(), tokens(300, 1)[0]).layers:
         assert layer.memory is not None
         assert (layer.memory.energy <= layer.memory.bound).all()
         assert (layer.memory.bound.diff(dim=0) >= 0).all()
@@ -49,7 +50,7 @@ def test_nothing_leaves_its_bounds():
 
 def test_phase_1_has_a_resolvent_alone():
     model, ids = PHASE1.model(), tokens(60, 1)[0]
-    seen = trace(model, ids)
+    seen = trace_text(model, ids)
     assert isinstance(model, Phase1IntegratedModel)
     _, state = model.hidden_states(ids[None])
     for layer, after in zip(seen.layers, state.layers, strict=True):
@@ -61,14 +62,14 @@ def test_phase_1_has_a_resolvent_alone():
 def test_a_converted_model_has_the_resolvent_of_its_source():
     source = PHASE1.model()
     ids = tokens(40, 1)[0]
-    theirs, ours = trace(source, ids), trace(convert_phase1_to_phase2(source), ids)
+    theirs, ours = trace_text(source, ids), trace_text(convert_phase1_to_phase2(source), ids)
     for before, after in zip(theirs.layers, ours.layers, strict=True):
         torch.testing.assert_close(after.resolvent, before.resolvent, **CLOSE)
 
 
 def test_a_trace_leaves_the_model_alone():
     model = phase2().train()
-    trace(model, tokens(20, 1)[0])
+    trace_text(model, tokens(20, 1)[0])
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())

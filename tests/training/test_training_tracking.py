@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.models.phase1 import Phase1Config
 from resolvent.training import TrainingConfig, TrainingInterrupted, resume, train
-from resolvent.training.physics import gradient_norms, read_physics
+from resolvent.training.diagnostics import gradient_norms, read_diagnostics
 from resolvent.training.tracking import tracker_options
 from resolvent.training.trainer import Trainer
 from tests.models.small import PHASE1, PHASE2, tokens
@@ -258,18 +258,18 @@ def test_weights_and_biases_knows_a_resumed_run_again(
 def test_looking_inside_changes_nothing(phase: Any):
     model, ids = phase.model().train(), tokens(80, 1)[0]
     before, generator = {n: p.clone() for n, p in model.state_dict().items()}, torch.get_rng_state()
-    physics = read_physics(model, ids)
+    diagnostics = read_diagnostics(model, ids)
     assert model.training and torch.equal(generator, torch.get_rng_state())
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-    again = read_physics(model, ids)
-    assert again.scalars == physics.scalars and len(physics.scalars) >= 3 * 3
-    assert all(torch.equal(again.histograms[name], values) for name, values in physics.histograms.items())
+    again = read_diagnostics(model, ids)
+    assert again.scalars == diagnostics.scalars and len(diagnostics.scalars) >= 3 * 3
+    assert all(torch.equal(again.histograms[name], values) for name, values in diagnostics.histograms.items())
 
 
 def test_the_energy_stays_below_its_bound():
-    physics = read_physics(PHASE2.model(), tokens(200, 1)[0])
-    shares = [value for name, value in physics.scalars.items() if name.startswith("energy_over_bound")]
+    diagnostics = read_diagnostics(PHASE2.model(), tokens(200, 1)[0])
+    shares = [value for name, value in diagnostics.scalars.items() if name.startswith("energy_over_bound")]
     assert len(shares) == 3 and all(0 < share < 1 for share in shares)
 
 

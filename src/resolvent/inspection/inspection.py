@@ -19,7 +19,7 @@ from resolvent._version import __version__
 from resolvent.data import encode_documents
 from resolvent.errors import CheckpointError, DataError, ResolventError
 from resolvent.evaluation.influence import input_gradients
-from resolvent.inspection.trace import LayerTrace, MemoryTrace, trace
+from resolvent.inspection.trace import LayerTrace, MemoryTrace, trace_text
 from resolvent.models import IntegratedModel
 from resolvent.models.phase2 import Phase2Block
 from resolvent.models.phases import phase_of
@@ -168,7 +168,7 @@ def inspect_model(
     if len(ids) < 2:
         raise DataError("there is no text to look into: it is empty, or cut to nothing by the length")
     ids = ids.to(next(model.parameters()).device)
-    seen = trace(model, ids)
+    seen = trace_text(model, ids)
     nats, expected = _predictions(model, tokenizer, seen.hidden, ids)
     block = next(iter(model.blocks))
     consolidation = block.consolidation() if isinstance(block, Phase2Block) else None

@@ -1,31 +1,28 @@
-"""Reading a text slowly: what every layer does at every token of it.
+"""Trace of a text: resolvent, Γ and memory of every layer, token by token.
 
-Shapes: N tokens, P places at which the memory is looked at, D model width, H heads, K = V head width.
+Shapes: N tokens, P positions after which the memory is recorded, D model width, H heads, K = V head width.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resolvent.evaluation.reading import read
-from resolvent.layers import DissipativeBKLayer, DissipativeHebbianLayer, LyapunovStabilityMonitor, StaticBKLayer
-from resolvent.models import IntegratedModel
+from resolvent.layers import LyapunovStabilityMonitor, StaticBKLayer
+from resolvent.models import IntegratedModel, observe
 from resolvent.models.generation import evaluating
-from resolvent.models.phase1 import Phase1Block
-from resolvent.models.phase2 import Phase2Block
+from resolvent.models.phase1 import Phase1Record
+from resolvent.models.phase2 import Phase2Block, Phase2Record
 
 
 @dataclass(frozen=True)
 class MemoryTrace:
-    """What a layer's memory went through.
+    """Trace of a layer's memory.
 
     Attributes:
-        energy: ``||S||²`` after the tokens at ``Trace.places``, (P, H).
-        bound: what that cannot exceed, given the tokens so far, (P, H).
+        energy: ``||S||²`` after the tokens at ``TextTrace.places``, (P, H).
+        bound: upper bound of the energy, given the tokens so far, (P, H).
         last: S after the last token, (H, K, V).
     """
 
@@ -36,11 +33,11 @@ class MemoryTrace:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What a layer did.
+    """Trace of a layer.
 
     Attributes:
         resolvent: g of every token, complex (N, H).
-        resolvent_bound: what ``|g|`` cannot exceed, ``1 / (κΓ + ζ)``, (N, H).
+        resolvent_bound: upper bound of ``|g|``, ``1 / (κΓ + ζ)``, (N, H).
         gamma: Γ of every token, (N, H); None where nothing dissipates.
         memory: None without one.
     """
@@ -52,13 +49,13 @@ class LayerTrace:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What a model did with a text.
+class TextTrace:
+    """Trace of a text.
 
     Attributes:
         hidden: final hidden states, (N, D).
-        places: number of tokens read, less one, at each look at the memories, (P,).
-        layers: what the layers did.
+        places: indices of the tokens after which the memories are recorded, (P,).
+        layers: a trace per layer.
     """
 
     hidden: Tensor
@@ -66,65 +63,49 @@ class Trace:
     layers: list[LayerTrace]
 
 
-def trace(model: IntegratedModel, tokens: Tensor, *, stride: int = 4) -> Trace:
-    """Read a text a few tokens at a time, which changes nothing for the model, and look at it after each time.
+def trace_text(model: IntegratedModel, tokens: Tensor, *, stride: int = 4) -> TextTrace:
+    """Read a text a few tokens at a time, which changes nothing for the model, and record the memories after each.
 
     Args:
         model: the model; it is read in evaluation mode.
         tokens: int64 (N,).
-        stride: tokens between two looks at the memories.
+        stride: tokens between two records of the memories.
     """
     pieces = tokens[None].split(stride, dim=1)
-    hidden, states, state = [], [], None
-    with evaluating(model), torch.no_grad(), _listening(model) as heard:
+    traces, state = [], None
+    with evaluating(model), torch.no_grad():
         for piece in pieces:
-            final, state = read(model, piece, state)
-            hidden.append(final[0])
-            states.append(state)
+            traces.append(observe(model, piece, state=state))
+            state = traces[-1].after
     ends = torch.tensor([piece.shape[1] for piece in pieces]).cumsum(0) - 1
-    layers = [_layer(block, heard, [s.layers[i] for s in states], ends) for i, block in enumerate(model.blocks)]
-    return Trace(torch.cat(hidden), ends.tolist(), layers)
+    records = zip(*(trace.layers for trace in traces), strict=True)
+    layers = [_layer(block, pieces, ends) for block, pieces in zip(model.blocks, records, strict=True)]
+    return TextTrace(torch.cat([trace.hidden[0] for trace in traces]), ends.tolist(), layers)
 
 
-@contextmanager
-def _listening(model: IntegratedModel) -> Iterator[dict[nn.Module, list[Any]]]:
-    """Everything that the resolvents and memory layers return, by module."""
-    heard: dict[nn.Module, list[Any]] = {}
-
-    def note(module: nn.Module, _arguments: Any, output: Any) -> None:
-        heard.setdefault(module, []).append(output)
-
-    kinds = (DissipativeBKLayer, StaticBKLayer, DissipativeHebbianLayer)
-    handles = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, kinds)]
-    try:
-        yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _layer(block: nn.Module, heard: dict[nn.Module, list[Any]], states: list[Any], ends: Tensor) -> LayerTrace:
-    if isinstance(block, Phase1Block):
-        g = _resolvent(heard[block.bk])
+def _layer(block: nn.Module, records: Sequence[Phase1Record | Phase2Record], ends: Tensor) -> LayerTrace:
+    """Return the trace of a layer from its records of all pieces, whose last tokens are ``ends`` (P,)."""
+    g = torch.complex(*torch.cat([record.features[0] for record in records]).chunk(2, dim=-1))
+    dissipative = [record for record in records if isinstance(record, Phase2Record)]
+    if not dissipative:
         return LayerTrace(g, torch.full_like(g.real, 1 / StaticBKLayer.ZETA), None, None)
     assert isinstance(block, Phase2Block)
-    bk, hebbian = block.dissipative_bk, block.hebbian
-    gamma = torch.cat([output[1][0] for output in heard[bk]])
+    gamma = torch.cat([record.gamma[0] for record in dissipative])
+    bk = block.dissipative_bk
     bound = 1 / (bk.kappa.detach().abs() * gamma + bk.log_zeta.detach().exp())
-    values = torch.cat([output.values[0] for output in heard[hebbian]])
-    memories = torch.cat([state.memory.memory for state in states])
-    most = LyapunovStabilityMonitor.bound(
+    return LayerTrace(g, bound, gamma, _memory(block, dissipative, gamma, ends))
+
+
+def _memory(block: Phase2Block, records: Sequence[Phase2Record], gamma: Tensor, ends: Tensor) -> MemoryTrace:
+    """Return the trace of a layer's memory, given its Γ (N, H)."""
+    hebbian = block.hebbian
+    values = torch.cat([record.values[0] for record in records])
+    memories = torch.cat([record.state.memory.memory for record in records])
+    bound = LyapunovStabilityMonitor.bound(
         torch.zeros_like(gamma),
         (values.norm(dim=-1) * hebbian.eta.detach()).cummax(dim=0).values,
         (gamma * hebbian.dt).cummin(dim=0).values,
         block.write_gain,
     )
     energy = memories.square().sum(dim=(-2, -1))
-    return LayerTrace(
-        _resolvent(heard[bk]), bound, gamma, MemoryTrace(energy, most[ends.to(most.device)], memories[-1])
-    )
-
-
-def _resolvent(outputs: list[Any]) -> Tensor:
-    """g (N, H) of the features (1, n, 2H) that come first in a layer's outputs."""
-    return torch.complex(*torch.cat([output[0][0] for output in outputs]).chunk(2, dim=-1))
+    return MemoryTrace(energy, bound[ends.to(bound.device)], memories[-1])

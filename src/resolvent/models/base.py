@@ -1,151 +1,267 @@
-"""What the models of both phases are: text in, logits out, with a state that the caller holds."""
+"""Base of the models of both phases: forward pass, hidden states, observation and losses.
 
-import dataclasses
-import logging
-from collections.abc import Callable
+A model maps tokens to logits and keeps nothing between calls: the caller holds the state. A phase adds its parts, and
+says how a block is called and what its record means.
+
+Shapes: B batch, N sequence, D model width, V vocabulary, S sequences.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..device import pick_device
-from ..errors import ConfigError
+from ..layers import ZetaEmbedding
 from ..ops import linear_cross_entropy
 from ..ops.precision import at_least_float32, for_products
-from .config import ModelConfig, check_fields
+from .config import LanguageModelConfig
 from .generation import Generation
-from .state import ModelState, named_tensors
-from .token_batch import TokenBatch
+from .initialization import init_weights
+from .state import named_tensors
+from .token_batch import TokenBatch, positions, read_tokens
+from .trace import Record, State, Trace
 
-_log = logging.getLogger(__name__)
-
-Config = TypeVar("Config", bound=ModelConfig)
-Model = TypeVar("Model", bound="IntegratedModel")
+Config = TypeVar("Config", bound=LanguageModelConfig)
 
 
-class Block(nn.Module):
+class Block(nn.Module, Generic[Record]):
     """Base of the blocks.
 
     Attributes:
-        compute: what a block does; a subclass defines it in the place of ``forward``.
-        gradient_checkpointing: whether training computes the block anew in the backward pass instead of keeping what it
-            computed. The name is the one by which Transformers finds what it can switch.
+        compute: the computation, from the residual stream to the block's record; a subclass defines it in the place of
+            ``forward``.
+        gradient_checkpointing: recompute the block in the backward pass instead of keeping its activations. The name is
+            one that Transformers looks for.
     """
 
-    compute: Callable[..., Any]
+    compute: Callable[..., Record]
     gradient_checkpointing: bool = False
-    _gradient_checkpointing_func: Any = staticmethod(partial(checkpoint, use_reentrant=False))
+    _gradient_checkpointing_func: Callable[..., Any] = staticmethod(partial(checkpoint, use_reentrant=False))
 
-    def forward(self, *inputs: Any) -> Any:
-        """``compute(*inputs)``. What hangs on the module, FSDP's hooks among them, does not run again with it."""
+    def forward(self, *inputs: object) -> Record:
+        """Return ``compute(*inputs)``. The hooks of the module, FSDP's among them, do not run again in the backward
+        pass."""
         if self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(self.compute, *inputs)
         return self.compute(*inputs)
 
+    def state_shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of one sequence's state, tensor by tensor."""
+        raise NotImplementedError
 
-class IntegratedModel(nn.Module, Generation):
-    """A language model that keeps nothing between calls: what it read is in the state that ``forward`` returns."""
+
+class IntegratedModel(nn.Module, Generation, Generic[Config, Record, State]):
+    """A language model that keeps nothing between calls: what it has read is in the state that it returns."""
 
     penalised: ClassVar[bool] = False
-    """Whether ``forward`` has a penalty to return, with ``return_penalty=True``, that training adds to the loss."""
+    """``forward`` has a penalty to return, with ``return_penalty=True``, that training adds to the loss."""
 
-    config: Any
+    state_type: type[State]
+
+    config: Config
     vocab_size: int
     d_model: int
     n_layers: int
     token_embedding: nn.Module
-    position_embedding: nn.Module
+    position_embedding: ZetaEmbedding
+    dropout: nn.Dropout
     blocks: nn.ModuleList
     ln_f: nn.LayerNorm
     lm_head: nn.Linear
 
-    @property
-    def tied(self) -> bool:
-        """Whether the head uses the token embedding's table."""
-        return self.lm_head.weight is getattr(self.token_embedding, "weight", None)
-
-    @property
-    def n_seq(self) -> int:
-        """Tokens of the windows that the model is trained on; it reads any number of them."""
-        return self.config.n_seq
-
-    @property
-    def reads_offsets(self) -> bool:
-        """Whether Python reads the offsets of packed sequences, for which it would wait if they were on a device."""
-        return False
-
-    def __init__(self, config: Any, init: bool = True):
-        """A model of a configuration; ``init=False`` leaves its weights to be loaded."""
+    def __init__(self, config: Config, init: bool = True) -> None:
+        """Check a configuration and make its parts, in the order of a forward pass: they are drawn and saved in it."""
         super().__init__()
         config.validate()
         self.config = config
-        self.vocab_size, self.d_model = config.vocab_size, config.d_model
-        self.n_layers = config.n_layers
+        self.vocab_size, self.d_model, self.n_layers = config.vocab_size, config.d_model, config.n_layers
+        self.token_embedding = self._make_token_embedding(config)
+        self.position_embedding = self._make_position_embedding(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(self._make_block(config, layer) for layer in range(config.n_layers))
+        self.ln_f = nn.LayerNorm(config.d_model)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = cast(nn.Embedding, self.token_embedding).weight
+        if init:
+            self.init_weights()
 
-    def num_parameters(self, trainable_only: bool = False) -> int:
-        """Number of parameters."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
-
-    def update_rank_schedule(self, step: int) -> int | None:
-        """Adapt to a training step, before it; a model without a schedule does nothing and returns None."""
-        del step
-        return None
-
-    def recompute_blocks(self) -> None:
-        """Let training keep what enters the blocks only, and compute the rest anew in the backward pass."""
-        for block in self.blocks:
-            cast(Block, block).gradient_checkpointing = True
-
-    def state_shapes(self) -> list[list[tuple[int, ...]]]:
-        """Shapes of one sequence's state: of every layer, every tensor."""
+    def _make_token_embedding(self, config: Config) -> nn.Module:
         raise NotImplementedError
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., D), at least float32 outside autocast."""
-        logits = self.lm_head(hidden)
-        return logits if torch.is_autocast_enabled(logits.device.type) else at_least_float32(logits)
+    def _make_position_embedding(self, config: Config) -> ZetaEmbedding:
+        return ZetaEmbedding(config.d_model)
 
-    def nats(self, hidden: Tensor, labels: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-        """Nats of labels (B, N) after hidden states (B, N, D), a scalar; no more than a chunk of the logits lies in
-        memory at once."""
-        flat, backend = hidden.flatten(0, 1), self.config.backend
-        return linear_cross_entropy(flat, self.lm_head.weight, labels.flatten(), reduction=reduction, backend=backend)
+    def _make_block(self, config: Config, layer: int) -> Block[Record]:
+        raise NotImplementedError
 
-    def fused_step(self, state: Any) -> Callable[[Tensor], Tensor] | None:
-        """Kernels that read one token after another, changing ``state``, whose position is on its device (see
-        ``models.decoding``); None where there are none for this model."""
-        del state
-        return None
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh weights on the CPU from ``generator`` (the global one if None), whatever the model's device; see
+        ``models.initialization``."""
+        init_weights(self, generator, self.zeta_potential)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        state: State | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_diagnostics: bool = False,
+        return_penalty: bool = False,
+    ) -> Any:
+        """Compute the logits of the next token at every position or, given labels, their loss.
+
+        Args:
+            input_ids: tokens, integer (B, N).
+            labels: the token that follows each of ``input_ids``, int64 (B, N), or -100 at positions that do not count,
+                padding among them. The loss takes the place of the logits, which are then never held all at once.
+            state: state after the tokens that the sequences have read before; None for a fresh start.
+            return_state: also return the state after the last token.
+            cu_seqlens: offsets of S sequences packed in one row, integer (S + 1,), from 0 to N; needs B = 1. State and
+                consolidation restart at each.
+            attention_mask: 1 for tokens, 0 for padding on either side, (B, N). Padding is not read, and its logits
+                are those of an empty hidden state.
+            return_diagnostics: also return the diagnostics, ``Phase1Diagnostics`` or ``Phase2Diagnostics``; changes no
+                logit.
+            return_penalty: also return what training adds to the loss, a float32 scalar: in Phase 1 the mean gate of
+                the semiseparable layers times ``ar_ssm_l1_regularization``, in Phase 2 zero.
+
+        Returns:
+            logits (B, N, V), float32 outside autocast, or the mean negative log-likelihood of the labels (nats per
+            token), a scalar; followed by the state, by the dictionary of diagnostics and by the penalty, in this order,
+            where asked for.
+
+        Raises:
+            ValueError: tokens, labels, offsets, mask or state do not fit each other or the model.
+        """
+        recorded = return_diagnostics or return_penalty
+        trace = self._run(input_ids, state, cu_seqlens, attention_mask, recorded=recorded)
+        extras: list[object] = []
+        if return_state:
+            extras.append(trace.after)
+        if return_diagnostics:
+            extras.append(self.diagnostics(trace))
+        if return_penalty:
+            extras.append(self.penalty(trace))
+        output = self._predict(trace.hidden, labels)
+        return (output, *extras) if extras else output
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Compute everything but the head: final hidden states (B, N, D) and the next state; arguments as in
+        ``forward``."""
+        trace = self._run(input_ids, state, cu_seqlens, attention_mask, recorded=False)
+        return trace.hidden, trace.after
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        state: State | None,
+        cu_seqlens: Tensor | None,
+        attention_mask: Tensor | None,
+        *,
+        recorded: bool,
+    ) -> Trace[Record, State]:
+        """Compute everything but the head; ``recorded`` keeps the record of every block."""
+        # 1. Drop the padding; look up how far every sequence has been read.
+        batch = read_tokens(input_ids, self.vocab_size, cu_seqlens, attention_mask)
+        position = self._start_position(state, batch)
+        start = None if state is None else position
+        # 2. Embed tokens and positions.
+        vectors = self._embed_tokens(batch.input_ids)
+        embedded = self._add_positions(vectors, positions(start, batch.input_ids, batch.cu_seqlens))
+        # 3. Run the blocks.
+        x = entered = self.dropout(embedded)
+        record, records, layers = None, [], []
+        for i, block in enumerate(self.blocks):
+            before = None if state is None else state.layers[i]
+            record = self._run_block(cast(Block[Record], block), x, record, before, start, batch.cu_seqlens)
+            x = record.output
+            layers.append(record.state)
+            if recorded:
+                records.append(record)
+        # 4. Normalise.
+        after = self.state_type(batch.advance(position), tuple(layers))
+        return Trace(batch, state, vectors, embedded, entered, tuple(records), self.ln_f(x), after)
+
+    def _embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """Return the vectors of tokens: integer (B, N) -> (B, N, D)."""
+        return self.token_embedding(input_ids)
+
+    def _add_positions(self, vectors: Tensor, position: Tensor) -> Tensor:
+        """Return the input embeddings (B, N, D) of token vectors (B, N, D) at positions (B, N). Under autocast the
+        residual stream has autocast's dtype from here on: half the bytes of all that norms and sums move."""
+        return for_products((vectors + self.position_embedding(position).to(vectors.dtype)) * self.embedding_factor)
+
+    def _run_block(
+        self,
+        block: Block[Record],
+        x: Tensor,
+        previous: Record | None,
+        state: Any,
+        start: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Record:
+        """Run a block on the residual stream.
+
+        Args:
+            block: the block.
+            x: residual stream, (B, N, D).
+            previous: record of the block before; None for the first block.
+            state: the block's state before the first token; None for a fresh start.
+            start: tokens that the sequences have read before, (S,); None for a fresh start.
+            cu_seqlens: offsets of packed sequences.
+        """
+        raise NotImplementedError
 
     def _predict(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
-        """Logits of hidden states (B, N, D); given labels (B, N), their mean nats instead.
+        """Return the logits of hidden states (B, N, D) or, given labels (B, N), their mean loss.
 
         Raises:
             ValueError: the labels have another shape than the tokens.
         """
-        if labels is not None:
-            if labels.shape != hidden.shape[:-1]:
-                expected, got = tuple(hidden.shape[:-1]), tuple(labels.shape)
-                raise ValueError(f"labels must have the shape of input_ids, {expected}, got {got}")
-            return self.nats(hidden, labels)
-        return self.logits(hidden)
+        if labels is None:
+            return self.logits(hidden)
+        if labels.shape != hidden.shape[:-1]:
+            expected, got = tuple(hidden.shape[:-1]), tuple(labels.shape)
+            raise ValueError(f"labels must have the shape of input_ids, {expected}, got {got}")
+        return self.nats(hidden, labels)
 
-    def _embed(self, vectors: Tensor, place: Tensor) -> Tensor:
-        """What enters the first block (B, N, D), of the tokens' vectors (B, N, D) and places (B, N). Under autocast
-        the stream of the blocks is of its dtype from here on: half the bytes of all that norms and sums move."""
-        return for_products((vectors + self.position_embedding(place).to(vectors.dtype)) * self.embedding_factor)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of hidden states (..., D), at least float32 outside autocast."""
+        logits = self.lm_head(hidden)
+        return logits if torch.is_autocast_enabled(logits.device.type) else at_least_float32(logits)
 
-    @property
-    def embedding_factor(self) -> float:
-        """What the tokens' vectors are multiplied by. A table starts as small as a head needs it: as they are, its rows
-        would drown in what the first block adds to them."""
-        scale = self.config.embedding_scale
-        return self.d_model**0.5 if scale is None else scale
+    def nats(self, hidden: Tensor, labels: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+        """Return the negative log-likelihood (nats) of labels (B, N) given hidden states (B, N, D), a scalar; no more
+        than a chunk of the logits is in memory at once."""
+        flat, backend = hidden.flatten(0, 1), self.config.backend
+        return linear_cross_entropy(flat, self.lm_head.weight, labels.flatten(), reduction=reduction, backend=backend)
 
-    def _start_position(self, state: ModelState | None, batch: TokenBatch) -> Tensor:
-        """Tokens that the sequences have read, int64 (S,): on the CPU, or where the offsets or the state have it.
+    def diagnostics(self, trace: Trace[Record, State]) -> Mapping[str, Any]:
+        """Return the diagnostics of a trace: a dictionary of tensors without gradients."""
+        raise NotImplementedError
+
+    def penalty(self, trace: Trace[Record, State]) -> Tensor:
+        """Return what training adds to the loss, a float32 scalar: zero, unless a phase has a penalty."""
+        return torch.zeros((), device=trace.normed.device)
+
+    def _start_position(self, state: State | None, batch: TokenBatch) -> Tensor:
+        """Return how many tokens the sequences have read, int64 (S,): on the CPU, or on the device of the offsets or
+        of the state's position.
 
         Raises:
             ValueError: the state is of other sequences, another device or another model.
@@ -163,31 +279,84 @@ class IntegratedModel(nn.Module, Generation):
             raise ValueError("the state belongs to another model: its layers, heads or widths differ")
         return state.position
 
+    def state_shapes(self) -> list[list[tuple[int, ...]]]:
+        """Return the shapes of one sequence's state: of every layer, every tensor."""
+        return [block.state_shapes() for block in self._blocks]
 
-def resolve_config(base: Config, sizes: dict[str, int | None], others: dict[str, Any]) -> Config:
-    """A copy of ``base`` with the sizes that are not None and the other fields replaced.
+    def fused_step(self, state: Any) -> Callable[[Tensor], Tensor] | None:
+        """Return kernels that read one token after another and update ``state``, whose position is on its device (see
+        ``models.decoding``); None where the model has none."""
+        del state
+        return None
+
+    def num_parameters(self, trainable_only: bool = False) -> int:
+        """Return the number of parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
+
+    def recompute_blocks(self) -> None:
+        """Recompute the blocks in the backward pass: training keeps the input of every block only."""
+        for block in self._blocks:
+            block.gradient_checkpointing = True
+
+    def update_rank_schedule(self, step: int) -> int | None:
+        """Adapt to a training step, before it. A model without a schedule does nothing and returns None."""
+        del step
+        return None
+
+    @property
+    def n_seq(self) -> int:
+        """Tokens of a training window; a model reads any number of them."""
+        return self.config.n_seq
+
+    @property
+    def tied(self) -> bool:
+        """The head uses the table of the token embedding."""
+        return self.lm_head.weight is getattr(self.token_embedding, "weight", None)
+
+    @property
+    def embedding_factor(self) -> float:
+        """Factor of the token vectors."""
+        return self.config.embedding_factor
+
+    @property
+    def zeta_potential(self) -> bool:
+        """Fresh weights of the potential have the spectrum of the zeta zeros."""
+        return False
+
+    @property
+    def reads_offsets(self) -> bool:
+        """Python reads the offsets of packed sequences: on a device, it would wait for them."""
+        return False
+
+    @property
+    def _blocks(self) -> Sequence[Block[Record]]:
+        return list(cast(Iterable[Block[Record]], self.blocks))
+
+
+def observe(
+    model: IntegratedModel[Config, Record, State],
+    input_ids: Tensor,
+    *,
+    state: State | None = None,
+    cu_seqlens: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Trace[Record, State]:
+    """Read tokens as ``hidden_states`` does, and keep what every layer computes.
+
+    This is the one way to look inside a model: diagnostics, trackers, the inspection page and experiments use it. It
+    changes no number, and needs no hooks; the records carry gradients where gradients are enabled.
+
+    Args:
+        model: the model.
+        input_ids: tokens, integer (B, N).
+        state: state after the tokens that the sequences have read before; None for a fresh start.
+        cu_seqlens: offsets of packed sequences, as in ``forward``.
+        attention_mask: 1 for tokens, 0 for padding, as in ``forward``.
+
+    Returns:
+        Final hidden states, the next state, and a ``Phase1Record`` or ``Phase2Record`` per layer.
 
     Raises:
-        ConfigError: a field does not exist.
+        ValueError: tokens, offsets, mask or state do not fit each other or the model.
     """
-    overrides: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None} | others
-    check_fields(type(base), overrides)
-    return dataclasses.replace(base, **overrides)
-
-
-def check_origin(config: ModelConfig | None, preset: str | None, kind: type[ModelConfig]) -> None:
-    """Raise a ConfigError where a model shall be made from both a configuration and a preset, or from a configuration
-    of another kind."""
-    if config is not None and preset is not None:
-        raise ConfigError(f"give either config or preset, not both (preset={preset!r})")
-    if config is not None and not isinstance(config, kind):
-        raise ConfigError(
-            f"config must be a {kind.__name__}, got {config!r}; presets and fields go by name (preset=...)"
-        )
-
-
-def place(model: Model, device: torch.device | str | None) -> Model:
-    """The model on ``device``; None for CUDA where there is one, and the CPU otherwise."""
-    device = device if device is not None else pick_device("auto")
-    _log.info("created %s with %s parameters on %s", type(model).__name__, f"{model.num_parameters():,}", device)
-    return model.to(device)
+    return model._run(input_ids, state, cu_seqlens, attention_mask, recorded=True)

@@ -4,8 +4,8 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Container
-from typing import Any, Self
+from collections.abc import Container, Mapping
+from typing import Any, Protocol, Self
 
 from ..errors import ConfigError
 from ..files import shown
@@ -13,9 +13,34 @@ from ..files import shown
 LARGEST = {"d_model": 1 << 20, "head_dim": 1 << 9, "n_layers": 1 << 10}
 """Sizes that decide what is computed when a model is made, before any weight is looked at."""
 
+Values = dict[str, Any]
+"""Values of fields, by name."""
+
 _LARGEST_INTEGER = 2**31 - 1
 _LARGEST_FLOAT = 3.4e38  # of float32, in which models compute
 _MOST_NAMED = 20
+
+
+class LanguageModelConfig(Protocol):
+    """The fields and methods that the configurations of both phases share."""
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_seq: int
+    num_heads: int
+    dropout: float
+    backend: str
+
+    @property
+    def embedding_factor(self) -> float: ...
+
+    @property
+    def tie_embeddings(self) -> bool: ...
+
+    def validate(self) -> None: ...
+
+    def to_dict(self) -> Values: ...
 
 
 @dataclasses.dataclass
@@ -41,12 +66,12 @@ class ModelConfig:
         wrong |= self._with_defaults_for(wrong)._size_faults()
         return [*wrong.values(), *self._with_defaults_for(wrong)._faults()]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Values:
         """Plain dictionary of all fields, nested configurations included; ``from_dict`` restores an equal object."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: Values) -> Self:
         """The configuration that ``to_dict`` described.
 
         Raises:
@@ -85,7 +110,7 @@ class ModelConfig:
         }
 
 
-def check_fields(config: type[ModelConfig], values: dict[str, Any]) -> None:
+def check_fields(config: type[ModelConfig], values: Mapping[str, object]) -> None:
     """Raise a ConfigError that names every key of ``values`` which is no field, and the field it resembles."""
     names = [f.name for f in dataclasses.fields(config)]
     unknown = [key for key in values if key not in names]
@@ -98,12 +123,12 @@ def check_fields(config: type[ModelConfig], values: dict[str, Any]) -> None:
     raise ConfigError(f"unknown field of {config.__name__}: {', '.join(told)}. Fields: {', '.join(names)}")
 
 
-def must_be_positive(config: Any, *names: str) -> list[str]:
+def must_be_positive(config: ModelConfig, *names: str) -> list[str]:
     """Faults of the fields that are not above zero."""
     return [f"{name} must be > 0, got {value}" for name in names if (value := getattr(config, name)) <= 0]
 
 
-def must_be_at_least(config: Any, least: float, *names: str) -> list[str]:
+def must_be_at_least(config: ModelConfig, least: float, *names: str) -> list[str]:
     """Faults of the fields that are below ``least``."""
     return [f"{name} must be >= {least:g}, got {value}" for name in names if (value := getattr(config, name)) < least]
 

@@ -25,12 +25,13 @@ from ..layers.plain import is_plain
 from ..layers.zeta import ExactConstant
 from ..ops import IGNORED
 from ..ops.precision import at_least_float32
-from .base import IntegratedModel
+from .base import IntegratedModel, observe
 from .config import ModelConfig, check_fields
 from .phase1 import Phase1Config, Phase1IntegratedModel
 from .phase2 import Phase2Config, Phase2IntegratedModel
 from .state import ModelState
 from .storage import FORMAT_VERSION, TRANSFORMERS_ENTRIES, in_todays_format, model_type
+from .trace import Trace
 
 _ARGUMENTS = ("model_type", "name_or_path", "num_labels", "attn_implementation", "experts_implementation")
 """What Transformers' configurations take besides what they hold."""
@@ -280,15 +281,14 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
             skip_logits = self.training and labels is not None
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        outputs: list[Tensor] | None = [] if output_hidden_states else None
-        gates: list[Tensor] | None = [] if self.model.penalised and self.training and labels is not None else None
-        hidden, state = self.model.hidden_states(
-            input_ids,
-            state=past_key_values.state if past_key_values is not None else None,
-            attention_mask=attention_mask,
-            outputs=outputs,
-            **({} if gates is None else {"gates": gates}),
-        )
+        before = past_key_values.state if past_key_values is not None else None
+        penalised = self.model.penalised and self.training and labels is not None
+        trace = None
+        if output_hidden_states or penalised:
+            trace = observe(self.model, input_ids, state=before, attention_mask=attention_mask)
+            hidden, state = trace.hidden, trace.after
+        else:
+            hidden, state = self.model.hidden_states(input_ids, state=before, attention_mask=attention_mask)
         if past_key_values is not None:
             past_key_values.state = state
             past_key_values.columns += input_ids.shape[1]
@@ -301,14 +301,14 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
             if attention_mask is not None:  # padding is not read, and predicts nothing
                 labels = labels.masked_fill(attention_mask == 0, IGNORED)
             counted = (labels != IGNORED).sum()
-            penalty = 0.0 if gates is None else counted * self.model.penalty(gates, hidden)
+            penalty = counted * self.model.penalty(trace) if penalised else 0.0
             nats = self._nats(hidden, labels) + penalty
             loss = nats / (counted if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=past_key_values,
-            hidden_states=None if outputs is None else (*outputs[:-1], hidden),
+            hidden_states=_hidden_states(trace) if output_hidden_states and trace is not None else None,
         )
 
     def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -348,6 +348,12 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         for index, block in enumerate(self.model.blocks):
             block.gradient_checkpointing = enable and index % every_n_layers == 0
             block._gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+
+
+def _hidden_states(trace: Trace) -> tuple[Tensor, ...]:
+    """Return what enters the first block and what leaves each, the last after the norm: (B, N, D)."""
+    inner = (trace.entered, *(record.output for record in trace.layers[:-1]))
+    return (*map(trace.restore, inner), trace.hidden)
 
 
 def _is_initialized(part: nn.Module | Tensor) -> bool:

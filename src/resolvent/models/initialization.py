@@ -1,6 +1,7 @@
 """How a model's fresh weights are drawn: on the CPU, so that the same seed gives the same weights on every device."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,23 @@ _WITH_A_FIXED_START = (
 _TO_THE_STREAM = (".hebbian.out_proj", ".ffn.out_proj", ".ffn.2", ".ffn.2.up")
 
 
+class Parts(Protocol):
+    """The parts of a model that are drawn."""
+
+    token_embedding: nn.Module
+    blocks: nn.ModuleList
+    lm_head: nn.Linear
+
+    @property
+    def n_seq(self) -> int: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+
+
 @torch.no_grad()
-def init_weights(model: Any, generator: torch.Generator | None, zeta_potential: bool = False) -> None:
+def init_weights(model: Parts, generator: torch.Generator | None, zeta_potential: bool = False) -> None:
     """Draw the weights of a model of either phase.
 
     Matrices inside the blocks get N(0, std²) with the standard deviation ``1 / sqrt(fan_in)``; with ``zeta_potential``
@@ -58,16 +74,16 @@ def init_weights(model: Any, generator: torch.Generator | None, zeta_potential: 
     if isinstance(model.token_embedding, TensorTrainEmbedding):
         model.token_embedding.reset_parameters(0.02, generator)
     else:
-        _normal(model.token_embedding.weight, 0.02, generator)
+        _normal(cast(nn.Embedding, model.token_embedding).weight, 0.02, generator)
     _normal(model.lm_head.weight, 0.02, generator)
     for module in model.modules():
         if isinstance(module, _WITH_A_FIXED_START):
             module.reset_parameters()
     for block in model.blocks:
-        block.bk_proj.weight.zero_()
+        block.get_parameter("bk_proj.weight").zero_()
 
 
-def _scale(model: Any, name: str) -> float:
+def _scale(model: Parts, name: str) -> float:
     """Of a matrix of this name, in units of ``1 / sqrt(fan_in)``."""
     if name.endswith(_TO_THE_STREAM):
         return (2 * len(model.blocks)) ** -0.5

@@ -12,7 +12,7 @@ from resolvent.errors import CheckpointError, ConfigError
 from resolvent.files import read_json, write_json
 from resolvent.models import IntegratedModel
 from resolvent.training.config import TrainingConfig
-from resolvent.training.physics import gradient_norms, read_physics
+from resolvent.training.diagnostics import gradient_norms, read_diagnostics
 
 PROJECT = "resolvent"
 TENSORBOARD_DIR = "tensorboard"
@@ -82,13 +82,13 @@ class Tracking:
         if self._name != "none":
             self._tell(step, gradient_norms(model))
 
-    def log_physics(self, step: int, model: IntegratedModel) -> None:
-        """Let the model read the probe, and hand on what happened inside; call it in every process."""
+    def log_diagnostics(self, step: int, model: IntegratedModel) -> None:
+        """Let the model read the probe, and track its diagnostics; call it in every process."""
         if self._name == "none":
             return
-        physics = read_physics(model, self._probe.to(self._accelerator.device))
-        self._tell(step, physics.scalars)
-        histograms = {name: values.float().flatten().cpu() for name, values in physics.histograms.items()}
+        diagnostics = read_diagnostics(model, self._probe.to(self._accelerator.device))
+        self._tell(step, diagnostics.scalars)
+        histograms = {name: values.float().flatten().cpu() for name, values in diagnostics.histograms.items()}
         if self._name == "tensorboard":
             for name, values in histograms.items():
                 self._writes(lambda writer, name=name, values=values: writer.add_histogram(name, values, step))

@@ -439,7 +439,7 @@ class Trainer:
         )
         self.tracking.log(self.standing.step, "validation", dict(loss=score.loss, bits_per_byte=score.bits_per_byte))
         if not self.sharded:  # no process holds the blocks to look into
-            self.tracking.log_physics(self.standing.step, self.raw_model)
+            self.tracking.log_diagnostics(self.standing.step, self.raw_model)
         self.display.validation(self.standing.step, score)
         return score
 

@@ -1,11 +1,11 @@
 """Configuration of Phase 1, the static-Hamiltonian model that Phase 2 grows out of, and its presets."""
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from ...errors import ConfigError
 from ...ops.backend import BACKENDS
-from ..config import ModelConfig, must_be_at_least, must_be_positive
+from ..config import ModelConfig, Values, must_be_at_least, must_be_positive
 
 
 @dataclass
@@ -113,7 +113,18 @@ class Phase1Config(ModelConfig):
         return cls(**_ranks(16, 2, 8, 0.05), ar_ssm_l1_regularization=0.01, target_vram_gb=6.0)
 
     @property
+    def embedding_factor(self) -> float:
+        """Factor of the token vectors."""
+        return self.embedding_scale
+
+    @property
+    def tie_embeddings(self) -> bool:
+        """False: the head has weights of its own."""
+        return False
+
+    @property
     def ffn_width(self) -> int:
+        """Hidden width of the feed-forward network."""
         return self.ffn_dim if self.ffn_dim is not None else 4 * self.d_model
 
     @property
@@ -168,7 +179,7 @@ class Phase1Config(ModelConfig):
         return faults + must_be_positive(self, *(name for name in names if getattr(self, name) is not None))
 
 
-def _ranks(max_rank: int, min_rank: int, htt_rank: int, compression: float) -> dict[str, Any]:
+def _ranks(max_rank: int, min_rank: int, htt_rank: int, compression: float) -> Values:
     return dict(
         ar_ssm_max_rank=max_rank,
         ar_ssm_min_rank=min_rank,
@@ -178,13 +189,13 @@ def _ranks(max_rank: int, min_rank: int, htt_rank: int, compression: float) -> d
 
 
 _NO_CHECKPOINTS = dict(use_gradient_checkpointing=False, checkpoint_ar_ssm=False)
-_HARDWARE: dict[float, dict[str, Any]] = {
+_HARDWARE: dict[float, Values] = {
     8.0: dict(**_ranks(16, 4, 8, 0.05), target_vram_gb=8.0),
     10.0: dict(**_ranks(32, 4, 16, 0.1), target_vram_gb=10.0),
 }
-_LARGE_HARDWARE: dict[str, Any] = dict(**_ranks(64, 8, 32, 0.2), **_NO_CHECKPOINTS, target_vram_gb=24.0)
+_LARGE_HARDWARE: Values = dict(**_ranks(64, 8, 32, 0.2), **_NO_CHECKPOINTS, target_vram_gb=24.0)
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Values] = {
     "tiny": dict(
         **_ranks(16, 4, 16, 0.5),
         **_NO_CHECKPOINTS,

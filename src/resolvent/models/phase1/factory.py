@@ -1,10 +1,8 @@
 """Make Phase 1 models: from nothing, from a preset, from a configuration, or from single values."""
 
-from typing import Any
-
 import torch
 
-from ..base import check_origin, place, resolve_config
+from ..factory import choose_config, to_device
 from .config import Phase1Config, get_phase1_preset
 from .model import Phase1IntegratedModel
 
@@ -17,7 +15,7 @@ def create_phase1_model(
     n_layers: int | None = None,
     n_seq: int | None = None,
     device: torch.device | str | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Phase1IntegratedModel:
     """Create a Phase 1 model with fresh weights.
 
@@ -36,7 +34,6 @@ def create_phase1_model(
     Raises:
         ConfigError: both ``config`` and ``preset`` are given, the preset or a field is unknown, or a value is wrong.
     """
-    check_origin(config, preset, Phase1Config)
-    base = config if config is not None else get_phase1_preset(preset) if preset is not None else Phase1Config()
     sizes = dict(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_seq=n_seq)
-    return place(Phase1IntegratedModel(resolve_config(base, sizes, kwargs)), device)
+    chosen = choose_config(Phase1Config, get_phase1_preset, config, preset, sizes, kwargs)
+    return to_device(Phase1IntegratedModel(chosen), device)

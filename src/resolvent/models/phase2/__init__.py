@@ -1,9 +1,10 @@
 """Phase 2: resolvent and dissipative memory."""
 
-from .block import Phase2Block
+from .block import Phase2Block, Phase2Record
 from .config import Phase2Config, get_phase2_preset
 from .conversion import convert_phase1_to_phase2
 from .conversion_report import ConversionReport, ConvertedTensor
+from .diagnostics import Phase2Diagnostics
 from .factory import create_phase2_model
 from .model import Phase2IntegratedModel
 from .state import LayerState, Phase2State
@@ -14,7 +15,9 @@ __all__ = [
     "LayerState",
     "Phase2Block",
     "Phase2Config",
+    "Phase2Diagnostics",
     "Phase2IntegratedModel",
+    "Phase2Record",
     "Phase2State",
     "convert_phase1_to_phase2",
     "create_phase2_model",

@@ -6,6 +6,8 @@ model that grew out of Phase 1 keeps its semiseparable branch, behind the memory
 Shapes: B batch, N sequence, D model width, H heads, K = V head width, S sequences.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -18,15 +20,41 @@ from ...layers import (
     NonHermitianPotential,
     SNRMemoryFilter,
 )
-from ...layers.hebbian import HebbianOutput
 from ...ops import Consolidation
 from ..base import Block
 from .config import Phase2Config
 from .state import LayerState
 
 
-class Phase2Block(Block):
-    """One block; ``first`` blocks have no memory before them to feed back."""
+class Phase2Record(NamedTuple):
+    """Record of what a Phase 2 block computed.
+
+    Attributes:
+        output: residual stream behind the block, (B, N, D).
+        features: features [Re g, Im g] of the resolvent, (B, N, 2H).
+        gamma: decay rate Γ, (B, N, H).
+        memory_input: tokens that the memory layer read, (B, N, D).
+        readout: read-out of the memory, normalised and not gated, (B, N, HV).
+        values: values that were written, (B, N, H, V).
+        state: state after the last token.
+    """
+
+    output: Tensor
+    features: Tensor
+    gamma: Tensor
+    memory_input: Tensor
+    readout: Tensor
+    values: Tensor
+    state: LayerState
+
+
+class Phase2Block(Block[Phase2Record]):
+    """BK-Core, dissipative Hebbian memory and feed-forward network, each behind a norm and in a residual branch.
+
+    Args:
+        config: the configuration.
+        first: no memory comes before the block, whose read-out it could feed back.
+    """
 
     def __init__(self, config: Phase2Config, first: bool = False):
         super().__init__()
@@ -93,7 +121,7 @@ class Phase2Block(Block):
         self.dropout = nn.Dropout(config.dropout)
 
     def consolidation(self) -> Consolidation | None:
-        """What acts on the memory at its boundaries; None if nothing does."""
+        """Return the filters that act on the memory at its boundaries; None if there are none."""
         if self.snr_filter is None and self.resonance is None:
             return None
         return Consolidation(
@@ -104,11 +132,10 @@ class Phase2Block(Block):
 
     @property
     def write_gain(self) -> Tensor:
-        """What the SNR filter adds at most to a write, as a part of it, (H,) or (); 0 without one."""
+        """Largest gain of a write in the SNR filter, as a fraction of it, (H,) or (); 0 without one."""
         return self.snr_filter.gain if self.snr_filter else torch.zeros(())
 
     def state_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of one sequence's state, tensor by tensor."""
         heads = self.dissipative_bk.potential.num_heads
         memory, conv_tail = self.hebbian.state_shape
         return [(heads,), memory, memory, memory[:1], conv_tail, *(self.ar_ssm.state_shape if self.ar_ssm else ())]
@@ -120,16 +147,29 @@ class Phase2Block(Block):
         state: LayerState | None,
         position: Tensor | None,
         cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor, HebbianOutput, LayerState]:
-        """x (B, N, D), the previous block's read-out, the block's state and the sequences' positions (S,), if they read
-        before -> x, Γ (B, N, H), what the memory layer hands on, and the next state."""
+    ) -> Phase2Record:
+        """Run the block.
+
+        Args:
+            x: residual stream, (B, N, D).
+            readout: memory read-out of the block before, (B, N, HV); None for the first block.
+            state: the block's state before the first token; None for a fresh start.
+            position: tokens that the sequences have read before, (S,); None for a fresh start.
+            cu_seqlens: offsets of packed sequences.
+        """
         resolvent, memory, conv_tail, ar_ssm = state if state is not None else (None, None, None, None)
+        # 1. BK-Core: the resolvent of the tokens' Hamiltonian.
         features, gamma, resolvent = self.dissipative_bk(self.ln1(x), readout, resolvent, cu_seqlens)
         x = x + self.dropout(self.bk_proj(features.to(x.dtype)))
-        hebbian = self.hebbian(self.ln2(x), gamma, memory, conv_tail, position, cu_seqlens, self.consolidation())
+        # 2. Memory, with the same Γ.
+        memory_input = self.ln2(x)
+        hebbian = self.hebbian(memory_input, gamma, memory, conv_tail, position, cu_seqlens, self.consolidation())
         x = x + self.dropout(hebbian.output)
+        # 3. The semiseparable branch of a converted model.
         if self.ar_ssm is not None and self.ln_ssm is not None:
             output, _, ar_ssm = self.ar_ssm(self.ln_ssm(x), ar_ssm, cu_seqlens)
             x = x + self.dropout(output)
+        # 4. Feed-forward network.
         x = x + self.dropout(self.ffn(self.ln3(x)))
-        return x, gamma, hebbian, LayerState(resolvent, hebbian.state, hebbian.conv_tail, ar_ssm)
+        after = LayerState(resolvent, hebbian.state, hebbian.conv_tail, ar_ssm)
+        return Phase2Record(x, features, gamma, memory_input, hebbian.readout, hebbian.values, after)

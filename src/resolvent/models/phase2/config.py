@@ -1,13 +1,13 @@
 """Configuration of Phase 2 and its presets."""
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from ...errors import ConfigError
 from ...layers import gated_width
 from ...ops.backend import BACKENDS
 from ...ops.hebbian import CHUNK
-from ..config import ModelConfig, check_fields, must_be_at_least, must_be_positive
+from ..config import ModelConfig, Values, check_fields, must_be_at_least, must_be_positive
 from ..phase1.config import Phase1Config
 
 
@@ -111,7 +111,7 @@ class Phase2Config(ModelConfig):
     """let the head use the token embedding's table"""
 
     @classmethod
-    def from_phase1(cls, phase1_config: Phase1Config, **overrides: Any) -> Self:
+    def from_phase1(cls, phase1_config: Phase1Config, **overrides: object) -> Self:
         """The Phase 2 configuration of a Phase 1 model: its sizes and targets, and Phase 2's defaults elsewhere. Of
         consolidations there are several in the ``n_seq`` tokens of a training window.
 
@@ -123,8 +123,8 @@ class Phase2Config(ModelConfig):
             "vocab_size", "d_model", "n_layers", "n_seq", "num_heads", "ffn_dim", "dropout", "embedding_scale",
             "backend", "target_vram_gb",
         )  # fmt: skip
-        taken: dict[str, Any] = {name: getattr(phase1_config, name) for name in shared}
-        values: dict[str, Any] = {"phase1_config": phase1_config, "ffn_gated": False, **taken, **overrides}
+        taken: Values = {name: getattr(phase1_config, name) for name in shared}
+        values: Values = {"phase1_config": phase1_config, "ffn_gated": False, **taken, **overrides}
         sizes = values["d_model"], values["num_heads"], values["n_seq"]
         if all(isinstance(size, int) for size in sizes):  # else ``validate`` says which is none
             width, heads, window = sizes
@@ -132,6 +132,12 @@ class Phase2Config(ModelConfig):
             values.setdefault("head_dim", max(1, width // max(1, heads)))
             values.setdefault("consolidation_interval", min(interval, cls.consolidation_interval))
         return cls(**values)
+
+    @property
+    def embedding_factor(self) -> float:
+        """Factor of the token vectors. The table starts as small as the head needs it: without the default factor, its
+        rows would be negligible beside what the first block adds to them."""
+        return self.d_model**0.5 if self.embedding_scale is None else self.embedding_scale
 
     @property
     def ffn_width(self) -> int:
@@ -181,7 +187,7 @@ class Phase2Config(ModelConfig):
         return faults
 
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Values] = {
     "tiny": dict(
         vocab_size=257,
         d_model=128,

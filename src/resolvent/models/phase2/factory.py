@@ -1,10 +1,8 @@
 """Make Phase 2 models: from nothing, from a preset, a configuration or single values, or out of a Phase 1 model."""
 
-from typing import Any
-
 import torch
 
-from ..base import check_origin, place, resolve_config
+from ..factory import choose_config, to_device
 from .config import Phase2Config, get_phase2_preset
 from .conversion import convert_phase1_to_phase2
 from .model import Phase2IntegratedModel
@@ -20,7 +18,7 @@ def create_phase2_model(
     n_layers: int | None = None,
     n_seq: int | None = None,
     device: torch.device | str | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Phase2IntegratedModel:
     """Create a Phase 2 model with fresh weights.
 
@@ -39,7 +37,6 @@ def create_phase2_model(
     Raises:
         ConfigError: both ``config`` and ``preset`` are given, the preset or a field is unknown, or a value is wrong.
     """
-    check_origin(config, preset, Phase2Config)
-    base = config if config is not None else get_phase2_preset(preset) if preset is not None else Phase2Config()
     sizes = dict(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_seq=n_seq)
-    return place(Phase2IntegratedModel(resolve_config(base, sizes, kwargs)), device)
+    chosen = choose_config(Phase2Config, get_phase2_preset, config, preset, sizes, kwargs)
+    return to_device(Phase2IntegratedModel(chosen), device)

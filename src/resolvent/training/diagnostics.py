@@ -1,25 +1,24 @@
-"""What happens inside a model in training, as a few numbers and distributions.
+"""Diagnostics of a model in training: scalars and distributions for trackers.
 
 Shapes: N tokens, H heads, K = V head width.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from resolvent.models import IntegratedModel
+from resolvent.models import IntegratedModel, observe
 from resolvent.models.generation import evaluating
-from resolvent.models.phase1 import Phase1IntegratedModel
-from resolvent.models.phase2 import Phase2IntegratedModel, Phase2State
+from resolvent.models.phase1 import Phase1Diagnostics, Phase1IntegratedModel
+from resolvent.models.phase2 import Phase2Diagnostics, Phase2IntegratedModel, Phase2State
 from resolvent.ops.consolidation import signal_to_noise
 from resolvent.training.sharding import whole_tensor
 
 
 @dataclass
-class Physics:
+class Diagnostics:
     """Scalars and distributions, by name."""
 
     scalars: dict[str, float]
@@ -27,28 +26,29 @@ class Physics:
 
 
 @torch.no_grad()
-def read_physics(model: IntegratedModel, tokens: Tensor) -> Physics:
-    """Let a model read a text, in evaluation mode, and look inside.
+def read_diagnostics(model: IntegratedModel, tokens: Tensor) -> Diagnostics:
+    """Read a text in evaluation mode and summarise what the layers compute.
 
     Args:
         model: the model.
         tokens: int64 (N,).
 
     Returns:
-        By layer, of a Phase 2 model: the decay rates Γ of all tokens; how strongly the SNR filter acts; and of the
-        memories after the text their SNR, energy, the largest energy as a part of its bound, and the modes' energies
-        with the share that resonates. Of a Phase 1 model: its gates, their effective rank, and how near the resolvent
-        came to a pole.
+        By layer, of a Phase 2 model: the decay rates Γ of all tokens; the strength of the SNR filter; and of the
+        memories after the text their SNR, energy, the largest energy as a fraction of its bound, and the modes'
+        energies with the share that resonates. Of a Phase 1 model: the gates, their effective rank, and how near the
+        resolvent came to a pole.
     """
-    found: dict[str, Any] = {}
     with evaluating(model):
-        reader = cast(Phase1IntegratedModel | Phase2IntegratedModel, model)
-        _, state = reader.hidden_states(tokens[None], diagnostics=found)
-    return _phase2(found, state) if isinstance(state, Phase2State) else _phase1(found)
+        if isinstance(model, Phase2IntegratedModel):
+            trace = observe(model, tokens[None])
+            return _phase2(model.diagnostics(trace), trace.after)
+        assert isinstance(model, Phase1IntegratedModel)
+        return _phase1(model.diagnostics(observe(model, tokens[None])))
 
 
 def gradient_norms(model: IntegratedModel) -> dict[str, float]:
-    """Norm of the gradient of every layer, and of what is not in a layer, by name."""
+    """Return the gradient norm of every layer, and of every part outside the layers, by name."""
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -62,7 +62,7 @@ def _name(quantity: str, layer: int) -> str:
     return f"{quantity}/layer_{layer + 1:02d}"
 
 
-def _phase2(found: dict[str, Any], state: Phase2State) -> Physics:
+def _phase2(found: Phase2Diagnostics, state: Phase2State) -> Diagnostics:
     scalars, histograms = {}, {}
     for i, layer in enumerate(state.layers):
         gamma, stability = found["gamma_values"][i], found["stability_metrics"][i]
@@ -78,10 +78,10 @@ def _phase2(found: dict[str, Any], state: Phase2State) -> Physics:
         if resonance:
             scalars[_name("resonant_share", i)] = 1 - resonance["sparsity_ratio"].mean().item()
             histograms[_name("mode_energy", i)] = resonance["diag_energy"]
-    return Physics(scalars, histograms)
+    return Diagnostics(scalars, histograms)
 
 
-def _phase1(found: dict[str, Any]) -> Physics:
+def _phase1(found: Phase1Diagnostics) -> Diagnostics:
     scalars = {
         _name(quantity, i): value.item()
         for quantity in ("effective_rank", "gate_sparsity")
@@ -89,4 +89,4 @@ def _phase1(found: dict[str, Any]) -> Physics:
     }
     for i, metrics in enumerate(found["stability_metrics"]):
         scalars |= {_name(quantity, i): value.item() for quantity, value in metrics.items()}
-    return Physics(scalars, {_name("gate", i): gate for i, gate in enumerate(found["gate_values"])})
+    return Diagnostics(scalars, {_name("gate", i): gate for i, gate in enumerate(found["gate_values"])})
