@@ -422,14 +422,14 @@ def test_offsets_as_steps_are_replayed_with_train_the_same(
     """All that is different but for CUDA: padded offsets, and gradients that are moved before others are added."""
     train(small_config(out=str(tmp_path / "plain"), accumulation=2))
     segments = []
-    hidden_states = Phase2IntegratedModel.hidden_states
+    forward = Phase2IntegratedModel.forward
 
     def look(self: Phase2IntegratedModel, ids: Tensor, **options: Any) -> Any:
         if self.training:
             segments.append(len(options["cu_seqlens"]) - 1)
-        return hidden_states(self, ids, **options)
+        return forward(self, ids, **options)
 
-    monkeypatch.setattr(Phase2IntegratedModel, "hidden_states", look)
+    monkeypatch.setattr(Phase2IntegratedModel, "forward", look)
     monkeypatch.setattr(trainer, "replays_steps", lambda *_: True)
     train(small_config(out=str(tmp_path / "padded"), accumulation=2))
     assert len(segments) == 20

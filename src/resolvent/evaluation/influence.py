@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from resolvent.data import TokenStream
 from resolvent.errors import ConfigError, DataError
 from resolvent.evaluation.estimates import Bucket, Estimate, doubling_buckets
 from resolvent.evaluation.reading import Advance, excerpts, progress_bar, read, separator_of
-from resolvent.models import IntegratedModel
+from resolvent.models import IntegratedModel, observe
 from resolvent.models.generation import evaluating
 from resolvent.models.state import ModelState
 from resolvent.ops.precision import at_least_float32
@@ -152,7 +152,7 @@ def input_gradients(
     pieces = tokens[:, :-1].split(max(1, piece_tokens // len(tokens)), dim=1)
     states: list[ModelState | None] = [None]
     upstream: list[Tensor | None] | None = None
-    with evaluating(model), _without_gradients(model.parameters()):
+    with evaluating(model), _gradients_of_embeddings(model):
         for piece in pieces[:-1]:
             with torch.no_grad():
                 _, state = read(model, piece, states[-1])
@@ -175,22 +175,21 @@ def _backwards(
 
     ``upstream`` are the gradients in its last state; None for the last piece, whose last loss is that of ``target``.
     """
-    with torch.enable_grad(), _watched(model.token_embedding) as embeddings:
+    with torch.enable_grad():
         start = None if state is None else state.map(_leaf)
-        hidden, after = read(model, piece, start)
+        trace = observe(model, piece, state=start)
         if upstream is None:
-            loss = F.cross_entropy(at_least_float32(model.lm_head(hidden[:, -1])), target, reduction="sum")
+            loss = F.cross_entropy(at_least_float32(model.lm_head(trace.hidden[:, -1])), target, reduction="sum")
             ends, weights = [loss], [torch.ones_like(loss)]
         else:
-            known = zip(after.tensors(), upstream, strict=True)
+            known = zip(trace.after.tensors(), upstream, strict=True)
             pairs = [(end, weight) for end, weight in known if weight is not None and end.requires_grad]
             ends, weights = [list(column) for column in zip(*pairs, strict=True)]
         starts = [] if start is None else start.tensors()
-        leaves = [*embeddings, *(x for x in starts if x.requires_grad)]
-        gradients = iter(torch.autograd.grad(ends, leaves, weights, allow_unused=True))
-    (embedded,) = embeddings
+        inputs = [trace.vectors, *(x for x in starts if x.requires_grad)]
+        gradients = iter(torch.autograd.grad(ends, inputs, weights, allow_unused=True))
     gradient = next(gradients)
-    gradient = torch.zeros_like(embedded) if gradient is None else gradient
+    gradient = torch.zeros_like(trace.vectors) if gradient is None else gradient
     return gradient, [next(gradients) if x.requires_grad else None for x in starts]
 
 
@@ -252,29 +251,14 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _watched(embedding: nn.Module) -> Iterator[list[Tensor]]:
-    """A list of what an embedding returns, each a leaf of the graph."""
-    seen: list[Tensor] = []
-
-    def watch(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
-        seen.append(_leaf(output))
-        return seen[-1]
-
-    handle = embedding.register_forward_hook(watch)
+def _gradients_of_embeddings(model: IntegratedModel) -> Iterator[None]:
+    """Let the token embedding be the only part whose parameters require gradients: those of its output are needed, and
+    those of all other parameters would be computed in vain."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _without_gradients(parameters: Iterator[nn.Parameter]) -> Iterator[None]:
-    """Spare the gradients of parameters."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
+        model.token_embedding.requires_grad_(True)
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for parameter, required in before:
+            parameter.requires_grad_(required)

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from resolvent.evaluation.estimates import Estimate
-from resolvent.evaluation.reading import Advance, read, score_tokens
-from resolvent.models.phase2 import Phase2Block, Phase2IntegratedModel, Phase2State
+from resolvent.evaluation.reading import Advance, score_tokens
+from resolvent.models import Trace, observe
+from resolvent.models.phase2 import Phase2Block, Phase2IntegratedModel, Phase2Record, Phase2State
+
+Phase2Trace = Trace[Phase2Record, Phase2State]
 
 
 class MemoryInput(NamedTuple):
-    """What a memory layer was given: x (B, N, D) and Γ (B, N, H)."""
+    """Input of a memory layer: x (B, N, D) and Γ (B, N, H)."""
 
     x: Tensor
     gamma: Tensor
@@ -172,10 +175,16 @@ def read_texts(
     recent: list[list[MemoryInput]] = [[] for _ in blocks]
     for start, end in itertools.pairwise(_cuts(length, distances, inputs.shape[1])):
         piece, is_recent = slice(start, end), length - max(distances, default=0) <= start < length
-        with _listening(blocks, gamma, recent if is_recent else None):
-            scores, state = read_nats(model, inputs[:, piece], labels[:, piece], state, batch_tokens, advance)
+        traces: list[Phase2Trace] = []
+        scores, state = read_nats(
+            model, inputs[:, piece], labels[:, piece], state, batch_tokens, advance, traces.append
+        )
         nats.append(scores)
         states[length - end] = state
+        for layer, records in enumerate(zip(*(trace.layers for trace in traces), strict=True)):
+            gamma[layer] += [record.gamma for record in records]
+            if is_recent:
+                recent[layer] += [MemoryInput(record.memory_input, record.gamma) for record in records]
     return Reading(
         model=model,
         inputs=inputs,
@@ -199,11 +208,20 @@ def read_nats(
     state: Phase2State | None,
     batch_tokens: int,
     advance: Advance,
+    look: Callable[[Phase2Trace], None] | None = None,
 ) -> tuple[Tensor, Phase2State]:
-    """Nats of labels (B, N) after inputs (B, N) and a state, float64 (B, N), and the state after them."""
+    """Nats of labels (B, N) after inputs (B, N) and a state, float64 (B, N), and the state after them.
+
+    ``look`` is given the trace of every piece.
+    """
     width, nats = max(1, batch_tokens // len(inputs)), []
     for piece, wanted in zip(inputs.split(width, dim=1), labels.split(width, dim=1), strict=True):
-        hidden, state = read(model, piece, state)
+        if look is None:
+            hidden, state = model.hidden_states(piece, state=state)
+        else:
+            trace = observe(model, piece, state=state)
+            hidden, state = trace.hidden, trace.after
+            look(trace)
         nats.append(score_tokens(model, hidden, wanted).nats.double())
         advance(piece.numel())
     assert state is not None
@@ -266,26 +284,3 @@ def blocks_of(model: Phase2IntegratedModel) -> list[Phase2Block]:
 def _cuts(length: int, distances: Iterable[int], end: int) -> list[int]:
     """Where a text is cut to be read: at its ends, at the boundary, and at distances before it."""
     return sorted({0, length, end, *(length - distance for distance in distances)})
-
-
-@contextmanager
-def _listening(
-    blocks: Sequence[Phase2Block], gamma: list[list[Tensor]], given: list[list[MemoryInput]] | None
-) -> Iterator[None]:
-    """Append the Γ of every layer, and all that its memory layer is given unless that is None."""
-
-    def hook(layer: int) -> Callable[..., None]:
-        def note(_module: nn.Module, arguments: tuple[Any, ...], _output: Any) -> None:
-            heard = MemoryInput(*arguments[:2])
-            gamma[layer].append(heard.gamma)
-            if given is not None:
-                given[layer].append(heard)
-
-        return note
-
-    handles = [block.hebbian.register_forward_hook(hook(layer)) for layer, block in enumerate(blocks)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

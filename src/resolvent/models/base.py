@@ -6,7 +6,7 @@ says how a block is called and what its record means.
 Shapes: B batch, N sequence, D model width, V vocabulary, S sequences.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
@@ -188,7 +188,7 @@ class IntegratedModel(nn.Module, Generation, Generic[Config, Record, State]):
         record, records, layers = None, [], []
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
-            record = self._run_block(cast(Block[Record], block), x, record, before, start, batch.cu_seqlens)
+            record = self._run_block(block, x, record, before, start, batch.cu_seqlens)
             x = record.output
             layers.append(record.state)
             if recorded:
@@ -208,7 +208,7 @@ class IntegratedModel(nn.Module, Generation, Generic[Config, Record, State]):
 
     def _run_block(
         self,
-        block: Block[Record],
+        block: nn.Module,
         x: Tensor,
         previous: Record | None,
         state: Any,
@@ -330,7 +330,7 @@ class IntegratedModel(nn.Module, Generation, Generic[Config, Record, State]):
 
     @property
     def _blocks(self) -> Sequence[Block[Record]]:
-        return list(cast(Iterable[Block[Record]], self.blocks))
+        return [cast(Block, block) for block in self.blocks]
 
 
 def observe(

@@ -3,7 +3,7 @@
 Shapes: B batch, N sequence, D model width, S sequences.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...layers import TensorTrainEmbedding
 from ...ops.precision import wide_dtype
-from ..base import Block, IntegratedModel
+from ..base import IntegratedModel
 from ..trace import Trace
 from .block import Phase1Block, Phase1Record, checkpointed
 from .config import Phase1Config
@@ -50,7 +50,7 @@ class Phase1IntegratedModel(IntegratedModel[Phase1Config, Phase1Record, Phase1St
 
     def _run_block(
         self,
-        block: Block[Phase1Record],
+        block: nn.Module,
         x: Tensor,
         previous: Phase1Record | None,
         state: Phase1LayerState | None,
@@ -92,4 +92,4 @@ class Phase1IntegratedModel(IntegratedModel[Phase1Config, Phase1Record, Phase1St
 
     @property
     def _blocks(self) -> Sequence[Phase1Block]:
-        return list(cast(Iterable[Phase1Block], self.blocks))
+        return [cast(Phase1Block, block) for block in self.blocks]

@@ -4,14 +4,14 @@ Shapes: B batch, N sequence, D model width, S sequences.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from torch import Tensor, nn
 
 from ...layers import TensorTrainEmbedding, ZetaEmbedding
 from ...ops import backend
-from ..base import Block, IntegratedModel
+from ..base import IntegratedModel
 from ..trace import Trace
 from .block import Phase2Block, Phase2Record
 from .config import Phase2Config
@@ -54,7 +54,7 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
 
     def _run_block(
         self,
-        block: Block[Phase2Record],
+        block: nn.Module,
         x: Tensor,
         previous: Phase2Record | None,
         state: LayerState | None,
@@ -85,4 +85,4 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
 
     @property
     def _blocks(self) -> Sequence[Phase2Block]:
-        return list(cast(Iterable[Phase2Block], self.blocks))
+        return [cast(Phase2Block, block) for block in self.blocks]
