@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from resolvent.evaluation.estimates import Estimate
 from resolvent.evaluation.reading import Advance, score_tokens
 from resolvent.models import Trace, observe
 from resolvent.models.phase2 import Phase2Block, Phase2IntegratedModel, Phase2Record, Phase2State
+from resolvent.models.phase2.block import blocks_of
 
 Phase2Trace = Trace[Phase2Record, Phase2State]
 
@@ -275,10 +276,6 @@ def switched_off(model: Phase2IntegratedModel, mechanism: str) -> Iterator[None]
     finally:
         for block, module in zip(blocks, kept, strict=True):
             setattr(block, mechanism, module)
-
-
-def blocks_of(model: Phase2IntegratedModel) -> list[Phase2Block]:
-    return [cast(Phase2Block, block) for block in model.blocks]
 
 
 def _cuts(length: int, distances: Iterable[int], end: int) -> list[int]:

@@ -6,7 +6,7 @@ model that grew out of Phase 1 keeps its semiseparable branch, behind the memory
 Shapes: B batch, N sequence, D model width, H heads, K = V head width, S sequences.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ from ...layers import (
     SNRMemoryFilter,
 )
 from ...ops import Consolidation
-from ..base import Block
+from ..base import Block, IntegratedModel
 from .config import Phase2Config
-from .state import LayerState
+from .state import LayerState, Phase2State
 
 
 class Phase2Record(NamedTuple):
@@ -173,3 +173,11 @@ class Phase2Block(Block[Phase2Record]):
         x = x + self.dropout(self.ffn(self.ln3(x)))
         after = LayerState(resolvent, hebbian.state, hebbian.conv_tail, ar_ssm)
         return Phase2Record(x, features, gamma, memory_input, hebbian.readout, hebbian.values, after)
+
+
+Phase2Model = IntegratedModel[Phase2Config, Phase2Record, Phase2State]
+
+
+def blocks_of(model: Phase2Model) -> list[Phase2Block]:
+    """Return the blocks of a Phase 2 model, from the first to the last."""
+    return [cast(Phase2Block, block) for block in model.blocks]

@@ -5,7 +5,6 @@ Shapes: B batch, N sequence, D model width, S sequences.
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import cast
 
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from ...layers import TensorTrainEmbedding, ZetaEmbedding
 from ...ops import backend
 from ..base import IntegratedModel
 from ..trace import Trace
-from .block import Phase2Block, Phase2Record
+from .block import Phase2Block, Phase2Record, blocks_of
 from .config import Phase2Config
 from .conversion_report import ConversionReport
 from .diagnostics import Phase2Diagnostics, diagnose
@@ -85,4 +84,4 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
 
     @property
     def _blocks(self) -> Sequence[Phase2Block]:
-        return [cast(Phase2Block, block) for block in self.blocks]
+        return blocks_of(self)

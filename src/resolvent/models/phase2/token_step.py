@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ...layers import GatedFeedForward, ZetaEmbedding
+from ...layers import GatedFeedForward
 from ...layers.plain import is_plain
 from ...ops import Consolidation, backend
+from .block import Phase2Block, Phase2Model, blocks_of
 from .state import LayerState, Phase2State
-
-if TYPE_CHECKING:
-    from .block import Phase2Block
-    from .model import Phase2IntegratedModel
 
 MOST_SEQUENCES = 8
 """With more, products of matrices win over products with one vector after another."""
@@ -29,7 +26,7 @@ class TokenStep:
         state: of its sequences, with the position on the device; it changes with every token.
     """
 
-    def __init__(self, model: Phase2IntegratedModel, state: Phase2State) -> None:
+    def __init__(self, model: Phase2Model, state: Phase2State) -> None:
         from ...ops.triton import token_step
 
         self.kernels, self.model, self.state = token_step, model, state
@@ -43,12 +40,12 @@ class TokenStep:
         self.projected, self.readout, self.gated = room(3 * width), room(width), room(width)
         self.gamma, self.gate, self.inner = room(config.num_heads), room(config.head_dim), room(config.ffn_width)
         self.table = cast(nn.Embedding, model.token_embedding).weight
-        waves = cast(ZetaEmbedding, model.position_embedding)
+        waves = model.position_embedding
         self.pace, self.amplitude = waves.pace, waves.amplitude
-        self.consolidations = [_in_float32(block.consolidation()) for block in model._blocks]
+        self.consolidations = [_in_float32(block.consolidation()) for block in blocks_of(model)]
 
     @staticmethod
-    def obstacle(model: Phase2IntegratedModel, state: Phase2State) -> str | None:
+    def obstacle(model: Phase2Model, state: Phase2State) -> str | None:
         """What keeps a model from taking these kernels, if anything does."""
         config = model.config
         if len(state) > MOST_SEQUENCES:
@@ -68,7 +65,7 @@ class TokenStep:
         overwrites."""
         model, kernels = self.model, self.kernels
         kernels.embed(token, self.state.position, self.table, self.pace, self.amplitude, model.embedding_factor, self.x)
-        for i, (block, layer) in enumerate(zip(model._blocks, self.state.layers, strict=True)):
+        for i, (block, layer) in enumerate(zip(blocks_of(model), self.state.layers, strict=True)):
             self._read(block, layer, self.consolidations[i], first=i == 0)
         kernels.linear(self.x, model.lm_head.weight, None, self.logits, self._norm(model.ln_f))
         self.state.position.add_(1)
@@ -119,10 +116,10 @@ def _maps(block: Phase2Block) -> tuple[nn.Linear, nn.Linear]:
     return (ffn.in_proj, ffn.out_proj) if isinstance(ffn, GatedFeedForward) else cast(Any, (ffn[0], ffn[2]))
 
 
-def _projections(model: Phase2IntegratedModel) -> list[nn.Module]:
+def _projections(model: Phase2Model) -> list[nn.Module]:
     """What multiplies by a matrix."""
     found: list[Any] = [model.lm_head]
-    for block in model._blocks:
+    for block in blocks_of(model):
         potential, memory = block.dissipative_bk.potential, block.hebbian
         found += [potential.v_proj, potential.gamma_proj, potential.memory_to_potential, block.bk_proj]
         found += [memory.qkv_proj, memory.gate_down, memory.gate_up, memory.out_proj, *_maps(block)]
