@@ -251,7 +251,7 @@ class IntegratedModel(nn.Module, Generation, Generic[Config, Record, State]):
         flat, backend = hidden.flatten(0, 1), self.config.backend
         return linear_cross_entropy(flat, self.lm_head.weight, labels.flatten(), reduction=reduction, backend=backend)
 
-    def diagnostics(self, trace: Trace[Record, State]) -> Mapping[str, Any]:
+    def diagnostics(self, trace: Trace[Record, State]) -> Mapping[str, object]:
         """Return the diagnostics of a trace: a dictionary of tensors without gradients."""
         raise NotImplementedError
 
@@ -283,7 +283,7 @@ class IntegratedModel(nn.Module, Generation, Generic[Config, Record, State]):
         """Return the shapes of one sequence's state: of every layer, every tensor."""
         return [block.state_shapes() for block in self._blocks]
 
-    def fused_step(self, state: Any) -> Callable[[Tensor], Tensor] | None:
+    def fused_step(self, state: State) -> Callable[[Tensor], Tensor] | None:
         """Return kernels that read one token after another and update ``state``, whose position is on its device (see
         ``models.decoding``); None where the model has none."""
         del state

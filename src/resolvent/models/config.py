@@ -1,4 +1,4 @@
-"""What the configurations of all models share: dictionaries, unknown fields, and faults that are reported together."""
+"""Base of the configurations: conversion to and from dictionaries, and faults reported together."""
 
 import dataclasses
 import difflib
@@ -11,10 +11,12 @@ from ..errors import ConfigError
 from ..files import shown
 
 LARGEST = {"d_model": 1 << 20, "head_dim": 1 << 9, "n_layers": 1 << 10}
-"""Sizes that decide what is computed when a model is made, before any weight is looked at."""
+"""Upper limits of the sizes that cost time when a model is made, before any weight is read."""
 
 Values = dict[str, Any]
 """Values of fields, by name."""
+Kind = type | types.UnionType
+"""Type of a field."""
 
 _LARGEST_INTEGER = 2**31 - 1
 _LARGEST_FLOAT = 3.4e38  # of float32, in which models compute
@@ -47,7 +49,7 @@ class LanguageModelConfig(Protocol):
 class ModelConfig:
     """Base of the configuration dataclasses.
 
-    A subclass lists its rules in ``_faults``; types are checked from the annotations.
+    A subclass lists the rules for its values in ``_faults``; types are checked against the annotations.
     """
 
     def validate(self) -> None:
@@ -60,19 +62,19 @@ class ModelConfig:
             raise ConfigError.of(self, faults)
 
     def faults(self) -> list[str]:
-        """What is wrong with types, sizes and rules, which make sense only for values of the right type: they are
-        checked with the defaults in the place of the others."""
+        """Return a sentence for every wrong type, size or value. Rules are checked with the defaults in the place of
+        values of a wrong type."""
         wrong = self._type_faults()
         wrong |= self._with_defaults_for(wrong)._size_faults()
         return [*wrong.values(), *self._with_defaults_for(wrong)._faults()]
 
     def to_dict(self) -> Values:
-        """Plain dictionary of all fields, nested configurations included; ``from_dict`` restores an equal object."""
+        """Return a dictionary of all fields, nested configurations included; ``from_dict`` restores an equal object."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Values) -> Self:
-        """The configuration that ``to_dict`` described.
+        """Return the configuration that ``to_dict`` described.
 
         Raises:
             ConfigError: names every field that does not exist.
@@ -86,7 +88,7 @@ class ModelConfig:
         return cls(**{**values, **nested})
 
     def _faults(self) -> list[str]:
-        """Every rule that a value breaks; all types are right when this is called."""
+        """Return a sentence for every rule that a value breaks; all types are right when this is called."""
         raise NotImplementedError
 
     def _with_defaults_for(self, names: Container[str]) -> Self:
@@ -111,25 +113,25 @@ class ModelConfig:
 
 
 def check_fields(config: type[ModelConfig], values: Mapping[str, object]) -> None:
-    """Raise a ConfigError that names every key of ``values`` which is no field, and the field it resembles."""
+    """Raise a ConfigError that names every key of ``values`` without a field, and the field that it resembles."""
     names = [f.name for f in dataclasses.fields(config)]
     unknown = [key for key in values if key not in names]
     if not unknown:
         return
     hints = {key: difflib.get_close_matches(str(key)[:64], names, n=1) for key in unknown[:_MOST_NAMED]}
-    told = [shown(key) + (f" (did you mean {hint[0]!r}?)" if hint else "") for key, hint in hints.items()]
-    if left_out := len(unknown) - len(told):
-        told.append(f"{left_out:,} more")
-    raise ConfigError(f"unknown field of {config.__name__}: {', '.join(told)}. Fields: {', '.join(names)}")
+    named = [shown(key) + (f" (did you mean {hint[0]!r}?)" if hint else "") for key, hint in hints.items()]
+    if left_out := len(unknown) - len(named):
+        named.append(f"{left_out:,} more")
+    raise ConfigError(f"unknown field of {config.__name__}: {', '.join(named)}. Fields: {', '.join(names)}")
 
 
 def must_be_positive(config: ModelConfig, *names: str) -> list[str]:
-    """Faults of the fields that are not above zero."""
+    """Return a fault for every field that is not above zero."""
     return [f"{name} must be > 0, got {value}" for name in names if (value := getattr(config, name)) <= 0]
 
 
 def must_be_at_least(config: ModelConfig, least: float, *names: str) -> list[str]:
-    """Faults of the fields that are below ``least``."""
+    """Return a fault for every field below ``least``."""
     return [f"{name} must be >= {least:g}, got {value}" for name in names if (value := getattr(config, name)) < least]
 
 
@@ -143,16 +145,16 @@ def _nested_configs(cls: type) -> dict[str, type[ModelConfig]]:
     return {name: kind for name, kind in found.items() if kind is not None}
 
 
-def _options(kind: Any) -> tuple[Any, ...]:
+def _options(kind: Kind) -> tuple[type, ...]:
+    """Return the types of a union, or the one type."""
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    def fits_one(option: Any) -> bool:
+def _fits(value: object, kind: Kind) -> bool:
+    def fits_one(option: type) -> bool:
         if option is float:
             # Compared, not converted: an integer may be too large for a float.
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            return is_number and abs(value) <= _LARGEST_FLOAT
+            return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_FLOAT
         if option is int:
             return isinstance(value, int) and not isinstance(value, bool)
         return isinstance(value, option)
@@ -160,6 +162,6 @@ def _fits(value: Any, kind: Any) -> bool:
     return any(fits_one(option) for option in _options(kind))
 
 
-def _say(kind: Any) -> str:
+def _say(kind: Kind) -> str:
     names = {float: "a finite number", int: "an integer", bool: "True or False", str: "a string", type(None): "None"}
     return " or ".join(names.get(option, getattr(option, "__name__", str(option))) for option in _options(kind))

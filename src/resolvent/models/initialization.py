@@ -1,4 +1,4 @@
-"""How a model's fresh weights are drawn: on the CPU, so that the same seed gives the same weights on every device."""
+"""Fresh weights, drawn on the CPU: the same seed gives the same weights on every device."""
 
 from collections.abc import Iterator
 from typing import Protocol, cast
@@ -32,7 +32,7 @@ _TO_THE_STREAM = (".hebbian.out_proj", ".ffn.out_proj", ".ffn.2", ".ffn.2.up")
 
 
 class Parts(Protocol):
-    """The parts of a model that are drawn."""
+    """The parts of a model whose weights are drawn."""
 
     token_embedding: nn.Module
     blocks: nn.ModuleList
@@ -50,16 +50,16 @@ class Parts(Protocol):
 def init_weights(model: Parts, generator: torch.Generator | None, zeta_potential: bool = False) -> None:
     """Draw the weights of a model of either phase.
 
-    Matrices inside the blocks get N(0, std²) with the standard deviation ``1 / sqrt(fan_in)``; with ``zeta_potential``
-    those of the potential get the zeta spectrum at the same norm. What memory and feed-forward network add to the
-    stream shrinks with the number L of blocks, by ``1 / sqrt(2 L)``, so that all of them together add about as much as
-    one (Radford et al., 2019); what BK-Core and AR-SSM add starts at zero. A sum over all of the past gets its input
-    scaled so that it has about unit size after ``n_seq`` tokens.
+    Matrices inside the blocks are drawn from N(0, std²) with the standard deviation ``1 / sqrt(fan_in)``; with
+    ``zeta_potential`` those of the potential get the zeta spectrum at the same norm. The outputs of memory and
+    feed-forward network are scaled by ``1 / sqrt(2 L)`` for L blocks, so that all blocks together add about as much as
+    one (Radford et al., 2019). The outputs of BK-Core and AR-SSM start at zero. The input of AR-SSM's sum over all past
+    tokens is scaled so that the sum is of about unit size after ``n_seq`` tokens.
 
     Args:
-        model: has ``blocks``, ``token_embedding``, ``lm_head`` and ``n_seq``.
+        model: the model; its weights are changed in place.
         generator: the global CPU generator if None.
-        zeta_potential: whether the potential gets the zeta spectrum.
+        zeta_potential: draw the potential with the zeta spectrum.
     """
     zeta = ZetaInitializer(generator)
     for name, module in model.named_modules():
@@ -84,13 +84,13 @@ def init_weights(model: Parts, generator: torch.Generator | None, zeta_potential
 
 
 def _scale(model: Parts, name: str) -> float:
-    """Of a matrix of this name, in units of ``1 / sqrt(fan_in)``."""
+    """Return the standard deviation of a matrix of this name, in units of ``1 / sqrt(fan_in)``."""
     if name.endswith(_TO_THE_STREAM):
         return (2 * len(model.blocks)) ** -0.5
     return model.n_seq**-0.5 if name.endswith(".ar_ssm.u_proj") else 1.0
 
 
 def _normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
-    """N(0, std²) drawn on the CPU."""
+    """Fill a weight from N(0, std²), drawn on the CPU."""
     if not weight.is_meta:
         weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu") * std)

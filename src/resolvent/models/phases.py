@@ -1,7 +1,7 @@
-"""The two phases side by side: what a command that serves both has to choose between."""
+"""The two phases side by side, for commands that serve both."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .base import IntegratedModel
 from .phase1 import Phase1Config, Phase1IntegratedModel, create_phase1_model, get_phase1_preset
@@ -11,12 +11,12 @@ from .phase2.config import PRESETS as PHASE2_PRESETS
 
 
 class Phase(NamedTuple):
-    """A phase's configuration, model, presets and ways to make them."""
+    """Configuration, model, factory and presets of a phase."""
 
     config: type[Phase1Config] | type[Phase2Config]
     model: type[IntegratedModel]
     create: Callable[..., IntegratedModel]
-    preset: Callable[[str], Any]
+    preset: Callable[[str], Phase1Config | Phase2Config]
     presets: tuple[str, ...]
 
 
@@ -27,5 +27,5 @@ PHASES = {
 
 
 def phase_of(model: IntegratedModel) -> int:
-    """The number of a model's phase."""
+    """Return the number of a model's phase."""
     return next(number for number, phase in PHASES.items() if isinstance(model, phase.model))

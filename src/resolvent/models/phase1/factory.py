@@ -1,4 +1,4 @@
-"""Make Phase 1 models: from nothing, from a preset, from a configuration, or from single values."""
+"""Factory of Phase 1 models: from the defaults, a preset, a configuration or single values."""
 
 import torch
 
@@ -25,10 +25,10 @@ def create_phase1_model(
         config: a whole configuration; it is not changed.
         preset: a name that ``get_phase1_preset`` knows, instead of ``config``.
         vocab_size: replaces the value of the configuration, the preset or the defaults.
-        d_model: the same.
-        n_layers: the same.
-        n_seq: the same.
-        device: where the model shall live; None for CUDA where there is one, and the CPU otherwise.
+        d_model: likewise.
+        n_layers: likewise.
+        n_seq: likewise.
+        device: device of the model; None for CUDA where there is one, and the CPU otherwise.
         kwargs: any other field of ``Phase1Config``.
 
     Raises:

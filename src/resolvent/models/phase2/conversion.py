@@ -1,27 +1,26 @@
-"""Phase 1 grows into Phase 2: what was learned stays, what is new begins at zero.
+"""Conversion of Phase 1 models, and of parts of other modules, to Phase 2.
 
 Phase 2 contains Phase 1. With ``κ = 0``, the memory's output at zero and Phase 1's spectral constants, a Phase 2 block
-computes what the Phase 1 block computes; so layer i goes to layer i, and the converted model gives the logits of its
-source. The new parts have their usual initialisation behind a map, or a strength, that starts at zero and has a slope
-there: training can use them from its second step on.
+computes the same as the Phase 1 block. So layer i goes to layer i, and the converted model has the logits of its
+source. New parts have their usual initialisation behind a map, or a strength, that starts at zero and has a gradient
+there: training uses them from its second step on.
 
-Of any other module, only parts are taken over whose role can be known: the token embedding, the head, and layer norms.
+Of any other module, conversion takes over the parts whose role is certain: token embedding, head and layer norms.
 """
 
 import dataclasses
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...layers import LowRankLinear, StaticBKLayer, TensorTrainEmbedding
-from ..phase1 import Phase1Block, Phase1IntegratedModel
+from ..phase1 import Phase1Block, Phase1Config, Phase1IntegratedModel
 from .config import Phase2Config
-from .conversion_report import ConversionReport, ConvertedTensor
+from .conversion_report import ConfigChanges, ConversionReport, ConvertedTensor
 from .model import Phase2IntegratedModel
 
 _log = logging.getLogger(__name__)
@@ -33,23 +32,23 @@ def convert_phase1_to_phase2(
     copy_compatible_weights: bool = True,
     freeze_phase1_weights: bool = False,
 ) -> Phase2IntegratedModel:
-    """Make a Phase 2 model out of a trained one; ``model.conversion_report`` says what became of every tensor.
+    """Convert a trained model to Phase 2; ``model.conversion_report`` lists every tensor.
 
     A Phase 1 model is preserved exactly: the result computes its logits, full and streaming, at any length. New weights
-    are drawn on the CPU from torch's global generator, and the result lives on the device of the source.
+    are drawn on the CPU from torch's global generator. The result is on the device of the source.
 
     Args:
         phase1_model: a Phase 1 model, or any module, of which token embedding, head and layer norms are taken over
             where their shapes fit.
-        phase2_config: the configuration; None for the sizes of the source. It is not changed. Its ``htt_rank`` decides
-            what becomes of a tensor-train embedding: that of the source carries it over, None makes it a table.
+        phase2_config: the configuration; None for the sizes of the source. It is not changed. A tensor-train embedding
+            is carried over if ``htt_rank`` is its rank, and becomes a table if ``htt_rank`` is None.
         copy_compatible_weights: False makes a fresh model of the configuration that conversion would use.
-        freeze_phase1_weights: exclude from training exactly what was copied. This holds for the object alone: it is
-            no part of the model, and one that was saved and loaded again trains as a whole.
+        freeze_phase1_weights: exclude exactly the copied parameters from training. This holds for the object alone: a
+            model that was saved and loaded trains all its parameters.
 
     Raises:
-        ConfigError: the configuration's sizes are not those of the Phase 1 model, which then could not be preserved;
-            or there is no configuration and no token embedding to infer one from; or it is a Phase 2 model.
+        ConfigError: the configuration cannot preserve the Phase 1 model; there is neither a configuration nor a token
+            embedding to infer one from; or the model is of Phase 2 already.
     """
     if isinstance(phase1_model, Phase2IntegratedModel):
         raise ConfigError("phase1_model is a Phase 2 model: there is nothing to convert")
@@ -76,10 +75,10 @@ def convert_phase1_to_phase2(
 
 
 class _Transfer:
-    """Copies into a target and keeps the books.
+    """Copies tensors into a target and records the sources of each.
 
     Args:
-        source: where tensors come from.
+        source: the trained model.
         target: the fresh model.
     """
 
@@ -107,11 +106,12 @@ class _Transfer:
             self.copy(f"{name}.{part}", parameter)
 
     def set(self, name: str, value: float, note: str) -> None:
-        """Give a new parameter of the target a start that keeps the function."""
+        """Fill a new parameter of the target with the value that keeps the function."""
         self.parameters[name].fill_(value)
         self.notes[name] = note
 
-    def report(self, config_changes: dict[str, tuple[Any, Any]]) -> ConversionReport:
+    def report(self, config_changes: ConfigChanges) -> ConversionReport:
+        """Return the records of all tensors."""
         tensors = [
             ConvertedTensor(
                 "copied" if name in self.copied else "new",
@@ -127,8 +127,8 @@ class _Transfer:
         return ConversionReport((*tensors, *left), config_changes)
 
 
-def _config_for_phase1(source: Any, wanted: Phase2Config | None) -> Phase2Config:
-    """The configuration that preserves a Phase 1 model, as near to the wanted one as can be."""
+def _config_for_phase1(source: Phase1Config, wanted: Phase2Config | None) -> Phase2Config:
+    """Return the configuration that preserves a Phase 1 model, as near to the wanted one as possible."""
     config = wanted if wanted is not None else Phase2Config.from_phase1(source)
     sizes = ("vocab_size", "d_model", "n_layers", "num_heads", "ffn_width")
     pairs = [(name, getattr(config, name), getattr(source, name)) for name in sizes]
@@ -142,7 +142,7 @@ def _config_for_phase1(source: Any, wanted: Phase2Config | None) -> Phase2Config
         faults.append("tie_embeddings is True, but a Phase 1 model's head is a matrix of its own")
     if faults:
         raise ConfigError(
-            "phase2_config cannot hold this Phase 1 model: "
+            "phase2_config cannot preserve this Phase 1 model: "
             + "; ".join(faults)
             + ". Leave phase2_config out, or start "
             "from Phase2Config.from_phase1(phase1_model.config)"
@@ -158,7 +158,8 @@ def _config_for_phase1(source: Any, wanted: Phase2Config | None) -> Phase2Config
     )
 
 
-def _changes(wanted: Phase2Config | None, used: Phase2Config) -> dict[str, tuple[Any, Any]]:
+def _changes(wanted: Phase2Config | None, used: Phase2Config) -> ConfigChanges:
+    """Return the fields that differ, with the value asked for and the value used."""
     if wanted is None:
         return {}
     names = (field.name for field in dataclasses.fields(used) if field.name != "phase1_config")
@@ -213,12 +214,12 @@ def _copy_block(block: Phase1Block, name: str, transfer: _Transfer) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Roles:
-    """The parts of a foreign module whose roles can be known.
+    """Parts of a foreign module whose roles are certain.
 
     Attributes:
         embedding: the token embedding.
         head: the linear map to the vocabulary.
-        final_norm: the last norm that is in no block.
+        final_norm: the last norm outside the blocks.
         block_norms: the norms of every block, in order.
     """
 
@@ -229,14 +230,14 @@ class _Roles:
 
     @classmethod
     def of(cls, module: nn.Module, config: Phase2Config | None) -> "_Roles":
-        """Find them by type and shape: the shape that the configuration asks for, or the module's own."""
+        """Find the parts by type and shape: that of the configuration or, without one, that of the module."""
         embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
         linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
         if config is not None:
             shape = (config.vocab_size, config.d_model)
             embeddings = [e for e in embeddings if tuple(e.weight.shape) == shape]
         else:
-            # Of several tables, that of the tokens is as long as the head is wide; without a head, it is the longest.
+            # Of several tables, that of the tokens has the shape of the head; without a head, it is the longest.
             maps = {tuple(linear.weight.shape) for linear in linears}
             matched = [e for e in embeddings if tuple(e.weight.shape) in maps]
             embeddings = matched or sorted(embeddings, key=lambda e: -e.num_embeddings)
@@ -256,7 +257,7 @@ class _Roles:
         return self.embedding is not None and self.head is not None and self.head.weight is self.embedding.weight
 
     def config(self, wanted: Phase2Config | None) -> Phase2Config:
-        """The wanted configuration, or one with the module's sizes; weights that are tied stay tied."""
+        """Return the wanted configuration, or one of the module's sizes; tied weights stay tied."""
         if wanted is not None:
             return dataclasses.replace(wanted, tie_embeddings=True, htt_rank=None) if self.tied else wanted
         if self.embedding is None:
@@ -273,6 +274,7 @@ class _Roles:
         )
 
     def copy(self, transfer: _Transfer) -> None:
+        """Copy the parts whose shapes fit."""
         if self.embedding is not None and "token_embedding.weight" in transfer.parameters:
             transfer.copy("token_embedding.weight", self.embedding.weight)
         if self.head is not None and "lm_head.weight" in transfer.parameters:
@@ -286,11 +288,11 @@ class _Roles:
                 for norm in found:
                     transfer.copy_module(f"blocks.{i}.{role}", norm)
         if not transfer.copied:
-            _log.warning("nothing of the source fits the Phase 2 model: all its weights are fresh")
+            _log.warning("no part of the source fits the Phase 2 model: all its weights are fresh")
 
 
 def _norms(module: nn.Module, width: int | None) -> Iterator[nn.LayerNorm]:
-    """Layer norms of this width that have weights, in order."""
+    """Yield the layer norms of this width that have weights, in order."""
     for part in module.modules():
         if isinstance(part, nn.LayerNorm) and part.normalized_shape == (width,) and part.weight is not None:
             yield part
@@ -303,4 +305,4 @@ def _log_report(report: ConversionReport) -> None:
         note = f" ({tensor.note})" if tensor.note else ""
         _log.debug("%s: %s %s%s%s", tensor.status, tensor.name, tensor.shape, origin, note)
     for name, (wanted, used) in report.config_changes.items():
-        _log.info("%s is %r instead of %r, to keep what the source computes", name, used, wanted)
+        _log.info("%s is %r instead of %r, to preserve the logits of the source", name, used, wanted)

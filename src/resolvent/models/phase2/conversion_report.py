@@ -2,21 +2,22 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 Status = Literal["copied", "new", "left behind"]
+ConfigChanges = dict[str, tuple[object, object]]
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertedTensor:
-    """What became of a tensor.
+    """Record of one tensor.
 
     Attributes:
         status: ``copied`` out of the source, ``new`` in the target, or ``left behind`` in the source.
         name: of the target's parameter; of the source's where it was left behind.
         shape: its shape.
-        sources: the source's tensors that it was made of.
-        note: what was done, where it was more than copying.
+        sources: the tensors of the source that it was made of.
+        note: the computation, where it was more than copying.
     """
 
     status: Status
@@ -33,16 +34,16 @@ class ConvertedTensor:
 
 @dataclasses.dataclass(frozen=True)
 class ConversionReport:
-    """Every tensor of a conversion.
+    """Records of all tensors of a conversion.
 
     Attributes:
         tensors: those of the target in its order, then those that were left behind.
-        config_changes: fields of the configuration that was asked for and that the source demanded otherwise, with
-            both values.
+        config_changes: fields in which the source requires another value than the configuration asked for, with the
+            value asked for and the value used.
     """
 
     tensors: tuple[ConvertedTensor, ...]
-    config_changes: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    config_changes: ConfigChanges = dataclasses.field(default_factory=dict)
 
     @property
     def copied(self) -> list[ConvertedTensor]:
@@ -57,19 +58,19 @@ class ConversionReport:
         return self._with("left behind")
 
     def parameters(self, status: Status) -> int:
-        """Number of entries of all tensors of a status."""
+        """Return the number of entries of all tensors of a status."""
         return sum(tensor.count for tensor in self._with(status))
 
     def summary(self) -> str:
-        """One line of counts."""
+        """Return one line of counts."""
         parts = ((self._with(status), status) for status in ("copied", "new", "left behind"))
         return ", ".join(
             f"{len(tensors)} tensors ({sum(t.count for t in tensors):,} parameters) {status}"
             for tensors, status in parts
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+    def to_dict(self) -> dict[str, object]:
+        """Return plain values, for JSON."""
         return dataclasses.asdict(self)
 
     def _with(self, status: Status) -> list[ConvertedTensor]:

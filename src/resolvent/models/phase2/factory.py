@@ -1,4 +1,4 @@
-"""Make Phase 2 models: from nothing, from a preset, a configuration or single values, or out of a Phase 1 model."""
+"""Factory of Phase 2 models: from the defaults, a preset, a configuration or single values, or by conversion."""
 
 import torch
 
@@ -28,10 +28,10 @@ def create_phase2_model(
         config: a whole configuration; it is not changed.
         preset: ``tiny``, ``small``, ``base`` or ``large``, instead of ``config``.
         vocab_size: replaces the value of the configuration, the preset or the defaults.
-        d_model: the same.
-        n_layers: the same.
-        n_seq: the same.
-        device: where the model shall live; None for CUDA where there is one, and the CPU otherwise.
+        d_model: likewise.
+        n_layers: likewise.
+        n_seq: likewise.
+        device: device of the model; None for CUDA where there is one, and the CPU otherwise.
         kwargs: any other field of ``Phase2Config``.
 
     Raises:
