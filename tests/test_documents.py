@@ -39,7 +39,7 @@ def test_the_commands_of_a_page_exist(page):
     from typer.main import get_command
 
     from resolvent.cli.app import app
-    from resolvent.cli.measures import DEFAULT
+    from resolvent.cli.evaluate import DEFAULT
 
     commands = get_command(app).commands
     for name, rest in re.findall(r"^resolvent (\w+)(.*)$", read(page), re.MULTILINE):

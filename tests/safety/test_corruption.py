@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from resolvent.errors import ResolventError
+from resolvent.runs import load_trained
 from resolvent.tensors import read_tensors
 from resolvent.training import resume
-from resolvent.training.trained import load_trained
 from resolvent.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-1"

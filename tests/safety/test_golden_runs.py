@@ -14,10 +14,10 @@ from resolvent.errors import CheckpointError, VersionError
 from resolvent.files import write_json
 from resolvent.manifest import MANIFEST, write_manifest
 from resolvent.models import load_model
+from resolvent.runs import load_trained
 from resolvent.tensors import read_tensors
 from resolvent.training import resume
 from resolvent.training.checkpoint import find_checkpoint
-from resolvent.training.trained import load_trained
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 FORMATS = sorted(path.name for path in GOLDEN.iterdir())

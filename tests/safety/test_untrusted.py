@@ -24,11 +24,11 @@ from resolvent.files import read_json
 from resolvent.manifest import MANIFEST, check_file, write_manifest
 from resolvent.models import load_model
 from resolvent.models.phase2 import Phase2State
+from resolvent.runs import load_trained
 from resolvent.training import resume
 from resolvent.training.checkpoint import load_optimizer, load_standing
 from resolvent.training.optimizer import build_optimizer
 from resolvent.training.record import read_run
-from resolvent.training.trained import load_trained
 from tests.cli.conftest import call
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-1"

@@ -8,12 +8,12 @@ import typer
 from resolvent._version import __version__
 from resolvent.cli.benchmark import benchmark
 from resolvent.cli.convert import convert
-from resolvent.cli.evaluate import language
+from resolvent.cli.evaluate import Measures
+from resolvent.cli.evaluate.language import language
+from resolvent.cli.evaluate.mechanisms import mechanisms
+from resolvent.cli.evaluate.positions import influence, needle, positions
 from resolvent.cli.generate import generate
 from resolvent.cli.inspect import inspect
-from resolvent.cli.long_range import influence, needle, positions
-from resolvent.cli.measures import Measures
-from resolvent.cli.mechanisms import mechanisms
 from resolvent.cli.presets import presets
 from resolvent.cli.train import train
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from resolvent.cli.loading import Directory
-from resolvent.training.trained import load_trained, run_of
+from resolvent.runs import load_trained, run_of
 
 if TYPE_CHECKING:
     from rich.console import Console

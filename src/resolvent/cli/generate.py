@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from resolvent.cli.loading import Device, Directory
-from resolvent.training.trained import load_trained
+from resolvent.runs import load_trained
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.loading import Device, Directory, documents_of
-from resolvent.training.trained import load_trained, run_of
+from resolvent.runs import load_trained, run_of
 
 
 def inspect(

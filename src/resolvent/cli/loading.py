@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from resolvent.training.trained import run_of
+from resolvent.runs import run_of
 
 Directory = Annotated[
     Path, typer.Argument(metavar="DIR", help="Run folder, or a checkpoint in it.", show_default=False)

@@ -8,7 +8,7 @@ import typer
 
 from resolvent.cli.console import table_console
 from resolvent.cli.loading import BatchTokens, Device, Directory, Text, documents_of
-from resolvent.training.trained import load_trained
+from resolvent.runs import load_trained
 
 if TYPE_CHECKING:
     from rich.table import Table

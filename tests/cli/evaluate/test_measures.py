@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from resolvent.cli.long_range import show
+from resolvent.cli.evaluate.positions import show
 from resolvent.data import encode_documents, load_documents, load_tokenizer
 from resolvent.evaluation import evaluate_mechanisms, evaluate_needle, evaluate_positions, measure_influence
 from resolvent.models import load_model
@@ -122,7 +122,7 @@ def test_tables_hold_the_figures(resolvent: Resolvent, run_dir: Path, text_file:
 
 
 def test_a_narrow_terminal_cuts_no_figure_off(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("resolvent.cli.long_range.table_console", lambda: Console(width=80))
+    monkeypatch.setattr("resolvent.cli.evaluate.positions.table_console", lambda: Console(width=80))
     headings = ("tokens read", "texts", "predicted", "loss", "perplexity", "bits per byte", "in windows", "gain")
     counts, estimates = ("1 - 2", "4,512", "65,536"), ("7.5678 ± 0.5678", "+8.9012 ± 0.9012")
     figures = (*counts, "1.2345 ± 0.1234", "1,227.035", "1.1234", *estimates)

@@ -1,4 +1,4 @@
-"""A group of commands of which one is meant where none is named."""
+"""`resolvent evaluate`: a group of commands of which one is meant where none is named."""
 
 from typing import Any
 

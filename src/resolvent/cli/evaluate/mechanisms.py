@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from resolvent.cli.evaluate.positions import JsonFile, check_files, load, plus_minus, show, write
 from resolvent.cli.loading import BatchTokens, Device, Directory, Text
-from resolvent.cli.long_range import JsonFile, check_files, load, plus_minus, show, write
 
 if TYPE_CHECKING:
     from resolvent.evaluation.estimates import Estimate

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.loading import BatchTokens, Device, Directory, Text, documents_of
-from resolvent.training.trained import load_trained, run_of
+from resolvent.runs import load_trained, run_of
 
 
 def language(
