@@ -25,11 +25,11 @@ from rich.console import Console
 from resolvent import Phase1Config, Phase2Config, convert_phase1_to_phase2, get_phase1_preset, save_model
 from resolvent.data import save_tokenizer
 from resolvent.evaluation import evaluate_documents
-from resolvent.runs import load_trained
+from resolvent.runs import RUN_FILE, load_trained
 from resolvent.training import TrainingConfig, resume, train
 from resolvent.training.corpus import load_corpus, sample_documents
 from resolvent.training.metrics import FILE_NAME
-from resolvent.training.record import RUN_FILE, read_run
+from resolvent.training.record import read_run
 
 SECOND_HALF = 1_000_000  # added to the seed of a run that goes on, which else would read the first half's batches again
 

@@ -352,9 +352,9 @@ def main(
     sizes = {name: create(name, plan.preset).num_parameters() for name in MODELS}
     rows = [*measure_training(plan), *measure_generation(plan), *memory]
     models = f"{plan.preset} ({sizes[OURS] / 1e6:.2f}M) beside a GPT ({sizes[TRANSFORMER] / 1e6:.2f}M)"
-    console.print(as_table(rows, f"{models}\n{threads} CPU threads, float32, batch 1; ratio: ours / GPT"))
     if json_path:
         json_path.write_text(json.dumps(as_dict(plan, threads, sizes, difference, rows), indent=2) + "\n")
+    console.print(as_table(rows, f"{models}\n{threads} CPU threads, float32, batch 1; ratio: ours / GPT"))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from resolvent.data import EOT, load_documents, split_documents
 from resolvent.evaluation.ngram import InterpolatedTrigram
+from resolvent.terminal import say, shell_word
 from resolvent.training import TrainingConfig, TrainingResult, train
 
 PROMPT = "Fellow citizens of the Senate and of the House of Representatives:\n"
@@ -43,7 +44,7 @@ def main() -> None:
     console.rule("3. Write")
     write(console, result)
     console.print(f"\nAll of this took {time.perf_counter() - started:.0f} s. More of it:")
-    console.print(f'  resolvent generate {options.out} --prompt "The state of the union" --stream', highlight=False)
+    say(console, f'  resolvent generate {shell_word(options.out)} --prompt "The state of the union" --stream')
     console.print("  resolvent train --help", highlight=False)
 
 

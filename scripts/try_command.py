@@ -34,7 +34,7 @@ def try_command(command: Path, folder: Path) -> None:
     step("train", "--data", "text.txt", "--out", "run", *length, *SIZES, writes="resolvent generate run")
     step("train", "--resume", "run", writes="resolvent generate run")
     step("generate", "run", "--prompt", "A line", "--max-new-tokens", "3", writes="A line")
-    step("evaluate", "run", "--data", "text.txt", "--json", writes="bits_per_byte")
+    step("evaluate", "run", "--data", "text.txt", "--json", "-", writes="bits_per_byte")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""A trained model out of its folder, with its tokenizer. Heavy imports wait inside, for `resolvent --help`."""
+"""Folders of trained models: a model with its tokenizer, and the files that make a folder a run.
+
+The module imports nothing of `resolvent.training`. Heavy imports wait inside the functions,
+so that `resolvent --help` is quick.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,14 +12,28 @@ if TYPE_CHECKING:
 
     from resolvent.models import IntegratedModel
 
+RUN_FILE = "training.json"
+"""The file that says what a run was started with."""
+
+
+def fixed_files() -> tuple[str, ...]:
+    """Names of the files that the manifest of a run lists: those that never change.
+
+    Weights carry checksums, and checkpoints have manifests of their own.
+    """
+    from resolvent.data.tokenization import TOKENIZER_FILES
+    from resolvent.models.storage import CONFIG
+
+    return (RUN_FILE, CONFIG, *TOKENIZER_FILES)
+
 
 def run_of(directory: Path) -> Path:
-    """The run folder that a directory is, or that its checkpoint belongs to."""
+    """Return the run folder that a directory is, or that its checkpoint belongs to."""
     return directory.parent.parent if directory.parent.name == "checkpoints" else directory
 
 
 def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokenizer]":
-    """A model and its tokenizer.
+    """Load a model and its tokenizer.
 
     Args:
         directory: a run folder, one of its checkpoints, or what `resolvent convert` wrote.
@@ -30,7 +48,6 @@ def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokeni
     from resolvent.errors import CheckpointError
     from resolvent.manifest import check_files
     from resolvent.models import load_model
-    from resolvent.training.record import RUN_FILE, fixed_files
 
     if not (directory / "model.safetensors").exists():
         raise CheckpointError(

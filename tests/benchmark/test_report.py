@@ -1,7 +1,4 @@
-import io
-
 import pytest
-from rich.console import Console
 
 from resolvent.benchmark.report import Report, Row, Target, number
 from resolvent.benchmark.timing import Ceilings, Work
@@ -10,10 +7,8 @@ LIMITS = Ceilings(bytes_per_second=1e12, flops_per_second=1e14)
 
 
 def shown(*rows: Row) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    for table in Report("cuda", "a GPU", LIMITS, list(rows)).tables():
-        console.print(table)
-    return console.file.getvalue()
+    tables = Report("cuda", "a GPU", LIMITS, list(rows)).tables()
+    return "\n".join("\t".join(line) for table in tables for line in ([table.title], table.columns, *table.rows))
 
 
 def line_of(text: str, name: str) -> str:

@@ -31,6 +31,11 @@ def call(*arguments: object) -> int:
     return 0
 
 
+def words(told: str) -> str:
+    """The text of help or of a usage error without its frame and its line breaks."""
+    return " ".join(told.translate(dict.fromkeys(map(ord, "│╭╮╰╯─"), " ")).split())
+
+
 @pytest.fixture
 def resolvent(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run the command and read what it printed."""

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import math
 import os
 import signal
 import subprocess
@@ -13,18 +12,18 @@ from typing import Any, Literal
 import pytest
 
 from resolvent import __version__, training
-from resolvent.data import load_documents, load_tokenizer
-from resolvent.evaluation import evaluate_documents
+from resolvent.data import load_documents
 from resolvent.models import load_model
+from resolvent.models.phase2 import get_phase2_preset
 from resolvent.training import TrainingConfig
-from resolvent.training.corpus import split_corpus
 from resolvent.training.record import read_run
 
 Resolvent = Callable[..., Any]
 
 
-def test_version(resolvent: Resolvent):
-    assert resolvent("--version") == (0, f"resolvent {__version__}\n", "")
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_version(resolvent: Resolvent, option: str):
+    assert resolvent(option) == (0, f"resolvent {__version__}\n", "")
 
 
 @pytest.mark.parametrize("command", ["train", "generate", "evaluate", "convert", "presets", "benchmark"])
@@ -55,7 +54,9 @@ def test_every_setting_is_an_option(resolvent: Resolvent, monkeypatch: pytest.Mo
     text = resolvent("train", "--help").out
     for field in dataclasses.fields(TrainingConfig):
         if field.name != "model":
-            assert f"{field.metadata.get('option', '--' + field.name.replace('_', '-'))} " in text, field.name
+            names = [field.metadata.get("option", "--" + field.name.replace("_", "-"))]
+            names += field.metadata.get("aliases", ())
+            assert f"{','.join(names)} " in text, field.name
 
 
 def test_options_reach_the_run(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
@@ -105,46 +106,38 @@ def test_train_says_what_it_does_and_what_comes_next(
     assert outcome.out.splitlines()[-1].startswith(f"Let it write: resolvent generate {tmp_path / 'run'}")
 
 
-def test_evaluate_as_json_has_the_four_keys(resolvent: Resolvent, run_dir: Path, text_file: Path):
-    outcome = resolvent("evaluate", run_dir, "--data", text_file, "--json")
-    assert outcome.code == 0
-    values = json.loads(outcome.out)
-    assert list(values) == ["loss", "perplexity", "bits_per_byte", "tokens"]
-    score = evaluate_documents(load_model(run_dir, "cpu"), load_documents(text_file), load_tokenizer(run_dir))
-    assert values == pytest.approx(dataclasses.asdict(score))
-    assert values["perplexity"] == pytest.approx(math.exp(values["loss"]))
-
-
-def test_evaluate_takes_the_held_out_documents_by_default(resolvent: Resolvent, run_dir: Path):
-    values = json.loads(resolvent("evaluate", run_dir, "--json").out)
-    held_out = split_corpus(read_run(run_dir)[0])[1]
-    score = evaluate_documents(load_model(run_dir, "cpu"), held_out, load_tokenizer(run_dir))
-    assert values == pytest.approx(dataclasses.asdict(score))
-    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["validation_bits_per_byte"] == pytest.approx(values["bits_per_byte"])
-
-
-def test_evaluate_as_a_table(resolvent: Resolvent, run_dir: Path, text_file: Path):
-    values = json.loads(resolvent("evaluate", run_dir, "--data", text_file, "--json").out)
-    table = resolvent("evaluate", run_dir, "--data", text_file).out
-    assert "bits per byte" in table
-    assert f"{values['bits_per_byte']:.4f}" in table
-
-
 def test_a_checkpoint_can_be_used_like_its_run(resolvent: Resolvent, run_dir: Path, text_file: Path):
     checkpoint = run_dir / "checkpoints" / "step-00000150"
-    for arguments in (["evaluate", "--data", text_file, "--json"], ["generate", "--seed", 1, "--prompt", "Rhyme"]):
+    for arguments in (["evaluate", "--data", text_file, "--json", "-"], ["generate", "--seed", 1, "--prompt", "Rhyme"]):
         command, *options = arguments
         assert resolvent(command, checkpoint, *options) == resolvent(command, run_dir, *options)
 
 
-def test_presets_are_counted():
-    command = [sys.executable, "-c", "from resolvent.cli import main; main()", "presets"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def test_presets_are_counted(resolvent: Resolvent):
+    text = resolvent("presets").out
     rows = {line.split()[0]: line.split() for line in text.splitlines()}
     assert {"tiny", "small", "base", "large"} <= rows.keys()
     assert int(rows["base"][1].replace(",", "")) == pytest.approx(70.95e6, rel=0.02)
     assert rows["base"][2:] == ["50,257", "512", "6", "8", "1,024", "8", "GB"]
+    written = json.loads(resolvent("presets", "--json", "-").out)["presets"]
+    assert {name: f"{preset['parameters']:,}" for name, preset in written.items()} == {
+        name: rows[name][1] for name in written
+    }
+    assert all(preset["config"] == get_phase2_preset(name).to_dict() for name, preset in written.items())
+
+
+def test_the_result_of_training_is_that_of_its_run(
+    resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path
+):
+    run = tmp_path / "run"
+    outcome = resolvent("train", "--data", text_file, "--out", run, "--steps", 1, *small, "--json", "-")
+    result = json.loads(outcome.out)
+    assert "step 1/1" in outcome.err
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result["validation"]["loss"] == last["validation_loss"]
+    assert result["validation"]["bits_per_byte"] == last["validation_bits_per_byte"]
+    assert result["run_dir"] == str(run)
+    assert result["parameters"] == load_model(run, "cpu").num_parameters()
 
 
 def test_resume_goes_on_with_a_run(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
@@ -217,6 +210,10 @@ def test_stopping_before_the_run_began_offers_nothing_to_resume(
         (["--resume", "x", "--steps", "1000"], "--steps"),
         (["--resume", "x", "--from", "y"], "--from"),
         (["--frobnicate"], "--frobnicate"),
+        (["--preset", "huge"], "Unknown preset: huge"),
+        (["--learning-rate", "-1"], "learning_rate must be > 0, got -1.0"),
+        (["--set", "d_modell=3"], "d_modell"),
+        (["--set", "head_dim=0"], "head_dim"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(resolvent: Resolvent, arguments: list[str], message: str):
@@ -231,9 +228,6 @@ def test_wrong_usage_is_exit_code_2(resolvent: Resolvent, arguments: list[str], 
     ("arguments", "message"),
     [
         (["train", "--data", "missing.txt"], "missing.txt"),
-        (["train", "--preset", "huge"], "Unknown preset: huge"),
-        (["train", "--learning-rate", "-1"], "learning_rate must be > 0, got -1.0"),
-        (["train", "--set", "d_modell=3"], "d_modell"),
         (["train", "--tokenizer", "missing.json"], "missing.json"),
         (["train", "--resume", "missing"], "missing holds no training run"),
         (["train", "--from", "missing"], "missing holds no model"),
@@ -293,6 +287,20 @@ def test_unexpected_errors_are_a_line_and_debug_shows_where(
     )
     with pytest.raises(RuntimeError, match="something broke"):
         resolvent("--debug", "generate", run_dir)
+
+
+def test_a_panic_is_a_line(resolvent: Resolvent, run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    class PanicException(BaseException):
+        pass
+
+    def fail(*_: object) -> None:
+        raise PanicException("a regex broke")
+
+    monkeypatch.setenv("RESOLVENT_DEBUG", "")
+    monkeypatch.setattr("resolvent.data.load_tokenizer", fail)
+    outcome = resolvent("generate", run_dir)
+    assert outcome.code == 1
+    assert outcome.err.startswith("Error: unexpected PanicException: a regex broke (") and outcome.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

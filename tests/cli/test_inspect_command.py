@@ -41,8 +41,10 @@ def test_a_run_is_inspected_while_it_reads_what_it_held_out(resolvent: Resolvent
 
 def test_a_text_of_one_s_own(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
     out = tmp_path / "page.html"
-    outcome = resolvent("inspect", run_dir, "--text", "The old cat.", "--out", out, "--length", 9, *DEVICE)
+    arguments = ("--text", "The old cat.", "--out", out, "--length", 9, *DEVICE, "--json", "-")
+    outcome = resolvent("inspect", run_dir, *arguments)
     assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out) == data_of(out)
     model, tokenizer = load_model(run_dir, "cpu"), load_tokenizer(run_dir)
     expected = inspect_model(model, tokenizer, "The old cat.", length=9, metrics=run_dir / "metrics.jsonl")
     assert data_of(out) | {"name": "model"} == json.loads(json.dumps(expected.to_dict()))

@@ -76,7 +76,7 @@ def test_the_harness_measures_what_the_model_says(folder, monkeypatch, capfd):
     with pytest.raises(ConfigError, match="unknown task: flavours"):
         evaluate_tasks(folder / "run", folder / "run", ["flavours"], task_path=folder / "tasks")
     arguments = ("--tasks", "colours", "--task-path", folder / "tasks", "--device", "cpu")
-    assert call("evaluate", folder / "run", *arguments, "--json") == 0
+    assert call("evaluate", folder / "run", *arguments, "--json", "-") == 0
     measured = json.loads(capfd.readouterr().out.splitlines()[-1])["colours"]["acc,none"]
     assert math.isclose(measured, right / len(QUESTIONS))
     # The harness's own command, which has to be told of the models.

@@ -25,9 +25,9 @@ from resolvent.evaluation import evaluate_documents
 from resolvent.models import load_model
 from resolvent.models.base import Block
 from resolvent.models.phase2 import Phase2IntegratedModel
+from resolvent.runs import fixed_files
 from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupted, resume, train, trainer
 from resolvent.training.corpus import split_corpus
-from resolvent.training.record import fixed_files
 from resolvent.training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainingConfig]

@@ -15,6 +15,7 @@ from rich.console import Console
 from resolvent.benchmark.report import Row, Target
 from resolvent.benchmark.timing import Ceilings, Work
 from resolvent.errors import ResolventError
+from resolvent.terminal import say
 
 Scale = Literal["cuda", "cpu", "quick"]
 Check = Callable[[float], None]
@@ -80,7 +81,7 @@ class Bench:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def say(self, message: str) -> None:
-        self.console.print(f"{time.perf_counter() - self.started:4.0f} s {message}", style="dim", highlight=False)
+        say(self.console, f"{time.perf_counter() - self.started:4.0f} s {message}", style="dim")
 
     def compete(
         self,

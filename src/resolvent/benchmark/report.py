@@ -3,12 +3,9 @@
 import dataclasses
 import platform
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from resolvent.benchmark.timing import Ceilings, Work
 
@@ -121,38 +118,43 @@ class Report:
             "rows": [row.to_dict() for row in self.rows],
         }
 
-    def tables(self) -> list[Table]:
-        """A table for every section."""
+    def tables(self) -> list["Table"]:
+        """Return a table for every section."""
         sections = dict.fromkeys(row.section for row in self.rows)
         return [_table(section, [row for row in self.rows if row.section == section]) for section in sections]
 
 
-_COLUMNS = {
-    "": "left",
-    "unit": "left",
-    "ours": "right",
-    "peers": "right",
-    "times better": "right",
-    "target (will do)": "left",
-    "verdict": "left",
-    "MB": "right",
-    "GFLOP": "right",
-    "% of limit": "right",
-    "error": "right",
-}
-_COLOURS = {"met": "green", "will do": "yellow", "missed": "red", "failed": "red"}
+class Table(NamedTuple):
+    """The rows of a section as cells, without the columns that would be empty."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+_COLUMNS = (
+    "",
+    "unit",
+    "ours",
+    "peers",
+    "times better",
+    "target (will do)",
+    "verdict",
+    "MB",
+    "GFLOP",
+    "% of limit",
+    "error",
+)
+TEXT_COLUMNS = ("", "unit", "target (will do)", "verdict")
+"""Columns of a table that hold text; the others hold figures."""
+STYLES = {"met": "green", "will do": "yellow", "missed": "red", "failed": "red"}
+"""Colours of cells by their text."""
 
 
 def _table(title: str, rows: list[Row]) -> Table:
     cells = [_cells(row) for row in rows]
     shown = [i for i, header in enumerate(_COLUMNS) if header == "" or any(row[i] for row in cells)]
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for i, (header, justify) in enumerate(_COLUMNS.items()):
-        if i in shown:
-            table.add_column(header, justify="right" if justify == "right" else "left", overflow="fold")
-    for row in cells:
-        table.add_row(*(Text(row[i], style=_COLOURS.get(row[i], "")) for i in shown))
-    return table
+    return Table(title, [_COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in cells])
 
 
 def _cells(row: Row) -> list[str]:

@@ -1,6 +1,7 @@
 """The command line: `resolvent train | generate | evaluate | inspect | convert | presets | benchmark`."""
 
 import os
+import signal
 import sys
 
 from resolvent.errors import ResolventError
@@ -11,18 +12,50 @@ def main() -> None:
     # OpenMP's threads wait for each other by spinning, for milliseconds at a time. Where another process holds a core,
     # that cuts training to a thirtieth of its speed; with a short spin it loses nothing. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    try:
+        _run()
+    except KeyboardInterrupt:  # Typer sees to one within a command
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        _flush()
+
+
+def _run() -> None:
+    from resolvent.terminal import degrade_streams
+
+    degrade_streams(sys.stdout, sys.stderr)
     from resolvent.cli.app import app
 
+    if os.environ.get("NO_COLOR"):
+        from typer import rich_utils
+
+        rich_utils.COLOR_SYSTEM = None  # of help and usage errors; Rich alone would leave bold type
     try:
         app(prog_name="resolvent")
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # panics of Rust libraries are no Exceptions
         if os.environ.get("RESOLVENT_DEBUG"):
             raise
         print(f"Error: {_explain(error)}", file=sys.stderr)
         sys.exit(1)
 
 
-def _explain(error: Exception) -> str:
+def _flush() -> None:
+    """Write what is still to be written: an error would show as a traceback when Python ends."""
+    from resolvent.terminal import discard_output
+
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        discard_output()
+        if not isinstance(error, BrokenPipeError):  # a reader who has seen enough is no error
+            print(f"Error: cannot write to standard output: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _explain(error: BaseException) -> str:
     """What a user can act on. Torch's own error is recognised by name: it need not have been imported."""
     if isinstance(error, ResolventError | OSError):
         return str(error)

@@ -1,13 +1,12 @@
 """`resolvent benchmark`."""
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resolvent.cli.console import table_console
-from resolvent.cli.loading import Device
+from resolvent.cli.console import progress_console, report_console, show_table, write_result
+from resolvent.cli.loading import Device, JsonFile
+from resolvent.terminal import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,9 +22,7 @@ def benchmark(
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny sizes, whose figures mean nothing: does it run?")
     ] = False,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures to FILE, too.")
-    ] = None,
+    json_path: JsonFile = None,
     eager: Annotated[
         bool, typer.Option("--eager", help="Train our model without compiling it; the peer is compiled all the same.")
     ] = False,
@@ -55,23 +52,27 @@ def benchmark(
     if unknown := [section for section in sections if section not in SECTIONS]:
         known = ", ".join(SECTIONS)
         raise typer.BadParameter(f"{', '.join(map(repr, unknown))} is none of {known}.", param_hint="--only")
-    console = table_console()
-    report = run(sections, device=pick_device(device), quick=quick, compiled=not eager, console=console)
-    _show(report, torch.get_num_threads(), console)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    progress = progress_console(json_path)
+    report = run(sections, device=pick_device(device), quick=quick, compiled=not eager, console=progress)
+    try:
+        write_result(json_path, report.to_dict())
+    finally:
+        _show(report, torch.get_num_threads(), report_console(json_path))
     if report.failures:
         raise typer.Exit(1)
 
 
 def _show(report: "Report", threads: int, console: "Console") -> None:
+    from resolvent.benchmark.report import STYLES, TEXT_COLUMNS
+
     for table in report.tables():
-        console.print(table)
+        say(console, f"\n{table.title}")
+        show_table(console, table.columns, table.rows, text=TEXT_COLUMNS, styles=STYLES)
     limits, where = report.ceilings, report.device if report.device != "CPU" else f"{threads} CPU threads"
-    console.print(
-        f"{where}: copies at {limits.bytes_per_second / 1e9:,.0f} GB/s, "
+    say(
+        console,
+        f"\n{where}: copies at {limits.bytes_per_second / 1e9:,.0f} GB/s, "
         f"multiplies at {limits.flops_per_second / 1e12:,.2f} TFLOP/s",
-        highlight=False,
     )
     for failure in report.failures:
-        console.print(f"failed: {failure}", style="red", highlight=False, markup=False)
+        say(console, f"failed: {failure}", style="red")

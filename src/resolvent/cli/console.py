@@ -1,17 +1,135 @@
-"""Where tables are printed."""
+"""Output of the commands: lines, tables, and figures as JSON."""
 
-from typing import TYPE_CHECKING
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resolvent.terminal import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-_WIDTH = 150
-"""Columns of a table that nobody folds, where the output is no terminal."""
+STDOUT = Path("-")
+"""The FILE of --json that stands for standard output."""
+
+_WIDTH = 10_000
+"""Columns of the output where it is no terminal and COLUMNS is not set: nothing is folded."""
+_LEAST_TEXT = 12
+"""Columns below which a table does not fold text."""
 
 
-def table_console() -> "Console":
-    """Standard output, as wide as its terminal, and wide enough for any table where it is none."""
+def make_console(*, stderr: bool = False, quiet: bool = False) -> "Console":
+    """Return a console that shows text as it is, without markup and emoji codes, and without colours under NO_COLOR."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH)
+    color_system = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, color_system=color_system)
+
+
+def report_console(json_path: Path | None) -> "Console":
+    """Return the console for results: standard output, or none where JSON takes their place there."""
+    console = make_console(quiet=json_path == STDOUT)
+    if not console.is_terminal and not os.environ.get("COLUMNS"):
+        console.width = _WIDTH
+    return console
+
+
+def progress_console(json_path: Path | None) -> "Console":
+    """Return the console for progress: standard output, or standard error where JSON goes to the former."""
+    return make_console(stderr=json_path == STDOUT)
+
+
+def status(text: str) -> AbstractContextManager[object]:
+    """Show on standard error, if that is a terminal, what a command is at."""
+    from rich.text import Text
+
+    console = make_console(stderr=True)
+    spinner = "dots" if console.encoding.startswith("utf") else "line"
+    return console.status(Text(plain(text, console.encoding)), spinner=spinner)
+
+
+def write_result(json_path: Path | None, values: Any) -> None:
+    """Write figures where --json says, before they are shown: on one line of standard output, or into a file.
+
+    JSON has no infinities and no NaN: they are written as null.
+    """
+    from resolvent.files import write_json
+
+    if json_path == STDOUT:
+        print(json.dumps(_finite(values), allow_nan=False))
+    elif json_path is not None:
+        write_json(json_path, _finite(values))
+
+
+def _finite(value: Any) -> Any:
+    """Replace floats that JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show_table(
+    console: "Console",
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    text: Sequence[str] = (),
+    styles: Mapping[str, str] | None = None,
+) -> None:
+    """Print a table in which no figure is ever cut.
+
+    Where the console is too narrow, headings break at blanks and ± begins a line; then text folds; what is wider still
+    runs over the edge.
+
+    Args:
+        console: where to.
+        columns: their headings.
+        rows: a cell for every column.
+        text: headings of the columns that hold text, on the left; the others hold figures, on the right.
+        styles: styles of cells by what stands in them.
+    """
+    cells = [[plain(cell, console.encoding) for cell in row] for row in (columns, *rows)]
+    foldable = [heading in text for heading in columns]
+    if _width(cells, foldable, folded=False) > console.width:
+        mark = plain(" ±", console.encoding)
+        cells = [[heading.replace(" ", "\n") for heading in cells[0]]] + [
+            [cell if folds else cell.replace(mark, f"\n{mark[1:]}") for cell, folds in zip(row, foldable, strict=True)]
+            for row in cells[1:]
+        ]
+    width = console.width
+    console.width = max(width, _width(cells, foldable, folded=True))
+    console.print(_table(cells, foldable, styles or {}))
+    console.width = width
+
+
+def _width(cells: Sequence[Sequence[str]], foldable: Sequence[bool], *, folded: bool) -> int:
+    """Return the columns that a table takes, with its text folded as far as that goes or not at all."""
+    from rich.cells import cell_len
+
+    widths = [
+        max(cell_len(line) for cell in column for line in cell.split("\n")) for column in zip(*cells, strict=True)
+    ]
+    if folded:
+        widths = [min(width, _LEAST_TEXT) if folds else width for width, folds in zip(widths, foldable, strict=True)]
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _table(cells: Sequence[Sequence[str]], foldable: Sequence[bool], styles: Mapping[str, str]) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    headings, *rows = cells
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for heading, folds in zip(headings, foldable, strict=True):
+        justify, overflow = ("left", "fold") if folds else ("right", "ellipsis")
+        table.add_column(Text(heading), justify=justify, overflow=overflow, no_wrap=not folds)
+    for row in rows:
+        table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
+    return table

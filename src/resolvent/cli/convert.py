@@ -1,13 +1,14 @@
 """`resolvent convert`."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resolvent.cli.loading import Directory
+from resolvent.cli.console import report_console, show_table, write_result
+from resolvent.cli.loading import Directory, JsonFile, wrong_usage
 from resolvent.runs import load_trained, run_of
+from resolvent.terminal import say, shell_word
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +28,7 @@ def convert(
         bool, typer.Option("--keep-tensor-train", help="Keep a token embedding that is one; otherwise make it a table.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Decides the new weights.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_path: JsonFile = None,
 ) -> None:
     """Turn a Phase 1 model into a Phase 2 model that computes the same.
 
@@ -35,8 +36,6 @@ def convert(
 
     Example: [bold]resolvent convert runs/phase1-tiny runs/converted[/bold]
     """
-    from rich.console import Console
-
     from resolvent.data import save_tokenizer
     from resolvent.data.tokenization import TOKENIZER_FILES
     from resolvent.errors import CheckpointError, ConfigError
@@ -55,18 +54,17 @@ def convert(
     if not isinstance(source, Phase1IntegratedModel):
         raise CheckpointError(f"{run_of(directory)} holds no Phase 1 model; `resolvent train --phase 1` trains one")
     torch.manual_seed(seed)
-    model = convert_phase1_to_phase2(source, _config(source.config, change or [], keep_tensor_train))
+    with wrong_usage("--set"):
+        model = convert_phase1_to_phase2(source, _config(source.config, change or [], keep_tensor_train))
     report = model.conversion_report
     assert report is not None
     save_model(model, out)
     save_tokenizer(tokenizer, out)
     write_manifest(out, [CONFIG, WEIGHTS, *TOKENIZER_FILES])
-    if as_json:
-        print(json.dumps(report.to_dict()))
-    else:
-        console = Console()
-        _show(report, console)
-        console.print(f"Train it on: resolvent train --from {out}", highlight=False, markup=False, soft_wrap=True)
+    write_result(json_path, report.to_dict())
+    console = report_console(json_path)
+    _show(report, console)
+    say(console, f"Train it on: resolvent train --from {shell_word(out)}")
 
 
 def _config(phase1: "Phase1Config", assignments: list[str], keep_tensor_train: bool) -> "Phase2Config":
@@ -78,14 +76,10 @@ def _config(phase1: "Phase1Config", assignments: list[str], keep_tensor_train: b
 
 
 def _show(report: "ConversionReport", console: "Console") -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("tensor", "shape", "parameters", "status", "from"):
-        table.add_column(heading, justify="right" if heading == "parameters" else "left", overflow="fold")
+    columns, rows = ("tensor", "shape", "parameters", "status", "from"), []
     for tensor in report.tensors:
         shape = " x ".join(map(str, tensor.shape)) or "scalar"
         origin = "; ".join(part for part in (" + ".join(tensor.sources), tensor.note) if part)
-        table.add_row(tensor.name, shape, f"{tensor.count:,}", tensor.status, origin)
-    console.print(table)
-    console.print(report.summary(), highlight=False)
+        rows.append((tensor.name, shape, f"{tensor.count:,}", tensor.status, origin))
+    show_table(console, columns, rows, text=("tensor", "status", "from"))
+    say(console, report.summary())

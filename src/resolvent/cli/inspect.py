@@ -5,8 +5,10 @@ from typing import Annotated
 
 import typer
 
-from resolvent.cli.loading import Device, Directory, documents_of
+from resolvent.cli.console import progress_console, status, write_result
+from resolvent.cli.loading import Device, Directory, JsonFile, check_output, documents_of
 from resolvent.runs import load_trained, run_of
+from resolvent.terminal import say
 
 
 def inspect(
@@ -21,15 +23,15 @@ def inspect(
     length: Annotated[int, typer.Option(min=2, max=8192, help="Most tokens of it to read.")] = 500,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", dir_okay=False, help="Page to write.", show_default="DIR/inspection.html"),
+        typer.Option(metavar="FILE", dir_okay=False, help="Page to write.", show_default="inspection.html in DIR"),
     ] = None,
+    json_path: JsonFile = None,
     device: Device = "auto",
 ) -> None:
     """Look inside a model while it reads a text.
 
-    Writes one HTML page, which opens in any browser and needs no network:
-    how the model learned, what surprised it, what it remembers and for how
-    long, what its last prediction rests on. Every picture says how to read it.
+    Writes one HTML page, which opens in any browser and needs no network: how the model learned, what surprised it,
+    what it remembers and for how long, what its last prediction rests on. Every picture says how to read it.
 
     Example: [bold]resolvent inspect runs/tiny --text "My fellow citizens" --out page.html[/bold]
     """
@@ -37,11 +39,8 @@ def inspect(
         raise typer.BadParameter("the file holds the text; leave out --text", param_hint="--file")
     run_dir = run_of(directory)
     out = run_dir / "inspection.html" if out is None else out
-    if not out.parent.is_dir():
-        raise typer.BadParameter(f"{out.parent} is no folder; make it first.", param_hint="--out")
+    check_output(out, "--out")
     model, tokenizer = load_trained(directory, device)
-    from rich.console import Console
-
     from resolvent.files import write_file
     from resolvent.inspection import inspect_model, render_page
     from resolvent.training.metrics import FILE_NAME
@@ -52,7 +51,7 @@ def inspect(
         read = file.read() if file is not None else str(text).encode("utf-8", "surrogateescape")
         text = read.decode("utf-8", "replace")
     metrics = run_dir / FILE_NAME
-    with Console(stderr=True).status("Reading"):
+    with status("Reading"):
         inspection = inspect_model(
             model,
             tokenizer,
@@ -63,4 +62,6 @@ def inspect(
         )
     page = render_page(inspection).encode()
     write_file(out, page)
-    print(f"{out}: {len(inspection.tokens):,} tokens, {len(page) / 1e6:.1f} MB; open it in a browser")
+    write_result(json_path, inspection.to_dict())
+    told = f"{out}: {len(inspection.tokens):,} tokens, {len(page) / 1e6:.1f} MB; open it in a browser"
+    say(progress_console(json_path), told)

@@ -4,9 +4,13 @@ from typing import Annotated
 
 import typer
 
+from resolvent.cli.console import report_console, show_table, write_result
+from resolvent.cli.loading import JsonFile
+
 
 def presets(
     phase: Annotated[int, typer.Option(min=1, max=2, help="Phase whose presets to list.")] = 2,
+    json_path: JsonFile = None,
 ) -> None:
     """List the models that --preset knows.
 
@@ -15,20 +19,18 @@ def presets(
     Example: [bold]resolvent presets[/bold]
     """
     import torch
-    from rich.console import Console
-    from rich.table import Table
 
     from resolvent.models.phases import PHASES
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("preset", no_wrap=True)
-    for heading in ("parameters", "vocabulary", "d_model", "layers", "heads", "n_seq", "target VRAM"):
-        table.add_column(heading, justify="right", no_wrap=True)
     _, model, _, preset, names = PHASES[phase]
+    columns = ("preset", "parameters", "vocabulary", "d_model", "layers", "heads", "n_seq", "target VRAM")
+    configs, rows = {}, []
     for name in names:
         config = preset(name)
         with torch.device("meta"):  # sizes without the memory
             parameters = model(config, init=False).num_parameters()
+        configs[name] = {"parameters": parameters, "config": config.to_dict()}
         sizes = (parameters, config.vocab_size, config.d_model, config.n_layers, config.num_heads, config.n_seq)
-        table.add_row(name, *(f"{size:,}" for size in sizes), f"{config.target_vram_gb:g} GB")
-    Console().print(table)
+        rows.append((name, *(f"{size:,}" for size in sizes), f"{config.target_vram_gb:g} GB"))
+    write_result(json_path, {"phase": phase, "presets": configs})
+    show_table(report_console(json_path), columns, rows, text=columns[:1])

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from resolvent.cli.console import progress_console, write_result
+from resolvent.cli.loading import JsonFile, wrong_usage
+from resolvent.terminal import discard_output, say, shell_word
 from resolvent.training.config import RUN, SAVED_WITH_A_MODEL, TEXT, TrainingConfig
-from resolvent.training.record import has_begun
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from resolvent.models.phase1 import Phase1Config
     from resolvent.models.phase2 import Phase2Config
+    from resolvent.training import TrainingResult
 
 _MOVABLE = ("data", "validation_data")
 """Settings of a run that may be given again when it resumes: where its text is now."""
@@ -33,7 +36,7 @@ def _with_settings(command: Any) -> Any:
         rules, kind = field.metadata, typing.cast(Any, field.type)
         if "help" in rules:
             option = typer.Option(
-                *filter(None, [rules.get("option")]),
+                *_names(field),
                 help=rules["help"],
                 rich_help_panel=rules["group"],
                 metavar=rules.get("metavar"),
@@ -46,6 +49,14 @@ def _with_settings(command: Any) -> Any:
     return command
 
 
+def _names(field: dataclasses.Field[Any]) -> list[str]:
+    """Return the names of a field's option, which has no --no-... where it is off by default."""
+    name = field.metadata.get("option", f"--{field.name.replace('_', '-')}")
+    if field.default is True:
+        name = f"{name}/--no-{name.removeprefix('--')}"
+    return [name, *field.metadata.get("aliases", ())]
+
+
 @_with_settings
 def train(
     context: typer.Context,
@@ -56,6 +67,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change the preset (repeatable).", rich_help_panel=TEXT),
     ] = None,
+    json_path: JsonFile = None,
     **settings: Any,
 ) -> None:
     """Train a model on text.
@@ -72,15 +84,18 @@ def train(
     elif config.start_from is not None:
         settled = [*SAVED_WITH_A_MODEL, "change"]
         _refuse(context, settled, "--from", "the model brings its sizes and its tokenizer along")
-    elif change:
-        config.model, config.preset = _changed_preset(config.phase, str(config.preset), change), None
     if config.tokenizer != "bpe":
         _refuse(context, ["vocab_size"], "--tokenizer", f"{config.tokenizer} has tokens of its own")
-    from rich.console import Console
-
+    with wrong_usage():
+        config.validate()
+        if resume is None and config.start_from is None:
+            chosen = _chosen_model(config.phase, str(config.preset), change or [])
+            if change:
+                config.model, config.preset = chosen, None
     from resolvent import training
+    from resolvent.training.record import has_begun
 
-    console = Console()
+    console = _console(json_path)
     run_dir = resume or config.run_dir
     try:
         with training.terminable():
@@ -97,14 +112,33 @@ def train(
         if isinstance(stop, training.TrainingInterrupted):
             number = stop.signal_number
         begun = has_begun(run_dir)
-        _say(console, f"Stopped. Go on with: resolvent train --resume {run_dir}" if begun else "Stopped.")
+        say(console, f"Stopped. Go on with: resolvent train --resume {shell_word(run_dir)}" if begun else "Stopped.")
         raise typer.Exit(128 + number) from None
     if int(os.environ.get("RANK", "0")) == 0:  # of the processes that torchrun started, one speaks
-        _say(console, f"Let it write: resolvent generate {result.run_dir} --prompt 'The' --stream")
+        write_result(json_path, _summary(result))
+        say(console, f"Let it write: resolvent generate {shell_word(result.run_dir)} --prompt 'The' --stream")
 
 
-def _say(console: "Console", text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def _console(json_path: Path | None) -> "Console":
+    """Return the console for progress. When its reader goes, the run saves itself and stops, as after SIGTERM."""
+    console = progress_console(json_path)
+
+    def stop() -> None:
+        console.quiet = True
+        discard_output()
+        signal.raise_signal(signal.SIGTERM)
+
+    console.on_broken_pipe = stop
+    return console
+
+
+def _summary(result: "TrainingResult") -> dict[str, Any]:
+    """Return the figures of a finished run."""
+    return {
+        "run_dir": str(result.run_dir),
+        "parameters": result.model.num_parameters(),
+        "validation": dataclasses.asdict(result.validation),
+    }
 
 
 def _refuse(context: typer.Context, settled: Iterable[str], beside: str, reason: str) -> None:
@@ -116,12 +150,14 @@ def _refuse(context: typer.Context, settled: Iterable[str], beside: str, reason:
         raise typer.BadParameter(f"{reason}; leave out {', '.join(given)}", param_hint=beside)
 
 
-def _changed_preset(phase: int, preset: str, assignments: list[str]) -> "Phase1Config | Phase2Config":
-    """A preset with some fields replaced, each given as FIELD=VALUE."""
+def _chosen_model(phase: int, preset: str, assignments: list[str]) -> "Phase1Config | Phase2Config":
+    """Return a preset with some fields replaced, each given as FIELD=VALUE."""
     from resolvent.models.phases import PHASES
 
     values = PHASES[phase].preset(preset).to_dict() | parse_assignments(assignments)
-    return PHASES[phase].config.from_dict(values)
+    config = PHASES[phase].config.from_dict(values)
+    config.validate()
+    return config
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:

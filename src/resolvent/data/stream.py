@@ -64,7 +64,8 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer, *, progress: bo
         raise DataError(f"the tokenizer does not keep {EOT} apart from text; make it with build_tokenizer")
     lengths = np.zeros(len(documents), np.int64)
     parts: list[np.ndarray] = []
-    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task("Encoding", total=sum(map(len, documents)))
         for document, piece, ids in _encoded_pieces(documents, tokenizer):
             parts.append(ids)

@@ -46,7 +46,7 @@ def progress_bar(title: str, tokens: int, show: bool) -> Iterator[Advance]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, *times, console=console, transient=True, disable=not show) as bar:
+    with Progress(*columns, *times, console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
         task = bar.add_task(title, total=tokens)
         yield lambda read: bar.advance(task, read)
 

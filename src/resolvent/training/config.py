@@ -32,7 +32,8 @@ def setting(default: Any, group: str, help: str, **rules: Any) -> Any:
         default: the default.
         group: heading that it belongs to.
         help: what it is for.
-        rules: `at_least`, `above`, `at_most`, `below`: bounds; `option`, `metavar`, `default_text`: how help shows it.
+        rules: `at_least`, `above`, `at_most`, `below`: bounds; `option`, `aliases`, `metavar`, `default_text`: how the
+            command line names and shows it.
     """
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **rules})
 
@@ -103,7 +104,12 @@ class TrainingConfig:
     accumulation: int = setting(1, SIZE, "Batches in a step, on each device.", at_least=1)
 
     learning_rate: float | None = setting(
-        None, OPTIMISER, "Highest learning rate.", above=0, default_text="0.5 / d_model: 0.004 for tiny, 0.001 for base"
+        None,
+        OPTIMISER,
+        "Highest learning rate.",
+        above=0,
+        aliases=("--lr",),
+        default_text="0.5 / d_model: 0.004 for tiny, 0.001 for base",
     )
     schedule: Literal["cosine", "wsd", "constant"] = setting(
         "cosine", OPTIMISER, "Learning rate after the warm-up; wsd stays, then falls in the last fifth."

@@ -7,6 +7,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from resolvent.evaluation import LanguageScore
+from resolvent.terminal import say
 from resolvent.training.average import Average
 
 
@@ -69,7 +70,7 @@ class TrainingDisplay:
 
     def say(self, text: str) -> None:
         """Show a line of text, as it is."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
     def _position(self, step: int) -> str:
         return f"step {step:>{len(str(self._steps))}}/{self._steps}"

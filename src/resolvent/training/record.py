@@ -9,18 +9,11 @@ from resolvent._version import __version__
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.files import check_version, locked, partial_name, read_json, write_json
 from resolvent.manifest import MANIFEST, check_files, write_manifest
+from resolvent.runs import RUN_FILE, fixed_files
+from resolvent.terminal import shell_word
 from resolvent.training.config import TrainingConfig
 
 FORMAT_VERSION = 1
-RUN_FILE = "training.json"
-
-
-def fixed_files() -> tuple[str, ...]:
-    """What the manifest of a run lists: files that do not change. Weights and checkpoints vouch for themselves."""
-    from resolvent.data.tokenization import TOKENIZER_FILES  # needs torch, which has_begun does not
-    from resolvent.models.storage import CONFIG
-
-    return (RUN_FILE, CONFIG, *TOKENIZER_FILES)
 
 
 def has_begun(run_dir: Path) -> bool:
@@ -39,7 +32,7 @@ def check_new(run_dir: Path) -> None:
     unfinished = partial_name(run_dir / MANIFEST).exists() and not (run_dir / MANIFEST).exists()
     if not (run_dir.is_dir() and (unfinished or not any(run_dir.iterdir()))):
         raise ConfigError(
-            f"the run folder {run_dir} is not empty: continue its run with --resume {run_dir}, "
+            f"the run folder {run_dir} is not empty: continue its run with --resume {shell_word(run_dir)}, "
             "or choose another one with --out"
         )
 

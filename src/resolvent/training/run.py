@@ -24,11 +24,11 @@ from resolvent.models.phase2 import Phase2Config
 from resolvent.models.phases import PHASES
 from resolvent.models.storage import write_config
 from resolvent.ops.hebbian import CHUNK
-from resolvent.runs import load_trained
+from resolvent.runs import fixed_files, load_trained
 from resolvent.training.checkpoint import find_checkpoint, load_weights
 from resolvent.training.config import Tracker, TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus
-from resolvent.training.record import beginning, check_new, fixed_files, new_run, read_run, write_run
+from resolvent.training.record import beginning, check_new, new_run, read_run, write_run
 from resolvent.training.sharding import shard
 from resolvent.training.tracking import tracker_options
 from resolvent.training.trainer import Trainer, TrainingResult

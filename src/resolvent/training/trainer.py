@@ -25,6 +25,7 @@ from resolvent.models import IntegratedModel
 from resolvent.models.generation import evaluating
 from resolvent.models.phases import phase_of
 from resolvent.models.storage import named_weights, write_weights
+from resolvent.terminal import shell_word
 from resolvent.training.average import Average
 from resolvent.training.checkpoint import (
     Standing,
@@ -193,7 +194,7 @@ class Trainer:
         except OSError as error:
             raise CheckpointError(
                 f"{error}. What was saved before is whole: make the folder writable or make room on its disk, then go "
-                f"on with --resume {self.run_dir}"
+                f"on with --resume {shell_word(self.run_dir)}"
             ) from error
 
     def _run(self) -> TrainingResult:

@@ -1,20 +1,43 @@
-"""`resolvent evaluate`: a group of commands of which one is meant where none is named."""
+"""`resolvent evaluate [MEASURE] DIR`: a group of commands, of which `language` is the default."""
 
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+
+from resolvent.cli.evaluate import influence, language, mechanisms, needle, positions
+from resolvent.cli.help import Group, add_command, flowing
 
 DEFAULT = "language"
 
 
-class Measures(TyperGroup):
+class Measures(Group):
     """`resolvent evaluate DIR ...` is `resolvent evaluate language DIR ...`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, *ctx.help_option_names):
-            if len(args) > 1 and not any(word.startswith("-") for word in args[:2]):  # no measure takes two folders
+            two_folders = len(args) > 1 and not any(word.startswith("-") for word in args[:2])  # no measure takes two
+            if two_folders and not ctx.resilient_parsing:
                 known = ", ".join(self.commands)
                 raise typer.BadParameter(f"{args[0]!r} is none of {known}", ctx, param_hint="measure")
             args = [DEFAULT, *args]
         return super().parse_args(ctx, args)
+
+
+def evaluate() -> None:
+    """Measure what a model has learnt.
+
+    Without the name of a measure it is [bold]language[/bold]: how well the model predicts text. The next three go far
+    beyond the length that it was trained on, by default to 65,536 tokens. The last tells what parts of a Phase 2 model
+    do for it. All print a table and write its figures with --json FILE; the middle three draw them with --plot FILE.
+    Each explains its figures with --help.
+
+    Example: [bold]resolvent evaluate runs/tiny --data novel.txt[/bold]
+
+    Example: [bold]resolvent evaluate positions runs/tiny --data novel.txt --plot positions.png[/bold]
+    """
+
+
+measures = typer.Typer(cls=Measures, no_args_is_help=True, rich_markup_mode="rich", subcommand_metavar="[MEASURE] DIR")
+measures.callback(help=flowing(evaluate))(evaluate)
+for measure in (language.language, positions.positions, needle.needle, influence.influence, mechanisms.mechanisms):
+    add_command(measures, measure)

@@ -1,14 +1,18 @@
 """`resolvent evaluate language`, which is `resolvent evaluate` by itself."""
 
 import dataclasses
-import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from resolvent.cli.loading import BatchTokens, Device, Directory, Text, documents_of
+from resolvent.cli.console import report_console, status, write_result
+from resolvent.cli.evaluate.tables import show
+from resolvent.cli.loading import BatchTokens, Device, Directory, JsonFile, Text, documents_of
 from resolvent.runs import load_trained, run_of
+from resolvent.terminal import say
 
 
 def language(
@@ -18,53 +22,48 @@ def language(
         str | None, typer.Option(help="Tasks of lm-evaluation-harness instead of a text, with commas between.")
     ] = None,
     task_path: Annotated[Path | None, typer.Option(help="Folder with YAML tasks of your own.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_path: JsonFile = None,
     batch_tokens: BatchTokens = 4096,
     device: Device = "auto",
 ) -> None:
     """Measure how well a model predicts text.
 
     Prints loss, perplexity and bits per byte; each document is read whole, from its beginning. Bits per byte compare
-    models whatever their tokenizers; eight are those of a model that knows nothing.
+    models whatever their tokenizers; a model that knows nothing has eight.
 
-    Example: [bold]resolvent evaluate runs/tiny --data novel.txt --json[/bold]
+    Example: [bold]resolvent evaluate runs/tiny --data novel.txt --json score.json[/bold]
     """
     if tasks is not None:
         if data is not None:
             raise typer.BadParameter("give a text or tasks, not both", param_hint="--tasks")
-        _evaluate_tasks(directory, tasks.split(","), task_path, device, as_json)
+        _evaluate_tasks(directory, tasks.split(","), task_path, device, json_path)
         return
     model, tokenizer = load_trained(directory, device)
-    from rich.console import Console
-
     from resolvent.evaluation import evaluate_documents
 
     documents = documents_of(directory, data)
-    with Console(stderr=True).status(f"Reading {len(documents):,} document(s)"):
+    with status(f"Reading {len(documents):,} document(s)"):
         score = evaluate_documents(model, documents, tokenizer, batch_tokens=batch_tokens)
-    if as_json:
-        print(json.dumps(dataclasses.asdict(score), allow_nan=False))
-        return
-    from rich.table import Table
-
-    table = Table(
-        box=None, pad_edge=False, title=f"{directory} on {data or 'its held-out documents'}", title_justify="left"
-    )
-    for heading in ("loss (nats a token)", "perplexity", "bits per byte", "tokens"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_row(f"{score.loss:.4f}", f"{score.perplexity:,.3f}", f"{score.bits_per_byte:.4f}", f"{score.tokens:,}")
-    Console().print(table)
+    cells = (f"{score.loss:.4f}", f"{score.perplexity:,.3f}", f"{score.bits_per_byte:.4f}", f"{score.tokens:,}")
+    try:
+        write_result(json_path, dataclasses.asdict(score))
+    finally:
+        title = f"{directory} on {data or 'its held-out documents'}"
+        show(json_path, title, ("loss (nats per token)", "perplexity", "bits per byte", "tokens"), [cells])
 
 
-def _evaluate_tasks(directory: Path, tasks: list[str], task_path: Path | None, device: str, as_json: bool) -> None:
+def _evaluate_tasks(
+    directory: Path, tasks: list[str], task_path: Path | None, device: str, json_path: Path | None
+) -> None:
     from resolvent.device import pick_device
     from resolvent.evaluation.tasks import evaluate_tasks
 
     place = str(pick_device(device))
-    results = evaluate_tasks(directory, run_of(directory), tasks, task_path=task_path, device=place)
-    if as_json:
-        print(json.dumps(results["results"]))
-        return
-    from lm_eval.utils import make_table
+    with redirect_stdout(sys.stderr):  # what the harness prints on its way is no result
+        results = evaluate_tasks(directory, run_of(directory), tasks, task_path=task_path, device=place)
+    try:
+        write_result(json_path, results["results"])
+    finally:
+        from lm_eval.utils import make_table
 
-    print(make_table(results))
+        say(report_console(json_path), make_table(results))

@@ -1,13 +1,15 @@
 """`resolvent evaluate mechanisms`: what the mechanisms of Phase 2 are worth to a model."""
 
 from collections.abc import Iterator, Sequence
-from statistics import fmean
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from resolvent.cli.evaluate.positions import JsonFile, check_files, load, plus_minus, show, write
-from resolvent.cli.loading import BatchTokens, Device, Directory, Text
+from resolvent.cli.console import report_console
+from resolvent.cli.evaluate.tables import Joined, load, plus_minus, show, write
+from resolvent.cli.loading import BatchTokens, Device, Directory, JsonFile, Text
+from resolvent.terminal import say
 
 if TYPE_CHECKING:
     from resolvent.evaluation.estimates import Estimate
@@ -40,9 +42,7 @@ def mechanisms(
         int | None, typer.Option(min=1, help="Tokens to predict after that.", show_default="one consolidation interval")
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Most texts to read; more of them say more.")] = 16,
-    joined: Annotated[
-        bool, typer.Option("--joined", help="Read on from document to document, where documents are short.")
-    ] = False,
+    joined: Joined = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the random components and tokens.")] = 0,
     json_path: JsonFile = None,
     batch_tokens: BatchTokens = 4096,
@@ -50,33 +50,39 @@ def mechanisms(
 ) -> None:
     """Measure what a model's decay rates, SNR filter and resonance do for it.
 
-    Texts are read up to a boundary between two consolidations. There a part
-    of the memory is erased: a head's, what slow or fast heads wrote long ago,
-    what the SNR filter keeps or drops, modes that resonate or do not. [bold]cost[/bold] is
-    what that adds to the loss of the tokens that follow, in nats a token. In
-    the table on classes of tokens, Γ is replaced by its mean instead, and the
-    whole text is read again. ± is one standard error over the texts.
+    Texts are read up to a boundary between two consolidations. There a part of the memory is erased: a head's, what
+    slow or fast heads wrote long ago, what the SNR filter keeps or drops, modes that resonate or do not.
+    [bold]cost[/bold] is what that adds to the loss of the tokens that follow, in nats per token. In the table on
+    classes of tokens, Γ is replaced by its mean instead, and the whole text is read again. ± is one standard error over
+    the texts.
 
     Example: [bold]resolvent evaluate mechanisms runs/tiny --sequences 64 --joined[/bold]
     """
-    check_files(json_path, None)
     model, tokenizer, stream = load(directory, data, device)
     from resolvent.evaluation import evaluate_mechanisms
 
     options = dict(length=length, horizon=horizon, sequences=sequences, joined=joined, seed=seed)
     found = evaluate_mechanisms(model, stream, tokenizer, batch_tokens=batch_tokens, progress=True, **options)
-    print(
+    try:
+        write(found, options | {"horizon": found.horizon}, directory, data, json_path)
+    finally:
+        _show(found, directory, json_path)
+
+
+def _show(found: "Mechanisms", directory: Path, json_path: Path | None) -> None:
+    console = report_console(json_path)
+    say(
+        console,
         f"{directory}, {found.sequences:,} texts: {found.length:,} tokens read, the next {found.horizon:,} predicted "
-        f"at {plus_minus(found.loss)} nats a token"
+        f"at {plus_minus(found.loss)} nats per token",
     )
     for part in _parts(found):
-        print()
+        say(console, "")
         if isinstance(part, str):
-            print(part)
+            say(console, part)
         else:
-            show(part.title, part.columns, part.rows)
-            print(part.says)
-    write(found, options | {"horizon": found.horizon}, directory, data, json_path)
+            show(json_path, part.title, part.columns, part.rows)
+            say(console, part.says)
 
 
 def _parts(found: "Mechanisms") -> "Iterator[_Part | str]":
@@ -99,8 +105,8 @@ def _heads(found: "Mechanisms") -> _Part:
         "Erasing the memory of a head",
         ("layer", "head", "Γ dt", "half-life (tokens)", "cost"),
         rows,
-        f"Erasing all memories costs {_signed(found.erased)} nats a token. Of single heads, head {most.head} of layer "
-        f"{most.layer} is missed most, by {_signed(most.cost)}. Half-life and cost have a rank correlation of "
+        f"Erasing all memories costs {_signed(found.erased)} nats per token. Of single heads, head {most.head} of "
+        f"layer {most.layer} is missed most, by {_signed(most.cost)}. Half-life and cost have a rank correlation of "
         f"{found.correlation:+.2f}.",
     )
 
@@ -130,6 +136,8 @@ def _reach(kept: Sequence[int], costs: "Sequence[Estimate]") -> str:
 
 
 def _classes(found: "TokenDecay") -> _Part:
+    from statistics import fmean  # whose own imports take milliseconds
+
     means = {row.name: fmean(_flat(row.relative)) for row in found.rows}
     highest, lowest = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
     clear = [row for row in found.rows if _is_clear(row.difference)]
@@ -142,7 +150,7 @@ def _classes(found: "TokenDecay") -> _Part:
         ("tokens", "count", "Γ / mean", "of heads", "cost", "at random tokens", "difference"),
         [_class_row(row, means[row.name]) for row in found.rows],
         f"Γ is highest at {highest} ({means[highest]:.2f} of the mean) and lowest at {lowest} ({means[lowest]:.2f}). "
-        f"Replacing it everywhere costs {_signed(found.everywhere)} nats a token. By two standard errors, that costs "
+        f"Replacing it everywhere costs {_signed(found.everywhere)} nats per token. By two standard errors, that costs "
         f"more than at as many random tokens: {', '.join(more) or 'nowhere'}; less: {', '.join(less) or 'nowhere'}.",
     )
 
@@ -160,7 +168,7 @@ def _selection(found: "Selection") -> _Part:
         "Erasing what the SNR filter keeps (p > 1/2) and what it drops",
         ("components", "share", "energy", "cost", "cost / energy"),
         [_removed_row(row) for row in found.rows],
-        f"Erasing what the filter keeps costs {_signed(kept.cost)} nats a token, what it drops "
+        f"Erasing what the filter keeps costs {_signed(kept.cost)} nats per token, what it drops "
         f"{_signed(dropped.cost)}; that is {_signed(found.kept_over_random)} and {_signed(found.dropped_over_random)} "
         "more than random components with as much energy. As many random ones as it keeps cost "
         f"{_signed(as_many.cost)}. The filter acts with a strength of {min(strengths):.3f} to {max(strengths):.3f}; to "

@@ -1,0 +1,50 @@
+"""`resolvent evaluate influence`: the effect of tokens far back on a prediction."""
+
+from typing import Annotated
+
+import typer
+
+from resolvent.cli.evaluate.tables import PlotFile, Seed, load, scientific, show, write
+from resolvent.cli.loading import BatchTokens, Device, Directory, JsonFile, Text
+
+
+def influence(
+    directory: Directory,
+    data: Text = None,
+    length: Annotated[int, typer.Option(min=1, help="Longest distance in tokens.")] = 65536,
+    sequences: Annotated[int, typer.Option(min=1, help="Places in the text.")] = 4,
+    replacements: Annotated[int, typer.Option(min=1, help="Tokens to replace in a bucket of each.")] = 4,
+    seed: Seed = 0,
+    json_path: JsonFile = None,
+    plot_path: PlotFile = None,
+    batch_tokens: BatchTokens = 4096,
+    device: Device = "auto",
+) -> None:
+    """Measure what tokens far back do to the prediction of the last one.
+
+    [bold]gradient[/bold] is the norm of the gradient of the last loss in a token's embedding, on average over the
+    tokens of a bucket of distances: what a small change would do. [bold]divergence[/bold] is how far the last
+    prediction moves, in nats, when a token is replaced by another and all that follows is read again. Both are exact
+    over the whole length, through all states. ± is one standard error over the places in the text.
+
+    Example: [bold]resolvent evaluate influence runs/tiny --length 4096 --plot influence.png[/bold]
+    """
+    model, _, stream = load(directory, data, device)
+    from resolvent.evaluation import measure_influence
+    from resolvent.evaluation.estimates import Bucket
+
+    options = dict(length=length, sequences=sequences, replacements=replacements, seed=seed)
+    influences = measure_influence(model, stream, batch_tokens=batch_tokens, progress=True, **options)
+    rows = [
+        (str(Bucket(row.first, row.last)), scientific(row.gradient), scientific(row.divergence))
+        for row in influences.rows
+    ]
+    title = f"{directory}, influence on the last prediction in {sequences:,} texts"
+    try:
+        write(influences, options, directory, data, json_path)
+        if plot_path is not None:
+            from resolvent.evaluation.plots import plot_influence
+
+            plot_influence(influences, plot_path)
+    finally:
+        show(json_path, title, ("distance", "gradient", "divergence (nats)"), rows)

@@ -1,0 +1,75 @@
+"""Options, figures and tables that the measures have in common."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from resolvent.cli.console import report_console, show_table, write_result
+from resolvent.cli.loading import check_output, documents_of
+from resolvent.runs import load_trained
+from resolvent.terminal import say
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from resolvent.data import TokenStream
+    from resolvent.evaluation.estimates import Estimate
+    from resolvent.models import IntegratedModel
+
+
+def _check_plot(path: Path | None) -> Path | None:
+    """Refuse, before anything is measured, a plot that cannot be drawn."""
+    if path is not None:
+        check_output(path, "--plot")
+        from resolvent.evaluation.plots import FORMATS, check_plot
+
+        if path.suffix.lower() not in FORMATS:
+            raise typer.BadParameter(
+                f"{path} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.", param_hint="--plot"
+            )
+        check_plot(path)
+    return path
+
+
+Joined = Annotated[bool, typer.Option("--joined", help="Read on from document to document, where documents are short.")]
+Seed = Annotated[int, typer.Option(min=0, help="Makes the choice of places repeatable.")]
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", callback=_check_plot, help="Draw them, as .png, .pdf or .svg.")
+]
+
+
+def load(directory: Path, data: Path | None, device: str) -> "tuple[IntegratedModel, Tokenizer, TokenStream]":
+    """Load a model, its tokenizer and the text to measure it on."""
+    model, tokenizer = load_trained(directory, device)
+    from resolvent.data import encode_documents
+
+    return model, tokenizer, encode_documents(documents_of(directory, data), tokenizer, progress=True)
+
+
+def write(scores: Any, options: dict[str, Any], directory: Path, data: Path | None, json_path: Path | None) -> None:
+    """Write figures, and what they were measured with, where --json says."""
+    settings = options | {"model": str(directory), "data": str(data) if data else None}
+    write_result(json_path, {"settings": settings, **scores.to_dict()})
+
+
+def show(json_path: Path | None, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of figures, unless --json takes its place."""
+    console = report_console(json_path)
+    say(console, title)
+    show_table(console, columns, rows)
+
+
+def plus_minus(estimate: "Estimate", *, signed: bool = False, percent: bool = False) -> str:
+    """Return a mean and its standard error as a cell."""
+    mean, error = estimate.mean, estimate.standard_error
+    if percent:
+        return f"{mean:.1%}" + (f" ± {error:.1%}" if error is not None else "")
+    return f"{mean:{'+' if signed else ''}z.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def scientific(estimate: "Estimate") -> str:
+    """Return a mean and its standard error as a cell, with exponents."""
+    error = "" if estimate.standard_error is None else f" ± {estimate.standard_error:.1e}"
+    return f"{estimate.mean:.3e}{error}"

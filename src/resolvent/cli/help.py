@@ -1,0 +1,60 @@
+"""Help texts that flow. Typer would keep the line breaks of the docstrings, whatever the terminal's width."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+
+class Command(TyperCommand):
+    """A command whose help cuts no name off."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _fold_names()
+        super().format_help(ctx, formatter)
+
+
+class Group(TyperGroup):
+    """A group of commands whose help cuts no name off."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _fold_names()
+        super().format_help(ctx, formatter)
+
+
+def flowing(command: Callable[..., Any]) -> str:
+    """Return the docstring of a command with a line for every paragraph."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+def add_command(app: typer.Typer, command: Callable[..., Any]) -> None:
+    """Register a function as a command of its name, with its docstring as help."""
+    app.command(cls=Command, help=flowing(command), no_args_is_help=False)(command)
+
+
+def _fold_names() -> None:
+    """Let names of options that are too long for a narrow terminal go on in the next line.
+
+    Typer's tables would end them with an ellipsis. All names pass its highlighter. Where a later Typer has none, help
+    is as that Typer writes it.
+    """
+    from rich.highlighter import RegexHighlighter
+    from rich.text import Text
+    from typer import rich_utils
+
+    module: Any = rich_utils
+    typers = getattr(module, "highlighter", None)
+    if not isinstance(typers, RegexHighlighter):
+        return
+
+    class Folding(RegexHighlighter):
+        highlights = typers.highlights
+
+        def highlight(self, text: Text) -> None:
+            text.overflow = "fold"
+            super().highlight(text)
+
+    module.highlighter = Folding()

@@ -1,0 +1,78 @@
+import io
+import os
+import subprocess
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from resolvent.terminal import degrade_streams, plain, say, shell_word
+
+UGLY = [
+    "runs/my run",
+    "it's",
+    "a\\b",
+    "$HOME",
+    "-x",
+    "*",
+    "c[/y]",
+    ":cat:",
+    "new\nline",
+    "tab\t'",
+    "\x1b]52;c;x\x07",
+    "日本",
+]
+
+
+def test_shell_words_are_read_by_a_shell_as_what_they_stand_for():
+    words = [*UGLY, os.fsdecode(b"r\xff'\xc3\xa9\\"), "\u202eevil"]
+    script = f"printf '%s\\0' {' '.join(map(shell_word, words))}"
+    read = subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout
+    expected = [f"./{word}" if word.startswith("-") else word for word in words]
+    assert [os.fsdecode(word) for word in read.split(b"\0")[:-1]] == expected
+
+
+def test_shell_words_hold_no_character_that_a_terminal_obeys():
+    for word in map(shell_word, UGLY):
+        assert word.isprintable()
+
+
+@pytest.mark.parametrize("path", ["runs/first", Path("runs/first"), "a-b_c.d"])
+def test_plain_paths_stay_as_they_are(path: object):
+    assert shell_word(path) == str(path)
+
+
+@given(
+    st.text(alphabet=st.characters(exclude_categories=[]), max_size=40), st.sampled_from(["ascii", "latin-1", "utf-8"])
+)
+def test_plain_text_is_encodable_and_without_control_characters(text: str, encoding: str):
+    shown = plain(text, encoding)
+    assert shown.encode(encoding).decode(encoding) == shown
+    assert not [c for c in shown if unicodedata.category(c) == "Cc" and c != "\n"]
+    assert plain(shown, encoding) == shown
+
+
+def test_characters_that_an_encoding_lacks_become_ascii():
+    assert plain("1.2 ± 0.3 · Γ dt", "ascii") == "1.2 +- 0.3 . Gamma dt"
+    assert plain("1.2 ± 0.3 · Γ dt", "latin-1") == "1.2 ± 0.3 · Gamma dt"
+    assert plain("日本", "ascii") == r"\u65e5\u672c"
+    assert plain("日本 Γ") == "日本 Γ"
+    assert plain(os.fsdecode(b"r\xff")) == r"r\xff"
+
+
+def test_a_stream_takes_any_text_and_other_streams_are_left_alone():
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="ascii")
+    degrade_streams(stream, None, io.StringIO())
+    print("± 日 \udcff", file=stream, flush=True)
+    assert written.getvalue() == rb"+- \u65e5 \xff" + os.linesep.encode()
+
+
+def test_a_line_is_said_as_it_is():
+    console = Console(file=io.StringIO(), width=20)
+    text = "[bold]:cat: [/y] 'runs' 1.5 " + "word " * 10 + "\x1b]52;c;x\x07"
+    say(console, text)
+    assert console.file.getvalue() == text[:-9] + r"\x1b]52;c;x\x07" + "\n"
