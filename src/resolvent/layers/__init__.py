@@ -1,4 +1,4 @@
-"""The parts of a block: modules that hold parameters and call one operator each."""
+"""Layers of a block: modules that hold parameters and call one operator each."""
 
 from .feed_forward import GatedFeedForward, gated_width
 from .hebbian import DissipativeHebbianLayer, LyapunovStabilityMonitor

@@ -1,4 +1,4 @@
-"""The gated feed-forward network.
+"""Gated feed-forward network.
 
 Shapes: D model width, F hidden width.
 """
@@ -11,7 +11,7 @@ _MULTIPLE = 32
 
 
 class GatedFeedForward(nn.Module):
-    """``W_out (silu(W_gate x) ⊙ W_value x)``, a SwiGLU (Shazeer, 2020); one matrix holds both inner maps.
+    """SwiGLU (Shazeer, 2020): ``W_out (silu(W_gate x) ⊙ W_value x)``; one matrix holds both inner maps.
 
     Args:
         d_model: width D.
@@ -24,11 +24,11 @@ class GatedFeedForward(nn.Module):
         self.out_proj = nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """Map (..., D) -> (..., D)."""
         return self.out_proj(swiglu(self.in_proj(x)))
 
 
 def gated_width(plain: int) -> int:
-    """The hidden width with which a gated network has about as many parameters as a plain one: two thirds of that
-    one's, as a multiple of 32."""
+    """Return the hidden width at which a gated network has about as many parameters as a plain one: two thirds of the
+    plain one's width, as a multiple of 32."""
     return _MULTIPLE * max(1, round(plain * 2 / (3 * _MULTIPLE)))

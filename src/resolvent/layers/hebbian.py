@@ -1,4 +1,4 @@
-"""The dissipative Hebbian layer: fast weights that learn from every token and forget at the rate Γ.
+"""Dissipative Hebbian layer: fast weights that learn from every token and decay at the rate Γ.
 
 Shapes: B batch, N sequence, D model width, H heads, K = V head width, S packed sequences, W convolution width.
 """
@@ -16,14 +16,14 @@ from ..ops.queries_keys_values import queries_keys_values
 
 
 class HebbianOutput(NamedTuple):
-    """What the layer hands on.
+    """Output and state of the layer.
 
     Attributes:
-        output: what is added to the residual stream, (B, N, D).
-        readout: what the memory answered, normalised but not gated, (B, N, HV).
-        values: what was written, (B, N, H, V).
-        state: the memory after the last token.
-        conv_tail: the last inputs of the convolution, (B, W - 1, 3HK) or (S, W - 1, 3HK).
+        output: output for the residual stream, (B, N, D).
+        readout: read-out of the memory, normalised and not gated, (B, N, HV).
+        values: values written to the memory, (B, N, H, V).
+        state: memory after the last token.
+        conv_tail: conv state: the last inputs of the convolution, (B, W - 1, 3HK) or (S, W - 1, 3HK).
     """
 
     output: Tensor
@@ -34,18 +34,17 @@ class HebbianOutput(NamedTuple):
 
 
 class DissipativeHebbianLayer(nn.Module):
-    """Tokens write to a memory per head, ``S_t = exp(-Γ_t dt) S_{t-1} + η k_t v_tᵀ``, and read it: ``y_t = S_tᵀ q_t``.
+    """Memory per head: tokens write ``S_t = exp(-Γ_t dt) S_{t-1} + η k_t v_tᵀ`` and read ``y_t = S_tᵀ q_t``.
 
-    Queries and keys have unit length; η is one positive number a head. A short causal convolution lets neighbouring
-    tokens meet before they are written, the read-out of each head is brought to unit RMS, and a gate of low rank
-    decides what of it passes on.
+    A short causal convolution mixes neighbouring tokens before q, k and v. Queries and keys are L2-normalised; η is one
+    positive number per head. The read-out of each head is RMS-normalised and multiplied by a gate of low rank.
 
     Args:
         d_model: width D.
         num_heads: heads H.
         head_dim: width of keys and values.
         eta: initial learning rate η.
-        dt: time a token takes.
+        dt: time per token.
         conv_size: tokens W that the convolution spans; 1 for none.
         output_norm: RMS-normalise the read-out of each head.
         output_gate: gate the read-out with ``sigmoid`` of a projection of rank ``head_dim``.
@@ -78,7 +77,7 @@ class DissipativeHebbianLayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set what has a fixed start: η, and a convolution that passes the token through."""
+        """Set the parameters with a fixed start: η, and a convolution that passes the token through."""
         self.log_eta.fill_(self.initial_eta).log_()
         if self.conv_weight is not None:
             self.conv_weight.zero_()[0] = 1.0
@@ -104,16 +103,16 @@ class DissipativeHebbianLayer(nn.Module):
         cu_seqlens: Tensor | None = None,
         consolidation: Consolidation | None = None,
     ) -> HebbianOutput:
-        """Write x to the memory and read it back.
+        """Write tokens to the memory and read it.
 
         Args:
-            x: (B, N, D).
+            x: tokens, (B, N, D).
             gamma: Γ, float32 (B, N, H).
-            state: the memory so far, one row a sequence.
-            conv_tail: the last inputs of the convolution, (B, W - 1, 3HK) or (S, W - 1, 3HK) float32.
+            state: memory before the first token, one row per sequence.
+            conv_tail: conv state before the first token, (B, W - 1, 3HK) or (S, W - 1, 3HK) float32.
             position: tokens that each sequence has read before, (B,) or (S,).
             cu_seqlens: offsets of S packed sequences.
-            consolidation: what acts on the memory at its boundaries.
+            consolidation: filters that act on the memory at its boundaries.
         """
         x = for_products(x)
         qkv = self.qkv_proj(x)
@@ -149,7 +148,7 @@ class DissipativeHebbianLayer(nn.Module):
 
 
 class LyapunovStabilityMonitor:
-    """The energy ``E = ||S||²`` of a memory, how fast it changes, and the bound that holds for it.
+    """Energy ``E = ||S||²`` of a memory, its rate of change, and its bound.
 
     Every write adds at most ``η |k| |v| = η |v|`` to ``||S||``, every token keeps at most ``exp(-Γ_min dt)`` of it, and
     the resonance filter at most all of it. At a boundary ``S = R + ΔS``, where R is what is left of before the last
@@ -163,7 +162,7 @@ class LyapunovStabilityMonitor:
 
     @staticmethod
     def bound(initial: Tensor, largest_write: Tensor, least_decay: Tensor, gain: Tensor) -> Tensor:
-        """Bound on E: ``||S_0|| + |a| ||ΔS_0||``, ``η max|v|``, ``min Γ dt``, each (B, H), and a (H,) -> (B, H)."""
+        """Return the bound on E: ``||S_0|| + |a| ||ΔS_0||``, ``η max|v|``, ``min Γ dt`` (B, H), a (H,) -> (B, H)."""
         return (initial + (1 + gain.clamp(min=0)) * largest_write / -torch.expm1(-least_decay)).square()
 
     @staticmethod
@@ -175,10 +174,10 @@ class LyapunovStabilityMonitor:
         elapsed: Tensor,
         gain: Tensor,
     ) -> dict[str, Tensor]:
-        """Stability of a stretch of tokens.
+        """Return the stability metrics of a stretch of tokens.
 
         Args:
-            before, after: the memories around it.
+            before, after: memories before and after it.
             largest_write: ``η max|v|`` of its tokens, (B, H).
             least_decay: ``min Γ dt`` of its tokens, (B, H).
             elapsed: its duration ``N dt``, (B,).

@@ -1,11 +1,11 @@
-"""A linear map of low rank."""
+"""Linear map of low rank."""
 
 import torch
 from torch import Tensor, nn
 
 
 class LowRankLinear(nn.Module):
-    """``x -> up(down(x))``: a linear map through ``rank`` channels.
+    """Linear map through ``rank`` channels: ``x -> up(down(x))``.
 
     Args:
         in_features, out_features: widths.
@@ -18,11 +18,11 @@ class LowRankLinear(nn.Module):
         self.up = nn.Linear(rank, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Map (..., in) -> (..., out)."""
         return self.up(self.down(x))
 
     @torch.no_grad()
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Weight (out, in) and bias (out,) of the same map as one matrix, multiplied out on the CPU in float64."""
+        """Return weight (out, in) and bias (out,) of the same map as one matrix, multiplied on the CPU in float64."""
         down, up = (layer.weight.to("cpu", torch.float64) for layer in (self.down, self.up))
         return (up @ down).to(self.up.weight.dtype), self.up.bias.cpu().clone()

@@ -1,4 +1,4 @@
-"""Memory resonance: the modes of a memory in the basis of the zeta zeros, and which of them ring on.
+"""Memory resonance: damping of the weak modes of a memory in the basis of the zeta zeros.
 
 Shapes: B batch, H heads, K key width, V value width.
 """
@@ -12,9 +12,9 @@ from .zeta import ExactConstant, resonance_basis
 
 
 class MemoryResonanceLayer(nn.Module):
-    """At every consolidation, modes with little energy are damped (``ops.consolidation``).
+    """Filter that damps modes of little energy at every consolidation (``ops.consolidation``).
 
-    It starts near the identity: ``bias`` opens every mode's gate, and training closes what does not help.
+    It starts near the identity: ``bias`` opens the gate of every mode, and training closes gates.
 
     Args:
         num_heads: heads H.
@@ -36,18 +36,18 @@ class MemoryResonanceLayer(nn.Module):
         self.bias.fill_(4.0)
 
     def forward(self) -> Resonance:
-        """What the operator needs: ``constants``, through the module's hooks, which may have to fetch its weights."""
+        """Return the operator's parameters. Call the module, not ``constants()``: FSDP gathers weights in a hook."""
         return self.constants()
 
     def constants(self) -> Resonance:
-        """What the operator needs."""
+        """Return the parameters of the operator."""
         return Resonance(self.basis.value, self.energy_threshold, self.sharpness, self.bias)
 
     def statistics(self, memory: Tensor) -> dict[str, Tensor]:
-        """What the layer sees in a memory (B, H, K, V).
+        """Return statistics of the modes of a memory (B, H, K, V).
 
-        Returns per mode (B, H, K) ``diag_energy`` (relative to the modes' mean), ``gate`` (its factor) and
-        ``resonance_mask`` (energy above the threshold), and per head (B, H) ``num_resonant``, ``total_energy`` and
+        Per mode (B, H, K): ``diag_energy`` (relative to the mean of the modes), ``gate`` (the factor) and
+        ``resonance_mask`` (energy above the threshold). Per head (B, H): ``num_resonant``, ``total_energy`` and
         ``sparsity_ratio`` (the share of modes that do not resonate).
         """
         energy = mode_energies(modes(memory, self.basis.value))

@@ -1,4 +1,4 @@
-"""SNR memory filter: which components of a memory are signal, and which are noise that may fade.
+"""SNR memory filter: components of a memory below a signal-to-noise threshold decay faster.
 
 Shapes: B batch, H heads, K key width, V value width.
 """
@@ -12,18 +12,18 @@ from ..ops.precision import at_least_float32
 
 
 class SNRMemoryFilter(nn.Module):
-    """At every consolidation, noise forgets faster and signal is written more strongly (``ops.consolidation``).
+    """Filter of a memory at every consolidation: noise decays faster, and signal is written more strongly
+    (``ops.consolidation``).
 
-    It starts near the identity: ``sigmoid(strength_logit)`` is how strongly it acts, and training opens it where it
-    helps.
+    It starts near the identity: its strength is ``sigmoid(strength_logit)``, and training raises it where it helps.
 
     Args:
         num_heads: heads H.
         threshold: SNR, in units of the memory's rms, above which a component counts as signal.
-        gamma_boost: how many times faster noise forgets at full strength, >= 1.
-        eta_boost: how many times more strongly signal is learned at full strength, >= 1.
+        gamma_boost: factor of the decay rate of noise at full strength, >= 1.
+        eta_boost: factor of the learning rate of signal at full strength, >= 1.
         temperature: softness of the threshold.
-        trained: False for full strength, which nothing changes.
+        trained: train the strength; False for full strength.
     """
 
     def __init__(
@@ -47,22 +47,21 @@ class SNRMemoryFilter(nn.Module):
             self.strength_logit.fill_(-6.0)
 
     def forward(self) -> SNRFilter:
-        """What the operator needs: ``constants``, through the module's hooks, which may have to fetch its weights."""
+        """Return the operator's parameters. Call the module, not ``constants()``: FSDP gathers weights in a hook."""
         return self.constants()
 
     def constants(self) -> SNRFilter:
-        """What the operator needs."""
+        """Return the parameters of the operator."""
         return SNRFilter(self.threshold, self.temperature, self.gamma_boost, self.eta_boost, self.strength)
 
     @property
     def strength(self) -> Tensor | None:
-        """How strongly the filter acts on every head, (H,) float32 or wider, in [0, 1]; None for full strength."""
+        """Strength of the filter per head, (H,) float32 or wider, in [0, 1]; None for full strength."""
         return None if self.strength_logit is None else at_least_float32(self.strength_logit).sigmoid()
 
     @property
     def gain(self) -> Tensor:
-        """What is added to writes that are signal, as a part of them, ``s (eta_boost - 1)``: (H,), or () at full
-        strength."""
+        """Gain of writes that are signal, a fraction of them, ``s (eta_boost - 1)``: (H,), or () at full strength."""
         strength = torch.ones(()) if self.strength is None else self.strength
         return strength * (self.eta_boost - 1)
 
@@ -71,9 +70,8 @@ class SNRMemoryFilter(nn.Module):
         return ", ".join(f"{name}={getattr(self, name):g}" for name in names)
 
     def statistics(self, memory: Tensor) -> dict[str, Tensor]:
-        """What the filter sees in a memory (B, H, K, V): ``mean_snr``, ``std_snr``, ``min_snr``, ``max_snr`` and
-        ``low_snr_ratio`` (the share of components below the threshold), and the ``strength`` with which it acts, each
-        (B, H)."""
+        """Return statistics of a memory (B, H, K, V), each (B, H): ``mean_snr``, ``std_snr``, ``min_snr``, ``max_snr``,
+        ``low_snr_ratio`` (the share of components below the threshold) and the ``strength`` of the filter."""
         snr, strength = signal_to_noise(memory).flatten(-2), self.strength
         return {
             "mean_snr": snr.mean(-1),

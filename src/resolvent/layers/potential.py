@@ -1,4 +1,4 @@
-"""The non-Hermitian potential ``V - iΓ`` of the tokens, and the BK-Core layer that scatters them from it.
+"""Non-Hermitian potential ``V - iΓ`` of the tokens, and the BK-Core layers.
 
 Shapes: B batch, N sequence, D model width, H heads.
 """
@@ -15,19 +15,19 @@ from .plain import is_plain
 
 
 class NonHermitianPotential(nn.Module):
-    """Token features -> potential V and decay rate Γ of every head: ``V = v_proj(x) + s memory_to_potential(r)``,
+    """Potential V and decay rate Γ of every head: ``V = v_proj(x) + s memory_to_potential(r)``,
     ``Γ = softplus(gamma_proj(x) + gamma_bias) + base_decay``.
 
-    Γ is a rate per unit time. Its bias sets out the heads' initial ``Γ dt``: the first keeps what it can, at 1.5
-    ``base_decay dt``; the others are spaced geometrically from one twentieth to one half, memories of twenty tokens
-    down to two, which text is learnt with faster.
+    Γ is a rate per unit time. Its bias sets the initial ``Γ dt`` of the heads: that of the first is 1.5
+    ``base_decay dt``, near the minimum; those of the others are spaced geometrically from one twentieth to one half,
+    memories of twenty tokens down to two, with which text is learnt faster.
 
     Args:
         d_model: width D of x.
         num_heads: heads H.
         base_decay: least Γ, > 0.
-        adaptive_decay: let Γ depend on the token; otherwise it is one trainable number a head.
-        dt: time a token takes.
+        adaptive_decay: let Γ depend on the token; otherwise it is one trainable number per head.
+        dt: time per token.
         memory_width: width of the memory read-out r that feeds back into V; 0 for no feedback.
         memory_scale: s; None for ``1 / sqrt(memory_width)``. Without it, training learns this feedback so fast that it
             overfits.
@@ -54,7 +54,7 @@ class NonHermitianPotential(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set what has a fixed start: the spacing of Γ, and a feedback of zero."""
+        """Set the parameters with a fixed start: the spacing of Γ, and a feedback of zero."""
         slowest = 1.5 * self.base_decay * self.dt
         slow, fast = max(1 / 20, slowest), max(1 / 2, 2 * slowest)
         others = slow * (fast / slow) ** torch.linspace(0, 1, max(1, self.num_heads - 1), dtype=torch.float64)
@@ -64,7 +64,8 @@ class NonHermitianPotential(nn.Module):
             self.memory_to_potential.weight.zero_()
 
     def forward(self, x: Tensor, readout: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (B, N, D) and the previous block's read-out (B, N, memory_width) -> V, Γ, at least float32 (B, N, H)."""
+        """Map x (B, N, D), and the previous block's read-out (B, N, memory_width), to V and Γ, at least float32
+        (B, N, H)."""
         potential, adaptive = self._projected(for_products(x))
         potential = at_least_float32(potential)
         if self.memory_to_potential is not None and readout is not None:
@@ -73,7 +74,7 @@ class NonHermitianPotential(nn.Module):
         return potential, F.softplus(at_least_float32(rate)) + self.base_decay
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``v_proj(x)`` and ``gamma_proj(x)``, of one product if possible: either alone is hardly worth reading x."""
+        """Return ``v_proj(x)`` and ``gamma_proj(x)``, of one product where possible, which reads x once."""
         if self.gamma_proj is None:
             return self.v_proj(x), None
         if is_plain(self.v_proj) and is_plain(self.gamma_proj):
@@ -83,14 +84,14 @@ class NonHermitianPotential(nn.Module):
 
 
 class DissipativeBKLayer(nn.Module):
-    """Features of the resolvent: ``[Re g, Im g]`` of the causal chain of every head, ``(B, N, 2H)``.
+    """BK-Core: features ``[Re g, Im g]`` of the resolvent of every head's causal chain, ``(B, N, 2H)``.
 
     Per head there is one pair of hoppings (the modulus of their product, ``m >= 0``, couples neighbours), one strength
     κ >= 0 with which Γ damps the Hamiltonian, and one spectral point ``z = E + iζ``, ζ > 0, all trainable. The features
-    obey ``|g| <= 1 / (κ Γ + ζ)`` whatever the parameters.
+    obey ``|g| <= 1 / (κ Γ + ζ)`` for all parameters.
 
     Args:
-        potential: where V and Γ come from.
+        potential: computes V and Γ.
         zeta: initial ζ.
         backend: ``auto``, ``torch`` or ``triton``.
         block_size: sites that one program of a kernel holds.
@@ -112,7 +113,7 @@ class DissipativeBKLayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A chain of unit hoppings whose heads look at energies spread over its band [-2, 2]."""
+        """Set unit hoppings, and energies of the heads that are spread over the band of the chain, [-2, 2]."""
         for ones in (self.h0_super, self.h0_sub, self.kappa):
             ones.fill_(1.0)
         self.energy.copy_(torch.linspace(-1, 1, len(self.energy)) if len(self.energy) > 1 else torch.zeros(1))
@@ -125,7 +126,7 @@ class DissipativeBKLayer(nn.Module):
         state: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scatter the tokens.
+        """Compute the features of the tokens.
 
         Args:
             x: (B, N, D).
@@ -155,10 +156,10 @@ class DissipativeBKLayer(nn.Module):
 
 
 class StaticBKLayer(nn.Module):
-    """Features of the resolvent of a fixed Hamiltonian: ``[Re g, Im g]`` of every head's causal chain, ``(B, N, 2H)``.
+    """BK-Core of a fixed Hamiltonian: features ``[Re g, Im g]`` of every head's causal chain, ``(B, N, 2H)``.
 
-    The free chain has the diagonal -2 and unit hoppings, it is looked at from ``z = i``, and nothing dissipates; all
-    that is trained is the potential ``V = v_proj(x)``. So ``|g| <= 1``.
+    The free chain has the diagonal -2 and unit hoppings, the spectral point is ``z = i``, and nothing dissipates; only
+    the potential ``V = v_proj(x)`` is trained. So ``|g| <= 1``.
 
     Args:
         d_model: width D of x.
@@ -175,17 +176,17 @@ class StaticBKLayer(nn.Module):
 
     @property
     def energy(self) -> Tensor:
-        """What is constant in ``alpha = h0_diag + W x + bias - E - iζ``, with its sign turned, at least float32 (H,).
-
-        Seen from the tokens it is an energy; Phase 2, whose chain has a diagonal of zero, starts from this one."""
+        """Energy of the heads, ``E - h0_diag - bias``, at least float32 (H,): minus the constant of
+        ``alpha = h0_diag + W x + bias - E - iζ``. A converted Phase 2 model, whose chain has a diagonal of zero, starts
+        from this energy."""
         return self.ENERGY - self.H0_DIAG - at_least_float32(self.v_proj.bias)
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x (B, N, D), g of the last token read (complex, a row a sequence) and the offsets of packed sequences ->
-        features (B, N, 2H), at least float32, and the next state."""
-        # The bias counts as a constant, unless it is in other hands.
+        """Map x (B, N, D), g of the last token read (complex, one row per sequence) and the offsets of packed sequences
+        -> features (B, N, 2H), at least float32, and the next state."""
+        # The bias is part of the energy, unless another module wraps the projection.
         plain = is_plain(self.v_proj)
         potential = at_least_float32(F.linear(x, self.v_proj.weight) if plain else self.v_proj(x))
         with torch.autocast(x.device.type, enabled=False):
@@ -204,5 +205,5 @@ class StaticBKLayer(nn.Module):
 
 
 def _modulus(x: Tensor) -> Tensor:
-    """``|x|`` with the slope 1 at zero, where that of ``abs`` is 0: a strength that starts at zero can leave it."""
+    """Return ``|x|``, with the slope 1 at zero, where that of ``abs`` is 0: training can move a strength of zero."""
     return torch.where(x < 0, -x, x)

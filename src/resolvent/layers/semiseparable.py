@@ -1,4 +1,4 @@
-"""The adaptive-rank semiseparable layer (AR-SSM): a gated sum over all of the past, and a glance at the last tokens.
+"""Adaptive-rank semiseparable layer (AR-SSM): a gated sum over all past tokens, and a short convolution.
 
 Shapes: B batch, N sequence, D model width, R rank, S packed sequences.
 """
@@ -19,11 +19,11 @@ CONV_SIZE = 3
 
 
 class SemiseparableState(NamedTuple):
-    """All that the layer knows of the past.
+    """State of the layer.
 
     Attributes:
         total: c of the last token, float64 (B, R).
-        conv_tail: the last inputs of the convolution, float32 (B, 2, D).
+        conv_tail: conv state: the last inputs of the convolution, float32 (B, 2, D).
     """
 
     total: Tensor
@@ -31,22 +31,21 @@ class SemiseparableState(NamedTuple):
 
 
 class AdaptiveRankSemiseparableLayer(nn.Module):
-    """``y_t = W_o (c_t g_t V x_t) + conv(x)_t`` with ``c_t = sum_{s <= t} g_s U x_s`` and ``g = sigmoid(gate(x))``.
+    """AR-SSM: ``y_t = W_o (c_t g_t V x_t) + conv(x)_t``, ``c_t = sum_{s <= t} g_s U x_s``, ``g = sigmoid(gate(x))``.
 
-    The sum grows with the length, and what was learned from short texts would read numbers it has never seen in long
-    ones. So the layer reads ``c / sqrt(1 + c²)`` instead of c, a channel at a time; the sum itself, and its state, stay
-    exact.
+    The sum grows with the length: in long texts it leaves the range of the short texts of training. So the layer reads
+    ``c / sqrt(1 + c²)`` instead of c, channel by channel; the sum itself, and its state, stay exact.
 
-    The layer computes with its first ``rank`` channels only: the weights are sliced, so that a low rank saves the
-    work. What it adds to the stream starts at zero, channel by channel, so that a channel which was never in use adds
-    nothing, and raising the rank changes no output until training has used the new channels.
+    The layer computes with its first ``rank`` channels only: the weights are sliced, so a low rank saves work. The
+    output weights start at zero: a channel that was never in use adds nothing, and raising the rank changes no output
+    until training has used the new channels.
 
     Args:
         d_model: width D.
         max_rank: channels R.
         gate_hidden_dim: hidden width of the gate.
-        bounded: read the sum through that bound; False for the plain formula, which breaks down on texts longer than
-            those of training (docs/conversion.md has figures).
+        bounded: read the sum through that bound; False for the plain formula, which fails on texts longer than those
+            of training (docs/conversion.md has figures).
         backend: ``auto``, ``torch`` or ``triton``.
     """
 
@@ -64,7 +63,7 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set what has a fixed start: an output of zero."""
+        """Set the parameters with a fixed start: an output of zero."""
         self.out_proj.weight.zero_()
         self.conv_weight.zero_()
 
@@ -72,7 +71,7 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         """Compute with the first ``rank`` channels from now on.
 
         Raises:
-            ValueError: the layer has not as many, or ``rank`` is none.
+            ValueError: the layer has fewer channels, or ``rank`` is below 1.
         """
         if not 1 <= rank <= self.max_rank:
             raise ValueError(f"rank must be between 1 and the layer's {self.max_rank}, got {rank}")
@@ -92,12 +91,12 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         """Mix the tokens.
 
         Args:
-            x: (B, N, D).
-            state: what was read before, one row a sequence.
+            x: tokens, (B, N, D).
+            state: state before the first token, one row per sequence.
             cu_seqlens: offsets of S packed sequences.
 
         Returns:
-            what is added to the residual stream (B, N, D), the gates (B, N, rank) and the next state.
+            output for the residual stream (B, N, D), gates (B, N, rank) and the next state.
         """
         x = for_products(x)
         state = state if state is not None else self._empty_state(x, cu_seqlens)
@@ -127,7 +126,7 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
 
 
 def _first_channels(projection: nn.Linear, x: Tensor, rank: int) -> Tensor:
-    """The first ``rank`` outputs of a projection; where these are all, the module computes them, whatever wraps it."""
+    """Return the first ``rank`` outputs of a projection; all of them come from a call of the module, wrapped or not."""
     if rank == projection.out_features:
         return projection(x)
     return F.linear(x, projection.weight[:rank], None if projection.bias is None else projection.bias[:rank])

@@ -1,4 +1,4 @@
-"""The holographic tensor-train embedding (HTT): a table of tokens in two small cores.
+"""Holographic tensor-train embedding (HTT): a table of tokens in two small cores.
 
 Token ``i`` is split into ``(i // v2, i % v2)`` and the width into ``d1 * d2``; the table, its axes regrouped to
 ``(v1 d1, v2 d2)``, is a matrix of rank ``r``. Shapes: V vocabulary, D width, r rank.
@@ -16,13 +16,13 @@ from ..errors import ConfigError
 
 
 class TensorTrainEmbedding(nn.Module):
-    """``E[i] = sum_k core1[i // v2, k] (x) cos(θ_k) core2[i % v2, k]``, cut to the width D.
+    """Tensor train of two cores: ``E[i] = sum_k core1[i // v2, k] (x) cos(θ_k) core2[i % v2, k]``, cut to the width D.
 
     Args:
         vocab_size: tokens V.
         d_model: width D.
         rank: rank r.
-        num_cores: 2; a train of more is not implemented.
+        num_cores: 2; more cores are not implemented.
         phase_encoding: give every rank a trainable phase θ. ``cos(θ)`` scales the rank; it adds no expressive power.
 
     Raises:
@@ -42,7 +42,7 @@ class TensorTrainEmbedding(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
-        """Draw cores on the CPU, such that the entries of the table have the standard deviation ``std``."""
+        """Draw the cores on the CPU, so that the entries of the table have the standard deviation ``std``."""
         if self.core1.is_meta:
             return
         spread = math.sqrt(std / math.sqrt(self.rank))
@@ -52,7 +52,7 @@ class TensorTrainEmbedding(nn.Module):
 
     @classmethod
     def from_table(cls, table: Tensor, rank: int, phase_encoding: bool = True) -> Self:
-        """The embedding of this rank that is nearest to a table (V, D) in the sum of squares."""
+        """Return the embedding of this rank that is nearest to a table (V, D) in the sum of squares."""
         vocab_size, d_model = table.shape
         embedding = cls(vocab_size, d_model, rank, phase_encoding=phase_encoding)
         embedding.load_table(table)
@@ -60,11 +60,11 @@ class TensorTrainEmbedding(nn.Module):
 
     @torch.no_grad()
     def load_table(self, table: Tensor) -> None:
-        """TT-SVD: take over a table (V, D) as well as the rank allows.
+        """Approximate a table (V, D) by TT-SVD.
 
         By Eckart and Young, the truncated singular value decomposition of the regrouped table is the nearest of its
-        rank; it runs on the CPU in float64, and all devices agree. Tokens and channels that only fill up the grid are
-        taken for zero.
+        rank. It runs on the CPU in float64, so all devices agree. Tokens and channels that only fill up the grid are
+        zero.
 
         Raises:
             ValueError: the table has another shape.
@@ -85,7 +85,7 @@ class TensorTrainEmbedding(nn.Module):
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        """The whole table, (V, D) on the CPU: bit for bit what the CPU looks up."""
+        """Return the whole table, (V, D) on the CPU, equal to the bit to the vectors that the CPU looks up."""
         embedding = copy.deepcopy(self).cpu()
         return torch.cat([embedding(ids) for ids in torch.arange(self.num_embeddings).split(4096)])
 
@@ -98,7 +98,7 @@ class TensorTrainEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Tokens, integer (...) -> (..., D)."""
+        """Look up tokens: integer (...) -> (..., D)."""
         core2 = self.core2 * self._phase_factor()[:, None, None]
         first = F.embedding(input_ids // self.v2, self.core1.flatten(1)).unflatten(-1, (self.rank, self.d1))
         second = F.embedding(input_ids % self.v2, core2.flatten(1)).unflatten(-1, (self.rank, self.d2))
@@ -109,11 +109,11 @@ class TensorTrainEmbedding(nn.Module):
             self.phase_shift.fill_(0.1)  # off zero, where the cosine has no slope
 
     def _phase_factor(self) -> Tensor:
-        """cos(θ), (r,)."""
+        """Return cos(θ), (r,)."""
         return torch.cos(self.phase_shift) if self.phase_shift is not None else self.core1.new_ones(self.rank)
 
     def _regroup(self, table: Tensor) -> Tensor:
-        """(V, D) -> (v1 d1, v2 d2), zero where the grid is larger than the table."""
+        """Regroup (V, D) -> (v1 d1, v2 d2), with zeros where the grid is larger than the table."""
         grid = F.pad(
             table, (0, self.d1 * self.d2 - self.embedding_dim, 0, self.v1 * self.v2 - self.num_embeddings)
         ).view(self.v1, self.v2, self.d1, self.d2)
@@ -121,6 +121,6 @@ class TensorTrainEmbedding(nn.Module):
 
 
 def factor(size: int) -> tuple[int, int]:
-    """Two nearly equal numbers whose product holds ``size``."""
+    """Return two nearly equal numbers with a product of at least ``size``."""
     first = math.isqrt(size - 1) + 1
     return first, -(-size // first)

@@ -1,8 +1,8 @@
-"""The zeros of the Riemann zeta function, and the three things made of them: positions, weights and a basis.
+"""Zeros of the Riemann zeta function, and positions, weights and a basis that are made from them.
 
 The first zeros come from a table that ``scripts/make_zeta_zeros.py`` computed; beyond it the smooth part of the
-counting function (Riemann-von Mangoldt), ``N(t) = t / 2π log(t / 2πe) + 7/8``, is inverted. Nothing here is random but
-what the caller's generator draws, and every decomposition runs on the CPU, so that all devices agree.
+counting function (Riemann-von Mangoldt), ``N(t) = t / 2π log(t / 2πe) + 7/8``, is inverted. The only randomness is that
+of the caller's generator, and every decomposition runs on the CPU, so all devices agree.
 """
 
 import functools
@@ -18,7 +18,7 @@ from ..ops.precision import at_least_float32, wide_dtype
 
 
 def zeta_zeros(count: int) -> Tensor:
-    """Imaginary parts of the first ``count`` non-trivial zeros, float64 (count,)."""
+    """Return the imaginary parts of the first ``count`` non-trivial zeros, float64 (count,)."""
     table = _table()
     if count <= len(table):
         return table[:count].clone()
@@ -27,7 +27,7 @@ def zeta_zeros(count: int) -> Tensor:
 
 
 def counting_function(t: Tensor) -> Tensor:
-    """Smooth number of zeros with imaginary part up to ``t`` (the Riemann-von Mangoldt formula)."""
+    """Return the smooth number of zeros with imaginary part up to ``t`` (the Riemann-von Mangoldt formula)."""
     turns = t / (2 * math.pi)
     return turns * torch.log(turns / math.e) + 7 / 8
 
@@ -39,7 +39,7 @@ def _table() -> Tensor:
 
 
 def _invert_counting_function(count: Tensor) -> Tensor:
-    """The t with ``counting_function(t) = count``, by Newton's method from above; count >= 10."""
+    """Return the t with ``counting_function(t) = count``, by Newton's method from above; count >= 10."""
     t = 2 * math.pi * count
     for _ in range(30):
         t = t - (counting_function(t) - count) * 2 * math.pi / torch.log(t / (2 * math.pi))
@@ -68,14 +68,12 @@ class ExactConstant(nn.Module):
 
 
 class ZetaEmbedding(nn.Module):
-    """Positions as waves whose lengths the zeros set: ``PE(p, 2i) = sin(p / γ_i)``, ``PE(p, 2i + 1) = cos(p / γ_i)``.
+    """Positions as waves of the zeros: ``PE(p, 2i) = sin(p / γ_i)``, ``PE(p, 2i + 1) = cos(p / γ_i)``.
 
-    Computed for any position: there is no table, and so no last one. Phases are formed in float64 and lose their whole
-    turns there, so that a position of a million is as sharp as the first. The waves enter with the amplitude
-    ``tanh(gain) * scale``. ``gain`` is trained and starts at zero, so that a fresh model reads no position until
-    training asks for it; and however much it asks, waves do not drown the tokens they are added to. Past the length of
-    training their phases are ones that it never showed, and a model to which they were loud lost there what it
-    remembers.
+    There is no table: any position has its embedding. Phases are reduced to one turn in float64, so that a position of
+    a million is as exact as the first. The amplitude is ``tanh(gain) * scale``. ``gain`` is trained and starts at zero:
+    a fresh model reads no position. The amplitude is bounded, because beyond the training length the phases are ones
+    that training never showed: models with loud waves lost there what they had remembered.
 
     Args:
         d_model: width D of the embedding.
@@ -99,29 +97,29 @@ class ZetaEmbedding(nn.Module):
 
     @property
     def amplitude(self) -> Tensor:
-        """Of the waves, (), at least float32."""
+        """Amplitude of the waves, (), at least float32."""
         return self.scale * torch.tanh(at_least_float32(self.gain))
 
     @property
     def pace(self) -> Tensor:
-        """Turns that every wave makes a token, float64 (D / 2,)."""
+        """Turns of every wave per token, float64 (D / 2,)."""
         frequency = self.initial_frequency.value if self.frequency is None else self.frequency.to(torch.float64)
         return frequency / (2 * math.pi)
 
     def forward(self, position: Tensor) -> Tensor:
-        """Positions, integer (...) -> (..., D), at least float32."""
+        """Embed positions: integer (...) -> (..., D), at least float32."""
         turns = position.to(torch.float64).unsqueeze(-1) * self.pace
-        # Only the phases need float64: its sines and cosines take a GPU longer than a block.
+        # Only the phases need float64: on a GPU its sines and cosines take longer than a block.
         phase = ((turns - turns.round()) * (2 * math.pi)).to(wide_dtype(self.gain))
         waves = torch.stack([torch.sin(phase), torch.cos(phase)], dim=-1).flatten(-2)[..., : self.d_model]
         return self.amplitude * waves
 
 
 class ZetaInitializer:
-    """Weights ``W = U diag(s) Vᵀ`` with ``s_i ∝ 1 / γ_i`` and random orthogonal U, V.
+    """Initialiser of weights ``W = U diag(s) Vᵀ`` with ``s_i ∝ 1 / γ_i`` and random orthogonal U, V.
 
-    The Frobenius norm is that of the usual N(0, std²) initialisation, so that the signal keeps its size and only the
-    shape of the spectrum is the zeros'. U and V come from QR decompositions on the CPU of Gaussian matrices that
+    The Frobenius norm is that of the usual N(0, std²) initialisation, so the signal keeps its size; only the shape of
+    the spectrum is that of the zeros. U and V come from QR decompositions on the CPU of Gaussian matrices that
     ``generator`` draws (the global CPU generator if None): the same seed gives the same weights on every device.
     """
 
@@ -133,7 +131,7 @@ class ZetaInitializer:
         """Fill a matrix (out, in) in place.
 
         Raises:
-            ValueError: the weight is no matrix.
+            ValueError: the weight has other than two dimensions.
         """
         if weight.dim() != 2:
             raise ValueError(f"zeta initialisation is for matrices, got shape {tuple(weight.shape)}")
@@ -148,13 +146,13 @@ class ZetaInitializer:
         weight.copy_((left * spectrum) @ right.T)
 
     def _orthonormal(self, rows: int, columns: int) -> Tensor:
-        """Haar-distributed orthonormal columns, (rows, columns)."""
+        """Draw Haar-distributed orthonormal columns, (rows, columns)."""
         q, r = torch.linalg.qr(torch.randn(rows, columns, generator=self.generator, device="cpu"))
         return q * torch.sign(r.diagonal())
 
 
 def resonance_basis(width: int) -> Tensor:
-    """Real orthonormal (K, K) basis whose waves have the unfolded zeros as frequencies, float64.
+    """Return the real orthonormal basis (K, K) of waves with the unfolded zeros as frequencies, float64.
 
     Unfolding, ``u_j = N(γ_j)``, gives the zeros mean spacing one; ``u_j / K`` cycles an index for j <= K / 2 then cover
     the resolvable frequencies without aliasing, and the polar factor of the cosine and sine columns is the closest
@@ -164,7 +162,7 @@ def resonance_basis(width: int) -> Tensor:
 
 
 def _resonance_waves(width: int) -> Tensor:
-    """The unit cosine and sine columns before they are made orthonormal, (K, K) float64."""
+    """Return the unit cosine and sine columns before orthonormalisation, (K, K) float64."""
     frequency = counting_function(zeta_zeros((width + 1) // 2)) / width
     phase = 2 * math.pi * torch.arange(width, dtype=torch.float64, device="cpu")[:, None] * frequency
     waves = torch.stack([torch.cos(phase), torch.sin(phase)], dim=-1).flatten(-2)[:, :width]
