@@ -1,4 +1,4 @@
-"""Phase 1: the static-Hamiltonian model that Phase 2 grows out of."""
+"""Phase 1: the model of a static Hamiltonian that Phase 2 extends."""
 
 from .block import Phase1Block, Phase1Record
 from .config import Phase1Config, get_phase1_preset

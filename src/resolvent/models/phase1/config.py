@@ -1,4 +1,4 @@
-"""Configuration of Phase 1, the static-Hamiltonian model that Phase 2 grows out of, and its presets."""
+"""Configuration of Phase 1, the model of a static Hamiltonian that Phase 2 extends, and its presets."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -10,7 +10,7 @@ from ..config import ModelConfig, Values, must_be_at_least, must_be_positive
 
 @dataclass
 class Phase1Config(ModelConfig):
-    """Everything that defines a Phase 1 model; ``validate`` checks it, ``to_dict`` and ``from_dict`` store it."""
+    """Configuration of a Phase 1 model; ``validate`` checks it, ``to_dict`` and ``from_dict`` store it."""
 
     # Adaptive-rank semiseparable layer (AR-SSM)
     ar_ssm_enabled: bool = True
@@ -30,13 +30,13 @@ class Phase1Config(ModelConfig):
     """embed tokens with a tensor train instead of a table"""
     htt_rank: int = 16
     htt_num_cores: int = 2
-    """a train of two cores is the only one there is"""
+    """only a train of two cores is implemented"""
     htt_phase_encoding: bool = True
     """a trainable phase for every rank"""
     htt_compression_target: float = 0.1
-    """parameters over those of a table; diagnostics say what it is"""
+    """parameters over those of a table; diagnostics report the actual ratio"""
 
-    # Stability, which diagnostics report on
+    # Stability, which diagnostics report
     stability_monitoring_enabled: bool = True
     stability_threshold: float = 1e-6
     schatten_s1_bound: float = 100.0
@@ -45,22 +45,22 @@ class Phase1Config(ModelConfig):
 
     # Memory
     use_gradient_checkpointing: bool = True
-    """compute the branches of a block anew in the backward pass instead of keeping what they computed"""
+    """activation checkpointing of the branches of a block"""
     checkpoint_ar_ssm: bool = True
-    """... the semiseparable branch included"""
+    """also checkpoint the semiseparable branch"""
     checkpoint_htt: bool = False
-    """... and the tensor-train embedding"""
+    """also checkpoint the tensor-train embedding"""
     ffn_rank: int | None = None
     """rank of the feed-forward network's matrices; None for full ones"""
     ffn_compression_enabled: bool = True
-    """False keeps the matrices full whatever ``ffn_rank`` says"""
+    """use ``ffn_rank``; False keeps the matrices full"""
 
     # Model architecture
     vocab_size: int = 50257
     d_model: int = 512
     n_layers: int = 6
     n_seq: int = 1024
-    """length of the sequences it is trained on; nothing ends there"""
+    """tokens of a training window; a model reads any number of them"""
 
     # Performance targets
     target_vram_gb: float = 8.0
@@ -74,18 +74,18 @@ class Phase1Config(ModelConfig):
     """hidden width of the feed-forward network; None for 4 d_model"""
     dropout: float = 0.1
     embedding_scale: float = 1.0
-    """factor of what enters the first block"""
+    """factor of the token vectors"""
     rank_warmup_steps: int = 1000
-    """training steps in which the rank rises from its least to its most"""
+    """training steps in which the rank rises from its minimum to its maximum"""
     ar_ssm_bounded: bool = True
-    """let the semiseparable layers read their sum through ``c / sqrt(1 + c²)``, which keeps what was learned on texts
-    longer than those of training; False is the plain formula"""
+    """let the semiseparable layers read their sum through ``c / sqrt(1 + c²)``, which keeps the loss on texts longer than
+    those of training; False is the plain formula"""
     backend: str = "auto"
-    """operators run on: auto, torch or triton"""
+    """backend of the operators: auto, torch or triton"""
 
     @classmethod
     def for_hardware(cls, vram_gb: float) -> Self:
-        """The configuration for a GPU of this memory: three sizes, up to 8, up to 10 and more GB.
+        """Return the configuration for a GPU of this memory: up to 8, up to 10, or more GB.
 
         Raises:
             ConfigError: the memory is not above zero.
@@ -99,17 +99,17 @@ class Phase1Config(ModelConfig):
 
     @classmethod
     def for_inference(cls) -> Self:
-        """Nothing is computed twice."""
+        """Return a configuration without activation checkpointing."""
         return cls(use_gradient_checkpointing=False, checkpoint_ar_ssm=False)
 
     @classmethod
     def for_maximum_quality(cls) -> Self:
-        """High ranks."""
+        """Return a configuration of high ranks."""
         return cls(**_ranks(128, 16, 64, 0.3), ar_ssm_l1_regularization=1e-4, target_ppl_degradation=0.01)
 
     @classmethod
     def for_maximum_efficiency(cls) -> Self:
-        """Low ranks."""
+        """Return a configuration of low ranks."""
         return cls(**_ranks(16, 2, 8, 0.05), ar_ssm_l1_regularization=0.01, target_vram_gb=6.0)
 
     @property
@@ -140,7 +140,7 @@ class Phase1Config(ModelConfig):
         return max(self.d_model // 4, self.ar_ssm_min_rank)
 
     def rank_at(self, step: int) -> int:
-        """Rank of the semiseparable layers at a training step: from the least to the most, linearly."""
+        """Return the rank of the semiseparable layers at a training step; it rises linearly to the maximum."""
         progress = min(1.0, step / self.rank_warmup_steps) if self.rank_warmup_steps else 1.0
         return int(self.ar_ssm_min_rank + progress * (self.ar_ssm_max_rank - self.ar_ssm_min_rank))
 
@@ -239,7 +239,7 @@ ALIASES = {
 
 
 def get_phase1_preset(name: str) -> Phase1Config:
-    """A fresh configuration: ``tiny`` (laptops, bytes), a size of GPU memory, or an aim; aliases are known too.
+    """Return a fresh configuration: ``tiny`` (laptops, bytes), a GPU memory, or an aim; aliases are accepted too.
 
     Raises:
         ConfigError: there is no such preset.

@@ -1,4 +1,7 @@
-"""What a Phase 1 model knows of the past. Shapes: B sequences, H heads."""
+"""State of a Phase 1 model.
+
+Shapes: B sequences, H heads.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -14,7 +17,7 @@ class Phase1LayerState(NamedTuple):
 
     Attributes:
         resolvent: g of the last token, complex64 (B, H).
-        ar_ssm: the semiseparable layer's sum and tail, where a block has one.
+        ar_ssm: sum and conv state of the semiseparable layer, where a block has one.
     """
 
     resolvent: Tensor
@@ -23,7 +26,7 @@ class Phase1LayerState(NamedTuple):
 
 @dataclass(frozen=True)
 class Phase1State(ModelState):
-    """State of a Phase 1 model: per layer the resolvent's last value, and the semiseparable layer's sum."""
+    """State of a Phase 1 model: per layer the last value of the resolvent and the sum of the semiseparable layer."""
 
     layer_type: ClassVar[type[Phase1LayerState]] = Phase1LayerState
 

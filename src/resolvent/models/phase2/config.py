@@ -13,21 +13,21 @@ from ..phase1.config import Phase1Config
 
 @dataclass
 class Phase2Config(ModelConfig):
-    """Everything that defines a Phase 2 model; ``validate`` checks it, ``to_dict`` and ``from_dict`` store it."""
+    """Configuration of a Phase 2 model; ``validate`` checks it, ``to_dict`` and ``from_dict`` store it."""
 
     # Phase 1 compatibility
     phase1_config: Phase1Config | None = None
-    """the Phase 1 model this one grew out of, if any"""
+    """configuration of the Phase 1 model that was converted, if any"""
 
     # BK-Core Triton
     use_triton_bk: bool = True
     """let the BK-Core use its Triton kernel where ``backend`` does; False keeps it on torch"""
     triton_block_size: int = 256
-    """lanes of one program of the kernel at most, each of which holds eight sites of a chain"""
+    """most lanes of one program of the kernel; a lane holds eight sites of a chain"""
 
     # Non-Hermitian potential
     base_decay: float = 1e-4
-    """least decay rate Γ, per unit time: the inverse of what a memory can reach"""
+    """least decay rate Γ, per unit time: the inverse of the longest reach of a memory"""
     adaptive_decay: bool = True
     """let Γ depend on the token"""
 
@@ -35,85 +35,85 @@ class Phase2Config(ModelConfig):
     hebbian_eta: float = 0.1
     """initial learning rate η of every head"""
     hebbian_dt: float = 1.0
-    """time a token takes"""
+    """time per token"""
     num_heads: int = 8
     head_dim: int = 64
 
     # SNR memory filter
     snr_threshold: float = 2.0
-    """components of a memory above this multiple of its rms are signal"""
+    """multiple of a memory's rms above which a component is signal"""
     snr_gamma_boost: float = 2.0
-    """noise forgets this many times faster, at full strength"""
+    """factor of the decay rate of noise, at full strength"""
     snr_eta_boost: float = 1.5
-    """signal is learned this many times more strongly, at full strength"""
+    """factor of the learning rate of signal, at full strength"""
 
     # Memory resonance
     resonance_enabled: bool = True
     resonance_energy_threshold: float = 0.1
-    """modes above this multiple of the mean energy resonate"""
+    """multiple of the mean energy above which a mode resonates"""
 
     # Zeta initialisation
     use_zeta_init: bool = True
     zeta_embedding_trainable: bool = False
-    """let training move the frequencies of the positions"""
+    """train the frequencies of the positions"""
 
     # Model architecture
     vocab_size: int = 50257
     d_model: int = 512
     n_layers: int = 6
     n_seq: int = 1024
-    """length of the sequences it is trained on; nothing ends there"""
+    """tokens of a training window; a model reads any number of them"""
     ffn_dim: int | None = None
-    """hidden width of a plain feed-forward network; None for 4 d_model. A gated one has two thirds of it"""
+    """hidden width of a plain feed-forward network, of which a gated one has two thirds; None for 4 d_model"""
     dropout: float = 0.1
 
-    # Performance targets, which `resolvent benchmark` measures against
+    # Performance targets of `resolvent benchmark`
     target_vram_gb: float = 8.0
     target_speedup_triton: float = 3.0
 
     # Beyond the report
     embedding_scale: float | None = None
-    """factor of what enters the first block; None for sqrt(d_model), which brings it to the size of what blocks add"""
+    """factor of the token vectors; None for sqrt(d_model), which brings them to the size of what the blocks add"""
     ffn_gated: bool = True
-    """gate the feed-forward network (SwiGLU), at about as many parameters; False is Linear, GELU, Linear"""
+    """SwiGLU feed-forward network, at about as many parameters; False is Linear, GELU, Linear"""
     snr_enabled: bool = True
     snr_temperature: float = 0.5
     """softness of the SNR threshold"""
     snr_trained: bool = True
-    """let training decide how strongly the filter acts, from next to nothing on; False is full strength"""
+    """train the strength of the filter, from near zero; False is full strength"""
     consolidation_interval: int = 4 * CHUNK
     """tokens between two consolidations of a memory"""
     memory_feedback: bool = True
-    """let the previous block's memory read-out enter the potential"""
+    """add the previous block's memory read-out to the potential"""
     feedback_scale: float | None = None
-    """factor of that read-out; None for one over the root of its width"""
+    """factor of that read-out; None for the inverse square root of its width"""
     conv_size: int = 4
-    """tokens that the short convolution before q, k, v spans; 1 for none"""
+    """width of the short convolution before q, k, v in tokens; 1 for none"""
     output_norm: bool = True
-    """bring the memory read-out of each head to unit RMS"""
+    """RMS-normalise the memory read-out of each head"""
     output_gate: bool = True
     """gate the memory read-out"""
     backend: str = "auto"
-    """operators run on: auto, torch or triton"""
+    """backend of the operators: auto, torch or triton"""
 
-    # What a converted model carries over
+    # Parts that a converted model carries over
     ar_ssm_rank: int = 0
     """channels of Phase 1's semiseparable branch; 0 for none"""
     ar_ssm_gate_hidden_dim: int | None = None
-    """hidden width of that branch's gate; None for a quarter of d_model"""
+    """hidden width of the gate of this branch; None for a quarter of d_model"""
     ar_ssm_bounded: bool = True
-    """let that branch read its sum through ``c / sqrt(1 + c²)``"""
+    """let this branch read its sum through ``c / sqrt(1 + c²)``"""
     htt_rank: int | None = None
     """embed tokens with a tensor train of this rank; None for a table"""
     htt_phase_encoding: bool = True
     """a trainable phase for every rank of the tensor train"""
     tie_embeddings: bool = False
-    """let the head use the token embedding's table"""
+    """use the table of the token embedding in the head"""
 
     @classmethod
     def from_phase1(cls, phase1_config: Phase1Config, **overrides: object) -> Self:
-        """The Phase 2 configuration of a Phase 1 model: its sizes and targets, and Phase 2's defaults elsewhere. Of
-        consolidations there are several in the ``n_seq`` tokens of a training window.
+        """Return the Phase 2 configuration of a Phase 1 model: its sizes and targets, and Phase 2's defaults elsewhere.
+        A training window of ``n_seq`` tokens has several consolidations.
 
         Raises:
             ConfigError: an override is no field.
@@ -126,7 +126,7 @@ class Phase2Config(ModelConfig):
         taken: Values = {name: getattr(phase1_config, name) for name in shared}
         values: Values = {"phase1_config": phase1_config, "ffn_gated": False, **taken, **overrides}
         sizes = values["d_model"], values["num_heads"], values["n_seq"]
-        if all(isinstance(size, int) for size in sizes):  # else ``validate`` says which is none
+        if all(isinstance(size, int) for size in sizes):  # else ``validate`` names the wrong one
             width, heads, window = sizes
             interval = max(CHUNK, window // 4 // CHUNK * CHUNK)
             values.setdefault("head_dim", max(1, width // max(1, heads)))
@@ -206,7 +206,7 @@ PRESETS: dict[str, Values] = {
 
 
 def get_phase2_preset(name: str) -> Phase2Config:
-    """A fresh configuration: ``tiny`` (laptops, bytes), ``small``, ``base`` or ``large``.
+    """Return a fresh configuration: ``tiny`` (laptops, bytes), ``small``, ``base`` or ``large``.
 
     Raises:
         ConfigError: there is no such preset.

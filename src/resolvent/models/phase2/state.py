@@ -1,4 +1,4 @@
-"""What a Phase 2 model knows of the past.
+"""State of a Phase 2 model.
 
 Shapes: B sequences, H heads, K = V head width, W convolution width, D model width.
 """
@@ -19,8 +19,8 @@ class LayerState(NamedTuple):
     Attributes:
         resolvent: g of the last token, complex64 (B, H).
         memory: the Hebbian memory, float32.
-        conv_tail: the last inputs of the short convolution, float32 (B, W - 1, 3HK).
-        ar_ssm: the semiseparable layer's sum and tail, where a block has one.
+        conv_tail: conv state: the last inputs of the short convolution, float32 (B, W - 1, 3HK).
+        ar_ssm: sum and conv state of the semiseparable layer, where a block has one.
     """
 
     resolvent: Tensor
@@ -31,7 +31,7 @@ class LayerState(NamedTuple):
 
 @dataclass(frozen=True)
 class Phase2State(ModelState):
-    """State of a Phase 2 model: per layer the resolvent's last value, the memory and the convolution's tail."""
+    """State of a Phase 2 model: per layer the last value of the resolvent, the memory and the conv state."""
 
     layer_type: ClassVar[type[LayerState]] = LayerState
 
