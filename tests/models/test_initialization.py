@@ -24,7 +24,7 @@ def last_map(network: nn.Module) -> nn.Linear:
 
 
 @pytest.mark.parametrize("layers", [2, 8])
-def test_what_adds_to_the_stream_shrinks_with_the_number_of_blocks(layers: int):
+def test_output_scale_falls_with_the_number_of_blocks(layers: int):
     model = fresh(create_phase2_model, n_layers=layers)
     for block in model.blocks:
         for layer in (block.hebbian.out_proj, block.ffn.out_proj):
@@ -34,23 +34,23 @@ def test_what_adds_to_the_stream_shrinks_with_the_number_of_blocks(layers: int):
 
 
 @pytest.mark.parametrize("options", [{}, {"ffn_gated": False}])
-def test_a_plain_feed_forward_network_shrinks_as_a_gated_one_does(options: dict):
+def test_plain_feed_forward_has_the_output_scale_of_a_gated_one(options: dict):
     block = fresh(create_phase2_model, **options).blocks[0]
     assert spread_in_units_of_fan_in(last_map(block.ffn)) == pytest.approx(6**-0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("rank", [None, 48])
-def test_so_does_that_of_phase_1_whatever_its_rank(rank: int | None):
+def test_phase1_feed_forward_has_that_output_scale_at_any_rank(rank: int | None):
     block = fresh(create_phase1_model, ffn_rank=rank).blocks[0]
     assert spread_in_units_of_fan_in(last_map(block.ffn)) == pytest.approx(6**-0.5, rel=0.05)
 
 
-def test_what_the_resolvent_adds_starts_at_zero():
+def test_resolvent_output_starts_at_zero():
     for model in (fresh(create_phase1_model), fresh(create_phase2_model)):
         assert all(not block.bk_proj.weight.any() for block in model.blocks)
 
 
-def test_weights_follow_the_generator():
+def test_generator_decides_the_weights():
     model = fresh(create_phase2_model)
     drawn = []
     for seed in (0, 0, 1):

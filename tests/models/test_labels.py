@@ -25,7 +25,7 @@ def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_loss_is_cross_entropy_of_the_logits(make, packed):
+def test_loss_equals_cross_entropy_of_logits(make, packed):
     model = make().double()
     ids, labels = batch(sequences=1 if packed else 2)
     options = {"cu_seqlens": torch.tensor([0, 30, 70])} if packed else {}
@@ -36,7 +36,7 @@ def test_the_loss_is_cross_entropy_of_the_logits(make, packed):
     torch.testing.assert_close(gradients(model, loss), gradients(model, expected), rtol=1e-8, atol=1e-10)
 
 
-def test_padding_does_not_count(make):
+def test_padding_has_no_loss(make):
     model = make()
     ids, labels = batch()
     mask = torch.ones(2, 70)
@@ -48,7 +48,7 @@ def test_padding_does_not_count(make):
     torch.testing.assert_close(padded, nats / 120, rtol=1e-4, atol=1e-5)
 
 
-def test_everything_else_comes_as_with_logits(make):
+def test_state_diagnostics_and_penalty_equal_those_with_logits(make):
     model = make()
     ids, labels = batch()
     _, first = model(ids[:, :30], return_state=True)
@@ -64,7 +64,7 @@ def test_everything_else_comes_as_with_logits(make):
     assert penalty_beside_loss == penalty
 
 
-def test_autocast_gives_the_loss_in_float32(make):
+def test_loss_is_float32_under_autocast(make):
     model = make(0.0)
     ids, labels = batch()
     exact = model(ids, labels=labels)
@@ -74,7 +74,7 @@ def test_autocast_gives_the_loss_in_float32(make):
     torch.testing.assert_close(loss, exact, rtol=1e-2, atol=0)
 
 
-def test_the_stream_of_the_blocks_has_the_dtype_of_autocast(make):
+def test_residual_stream_has_the_dtype_of_autocast(make):
     model, seen = make(0.0), []
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):  # which autocast gives float32 on CUDA
@@ -86,7 +86,7 @@ def test_the_stream_of_the_blocks_has_the_dtype_of_autocast(make):
     assert seen == 2 * len(model.blocks) * [torch.bfloat16]
 
 
-def test_a_bfloat16_model_has_a_float32_loss(make):
+def test_bfloat16_model_has_float32_loss(make):
     model = make(0.0)
     ids, labels = batch()
     exact = model(ids, labels=labels).item()
@@ -97,7 +97,7 @@ def test_a_bfloat16_model_has_a_float32_loss(make):
     assert half.lm_head.weight.grad.dtype == torch.bfloat16
 
 
-def test_labels_that_do_not_fit_are_named(make):
+def test_error_names_the_shape_of_wrong_labels(make):
     ids, labels = batch()
     with pytest.raises(ValueError, match=r"labels must have the shape of input_ids, \(2, 70\), got \(2, 69\)"):
         make()(ids, labels=labels[:, 1:])

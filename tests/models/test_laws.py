@@ -72,7 +72,7 @@ def assert_same_state(found, expected):
 @torch.no_grad()
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("size", [1, 7, 64, 100])
-def test_any_split_is_the_whole(model, length, size):
+def test_any_split_equals_one_forward(model, length, size):
     ids = tokens(length)
     whole, last = model(ids, return_state=True)
     found, state = streamed(model, ids, size)
@@ -83,14 +83,14 @@ def test_any_split_is_the_whole(model, length, size):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("phase", "options"), SWITCHES, ids=say)
-def test_the_law_holds_for_every_switch(phase, options):
+def test_any_split_equals_one_forward_for_every_switch(phase, options):
     model, ids = phase.model(**options), tokens(200)
     assert_same(streamed(model, ids, [50, 1, 80, 69])[0], model(ids))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("phase", "options"), STATES, ids=say)
-def test_packed_is_separate(phase, options):
+def test_packed_equals_separate(phase, options):
     model, lengths = phase.model(**options), [5, 64, 1, 200, 130]
     ids = tokens(sum(lengths), batch=1)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
@@ -121,7 +121,7 @@ def test_empty_sequences_at_the_end_change_nothing(phase, options):
 
 
 @torch.no_grad()
-def test_padding_on_either_side_is_not_read(model):
+def test_padded_equals_single_on_either_side(model):
     ids = tokens(100, batch=4)
     mask = torch.ones(4, 100, dtype=torch.long)
     mask[0, :30] = 0
@@ -149,7 +149,7 @@ def test_no_token_changes_an_earlier_logit(model):
         assert (after[:, place] - before[:, place]).abs().max() > 1e-3
 
 
-def test_gradients_flow_through_the_state(model):
+def test_gradient_through_the_state_equals_one_forward(model):
     ids = tokens(130)
     weight = next(model.token_embedding.parameters())
 
@@ -210,7 +210,7 @@ def test_states_are_indexed_repeated_moved_and_saved(phase, options, tmp_path):
     ],
     ids=say,
 )
-def test_a_state_has_a_constant_size(phase, options, size):
+def test_state_size_is_constant(phase, options, size):
     model = phase.model(**options)
     for length in (1, 70, 200):
         _, state = model(tokens(length, batch=3), return_state=True)
@@ -218,13 +218,13 @@ def test_a_state_has_a_constant_size(phase, options, size):
 
 
 @torch.no_grad()
-def test_greedy_generation_is_the_argmax_of_the_forward(model):
+def test_greedy_generation_equals_argmax(model):
     out = model.generate(tokens(7), 80, temperature=0)
     assert torch.equal(out[:, 7:], model(out[:, :-1]).argmax(-1)[:, 6:])
 
 
 @torch.no_grad()
-def test_calls_leave_nothing_behind(model):
+def test_calls_are_independent(model):
     ids = tokens(90)
     first = model(ids)
     model(tokens(33))
@@ -245,7 +245,7 @@ def test_calls_leave_nothing_behind(model):
     ],
     ids=say,
 )
-def test_a_foreign_state_is_refused(phase, options):
+def test_state_of_another_model_is_refused(phase, options):
     model = phase.model()
     _, state = model(tokens(10, 2), return_state=True)
     with pytest.raises(ValueError, match="holds 2 sequences, the input has 3"):

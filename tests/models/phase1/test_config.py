@@ -4,7 +4,7 @@ from resolvent import Phase1Config, get_phase1_preset
 from resolvent.models.phase1.config import ALIASES, PRESETS
 
 
-def test_the_defaults_are_those_of_the_original_and_valid():
+def test_defaults_are_valid_and_those_of_the_original():
     original = dict(
         ar_ssm_enabled=True, ar_ssm_max_rank=32, ar_ssm_min_rank=4, ar_ssm_gate_hidden_dim=None,
         ar_ssm_l1_regularization=0.001, ar_ssm_use_fused_scan=True, htt_enabled=True, htt_rank=16, htt_num_cores=2,
@@ -45,7 +45,7 @@ def test_the_defaults_are_those_of_the_original_and_valid():
         (dict(htt_rank=1.5), "htt_rank must be an integer"),
     ],
 )
-def test_faults_are_named_with_their_value(values, message):
+def test_error_names_field_and_value(values, message):
     with pytest.raises(ValueError, match=message):
         Phase1Config(**values).validate()
 
@@ -84,12 +84,12 @@ def test_for_hardware(vram, ranks, htt_rank, target, checkpoints, bucket):
 
 
 @pytest.mark.parametrize("vram", [0, -1, float("nan")])
-def test_for_no_hardware(vram):
+def test_for_hardware_refuses_no_memory(vram):
     with pytest.raises(ValueError, match="vram_gb must be > 0"):
         Phase1Config.for_hardware(vram)
 
 
-def test_for_purposes():
+def test_configurations_for_inference_quality_and_efficiency():
     quality, efficiency = Phase1Config.for_maximum_quality(), Phase1Config.for_maximum_efficiency()
     assert (quality.ar_ssm_max_rank, quality.htt_rank, quality.target_ppl_degradation) == (128, 64, 0.01)
     assert (efficiency.ar_ssm_max_rank, efficiency.ar_ssm_min_rank, efficiency.target_vram_gb) == (16, 2, 6.0)
@@ -127,7 +127,7 @@ def test_presets_are_fresh_valid_and_have_aliases():
         get_phase1_preset("9gb")
 
 
-def test_the_rank_schedule():
+def test_rank_schedule():
     config = Phase1Config(ar_ssm_min_rank=4, ar_ssm_max_rank=32, rank_warmup_steps=1000)
     assert [config.rank_at(step) for step in (0, 1, 36, 500, 999, 1000, 5000)] == [4, 4, 5, 18, 31, 32, 32]
     assert Phase1Config(rank_warmup_steps=0).rank_at(0) == 32

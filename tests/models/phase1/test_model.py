@@ -12,7 +12,7 @@ from ..small import tokens
 from .conftest import SMALL, small_model
 
 
-def test_the_model_has_the_named_parts():
+def test_model_has_the_named_parts():
     model = create_phase1_model(**SMALL)
     for name in ("token_embedding", "position_embedding", "blocks", "ln_f", "lm_head"):
         assert isinstance(getattr(model, name), nn.Module)
@@ -22,7 +22,7 @@ def test_the_model_has_the_named_parts():
     assert logits.dtype == torch.float32
 
 
-def test_creation_follows_config_preset_and_single_values():
+def test_factory_takes_config_preset_and_single_values():
     config = Phase1Config(vocab_size=97, d_model=48, n_layers=1)
     before = config.to_dict()
     assert create_phase1_model(config=config, n_layers=2, device="cpu").n_layers == 2
@@ -38,7 +38,7 @@ def test_creation_follows_config_preset_and_single_values():
     assert isinstance(Phase1IntegratedModel(get_phase1_preset("tiny")), Phase1IntegratedModel)
 
 
-def test_the_same_seed_gives_the_same_weights():
+def test_same_seed_gives_same_weights():
     def weights(seed):
         torch.manual_seed(seed)
         return torch.cat([p.detach().flatten() for p in create_phase1_model(**SMALL).parameters()])
@@ -50,12 +50,12 @@ def test_the_same_seed_gives_the_same_weights():
 @pytest.mark.parametrize(
     "options", [{}, dict(ar_ssm_enabled=False), dict(htt_enabled=False), dict(ffn_rank=4), dict(dropout=0.1)]
 )
-def test_every_trainable_parameter_moves_within_a_few_steps(options):
+def test_every_trainable_parameter_moves_within_four_steps(options):
     model = create_phase1_model(**{**SMALL, **options})
     assert moved_by_training(model, (tokens(80) for _ in range(4))) == {name for name, _ in model.named_parameters()}
 
 
-def test_it_learns_a_rule():
+def test_training_learns_to_predict_sorted_tokens():
     model = create_phase1_model(**{**SMALL, "vocab_size": 30})
 
     def batches():
@@ -67,7 +67,7 @@ def test_it_learns_a_rule():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_the_penalty_is_the_mean_gate_and_pulls_the_gates_down():
+def test_penalty_equals_the_mean_gate_and_lowers_gates():
     model = small_model(ar_ssm_l1_regularization=0.5)
     ids = tokens()
     _, diagnostics, penalty = model(ids, return_diagnostics=True, return_penalty=True)
@@ -80,7 +80,7 @@ def test_the_penalty_is_the_mean_gate_and_pulls_the_gates_down():
     assert small_model(ar_ssm_enabled=False)(tokens(), return_penalty=True)[1] == 0
 
 
-def test_the_rank_schedule_acts():
+def test_rank_schedule_changes_the_flops():
     model, ids = create_phase1_model(**{**SMALL, "ar_ssm_max_rank": 32, "rank_warmup_steps": 100}), tokens(50, 1)
 
     def flops():
@@ -98,7 +98,7 @@ def test_the_rank_schedule_acts():
     assert small_model(ar_ssm_enabled=False).update_rank_schedule(5) is None
 
 
-def test_raising_the_rank_during_training_is_no_jump_and_full_rank_is_the_same_model():
+def test_raising_the_rank_in_training_keeps_the_logits():
     model, ids = create_phase1_model(**SMALL), tokens(60)
     model.update_rank_schedule(0)
     train(model, [ids] * 3, lr=1e-2)
@@ -111,7 +111,7 @@ def test_raising_the_rank_during_training_is_no_jump_and_full_rank_is_the_same_m
 
 
 @pytest.mark.parametrize("field", ["use_gradient_checkpointing", "checkpoint_ar_ssm", "checkpoint_htt"])
-def test_checkpointing_saves_memory_and_changes_nothing(field):
+def test_checkpointing_saves_memory_at_equal_gradients(field):
     def run(value):
         torch.manual_seed(0)
         others = {"use_gradient_checkpointing": True, "checkpoint_ar_ssm": False, "checkpoint_htt": False}
@@ -135,7 +135,7 @@ def test_checkpointing_saves_memory_and_changes_nothing(field):
     torch.testing.assert_close(gradient, gradient_without)
 
 
-def test_diagnostics_change_no_logit_and_say_what_happened(model):
+def test_diagnostics_change_no_logit_and_report_gates_and_stability(model):
     ids = tokens(130)
     logits, state, diagnostics = model(ids, return_state=True, return_diagnostics=True)
     assert torch.equal(logits, model(ids))
@@ -154,7 +154,7 @@ def test_diagnostics_change_no_logit_and_say_what_happened(model):
     assert off["stability_metrics"] == off["stability_warnings"] == []
 
 
-def test_diagnostics_follow_padding(model):
+def test_padded_diagnostics_equal_single(model):
     ids, mask = tokens(50), torch.ones(2, 50)
     mask[0, :20] = 0
     _, padded = model(ids, attention_mask=mask, return_diagnostics=True)
@@ -162,7 +162,7 @@ def test_diagnostics_follow_padding(model):
     torch.testing.assert_close(padded["gate_values"][1][0, 20:], alone["gate_values"][1][0], rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_autocast_stays_close():
+def test_bfloat16_autocast_is_close_to_float32():
     model, ids = small_model(spread=0.02), tokens(200)
     exact = model(ids)
     with torch.autocast("cpu", torch.bfloat16):
@@ -171,7 +171,7 @@ def test_bfloat16_autocast_stays_close():
     assert state.layers[0].ar_ssm.total.dtype == torch.float64
 
 
-def test_the_fused_scan_switch_and_the_backend_reach_the_layers():
+def test_fused_scan_switch_and_backend_reach_the_layers():
     assert small_model().blocks[0].ar_ssm.backend == "auto"
     assert small_model(ar_ssm_use_fused_scan=False).blocks[0].ar_ssm.backend == "torch"
     assert small_model(backend="torch").blocks[0].bk.backend == "torch"
@@ -209,12 +209,12 @@ TARGETS = {
 """Fields that say what a model shall reach."""
 
 
-def test_every_field_is_accounted_for():
+def test_every_field_has_a_test():
     assert {f.name for f in dataclasses.fields(Phase1Config)} == {*FIELDS, *ELSEWHERE, *TARGETS}
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_field_changes_what_the_model_computes(name):
+def test_field_changes_the_logits(name):
     def logits(value):
         torch.manual_seed(0)
         model = small_model(spread=0.1, **{name: value})
@@ -225,14 +225,14 @@ def test_a_field_changes_what_the_model_computes(name):
     assert first.shape != second.shape or not torch.equal(first, second)
 
 
-def test_compression_switched_off_keeps_full_matrices():
+def test_disabled_compression_keeps_full_matrices():
     full, low = small_model(ffn_rank=4, ffn_compression_enabled=False), small_model(ffn_rank=4)
     assert full.num_parameters() == small_model().num_parameters()
     assert low.num_parameters() < full.num_parameters()
 
 
 @pytest.mark.parametrize("name", ["8gb", "10gb", "24gb", "inference", "max_quality", "max_efficiency"])
-def test_presets_shrink_the_embedding(name):
+def test_presets_meet_their_compression_target(name):
     with torch.device("meta"):
         model = Phase1IntegratedModel(get_phase1_preset(name), init=False)
     assert model.token_embedding.compression_ratio < model.config.htt_compression_target
@@ -240,7 +240,7 @@ def test_presets_shrink_the_embedding(name):
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_cuda_computes_what_the_cpu_computes():
+def test_cuda_equals_cpu():
     model, ids = small_model(), tokens(300)
     expected, offsets = model(ids), torch.tensor([0, 100, 100, 300])
     packed = model(ids[:1], cu_seqlens=offsets)

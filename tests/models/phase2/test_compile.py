@@ -43,22 +43,22 @@ def check(backend, ids, calls, compiler="aot_eager", recompute=False, **sizes):
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_interpreter)])
-def test_a_rectangle_is_one_graph(backend):
+def test_rectangle_compiles_to_one_graph(backend):
     check(backend, torch.randint(0, 97, (2, 31)), [{}])
 
 
-def test_blocks_that_are_computed_anew_are_in_that_graph():
+def test_checkpointed_blocks_compile_to_one_graph():
     check("torch", torch.randint(0, 97, (2, 31)), [{}], recompute=True)
 
 
 @needs_interpreter
-def test_packed_sequences_are_one_graph_however_many_they_are():
+def test_any_number_of_packed_sequences_compiles_to_one_graph():
     offsets = ([0, 10, 30], [0, 5, 7, 30])
     check("triton", torch.randint(0, 97, (1, 31)), [{"cu_seqlens": torch.tensor(x)} for x in offsets])
 
 
 @needs_interpreter
-def test_offsets_that_python_does_not_read_are_one_graph_that_makes_its_tables_once(monkeypatch):
+def test_offsets_on_a_device_compile_to_one_graph_with_one_set_of_tables(monkeypatch):
     from resolvent.ops.triton import segments
 
     monkeypatch.setattr(segments, "_stays_on_device", lambda cu_seqlens: True)
@@ -85,7 +85,7 @@ def test_offsets_that_python_does_not_read_are_one_graph_that_makes_its_tables_o
 
 
 @needs_interpreter
-def test_empty_sequences_at_the_end_change_nothing_in_kernels(monkeypatch):
+def test_empty_sequences_at_the_end_change_no_kernel_result(monkeypatch):
     from resolvent.ops.triton import segments
 
     monkeypatch.setattr(segments, "_stays_on_device", lambda cu_seqlens: True)

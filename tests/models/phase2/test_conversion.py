@@ -49,7 +49,7 @@ VARIANTS = {
     ("name", "carried"),
     [*((name, False) for name in VARIANTS), *((name, True) for name in ("htt and ar-ssm", "no ar-ssm", "low rank"))],
 )
-def test_the_function_is_preserved_at_any_length_full_and_streaming(name, carried):
+def test_logits_equal_the_source_full_and_streaming(name, carried):
     source = trained(**VARIANTS[name])
     wanted = Phase2Config.from_phase1(source.config, htt_rank=6) if carried else None
     model = convert_phase1_to_phase2(source, wanted).eval()
@@ -68,13 +68,13 @@ def test_the_function_is_preserved_at_any_length_full_and_streaming(name, carrie
     assert torch.equal(model.generate(prompt, 30, temperature=0), source.generate(prompt, 30, temperature=0))
 
 
-def test_every_new_parameter_learns_after_two_steps():
+def test_every_new_parameter_moves_after_two_steps():
     model = convert_phase1_to_phase2(trained())
     assert moved_by_training(model, (tokens(270) for _ in range(4))) == {name for name, _ in model.named_parameters()}
 
 
 @pytest.mark.parametrize("options", [{}, dict(htt_enabled=False, ar_ssm_enabled=False), dict(ffn_rank=5)])
-def test_freezing_freezes_exactly_what_was_copied(options):
+def test_freezing_freezes_exactly_the_copied_parameters(options):
     source = trained(steps=5, **options)
     model = convert_phase1_to_phase2(source, freeze_phase1_weights=True)
     copied = {tensor.name for tensor in model.conversion_report.copied}
@@ -85,14 +85,14 @@ def test_freezing_freezes_exactly_what_was_copied(options):
     assert all(p.requires_grad for p in source.parameters())
 
 
-def test_freezing_ends_with_the_object(tmp_path):
+def test_loaded_model_is_not_frozen(tmp_path):
     model = convert_phase1_to_phase2(trained(steps=1), freeze_phase1_weights=True)
     assert not all(p.requires_grad for p in model.parameters())
     save_model(model, tmp_path)
     assert all(p.requires_grad for p in load_model(tmp_path, device="cpu").parameters())
 
 
-def test_the_report_accounts_for_every_tensor(caplog):
+def test_report_lists_every_tensor(caplog):
     source = trained(steps=1)
     with caplog.at_level(logging.DEBUG, logger="resolvent"):
         model = convert_phase1_to_phase2(source)
@@ -113,7 +113,7 @@ def test_the_report_accounts_for_every_tensor(caplog):
     assert report.to_dict()["tensors"][0]["status"] == "copied"
 
 
-def test_layers_go_to_their_own_layer():
+def test_layer_i_becomes_layer_i():
     source = trained(steps=1)
     model = convert_phase1_to_phase2(source)
     for ours, theirs in zip(model.blocks, source.blocks, strict=True):
@@ -122,7 +122,7 @@ def test_layers_go_to_their_own_layer():
     assert not torch.equal(model.blocks[0].ffn[0].weight, model.blocks[1].ffn[0].weight)
 
 
-def test_the_sizes_of_the_source_are_taken_over():
+def test_converted_model_has_the_sizes_of_the_source():
     source = create_phase1_model(**{**SMALL, "ffn_dim": 50})
     config = convert_phase1_to_phase2(source).config
     assert (config.vocab_size, config.d_model, config.n_layers, config.n_seq) == (97, 48, 3, 64)
@@ -130,7 +130,7 @@ def test_the_sizes_of_the_source_are_taken_over():
     assert config.phase1_config == source.config
 
 
-def test_a_configuration_is_followed_where_it_can_be_and_refused_where_not():
+def test_configuration_is_followed_or_refused_by_field():
     source = create_phase1_model(**SMALL)
     wanted = Phase2Config.from_phase1(source.config, head_dim=8, base_decay=0.05, zeta_embedding_trainable=True)
     before = wanted.to_dict()
@@ -162,7 +162,7 @@ def wanted_with_train(config):
     return dataclasses.replace(config, htt_rank=6)
 
 
-def test_copying_can_be_left_out():
+def test_conversion_without_copying_is_fresh():
     source = create_phase1_model(**SMALL)
     model = convert_phase1_to_phase2(source, copy_compatible_weights=False, freeze_phase1_weights=True)
     report = model.conversion_report
@@ -172,7 +172,7 @@ def test_copying_can_be_left_out():
     assert model.blocks[0].hebbian.out_proj.weight.any()
 
 
-def test_the_same_seed_gives_the_same_conversion_and_the_source_is_left_alone():
+def test_same_seed_gives_same_conversion_and_keeps_the_source():
     source = trained(steps=1)
     before = {name: p.clone() for name, p in source.state_dict().items()}
 
@@ -186,7 +186,7 @@ def test_the_same_seed_gives_the_same_conversion_and_the_source_is_left_alone():
 
 
 @pytest.mark.gpu
-def test_the_same_seed_gives_the_same_conversion_on_cuda():
+def test_same_seed_gives_same_conversion_on_cuda():
     source = trained(steps=2)
     torch.manual_seed(3)
     here = convert_phase1_to_phase2(source)
@@ -200,7 +200,7 @@ def test_the_same_seed_gives_the_same_conversion_on_cuda():
 
 
 @pytest.mark.parametrize("carried", [False, True])
-def test_converted_models_are_saved_and_loaded(tmp_path, carried):
+def test_loaded_conversion_equals_saved(tmp_path, carried):
     source = trained(steps=2)
     save_model(source, tmp_path / "one")
     again = load_model(tmp_path / "one", device="cpu")
@@ -267,7 +267,7 @@ def test_tied_weights_stay_tied(tmp_path):
     assert report.config_changes == {"tie_embeddings": (False, True)}
 
 
-def test_a_foreign_module_that_does_not_fit_is_told(caplog):
+def test_warning_if_no_part_of_a_module_fits(caplog):
     wanted = Phase2Config(vocab_size=91, d_model=16, n_layers=1, num_heads=2, head_dim=8)
     model = convert_phase1_to_phase2(Foreign(), wanted)
     assert model.conversion_report.copied == []
@@ -276,7 +276,7 @@ def test_a_foreign_module_that_does_not_fit_is_told(caplog):
         convert_phase1_to_phase2(nn.Linear(3, 4))
 
 
-def test_parts_that_fit_are_taken_alone():
+def test_only_parts_that_fit_are_copied():
     wanted = Phase2Config(vocab_size=90, d_model=32, n_layers=2, num_heads=2, head_dim=16, htt_rank=4)
     model = convert_phase1_to_phase2(Foreign(), wanted)
     names = {t.name for t in model.conversion_report.copied}
@@ -285,13 +285,13 @@ def test_parts_that_fit_are_taken_alone():
     assert {"blocks.0.ln1.weight", "blocks.1.ln3.bias"} <= names
 
 
-def test_a_phase2_model_is_nothing_to_convert():
+def test_phase2_model_is_refused():
     with pytest.raises(ConfigError, match="is a Phase 2 model"):
         convert_phase1_to_phase2(create_phase2_model(vocab_size=20, d_model=16, n_layers=1, num_heads=2, head_dim=8))
 
 
 @pytest.mark.parametrize("wrong", ["tiny", {"d_model": 128}, get_phase1_preset("tiny")], ids=lambda x: type(x).__name__)
-def test_a_configuration_of_another_kind_is_named(wrong):
+def test_error_names_a_configuration_of_another_kind(wrong):
     with pytest.raises(ConfigError, match="config must be a Phase2Config, got"):
         create_phase2_model(wrong)
     with pytest.raises(ConfigError, match="config must be a Phase1Config, got"):

@@ -22,7 +22,7 @@ def close(found, expected):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_logits_and_gradients_are_those_of_the_cpu(packed):
+def test_logits_and_gradients_equal_cpu(packed):
     here, there = pair()
     ids = torch.randint(0, 97, (1, 300))
     options = {"cu_seqlens": torch.tensor([0, 5, 130, 300])} if packed else {}
@@ -36,7 +36,7 @@ def test_logits_and_gradients_are_those_of_the_cpu(packed):
 
 
 @torch.no_grad()
-def test_streaming_moving_and_generating():
+def test_streaming_moved_states_and_generation():
     here, there = pair()
     ids = torch.randint(0, 97, (2, 150))
     expected, last = here(ids, return_state=True)
@@ -56,7 +56,7 @@ def test_streaming_moving_and_generating():
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_a_captured_step_writes_what_single_steps_write(kernels, monkeypatch):
+def test_captured_step_equals_single_steps(kernels, monkeypatch):
     _, there = pair(**({} if kernels else {"backend": "torch"}))
     prompts, mask = torch.randint(0, 97, (3, 50), device="cuda"), torch.ones(3, 50, device="cuda")
     mask[1, :21] = 0  # rows reach their boundaries at different steps
@@ -65,7 +65,7 @@ def test_a_captured_step_writes_what_single_steps_write(kernels, monkeypatch):
     assert torch.equal(there.generate(prompts, 150, temperature=0, attention_mask=mask), captured)
 
 
-def test_offsets_may_lie_on_the_device():
+def test_offsets_on_the_device_equal_offsets_on_the_cpu():
     _, there = pair()
     ids, labels = torch.randint(0, 97, (2, 1, 300), device="cuda")
     offsets = torch.tensor([0, 5, 130, 130, 300])
@@ -94,7 +94,7 @@ def test_empty_sequences_at_the_end_change_nothing(place):
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-7
 
 
-def test_a_replayed_step_follows_offsets_that_change():
+def test_replayed_step_reads_new_offsets():
     """What a graph recorded of the first offsets must not come back with the next ones."""
     _, there = pair()
     torch._dynamo.reset()
@@ -122,7 +122,7 @@ def test_a_replayed_step_follows_offsets_that_change():
     assert max(losses) / min(losses) > 1.002, "the offsets must matter for this test to see anything"
 
 
-def test_a_packed_step_with_offsets_on_the_device_waits_for_nothing():
+def test_packed_step_with_offsets_on_the_device_never_synchronizes():
     _, there = pair()
     ids, labels = torch.randint(0, 97, (2, 1, 256), device="cuda")
     offsets = [torch.tensor(x, device="cuda") for x in ([0, 100, 256], [0, 7, 256])]
@@ -135,7 +135,7 @@ def test_a_packed_step_with_offsets_on_the_device_waits_for_nothing():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_training_step_waits_for_nothing():
+def test_training_step_never_synchronizes():
     _, there = pair()
     ids, labels = torch.randint(0, 97, (2, 1, 256), device="cuda")
     there(ids, labels=labels).backward()  # what is made once may wait

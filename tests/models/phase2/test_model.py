@@ -22,12 +22,12 @@ from .conftest import SMALL, small_model
         (torch.tensor([[1, -2]]), "token id -2"),
     ],
 )
-def test_wrong_tokens_are_named(model, ids, message):
+def test_error_names_wrong_tokens(model, ids, message):
     with pytest.raises(ValueError, match=message):
         model(ids)
 
 
-def test_wrong_offsets_and_masks_are_named(model):
+def test_error_names_wrong_offsets_and_masks(model):
     ids = tokens(10, 1)
     for offsets in ([0, 5], [1, 10], [0, 7, 5, 10]):
         with pytest.raises(ValueError, match="rise from 0"):
@@ -62,7 +62,7 @@ def test_early_tokens_reach_the_last_loss_of_a_fresh_model():
     assert norms[0] > 1e-4 * norms[-1]
 
 
-def test_diagnostics_change_no_logit_and_hold_what_the_report_names(model):
+def test_diagnostics_change_no_logit_and_have_the_keys_of_the_report(model):
     ids = tokens(130)
     plain = model(ids)
     logits, state, diagnostics = model(ids, return_state=True, return_diagnostics=True)
@@ -77,7 +77,7 @@ def test_diagnostics_change_no_logit_and_hold_what_the_report_names(model):
         assert (metrics["energy"] <= metrics["energy_bound"]).all()
 
 
-def test_diagnostics_follow_padding_and_packing(model):
+def test_padded_diagnostics_equal_single(model):
     ids, mask = tokens(50), torch.ones(2, 50)
     mask[0, :20] = 0
     _, padded = model(ids, attention_mask=mask, return_diagnostics=True)
@@ -88,7 +88,7 @@ def test_diagnostics_follow_padding_and_packing(model):
         torch.testing.assert_close(padded["stability_metrics"][1][name][:1], value, rtol=1e-3, atol=1e-3)
 
 
-def test_switched_off_mechanisms_leave_no_trace():
+def test_disabled_mechanisms_have_no_parameters():
     model = small_model(snr_enabled=False, resonance_enabled=False)
     assert model.blocks[0].consolidation() is None
     _, diagnostics = model(tokens(), return_diagnostics=True)
@@ -96,7 +96,7 @@ def test_switched_off_mechanisms_leave_no_trace():
     assert not any("resonance" in name for name, _ in model.named_parameters())
 
 
-def test_logits_are_float32_even_of_a_bfloat16_model(model):
+def test_bfloat16_model_has_float32_logits_and_state(model):
     half = model.to(torch.bfloat16)
     assert half(tokens()).dtype == torch.float32
     _, state = half(tokens(1), return_state=True)
@@ -104,7 +104,7 @@ def test_logits_are_float32_even_of_a_bfloat16_model(model):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_bfloat16_autocast_stays_close_gradients_included(packed):
+def test_bfloat16_autocast_is_close_to_float32_with_gradients(packed):
     model, ids = small_model(spread=0.0), tokens(200, 1)
     model.token_embedding.weight.data.mul_(
         50 / model.embedding_factor
@@ -184,12 +184,12 @@ TARGETS = {"phase1_config", "target_vram_gb", "target_speedup_triton"}
 """Fields that describe where a model comes from and what it shall reach."""
 
 
-def test_every_field_is_accounted_for():
+def test_every_field_has_a_test():
     assert {f.name for f in dataclasses.fields(Phase2Config)} == {*FIELDS, *REACHES, *TARGETS}
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_field_changes_what_the_model_computes(name):
+def test_field_changes_the_logits(name):
     def logits(value):
         torch.manual_seed(0)
         model = small_model(spread=0.1, **{name: value}, **NEEDS.get(name, {}))
@@ -201,7 +201,7 @@ def test_a_field_changes_what_the_model_computes(name):
 
 
 @pytest.mark.parametrize("name", REACHES)
-def test_a_field_reaches_its_part(name):
+def test_field_reaches_its_part(name):
     values, look = REACHES[name]
     first, second = (look(small_model(**{name: value})) for value in values)
     assert first != second
@@ -215,12 +215,12 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(ids), model(ids))
 
 
-def test_every_trainable_parameter_moves_within_a_few_steps():
+def test_every_trainable_parameter_moves_within_four_steps():
     model = create_phase2_model(**{**SMALL, "zeta_embedding_trainable": True})
     assert moved_by_training(model, (tokens(200) for _ in range(4))) == {name for name, _ in model.named_parameters()}
 
 
-def test_saved_and_loaded_is_the_same_model(model, tmp_path):
+def test_loaded_model_equals_saved(model, tmp_path):
     save_model(model, tmp_path / "run")
     loaded = load_model(tmp_path / "run", device="cpu")
     ids = tokens()
@@ -243,7 +243,7 @@ def test_saved_and_loaded_is_the_same_model(model, tmp_path):
         (lambda d: _edit(d, surprise=1), "unknown field of Phase2Config: 'surprise'"),
     ],
 )
-def test_damaged_folders_are_named(model, tmp_path, damage, message):
+def test_error_names_the_damage_of_a_folder(model, tmp_path, damage, message):
     save_model(model, tmp_path)
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
@@ -255,13 +255,13 @@ def _edit(directory, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_damaged_state_is_named(tmp_path):
+def test_error_names_a_damaged_state(tmp_path):
     (tmp_path / "state").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="holds no saved state"):
         Phase2State.load(tmp_path / "state")
 
 
-def test_a_state_of_a_newer_format_is_refused_for_that(tmp_path):
+def test_state_of_a_newer_format_is_refused(tmp_path):
     path = tmp_path / "state"
     small_model()(tokens(5), return_state=True)[1].save(path)
     path.write_bytes(path.read_bytes().replace(b'"format_version":"1"', b'"format_version":"2"'))
