@@ -1,4 +1,4 @@
-"""Small models whose weights are large, so that nothing they do is lost in rounding."""
+"""Small models with large weights: no effect is lost in rounding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ class SmallPhase:
     """A phase at a size for tests.
 
     Attributes:
-        create: its factory.
-        sizes: what the factory is called with.
-        spread: standard deviation of what is added to every weight.
-        state: type of its states.
+        create: factory of the phase.
+        sizes: arguments of the factory.
+        spread: standard deviation of the noise that is added to every weight.
+        state: type of the states.
     """
 
     create: Callable[..., Any]
@@ -28,7 +28,7 @@ class SmallPhase:
     state: type[ModelState]
 
     def model(self, spread: float | None = None, **options: Any) -> IntegratedModel:
-        """A model in evaluation mode; ``spread`` and options replace the phase's own."""
+        """Return a model in evaluation mode; ``spread`` and options replace those of the phase."""
         model = self.create(**{**self.sizes, **options})
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter) * (self.spread if spread is None else spread))
@@ -41,5 +41,5 @@ PHASE2 = SmallPhase(create_phase2_model, {**SIZES, "head_dim": 16, "consolidatio
 
 
 def tokens(length: int = 100, batch: int = 2) -> torch.Tensor:
-    """Random tokens of a small model's vocabulary."""
+    """Return random tokens of the vocabulary of a small model."""
     return torch.randint(0, SIZES["vocab_size"], (batch, length))

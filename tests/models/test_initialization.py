@@ -1,4 +1,4 @@
-"""Fresh weights: their spread, and what they leave of a fresh model."""
+"""Fresh weights: their standard deviations, and the outputs of a fresh model."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""A model given labels returns their loss, in both phases, whatever else it is asked for."""
+"""Both phases return the loss of labels, alone and beside state, diagnostics and penalty."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_loss_is_float32_under_autocast(make):
 def test_residual_stream_has_the_dtype_of_autocast(make):
     model, seen = make(0.0), []
     for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):  # which autocast gives float32 on CUDA
+        if isinstance(module, torch.nn.LayerNorm):  # autocast gives it float32 on CUDA
             module.register_forward_hook(lambda module, args, output: output.float())
     for block in model.blocks:
         block.register_forward_hook(lambda module, args, output: seen.extend([args[0].dtype, output[0].dtype]))

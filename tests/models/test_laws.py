@@ -1,4 +1,4 @@
-"""The laws of both phases: one forward = any split = token by token; packed = padded = separate; causality; slopes."""
+"""Laws of both phases: one forward = any split = token by token; packed = padded = separate; causality; gradients."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ SWITCHES = [
     (PHASE2, dict(tie_embeddings=True)),
 ]
 STATES = [(PHASE1, {}), (PHASE1, dict(ar_ssm_enabled=False)), (PHASE2, {}), (PHASE2, dict(ar_ssm_rank=5))]
-"""Models whose states are made of different parts."""
+"""Models whose states consist of different parts."""
 
 
 @pytest.fixture(params=[PHASE1, PHASE2], ids=["phase1", "phase2"])
@@ -44,7 +44,7 @@ def model(phase):
 
 
 def say(value):
-    """A case's name: the phase, and what it switches."""
+    """Return the name of a case: the phase and its options."""
     if isinstance(value, dict):
         return "-".join(f"{name}={option}" for name, option in value.items()) or "default"
     return f"phase{1 if value is PHASE1 else 2}"
@@ -164,7 +164,7 @@ def test_gradient_through_the_state_equals_one_forward(model):
 
 
 def test_gradients_match_finite_differences(model):
-    """The derivative of the loss along a random direction of all parameters, in float64."""
+    """Compare the derivative of the loss along a random direction of all parameters, in float64."""
     model, ids = model.double(), tokens(130)
     next_token_loss(model, ids, penalty_weight=100).backward()
     direction = [torch.randn_like(p) for p in model.parameters()]
@@ -205,8 +205,8 @@ def test_states_are_indexed_repeated_moved_and_saved(phase, options, tmp_path):
     ("phase", "options", "size"),
     [
         (PHASE1, dict(ar_ssm_enabled=False), 3 * 8),  # g of 3 heads
-        (PHASE1, {}, 3 * 8 + 8 * 8 + 2 * 48 * 4),  # ... the sum of 8 channels, the tail of 2 tokens
-        (PHASE2, {}, 3 * 8 + 2 * 3 * 16 * 16 * 4 + 3 * 4 + 3 * 144 * 4),  # g; S and ΔS; Γ̄; the tail of 3 tokens
+        (PHASE1, {}, 3 * 8 + 8 * 8 + 2 * 48 * 4),  # ... the sum of 8 channels, the conv state of 2 tokens
+        (PHASE2, {}, 3 * 8 + 2 * 3 * 16 * 16 * 4 + 3 * 4 + 3 * 144 * 4),  # g; S and ΔS; Γ̄; the conv state of 3 tokens
     ],
     ids=say,
 )
@@ -214,7 +214,7 @@ def test_state_size_is_constant(phase, options, size):
     model = phase.model(**options)
     for length in (1, 70, 200):
         _, state = model(tokens(length, batch=3), return_state=True)
-        assert state.nbytes == 3 * (8 + 3 * size)  # a position, and that in each of 3 layers
+        assert state.nbytes == 3 * (8 + 3 * size)  # a position, and the size in each of 3 layers
 
 
 @torch.no_grad()

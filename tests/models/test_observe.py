@@ -1,4 +1,4 @@
-"""``observe``: typed records of what every layer computes, the same numbers as without them."""
+"""``observe`` returns a typed record of every layer and changes no number."""
 
 import time
 import weakref
@@ -19,7 +19,7 @@ BOTH = pytest.mark.parametrize("phase", [PHASE1, PHASE2], ids=["phase1", "phase2
 
 
 def results(model: IntegratedModel, name: str) -> list[Any]:
-    """A list that a submodule of every block appends its results to."""
+    """Return a list to which a submodule of every block appends its results."""
     found: list[Any] = []
     for block in model.blocks:
         block.get_submodule(name).register_forward_hook(lambda _module, _inputs, output: found.append(output))

@@ -194,19 +194,19 @@ FIELDS = {
     "ffn_dim": (None, 40),
     "embedding_scale": (1.0, 3.0),
 }
-"""Fields that change what a model computes, with two values each."""
+"""Fields that change the logits, with two values each."""
 
 ELSEWHERE = {
     "ar_ssm_min_rank", "rank_warmup_steps", "ar_ssm_l1_regularization", "ar_ssm_use_fused_scan", "backend",
     "htt_num_cores", "use_gradient_checkpointing", "checkpoint_ar_ssm", "checkpoint_htt", "ffn_compression_enabled",
     "stability_monitoring_enabled", "stability_threshold", "schatten_s1_bound", "schatten_s2_bound", "dropout",
 }  # fmt: skip
-"""Fields whose effect the tests above and those of the configuration show."""
+"""Fields that the tests above and those of the configuration cover."""
 
 TARGETS = {
     "htt_compression_target", "gradient_norm_threshold", "target_vram_gb", "target_ppl_degradation", "target_speedup",
 }  # fmt: skip
-"""Fields that say what a model shall reach."""
+"""Fields that state targets."""
 
 
 def test_every_field_has_a_test():

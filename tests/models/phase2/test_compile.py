@@ -1,4 +1,4 @@
-"""`torch.compile` takes the whole model as one graph, and the graph computes what the model computes."""
+"""`torch.compile` makes one graph of the whole model, with equal losses and gradients."""
 
 from collections import Counter
 
@@ -72,13 +72,13 @@ def test_offsets_on_a_device_compile_to_one_graph_with_one_set_of_tables(monkeyp
 
     offsets = [torch.tensor(x) for x in ([0, 10, 30], [0, 5, 7, 30, 30])]
     for x in offsets:
-        torch._dynamo.mark_dynamic(x, 0)  # raises where anything asks for their number
+        torch._dynamo.mark_dynamic(x, 0)  # raises if any code reads their number
     compiler = aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
     check("triton", torch.randint(0, 97, (1, 31)), [{"cu_seqlens": x} for x in offsets], compiler, num_heads=1)
-    forward, backward = graphs  # of both
+    forward, backward = graphs  # one of each for both offsets
     count = Counter(forward)
     assert count["resolvent.memory.default"] == count["resolvent.queries_keys_values.default"] == 2
-    # The memory's chunks ask for their sequence, and positions and convolution, both at once, for that of the tokens.
+    # One search for the chunks of the memory, and one for the tokens of positions and convolution together.
     assert count["aten.cumsum.default"] == 1
     assert count["aten.searchsorted.Tensor"] == 2
     assert not any(name in backward for name in ("aten.cumsum.default", "aten.searchsorted.Tensor"))

@@ -1,4 +1,4 @@
-"""Phase 1 grows into Phase 2 and computes the same; other modules hand over what has a role."""
+"""Conversion preserves Phase 1 models, and copies the parts of other modules that have a role."""
 
 import dataclasses
 import logging
@@ -27,7 +27,7 @@ SMALL = {**PHASE1.sizes, "dropout": 0.1}
 
 @torch.enable_grad()
 def trained(steps=25, **options):
-    """A Phase 1 model after some steps of training, whose every part does something."""
+    """Return a Phase 1 model after some steps of training, in which every part has an effect."""
     model = create_phase1_model(**{**SMALL, **options})
     train(model, (tokens(64, 4).sort(1).values for _ in range(steps)), lr=1e-2)
     assert all(block.bk_proj.weight.abs().max() > 1e-3 for block in model.blocks)
@@ -57,7 +57,7 @@ def test_logits_equal_the_source_full_and_streaming(name, carried):
     for length in (1, 40, 64, 300):
         ids = tokens(length)
         expected = source(ids)
-        # Bit for bit only where a processor sums products of any width in one order.
+        # Equal to the bit only where a processor sums products of any width in one order.
         assert (model(ids) - expected).abs().max() <= 1e-6 * expected.abs().max()
         state, pieces = None, []
         for piece in ids.split(1 if length <= 64 else 37, dim=1):
@@ -216,7 +216,7 @@ def test_loaded_conversion_equals_saved(tmp_path, carried):
 
 
 class Foreign(nn.Module):
-    """A Transformer whose modules have names that say nothing."""
+    """A Transformer whose module names tell no role."""
 
     def __init__(self, tied=False, vocab_size=90, width=32, layers=4, positions=50):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The same model on CUDA: same numbers, same gradients, and a forward pass that waits for nothing."""
+"""Phase 2 on CUDA: results of the CPU, captured steps, and passes that never synchronize."""
 
 import copy
 
@@ -95,7 +95,7 @@ def test_empty_sequences_at_the_end_change_nothing(place):
 
 
 def test_replayed_step_reads_new_offsets():
-    """What a graph recorded of the first offsets must not come back with the next ones."""
+    """A graph recorded with the first offsets must read the next ones."""
     _, there = pair()
     torch._dynamo.reset()
     replayed = torch.compile(there, fullgraph=True, mode="reduce-overhead")
@@ -126,7 +126,7 @@ def test_packed_step_with_offsets_on_the_device_never_synchronizes():
     _, there = pair()
     ids, labels = torch.randint(0, 97, (2, 1, 256), device="cuda")
     offsets = [torch.tensor(x, device="cuda") for x in ([0, 100, 256], [0, 7, 256])]
-    there(ids, labels=labels, cu_seqlens=offsets[0]).backward()  # what is made once may wait
+    there(ids, labels=labels, cu_seqlens=offsets[0]).backward()  # tables that are made once may synchronize
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -138,7 +138,7 @@ def test_packed_step_with_offsets_on_the_device_never_synchronizes():
 def test_training_step_never_synchronizes():
     _, there = pair()
     ids, labels = torch.randint(0, 97, (2, 1, 256), device="cuda")
-    there(ids, labels=labels).backward()  # what is made once may wait
+    there(ids, labels=labels).backward()  # tables that are made once may synchronize
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -108,7 +108,7 @@ def test_bfloat16_autocast_is_close_to_float32_with_gradients(packed):
     model, ids = small_model(spread=0.0), tokens(200, 1)
     model.token_embedding.weight.data.mul_(
         50 / model.embedding_factor
-    )  # the first norm would amplify the rounding of a small one
+    )  # the first norm amplifies the rounding of a small embedding
     options = {"cu_seqlens": torch.tensor([0, 70, 200])} if packed else {}
 
     def logits_and_gradient():
@@ -161,14 +161,14 @@ FIELDS = {
     "htt_phase_encoding": (True, False),
     "tie_embeddings": (False, True),
 }
-"""Fields that change what a model computes, with two values each."""
+"""Fields that change the logits, with two values each."""
 
 NEEDS = {
     "ar_ssm_gate_hidden_dim": dict(ar_ssm_rank=8),
     "ar_ssm_bounded": dict(ar_ssm_rank=8),
     "htt_phase_encoding": dict(htt_rank=6),
 }
-"""Fields that say more about what another one switches on."""
+"""Fields that need another field to be on."""
 
 REACHES = {
     "use_triton_bk": ((True, False), lambda m: m.blocks[0].dissipative_bk.backend),
@@ -178,10 +178,10 @@ REACHES = {
     "n_seq": ((64, 128), lambda m: m.n_seq),
     "dropout": ((0.0, 0.5), lambda m: m.blocks[0].dropout.p + m.dropout.p),
 }
-"""Fields that change no number of an evaluation, with the part that they name."""
+"""Fields that change no logit in evaluation mode, with a function that reads them from the model."""
 
 TARGETS = {"phase1_config", "target_vram_gb", "target_speedup_triton"}
-"""Fields that describe where a model comes from and what it shall reach."""
+"""Fields that state origin and targets."""
 
 
 def test_every_field_has_a_test():
