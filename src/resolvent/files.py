@@ -81,6 +81,15 @@ def write_file(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
+def write_output(path: Path, content: bytes) -> None:
+    """Write a file that the user named: a pipe or a device as it is, all else as `write_file` does."""
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            file.write(content)
+    else:
+        write_file(path, content)
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON object as `write_file` does."""
     write_file(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

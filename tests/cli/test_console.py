@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,18 @@ def test_results_go_to_a_file_or_on_one_line(tmp_path: Path, capsys: pytest.Capt
     assert json.loads(out) == expected and out.count("\n") == 1
     write_result(None, values)
     assert not capsys.readouterr().out
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path: Path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_result(pipe, {"a": 1})
+        assert pipe.is_fifo() and json.loads(os.read(reader, 100)) == {"a": 1}
+    finally:
+        os.close(reader)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_json_takes_the_place_of_reports_and_moves_progress_to_stderr():

@@ -196,7 +196,7 @@ def test_figures_are_shown_where_their_file_cannot_be_written(
         raise OSError("the disk is full")
 
     shown = resolvent(*commands[name]).out
-    monkeypatch.setattr("resolvent.files.write_json", refuse)
+    monkeypatch.setattr("resolvent.files.write_output", refuse)
     outcome = resolvent(*commands[name], "--json", "found.json")
     assert outcome == (1, shown, "Error: the disk is full\n")
 

@@ -58,6 +58,8 @@ def test_what_is_missing_is_said(folder, monkeypatch):
 def test_a_text_and_tasks_are_two_things(folder, capfd):
     assert call("evaluate", folder / "run", "--tasks", "colours", "--data", folder / "text") == 2
     assert "not both" in capfd.readouterr().err
+    assert call("evaluate", folder / "run", "--task-path", folder / "tasks") == 2
+    assert "name them with --tasks" in capfd.readouterr().err
 
 
 @pytest.mark.slow

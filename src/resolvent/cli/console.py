@@ -58,12 +58,12 @@ def write_result(json_path: Path | None, values: Any) -> None:
 
     JSON has no infinities and no NaN: they are written as null.
     """
-    from resolvent.files import write_json
+    from resolvent.files import write_output
 
     if json_path == STDOUT:
         print(json.dumps(_finite(values), allow_nan=False))
     elif json_path is not None:
-        write_json(json_path, _finite(values))
+        write_output(json_path, (json.dumps(_finite(values), indent=2, allow_nan=False) + "\n").encode())
 
 
 def _finite(value: Any) -> Any:

@@ -41,7 +41,7 @@ def inspect(
     out = run_dir / "inspection.html" if out is None else out
     check_output(out, "--out")
     model, tokenizer = load_trained(directory, device)
-    from resolvent.files import write_file
+    from resolvent.files import write_output
     from resolvent.inspection import inspect_model, render_page
     from resolvent.training.metrics import FILE_NAME
 
@@ -61,7 +61,7 @@ def inspect(
             metrics=metrics if metrics.exists() else None,
         )
     page = render_page(inspection).encode()
-    write_file(out, page)
+    write_output(out, page)
     write_result(json_path, inspection.to_dict())
     told = f"{out}: {len(inspection.tokens):,} tokens, {len(page) / 1e6:.1f} MB; open it in a browser"
     say(progress_console(json_path), told)

@@ -38,6 +38,8 @@ def language(
             raise typer.BadParameter("give a text or tasks, not both", param_hint="--tasks")
         _evaluate_tasks(directory, tasks.split(","), task_path, device, json_path)
         return
+    if task_path is not None:
+        raise typer.BadParameter("says where tasks are; name them with --tasks", param_hint="--task-path")
     model, tokenizer = load_trained(directory, device)
     from resolvent.evaluation import evaluate_documents
 
