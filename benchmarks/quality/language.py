@@ -27,7 +27,7 @@ from resolvent.data.corpus import EOT, split_documents
 from resolvent.evaluation.estimates import Estimate
 from resolvent.evaluation.reading import score_tokens
 from resolvent.models import save_model
-from resolvent.models.generation import evaluating
+from resolvent.models.inference import evaluating
 from resolvent.models.phase2 import Phase2IntegratedModel
 from resolvent.ops import IGNORED
 

@@ -32,7 +32,7 @@ from benchmarks.quality.training import Clock, Mode
 from resolvent.evaluation.estimates import Estimate
 from resolvent.evaluation.needle import ANSWER, FACT, NEAREST, PASS_KEYS, QUESTION
 from resolvent.evaluation.reading import score_tokens
-from resolvent.models.generation import evaluating
+from resolvent.models.inference import evaluating
 
 QUESTIONS = 6
 """In a training sequence."""

@@ -1,6 +1,7 @@
 """Where to compute, and whether the same bits shall come of it every time."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,8 +29,9 @@ def pick_device(name: str) -> torch.device:
 def deterministic(wanted: bool = True) -> Iterator[None]:
     """Let CUDA give the same bits for the same inputs as long as the block lasts; the CPU always does.
 
-    The operators' kernels add up in a fixed order anyway; this is for PyTorch's own. cuBLAS looks at its workspace when
-    a process first uses it: begin here.
+    The operators' kernels add up in a fixed order anyway; this is for PyTorch's own. The setting is one of the process:
+    where blocks of several threads overlap, it holds for all of them until the last one ends. cuBLAS looks at its
+    workspace when a process first uses it: begin here.
 
     Args:
         wanted: False changes nothing.
@@ -37,13 +39,38 @@ def deterministic(wanted: bool = True) -> Iterator[None]:
     if not wanted:
         yield
         return
-    memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    memory.fill_uninitialized_memory = False  # takes time, and nobody reads what nobody wrote
+    _deterministic.begin()
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        memory.fill_uninitialized_memory = before[1]
+        _deterministic.end()
+
+
+class _Deterministic:
+    """PyTorch's settings for deterministic algorithms, on while any block wants them."""
+
+    def __init__(self) -> None:
+        self._lock, self._blocks, self._before = threading.Lock(), 0, (False, True)
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._blocks:
+                memory: Any = torch.utils.deterministic
+                self._before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+                self._set(True, False)  # filling memory takes time, and nobody reads what nobody wrote
+            self._blocks += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if not self._blocks:
+                self._set(*self._before)
+
+    def _set(self, algorithms: bool, fill_memory: bool) -> None:
+        torch.use_deterministic_algorithms(algorithms)
+        memory: Any = torch.utils.deterministic
+        memory.fill_uninitialized_memory = fill_memory
+
+
+_deterministic = _Deterministic()

@@ -125,7 +125,7 @@ class SequenceParallel(nn.Module):
             yield
 
     def _mean_nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        mine = self.model.nats(hidden, labels, "sum") / self._chain.sum((labels != IGNORED).sum())
+        mine = self.model.nats(hidden, labels, "sum") / self._chain.sum((labels != IGNORED).sum()).clamp(min=1)
         # The number is everybody's, the gradient that of this process's part.
         return mine + (self._chain.sum(mine.detach()) - mine.detach())
 

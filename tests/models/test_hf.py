@@ -380,6 +380,22 @@ def test_padding_predicts_nothing(pair):
     torch.testing.assert_close(loss, sum(alone) / (39 + 69))
 
 
+@pytest.mark.parametrize("value", [torch.nan, 2.0, -1.0])
+def test_a_mask_is_made_of_zeros_and_ones(pair, value):
+    _, theirs = pair
+    with pytest.raises(ValueError, match=f"attention_mask must be 1 for tokens and 0 for padding, got {value}"):
+        theirs(torch.zeros(2, 3, dtype=torch.long), attention_mask=torch.full((2, 3), value))
+
+
+def test_labels_of_which_none_counts_are_a_loss_of_exactly_zero(pair):
+    _, theirs = pair
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    loss = theirs.train()(ids, labels=torch.full_like(ids, -100)).loss
+    loss.backward()
+    assert loss == 0
+    assert not any(p.grad.any() for p in theirs.parameters() if p.grad is not None)
+
+
 def test_logits_of_the_last_places_alone(pair):
     _, hf = pair
     ids = tokens(30)

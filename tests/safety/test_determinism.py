@@ -166,3 +166,15 @@ def test_a_deterministic_run_trains_so(text: Path, tmp_path: Path, monkeypatch: 
     train(minute_config(text, tmp_path / "other"))
     assert seen[config.steps :] == [False] * config.steps
     assert outcome(tmp_path / "run") == outcome(tmp_path / "other")
+
+
+def test_the_setting_holds_until_the_last_thread_leaves(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    first, second = deterministic(), deterministic()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # in the order in which they began: as threads may
+    assert torch.are_deterministic_algorithms_enabled()
+    second.__exit__(None, None, None)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory

@@ -8,6 +8,7 @@ import typer
 from resolvent.cli.console import report_console, show_table, write_result
 from resolvent.cli.loading import Directory, JsonFile, wrong_usage
 from resolvent.runs import load_trained, run_of
+from resolvent.seeds import MOST_SEED
 from resolvent.terminal import say, shell_word
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def convert(
     keep_tensor_train: Annotated[
         bool, typer.Option("--keep-tensor-train", help="Keep a token embedding that is one; otherwise make it a table.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Decides the new weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Decides the new weights.")] = 0,
     json_path: JsonFile = None,
 ) -> None:
     """Turn a Phase 1 model into a Phase 2 model that computes the same.

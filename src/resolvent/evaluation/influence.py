@@ -15,7 +15,6 @@ Shapes: B sequences, N tokens, D model width, K replacements.
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +28,10 @@ from resolvent.errors import ConfigError, DataError
 from resolvent.evaluation.estimates import Bucket, Estimate, doubling_buckets
 from resolvent.evaluation.reading import Advance, excerpts, progress_bar, read, separator_of
 from resolvent.models import IntegratedModel, observe
-from resolvent.models.generation import evaluating
+from resolvent.models.inference import inference_view
 from resolvent.models.state import ModelState
 from resolvent.ops.precision import at_least_float32
+from resolvent.seeds import check_seed
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def measure_influence(
     """Measure the influence of every token on the last prediction, by distance.
 
     Args:
-        model: the model.
+        model: the model; it keeps its mode, dropout is off, and its parameters get no gradients.
         stream: the text; a sequence is the separator of documents and `length + 1` tokens in a row of it, the last of
             which is predicted.
         length: longest distance in tokens.
@@ -108,6 +108,7 @@ def measure_influence(
     for name, value in (("length", length), ("sequences", sequences), ("replacements", replacements)):
         if value < 1:
             raise ConfigError(f"{name} must be >= 1, got {value}")
+    check_seed(seed)
     random = np.random.default_rng(seed)
     texts = excerpts(stream, sequences, length + 1, random)
     buckets = doubling_buckets(length)
@@ -141,7 +142,7 @@ def input_gradients(
     """Gradient of the last token's loss in the embedding of every token before it, in memory for one piece.
 
     Args:
-        model: the model; it is read in evaluation mode, and its parameters get no gradients.
+        model: the model; it keeps its mode, dropout is off, and its parameters get no gradients.
         tokens: int64 (B, N + 1); the last one is predicted.
         piece_tokens: tokens B P of a piece.
         advance: told of the tokens read, those of the walk backwards three times.
@@ -152,16 +153,17 @@ def input_gradients(
     pieces = tokens[:, :-1].split(max(1, piece_tokens // len(tokens)), dim=1)
     states: list[ModelState | None] = [None]
     upstream: list[Tensor | None] | None = None
-    with evaluating(model), _gradients_of_embeddings(model):
-        for piece in pieces[:-1]:
-            with torch.no_grad():
-                _, state = read(model, piece, states[-1])
-            states.append(state)
-            advance(piece.numel())
-        for piece in reversed(pieces):
-            gradient, upstream = _backwards(model, piece, states.pop(), upstream, tokens[:, -1])
-            advance(3 * piece.numel())
-            yield gradient
+    model = inference_view(model, parameter_gradients=False)
+    model.token_embedding.requires_grad_(True)  # for gradients of its output, not of the model's own parameters
+    for piece in pieces[:-1]:
+        with torch.no_grad():
+            _, state = read(model, piece, states[-1])
+        states.append(state)
+        advance(piece.numel())
+    for piece in reversed(pieces):
+        gradient, upstream = _backwards(model, piece, states.pop(), upstream, tokens[:, -1])
+        advance(3 * piece.numel())
+        yield gradient
 
 
 def _backwards(
@@ -207,7 +209,7 @@ def replacement_divergences(
     The text is read once, and every variant from its replaced token on: there it sets out with a copy of the state.
 
     Args:
-        model: the model.
+        model: the model; it keeps its mode, and dropout is off.
         tokens: int64 (N,).
         places: of the tokens that are replaced, one at a time, (K,).
         others: what takes their place, (K,).
@@ -221,7 +223,8 @@ def replacement_divergences(
     cuts = np.unique([0, *places, len(tokens)])
     substitutes = torch.from_numpy(others[order]).to(tokens)
     hidden, state = None, None
-    with evaluating(model), torch.inference_mode():
+    model = inference_view(model)
+    with torch.inference_mode():
         for start, end in itertools.pairwise(cuts.tolist()):
             before, rows = (1 + int(np.searchsorted(places[order], start, side)) for side in ("left", "right"))
             if state is not None:
@@ -248,17 +251,3 @@ def _other_token(text: np.ndarray, token: int, random: np.random.Generator) -> i
 def _leaf(x: Tensor) -> Tensor:
     """Where a gradient is to arrive, if x can have one."""
     return x.detach().requires_grad_(x.is_floating_point() or x.is_complex())
-
-
-@contextmanager
-def _gradients_of_embeddings(model: IntegratedModel) -> Iterator[None]:
-    """Let the token embedding be the only part whose parameters require gradients: those of its output are needed, and
-    those of all other parameters would be computed in vain."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.requires_grad_(False)
-        model.token_embedding.requires_grad_(True)
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)

@@ -12,7 +12,7 @@ from torch import nn
 from resolvent.data import TokenStream, encode_documents
 from resolvent.errors import DataError, ResolventError
 from resolvent.evaluation.reading import rectangle, side_by_side
-from resolvent.models.generation import evaluating
+from resolvent.models.inference import inference_view
 from resolvent.ops import IGNORED
 
 
@@ -62,13 +62,14 @@ def evaluate_documents(
     piece to the next. So a document may be of any length, and neither size below changes the result.
 
     Args:
-        model: a model with the streaming interface; it is put in evaluation mode and back.
+        model: a model with the streaming interface; it keeps its mode, and dropout is off (see ``inference_view``).
         documents: texts, or a stream that `encode_documents` made of them.
         tokenizer: encodes the texts; not needed for a stream.
         batch_tokens: most tokens in one call of the model: the memory that this takes.
         piece_tokens: longest piece of a document.
 
     Raises:
+        ConfigError: the model is in training mode and has no view.
         DataError: there is no text.
         ResolventError: the model's predictions are not finite.
     """
@@ -78,7 +79,7 @@ def evaluate_documents(
             raise TypeError("evaluate_documents needs a tokenizer to encode texts")
         documents = encode_documents(documents, tokenizer)
     sequences = document_tokens(documents)
-    nats = sum_of_nats(model, sequences, batch_tokens=batch_tokens, piece_tokens=piece_tokens)
+    nats = sum_of_nats(inference_view(model), sequences, batch_tokens=batch_tokens, piece_tokens=piece_tokens)
     tokens = sum(len(sequence) - 1 for sequence in sequences)
     return LanguageScore.from_totals(nats, tokens, int(documents.num_bytes))
 
@@ -90,9 +91,10 @@ def document_tokens(stream: TokenStream) -> list[np.ndarray]:
 
 
 def sum_of_nats(model: nn.Module, sequences: Sequence[np.ndarray], *, batch_tokens: int, piece_tokens: int) -> float:
-    """Total negative log-likelihood of every sequence's tokens but its first, in nats."""
+    """Sum the negative log-likelihood of every sequence's tokens but its first, in nats; the model's mode is the
+    caller's choice."""
     device = next(model.parameters()).device
-    with evaluating(model), torch.inference_mode():
+    with torch.inference_mode():
         total = torch.zeros((), dtype=torch.float64, device=device)
         for lanes in _batches(sequences, batch_tokens, piece_tokens):
             total += _batch_nats(model, lanes, piece_tokens, device)

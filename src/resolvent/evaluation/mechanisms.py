@@ -28,9 +28,10 @@ from resolvent.evaluation.reading import progress_bar
 from resolvent.evaluation.token_classes import TOKEN_CLASSES, token_classes
 from resolvent.layers import MemoryResonanceLayer, SNRMemoryFilter
 from resolvent.models import IntegratedModel
-from resolvent.models.generation import evaluating
+from resolvent.models.inference import inference_view
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
 from resolvent.ops.consolidation import modes, signal_to_noise
+from resolvent.seeds import check_seed
 
 DISTANCES = (4, 16, 64, 256)
 """Tokens before the boundary of which slow and fast heads keep what these wrote."""
@@ -248,7 +249,7 @@ def evaluate_mechanisms(
     """Measure what it costs a model to lose what its decay rates, its SNR filter and its resonance single out.
 
     Args:
-        model: a Phase 2 model; it is read in evaluation mode.
+        model: a Phase 2 model; it keeps its mode and its parts, and dropout is off.
         stream: the text.
         tokenizer: its tokenizer, which tells the classes of tokens.
         length: tokens read before the boundary, a multiple of the consolidation interval.
@@ -269,6 +270,7 @@ def evaluate_mechanisms(
             f"mechanisms are those of Phase 2, got a {type(model).__name__}, which has neither Γ nor a memory: "
             "`resolvent convert` makes a Phase 2 model of it, to be trained on"
         )
+    check_seed(seed)
     interval = model.config.consolidation_interval
     horizon = interval if horizon is None else horizon
     texts = _texts(stream, length, horizon, interval, sequences, joined)
@@ -276,8 +278,10 @@ def evaluate_mechanisms(
     distances = [distance for distance in DISTANCES if distance < length]
     total = _tokens_to_read(model.config, texts, horizon, distances, classes)
     random = np.random.default_rng(seed)
-    with progress_bar("Reading", total, progress) as advance, evaluating(model), torch.inference_mode():
-        reading = read_texts(model, texts, length, distances, batch_tokens=batch_tokens, advance=advance)
+    with progress_bar("Reading", total, progress) as advance, torch.inference_mode():
+        reading = read_texts(
+            inference_view(model), texts, length, distances, batch_tokens=batch_tokens, advance=advance
+        )
         heads = head_decays(reading)
         return Mechanisms(
             length=length,

@@ -23,8 +23,9 @@ from resolvent.evaluation.reading import (
     separator_of,
 )
 from resolvent.models import IntegratedModel
-from resolvent.models.generation import evaluating
+from resolvent.models.inference import inference_view
 from resolvent.models.state import ModelState
+from resolvent.seeds import check_seed
 
 FACT = "\nThe pass key is {key}. Remember it: the pass key is {key}.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
@@ -127,7 +128,7 @@ def evaluate_needle(
     its tokens, the fact, and as many more tokens as the distance asks for, which go on where the text broke off.
 
     Args:
-        model: the model.
+        model: the model; it keeps its mode, and dropout is off.
         stream: the text around the fact.
         tokenizer: its tokenizer.
         length: longest distance in tokens, at least 16, the shortest.
@@ -142,16 +143,18 @@ def evaluate_needle(
         DataError: the text is too short.
         ResolventError: the model's predictions are not finite.
     """
+    check_seed(seed)
     if samples < 1:
         raise ConfigError(f"samples must be >= 1, got {samples}")
     if not 2 <= candidates <= len(PASS_KEYS):
         raise ConfigError(f"candidates must be between 2 and {len(PASS_KEYS):,}, got {candidates}")
+    model = inference_view(model)
     distances = doubling(NEAREST, length)
     haystack = _hide(stream, tokenizer, length, samples, candidates, np.random.default_rng(seed))
     lanes = max(1, batch_tokens // (2 * _LEAD))
     total = samples * length + (1 + len(distances)) * haystack.answers_read
     scores = []
-    with progress_bar("Reading", total, progress) as advance, evaluating(model), torch.inference_mode():
+    with progress_bar("Reading", total, progress) as advance, torch.inference_mode():
         for start in range(0, samples, lanes):
             part = haystack[start : start + lanes]
             scores.append(np.stack(list(_ask_along(model, part, distances, batch_tokens, advance))))

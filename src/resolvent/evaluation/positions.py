@@ -18,7 +18,7 @@ from resolvent.evaluation.estimates import Bucket, Estimate, doubling_buckets
 from resolvent.evaluation.language import document_tokens
 from resolvent.evaluation.reading import Advance, progress_bar, read, rectangle, score_tokens, side_by_side
 from resolvent.models import IntegratedModel
-from resolvent.models.generation import evaluating
+from resolvent.models.inference import inference_view
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def evaluate_positions(
     back.
 
     Args:
-        model: the model; its configuration's `n_seq` is the training length.
+        model: the model, which keeps its mode, dropout being off; its configuration's `n_seq` is the training length.
         stream: the text.
         tokenizer: its tokenizer.
         length: most tokens that are read in a row.
@@ -106,6 +106,7 @@ def evaluate_positions(
         DataError: there is no text.
         ResolventError: the model's predictions are not finite.
     """
+    model = inference_view(model)
     texts = long_texts(stream, length, sequences, joined)
     windows = [_windows(text, model.n_seq) for text in texts]
     total = sum(len(text) - 1 for text in (*texts, *itertools.chain(*windows)))
@@ -128,7 +129,8 @@ def sequence_nats(
     piece_tokens: int = 512,
     advance: Advance = lambda _: None,
 ) -> list[np.ndarray]:
-    """Negative log-likelihood of every token but the first of each sequence, in nats, float64, in the order given.
+    """Negative log-likelihood of every token but the first of each sequence, in nats, float64, in the order given, by a
+    model in evaluation mode.
 
     Sequences are read side by side in pieces, with the state handed on.
     """
@@ -137,7 +139,7 @@ def sequence_nats(
     lanes = batch_tokens // piece_tokens
     order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number]))
     parts: list[list[np.ndarray]] = [[] for _ in sequences]
-    with evaluating(model), torch.inference_mode():
+    with torch.inference_mode():
         for group in (order[first : first + lanes] for first in range(0, len(order), lanes)):
             state = None
             for pieces in side_by_side([sequences[number] for number in group], piece_tokens):

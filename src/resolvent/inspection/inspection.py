@@ -152,7 +152,7 @@ def inspect_model(
     """Read a text and note what happens inside.
 
     Args:
-        model: the model; it is read in evaluation mode, and its parameters get no gradients.
+        model: the model; it keeps its mode, dropout is off, and its parameters get no gradients.
         tokenizer: its tokenizer.
         text: read from its beginning.
         length: most tokens to read, the one that opens a text included.

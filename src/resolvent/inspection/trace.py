@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from resolvent.layers import LyapunovStabilityMonitor, StaticBKLayer
 from resolvent.models import IntegratedModel, observe
-from resolvent.models.generation import evaluating
+from resolvent.models.inference import inference_view
 from resolvent.models.phase1 import Phase1Record
 from resolvent.models.phase2 import Phase2Block, Phase2Record
 
@@ -67,13 +67,14 @@ def trace_text(model: IntegratedModel, tokens: Tensor, *, stride: int = 4) -> Te
     """Read a text a few tokens at a time, which changes nothing for the model, and record the memories after each.
 
     Args:
-        model: the model; it is read in evaluation mode.
+        model: the model; it keeps its mode, and dropout is off.
         tokens: int64 (N,).
         stride: tokens between two records of the memories.
     """
     pieces = tokens[None].split(stride, dim=1)
     traces, state = [], None
-    with evaluating(model), torch.no_grad():
+    model = inference_view(model)
+    with torch.no_grad():
         for piece in pieces:
             traces.append(observe(model, piece, state=state))
             state = traces[-1].after

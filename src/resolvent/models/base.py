@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ..layers import ZetaEmbedding
 from ..ops import linear_cross_entropy
-from ..ops.precision import at_least_float32, for_products
+from ..ops.precision import at_least_float32, for_products, wide_dtype
 from .config import LanguageModelConfig
 from .generation import Generation
 from .initialization import init_weights
-from .state import named_tensors
-from .token_batch import TokenBatch, positions, read_tokens
+from .state import ModelState
+from .token_batch import TokenBatch, check_labels, positions, read_tokens
 from .trace import Record, State, Trace
 
 Config = TypeVar("Config", bound=LanguageModelConfig)
@@ -121,7 +121,8 @@ class IntegratedModel(nn.Module, Generation, Generic[Config, Record, State]):
         Args:
             input_ids: tokens, integer (B, N).
             labels: the token that follows each of ``input_ids``, int64 (B, N), or -100 at positions that do not count,
-                padding among them. The loss takes the place of the logits, which are then never held all at once.
+                padding among them. The loss takes the place of the logits, which are then never held all at once; where
+                no label counts, it is exactly zero, with zero gradients.
             state: state after the tokens that the sequences have read before; None for a fresh start.
             return_state: also return the state after the last token.
             cu_seqlens: offsets of S sequences packed in one row, integer (S + 1,), from 0 to N; needs B = 1. State and
@@ -231,13 +232,11 @@ class IntegratedModel(nn.Module, Generation, Generic[Config, Record, State]):
         """Return the logits of hidden states (B, N, D) or, given labels (B, N), their mean loss.
 
         Raises:
-            ValueError: the labels have another shape than the tokens.
+            ValueError: the labels do not fit the tokens.
         """
         if labels is None:
             return self.logits(hidden)
-        if labels.shape != hidden.shape[:-1]:
-            expected, got = tuple(hidden.shape[:-1]), tuple(labels.shape)
-            raise ValueError(f"labels must have the shape of input_ids, {expected}, got {got}")
+        check_labels(labels, hidden)
         return self.nats(hidden, labels)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -269,14 +268,10 @@ class IntegratedModel(nn.Module, Generation, Generic[Config, Record, State]):
         if state is None:
             offsets = batch.cu_seqlens
             return torch.zeros(batch.sequences, dtype=torch.long, device="cpu" if offsets is None else offsets.device)
-        if len(state) != batch.sequences:
-            raise ValueError(f"the state holds {len(state)} sequences, the input has {batch.sequences}")
-        device = batch.input_ids.device
-        if state.device != device:
-            raise ValueError(f"the state is on {state.device}, the input on {device}; use state.to(device)")
-        given = [[tuple(x.shape[1:]) for _, x in named_tensors(layer)] for layer in state.layers]
-        if self.state_shapes() != given:
-            raise ValueError("the state belongs to another model: its layers, heads or widths differ")
+        if not isinstance(state, ModelState):
+            raise ValueError(f"state must be a ModelState, as the model returns it, got {type(state).__name__}")
+        dtype = wide_dtype(self.lm_head.weight)
+        state.check(self.state_shapes(), batch.sequences, batch.input_ids.device, dtype)
         return state.position
 
     def state_shapes(self) -> list[list[tuple[int, ...]]]:

@@ -1,6 +1,7 @@
 """Generation on CUDA, one token a sequence at a time, without waiting for Python: the step is captured as a graph."""
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,9 @@ from ..ops.precision import at_least_float32
 
 WARM_UP = 2
 """Steps that run before the capture, so that kernels are compiled and libraries have set themselves up."""
+
+CAPTURING = threading.Lock()
+"""Held while a step is captured: one capture at a time, and no draw from the device's own generator meanwhile."""
 
 
 class CapturedStep:
@@ -31,7 +35,7 @@ class CapturedStep:
         stream = _capture_stream(device)
         # Weights that autocast keeps do not live as long as the graph that would read them.
         precision = dict(enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"))
-        with torch.autocast("cuda", **precision, cache_enabled=False):
+        with CAPTURING, torch.autocast("cuda", **precision, cache_enabled=False):
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 trial = token_step(model, state)  # whose state is spent: the graph sets out with one of its own
@@ -39,7 +43,8 @@ class CapturedStep:
                     trial(self._token)
             torch.cuda.current_stream(device).wait_stream(stream)
             self._step = token_step(model, state)
-            with torch.cuda.graph(self._graph, stream=stream):
+            # Other threads go on: what they allocate meanwhile does not break the capture.
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._logits = self._step(self._token)
 
     def __call__(self, token: Tensor) -> Tensor:

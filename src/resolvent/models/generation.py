@@ -1,17 +1,18 @@
 """Writing text: sampling from any model that streams with a state."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..errors import ResolventError
 from ..ops.precision import at_least_float32
 from ..ops.prefix_sum import prefix_sum
-from .decoding import CapturedStep, read_token
-from .token_batch import check_tokens
+from .decoding import CAPTURING, CapturedStep, read_token
+from .inference import inference_view
+from .token_batch import check_attention_mask, check_tokens
 
 PREFILL = 2048
 """Tokens of a prompt that are read at once: without padding, long prompts need no more memory than this many."""
@@ -23,26 +24,11 @@ WORTH_CAPTURING = 64
 class StreamingModel(Protocol):
     """What generation asks of a model."""
 
-    training: bool
-
-    def train(self, mode: bool = True) -> Any: ...
-
     def hidden_states(
         self, input_ids: Tensor, *, state: Any = None, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Any]: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Put a model in evaluation mode, and back."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 class Generation:
@@ -68,52 +54,64 @@ class Generation:
     ) -> Iterator[Tensor]:
         """Continue prompts and yield each new token, int64 (B,), as soon as it is known.
 
-        The state has a constant size, so that a token costs the same however much was read.
+        The state has a constant size, so that a token costs the same however much was read. Dropout is off, and the
+        model keeps its mode: streams may take turns, in one thread or in several (see ``inference_view``).
 
         Args:
             input_ids: prompts, int64 (B, N).
             max_new_tokens: most tokens to write.
             temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
-            top_k: sample from the k likeliest tokens only.
-            top_p: sample from the smallest set of tokens that holds this much probability.
-            generator: source of randomness; the same seed gives the same text.
+            top_k: sample from the k likeliest tokens only, and from those that are as likely as the k-th.
+            top_p: sample from the smallest set of tokens that holds this much probability, at least one.
+            generator: source of randomness, of this stream alone; the same seed gives the same text. None for the
+                global generator of the model's device.
             eos_token_id: token at which a sequence ends; from then on it yields this token, and the stream ends when
                 every sequence has.
             attention_mask: 1 for tokens, 0 for padding on either side, (B, N).
             state: what the model has read before the prompt.
 
         Raises:
+            ConfigError: the model is in training mode and has no view.
+            ResolventError: logits are not finite. On CUDA at temperature 0 they are checked at the end of the stream,
+                since a look at every token would stall the queue.
             ValueError: an option is out of range, or a prompt holds what is no token.
         """
         check_tokens(input_ids, self.vocab_size)
         _check_options(max_new_tokens, temperature, top_k, top_p)
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, input_ids)
         draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        return self._stream(input_ids, max_new_tokens, draw, eos_token_id, attention_mask, state)
+        return _stream(inference_view(self), input_ids, max_new_tokens, draw, eos_token_id, attention_mask, state)
 
-    @torch.inference_mode()
-    def _stream(
-        self: Any,
-        input_ids: Tensor,
-        max_new_tokens: int,
-        draw: Callable[[Tensor], Tensor],
-        eos_token_id: int | None,
-        attention_mask: Tensor | None,
-        state: Any,
-    ) -> Iterator[Tensor]:
-        """``stream`` with options that are in range; ``draw`` takes logits (B, V) to a token of every row (B,)."""
-        with evaluating(self):
-            hidden, state = _prefill(self, input_ids, attention_mask, state)
-            step, logits = _stepper(self, state, max_new_tokens), at_least_float32(self.logits(hidden))
-            done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-            for remaining in range(max_new_tokens, 0, -1):
-                token = draw(logits)
-                if eos_token_id is not None:
-                    token = torch.where(done, eos_token_id, token)
-                    done = done | (token == eos_token_id)
-                yield token
-                if remaining == 1 or (eos_token_id is not None and done.all()):
-                    return
-                logits = step(token)
+
+@torch.inference_mode()
+def _stream(
+    model: StreamingModel,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    draw: Callable[[Tensor], Tensor],
+    eos_token_id: int | None,
+    attention_mask: Tensor | None,
+    state: Any,
+) -> Iterator[Tensor]:
+    """``stream`` by a model in evaluation mode, with options that are in range; ``draw`` takes logits (B, V) to a token
+    of every row (B,)."""
+    hidden, state = _prefill(model, input_ids, attention_mask, state)
+    step, logits = _stepper(model, state, max_new_tokens), at_least_float32(model.logits(hidden))
+    done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    largest = logits.amax(-1)
+    for remaining in range(max_new_tokens, 0, -1):
+        token = draw(logits)
+        if logits.is_cuda:  # what was not finite once stays so
+            largest = largest + logits.amax(-1)
+        if eos_token_id is not None:
+            token = torch.where(done, eos_token_id, token)
+            done = done | (token == eos_token_id)
+        yield token
+        if remaining == 1 or (eos_token_id is not None and done.all()):
+            _check_finite(largest)
+            return
+        logits = step(token)
 
 
 def sample(
@@ -123,10 +121,20 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw a token of every row: logits float (B, V) -> int64 (B,)."""
+    """Draw a token of every row: logits float (B, V), -inf for tokens that are excluded -> int64 (B,).
+
+    Raises:
+        ResolventError: the largest logit of a row is not finite; on CUDA, nobody looks at temperature 0.
+    """
+    logits = at_least_float32(logits)
+    largest = logits.amax(-1, keepdim=True)
+    if not (logits.is_cuda and temperature == 0):
+        _check_finite(largest)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # without infinities, however cold
+    # Within the normal numbers of the dtype: 0 / 0 and -inf / inf are no logits.
+    limits = torch.finfo(logits.dtype)
+    logits = (logits - largest) / min(max(temperature, limits.tiny), limits.max)
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -134,14 +142,28 @@ def sample(
         ordered, index = logits.sort(descending=True)
         probability = ordered.softmax(-1)
         beyond = prefix_sum(probability) - probability >= top_p
+        beyond[:, 0] = False  # a top_p may be 0 in the logits' dtype
         logits = logits.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf)
+    if generator is None and logits.is_cuda:
+        with CAPTURING:  # a capture in another thread holds the device's generator
+            return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
     device = generator.device if generator is not None else logits.device
     return torch.multinomial(logits.softmax(-1).to(device), 1, generator=generator).squeeze(-1).to(logits.device)
 
 
+def _check_finite(largest: Tensor) -> None:
+    """Raise a ResolventError unless the largest logit of every row, (B,) or (B, 1), is finite."""
+    if not (finite := largest.flatten().isfinite()).all():
+        row = int((~finite).nonzero()[0])
+        raise ResolventError(
+            f"the largest logit of row {row} is {largest.flatten()[row]}: the weights or the state are not finite, or "
+            "every token is excluded; load weights from before a divergence"
+        )
+
+
 def _prefill(model: StreamingModel, input_ids: Tensor, mask: Tensor | None, state: Any) -> tuple[Tensor, Any]:
     """Read the prompts; the hidden state of each sequence's last token (B, D), and the state after it."""
-    if mask is not None and (mask.shape != input_ids.shape or not mask.all()):
+    if mask is not None and not mask.all():
         hidden, state = model.hidden_states(input_ids, state=state, attention_mask=mask)
         place = torch.arange(input_ids.shape[1], device=mask.device)
         last = torch.where(mask.bool(), place, -1).amax(dim=1)
@@ -173,7 +195,7 @@ def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, t
         raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be >= 0 and finite, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be >= 1, got {top_k}")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be an integer >= 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")

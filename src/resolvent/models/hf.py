@@ -31,6 +31,7 @@ from .phase1 import Phase1Config, Phase1IntegratedModel
 from .phase2 import Phase2Config, Phase2IntegratedModel
 from .state import ModelState
 from .storage import FORMAT_VERSION, TRANSFORMERS_ENTRIES, in_todays_format, model_type
+from .token_batch import check_attention_mask
 from .trace import Trace
 
 _ARGUMENTS = ("model_type", "name_or_path", "num_labels", "attn_implementation", "experts_implementation")
@@ -276,6 +277,7 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = RecurrentCache()
         if attention_mask is not None:
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
+            check_attention_mask(attention_mask, input_ids)
             attention_mask = None if attention_mask.all() else attention_mask
         if skip_logits is None:
             skip_logits = self.training and labels is not None
@@ -303,7 +305,7 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
             counted = (labels != IGNORED).sum()
             penalty = counted * self.model.penalty(trace) if penalised else 0.0
             nats = self._nats(hidden, labels) + penalty
-            loss = nats / (counted if num_items_in_batch is None else num_items_in_batch)
+            loss = nats / (counted.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

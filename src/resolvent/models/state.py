@@ -19,17 +19,22 @@ _COMPLEX = ":complex"
 """Marks the name of a complex tensor in a file, which holds its real and imaginary parts."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelState:
     """State of a model for B sequences: differentiable, movable, and of a size that does not depend on what was read.
 
+    Its real numbers are float32, or float64 in a float64 model, and its complex numbers pairs of these; weights in half
+    precision do not change that.
+
     Attributes:
+        exact: fields of the layers' states that are float64 in every model.
         position: tokens that each sequence has read, int64 (B,); on the CPU, where Python reads it without waiting,
             but for steps that are captured as a graph.
         layers: one state a block, a named tuple of tensors and of such tuples.
     """
 
     layer_type: ClassVar[Any]
+    exact: ClassVar[frozenset[str]] = frozenset()
 
     position: Tensor
     layers: tuple[Any, ...]
@@ -37,6 +42,15 @@ class ModelState:
     def __len__(self) -> int:
         """Number of sequences B."""
         return len(self.position)
+
+    def __repr__(self) -> str:
+        """One line: type, sequences, tokens read, layers, size and device."""
+        read = self.position.tolist()
+        tokens = f"{read[0]:,}" if len(set(read)) == 1 else f"{min(read, default=0):,} to {max(read, default=0):,}"
+        return (
+            f"{type(self).__name__}({len(self):,} sequences, {tokens} tokens read, {len(self.layers)} layers, "
+            f"{self.nbytes:,} bytes on {self.device})"
+        )
 
     @property
     def nbytes(self) -> int:
@@ -56,13 +70,57 @@ class ModelState:
         """Cut the graph: what comes next sends no gradient to what came before."""
         return self.map(Tensor.detach)
 
-    def to(self, device: torch.device | str) -> Self:
-        """The state with its layers on another device."""
-        return type(self)(self.position, self._map_layers(lambda x: x.to(device)))
+    def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Return the state with its layers on another device, in another precision or both.
+
+        Args:
+            device: where to; None leaves the layers where they are. A dtype may take its place: ``to(torch.float64)``.
+            dtype: float32 or float64, of the models that may read on; None leaves it as it is. What ``exact`` names
+                stays float64.
+
+        Raises:
+            ValueError: another dtype, in which a state would lose what it adds up, or its imaginary parts.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(
+                f"a state is float32 or float64, got {dtype}: models in half precision have a state in float32, too"
+            )
+        moved = iter([x.to(device, self._dtype(name, x, dtype)) for name, x in self._layer_tensors()])
+        return type(self)(self.position, self._map_layers(lambda _: next(moved)))
 
     def with_position_on(self, device: torch.device) -> Self:
         """The state with its position where the kernels read it, and Python does not."""
         return type(self)(self.position.to(device), self.layers)
+
+    def check(
+        self, shapes: list[list[tuple[int, ...]]], sequences: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Raise a ValueError unless a model can read on from this state.
+
+        Args:
+            shapes: of one sequence's state in that model: of every layer, every tensor.
+            sequences: their number in the model's input.
+            device: of the input.
+            dtype: in which the model keeps a state, float32 or float64.
+        """
+        if len(self) != sequences:
+            raise ValueError(f"the state holds {len(self)} sequences, the input has {sequences}")
+        if self.device != device:
+            raise ValueError(f"the state is on {self.device}, the input on {device}; use state.to({str(device)!r})")
+        given = [[tuple(x.shape[1:]) for _, x in named_tensors(layer)] for layer in self.layers]
+        if shapes != given:
+            raise ValueError("the state belongs to another model: its layers, heads or widths differ")
+        if self.position.dtype != torch.int64:
+            raise ValueError(f"the state's position must be int64, got {self.position.dtype}")
+        for name, x in self._layer_tensors():
+            if len(x) != sequences or x.device != device:
+                raise ValueError(
+                    f"{name} of the state holds {len(x)} sequences on {x.device}, its position {sequences} on {device}"
+                )
+            if x.dtype != (wanted := self._dtype(name, x, dtype)):
+                raise ValueError(f"{name} of the state is {x.dtype}, of the model {wanted}; use state.to({dtype})")
 
     def tensors(self) -> list[Tensor]:
         """All tensors, always in the same order."""
@@ -131,8 +189,18 @@ class ModelState:
         return tuple(map_tensors(layer, function) for layer in self.layers)
 
     def _tensors(self) -> dict[str, Tensor]:
-        layers = (pair for i, layer in enumerate(self.layers) for pair in named_tensors(layer, f"layers.{i}"))
-        return {"position": self.position, **dict(layers)}
+        return {"position": self.position, **dict(self._layer_tensors())}
+
+    def _layer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for i, layer in enumerate(self.layers):
+            yield from named_tensors(layer, f"layers.{i}")
+
+    def _dtype(self, name: str, x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype of a layers' tensor in a state whose real numbers are of ``dtype``."""
+        if dtype is None or not (x.is_complex() or x.is_floating_point()):
+            return x.dtype
+        dtype = torch.float64 if name.rpartition(".")[2] in self.exact else dtype
+        return dtype.to_complex() if x.is_complex() else dtype
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

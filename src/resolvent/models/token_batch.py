@@ -86,7 +86,7 @@ def read_tokens(
         unpadded = unpad(input_ids, attention_mask)
         return TokenBatch(unpadded.tokens, unpadded.cu_seqlens, shape, unpadded)
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, shape)
+        check_cu_seqlens(cu_seqlens, shape, input_ids.device)
     return TokenBatch(input_ids, cu_seqlens, shape, None)
 
 
@@ -107,15 +107,12 @@ def check_tokens(input_ids: Tensor, vocab_size: int) -> None:
 
 
 def unpad(input_ids: Tensor, attention_mask: Tensor) -> Unpadded:
-    """Drop the padding of (B, N) tokens; the mask (B, N) is non-zero where there is a token.
+    """Drop the padding of (B, N) tokens; the mask (B, N) is 1 where there is a token, and 0 elsewhere.
 
     Raises:
         ValueError: the mask does not fit the tokens.
     """
-    _check_tensor("attention_mask", attention_mask)
-    if attention_mask.shape != input_ids.shape:
-        expected, got = tuple(input_ids.shape), tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask must have the shape of input_ids, {expected}, got {got}")
+    check_attention_mask(attention_mask, input_ids)
     mask = attention_mask.bool()
     if not mask.any():
         raise ValueError("attention_mask leaves the batch without any token; keep at least one")
@@ -124,16 +121,51 @@ def unpad(input_ids: Tensor, attention_mask: Tensor) -> Unpadded:
     return Unpadded(input_ids.flatten()[places].unsqueeze(0), cu_seqlens, places)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
-    """Raise a ValueError unless the offsets cut a batch of one, shape (1, T), from 0 to T without going back.
+def check_attention_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
+    """Raise a ValueError unless the mask has the tokens' shape (B, N) and device, and holds nothing but 0 and 1.
+
+    Its values decide the shapes of what follows, so that they are looked at on every device.
+    """
+    _check_tensor("attention_mask", attention_mask)
+    if attention_mask.shape != input_ids.shape:
+        expected, got = tuple(input_ids.shape), tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask must have the shape of input_ids, {expected}, got {got}")
+    _check_device("attention_mask", attention_mask, input_ids.device)
+    wrong = (attention_mask != 0) & (attention_mask != 1)
+    if wrong.any():
+        raise ValueError(
+            f"attention_mask must be 1 for tokens and 0 for padding, got {attention_mask[wrong][0].item()}; make a "
+            "mask of that kind out of one that is added to scores (0 for tokens) with mask == 0"
+        )
+
+
+def check_labels(labels: Tensor, hidden: Tensor) -> None:
+    """Raise a ValueError unless labels fit hidden states (B, N, D): int64 (B, N), on their device."""
+    _check_tensor("labels", labels)
+    if labels.shape != hidden.shape[:-1]:
+        expected, got = tuple(hidden.shape[:-1]), tuple(labels.shape)
+        raise ValueError(f"labels must have the shape of input_ids, {expected}, got {got}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}; use labels.long()")
+    _check_device("labels", labels, hidden.device)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    """Raise a ValueError unless the offsets cut a batch of one, shape (1, T) on ``device``, from 0 to T without going
+    back. They are on the CPU or on ``device``.
 
     In a graph that is being compiled their values are not known, and on a device nobody looks: they are not checked.
     """
     _check_tensor("cu_seqlens", cu_seqlens)
     if shape[0] != 1:
         raise ValueError(f"cu_seqlens needs packed input_ids of shape (1, T), got {shape}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
-        raise ValueError(f"cu_seqlens must be a tensor of at least two integers in one dimension, got {cu_seqlens}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
+        raise ValueError(
+            "cu_seqlens must be at least two integers (int32 or int64) in one dimension, got "
+            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device.type != "cpu":
+        _check_device("cu_seqlens", cu_seqlens, device)
     if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
         return
     offsets = cu_seqlens.tolist()
@@ -144,6 +176,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
 def _check_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a tensor, got {shown(x)}; make it one with torch.tensor")
+
+
+def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, input_ids on {device}; use {name}.to({str(device)!r})")
 
 
 def positions(start: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -36,7 +36,8 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Negative log-likelihood of the labels under ``softmax(hidden @ weight.T)``, as ``F.cross_entropy`` has it.
+    """Negative log-likelihood of the labels under ``softmax(hidden @ weight.T)``, as ``F.cross_entropy`` has it where a
+    label counts.
 
     Args:
         hidden: (T, D). Under autocast, it and ``weight`` are cast to autocast's dtype for the products.
@@ -48,8 +49,9 @@ def linear_cross_entropy(
         backend: ``auto``, ``torch`` or ``triton``.
 
     Returns:
-        Nats of the labels that count, a scalar of at least float32; where none counts, the sum is zero and the mean
-        NaN. Differentiable, once, in ``hidden`` and ``weight``, whose gradients come in their own dtypes.
+        Nats of the labels that count, a scalar of at least float32; where none counts, exactly zero with zero gradients
+        (``F.cross_entropy`` has NaN, which would spoil every weight). Differentiable, once, in ``hidden`` and
+        ``weight``, whose gradients come in their own dtypes.
 
     Raises:
         ValueError: shapes do not fit, a label is no token, ``chunk_tokens`` is not above zero, or there is no such
@@ -68,7 +70,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
     total, _, _ = _linear_cross_entropy(hidden, weight, labels, ignore_index, chunk_tokens, dtype, backend, *wanted)
-    return total if reduction == "sum" else total / (labels != ignore_index).sum()
+    return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp(min=1)
 
 
 def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from resolvent.errors import ConfigError
 from resolvent.files import shown
+from resolvent.seeds import MOST_SEED
 
 if TYPE_CHECKING:
     from resolvent.models.phase1 import Phase1Config
@@ -50,7 +51,7 @@ class TrainingConfig:
     out: str | None = setting(
         None, RUN, "Run folder for model and metrics; new or empty.", metavar="DIR", default_text="runs/PRESET"
     )
-    seed: int = setting(0, RUN, "Decides weights, order of the data and dropout.", at_least=0, at_most=2**63 - 1)
+    seed: int = setting(0, RUN, "Decides weights, order of the data and dropout.", at_least=0, at_most=MOST_SEED)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN, "auto: cuda where there is one.")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", RUN, "auto: bf16 on cuda, fp32 on the cpu.")
     deterministic: bool = setting(False, RUN, "The same seed gives the same bits on cuda, too; slower.")

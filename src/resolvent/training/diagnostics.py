@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from resolvent.models import IntegratedModel, observe
-from resolvent.models.generation import evaluating
+from resolvent.models.inference import inference_view
 from resolvent.models.phase1 import Phase1Diagnostics, Phase1IntegratedModel
 from resolvent.models.phase2 import Phase2Diagnostics, Phase2IntegratedModel, Phase2State
 from resolvent.ops.consolidation import signal_to_noise
@@ -27,7 +27,7 @@ class Diagnostics:
 
 @torch.no_grad()
 def read_diagnostics(model: IntegratedModel, tokens: Tensor) -> Diagnostics:
-    """Read a text in evaluation mode and summarise what the layers compute.
+    """Read a text without dropout and summarise what the layers compute.
 
     Args:
         model: the model.
@@ -39,12 +39,12 @@ def read_diagnostics(model: IntegratedModel, tokens: Tensor) -> Diagnostics:
         energies with the share that resonates. Of a Phase 1 model: the gates, their effective rank, and how near the
         resolvent came to a pole.
     """
-    with evaluating(model):
-        if isinstance(model, Phase2IntegratedModel):
-            trace = observe(model, tokens[None])
-            return _phase2(model.diagnostics(trace), trace.after)
-        assert isinstance(model, Phase1IntegratedModel)
-        return _phase1(model.diagnostics(observe(model, tokens[None])))
+    model = inference_view(model)
+    if isinstance(model, Phase2IntegratedModel):
+        trace = observe(model, tokens[None])
+        return _phase2(model.diagnostics(trace), trace.after)
+    assert isinstance(model, Phase1IntegratedModel)
+    return _phase1(model.diagnostics(observe(model, tokens[None])))
 
 
 def gradient_norms(model: IntegratedModel) -> dict[str, float]:

@@ -22,7 +22,7 @@ from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.language import calls_of_model, document_tokens, sum_of_nats
 from resolvent.models import IntegratedModel
-from resolvent.models.generation import evaluating
+from resolvent.models.inference import evaluating
 from resolvent.models.phases import phase_of
 from resolvent.models.storage import named_weights, write_weights
 from resolvent.terminal import shell_word
@@ -422,7 +422,8 @@ class Trainer:
         model = accelerator.unwrap_model(self.model, keep_torch_compile=False)  # pieces come in many shapes
         sizes = dict(batch_tokens=max(self.batches.tokens_per_batch, 4096), piece_tokens=512)
         # So do blocks that are compiled one by one.
-        with torch.compiler.set_stance("force_eager") if self.sharded and self.config.compile else nullcontext():
+        stance = torch.compiler.set_stance("force_eager") if self.sharded and self.config.compile else nullcontext()
+        with stance, evaluating(model):
             nats = sum_of_nats(model, mine, **sizes)
             if self.sharded:  # every call takes all processes, also those that have read their share
                 calls = [calls_of_model(share, **sizes) for share in shares]
@@ -440,7 +441,8 @@ class Trainer:
         )
         self.tracking.log(self.standing.step, "validation", dict(loss=score.loss, bits_per_byte=score.bits_per_byte))
         if not self.sharded:  # no process holds the blocks to look into
-            self.tracking.log_diagnostics(self.standing.step, self.raw_model)
+            with evaluating(self.raw_model):
+                self.tracking.log_diagnostics(self.standing.step, self.raw_model)
         self.display.validation(self.standing.step, score)
         return score
 
@@ -450,7 +452,7 @@ class Trainer:
 
     def _call_idly(self, times: int) -> None:
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        with evaluating(self.raw_model), torch.inference_mode():
+        with torch.inference_mode():
             for _ in range(times):
                 self.model(token)
 

@@ -9,6 +9,7 @@ import typer
 from resolvent.cli.console import report_console
 from resolvent.cli.evaluate.tables import Joined, load, plus_minus, show, write
 from resolvent.cli.loading import BatchTokens, Device, Directory, JsonFile, Text
+from resolvent.seeds import MOST_SEED
 from resolvent.terminal import say
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def mechanisms(
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Most texts to read; more of them say more.")] = 16,
     joined: Joined = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random components and tokens.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the random components and tokens.")] = 0,
     json_path: JsonFile = None,
     batch_tokens: BatchTokens = 4096,
     device: Device = "auto",

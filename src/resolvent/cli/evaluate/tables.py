@@ -9,6 +9,7 @@ import typer
 from resolvent.cli.console import report_console, show_table, write_result
 from resolvent.cli.loading import check_output, documents_of
 from resolvent.runs import load_trained
+from resolvent.seeds import MOST_SEED
 from resolvent.terminal import say
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def _check_plot(path: Path | None) -> Path | None:
 
 
 Joined = Annotated[bool, typer.Option("--joined", help="Read on from document to document, where documents are short.")]
-Seed = Annotated[int, typer.Option(min=0, help="Makes the choice of places repeatable.")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Makes the choice of places repeatable.")]
 PlotFile = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", callback=_check_plot, help="Draw them, as .png, .pdf or .svg.")
 ]

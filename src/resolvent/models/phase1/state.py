@@ -24,10 +24,11 @@ class Phase1LayerState(NamedTuple):
     ar_ssm: SemiseparableState | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Phase1State(ModelState):
     """State of a Phase 1 model: per layer the last value of the resolvent and the sum of the semiseparable layer."""
 
     layer_type: ClassVar[type[Phase1LayerState]] = Phase1LayerState
+    exact: ClassVar[frozenset[str]] = frozenset({"total"})
 
     layers: tuple[Phase1LayerState, ...]

@@ -29,10 +29,11 @@ class LayerState(NamedTuple):
     ar_ssm: SemiseparableState | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Phase2State(ModelState):
     """State of a Phase 2 model: per layer the last value of the resolvent, the memory and the conv state."""
 
     layer_type: ClassVar[type[LayerState]] = LayerState
+    exact: ClassVar[frozenset[str]] = frozenset({"total"})
 
     layers: tuple[LayerState, ...]

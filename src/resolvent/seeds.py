@@ -1,0 +1,13 @@
+"""The seeds that every command and function takes: what PyTorch and NumPy both take. No torch in here."""
+
+from resolvent.errors import ConfigError
+from resolvent.files import shown
+
+MOST_SEED = 2**63 - 1
+"""Largest seed; the smallest is 0."""
+
+
+def check_seed(seed: object) -> None:
+    """Raise a ConfigError unless a seed is an integer from 0 to ``MOST_SEED``."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MOST_SEED:
+        raise ConfigError(f"seed must be an integer from 0 to {MOST_SEED}, got {shown(seed)}")
