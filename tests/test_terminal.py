@@ -1,7 +1,9 @@
 import io
 import os
 import subprocess
+import sys
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,46 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from resolvent.terminal import degrade_streams, plain, say, shell_word
+from resolvent.terminal import degrade_streams, for_terminal, plain, printable, say, shell_word
+
+CLIPBOARD = "\x1b]52;c;aGFja2Vk\x07"
+"""Lets many terminals put a text into the clipboard."""
+NAME = f"run{CLIPBOARD}\x9b31m"
+SHOWN = r"run\x1b]52;c;aGFja2Vk\x07\x9b31m"
+
+
+class Terminal(io.TextIOWrapper):
+    """A stream into memory that says to be a terminal."""
+
+    def __init__(self, is_terminal: bool = True):
+        super().__init__(io.BytesIO(), encoding="utf-8", newline="")
+        self.is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+    @property
+    def written(self) -> str:
+        self.flush()
+        return self.buffer.getvalue().decode()
+
+
+Streams = Callable[[], tuple[Terminal, Terminal]]
+"""Takes the place of standard output and standard error."""
+
+
+@pytest.fixture(params=[True, False], ids=["terminal", "pipe"])
+def streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Streams:
+    def connect() -> tuple[Terminal, Terminal]:  # in the test: pytest connects its own before
+        out, err = Terminal(request.param), Terminal(request.param)
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        monkeypatch.setenv("TERM", "dumb")
+        monkeypatch.setenv("COLUMNS", "400")
+        return out, err
+
+    return connect
+
 
 UGLY = [
     "runs/my run",
@@ -51,7 +92,7 @@ def test_plain_paths_stay_as_they_are(path: object):
 def test_plain_text_is_encodable_and_without_control_characters(text: str, encoding: str):
     shown = plain(text, encoding)
     assert shown.encode(encoding).decode(encoding) == shown
-    assert not [c for c in shown if unicodedata.category(c) == "Cc" and c != "\n"]
+    assert not [c for c in shown if unicodedata.category(c) == "Cc" and c not in "\n\t"]
     assert plain(shown, encoding) == shown
 
 
@@ -76,3 +117,19 @@ def test_a_line_is_said_as_it_is():
     text = "[bold]:cat: [/y] 'runs' 1.5 " + "word " * 10 + "\x1b]52;c;x\x07"
     say(console, text)
     assert console.file.getvalue() == text[:-9] + r"\x1b]52;c;x\x07" + "\n"
+
+
+def test_escapes_stand_for_control_characters_and_lines_stay():
+    text = "".join(map(chr, range(0x20))) + "\x7f\x80\x9f\xa0é日🙂\\x1b"
+    shown = printable(text)
+    assert shown.startswith(r"\x00\x01") and r"\x08" + "\t\n" + r"\x0b\x0c\r\x0e" in shown
+    assert shown.endswith("\\x1f\\x7f\\x80\\x9f\xa0é日🙂\\x1b")
+
+
+@given(st.text())
+def test_nothing_that_a_terminal_obeys_is_left(text: str):
+    shown = printable(text)
+    assert all(letter in "\n\t" or not (letter < " " or "\x7f" <= letter <= "\x9f") for letter in shown)
+    assert printable(shown) == shown
+    assert for_terminal(text, Terminal(False)) == text
+    assert for_terminal(text, Terminal()) == shown

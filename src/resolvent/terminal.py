@@ -60,15 +60,24 @@ def discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def printable(text: str) -> str:
+    """Return text that no terminal obeys: control characters are escaped, but for the ends of lines and tabs."""
+    return "".join(_escaped(character) if _is_control(character) else character for character in text)
+
+
+def for_terminal(text: str, stream: TextIO) -> str:
+    """Return text to be written to a stream: ``printable`` if that is a terminal, and as it is if not."""
+    return printable(text) if stream.isatty() else text
+
+
 def plain(text: str, encoding: str = "utf-8") -> str:
-    """Return text that a terminal shows as it is: control characters are escaped, but for the ends of lines.
+    """Return text that a terminal shows as it is: ``printable``, in the characters of its encoding.
 
     Args:
         text: any text; names and paths may hold bytes that are no UTF-8.
         encoding: the terminal's; characters that it lacks become ASCII, so that widths can be measured.
     """
-    shown = "".join(_escaped(character) if _is_control(character) else character for character in text)
-    return shown.encode(encoding, DEGRADE).decode(encoding)
+    return printable(text).encode(encoding, DEGRADE).decode(encoding)
 
 
 def say(console: "Console", text: str, style: str | None = None) -> None:
@@ -106,4 +115,4 @@ def _escaped(character: str) -> str:
 
 def _is_control(character: str) -> bool:
     """Tell whether a terminal may obey a character (C0, DEL, C1) instead of showing it."""
-    return (character < " " and character != "\n") or "\x7f" <= character <= "\x9f"
+    return (character < " " and character not in "\n\t") or "\x7f" <= character <= "\x9f"

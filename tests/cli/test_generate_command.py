@@ -3,14 +3,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from resolvent.cli.generate import decode_stream
-from resolvent.data import build_tokenizer
+from tests.data.test_detokenization import metaspace
+
+from .conftest import call
 
 Resolvent = Callable[..., Any]
-BYTES = build_tokenizer("bytes", [])
 
 
 def test_it_prints_prompt_and_continuation(resolvent: Resolvent, run_dir: Path):
@@ -56,7 +54,13 @@ def test_top_k_of_one_is_the_likeliest_text(resolvent: Resolvent, run_dir: Path)
 
 @pytest.mark.parametrize(
     "option",
-    [["--top-p", 0], ["--top-p", 1.5], ["--top-k", 0], ["--temperature", -1], ["--max-new-tokens", -1], ["--seed", -1]],
+    [
+        *(["--top-p", value] for value in (0, 1.5, "nan")),
+        *(["--temperature", value] for value in (-1, "nan", "inf")),
+        *(["--seed", value] for value in (-1, 2**63, 2**64)),
+        ["--top-k", 0],
+        ["--max-new-tokens", -1],
+    ],
 )
 def test_options_out_of_range_are_wrong_usage(resolvent: Resolvent, run_dir: Path, option: list[object]):
     outcome = resolvent("generate", run_dir, *option)
@@ -64,33 +68,30 @@ def test_options_out_of_range_are_wrong_usage(resolvent: Resolvent, run_dir: Pat
     assert str(option[0]) in outcome.err
 
 
-@given(st.binary(max_size=60))
-def test_pieces_together_are_the_decoded_whole(data: bytes):
-    assert "".join(decode_stream(BYTES, data)) == data.decode("utf-8", errors="replace")
-
-
-@given(st.text(max_size=30))
-def test_characters_are_never_cut(text: str):
-    pieces = list(decode_stream(BYTES, text.encode()))
-    assert "".join(pieces) == text
-    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
-
-
-def test_characters_come_as_soon_as_they_are_whole():
-    data = "aé日🙂".encode()
-    consumed: list[int] = []
-
-    def feed():
-        for byte in data:
-            consumed.append(byte)
-            yield byte
-
-    seen = [(piece, len(consumed)) for piece in decode_stream(BYTES, feed())]
-    assert seen == [("a", 1), ("é", 3), ("日", 6), ("🙂", 10)]
-
-
 def test_a_prompt_may_come_from_a_file(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
     (tmp_path / "prompt.txt").write_text("Rhyme: the")
     options = ["--max-new-tokens", 40, "--temperature", 0]
     from_file = resolvent("generate", run_dir, "--prompt-file", tmp_path / "prompt.txt", *options)
     assert from_file == resolvent("generate", run_dir, "--prompt", "Rhyme: the", *options)
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["at once", "streamed"])
+def test_words_keep_their_spaces_behind_a_prompt(resolvent: Resolvent, metaspace_run: Path, stream: list[str]):
+    """A decoder that drops the space before a first token sees the prompt's tokens before the new ones."""
+    written = resolvent("generate", metaspace_run, "--prompt", "the nation", "--temperature", 0, *stream).out
+    assert written.startswith("the nation a law of the people")
+
+
+def test_an_empty_prompt_begins_without_a_space(resolvent: Resolvent, metaspace_run: Path):
+    written = resolvent("generate", metaspace_run, "--temperature", 0, "--max-new-tokens", 5).out
+    assert written.startswith("the nation a law")
+
+
+@pytest.fixture(scope="session")
+def metaspace_run(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("metaspace")
+    (folder / "text.txt").write_text("<|endoftext|>\n".join(["the nation a law of the people"] * 40))
+    metaspace().save(str(folder / "tokenizer.json"))
+    options = ["--data", folder / "text.txt", "--tokenizer", folder / "tokenizer.json", "--steps", 60]
+    assert call("train", *options, "--learning-rate", "1e-2", "--out", folder / "run", *small) == 0
+    return folder / "run"

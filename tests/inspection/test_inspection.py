@@ -17,6 +17,7 @@ from resolvent.inspection import Inspection, inspect_model
 from resolvent.inspection.inspection import read_curves, token_texts
 from resolvent.models import IntegratedModel
 from resolvent.models.phase2 import Phase2IntegratedModel
+from tests.data.test_detokenization import metaspace
 from tests.models.small import PHASE1, PHASE2
 
 TEXT = "The old cat, père №7, sat on the mat.\n" * 4
@@ -47,6 +48,17 @@ def test_the_tokens_are_the_text(inspection: Inspection):
 
 def test_a_text_that_ends_inside_a_character():
     assert token_texts(TOKENIZER, [97, *"è".encode()[:1]]) == ["a", ""]
+
+
+def test_words_keep_their_spaces():
+    """With a decoder that drops the space before a first token: in the text, and in what is expected."""
+    tokenizer = metaspace()
+    model = PHASE2.model(vocab_size=tokenizer.get_vocab_size())
+    seen = inspect_model(model, tokenizer, "the nation a law of the people")
+    assert "".join(seen.tokens[1:]) == " the nation a law of the people"
+    words = {text for row in seen.expected for text, _ in row}
+    assert any(word.startswith(" ") and len(word) > 1 for word in words)
+    assert not words & {"nation", "people"}  # which stand behind a space only
 
 
 def test_losses_and_expectations_are_the_model_s(inspection: Inspection, model: IntegratedModel):

@@ -1,8 +1,11 @@
 """The command line: `resolvent train | generate | evaluate | inspect | convert | presets | benchmark`."""
 
+import logging
 import os
 import signal
 import sys
+import traceback
+from types import TracebackType
 
 from resolvent.errors import ResolventError
 
@@ -21,9 +24,10 @@ def main() -> None:
 
 
 def _run() -> None:
-    from resolvent.terminal import degrade_streams
+    from resolvent.terminal import degrade_streams, for_terminal
 
     degrade_streams(sys.stdout, sys.stderr)
+    logging.lastResort = _WarningHandler()
     from resolvent.cli.app import app
 
     if os.environ.get("NO_COLOR"):
@@ -36,9 +40,29 @@ def _run() -> None:
         raise
     except BaseException as error:  # panics of Rust libraries are no Exceptions
         if os.environ.get("RESOLVENT_DEBUG"):
+            sys.excepthook = _show_traceback
             raise
-        print(f"Error: {_explain(error)}", file=sys.stderr)
+        print(for_terminal(f"Error: {_explain(error)}", sys.stderr), file=sys.stderr)
         sys.exit(1)
+
+
+class _WarningHandler(logging.Handler):
+    """Shows warnings on standard error, of which a terminal obeys none."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from resolvent.terminal import for_terminal
+
+        print(for_terminal(self.format(record), sys.stderr), file=sys.stderr)
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    from resolvent.terminal import for_terminal
+
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(for_terminal(text, sys.stderr), file=sys.stderr, end="")
 
 
 def _flush() -> None:

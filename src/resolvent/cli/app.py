@@ -1,6 +1,9 @@
 """The commands, put together. Heavy imports wait inside them, so that `--help` is quick."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -15,11 +18,21 @@ from resolvent.cli.inspect import inspect
 from resolvent.cli.presets import presets
 from resolvent.cli.train import train
 
+_UsageError: Any = typer.BadParameter.__mro__[1]  # of Click, or of the copy of it that newer versions of Typer hold
+
 
 class Commands(Group):
-    """All commands. The error of a --json without a FILE names the remedy."""
+    """All commands. The error of a --json without a FILE names the remedy, and no error of usage moves a terminal."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _printable_errors():
+            return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
+        with _printable_errors():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except Exception as error:  # Typer has no public name for the error of a missing value
@@ -27,6 +40,18 @@ class Commands(Group):
                 told = "needs a FILE, or - for standard output."
                 raise typer.BadParameter(told, getattr(error, "ctx", None) or ctx, param_hint="--json") from error
             raise
+
+
+@contextmanager
+def _printable_errors() -> Iterator[None]:
+    """Escape the control characters of arguments in errors of usage, on a terminal."""
+    try:
+        yield
+    except _UsageError as error:
+        from resolvent.terminal import for_terminal
+
+        error.message = for_terminal(error.message, sys.stderr)
+        raise
 
 
 app = typer.Typer(

@@ -95,7 +95,7 @@ def show_table(
         text: headings of the columns that hold text, on the left; the others hold figures, on the right.
         styles: styles of cells by what stands in them.
     """
-    cells = [[plain(cell, console.encoding) for cell in row] for row in (columns, *rows)]
+    cells = [[plain(cell, console.encoding).expandtabs() for cell in row] for row in (columns, *rows)]
     foldable = [heading in text for heading in columns]
     if _width(cells, foldable, folded=False) > console.width:
         mark = plain(" ±", console.encoding)

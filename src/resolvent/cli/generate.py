@@ -1,16 +1,13 @@
 """`resolvent generate`."""
 
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from resolvent.cli.loading import Device, Directory
 from resolvent.runs import load_trained
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from resolvent.seeds import MOST_SEED
 
 
 def generate(
@@ -23,7 +20,9 @@ def generate(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Most tokens to write.")] = 256,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes the text repeatable.", show_default="random")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MOST_SEED, help="Makes the text repeatable.", show_default="random")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Lower is safer; 0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the K likeliest.", show_default="all")] = None,
     top_p: Annotated[
@@ -35,10 +34,13 @@ def generate(
     """Let a trained model write.
 
     Prints the prompt and what follows, until the model ends the text or --max-new-tokens are written. A prompt may have
-    any length and hold any bytes: what is no UTF-8 becomes U+FFFD.
+    any length and hold any bytes: what is no UTF-8 becomes U+FFFD. A terminal shows control
+    characters as escapes; files and pipes get them as they are.
 
     Example: [bold]resolvent generate runs/tiny --prompt "My fellow" --max-new-tokens 200 --seed 1 --stream[/bold]
     """
+    if not 0 <= temperature < float("inf"):
+        raise typer.BadParameter(f"{temperature} is not in the range 0<=x<inf.", param_hint="--temperature")
     if top_p is not None and not 0 < top_p <= 1:
         raise typer.BadParameter(f"{top_p} is not in the range 0<x<=1.", param_hint="--top-p")
     if prompt and prompt_file is not None:
@@ -47,6 +49,7 @@ def generate(
     import torch
 
     from resolvent.data import EOT, encode_documents
+    from resolvent.data.detokenization import decode_stream
     from resolvent.device import deterministic
 
     generator = torch.Generator()
@@ -66,7 +69,7 @@ def generate(
         eos_token_id=end,
     )
     new_ids = (int(token) for token in tokens)
-    pieces = decode_stream(tokenizer, (token for token in new_ids if token != end))
+    pieces = decode_stream(tokenizer, (token for token in new_ids if token != end), ids[1:].tolist())
     _print(prompt)
     with deterministic(seed is not None):
         for piece in pieces if stream else ["".join(pieces)]:
@@ -74,24 +77,9 @@ def generate(
     _print("\n")
 
 
-def decode_stream(tokenizer: "Tokenizer", ids: Iterable[int]) -> Iterator[str]:
-    """Text of tokens as they come; a character is held back until all its bytes are there.
-
-    The pieces together are what decoding all tokens at once gives, bytes that are no text (U+FFFD) included.
-    """
-    from tokenizers.decoders import DecodeStream
-
-    decoder, seen, sent = DecodeStream(skip_special_tokens=False), [], 0
-    for token in ids:
-        seen.append(token)
-        if piece := decoder.step(tokenizer, token):
-            sent += len(piece)
-            yield piece
-    if rest := tokenizer.decode(seen, skip_special_tokens=False)[sent:]:
-        yield rest
-
-
 def _print(text: str) -> None:
-    """As UTF-8, whatever the terminal claims to be, and at once."""
-    sys.stdout.buffer.write(text.encode())
+    """Write text as UTF-8, whatever the terminal claims to be, and at once; a terminal obeys none of it."""
+    from resolvent.terminal import for_terminal
+
+    sys.stdout.buffer.write(for_terminal(text, sys.stdout).encode())
     sys.stdout.buffer.flush()

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from resolvent._version import __version__
 from resolvent.data import encode_documents
+from resolvent.data.detokenization import TextStream, added_texts
 from resolvent.errors import CheckpointError, DataError, ResolventError
 from resolvent.evaluation.influence import input_gradients
 from resolvent.inspection.trace import LayerTrace, MemoryTrace, trace_text
@@ -193,8 +193,8 @@ def inspect_model(
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """The text that each token adds."""
-    decoder = DecodeStream(skip_special_tokens=False)
-    return [decoder.step(tokenizer, token) or "" for token in ids]
+    stream = TextStream(tokenizer)
+    return [stream.push(token) for token in ids]
 
 
 def read_curves(path: Path) -> Curves:
@@ -251,7 +251,8 @@ def _predictions(
         log_p = at_least_float32(model.lm_head(hidden[:-1])).log_softmax(dim=-1)
     nats = -log_p.gather(1, ids[1:, None]).squeeze(1)
     best = log_p.topk(min(3, model.vocab_size))
-    words = [[tokenizer.decode([token], skip_special_tokens=False) for token in row] for row in best.indices.tolist()]
+    rows = zip(ids.tolist(), best.indices.tolist(), strict=False)  # no token is expected behind the last
+    words = [added_texts(tokenizer, before, row) for before, row in rows]
     chances = _numbers(best.values.exp())
     return _numbers(nats), [list(zip(*pair, strict=True)) for pair in zip(words, chances, strict=True)]
 

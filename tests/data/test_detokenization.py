@@ -1,0 +1,145 @@
+"""Tokens are decoded in their place: behind a prompt, as they come, and as alternatives."""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from resolvent.data import EOT, build_tokenizer
+from resolvent.data.detokenization import TextStream, added_texts, decode_stream
+
+TEXT = "the nation a law of the people, a nation of laws. people 'n laws, naïve lawn " * 3
+BYTES = build_tokenizer("bytes", [])
+
+
+def trained(tokenizer: Tokenizer, trainer: Callable[..., trainers.Trainer], **options: object) -> Tokenizer:
+    options = {"vocab_size": 90, "special_tokens": [EOT, "<unk>"], "show_progress": False, **options}
+    tokenizer.train_from_iterator([TEXT], trainer(**options))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def metaspace() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return trained(tokenizer, trainers.BpeTrainer)
+
+
+def unigram() -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return trained(tokenizer, trainers.UnigramTrainer, vocab_size=50, unk_token="<unk>")
+
+
+def wordpiece() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    tokenizer.normalizer = normalizers.Lowercase()
+    return trained(tokenizer, trainers.WordPieceTrainer)
+
+
+def suffixes() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder()
+    return trained(tokenizer, trainers.BpeTrainer, end_of_word_suffix="</w>")
+
+
+def byte_fallback() -> Tokenizer:
+    """As Llama's: spaces are visible letters, and characters without a token are bytes."""
+    letters = [*map("<0x{:02X}>".format, range(256)), *dict.fromkeys("▁" + "".join(TEXT.split()))]
+    vocabulary = {token: number for number, token in enumerate([EOT, "<unk>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return tokenizer
+
+
+KINDS = [metaspace, unigram, wordpiece, suffixes, byte_fallback]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.__name__)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return request.param()
+
+
+def whole(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_a_continuation_is_the_rest_of_the_whole_wherever_the_prompt_ends(tokenizer: Tokenizer):
+    ids = tokenizer.encode("the nation a law of naïve people, 'n laws", add_special_tokens=False).ids
+    alone = [whole(tokenizer, [token]) for token in ids]
+    assert "".join(alone) != whole(tokenizer, ids)
+    for cut in range(len(ids) + 1):
+        prompt, new = ids[:cut], ids[cut:]
+        pieces = list(decode_stream(tokenizer, new, prompt))
+        assert whole(tokenizer, prompt) + "".join(pieces) == whole(tokenizer, ids)
+        assert all(pieces)
+
+
+def test_tokens_in_any_order_give_the_whole(tokenizer: Tokenizer):
+    """But for bytes, with which a fallback decodes what comes before them otherwise."""
+    usual = [number for token, number in tokenizer.get_vocab().items() if not token.startswith("<0x")]
+
+    @given(st.lists(st.sampled_from(usual), max_size=30), st.integers(0, 30))
+    def check(ids: list[int], cut: int) -> None:
+        pieces = decode_stream(tokenizer, ids[cut:], ids[:cut])
+        assert whole(tokenizer, ids[:cut]) + "".join(pieces) == whole(tokenizer, ids)
+
+    check()
+
+
+@given(st.lists(st.integers(0, 275), max_size=30))
+def test_bytes_that_spoil_a_character_that_was_shown_are_no_error(ids: list[int]):
+    tokenizer = byte_fallback()
+    "".join(decode_stream(tokenizer, ids))
+
+
+def test_alternatives_have_the_text_that_they_would_add(tokenizer: Tokenizer):
+    ids = tokenizer.encode("the nation a law, people", add_special_tokens=False).ids
+    stream = TextStream(tokenizer, ids[:1])
+    for before, token in itertools.pairwise(ids):
+        (text,) = added_texts(tokenizer, before, [token])
+        assert text == stream.push(token)
+
+
+def test_an_alternative_that_completes_a_character_has_that():
+    first, second = "é".encode()
+    assert added_texts(BYTES, first, [second, ord("a")]) == ["é", "\ufffda"]
+    assert added_texts(BYTES, ord("x"), [first, ord("a")]) == ["\ufffd", "a"]
+
+
+@given(st.binary(max_size=60))
+def test_pieces_together_are_the_decoded_whole(data: bytes):
+    assert "".join(decode_stream(BYTES, data)) == data.decode("utf-8", errors="replace")
+
+
+@given(st.integers(0, 200), st.binary(max_size=6))
+def test_long_runs_of_broken_bytes_are_shown_as_they_come(length: int, end: bytes):
+    data = b"\xc3" * length + end
+    seen = list(decode_stream(BYTES, data))
+    assert "".join(seen) == data.decode("utf-8", errors="replace")
+    assert len(seen) >= length // 17
+
+
+@given(st.text(max_size=30))
+def test_characters_are_never_cut(text: str):
+    pieces = list(decode_stream(BYTES, text.encode()))
+    assert "".join(pieces) == text
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+def test_characters_come_as_soon_as_they_are_whole():
+    data, consumed = "aé日🙂".encode(), []
+
+    def feed() -> Iterator[int]:
+        for byte in data:
+            consumed.append(byte)
+            yield byte
+
+    seen = [(piece, len(consumed)) for piece in decode_stream(BYTES, feed())]
+    assert seen == [("a", 1), ("é", 3), ("日", 6), ("🙂", 10)]
