@@ -4,9 +4,11 @@ import re
 import runpy
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
@@ -28,10 +30,49 @@ def test_the_python_of_a_page_runs(page, monkeypatch):
     assert snippets
     try:
         for snippet in snippets:
-            exec(compile(snippet, page, "exec"), {})
+            names = run(snippet, page)
+            # What is read is read without dropout and without a graph, but for losses.
+            assert not (names.keys() & {"logits", "state"} and names["model"].training)
+            assert not ("logits" in names and names["logits"].requires_grad)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def run(snippet, page):
+    names = {}
+    exec(compile(snippet, page, "exec"), names)
+    return names
+
+
+@torch.no_grad()
+def test_the_readme_s_model_does_what_is_said_below_it():
+    """Whole, in parts and token by token, packed and padded: the same logits; the shapes are those of the comments."""
+    page = read("README.md")
+    snippet = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    said = "one forward pass, any split of it with the state passed on, and token by token give the same logits"
+    assert said in " ".join(page.split())
+    names = run(snippet, "README.md")
+    model, ids = names["model"], names["ids"]
+    shapes = re.findall(r"(\w+) = .*# (\(\d[\d, ]*\))", snippet)
+    assert {name for name, _ in shapes} == {"logits", "text"}
+    for name, shape in shapes:
+        assert str(tuple(names[name].shape)) == shape
+    whole = model(ids)
+    assert torch.equal(model(ids), whole)
+    same = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    for sizes in ([60, 40], [33, 1, 66], [70] + [1] * 30):
+        state, parts = None, []
+        for part in ids.split(sizes, dim=1):
+            logits, state = model(part, state=state, return_state=True)
+            parts.append(logits)
+        same(torch.cat(parts, dim=1), whole)
+    packed = model(torch.cat([ids[:1], ids[1:, :70]], dim=1), cu_seqlens=torch.tensor([0, 100, 170]))
+    same(packed[0, 100:], whole[1, :70])
+    place = torch.arange(100, device=ids.device)
+    for kept in (place >= 30, place < 70):
+        mask = torch.stack([torch.ones_like(kept), kept])
+        same(model(ids, attention_mask=mask)[1, kept], model(ids[1:, kept])[0])
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if re.search(r"^resolvent ", read(page), re.MULTILINE)])

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from resolvent.data import Batch, encode_documents, load_tokenizer
-from resolvent.data.tokenization import TOKENIZER_FILES
+from resolvent.data.tokenization import TOKENIZER_FILES, bytes_tokenizer
 from resolvent.errors import CheckpointError, ConfigError, DataError
 from resolvent.evaluation import evaluate_documents
 from resolvent.models import load_model
@@ -84,6 +84,12 @@ def test_a_run_leaves_what_its_use_needs(small_config: MakeConfig, tmp_path: Pat
     record = json.loads((run_dir / "training.json").read_text())
     assert TrainingConfig.from_dict(record["training"]) == config
     assert not result.model.training
+
+
+def test_a_result_is_one_line():
+    score = trainer.LanguageScore(1.23456, 3.4, 1.8, 100)
+    result = trainer.TrainingResult(Path("runs/x"), nn.Identity(), bytes_tokenizer(), score)
+    assert repr(result) == "TrainingResult('runs/x', validation loss 1.2346, 1.8000 bits per byte)"
 
 
 def test_the_metrics_say_what_happened(small_config: MakeConfig, tmp_path: Path):

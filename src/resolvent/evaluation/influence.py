@@ -55,7 +55,7 @@ class Influence:
         return Bucket(self.first, self.last)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Influences:
     """The influence at all distances.
 
@@ -70,6 +70,9 @@ class Influences:
     sequences: int
     replacements: int
     rows: list[Influence]
+
+    def __repr__(self) -> str:
+        return f"Influences({self.sequences} texts, {len(self.rows)} rows up to distance {self.rows[-1].last:,})"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -197,7 +197,7 @@ class Occupancy:
     correlation_by_text: Estimate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Mechanisms:
     """What the mechanisms of a model are worth to it. What a model does not have is None.
 
@@ -226,6 +226,12 @@ class Mechanisms:
     token_decay: TokenDecay | None
     selection: Selection | None
     occupancy: Occupancy | None
+
+    def __repr__(self) -> str:
+        return (
+            f"Mechanisms({self.sequences} texts, {self.length:,} tokens read, {self.horizon:,} predicted at a loss of "
+            f"{self.loss.mean:.4f}, {len(self.heads)} heads)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -56,7 +56,7 @@ class NeedleScore:
     exact: Estimate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NeedleScores:
     """The scores at all distances.
 
@@ -71,6 +71,9 @@ class NeedleScores:
     samples: int
     candidates: int
     rows: list[NeedleScore]
+
+    def __repr__(self) -> str:
+        return f"NeedleScores({self.samples} samples, {len(self.rows)} rows up to distance {self.rows[-1].distance:,})"
 
     @property
     def chance(self) -> float:

@@ -56,7 +56,7 @@ class PositionScore:
         return math.exp(min(self.loss.mean, 700.0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PositionScores:
     """The scores of all buckets.
 
@@ -67,6 +67,9 @@ class PositionScores:
 
     training_length: int
     rows: list[PositionScore]
+
+    def __repr__(self) -> str:
+        return f"PositionScores({len(self.rows)} rows up to token {self.rows[-1].last:,})"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

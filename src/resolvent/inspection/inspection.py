@@ -98,7 +98,7 @@ class Layer:
     memory: Memory | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """A model and what it does with a text.
 
@@ -134,6 +134,9 @@ class Inspection:
     resonance_threshold: float | None
     consolidation_interval: int | None
     dt: float
+
+    def __repr__(self) -> str:
+        return f"Inspection({self.name!r}, {len(self.tokens):,} tokens, {len(self.layers)} layers)"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -56,7 +56,7 @@ REWIND_FACTOR = 0.5
 """What every rewind multiplies the learning rate by."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingResult:
     """A finished run.
 
@@ -71,6 +71,10 @@ class TrainingResult:
     model: IntegratedModel
     tokenizer: Tokenizer
     validation: LanguageScore
+
+    def __repr__(self) -> str:
+        loss, bits = self.validation.loss, self.validation.bits_per_byte
+        return f"TrainingResult({str(self.run_dir)!r}, validation loss {loss:.4f}, {bits:.4f} bits per byte)"
 
 
 @dataclass(frozen=True)
