@@ -7,7 +7,6 @@ from threading import Barrier
 
 import pytest
 import torch
-from resolvent.training.physics import read_physics
 from torch import Tensor, nn
 
 from resolvent.data import encode_documents
@@ -23,6 +22,7 @@ from resolvent.evaluation import (
 from resolvent.inspection import inspect_model
 from resolvent.models import IntegratedModel
 from resolvent.models.inference import evaluating, inference_view
+from resolvent.training.diagnostics import read_diagnostics
 
 from .small import PHASE1, PHASE2, SmallPhase, tokens
 
@@ -103,8 +103,8 @@ MEASURES = {
     "influence": lambda model, stream, tokenizer: measure_influence(model, stream, length=40, sequences=1),
     "mechanisms": lambda model, stream, tokenizer: evaluate_mechanisms(model, stream, tokenizer, length=64, horizon=2),
     "inspection": lambda model, stream, tokenizer: inspect_model(model, tokenizer, TEXT, length=40),
-    "physics": lambda model, stream, tokenizer: (
-        read_physics(model, torch.from_numpy(stream.tokens[:40].astype("int64"))).scalars
+    "diagnostics": lambda model, stream, tokenizer: (
+        read_diagnostics(model, torch.from_numpy(stream.tokens[:40].astype("int64"))).scalars
     ),
 }
 
@@ -131,7 +131,7 @@ def test_measures_have_no_dropout_and_touch_neither_modes_nor_gradients(measure:
         watching.result()
     assert all(seen) and facts(model) == before
     assert found == MEASURES[measure](model.eval(), stream, tokenizer)
-    if measure != "physics":  # results are shown as one line
+    if measure != "diagnostics":  # results are shown as one line
         assert (
             repr(found).startswith(type(found).__name__) and len(repr(found).splitlines()[0]) == len(repr(found)) < 150
         )

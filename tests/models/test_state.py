@@ -6,6 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from resolvent import convert_phase1_to_phase2
+from resolvent.inspection.trace import trace_text
+from resolvent.models import observe
+
 from .small import PHASE1, PHASE2, tokens
 
 STATES = [(PHASE1, {}), (PHASE2, {}), (PHASE2, dict(ar_ssm_rank=5))]
@@ -99,6 +103,14 @@ def test_a_state_that_does_not_fit_is_named(model, state, kind):
     wrong, message = damaged(state, kind)
     with pytest.raises(ValueError, match=message):
         model(tokens(5), state=wrong)
+
+
+def test_traces_and_reports_are_one_line(model):
+    shown = [repr(observe(model, tokens(9))), repr(trace_text(model, tokens(9)[0]))]
+    assert shown[0].startswith("Trace(2 x 9 tokens, records of 3 layers, ") and "9 tokens read" in shown[0]
+    assert shown[1] == "TextTrace(9 tokens, 3 layers)"
+    report = convert_phase1_to_phase2(PHASE1.model()).conversion_report
+    assert repr(report) == f"ConversionReport({report.summary()})" and "\n" not in report.summary()
 
 
 def test_a_state_is_one_line(model, state):

@@ -48,7 +48,7 @@ class LayerTrace:
     memory: MemoryTrace | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TextTrace:
     """Trace of a text.
 
@@ -61,6 +61,9 @@ class TextTrace:
     hidden: Tensor
     places: list[int]
     layers: list[LayerTrace]
+
+    def __repr__(self) -> str:
+        return f"TextTrace({len(self.hidden):,} tokens, {len(self.layers)} layers)"
 
 
 def trace_text(model: IntegratedModel, tokens: Tensor, *, stride: int = 4) -> TextTrace:

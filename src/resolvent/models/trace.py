@@ -32,7 +32,7 @@ Record = TypeVar("Record", bound=BlockRecord)
 State = TypeVar("State", bound=ModelState)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace(Generic[Record, State]):
     """One forward pass, from the token vectors to the final norm.
 
@@ -55,6 +55,10 @@ class Trace(Generic[Record, State]):
     layers: tuple[Record, ...]
     normed: Tensor
     after: State
+
+    def __repr__(self) -> str:
+        batch, length = self.batch.shape
+        return f"Trace({batch} x {length} tokens, records of {len(self.layers)} layers, {self.after})"
 
     @property
     def hidden(self) -> Tensor:

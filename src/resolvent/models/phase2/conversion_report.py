@@ -32,7 +32,7 @@ class ConvertedTensor:
         return math.prod(self.shape)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ConversionReport:
     """Records of all tensors of a conversion.
 
@@ -44,6 +44,9 @@ class ConversionReport:
 
     tensors: tuple[ConvertedTensor, ...]
     config_changes: ConfigChanges = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"ConversionReport({self.summary()})"
 
     @property
     def copied(self) -> list[ConvertedTensor]:
