@@ -64,7 +64,7 @@ def write(console: Console, result: TrainingResult, new_tokens: int = 200) -> No
     prompt = torch.tensor([[end, *tokenizer.encode(PROMPT).ids]], device=next(result.model.parameters()).device)
     generator = torch.Generator().manual_seed(0)
     text = result.model.generate(prompt, new_tokens, temperature=0.8, top_p=0.95, generator=generator)
-    console.print(tokenizer.decode(text[0, 1:].tolist()), markup=False, highlight=False)
+    say(console, tokenizer.decode(text[0, 1:].tolist()))
     with torch.inference_mode():
         _, state = result.model(prompt, return_state=True)
     size = f"{state.nbytes / 1024:.0f} KiB"

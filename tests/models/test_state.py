@@ -84,6 +84,8 @@ def damaged(state, kind):
             return state.repeat(2), "the state holds 4 sequences, the input has 2"
         case "fewer layers":
             return replace(state, layers=(first,)), "another model"
+        case "no layers":
+            return replace(state, layers=()), "another model"
     return tuple(state.layers), "state must be a ModelState, as the model returns it, got tuple"
 
 
@@ -94,6 +96,7 @@ KINDS = [
     "positions that are no integers",
     "other sequences",
     "fewer layers",
+    "no layers",
     "no state",
 ]
 

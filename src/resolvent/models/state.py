@@ -6,6 +6,7 @@ Shapes: B sequences; the first axis of every tensor of a state counts them.
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -107,14 +108,14 @@ class ModelState:
         """
         if len(self) != sequences:
             raise ValueError(f"the state holds {len(self)} sequences, the input has {sequences}")
+        tensors = list(self._layer_tensors())
+        if len(self.layers) != len(shapes) or [tuple(x.shape[1:]) for _, x in tensors] != [*chain(*shapes)]:
+            raise ValueError("the state belongs to another model: its layers, heads or widths differ")
         if self.device != device:
             raise ValueError(f"the state is on {self.device}, the input on {device}; use state.to({str(device)!r})")
-        given = [[tuple(x.shape[1:]) for _, x in named_tensors(layer)] for layer in self.layers]
-        if shapes != given:
-            raise ValueError("the state belongs to another model: its layers, heads or widths differ")
         if self.position.dtype != torch.int64:
             raise ValueError(f"the state's position must be int64, got {self.position.dtype}")
-        for name, x in self._layer_tensors():
+        for name, x in tensors:
             if len(x) != sequences or x.device != device:
                 raise ValueError(
                     f"{name} of the state holds {len(x)} sequences on {x.device}, its position {sequences} on {device}"

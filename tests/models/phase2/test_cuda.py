@@ -1,10 +1,12 @@
 """Phase 2 on CUDA: results of the CPU, captured steps, and passes that never synchronize."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from resolvent.errors import ResolventError
 from resolvent.models import generation
 
 from .conftest import small_model
@@ -63,6 +65,32 @@ def test_captured_step_equals_single_steps(kernels, monkeypatch):
     captured = there.generate(prompts, 150, temperature=0, attention_mask=mask)
     monkeypatch.setattr(generation, "WORTH_CAPTURING", 1000)
     assert torch.equal(there.generate(prompts, 150, temperature=0, attention_mask=mask), captured)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["generator of its own", "the device's generator"])
+def test_threads_capture_their_steps_beside_each_other(own):
+    """What is drawn from generators of their own is what each draws alone; the device's serves them all."""
+    _, there = pair(dropout=0.3)
+    there.train()
+
+    def write(seed):
+        prompt = torch.full((1, 9), seed, device="cuda")
+        generator = torch.Generator("cuda").manual_seed(seed) if own else None
+        return there.generate(prompt, generation.WORTH_CAPTURING + 20, generator=generator)
+
+    alone = [write(seed) for seed in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        together = list(pool.map(write, range(10)))
+    assert there.training
+    assert all(a.shape == b.shape and (not own or torch.equal(a, b)) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_weights_that_are_not_finite_are_named(temperature):
+    _, there = pair()
+    there.ln_f.weight.data[3] = torch.nan
+    with pytest.raises(ResolventError, match="row 0 is nan"):
+        there.generate(torch.zeros(2, 3, dtype=torch.long, device="cuda"), 5, temperature=temperature)
 
 
 def test_offsets_on_the_device_equal_offsets_on_the_cpu():
