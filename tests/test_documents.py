@@ -46,7 +46,7 @@ def run(snippet, page):
 
 
 @torch.no_grad()
-def test_the_readme_s_model_does_what_is_said_below_it():
+def test_readme_claim_about_equal_logits_holds():
     """Whole, in parts and token by token, packed and padded: the same logits; the shapes are those of the comments."""
     page = read("README.md")
     snippet = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]

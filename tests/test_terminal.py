@@ -119,7 +119,7 @@ def test_a_line_is_said_as_it_is():
     assert console.file.getvalue() == text[:-9] + r"\x1b]52;c;x\x07" + "\n"
 
 
-def test_escapes_stand_for_control_characters_and_lines_stay():
+def test_printable_keeps_newlines_and_tabs():
     text = "".join(map(chr, range(0x20))) + "\x7f\x80\x9f\xa0é日🙂\\x1b"
     shown = printable(text)
     assert shown.startswith(r"\x00\x01") and r"\x08" + "\t\n" + r"\x0b\x0c\r\x0e" in shown
@@ -127,7 +127,7 @@ def test_escapes_stand_for_control_characters_and_lines_stay():
 
 
 @given(st.text())
-def test_nothing_that_a_terminal_obeys_is_left(text: str):
+def test_printable_leaves_no_control_characters(text: str):
     shown = printable(text)
     assert all(letter in "\n\t" or not (letter < " " or "\x7f" <= letter <= "\x9f") for letter in shown)
     assert printable(shown) == shown

@@ -76,7 +76,7 @@ def test_a_prompt_may_come_from_a_file(resolvent: Resolvent, run_dir: Path, tmp_
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["at once", "streamed"])
-def test_words_keep_their_spaces_behind_a_prompt(resolvent: Resolvent, metaspace_run: Path, stream: list[str]):
+def test_continuation_keeps_spaces_between_words(resolvent: Resolvent, metaspace_run: Path, stream: list[str]):
     """A decoder that drops the space before a first token sees the prompt's tokens before the new ones."""
     written = resolvent("generate", metaspace_run, "--prompt", "the nation", "--temperature", 0, *stream).out
     assert written.startswith("the nation a law of the people")

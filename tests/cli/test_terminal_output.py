@@ -13,7 +13,7 @@ from .conftest import call
 __all__ = ["streams"]
 
 
-def test_prompt_and_text(streams: Streams, run_dir: Path, tmp_path: Path):
+def test_generated_text_is_escaped_on_a_terminal(streams: Streams, run_dir: Path, tmp_path: Path):
     out, _ = streams()
     (tmp_path / "prompt").write_bytes(f"{NAME}\t\n".encode())
     options = ["--max-new-tokens", 100, "--temperature", 100.0, "--seed", 2]  # some of which are control characters
@@ -23,21 +23,21 @@ def test_prompt_and_text(streams: Streams, run_dir: Path, tmp_path: Path):
     assert not controls if out.isatty() else len(controls) > 3
 
 
-def test_names_in_errors(streams: Streams, tmp_path: Path):
+def test_names_in_errors_are_escaped(streams: Streams, tmp_path: Path):
     _, err = streams()
     assert call("generate", tmp_path / NAME) == 1
     assert (SHOWN if err.isatty() else NAME) in err.written
     assert ("\x1b" in err.written) is not err.isatty()
 
 
-def test_names_in_errors_of_usage(streams: Streams, tmp_path: Path):
+def test_names_in_usage_errors_are_escaped(streams: Streams, tmp_path: Path):
     _, err = streams()
     assert call("inspect", tmp_path, "--out", f"{NAME}/page.html") == 2
     assert "is no folder" in err.written and (SHOWN in err.written or not err.isatty())
     assert ("\x1b" in err.written) is not err.isatty()
 
 
-def test_names_in_warnings(streams: Streams, run_dir: Path, tmp_path: Path):
+def test_names_in_warnings_are_escaped(streams: Streams, run_dir: Path, tmp_path: Path):
     _, err = streams()
     (tmp_path / f"{NAME}.txt").write_bytes(b"text \xff" * 40)
     root, kept = logging.getLogger(), logging.getLogger().handlers
@@ -51,7 +51,7 @@ def test_names_in_warnings(streams: Streams, run_dir: Path, tmp_path: Path):
     assert ("\x1b" in err.written) is not err.isatty()
 
 
-def test_names_in_tracebacks(streams: Streams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_names_in_tracebacks_are_escaped(streams: Streams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _, err = streams()
     monkeypatch.setenv("RESOLVENT_DEBUG", "1")
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)

@@ -70,7 +70,7 @@ def whole(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def test_a_continuation_is_the_rest_of_the_whole_wherever_the_prompt_ends(tokenizer: Tokenizer):
+def test_continuation_equals_rest_of_whole_text(tokenizer: Tokenizer):
     ids = tokenizer.encode("the nation a law of naïve people, 'n laws", add_special_tokens=False).ids
     alone = [whole(tokenizer, [token]) for token in ids]
     assert "".join(alone) != whole(tokenizer, ids)
@@ -81,7 +81,7 @@ def test_a_continuation_is_the_rest_of_the_whole_wherever_the_prompt_ends(tokeni
         assert all(pieces)
 
 
-def test_tokens_in_any_order_give_the_whole(tokenizer: Tokenizer):
+def test_pieces_of_arbitrary_tokens_equal_whole_text(tokenizer: Tokenizer):
     """But for bytes, with which a fallback decodes what comes before them otherwise."""
     usual = [number for token, number in tokenizer.get_vocab().items() if not token.startswith("<0x")]
 
@@ -94,12 +94,12 @@ def test_tokens_in_any_order_give_the_whole(tokenizer: Tokenizer):
 
 
 @given(st.lists(st.integers(0, 275), max_size=30))
-def test_bytes_that_spoil_a_character_that_was_shown_are_no_error(ids: list[int]):
+def test_invalid_bytes_after_a_character_raise_nothing(ids: list[int]):
     tokenizer = byte_fallback()
     "".join(decode_stream(tokenizer, ids))
 
 
-def test_alternatives_have_the_text_that_they_would_add(tokenizer: Tokenizer):
+def test_added_text_equals_streamed_text(tokenizer: Tokenizer):
     ids = tokenizer.encode("the nation a law, people", add_special_tokens=False).ids
     stream = TextStream(tokenizer, ids[:1])
     for before, token in itertools.pairwise(ids):
@@ -107,7 +107,7 @@ def test_alternatives_have_the_text_that_they_would_add(tokenizer: Tokenizer):
         assert text == stream.push(token)
 
 
-def test_an_alternative_that_completes_a_character_has_that():
+def test_added_text_completes_a_character():
     first, second = "é".encode()
     assert added_texts(BYTES, first, [second, ord("a")]) == ["é", "\ufffda"]
     assert added_texts(BYTES, ord("x"), [first, ord("a")]) == ["\ufffd", "a"]
@@ -119,7 +119,7 @@ def test_pieces_together_are_the_decoded_whole(data: bytes):
 
 
 @given(st.integers(0, 200), st.binary(max_size=6))
-def test_long_runs_of_broken_bytes_are_shown_as_they_come(length: int, end: bytes):
+def test_long_invalid_runs_are_not_held_back(length: int, end: bytes):
     data = b"\xc3" * length + end
     seen = list(decode_stream(BYTES, data))
     assert "".join(seen) == data.decode("utf-8", errors="replace")

@@ -50,7 +50,7 @@ def test_a_text_that_ends_inside_a_character():
     assert token_texts(TOKENIZER, [97, *"è".encode()[:1]]) == ["a", ""]
 
 
-def test_words_keep_their_spaces():
+def test_expected_words_keep_their_spaces():
     """With a decoder that drops the space before a first token: in the text, and in what is expected."""
     tokenizer = metaspace()
     model = PHASE2.model(vocab_size=tokenizer.get_vocab_size())

@@ -127,25 +127,25 @@ SMALLEST = 5e-324
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-46, SMALLEST])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_coldest_temperature_takes_the_likeliest_token(temperature, dtype):
+def test_smallest_temperature_equals_argmax(temperature, dtype):
     logits = torch.tensor([[0.5, -3.0, 0.75, 0.7], [-1e30, 2e-3, 1e-3, -torch.inf]]).to(dtype)
     assert sample(logits.repeat(50, 1), temperature=temperature).tolist() == [2, 1] * 50
     assert sample(logits, temperature=temperature, top_k=1, top_p=SMALLEST).tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("temperature", [1e38, 1e39, 1.7e308])
-def test_the_hottest_temperature_draws_every_token_that_is_not_excluded(temperature):
+def test_largest_temperature_draws_all_but_excluded_tokens(temperature):
     logits = torch.tensor([[0.5, -3e4, -torch.inf, 3e38]]).expand(300, -1)
     assert set(sample(logits, temperature=temperature).tolist()) == {0, 1, 3}
 
 
 @pytest.mark.parametrize("top_p", [SMALLEST, 1e-46, 1e-8])
-def test_the_smallest_top_p_keeps_the_likeliest_token(top_p):
+def test_smallest_top_p_equals_argmax(top_p):
     logits = torch.tensor([[0.0, 1.0, 0.9]]).expand(100, -1)
     assert set(sample(logits, top_p=top_p).tolist()) == {1}
 
 
-def test_limits_beyond_the_vocabulary_keep_every_token():
+def test_limits_beyond_the_vocabulary_keep_all_tokens():
     logits = torch.zeros(300, 3)
     for options in (dict(top_k=2**70), dict(top_p=1.0), dict(top_p=1 - 1e-16)):
         assert set(sample(logits, **options).tolist()) == {0, 1, 2}
@@ -153,7 +153,7 @@ def test_limits_beyond_the_vocabulary_keep_every_token():
 
 @pytest.mark.parametrize("options", [dict(temperature=0), {}, dict(top_k=2), dict(top_p=0.5)], ids=str)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_logits_that_are_not_finite_are_named(options, value):
+def test_nonfinite_logits_raise(options, value):
     logits = torch.randn(3, 4)
     logits[1] = float(value)
     with pytest.raises(ResolventError, match=f"largest logit of row 1 is {value}: the weights or the state"):
@@ -164,7 +164,7 @@ def test_logits_that_are_not_finite_are_named(options, value):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_a_model_with_weights_that_are_not_finite_writes_nothing(model, temperature):
+def test_nonfinite_weights_raise(model, temperature):
     broken = copy.deepcopy(model)
     broken.ln_f.weight.data[3] = torch.nan
     with pytest.raises(ResolventError, match="row 0 is nan"):
@@ -172,6 +172,6 @@ def test_a_model_with_weights_that_are_not_finite_writes_nothing(model, temperat
 
 
 @pytest.mark.parametrize("top_k", [2.5, float("nan"), "3"])
-def test_top_k_is_an_integer(model, top_k):
+def test_top_k_must_be_an_integer(model, top_k):
     with pytest.raises(ValueError, match="top_k must be an integer >= 1"):
         model.generate(torch.zeros(1, 3, dtype=torch.long), 2, top_k=top_k)

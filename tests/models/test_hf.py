@@ -381,13 +381,13 @@ def test_padding_predicts_nothing(pair):
 
 
 @pytest.mark.parametrize("value", [torch.nan, 2.0, -1.0])
-def test_a_mask_is_made_of_zeros_and_ones(pair, value):
+def test_mask_values_other_than_0_and_1_are_refused(pair, value):
     _, theirs = pair
     with pytest.raises(ValueError, match=f"attention_mask must be 1 for tokens and 0 for padding, got {value}"):
         theirs(torch.zeros(2, 3, dtype=torch.long), attention_mask=torch.full((2, 3), value))
 
 
-def test_labels_of_which_none_counts_are_a_loss_of_exactly_zero(pair):
+def test_loss_without_counted_labels_is_zero(pair):
     _, theirs = pair
     ids = torch.zeros(2, 5, dtype=torch.long)
     loss = theirs.train()(ids, labels=torch.full_like(ids, -100)).loss

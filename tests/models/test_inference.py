@@ -50,7 +50,7 @@ def sampled(model: IntegratedModel, seed: int) -> Iterator[Tensor]:
 
 @PHASES
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_ten_threads_write_what_each_writes_alone(phase: SmallPhase, training: bool):
+def test_ten_threads_equal_solo_runs(phase: SmallPhase, training: bool):
     model = dropping(phase).train(training)
     alone = [torch.stack(list(sampled(model, seed))) for seed in range(THREADS)]
     before, together = modes(model), Barrier(THREADS)
@@ -74,7 +74,7 @@ def test_ten_threads_write_what_each_writes_alone(phase: SmallPhase, training: b
 
 
 @PHASES
-def test_training_goes_on_between_two_tokens_of_a_stream(phase: SmallPhase):
+def test_open_stream_does_not_change_training(phase: SmallPhase):
     """The step has dropout, the stream has none, and what is abandoned leaves nothing behind."""
     model, ids = dropping(phase), tokens(20)
     expected = torch.stack(list(sampled(model, 3)))
@@ -110,7 +110,7 @@ MEASURES = {
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_measures_have_no_dropout_and_touch_neither_modes_nor_gradients(measure: str):
+def test_measures_leave_the_model_unchanged(measure: str):
     """Beside a thread that watches: no mode, hook or flag of the model changes while it is measured."""
     model = dropping(PHASE2, vocab_size=257)
     tokenizer = bytes_tokenizer()
@@ -145,7 +145,7 @@ def facts(model: nn.Module) -> list[object]:
     return [modes(model), hooks, trained, parts]
 
 
-def test_a_view_shares_weights_and_nothing_else():
+def test_view_shares_weights_only():
     model = dropping(PHASE2, tie_embeddings=True)
     calls: list[nn.Module] = []
     model.ln_f.register_forward_hook(lambda module, *_: calls.append(module))
@@ -166,7 +166,7 @@ def test_a_view_shares_weights_and_nothing_else():
     assert not inference_view(model)(ids).any()
 
 
-def test_a_view_may_spare_gradients_of_the_parameters():
+def test_view_without_parameter_gradients():
     model = dropping(PHASE2, tie_embeddings=True)
     view = inference_view(model, parameter_gradients=False)
     assert view.tied and not any(parameter.requires_grad for parameter in view.parameters())
@@ -175,7 +175,7 @@ def test_a_view_may_spare_gradients_of_the_parameters():
 
 
 @pytest.mark.parametrize("wrap", ["compiled model", "compiled block", "replaced forward"])
-def test_a_model_without_a_view_is_asked_to_be_in_evaluation_mode(wrap: str):
+def test_model_without_view_needs_evaluation_mode(wrap: str):
     model = dropping(PHASE2)
     block = next(iter(model.blocks))
     if wrap == "compiled block":
@@ -188,7 +188,7 @@ def test_a_model_without_a_view_is_asked_to_be_in_evaluation_mode(wrap: str):
     assert inference_view(whole.eval()) is whole
 
 
-def test_every_module_gets_its_own_mode_back():
+def test_evaluating_restores_the_mode_of_every_module():
     model = dropping(PHASE2)
     before = modes(model)
     with evaluating(model):

@@ -29,14 +29,14 @@ def state(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.complex64])
-def test_a_dtype_that_a_state_cannot_have_is_refused(state, dtype):
+def test_state_refuses_half_and_integer_dtypes(state, dtype):
     for attempt in (lambda: state.to(dtype), lambda: state.to("cpu", dtype), lambda: state.to(dtype=dtype)):
         with pytest.raises(ValueError, match=f"a state is float32 or float64, got {dtype}"):
             attempt()
 
 
 @torch.no_grad()
-def test_a_state_goes_from_a_model_to_its_float64_twin_and_back(model, state):
+def test_state_moves_between_float32_and_float64_models(model, state):
     twin, ids = copy.deepcopy(model).double(), tokens(20)
     with pytest.raises(
         ValueError, match=r"of the state is torch.complex64, of the model torch.complex128; use state.to"
@@ -58,7 +58,7 @@ def test_a_state_goes_from_a_model_to_its_float64_twin_and_back(model, state):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_models_in_half_precision_have_states_in_float32(model, state, dtype):
+def test_half_precision_models_keep_float32_states(model, state, dtype):
     small, ids = copy.deepcopy(model).to(dtype), tokens(20)
     _, own = small(ids, return_state=True)
     assert [x.dtype for x in own.tensors()] == [x.dtype for x in state.tensors()]
@@ -102,13 +102,13 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_that_does_not_fit_is_named(model, state, kind):
+def test_mismatched_state_is_refused(model, state, kind):
     wrong, message = damaged(state, kind)
     with pytest.raises(ValueError, match=message):
         model(tokens(5), state=wrong)
 
 
-def test_traces_and_reports_are_one_line(model):
+def test_repr_of_traces_and_reports_is_one_line(model):
     shown = [repr(observe(model, tokens(9))), repr(trace_text(model, tokens(9)[0]))]
     assert shown[0].startswith("Trace(2 x 9 tokens, records of 3 layers, ") and "9 tokens read" in shown[0]
     assert shown[1] == "TextTrace(9 tokens, 3 layers)"
@@ -116,7 +116,7 @@ def test_traces_and_reports_are_one_line(model):
     assert repr(report) == f"ConversionReport({report.summary()})" and "\n" not in report.summary()
 
 
-def test_a_state_is_one_line(model, state):
+def test_repr_of_state_is_one_line(model, state):
     for shown in (repr(state), str(state)):
         assert "\n" not in shown and len(shown) < 120
         assert type(state).__name__ in shown and "2 sequences, 30 tokens read, 3 layers" in shown

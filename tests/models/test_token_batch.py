@@ -24,7 +24,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_a_mask_is_made_of_zeros_and_ones(model, kind):
+def test_mask_values_other_than_0_and_1_are_refused(model, kind):
     values, message = MASKS[kind]
     mask, ids = torch.tensor([values, [1, 1, 1]]), tokens(3)
     for attempt in (model, lambda ids, **options: model.generate(ids, 2, **options)):
@@ -33,7 +33,7 @@ def test_a_mask_is_made_of_zeros_and_ones(model, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64])
-def test_a_mask_of_any_dtype_is_that_mask(model, dtype):
+def test_mask_dtype_does_not_matter(model, dtype):
     mask, ids = torch.tensor([[0, 1, 1], [1, 1, 0]]), tokens(3)
     assert torch.equal(model(ids, attention_mask=mask.to(dtype)), model(ids, attention_mask=mask))
 
@@ -51,7 +51,7 @@ def test_a_mask_of_any_dtype_is_that_mask(model, dtype):
     ],
     ids=["int32", "float", "batch", "device", "beyond", "below", "list"],
 )
-def test_labels_that_do_not_fit_are_named(model, labels, message):
+def test_mismatched_labels_are_refused(model, labels, message):
     with pytest.raises(ValueError, match=message):
         model(tokens(3), labels=labels)
 
@@ -69,12 +69,12 @@ def test_labels_that_do_not_fit_are_named(model, labels, message):
     ],
     ids=["float", "bool", "uint8", "matrix", "beyond", "device", "list"],
 )
-def test_offsets_that_do_not_fit_are_named(model, offsets, message):
+def test_mismatched_offsets_are_refused(model, offsets, message):
     with pytest.raises(ValueError, match=message):
         model(tokens(3, batch=1), cu_seqlens=offsets)
 
 
-def test_labels_of_which_none_counts_are_a_loss_of_exactly_zero(model):
+def test_loss_without_counted_labels_is_zero(model):
     """And gradients of zero: NaN, as F.cross_entropy has it, would spoil all weights."""
     ids = tokens(20)
     loss = model(ids, labels=torch.full_like(ids, IGNORED))

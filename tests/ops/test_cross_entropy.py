@@ -119,7 +119,7 @@ def test_the_sum_of_the_labels():
     assert nothing == 0 and not any(g.any() for g in torch.autograd.grad(nothing, (hidden, weight)))
 
 
-def test_labels_of_which_none_counts_are_zero_with_zero_gradients():
+def test_mean_without_counted_labels_is_zero():
     """Where F.cross_entropy has NaN."""
     hidden, weight, labels = inputs()
     nothing = torch.full_like(labels, IGNORED)

@@ -168,7 +168,7 @@ def test_a_deterministic_run_trains_so(text: Path, tmp_path: Path, monkeypatch: 
     assert outcome(tmp_path / "run") == outcome(tmp_path / "other")
 
 
-def test_the_setting_holds_until_the_last_thread_leaves(monkeypatch: pytest.MonkeyPatch):
+def test_overlapping_blocks_keep_the_setting(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     first, second = deterministic(), deterministic()
     first.__enter__()

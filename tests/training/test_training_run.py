@@ -86,7 +86,7 @@ def test_a_run_leaves_what_its_use_needs(small_config: MakeConfig, tmp_path: Pat
     assert not result.model.training
 
 
-def test_a_result_is_one_line():
+def test_repr_of_result_is_one_line():
     score = trainer.LanguageScore(1.23456, 3.4, 1.8, 100)
     result = trainer.TrainingResult(Path("runs/x"), nn.Identity(), bytes_tokenizer(), score)
     assert repr(result) == "TrainingResult('runs/x', validation loss 1.2346, 1.8000 bits per byte)"

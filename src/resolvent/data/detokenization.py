@@ -1,7 +1,7 @@
-"""The text that tokens add behind others: many decoders write a token alone otherwise than in its place.
+"""Text of tokens in their place, behind the tokens before them.
 
-Metaspace and Unigram drop the space before a first token, WordPiece keeps the ## of one, and bytes are characters only
-together. So no token is ever decoded alone here.
+Many decoders write a token differently when it stands alone: Metaspace and Unigram drop the space before a first token,
+WordPiece keeps its ##, and bytes form characters only together. So no token is decoded alone.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,23 +10,24 @@ from tokenizers import Tokenizer
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _MOST_HELD = 16
-"""Tokens without a whole character after which all but the last of their text is shown: no character has as many."""
+"""Largest number of tokens that are held back; a character has at most four bytes."""
 
 
 class TextStream:
-    """Decodes tokens as they come, each behind those before it.
+    """Decoder of tokens that arrive one by one, each behind those before it.
 
-    The pieces of text together are the text of all tokens less that of the prompt. What may be a part of a character
-    is held back until the character is whole.
+    The pieces together are the text of all tokens without the text of the prompt. Bytes of an incomplete character are
+    held back until the character is whole.
 
     Args:
-        tokenizer: decodes; special tokens are shown.
-        prompt: tokens before the first that is pushed; their text is in no piece.
+        tokenizer: the tokenizer; special tokens are decoded, too.
+        prompt: tokens before the first one that is pushed.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        # The last tokens: those whose text was shown, which decide how the next ones are written, and those held back.
+        # The last tokens: a context whose text was returned, which decides how the next ones are written, and those
+        # that are held back.
         self._tokens, self._context = list(prompt), len(prompt)
         self._shown = len(self._text())
 
@@ -52,7 +53,7 @@ class TextStream:
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
-    """Decode tokens as they come, behind a prompt whose text is not repeated; see ``TextStream``."""
+    """Decode tokens that arrive one by one, behind the tokens of a prompt; see ``TextStream``."""
     stream = TextStream(tokenizer, prompt)
     pieces = (stream.push(token) for token in ids)
     yield from filter(None, pieces)
@@ -61,7 +62,7 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int
 
 
 def added_texts(tokenizer: Tokenizer, before: int, candidates: Sequence[int]) -> list[str]:
-    """Return the text that each of some tokens would add behind a token; with it, where it completes a character."""
+    """Return the text that each candidate adds behind a token; a character that it completes is included."""
     known = tokenizer.decode([before], skip_special_tokens=False).rstrip(_BROKEN)
     texts = tokenizer.decode_batch([[before, token] for token in candidates], skip_special_tokens=False)
     return [text.removeprefix(known) for text in texts]

@@ -124,7 +124,7 @@ def sample(
     """Draw a token of every row: logits float (B, V), -inf for tokens that are excluded -> int64 (B,).
 
     Raises:
-        ResolventError: the largest logit of a row is not finite; on CUDA, nobody looks at temperature 0.
+        ResolventError: the largest logit of a row is not finite. On CUDA, this is not checked at temperature 0.
     """
     logits = at_least_float32(logits)
     largest = logits.amax(-1, keepdim=True)

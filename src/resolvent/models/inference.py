@@ -1,4 +1,4 @@
-"""Evaluation mode for one call, whatever the mode of the model that others use at the same time."""
+"""Evaluation mode for one call, without a change to the mode of a model that other threads share."""
 
 import inspect
 from collections.abc import Iterator
@@ -13,23 +13,24 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def inference_view(model: Module, *, parameter_gradients: bool = True) -> Module:
-    """Return a model in evaluation mode around the weights of ``model``, whose own mode stays as it is.
+    """Return a model in evaluation mode that shares the weights of ``model``; the mode of ``model`` does not change.
 
-    The view has modules of its own; parameters and buffers are shared. So mode, hooks and attributes of the one do not
-    reach the other: threads that generate from one model need no lock, and a stream that waits between two tokens has
-    no effect on a training step. Weights that a step changes in place do change under a call that reads them: training
-    in another thread leaves the mode intact, but what is generated meanwhile comes from a mixture of weights.
+    The view has modules of its own, and shares parameters and buffers. So mode, hooks and attributes of the one do not
+    affect the other: threads generate from one model without a lock, and a stream that waits between two tokens does
+    not disturb a training step. A training loop in another thread is out of scope: its mode stays intact, but the
+    optimiser changes the weights while the view reads them.
 
-    A module whose ``forward`` was replaced on the instance (``torch.compile``, Accelerate) or whose weights are sharded
-    (FSDP) would compute with the original, and has no view. A model with such a module is returned as it is if all its
-    modules are in evaluation mode.
+    There is no view of a module whose ``forward`` was replaced on the instance (``torch.compile``, Accelerate) or whose
+    weights are sharded (FSDP): it would compute with the original. A model with such a module is returned itself if
+    all its modules are in evaluation mode.
 
     Args:
         model: the model.
-        parameter_gradients: False spares the memory for gradients of the parameters where other gradients are taken.
+        parameter_gradients: False detaches the parameters of the view, which saves memory where gradients of other
+            tensors are computed.
 
     Raises:
-        ConfigError: a module has no view, and a module is in training mode or parameters would have gradients.
+        ConfigError: a module has no view, and either a module is in training mode or ``parameter_gradients`` is False.
     """
     if (name := _without_view(model)) is None:
         view = _view(model, {})
@@ -48,9 +49,10 @@ def inference_view(model: Module, *, parameter_gradients: bool = True) -> Module
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module of a model into evaluation mode, and back into its own mode at the end.
+    """Put every module of a model into evaluation mode, and restore the mode of each at the end.
 
-    For a model that no other thread uses, and that may have no view: a trainer's. See ``inference_view``.
+    For the owner of a model that no other thread uses, and that may have no view, such as a trainer; others call
+    ``inference_view``.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -62,10 +64,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _view(module: Module, views: dict[nn.Module, nn.Module]) -> Module:
-    """The view of a module; ``views`` holds those of modules that were met before."""
+    """Return the view of a module; ``views`` maps modules to the views that exist."""
     view: Any = object.__new__(type(module))
     views[module] = view
-    # Dictionaries hold parameters, buffers, modules and hooks: what is added to the view's stays there.
+    # Dictionaries hold parameters, buffers, modules and hooks: a copy keeps what is added to the view out of the model.
     vars(view).update({name: x.copy() if isinstance(x, dict) else x for name, x in vars(module).items()})
     view.training = False
     for name, child in module._modules.items():
@@ -83,7 +85,7 @@ def _detach_parameters(view: nn.Module) -> None:
 
 
 def _without_view(model: nn.Module) -> str | None:
-    """Name of the first module that computes through something bound to itself; None if there is none."""
+    """Return the name of the first module that has no view; None if there is none."""
     for name, module in model.named_modules():
         replaced = any(inspect.isfunction(getattr(type(module), attribute, None)) for attribute in vars(module))
         sharded = any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False))

@@ -68,7 +68,7 @@ def test_captured_step_equals_single_steps(kernels, monkeypatch):
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["generator of its own", "the device's generator"])
-def test_threads_capture_their_steps_beside_each_other(own):
+def test_threads_capture_steps_concurrently(own):
     """What is drawn from generators of their own is what each draws alone; the device's serves them all."""
     _, there = pair(dropout=0.3)
     there.train()
@@ -86,7 +86,7 @@ def test_threads_capture_their_steps_beside_each_other(own):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_weights_that_are_not_finite_are_named(temperature):
+def test_nonfinite_weights_raise(temperature):
     _, there = pair()
     there.ln_f.weight.data[3] = torch.nan
     with pytest.raises(ResolventError, match="row 0 is nan"):
