@@ -16,10 +16,11 @@ import resolvent.hf  # noqa: F401  makes the models known to Transformers
 run, text, out = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(run)
 model = AutoModelForCausalLM.from_pretrained(run)
-ids = [tokenizer.bos_token_id, *tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]]
-pieces = [{"input_ids": ids[start : start + 256]} for start in range(0, len(ids), 256)]
+text_ids = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]
+ids = [tokenizer.bos_token_id, *text_ids, tokenizer.eos_token_id]  # so that the model learns to end the text
+rows = [{"input_ids": ids[start : start + 257]} for start in range(0, len(ids) - 1, 256)]  # 256 predictions each
 arguments = TrainingArguments(out, num_train_epochs=10, learning_rate=1e-3, logging_steps=10, save_strategy="no")
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-trainer = Trainer(model, arguments, data_collator=collator, train_dataset=pieces, processing_class=tokenizer)
+trainer = Trainer(model, arguments, data_collator=collator, train_dataset=rows, processing_class=tokenizer)
 trainer.train()
 trainer.save_model(out)  # a folder for Transformers, and for `resolvent generate`

@@ -20,9 +20,10 @@ projections = ["qkv_proj", "v_proj", "out_proj", "ffn.in_proj"]
 config = LoraConfig(r=8, lora_alpha=16, target_modules=projections, task_type="CAUSAL_LM")
 model = get_peft_model(AutoModelForCausalLM.from_pretrained(run), config)
 model.print_trainable_parameters()
-ids = [tokenizer.bos_token_id, *tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]]
-pieces = [{"input_ids": ids[start : start + 256]} for start in range(0, len(ids), 256)]
+text_ids = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]
+ids = [tokenizer.bos_token_id, *text_ids, tokenizer.eos_token_id]  # so that the model learns to end the text
+rows = [{"input_ids": ids[start : start + 257]} for start in range(0, len(ids) - 1, 256)]  # 256 predictions each
 arguments = TrainingArguments(out, num_train_epochs=10, learning_rate=5e-3, logging_steps=10, save_strategy="no")
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-Trainer(model, arguments, data_collator=collator, train_dataset=pieces).train()
+Trainer(model, arguments, data_collator=collator, train_dataset=rows).train()
 model.save_pretrained(out)  # the adapter: peft.PeftModel.from_pretrained(AutoModelForCausalLM..., out)

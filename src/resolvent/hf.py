@@ -6,6 +6,14 @@ from .models.hf import (
     Phase2ForCausalLM,
     Phase2HFConfig,
     RecurrentCache,
+    predicted_labels,
 )
 
-__all__ = ["Phase1ForCausalLM", "Phase1HFConfig", "Phase2ForCausalLM", "Phase2HFConfig", "RecurrentCache"]
+__all__ = [
+    "Phase1ForCausalLM",
+    "Phase1HFConfig",
+    "Phase2ForCausalLM",
+    "Phase2HFConfig",
+    "RecurrentCache",
+    "predicted_labels",
+]

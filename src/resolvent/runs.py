@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 RUN_FILE = "training.json"
 """The file that says what a run was started with."""
 
+_MOST_PADDING = 1024
+"""Rows by which a model's table may be longer than its tokenizer, where it was padded to a round number."""
+
 
 def fixed_files() -> tuple[str, ...]:
     """Names of the files that the manifest of a run lists: those that never change.
@@ -35,6 +38,9 @@ def run_of(directory: Path) -> Path:
 def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokenizer]":
     """Load a model and its tokenizer.
 
+    A table that was padded (`resize_token_embeddings`) is cut to the tokenizer's length: the model gives no probability
+    to ids that are no tokens.
+
     Args:
         directory: a run folder, one of its checkpoints, or what `resolvent convert` wrote.
         device: `auto`, `cpu` or `cuda`.
@@ -45,22 +51,27 @@ def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokeni
     """
     from resolvent.data import load_tokenizer
     from resolvent.device import pick_device
-    from resolvent.errors import CheckpointError
+    from resolvent.errors import CheckpointError, ConfigError
     from resolvent.manifest import check_files
     from resolvent.models import load_model
+    from resolvent.models.storage import INDEX, WEIGHTS
 
-    if not (directory / "model.safetensors").exists():
+    if not any((directory / name).exists() for name in (WEIGHTS, INDEX)):
         raise CheckpointError(
-            f"{directory} holds no model: there is no model.safetensors in it. `resolvent train` saves one with every "
+            f"{directory} holds no model: there is no {WEIGHTS} in it. `resolvent train` saves one with every "
             "checkpoint and at the end"
         )
     model = load_model(directory, device=pick_device(device))
     tokenizer = load_tokenizer(run_of(directory))
     if (run_of(directory) / RUN_FILE).exists():  # a run has a manifest; a folder put together by hand has none
         check_files(run_of(directory), fixed_files())
-    if tokenizer.get_vocab_size() != model.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer in {run_of(directory)} has {tokenizer.get_vocab_size()} tokens, the model "
-            f"{model.vocab_size}: they are not of the same run"
-        )
+    count, rows = tokenizer.get_vocab_size(), model.vocab_size
+    misfit = f"the tokenizer in {run_of(directory)} has {count} tokens, the model {rows}"
+    if not 0 <= rows - count <= _MOST_PADDING:
+        raise CheckpointError(f"{misfit}: they are not of the same run, or tokens were added to one of them alone")
+    try:
+        if rows > count:
+            model.shrink_vocabulary(count)
+    except ConfigError as error:
+        raise CheckpointError(f"{misfit}: {error}") from error
     return model, tokenizer

@@ -31,13 +31,14 @@ def test_it_writes_the_same(run_dir, resolvent):
 
 def test_both_tokenizers_are_one(run_dir):
     ours, theirs = load_tokenizer(run_dir), AutoTokenizer.from_pretrained(run_dir)
-    texts = [PROMPT, f"a {EOT}  é\n", "𝄞 , 's ."]
+    texts = [PROMPT, f"a {EOT}  é\n", "𝄞 , 's .", "L'Haÿ-les-Roses"]
     padded = theirs(texts, padding=True, return_tensors="pt")
     for text, ids, mask in zip(texts, padded["input_ids"], padded["attention_mask"], strict=True):
         assert ids[mask.bool()].tolist() == ours.encode(text, add_special_tokens=False).ids
         assert theirs.decode(ids[mask.bool()]) == text
     assert padded["attention_mask"][:, -1].all(), "padding stands on the left"
-    assert theirs.eos_token_id == theirs.bos_token_id == theirs.pad_token_id == ours.token_to_id(EOT)
+    assert theirs.eos_token_id == theirs.bos_token_id == ours.token_to_id(EOT)
+    assert theirs.pad_token_id == ours.token_to_id("ÿ") == 255, "the byte 0xFF, which no text holds"
 
 
 def test_a_pipeline_reads_it(run_dir):

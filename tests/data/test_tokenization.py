@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from resolvent.data import EOT, build_tokenizer, load_tokenizer, save_tokenizer
 from resolvent.data.corpus import package_folder
+from resolvent.data.tokenization import padding_token
 from resolvent.errors import ConfigError, DataError
 
 SPECS = ["bytes", "bpe", "gpt2"]
@@ -129,6 +130,35 @@ def test_save_and_load(tokenizers, spec, tmp_path):
         assert loaded.to_str() == tokenizers[spec].to_str()
         assert encode(loaded, f"x{EOT}") == encode(tokenizers[spec], f"x{EOT}"), "text stays text"
     assert build_tokenizer(path, []).to_str() == loaded.to_str()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@given(text=TEXTS)
+def test_no_text_yields_the_padding_token(tokenizers, spec, text):
+    tokenizer = tokenizers[spec]
+    padding = tokenizer.token_to_id(padding_token(tokenizer))
+    assert padding is not None and padding != tokenizer.token_to_id(EOT)
+    assert padding not in encode(tokenizer, text + "ÿ")
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "special", "padding"),
+    [
+        ({"?": 0, "a": 1}, [], EOT),
+        ({"?": 0, "<pad>": 1}, [], EOT),
+        ({"?": 0, "[PAD]": 1}, ["[PAD]"], "[PAD]"),
+        ({"?": 0, "<0xFE>": 1, "<0xFF>": 2}, [], "<0xFF>"),
+        ({"?": 0, "ÿ": 1}, [], EOT),
+    ],
+)
+def test_padding_token_of_foreign_tokenizers(vocabulary, special, padding, tmp_path):
+    tokenizer = words(vocabulary)
+    tokenizer.add_special_tokens([*special, EOT])
+    save_tokenizer(tokenizer, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["pad_token"] == padding and settings["eos_token"] == settings["bos_token"] == EOT
+    ids = json.loads((tmp_path / "generation_config.json").read_text())
+    assert ids["pad_token_id"] == tokenizer.token_to_id(padding) and ids["eos_token_id"] == tokenizer.token_to_id(EOT)
 
 
 def test_save_replaces_the_old_file(tokenizers, tmp_path):

@@ -22,6 +22,11 @@ GPT2_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 
+_PADDING_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")
+"""Names of the padding token in foreign tokenizer files."""
+_LAST_BYTE = 0xFF
+"""A byte that no UTF-8 text holds: its token is free for padding."""
+
 _TRANSFORMERS_SETTINGS = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "padding_side": "left",
@@ -90,8 +95,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> Path:
     """Write `tokenizer.json` into a folder, made where missing; a reader finds the old file or the new one whole.
 
-    Two files beside it tell Transformers what the tokenizer's own file cannot: that `<|endoftext|>` opens and closes a
-    text, fills up batches on the left, and is never made out of text.
+    Two files beside it hold what Transformers needs and `tokenizer.json` has no place for: `<|endoftext|>` opens and
+    closes a text and is never made out of text, and batches are padded on the left, with a token of their own
+    (`padding_token`).
 
     Returns:
         The path of the file.
@@ -100,10 +106,25 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     path, settings, generation = (directory / name for name in TOKENIZER_FILES)
     write_file(path, tokenizer.to_str(pretty=True).encode())
-    roles, end = ("bos_token", "eos_token", "pad_token"), tokenizer.token_to_id(EOT)
-    write_json(settings, dict.fromkeys(roles, EOT) | _TRANSFORMERS_SETTINGS)
-    write_json(generation, {f"{role}_id": end for role in roles})
+    roles = {"bos_token": EOT, "eos_token": EOT, "pad_token": padding_token(tokenizer)}
+    write_json(settings, roles | _TRANSFORMERS_SETTINGS)
+    write_json(generation, {f"{role}_id": tokenizer.token_to_id(token) for role, token in roles.items()})
     return path
+
+
+def padding_token(tokenizer: Tokenizer) -> str:
+    """Return the token that Transformers pads batches with: one of the vocabulary that no text yields.
+
+    Transformers' collators take every padding token out of the labels. `<|endoftext|>` would go with them, and a model
+    would never learn to end a text. So the padding token is the tokenizer file's own, or the token of the byte 0xFF,
+    which is in no UTF-8 text; `<|endoftext|>` only where the tokenizer has neither.
+    """
+    added = tokenizer.get_added_tokens_decoder().values()
+    own = {token.content for token in added if token.special and token.content in _PADDING_TOKENS}
+    byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+    byte = _byte_letters()[_LAST_BYTE] if byte_level else f"<0x{_LAST_BYTE:02X}>"
+    candidates = [*sorted(own), byte]
+    return next((token for token in candidates if tokenizer.token_to_id(token) is not None), EOT)
 
 
 def bytes_tokenizer() -> Tokenizer:

@@ -3,6 +3,8 @@
 Shapes: B batch, H heads, K key width, V value width.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ class MemoryResonanceLayer(nn.Module):
         self.energy_threshold = energy_threshold
         self.sharpness = nn.Parameter(torch.empty(num_heads))
         self.bias = nn.Parameter(torch.empty(num_heads))
-        self.basis = ExactConstant(lambda: resonance_basis(head_dim))
+        self.basis = ExactConstant(partial(resonance_basis, head_dim))
         self.reset_parameters()
 
     @torch.no_grad()

@@ -26,6 +26,11 @@ def zeta_zeros(count: int) -> Tensor:
     return torch.cat([table, _invert_counting_function(beyond - 0.5)])
 
 
+def _wave_frequencies(count: int) -> Tensor:
+    """Inverses of the first ``count`` zeros, float64 (count,)."""
+    return 1 / zeta_zeros(count)
+
+
 def counting_function(t: Tensor) -> Tensor:
     """Return the smooth number of zeros with imaginary part up to ``t`` (the Riemann-von Mangoldt formula)."""
     turns = t / (2 * math.pi)
@@ -50,7 +55,7 @@ class ExactConstant(nn.Module):
     """A float64 tensor that moves with its module but keeps its precision when the module is cast, and is not saved.
 
     Args:
-        make: computes it, on the CPU.
+        make: computes it, on the CPU; a function of a module, or a ``partial`` of one, so that models can be pickled.
     """
 
     value: Tensor
@@ -84,7 +89,7 @@ class ZetaEmbedding(nn.Module):
     def __init__(self, d_model: int, trainable: bool = False, scale: float = 0.02):
         super().__init__()
         self.d_model, self.trainable, self.scale = d_model, trainable, scale
-        self.initial_frequency = ExactConstant(lambda: 1 / zeta_zeros((d_model + 1) // 2))
+        self.initial_frequency = ExactConstant(functools.partial(_wave_frequencies, (d_model + 1) // 2))
         self.frequency = nn.Parameter(torch.empty((d_model + 1) // 2)) if trainable else None
         self.gain = nn.Parameter(torch.empty(()))
         self.reset_parameters()

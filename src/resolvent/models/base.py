@@ -6,6 +6,7 @@ says how a block is called and what its record means.
 Shapes: B batch, N sequence, D model width, V vocabulary, S sequences.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import ConfigError
 from ..layers import ZetaEmbedding
 from ..ops import linear_cross_entropy
 from ..ops.precision import at_least_float32, for_products, wide_dtype
@@ -254,8 +256,9 @@ class IntegratedModel(nn.Module, Generation, Generic[Config, Record, State]):
         """Return the diagnostics of a trace: a dictionary of tensors without gradients."""
         raise NotImplementedError
 
-    def penalty(self, trace: Trace[Record, State]) -> Tensor:
-        """Return what training adds to the loss, a float32 scalar: zero, unless a phase has a penalty."""
+    def penalty(self, trace: Trace[Record, State], mask: Tensor | None = None) -> Tensor:
+        """Return what training adds to the loss, a float32 scalar: zero, unless a phase has a penalty. ``mask``, bool
+        (B, N), names the tokens that it is a mean over; None for all."""
         return torch.zeros((), device=trace.normed.device)
 
     def _start_position(self, state: State | None, batch: TokenBatch) -> Tensor:
@@ -287,6 +290,25 @@ class IntegratedModel(nn.Module, Generation, Generic[Config, Record, State]):
     def num_parameters(self, trainable_only: bool = False) -> int:
         """Return the number of parameters."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
+
+    @torch.no_grad()
+    def shrink_vocabulary(self, vocab_size: int) -> None:
+        """Drop the tokens from ``vocab_size`` on out of embedding and head, in place; the others keep their logits.
+
+        Raises:
+            ConfigError: the model has fewer tokens, or its embedding has no rows to drop.
+        """
+        embedding = self.token_embedding
+        if not isinstance(embedding, nn.Embedding):
+            kind = type(embedding).__name__
+            raise ConfigError(f"vocab_size must stay {self.vocab_size}: the {kind} has no rows that could be dropped")
+        if not 0 < vocab_size <= self.vocab_size:
+            raise ConfigError(f"vocab_size must be in 1..{self.vocab_size} to shrink, got {vocab_size}")
+        tied = self.tied
+        embedding.weight = _first_rows(embedding.weight, vocab_size)
+        self.lm_head.weight = embedding.weight if tied else _first_rows(self.lm_head.weight, vocab_size)
+        embedding.num_embeddings = self.lm_head.out_features = self.vocab_size = vocab_size
+        self.config = dataclasses.replace(cast(Any, self.config), vocab_size=vocab_size)
 
     def recompute_blocks(self) -> None:
         """Recompute the blocks in the backward pass: training keeps the input of every block only."""
@@ -326,6 +348,10 @@ class IntegratedModel(nn.Module, Generation, Generic[Config, Record, State]):
     @property
     def _blocks(self) -> Sequence[Block[Record]]:
         return [cast(Block, block) for block in self.blocks]
+
+
+def _first_rows(weight: nn.Parameter | Tensor, count: int) -> nn.Parameter:
+    return nn.Parameter(weight[:count].clone(), requires_grad=weight.requires_grad)
 
 
 def observe(

@@ -2,12 +2,17 @@
 
 Nothing is modelled here. A class holds one of our models as ``model`` and translates: configurations to and from
 dictionaries of fields, labels that Transformers shifts inside to ours, and the recurrent state to what ``generate``
-passes around as a cache. Importing the module registers the classes.
+passes around as a cache. Importing the module registers the classes and lets ``Trainer`` count the labels that they
+predict.
 
 Shapes: B batch, N sequence, D model width, V vocabulary.
 """
 
+import copy
 import dataclasses
+import functools
+import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -15,9 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+)
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from ..errors import ConfigError
@@ -37,6 +53,15 @@ from .trace import Trace
 _ARGUMENTS = ("model_type", "name_or_path", "num_labels", "attn_implementation", "experts_implementation")
 """What Transformers' configurations take besides what they hold."""
 
+_GENERATION_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+    GenerationMode.ASSISTED_GENERATION,  # Transformers refuses it itself, for every model with a recurrent state
+)
+"""Modes of ``generate`` that Transformers runs with code of its own; the others are downloaded code."""
+
 
 class _HFConfig(PretrainedConfig):
     """A configuration of ours, with its fields as attributes beside those of Transformers.
@@ -52,7 +77,7 @@ class _HFConfig(PretrainedConfig):
     """
 
     dataclass: ClassVar[type[ModelConfig]]
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  Trainer adds it to a list
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "num_heads"}  # noqa: RUF012
 
     def __init__(self, **values: Any) -> None:
@@ -225,6 +250,19 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.token_embedding = value
         self.model.vocab_size = self.model.config.vocab_size = cast(nn.Embedding, value).num_embeddings
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Give the table of tokens and the head another number of rows, as every model of Transformers does.
+
+        Raises:
+            ConfigError: the token embedding is a tensor train, which has no rows.
+        """
+        if not isinstance(embedding := self.get_input_embeddings(), nn.Embedding):
+            raise ConfigError(
+                f"the token embedding must be a table to be resized, got a {type(embedding).__name__}; train a model "
+                "with htt_enabled=False"
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.model.lm_head
 
@@ -239,6 +277,7 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         past_key_values: RecurrentCache | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
@@ -252,21 +291,27 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: 1 for tokens, 0 for padding on either side, (B, N), or with the columns before them that
                 the cache has read.
             labels: int64 (B, N); Transformers' convention: those of ``input_ids`` themselves, which are shifted here,
-                and -100 at places that do not count.
+                and -100 at places that do not count. A label counts if the column before it holds a token: the first
+                token of a row is predicted by nothing (``predicted_labels``).
             past_key_values: what the sequences have read; it is left at the last token.
             use_cache: return the state; by default when not training.
+            output_attentions: taken, as by every model of Transformers; the blocks have no attention weights, and
+                ``attentions`` is None.
             output_hidden_states: also return what enters the first block and what leaves each, the last after the norm.
             logits_to_keep: compute the logits of this many last places only, or of the places of a tensor; 0 for all.
             skip_logits: compute the loss without holding the logits, and return none; by default when training with
                 labels.
-            num_items_in_batch: labels that count over all batches of a training step: their sum is divided by it. By
-                default the mean of the labels here.
-            others: what other models take, embeddings and positions among it: None or False, nothing else.
+            num_items_in_batch: number of labels that count over all batches of a training step: the sum over the labels
+                here is divided by it. By default the mean over the labels here.
+            others: ``shift_labels``, the label of each place's next token, int64 (B, N), in the place of ``labels``
+                (``Trainer`` would take an argument of that name for one that every batch has); what other models take,
+                embeddings and positions among it: None or False, nothing else.
 
         Raises:
             TypeError: there is no such argument.
             ValueError: tokens, mask, labels or cache do not fit each other or the model.
         """
+        shift_labels = others.pop("shift_labels", None)
         if unknown := [name for name, value in others.items() if value is not None and value is not False]:
             raise TypeError(f"{type(self).__name__} takes no {', '.join(unknown)}")
         if past_key_values is not None and not isinstance(past_key_values, RecurrentCache):
@@ -279,12 +324,14 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
             check_attention_mask(attention_mask, input_ids)
             attention_mask = None if attention_mask.all() else attention_mask
+        if shift_labels is None and labels is not None:
+            shift_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         if skip_logits is None:
-            skip_logits = self.training and labels is not None
+            skip_logits = self.training and shift_labels is not None
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         before = past_key_values.state if past_key_values is not None else None
-        penalised = self.model.penalised and self.training and labels is not None
+        penalised = self.model.penalised and self.training and shift_labels is not None
         trace = None
         if output_hidden_states or penalised:
             trace = observe(self.model, input_ids, state=before, attention_mask=attention_mask)
@@ -298,14 +345,15 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         if not skip_logits:
             kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.model.logits(hidden[:, kept])
-        if labels is not None:
-            labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].to(hidden.device)
+        if shift_labels is not None:
+            targets = shift_labels.to(hidden.device)
             if attention_mask is not None:  # padding is not read, and predicts nothing
-                labels = labels.masked_fill(attention_mask == 0, IGNORED)
-            counted = (labels != IGNORED).sum()
-            penalty = counted * self.model.penalty(trace) if penalised else 0.0
-            nats = self._nats(hidden, labels) + penalty
-            loss = nats / (counted.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+                targets = targets.masked_fill(attention_mask == 0, IGNORED)
+            counts = targets != IGNORED
+            penalty = counts.sum() * self.model.penalty(trace, counts) if penalised else 0.0
+            loss = (self._nats(hidden, targets) + penalty) / (
+                counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -314,9 +362,12 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The arguments of the next ``forward``, which takes positions from the state, and no embeddings."""
+        """Return the arguments of the next ``forward``, which takes positions from the state, and no embeddings.
+
+        Transformers passes on the tokenizers that its stopping criteria are made with.
+        """
         inputs = cast(Any, super()).prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        foreign = ("cache_position", "position_ids", "inputs_embeds")
+        foreign = ("cache_position", "position_ids", "inputs_embeds", "tokenizer", "assistant_tokenizer")
         return {name: value for name, value in inputs.items() if name not in foreign}
 
     def _nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -337,10 +388,32 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Give ``generate`` a cache from the start: long prompts are read in pieces only where there is one."""
+        """Give ``generate`` a cache from the start: long prompts are read in pieces only where there is one.
+
+        Raises:
+            ValueError: a prompt does not end with a token.
+        """
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and (rows := (mask[:, -1] == 0).nonzero().flatten().tolist()):
+            raise ValueError(
+                f"attention_mask must end with 1 in every row, got 0 in rows {rows}: pad on the left, and begin "
+                f"an empty prompt with bos_token_id ({generation_config.bos_token_id})"
+            )
         cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = RecurrentCache()
+
+    def _prepare_generation_config(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the options of ``generate``, and the arguments of ``forward`` among its own.
+
+        Raises:
+            ValueError: the options ask for a mode whose code Transformers would download.
+        """
+        config, model_kwargs = cast(Any, super())._prepare_generation_config(generation_config, *args, **kwargs)
+        if (mode := config.get_generation_mode()) not in _GENERATION_MODES:
+            name = mode.value.replace("_", " ")
+            raise ValueError(f"{type(self).__name__} generates greedily, by sampling and with beams, not by {name}")
+        return config, model_kwargs
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
@@ -380,6 +453,71 @@ class Phase2ForCausalLM(_ForCausalLM):
     _tied_weights_keys = {"model.lm_head.weight": "model.token_embedding.weight"}  # noqa: RUF012
 
 
-for _class in (Phase1ForCausalLM, Phase2ForCausalLM):
-    AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_class.config_class, _class, exist_ok=True)
+def predicted_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Take the labels that no token predicts out of a batch: those of the first column and those after padding.
+
+    Args:
+        labels: those of ``input_ids``, int64 (B, N), not shifted; -100 at places that do not count.
+        attention_mask: 1 for tokens, 0 for padding on either side, (B, N).
+
+    Returns:
+        The labels with -100 in the place of each that no token predicts, (B, N).
+    """
+    predicted = labels.clone()
+    predicted[:, :1] = IGNORED
+    if attention_mask is not None:
+        predicted[:, 1:].masked_fill_(attention_mask[:, :-1] == 0, IGNORED)
+    return predicted
+
+
+def _teach_trainer() -> None:
+    """Let ``Trainer`` count the labels that one of our models predicts, in training and in evaluation.
+
+    ``Trainer`` counts the labels of a step before a model reads its batches, and each batch's loss is divided by that
+    number. Up to Transformers 5.10 all labels count, later those behind the first column. No version knows that padding
+    on the left predicts nothing, and where padding lies depends on how a step is split into batches. So the labels that
+    no token predicts leave the batches first: every version counts the same, and label smoothing and metrics see the
+    same labels.
+    """
+    get_batch_samples, prediction_step = Trainer.get_batch_samples, Trainer.prediction_step
+
+    @functools.wraps(get_batch_samples)
+    def get_predicted_samples(self: Trainer, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        return get_batch_samples(self, map(partial(_predicted_batch, self), epoch_iterator), *args, **kwargs)
+
+    @functools.wraps(prediction_step)
+    def predicted_step(self: Trainer, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return prediction_step(self, model, _predicted_batch(self, inputs), *args, **kwargs)
+
+    Trainer.get_batch_samples, Trainer.prediction_step = get_predicted_samples, predicted_step
+
+
+def _predicted_batch(trainer: Trainer, batch: Any) -> Any:
+    """The batch of a trainer of one of our models, adapters on it or not, with the labels that tokens predict."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(model, _ForCausalLM):
+        return batch
+    batch, mask = copy.copy(batch), batch.get("attention_mask")
+    if "labels" in batch:
+        batch["labels"] = predicted_labels(batch["labels"], mask)
+    if "shift_labels" in batch and mask is not None:
+        batch["shift_labels"] = batch["shift_labels"].masked_fill(mask == 0, IGNORED)
+    return batch
+
+
+def _register() -> None:
+    """Enter the classes in the tables by which Transformers finds configurations, models and tokenizers, tells causal
+    language models from others (label smoothing, pipelines, model cards), and looks up ``architectures``."""
+    package = sys.modules["transformers"]  # not the module of an early import, which Transformers replaces
+    for model in (Phase1ForCausalLM, Phase2ForCausalLM):
+        config, name = model.config_class, model.__name__
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+        AutoTokenizer.register(config, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = name
+        setattr(package, name, model)
+
+
+_register()
+_teach_trainer()

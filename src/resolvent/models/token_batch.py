@@ -65,6 +65,10 @@ class TokenBatch:
             return position + self.shape[1]
         return position.to(self.cu_seqlens.device) + self.cu_seqlens.diff()
 
+    def drop_padding(self, x: Tensor) -> Tensor:
+        """Return values of the tokens as they were given, (B, N), in the shape in which the blocks read them."""
+        return x if self.unpadded is None else x.flatten()[self.unpadded.places].unsqueeze(0)
+
     def restore(self, x: Tensor) -> Tensor:
         """Results for the tokens as they were given: zero where there was padding."""
         return x if self.unpadded is None else self.unpadded.restore(x, self.shape)

@@ -62,11 +62,15 @@ class Phase1IntegratedModel(IntegratedModel[Phase1Config, Phase1Record, Phase1St
     def diagnostics(self, trace: Trace[Phase1Record, Phase1State]) -> Phase1Diagnostics:
         return diagnose(self.config, self.token_embedding, trace)
 
-    def penalty(self, trace: Trace[Phase1Record, Phase1State]) -> Tensor:
-        """Return the mean gate of all layers, weighted; zero without layers that have gates."""
-        means = [
-            record.gates.mean(dtype=wide_dtype(record.gates)) for record in trace.layers if record.gates is not None
-        ]
+    def penalty(self, trace: Trace[Phase1Record, Phase1State], mask: Tensor | None = None) -> Tensor:
+        """Return the mean gate of all layers over the tokens of the mask, weighted; zero without gates or tokens."""
+        gates = [record.gates for record in trace.layers if record.gates is not None]
+        if mask is None:
+            means = [gate.mean(dtype=wide_dtype(gate)) for gate in gates]
+        else:
+            mask = trace.batch.drop_padding(mask)
+            count = mask.sum().clamp(min=1)
+            means = [(gate.mean(-1, dtype=wide_dtype(gate)) * mask).sum() / count for gate in gates]
         mean = torch.stack(means).mean() if means else super().penalty(trace)
         return self.config.ar_ssm_l1_regularization * mean
 

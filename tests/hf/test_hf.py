@@ -1,8 +1,9 @@
-"""The Transformers face: what it loads, generates, trains and refuses."""
+"""The models in Transformers: what it loads, generates, trains and refuses; ``test_trainer`` tests its Trainer."""
 
 import copy
 import json
 import os
+import pickle
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ import torch.nn.functional as F
 from resolvent import ConfigError, Phase1Config, Phase2Config, load_model, save_model
 from resolvent.layers import TensorTrainEmbedding
 
-from .small import PHASE1, PHASE2, tokens
+from ..models.small import PHASE1, PHASE2, tokens
 
 if not os.environ.get("CI"):
     pytest.importorskip("transformers", reason="needs Transformers: pip install 'resolvent[hf]'")
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, TextStreamer, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, TextStreamer
 
 from resolvent.hf import Phase1ForCausalLM, Phase1HFConfig, Phase2ForCausalLM, Phase2HFConfig, RecurrentCache
 
@@ -316,6 +317,67 @@ def test_a_cache_is_reordered_repeated_and_reset(pair):
     assert cache.get_seq_length() == 0 and not cache.is_initialized
 
 
+def test_prompt_without_a_last_token_is_refused(pair):
+    _, hf = pair
+    ids, mask = tokens(10, batch=3), torch.ones(3, 10, dtype=torch.long)
+    mask[0], mask[2, 7:] = 0, 0
+    with pytest.raises(ValueError, match=r"must end with 1 in every row, got 0 in rows \[0, 2\]: pad on the left, and"):
+        hf.generate(ids, attention_mask=mask, bos_token_id=5, **GREEDY)
+    mask[0, -1], mask[2] = 1, mask[2].flip(0)
+    assert hf.generate(ids, attention_mask=mask, **GREEDY).shape == (3, 22)
+    alone = hf.generate(bos_token_id=5, **GREEDY)
+    assert torch.equal(alone, hf.generate(torch.tensor([[5]]), **GREEDY))
+
+
+def test_attentions_are_asked_for_in_vain(pair):
+    """Transformers asks every model for its attention weights; the blocks have none."""
+    _, hf = pair
+    ids = tokens(20)
+    assert hf(ids, output_attentions=True).attentions is None
+    out = hf.generate(ids, output_attentions=True, output_hidden_states=True, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(out.sequences, hf.generate(ids, **GREEDY))
+    assert set(out.attentions) == {None} and len(out.hidden_states) == 12
+    assert len(out.hidden_states[0]) == hf.config.n_layers + 1
+
+
+def test_guidance_has_a_state_of_its_own(pair):
+    """Classifier-free guidance reads two sequences with one model: from the prompt, and from its last token."""
+    _, hf = pair
+    ids, scale = tokens(20, batch=1), 1.5
+    whole, bare = ids, ids[:, -1:]
+    for _ in range(12):
+        guided, free = (hf(read).logits[:, -1].log_softmax(-1) for read in (whole, bare))
+        token = (free + scale * (guided - free)).argmax(-1, keepdim=True)
+        whole, bare = torch.cat([whole, token], dim=1), torch.cat([bare, token], dim=1)
+    assert torch.equal(hf.generate(ids, guidance_scale=scale, **GREEDY), whole)
+
+
+@pytest.mark.slow
+def test_compiled_model_has_the_same_loss(pair):
+    _, hf = pair
+    ids, mask = tokens(40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :9] = 0
+    compiled = torch.compile(hf, backend="eager")
+    options = dict(attention_mask=mask, labels=ids)
+    torch.testing.assert_close(compiled(ids, **options).loss, hf(ids, **options).loss)
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        (dict(penalty_alpha=0.6, top_k=4), "contrastive search"),
+        (dict(dola_layers="low"), "dola generation"),
+        (dict(num_beams=4, num_beam_groups=2, diversity_penalty=0.5), "group beam search"),
+        (dict(num_beams=2, force_words_ids=[[5]]), "constrained beam search"),
+    ],
+)
+def test_modes_of_downloaded_code_are_refused(options, mode):
+    hf = Phase2ForCausalLM(Phase2HFConfig(vocab_size=97, d_model=16, n_layers=1, n_seq=64, num_heads=1, head_dim=8))
+    message = f"Phase2ForCausalLM generates greedily, by sampling and with beams, not by {mode}"
+    with pytest.raises(ValueError, match=message):
+        hf.generate(tokens(10), trust_remote_code=True, **options, **GREEDY)
+
+
 def test_what_cannot_work_is_refused(pair):
     _, hf = pair
     ids = tokens(10)
@@ -325,6 +387,10 @@ def test_what_cannot_work_is_refused(pair):
         hf(ids, inputs_embeds=torch.zeros(2, 10, 48))
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
         hf.generate(ids[:1], assistant_model=hf, **GREEDY)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
+        hf.generate(ids[:1], prompt_lookup_num_tokens=3, **GREEDY)
+    with pytest.raises(ValueError, match="not used by the model: \\['tokeniser'\\]"):
+        hf.generate(ids[:1], tokeniser=1, **GREEDY)
 
 
 # --- Losses
@@ -353,6 +419,18 @@ def test_labels_are_shifted_here(pair, skip_logits):
     half = hf(ids, labels=labels, num_items_in_batch=2 * (labels[:, 1:] != -100).sum())
     torch.testing.assert_close(half.loss, expected / 2)
     assert hf(ids, labels=torch.full_like(ids, -100), num_items_in_batch=7).loss == 0
+    assert hf.train()(ids, labels=torch.full_like(ids, -100), num_items_in_batch=7).loss == 0
+
+
+def test_shifted_labels_take_the_place_of_labels(pair):
+    _, hf = pair
+    ids, targets, mask = tokens(70), tokens(70), torch.ones(2, 70, dtype=torch.long)
+    targets[1, 50:], mask[0, :30] = -100, 0
+    loss = hf(ids, attention_mask=mask, labels=ids, shift_labels=targets).loss
+    logits = hf(ids, attention_mask=mask).logits
+    read, wanted = (torch.cat([x[0, 30:], x[1, :50]]) for x in (logits, targets))
+    torch.testing.assert_close(loss, F.cross_entropy(read, wanted))
+    assert list(hf.train()(ids, attention_mask=mask, shift_labels=targets)) == ["loss"]
 
 
 def test_training_holds_no_logits_and_no_state(phase, pair):
@@ -363,8 +441,10 @@ def test_training_holds_no_logits_and_no_state(phase, pair):
     penalty = out.loss - hf(ids, labels=ids, skip_logits=False).loss
     assert penalty == 0 and list(hf(ids, labels=ids, skip_logits=False)) == ["loss", "logits"]
     evaluated = hf.eval()(ids, labels=ids).loss
-    if phase == "phase1":  # whose penalty is part of what training minimises
-        _, penalty = hf.model(ids, return_penalty=True)
+    if phase == "phase1":  # whose penalty is part of what training minimises, at the places that predict
+        _, diagnostics = hf.model(ids, return_diagnostics=True)
+        gates = torch.stack([gate[:, :-1].mean() for gate in diagnostics["gate_values"]])
+        penalty = hf.config.ar_ssm_l1_regularization * gates.mean()
         torch.testing.assert_close(out.loss, evaluated + penalty)
         assert penalty > 0
     else:
@@ -433,26 +513,6 @@ def test_checkpointed_blocks_have_the_same_gradients(pair, options):
     assert not hf.is_gradient_checkpointing
 
 
-def test_trainer_steps_are_the_same_in_parts(phase, pair, tmp_path):
-    """Two batches of two sequences, of unequal labels, make the step of one batch of four."""
-    rows = [{"input_ids": row, "labels": row.masked_fill(torch.arange(40) < 9 * i, -100)} for i, row in
-            enumerate(tokens(40, batch=4))]  # fmt: skip
-
-    def trained(size, parts):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-        options = dict(max_steps=2, learning_rate=1e-2, optim="sgd", report_to="none", save_strategy="no", use_cpu=True)
-        arguments = TrainingArguments(
-            str(tmp_path / "out"), per_device_train_batch_size=size, gradient_accumulation_steps=parts, **options
-        )
-        Trainer(model, arguments, train_dataset=rows).train()
-        return model
-
-    start, whole, parts = pair[1], trained(4, 1), trained(2, 2)
-    assert not torch.equal(start.model.ln_f.bias, whole.model.ln_f.bias)
-    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
 # --- Vocabularies and adapters
 
 
@@ -471,7 +531,24 @@ def test_a_table_of_tokens_can_grow(tmp_path):
 
 def test_a_tensor_train_is_what_it_is(tmp_path):
     save_model(PHASE1.model(), tmp_path)
-    assert isinstance(Phase1ForCausalLM.from_pretrained(tmp_path).get_input_embeddings(), TensorTrainEmbedding)
+    hf = Phase1ForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(hf.get_input_embeddings(), TensorTrainEmbedding)
+    with pytest.raises(ConfigError, match="must be a table to be resized, got a TensorTrainEmbedding"):
+        hf.resize_token_embeddings(128)
+
+
+def test_models_are_copied_and_pickled(pair):
+    """``torch.save`` of a model, processes that are spawned with it, and copies of it while it reads."""
+    _, hf = pair
+    ids = tokens(30)
+    with torch.no_grad():
+        expected = hf(ids)
+    for again in (pickle.loads(pickle.dumps(hf)), copy.deepcopy(hf)):
+        assert torch.equal(again(ids).logits, expected.logits) and again.config == hf.config
+    for cache in (pickle.loads(pickle.dumps(expected.past_key_values)), copy.deepcopy(expected.past_key_values)):
+        assert cache.get_seq_length() == 30
+        kept = copy.copy(expected.past_key_values)
+        assert torch.equal(hf(ids, past_key_values=cache).logits, hf(ids, past_key_values=kept).logits)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "out_proj"]])
