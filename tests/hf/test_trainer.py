@@ -6,6 +6,7 @@ import functools
 import gc
 import importlib
 import inspect
+import json
 import logging
 import os
 
@@ -196,6 +197,25 @@ def test_smoothed_labels_are_shifted(folder, side, size, parts, tmp_path):
     assert_parameters(trainer.model, expected_step(start, loss))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_collator_may_shift_labels(folders, side, tmp_path):
+    folder, rows = folders["phase2"], token_rows(bos=False)
+
+    def collate(rows):
+        batch = language_collator(folder, side)(rows)
+        batch["shift_labels"] = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+        return batch
+
+    start = load(folder)
+    wanted = expected_step(start, expected_mean(start, rows))
+    for size, parts in SPLITS:
+        trainer = make_trainer(
+            load(folder), tmp_path, collate, rows, per_device_train_batch_size=size, gradient_accumulation_steps=parts
+        )
+        trainer.train()
+        assert_parameters(trainer.model, wanted)
+
+
 def test_penalty_does_not_depend_on_split(tmp_path):
     torch.manual_seed(0)
     save_model(PHASE1.model(spread=0.1, **SIZES, htt_enabled=False, ar_ssm_l1_regularization=3.0), tmp_path / "run")
@@ -363,6 +383,20 @@ def test_end_of_text_is_learnt(folders, tmp_path):
     assert EOS not in prompts["input_ids"], "text that names the token is text"
     written = trainer.model.generate(torch.tensor([[BOS, *b"the n"]]), do_sample=False, max_new_tokens=30)
     assert bytes(written[0, 1:-1].tolist()) == b"the nation" and written[0, -1] == EOS
+
+
+def test_padding_of_an_older_folder_can_be_changed(folders, tmp_path):
+    """Folders of before pad with ``<|endoftext|>``, which the collator takes out of the labels."""
+    settings = json.loads((folders["phase2"] / "tokenizer_config.json").read_text()) | {"pad_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "tokenizer.json").write_bytes((folders["phase2"] / "tokenizer.json").read_bytes())
+    tokenizer, rows = load_tokenizer(tmp_path), token_rows(eos=True)
+    assert (DataCollatorForLanguageModeling(tokenizer, mlm=False)(rows)["labels"][:, -1] == -100).all()
+    tokenizer.pad_token = "ÿ"
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(rows)
+    assert (batch["labels"][:, -1] == EOS).all()
+    assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
+    assert tokenizer("ÿ <|endoftext|>")["input_ids"] == list("ÿ <|endoftext|>".encode())
 
 
 # --- Tables by which Transformers knows a causal language model
