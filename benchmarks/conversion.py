@@ -2,7 +2,8 @@
 
 For every seed a Phase 1 model is trained and converted to Phase 2. Then both are trained on: for as many steps again,
 on the same batches, with the same schedule. Beside them a Phase 2 model of the same sizes is trained from fresh weights
-on as many tokens as either had in all. Each is validated on the same held-out documents, which are read whole.
+on as many tokens as either had in all, all of them with the learning rate of fresh weights. Each is validated on the
+same held-out documents, which are read whole.
 
 Everything is a run folder below --out: what is finished is not trained again, and what was interrupted goes on.
 """
@@ -27,7 +28,7 @@ from resolvent.data import save_tokenizer
 from resolvent.evaluation import evaluate_documents
 from resolvent.runs import RUN_FILE, load_trained
 from resolvent.training import TrainingConfig, resume, train
-from resolvent.training.corpus import load_corpus, sample_documents
+from resolvent.training.corpus import load_corpus
 from resolvent.training.metrics import FILE_NAME
 from resolvent.training.record import read_run
 
@@ -45,7 +46,7 @@ class Plan:
         steps: optimiser steps before the conversion, and as many after it.
         out: folder for the run folders.
         data: text to learn from; None for the default corpus.
-        eval_tokens: held-out tokens, in whole documents, to validate on; 0 for all.
+        eval_tokens: held-out tokens to validate on; 0 for all, in whole documents.
     """
 
     model: Phase1Config
@@ -105,7 +106,8 @@ def measure(plan: Plan, seed: int) -> Outcome:
     def run(name: str, steps: int, seed: int, **model: Any) -> TrainingConfig:
         data = None if plan.data is None else str(plan.data.resolve())
         reports = dict(eval_interval=0, final_eval_tokens=plan.eval_tokens, checkpoint_interval=100, log_interval=50)
-        return TrainingConfig(out=str(folder / name), steps=steps, seed=seed, data=data, **reports, **model)
+        size = dict(steps=steps, learning_rate=0.5 / plan.model.d_model)
+        return TrainingConfig(out=str(folder / name), seed=seed, data=data, **size, **reports, **model)
 
     first = run("phase1", plan.steps, seed, phase=1, preset=None, model=plan.model)
     own = {name: getattr(Phase2Config(), name) for name in ("embedding_scale", "ffn_gated")}  # what needs no conversion
@@ -152,8 +154,7 @@ def convert(run: TrainingConfig, out: Path, seed: int) -> Model:
     model = convert_phase1_to_phase2(source)
     save_model(model, out)
     save_tokenizer(tokenizer, out)
-    held_out = sample_documents(load_corpus(run, tokenizer).validation, run.final_eval_tokens)
-    score = evaluate_documents(model, held_out)
+    score = evaluate_documents(model, load_corpus(run, tokenizer).validation, max_tokens=run.final_eval_tokens or 0)
     return Model(score.bits_per_byte, model.num_parameters(), records(run.run_dir)[-2]["tokens"])
 
 

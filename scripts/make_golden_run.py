@@ -40,6 +40,7 @@ def main() -> None:
         batch_size=2,
         learning_rate=0.01,
         eval_interval=2,
+        final_eval_tokens=0,
         checkpoint_interval=3,
     )
     result = train(config)

@@ -13,6 +13,8 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():  # befo
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup starts what outlives its terminal
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 torch.set_num_threads(1)  # the tensors are small: two threads would wait for each other longer than they compute
 

@@ -22,8 +22,7 @@ from torch import Tensor
 from benchmarks.quality.models import Contestant, Size
 from benchmarks.quality.training import Clock, Mode, Schedule, Trainer
 from benchmarks.quality.variants import mechanisms_of
-from resolvent.data import build_tokenizer, load_documents, save_tokenizer
-from resolvent.data.corpus import EOT, split_documents
+from resolvent.data import EOT, build_tokenizer, load_documents, save_tokenizer, split_documents
 from resolvent.evaluation.estimates import Estimate
 from resolvent.evaluation.reading import score_tokens
 from resolvent.models import save_model
@@ -60,7 +59,7 @@ class Text:
 
     @classmethod
     def of_corpus(cls, corpus: Sequence[Path], tokenizer: str, vocab_size: int) -> Text:
-        """Tokens of text files. Of each, 5 % of the documents are held out, always the same ones.
+        """Tokens of text files. Of each, 5 % of the bytes are held out, always the same ones.
 
         Args:
             corpus: files and folders, as ``resolvent train --data`` takes them.

@@ -1,6 +1,7 @@
 """manifest.json: size and SHA-256 of a folder's files, so that damage is found before anything is made of it."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,14 @@ def _description(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of plain values with its own SHA-256, for what changes after a manifest is written."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return {**record, "sha256": digest}
+
+
+def is_sealed(record: dict[str, Any]) -> bool:
+    """Whether a record is as `sealed` returned it."""
+    return record == sealed({name: value for name, value in record.items() if name != "sha256"})

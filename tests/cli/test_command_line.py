@@ -97,8 +97,9 @@ def test_train_says_what_it_does_and_what_comes_next(
     assert outcome.code == 0
     for part in (
         "parameters, fp32 on cpu",
-        "in 5 document(s) to learn from",
-        "held out",
+        "in 6 document(s) to learn from",
+        "document(s) (",
+        "% of the bytes)",
         "step 3/3",
         "validation: loss",
     ):
@@ -143,19 +144,34 @@ def test_the_result_of_training_is_that_of_its_run(
 def test_resume_goes_on_with_a_run(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
     run = tmp_path / "run"
     resolvent("train", "--data", text_file, "--out", run, "--steps", 3, *small)
+    outcome = resolvent("train", "--resume", run, "--steps", 5)
+    assert outcome.code == 0
+    assert "5 instead of 3: the cosine schedule is stretched to them" in outcome.out
+    assert "from step 3 of 5" in outcome.out
     outcome = resolvent("train", "--resume", run)
     assert outcome.code == 0
-    assert "from step 3 of 3" in outcome.out
+    assert "is finished: step 5 of 5" in outcome.out
+
+
+def test_overwrite_replaces_a_run(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
+    arguments = ["train", "--data", text_file, "--out", tmp_path / "run", "--steps", 2, *small]
+    assert resolvent(*arguments).code == 0
+    outcome = resolvent(*arguments)
+    assert outcome.code == 1
+    assert "--overwrite" in outcome.err
+    assert resolvent(*arguments, "--overwrite", "--validation-fraction", 0.3).code == 0
+    assert read_run(tmp_path / "run")[0].validation_fraction == 0.3
 
 
 def test_resume_finds_text_that_has_moved(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
     (tmp_path / "here.txt").write_bytes(text_file.read_bytes())
     resolvent("train", "--data", tmp_path / "here.txt", "--out", tmp_path / "run", "--steps", 3, *small)
     (tmp_path / "here.txt").rename(tmp_path / "there.txt")
-    assert "here.txt" in resolvent("train", "--resume", tmp_path / "run").err
-    assert resolvent("train", "--resume", tmp_path / "run", "--data", tmp_path / "there.txt").code == 0
+    on = ["train", "--resume", tmp_path / "run", "--steps"]
+    assert "here.txt" in resolvent(*on, 4).err
+    assert resolvent(*on, 4, "--data", tmp_path / "there.txt").code == 0
     (tmp_path / "there.txt").write_bytes(text_file.read_bytes() + b"!")
-    changed = resolvent("train", "--resume", tmp_path / "run", "--data", tmp_path / "there.txt")
+    changed = resolvent(*on, 5, "--data", tmp_path / "there.txt")
     assert changed.code == 1 and "there.txt has changed" in changed.err
 
 
@@ -205,9 +221,10 @@ def test_stopping_before_the_run_began_offers_nothing_to_resume(
         (["--schedule", "linear"], "--schedule"),
         (["--set", "d_model"], "FIELD=VALUE"),
         (["--set", "vocab_size=9"], "--tokenizer"),
-        (["--resume", "x", "--steps", "3"], "--steps"),
+        (["--resume", "x", "--seed", "3"], "--seed"),
         (["--resume", "x", "--set", "n_layers=3"], "--set"),
-        (["--resume", "x", "--steps", "1000"], "--steps"),
+        (["--resume", "x", "--seed", "0"], "--seed"),
+        (["--resume", "x", "--overwrite"], "--overwrite"),
         (["--resume", "x", "--from", "y"], "--from"),
         (["--frobnicate"], "--frobnicate"),
         (["--preset", "huge"], "Unknown preset: huge"),

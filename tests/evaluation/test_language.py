@@ -1,13 +1,21 @@
+import dataclasses
 import math
+from collections import Counter
+from random import Random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from resolvent.data import build_tokenizer, encode_documents
+from resolvent.data import TokenStream, build_tokenizer, encode_documents
 from resolvent.errors import DataError, ResolventError
 from resolvent.evaluation import LanguageScore, evaluate_documents
+from resolvent.evaluation.language import document_tokens, sample_stretches, sum_of_nats
 from resolvent.models.phase2 import Phase2IntegratedModel, create_phase2_model
 
 # Lengths on both sides of every piece and batch size below, many short, one long, one empty, not sorted.
@@ -124,3 +132,76 @@ def test_a_broken_model_is_an_error(tokenizer: Tokenizer):
     torch.nn.init.constant_(model.lm_head.weight, math.nan)
     with pytest.raises(ResolventError, match="not finite"):
         evaluate_documents(model, ["text"], tokenizer)
+
+
+def stream_of(*lengths: int) -> TokenStream:
+    """Documents of random bytes, so that tokens are bytes."""
+    random = Random(0)
+    texts = ["".join(random.choices("abcdefgh", k=length)) for length in lengths]
+    return encode_documents(texts, build_tokenizer("bytes", []))
+
+
+@pytest.mark.parametrize("lengths", [(300_000, 50), (50,) * 2000, (1, 9_000, 3, 70_000, 200, 20_000), (99_999,)])
+@pytest.mark.parametrize("budget", [1, 2, 700, 20_000, 65_536])
+def test_a_sample_holds_its_budget_to_the_token(lengths: tuple[int, ...], budget: int):
+    stream = stream_of(*lengths)
+    sample = sample_stretches(stream, budget)
+    assert sample.num_predictions == budget
+    assert max(map(len, sample.sequences)) <= 2049
+    # A byte per token, but for the tokens that end documents.
+    assert sample.num_bytes == pytest.approx(budget * stream.num_bytes / stream.num_predictions, rel=0.05, abs=2)
+
+
+@pytest.mark.parametrize("budget", [0, 10_004, 10**9])
+def test_a_budget_beyond_the_text_takes_whole_documents(budget: int):
+    stream = stream_of(4000, 6000, 1)
+    sample = sample_stretches(stream, budget)
+    assert [len(sequence) - 1 for sequence in sample.sequences] == [4001, 6001, 2]
+    assert (sample.num_predictions, sample.num_bytes) == (10_004, 10_001)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.data())
+def test_every_token_is_as_likely_in_a_sample_as_any_other(lengths: list[int], data: st.DataObject):
+    """Over all positions at which a sample may begin, each prediction is made equally often, in its own document."""
+    stream = stream_of(*lengths)
+    numbered = dataclasses.replace(stream, tokens=np.arange(len(stream.tokens)))
+    total = stream.num_predictions
+    budget = data.draw(st.integers(1, total))
+    counts = np.zeros(total + 1, int)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("resolvent.evaluation.language._STRETCH_TOKENS", data.draw(st.integers(4, 40)))
+        for first in range(total):
+            patch.setattr(np.random, "default_rng", lambda _, first=first: SimpleNamespace(integers=lambda _: first))
+            for sequence in sample_stretches(numbered, budget).sequences:
+                assert np.array_equal(sequence, np.arange(sequence[0], sequence[-1] + 1))
+                assert not set(sequence[1:-1]) & set(stream.starts), "read on over the end of a document"
+                counts[sequence[1:]] += 1
+    assert np.unique(counts[1:]).tolist() == [budget]
+
+
+def test_a_sample_comes_from_all_over_the_text():
+    numbered = dataclasses.replace(stream_of(100_000), tokens=np.arange(100_002))
+    tenths = Counter(int(token) // 10_000 for part in sample_stretches(numbered, 20_480).sequences for token in part)
+    assert min(tenths[number] for number in range(10)) > 1500
+
+
+def test_the_score_of_a_sample_is_near_that_of_the_text(tokenizer: Tokenizer):
+    text = DOCUMENTS[0] * 40
+    model = small_model(vocab_size=tokenizer.get_vocab_size())
+    whole = evaluate_documents(model, [text], tokenizer)
+    sample = evaluate_documents(model, [text], tokenizer, max_tokens=whole.tokens // 3)
+    assert sample.tokens == whole.tokens // 3
+    assert sample.loss == pytest.approx(whole.loss, rel=0.05)
+    assert sample.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=0.05)
+
+
+def test_progress_is_shown_on_stderr_where_it_is_asked_for(tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]):
+    model = small_model(vocab_size=tokenizer.get_vocab_size())
+    seen: list[int] = []
+    sequences = document_tokens(encode_documents(DOCUMENTS, tokenizer))
+    sum_of_nats(model, sequences, batch_tokens=64, piece_tokens=16, advance=seen.append)
+    assert len(seen) > 3
+    assert sum(seen) == sum(map(len, sequences)) - len(sequences)
+    evaluate_documents(model, DOCUMENTS, tokenizer)
+    assert capfd.readouterr() == ("", "")

@@ -26,7 +26,7 @@ with atheris.instrument_imports(include=["resolvent.files", "resolvent.manifest"
     from resolvent.training.metrics import MetricsLog
     from resolvent.training.record import read_run
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-1"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-4"
 RUN, CHECKPOINT = GOLDEN / "run", GOLDEN / "run" / "checkpoints" / "step-00000003"
 LONGEST_MESSAGE = 10_000
 

@@ -20,7 +20,7 @@ from resolvent.tensors import read_tensors
 from resolvent.training import resume
 from resolvent.training.trainer import Trainer
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-1"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-4"
 FILES = sorted(str(path.relative_to(GOLDEN)) for path in GOLDEN.rglob("*") if path.is_file())
 FILES.remove("expected.json")
 NEWEST = "run/checkpoints/step-00000006"
@@ -74,7 +74,7 @@ DAMAGES = st.builds(
 class Undisturbed:
     """What use of the run comes to when nothing is damaged."""
 
-    metrics: dict[int, list[dict[str, Any]]]
+    metrics: dict[int, list[list[dict[str, Any]]]]
     weights: dict[int, bytes]
     logits: dict[int, torch.Tensor]
 
@@ -104,9 +104,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
         folder = Path(shutil.copytree(GOLDEN, tmp_path_factory.mktemp("golden") / "golden"))
         if step == 3:
             shutil.rmtree(folder / NEWEST)
+        lines[step] = [metrics(folder / "run")] if step == 6 else []
+        (folder / "run" / "result.json").unlink()  # so that the finished run is validated on this machine, too
         resume(folder / "run", data=str(folder / "verses.txt"))
         weights[step], says[step] = (folder / "run" / "model.safetensors").read_bytes(), logits(folder / "run")
-        lines[step] = metrics(folder / "run")
+        lines[step].append(metrics(folder / "run"))
     earlier = folder / "run" / "checkpoints" / "step-00000003"
     says[0], weights[0] = logits(earlier), (earlier / "model.safetensors").read_bytes()
     return Undisturbed(lines, weights, says)
@@ -168,7 +170,7 @@ def check(damages: list[Damage], folder: Path, expected: Undisturbed, warnings: 
     if any("metrics.jsonl is missing" in line for line in warnings):
         assert "run/metrics.jsonl" in touched
     else:
-        assert metrics(run) == expected.metrics[resumed]
+        assert metrics(run) in expected.metrics[resumed]
 
 
 def cases(number: int) -> Callable[[Any], Any]:

@@ -21,6 +21,8 @@ from resolvent.training.checkpoint import find_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 FORMATS = sorted(path.name for path in GOLDEN.iterdir())
+RESUMED = [name for name in FORMATS if name >= "format-4"]
+"""Earlier runs split their text in another way."""
 
 
 @pytest.fixture(params=FORMATS)
@@ -47,6 +49,16 @@ def test_its_model_says_what_it_said(golden: Path):
     assert len(tokenizer.decode(new.tolist())) == 20
 
 
+@pytest.mark.parametrize("golden", sorted(set(FORMATS) - set(RESUMED)), indirect=True)
+def test_a_run_with_another_split_is_refused_by_name(golden: Path):
+    before = {path: path.read_bytes() for path in golden.rglob("*") if path.is_file()}
+    message = r"training\.json has format version 1: the run held out documents by their number.* --from .*run"
+    with pytest.raises(CheckpointError, match=message):
+        resume(golden / "run", data=str(golden / "verses.txt"))
+    assert before == {path: path.read_bytes() for path in golden.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("golden", RESUMED, indirect=True)
 @pytest.mark.parametrize("from_step", [6, 3])
 def test_it_resumes_to_where_it_was(golden: Path, from_step: int):
     run = golden / "run"

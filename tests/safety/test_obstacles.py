@@ -16,7 +16,7 @@ from resolvent.errors import CheckpointError, ConfigError
 from resolvent.files import atomic_directory, locked, partial_name, write_file
 from resolvent.manifest import MANIFEST
 from resolvent.training import resume, train
-from resolvent.training.checkpoint import find_checkpoint
+from resolvent.training.checkpoint import find_checkpoint, load_standing
 from resolvent.training.record import has_begun, new_run
 from tests.cli.conftest import call
 from tests.safety.test_crashes import outcome
@@ -190,11 +190,12 @@ def wait_at(name: str, text: Path, run: Path, said: Path) -> None:
     os._exit(call("train", "--data", text, "--out", run, *options))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
     ("name", "last_words"),
     [
         ("resolvent.training.run.load_corpus", "Stopped."),
+        ("resolvent.training.corpus.encode_documents", "Stopped."),
         ("resolvent.training.trainer.sum_of_nats", "Stopped. Go on with: resolvent train --resume {}"),
     ],
 )
@@ -212,6 +213,34 @@ def test_a_signal_outside_the_steps(text: Path, tmp_path: Path, number: signal.S
     assert said.read_text().splitlines()[-1] == last_words.format(run)
     assert "Error" not in said.read_text()
     assert run.exists() == (last_words != "Stopped.")
+
+
+def in_terminal(terminal: str, text: Path, run: Path) -> None:
+    """The command line in a session of its own, whose terminal this is."""
+    os.setsid()
+    output = os.open(terminal, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(output, descriptor)
+    sizes = [part for size in ("d_model=16", "n_layers=1", "num_heads=2", "head_dim=8") for part in ("--set", size)]
+    options = ["--steps", "100000", "--seq-len", "32", "--batch-size", "2", "--eval-interval", "0", *sizes]
+    os._exit(call("train", "--data", text, "--out", run, "--checkpoint-interval", "0", *options))
+
+
+def test_a_run_whose_terminal_is_closed_is_saved(text: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    terminal, inner = os.openpty()
+    process = fork(in_terminal, os.ttyname(inner), text, run)
+    said = b""
+    while b"tokens/s" not in said:
+        said += os.read(terminal, 4096)
+    os.close(inner)
+    os.close(terminal)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGHUP
+    checkpoint, faults = find_checkpoint(run)
+    assert checkpoint is not None
+    assert not faults
+    assert load_standing(checkpoint).step > 0
 
 
 def test_files_are_on_disk_before_they_have_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

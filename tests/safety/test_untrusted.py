@@ -31,7 +31,7 @@ from resolvent.training.optimizer import build_optimizer
 from resolvent.training.record import read_run
 from tests.cli.conftest import call
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-1"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-4"
 SOURCES = Path(__file__).parents[2] / "src"
 CHECKPOINT = Path("checkpoints") / "step-00000006"
 

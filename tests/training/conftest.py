@@ -31,7 +31,7 @@ def small_config(text_file: Path, tmp_path: Path) -> Callable[..., TrainingConfi
         settings: dict[str, object] = dict(
             preset=None, model=model, data=str(text_file), out=str(tmp_path / "run"), steps=10, seq_len=64, batch_size=2
         )
-        settings |= dict(eval_interval=3, eval_tokens=300, checkpoint_interval=4, device="cpu")
+        settings |= dict(eval_interval=3, eval_tokens=300, final_eval_tokens=0, checkpoint_interval=4, device="cpu")
         return TrainingConfig(**{**settings, **changes})
 
     return make

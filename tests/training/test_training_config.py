@@ -106,3 +106,39 @@ def test_the_default_learning_rate_falls_with_the_width():
 def test_the_default_run_folder_is_named_after_the_preset():
     assert TrainingConfig(preset="small").run_dir.as_posix() == "runs/small"
     assert TrainingConfig(preset="small", out="elsewhere").run_dir.as_posix() == "elsewhere"
+
+
+def test_validations_take_a_twentieth_of_the_tokens_that_are_trained_on():
+    config = TrainingConfig(steps=1000, eval_interval=100)
+    assert config.validation_tokens(2048, final=False) == 100 * 2048 // 20
+    assert config.validation_tokens(2048, final=True) == 1000 * 2048 // 20
+    large = TrainingConfig(steps=100_000, eval_interval=250)
+    assert large.validation_tokens(2**19, final=False) == 65_536
+    assert large.validation_tokens(2**19, final=True) == 100_000 * 2**19 // 20
+    assert TrainingConfig(steps=1).validation_tokens(10, final=True) == 1
+
+
+@pytest.mark.parametrize("tokens", [0, 7, 10**9])
+def test_tokens_of_a_validation_that_are_given_are_taken(tokens: int):
+    config = TrainingConfig(eval_tokens=tokens, final_eval_tokens=tokens + 1)
+    assert config.validation_tokens(2048, final=False) == tokens
+    assert config.validation_tokens(2048, final=True) == tokens + 1
+
+
+def test_a_saved_model_takes_a_quarter_of_the_learning_rate_of_fresh_weights():
+    assert TrainingConfig().peak_learning_rate(128) == pytest.approx(0.5 / 128)
+    assert TrainingConfig(start_from="runs/old").peak_learning_rate(128) == pytest.approx(0.125 / 128)
+    assert TrainingConfig(start_from="runs/old", learning_rate=0.3).peak_learning_rate(128) == 0.3
+
+
+def test_a_share_to_hold_out_has_no_effect_beside_other_text():
+    TrainingConfig(validation_data="other.txt").validate()
+    TrainingConfig(validation_fraction=0.2).validate()
+    with pytest.raises(ConfigError, match="validation_fraction has no effect beside validation_data"):
+        TrainingConfig(validation_data="other.txt", validation_fraction=0.2).validate()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0])
+def test_a_share_to_hold_out_leaves_something_on_either_side(fraction: float):
+    with pytest.raises(ConfigError, match=r"validation_fraction must be [<>] [01], got"):
+        TrainingConfig(validation_fraction=fraction).validate()

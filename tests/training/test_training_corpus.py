@@ -1,12 +1,10 @@
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from resolvent.data import build_tokenizer, encode_documents
-from resolvent.evaluation.language import document_tokens
-from resolvent.training.corpus import Corpus, load_corpus, sample_documents
+from resolvent.training.corpus import Corpus, load_corpus
 
 
 @pytest.fixture
@@ -39,18 +37,16 @@ def test_validation_text_of_its_own(small_config, tmp_path: Path):
     assert corpus.train.num_documents == 12
 
 
-@pytest.mark.parametrize("max_tokens", [1, 20, 55, 100, 10_000, 0])
-def test_a_sample_is_whole_documents_within_the_limit(max_tokens: int):
-    tokenizer = build_tokenizer("bytes", [])
-    texts = [f"{number} " * (number + 1) for number in range(12)]
-    stream = encode_documents(texts, tokenizer)
-    sample = sample_documents(stream, max_tokens)
-    documents = [tokenizer.decode(tokens) for tokens in document_tokens(sample)]
-    assert set(documents) <= set(texts)
-    assert sample.num_documents == len(documents) == len(set(documents)) >= 1
-    assert sample.num_bytes == sum(map(len, documents))
-    assert np.array_equal(sample.tokens[sample.starts], [256] * len(documents))
-    if max_tokens in (0, 10_000):
-        assert documents == texts
-    elif len(documents) > 1:
-        assert sample.num_predictions <= max_tokens
+def test_the_share_of_held_out_text_is_that_of_the_configuration(small_config):
+    """The verses are of about equal length: six of twelve, and, by default, one."""
+    half, tenth = load_corpus(small_config(validation_fraction=0.5)), load_corpus(small_config())
+    assert (half.train.num_documents, half.validation.num_documents) == (6, 6)
+    assert (tenth.train.num_documents, tenth.validation.num_documents) == (11, 1)
+
+
+def test_a_file_and_a_folder_of_it_are_split_alike(small_config, text_file: Path, tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    for number, document in enumerate(text_file.read_text(encoding="utf-8").split("<|endoftext|>\n")):
+        (tmp_path / "folder" / f"{number:02d}.txt").write_text(document, encoding="utf-8")
+    one, several = load_corpus(small_config()), load_corpus(small_config(data=str(tmp_path / "folder")))
+    assert one.fingerprint == several.fingerprint

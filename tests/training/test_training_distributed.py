@@ -19,7 +19,7 @@ from torch import Tensor
 from resolvent.data import Batch
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.models import load_model
-from resolvent.models.phase2 import Phase2Config
+from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
 from resolvent.tensors import read_tensors
 from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupted, resume, train
 from resolvent.training.checkpoint import find_checkpoint
@@ -99,7 +99,8 @@ def make(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> MakeConfi
     def config(name: str, processes: int, **changes: Any) -> TrainingConfig:
         model = Phase2Config(vocab_size=257, d_model=16, n_layers=2, n_seq=32, num_heads=2, head_dim=8, dropout=0.1)
         sizes: dict[str, Any] = dict(steps=STEPS, seq_len=32, batch_size=2, accumulation=4 // processes)
-        reports: dict[str, Any] = dict(eval_interval=3, eval_tokens=300, checkpoint_interval=2, keep_checkpoints=9)
+        reports: dict[str, Any] = dict(eval_interval=3, eval_tokens=300, final_eval_tokens=0, checkpoint_interval=2)
+        reports["keep_checkpoints"] = 9
         out = str(tmp_path_factory.getbasetemp() / name)
         settings: dict[str, Any] = dict(preset=None, model=model, data=str(text_file), out=out, device="cpu")
         settings["learning_rate"] = 1e-4  # AdamW turns the rounding of tiny gradients into whole steps
@@ -163,6 +164,17 @@ def test_two_processes_share_what_one_began(make: MakeConfig, alone: Path, tmp_p
     together(2, go_on, parts)
     assert_agree(parts, alone)
     assert len(list((parts / "checkpoints" / f"step-{STEPS:08d}").glob("shard-*"))) == 2
+
+
+def final_loss(run: Path) -> float:
+    return resume(run).validation.loss
+
+
+def test_a_finished_run_is_finished_for_all(sharded: Path):
+    before = {path: path.read_bytes() for path in sharded.rglob("*") if path.is_file()}
+    loss = metrics(sharded)[-1]["validation_loss"]
+    assert together(2, final_loss, sharded) == [loss, loss]
+    assert before == {path: path.read_bytes() for path in sharded.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow
@@ -271,6 +283,43 @@ def test_processes_stop_together_and_go_on(make: MakeConfig, alone: Path, tmp_pa
     config = make(f"stopped-{lag}", 2)
     assert together(2, stop_last, config, lag) == [2 + lag] * 2
     assert find_checkpoint(config.run_dir)[0] == config.run_dir / "checkpoints" / f"step-{2 + lag:08d}"
+    together(2, go_on, config.run_dir)
+    assert_agree(config.run_dir, alone)
+
+
+def stop_last_in_validation(config: TrainingConfig) -> tuple[int, int]:
+    """Train until the last process is interrupted in a validation; the step of all, and this one's calls in it."""
+    forward, read, calls = Phase2IntegratedModel.forward, Trainer._nats_of_share, [0]
+
+    def counted(self: Phase2IntegratedModel, *arguments: Any, **options: Any) -> Any:
+        calls[0] += not self.training and "labels" in options
+        return forward(self, *arguments, **options)
+
+    def interrupted(self: Trainer, *arguments: Any) -> Tensor:
+        if self.accelerator.process_index == self.accelerator.num_processes - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return read(self, *arguments)
+
+    Phase2IntegratedModel.forward, Trainer._nats_of_share = counted, interrupted
+    try:
+        train(config)
+    except TrainingInterrupted as stop:
+        return stop.step, calls[0]
+    finally:
+        Phase2IntegratedModel.forward, Trainer._nats_of_share = forward, read
+    return config.steps, calls[0]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_leave_a_validation_together(make: MakeConfig, text_file: Path, tmp_path: Path, parallel: str):
+    """Also if one of them has nothing to read: the held-out text is one document."""
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text(encoding="utf-8").replace("<|endoftext|>", "") * 6, encoding="utf-8")
+    changes = dict(data=str(text), eval_tokens=0)
+    alone = train(make(f"validation-alone-{parallel}", 1, **changes)).run_dir
+    assert metrics(alone)[-1]["validation_tokens"] > 3 * 512  # which takes four calls
+    config = make(f"validation-{parallel}", 2, parallel=parallel, **changes)
+    assert together(2, stop_last_in_validation, config) == [(3, 1), (3, 0)]
     together(2, go_on, config.run_dir)
     assert_agree(config.run_dir, alone)
 

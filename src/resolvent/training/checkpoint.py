@@ -4,6 +4,7 @@ One process writes weights and optimiser state in two files; several that share 
 names of the tensors are the same, and either kind of run resumes from either.
 """
 
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -60,6 +61,7 @@ class Standing:
         loss_average: the smoothed loss.
         metrics_sha256: of the metrics written so far.
         rewinds: times that the run went back because something was not finite.
+        validation_due: whether the validation after this step was put off: the run was stopped.
     """
 
     step: int
@@ -67,6 +69,7 @@ class Standing:
     loss_average: Average
     metrics_sha256: str = hashlib.sha256().hexdigest()
     rewinds: int = 0
+    validation_due: bool = False
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Standing":
@@ -75,11 +78,11 @@ class Standing:
         Raises:
             KeyError, TypeError: values that it does not give.
         """
-        average = Average(**values["loss_average"])
-        # Runs that were saved before there were rewinds had none.
-        rewinds = values.get("rewinds", 0)
-        standing = cls(values["step"], values["processes"], average, values["metrics_sha256"], rewinds)
-        kinds = [(standing.step, int), (standing.processes, int), (standing.metrics_sha256, str), (rewinds, int)]
+        fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        average = Average(**fields.pop("loss_average"))
+        standing = cls(**fields, loss_average=average)
+        kinds = [(standing.step, int), (standing.processes, int), (standing.metrics_sha256, str)]
+        kinds += [(standing.rewinds, int), (standing.validation_due, bool)]
         kinds += [(number, float) for number in asdict(average).values()]
         if wrong := [value for value, kind in kinds if type(value) is not kind]:
             raise TypeError(f"{shown(wrong[0])} is of the wrong type")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from resolvent.errors import ConfigError
 from resolvent.files import shown
 from resolvent.seeds import MOST_SEED
+from resolvent.training.schedule import learning_rate_factor
 
 if TYPE_CHECKING:
     from resolvent.models.phase1 import Phase1Config
@@ -86,7 +87,14 @@ class TrainingConfig:
         default_text="State of the Union addresses",
     )
     validation_data: str | None = setting(
-        None, TEXT, "Text to validate on.", metavar="PATH", default_text="a tenth of the documents of --data"
+        None, TEXT, "Text to validate on.", metavar="PATH", default_text="--validation-fraction of --data"
+    )
+    validation_fraction: float = setting(
+        0.1,
+        TEXT,
+        "Share of the bytes of --data to validate on: whole documents, cut where they are too long.",
+        above=0,
+        below=1,
     )
     tokenizer: str = setting(
         "bytes", TEXT, "Bytes, a BPE trained on the data, GPT-2's, or a tokenizers file.", metavar="bytes|bpe|gpt2|FILE"
@@ -110,7 +118,7 @@ class TrainingConfig:
         "Highest learning rate.",
         above=0,
         aliases=("--lr",),
-        default_text="0.5 / d_model: 0.004 for tiny, 0.001 for base",
+        default_text="0.5 / d_model: 0.004 for tiny, 0.001 for base; a quarter of it with --from",
     )
     schedule: Literal["cosine", "wsd", "constant"] = setting(
         "cosine", OPTIMISER, "Learning rate after the warm-up; wsd stays, then falls in the last fifth."
@@ -129,10 +137,20 @@ class TrainingConfig:
 
     log_interval: int = setting(10, REPORTS, "Steps between two lines where output is no terminal.", at_least=1)
     eval_interval: int = setting(250, REPORTS, "Steps between validations; 0 for one at the end only.", at_least=0)
-    eval_tokens: int = setting(
-        65536, REPORTS, "Tokens, in whole documents, of a validation on the way; 0 for all.", at_least=0
+    eval_tokens: int | None = setting(
+        None,
+        REPORTS,
+        "Tokens, from all over the held-out text, of a validation on the way; 0 for all.",
+        at_least=0,
+        default_text="a twentieth of those trained on between two validations, at most 65536",
     )
-    final_eval_tokens: int = setting(0, REPORTS, "The same for the validation at the end.", at_least=0)
+    final_eval_tokens: int | None = setting(
+        None,
+        REPORTS,
+        "The same for the validation at the end.",
+        at_least=0,
+        default_text="a twentieth of those trained on in the whole run",
+    )
     checkpoint_interval: int = setting(250, REPORTS, "Steps between checkpoints; 0 for the end only.", at_least=0)
     tracker: Tracker = setting(  # noqa: RUF009  a Literal's values do not change
         "none",
@@ -162,8 +180,33 @@ class TrainingConfig:
         return n_seq if self.seq_len is None else self.seq_len
 
     def peak_learning_rate(self, d_model: int) -> float:
-        """The highest learning rate, the default worked out: the wider a model, the smaller are good steps."""
-        return 0.5 / d_model if self.learning_rate is None else self.learning_rate
+        """Return the highest learning rate, the default worked out: the wider a model, the smaller are good steps.
+
+        A saved model takes smaller ones than fresh weights, so that what it has learnt is not lost before the learning
+        rate falls.
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return (FROM_RATE if self.start_from is not None else 1.0) * 0.5 / d_model
+
+    def rate_factor(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0, as a part of the highest."""
+        return learning_rate_factor(
+            step, steps=self.steps, warmup=self.warmup, schedule=self.schedule, min_ratio=self.min_lr_ratio
+        )
+
+    def validation_tokens(self, tokens_per_step: int, *, final: bool) -> int:
+        """Return the held-out tokens of a validation, the default worked out; 0 for all of them.
+
+        To predict a token takes a third of the time of training on it, and not more than all of it: by default
+        all validations of a run together take less than a tenth of its time.
+        """
+        given = self.final_eval_tokens if final else self.eval_tokens
+        if given is not None:
+            return given
+        trained_on = tokens_per_step * (self.steps if final else self.eval_interval)
+        tokens = max(1, trained_on // _TRAINED_PER_VALIDATED)
+        return tokens if final else min(tokens, _MOST_EVAL_TOKENS)
 
     def validate(self) -> None:
         """Check every field.
@@ -172,6 +215,8 @@ class TrainingConfig:
             ConfigError: lists all faults at once, each with field and value.
         """
         faults = [fault for field in dataclasses.fields(self) for fault in _faults(field, getattr(self, field.name))]
+        if self.validation_data is not None and self.validation_fraction != TrainingConfig.validation_fraction:
+            faults.append("validation_fraction has no effect beside validation_data: leave out one of them")
         if self.start_from is not None:
             saved = (field for field in dataclasses.fields(self) if field.name in SAVED_WITH_A_MODEL)
             if given := [field.name for field in saved if getattr(self, field.name) != field.default]:
@@ -214,6 +259,12 @@ class TrainingConfig:
             fields["model"] = PHASES[phase].config.from_dict(fields["model"])
         return cls(**fields)
 
+
+FROM_RATE = 0.25
+"""Peak learning rate of a run that starts from a saved model, as a part of that for fresh weights."""
+
+_TRAINED_PER_VALIDATED = 20
+_MOST_EVAL_TOKENS = 65_536
 
 SAVED_WITH_A_MODEL = ("phase", "preset", "model", "tokenizer", "vocab_size")
 """Fields that `start_from` takes the place of."""

@@ -1,4 +1,4 @@
-"""The text of a run: read, split by document, encoded, and recognised again."""
+"""The text of a run: read, split, encoded, and recognised again."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ from tokenizers import Tokenizer
 
 from resolvent.data import TokenStream, build_tokenizer, encode_documents, load_documents, split_documents
 from resolvent.errors import DataError
-from resolvent.evaluation.language import document_tokens
 from resolvent.training.config import TrainingConfig
 
 
@@ -57,23 +56,6 @@ def split_corpus(config: TrainingConfig) -> tuple[list[str], list[str]]:
     if config.validation_data is not None:
         return documents, load_documents(config.validation_data)
     try:
-        return split_documents(documents)
+        return split_documents(documents, config.validation_fraction)
     except DataError as error:
         raise DataError(f"{config.data or 'the default corpus'}: {error}") from error
-
-
-def sample_documents(stream: TokenStream, max_tokens: int) -> TokenStream:
-    """Whole documents from all over a stream, up to a number of tokens but at least one; 0 takes all."""
-    if not max_tokens or stream.num_predictions <= max_tokens:
-        return stream
-    lengths = np.diff(stream.starts, append=stream.num_predictions)
-    order = np.random.default_rng(0).permutation(stream.num_documents)
-    count = max(1, int(np.searchsorted(np.cumsum(lengths[order]), max_tokens, side="right")))
-    chosen = np.sort(order[:count])
-    documents = document_tokens(stream)
-    parts = [documents[number][:-1] for number in chosen]
-    return TokenStream(
-        tokens=np.concatenate([*parts, stream.tokens[-1:]]),
-        starts=np.cumsum(lengths[chosen]) - lengths[chosen],
-        byte_lengths=stream.byte_lengths[chosen],
-    )

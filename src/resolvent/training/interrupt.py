@@ -1,12 +1,18 @@
-"""Ctrl-C and SIGTERM during training: finish the step, save, then stop."""
+"""Signals that ask training to stop: finish the step, save, then stop."""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
+
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Ctrl-C, `kill`, and the end of the terminal or of the connection to it. Windows has no SIGHUP: there, a terminal that
+is closed ends the process, and the run goes on from its last checkpoint."""
+
+HANGUP: int | None = getattr(signal, "SIGHUP", None)
 
 
 class TrainingInterrupted(BaseException):
@@ -24,47 +30,68 @@ class TrainingInterrupted(BaseException):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM at a moment when no step can be finished first."""
+    """SIGTERM or SIGHUP at a moment when no step can be finished first.
+
+    Attributes:
+        signal_number: the signal.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+def _handled(*numbers: int) -> list[int]:
+    """Return the signals that this thread can handle and that nobody has switched off, as `nohup` does SIGHUP."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        return []
+    return [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM within the block raise `Terminated`, as SIGINT raises KeyboardInterrupt."""
+    """Let SIGTERM and SIGHUP within the block raise `Terminated`, as SIGINT raises KeyboardInterrupt."""
 
-    def terminate(_number: int, _frame: FrameType | None) -> None:
-        raise Terminated
+    def terminate(number: int, _frame: FrameType | None) -> None:
+        raise Terminated(number)
 
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, terminate)
+    numbers = _handled(*(number for number in STOPPING if number != signal.SIGINT))
+    previous = {number: signal.signal(number, terminate) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:
-    """Keeps the first SIGINT or SIGTERM within a `with` block in `signal_number`; a second one acts as ever."""
+    """Keeps the first signal of `STOPPING` within a `with` block in `signal_number`.
 
-    def __init__(self) -> None:
+    A second SIGINT or SIGTERM acts as ever. A second SIGHUP does nothing: shells pass on the one that the terminal
+    sends, so that it often comes twice.
+
+    Args:
+        hang_up: called at a SIGHUP, after which nothing can be shown on the terminal.
+    """
+
+    def __init__(self, hang_up: Callable[[], None] | None = None) -> None:
         self.signal_number: int | None = None
+        self._hang_up = hang_up
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._keep)
+        self._previous = {number: signal.signal(number, self._keep) for number in _handled(*STOPPING)}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._restore()
+        self._restore(*self._previous)
 
     def _keep(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_number = number
-        self._restore()
+        self.signal_number = self.signal_number or number
+        if number == HANGUP and self._hang_up is not None:
+            self._hang_up()
+        self._restore(*(number for number in self._previous if number != HANGUP))
 
-    def _restore(self) -> None:
-        while self._previous:
-            number, handler = self._previous.popitem()
-            signal.signal(number, handler)
+    def _restore(self, *numbers: int) -> None:
+        for number in numbers:
+            signal.signal(number, self._previous.pop(number))

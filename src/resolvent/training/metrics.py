@@ -3,14 +3,103 @@
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from resolvent.errors import CheckpointError
-from resolvent.files import write_file
+from resolvent.evaluation import LanguageScore
+from resolvent.files import shown, write_file
 
 FILE_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What was measured in a training step.
+
+    Attributes:
+        step: number of the step, from 1.
+        tokens: tokens trained on up to here.
+        loss: mean nats per token of this step's batches.
+        bits_per_byte: the same in bits per byte.
+        lr: learning rate.
+        grad_norm: norm of the gradient before clipping.
+        tokens_per_second: speed.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    bits_per_byte: float
+    lr: float
+    grad_norm: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class ValidationMetrics:
+    """What a validation measured.
+
+    Attributes:
+        step: number of the step after which the model was validated.
+        loss: mean nats per token.
+        bits_per_byte: the same in bits per byte.
+        tokens: held-out tokens that were predicted.
+        final: whether the run had come to its end.
+    """
+
+    step: int
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    final: bool
+
+
+@dataclass(frozen=True)
+class History:
+    """The metrics of a run, in order.
+
+    Attributes:
+        steps: of every training step.
+        validations: of every validation.
+    """
+
+    steps: list[StepMetrics]
+    validations: list[ValidationMetrics]
+
+    def __repr__(self) -> str:
+        return f"History({len(self.steps):,} steps, {len(self.validations):,} validations)"
+
+
+def read_history(run_dir: Path) -> History:
+    """Read the metrics of a run.
+
+    Raises:
+        CheckpointError: there are none, or a line is damaged.
+    """
+    path = run_dir / FILE_NAME
+    history = History([], [])
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            record = json.loads(line) if line.endswith("\n") else {}  # a run that goes on writes the last one
+            if not isinstance(record, dict):
+                raise TypeError(f"got {shown(record)}")
+            if "loss" in record:
+                history.steps.append(StepMetrics(**record))
+            elif "validation_loss" in record:
+                history.validations.append(_validation(record))
+    except OSError as error:
+        raise CheckpointError(f"cannot read the metrics of the run: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} holds a line that is no record ({error}): restore it from a copy") from error
+    return history
+
+
+def _validation(record: dict[str, Any]) -> ValidationMetrics:
+    measured = {name: record[f"validation_{name}"] for name in ("loss", "bits_per_byte", "tokens")}
+    return ValidationMetrics(step=record["step"], final=record["final"], **measured)
 
 
 class MetricsLog:
@@ -22,14 +111,24 @@ class MetricsLog:
             writes them again; a last line that was cut off when the run was killed goes with them.
         enabled: whether this process writes; the others of a distributed run do not.
         sha256: of the lines that are kept, where it is known.
+        validated: whether a validation after the last step is kept, too.
 
     Raises:
         CheckpointError: the lines that were there are not the run's.
         OSError: the file cannot be written.
     """
 
-    def __init__(self, run_dir: Path, last_step: int, enabled: bool = True, sha256: str | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        last_step: int,
+        enabled: bool = True,
+        sha256: str | None = None,
+        *,
+        validated: bool = True,
+    ) -> None:
         self._path, self._last_step, self._enabled, self._expected = run_dir / FILE_NAME, last_step, enabled, sha256
+        self._validated = validated
         self._digest = hashlib.sha256()
         self._file: FileIO | None = None
 
@@ -55,7 +154,7 @@ class MetricsLog:
         """Drop the lines beyond a step."""
         if self._file is not None:
             self._file.close()
-        self._last_step, self._expected = last_step, None
+        self._last_step, self._expected, self._validated = last_step, None, True
         self._open()
 
     def write(self, **record: float | str) -> None:
@@ -66,6 +165,11 @@ class MetricsLog:
         self._digest.update(line)
         while line:  # a disk that is almost full takes a part
             line = line[self._file.write(line) :]
+
+    def write_validation(self, step: int, score: LanguageScore, *, final: bool) -> None:
+        """Append a validation."""
+        measured = {f"validation_{name}": getattr(score, name) for name in ("loss", "bits_per_byte", "tokens")}
+        self.write(step=step, **measured, final=final)
 
     def sync(self) -> None:
         """Wait until everything written is on disk, so that a checkpoint is never ahead of its metrics."""
@@ -90,14 +194,14 @@ class MetricsLog:
             return []
         lines = self._path.read_bytes().splitlines(keepends=True)
         try:
-            return [line for line in lines if line.endswith(b"\n") and _is_kept(line, self._last_step)]
+            return [line for line in lines if line.endswith(b"\n") and self._is_kept(line)]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{self._path} holds a line that is no record: restore it from a copy, or remove it to go on without "
                 "its lines"
             ) from error
 
-
-def _is_kept(line: bytes, last_step: int) -> bool:
-    record = json.loads(line)
-    return record["step"] <= last_step and not record.get("final", False)
+    def _is_kept(self, line: bytes) -> bool:
+        record = json.loads(line)
+        again = not self._validated and record["step"] == self._last_step and "validation_loss" in record
+        return record["step"] <= self._last_step and not again and not record.get("final", False)

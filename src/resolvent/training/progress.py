@@ -1,5 +1,8 @@
 """What training shows: a live progress line in a terminal, plain lines at intervals elsewhere."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 from rich.console import Console
@@ -7,8 +10,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from resolvent.evaluation import LanguageScore
+from resolvent.evaluation.reading import Advance
 from resolvent.terminal import say
 from resolvent.training.average import Average
+
+_SECONDS_BETWEEN_LINES = 15.0
+"""Between two lines of a validation where output is no terminal."""
 
 
 def format_duration(seconds: float) -> str:
@@ -33,8 +40,9 @@ class TrainingDisplay:
         self._steps, self._log_interval = steps, log_interval
         self._shown = {first_step + 1, steps}
         self._step_seconds = Average()
+        self._hung_up = False
         self._bar = Progress(
-            TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),  # gives way to the numbers
             TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True)),
             console=console,
@@ -42,13 +50,15 @@ class TrainingDisplay:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=steps, completed=first_step, status="")
+        self._validation = self._bar.add_task("validation ", visible=False, status="")
 
     def __enter__(self) -> Self:
         self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
+        with self._written():
+            self._bar.stop()
 
     def step(self, step: int, *, loss: float, bits_per_byte: float, lr: float, tokens: int, seconds: float) -> None:
         """Show a finished step, with the smoothed loss; `tokens` and `seconds` are this step's own."""
@@ -61,6 +71,28 @@ class TrainingDisplay:
         if not self.console.is_terminal and (step % self._log_interval == 0 or step in self._shown):
             self.say(f"{self._position(step)}  {status}")
 
+    @contextmanager
+    def validating(self, tokens: int) -> Iterator[Advance]:
+        """Show how far a validation is, and its remaining time, as the function that this yields is told of tokens."""
+        task = self._validation
+        self._bar.update(task, total=tokens, completed=0, status="", visible=True)
+        done, started = 0, time.monotonic()
+        said = started
+
+        def advance(read: int) -> None:
+            nonlocal done, said
+            done, now = done + read, time.monotonic()
+            status = f"ETA {format_duration((now - started) * (tokens / done - 1))}" if done else ""
+            self._bar.update(task, completed=done, status=status)
+            if not self.console.is_terminal and now - said > _SECONDS_BETWEEN_LINES:
+                said = now
+                self.say(f"validation: {done:,} of {tokens:,} tokens  {status}")
+
+        try:
+            yield advance
+        finally:
+            self._bar.update(task, visible=False)
+
     def validation(self, step: int, score: LanguageScore) -> None:
         """Show a validation."""
         self.say(
@@ -70,7 +102,25 @@ class TrainingDisplay:
 
     def say(self, text: str) -> None:
         """Show a line of text, as it is."""
-        say(self.console, text)
+        with self._written():
+            say(self.console, text)
+
+    def hang_up(self) -> None:
+        """Note that the terminal may be gone; from now on, a line that cannot be written is left out."""
+        self._hung_up = True
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            if not self._is_hung_up():
+                raise
+            self.console.quiet = True  # the run is saved all the same
+
+    def _is_hung_up(self) -> bool:
+        # A function of its own: Python runs the handler of a signal that came during the write when it is called.
+        return self._hung_up
 
     def _position(self, step: int) -> str:
         return f"step {step:>{len(str(self._steps))}}/{self._steps}"

@@ -1,19 +1,29 @@
 """training.json: what a run was started with; and the lock and the manifest that make its folder a run."""
 
+import dataclasses
+import hashlib
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from resolvent._version import __version__
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.files import check_version, locked, partial_name, read_json, write_json
-from resolvent.manifest import MANIFEST, check_files, write_manifest
+from resolvent.manifest import MANIFEST, check_files, is_sealed, sealed, write_manifest
 from resolvent.runs import RUN_FILE, fixed_files
 from resolvent.terminal import shell_word
 from resolvent.training.config import TrainingConfig
 
-FORMAT_VERSION = 1
+if TYPE_CHECKING:
+    from resolvent.evaluation import LanguageScore
+
+FORMAT_VERSION = 2
+STEPS_FILE = "steps.json"
+"""Holds the number of steps where it is no longer the one that the run was started with."""
+RESULT_FILE = "result.json"
+"""Holds the score of a run that has come to its end."""
 
 
 def has_begun(run_dir: Path) -> bool:
@@ -21,8 +31,22 @@ def has_begun(run_dir: Path) -> bool:
     return (run_dir / RUN_FILE).exists() and (run_dir / MANIFEST).exists()
 
 
-def check_new(run_dir: Path) -> None:
+def is_run(run_dir: Path) -> bool:
+    """Whether a folder's files say that a run began in it: files of these names may be of somebody else."""
+    try:
+        listed, record = (read_json(run_dir / name) for name in (MANIFEST, RUN_FILE))
+    except CheckpointError:
+        return False
+    files = listed.get("files")
+    return isinstance(files, dict) and RUN_FILE in files and record.keys() >= {"data_fingerprint", "training"}
+
+
+def check_new(run_dir: Path, *, overwrite: bool = False) -> None:
     """Refuse a folder in which no run can begin.
+
+    Args:
+        run_dir: the folder.
+        overwrite: allow the folder of a run, whose place the new one takes.
 
     Raises:
         ConfigError: the folder is in use.
@@ -30,27 +54,47 @@ def check_new(run_dir: Path) -> None:
     if not run_dir.exists():
         return
     unfinished = partial_name(run_dir / MANIFEST).exists() and not (run_dir / MANIFEST).exists()
-    if not (run_dir.is_dir() and (unfinished or not any(run_dir.iterdir()))):
+    if run_dir.is_dir() and (unfinished or not any(run_dir.iterdir())):
+        return
+    remedy = "choose another one with --out"
+    if not is_run(run_dir):
+        raise ConfigError(f"the run folder {run_dir} is not empty, and what it holds is no run: {remedy}")
+    if overwrite and run_dir.is_symlink():
+        raise ConfigError(f"the run folder {run_dir} is a link, which --overwrite does not follow: {remedy}")
+    if not overwrite:
+        from resolvent.models.storage import WEIGHTS
+
+        run = "run" if (run_dir / WEIGHTS).exists() else "run, which was stopped before its first checkpoint,"
         raise ConfigError(
-            f"the run folder {run_dir} is not empty: continue its run with --resume {shell_word(run_dir)}, "
-            "or choose another one with --out"
+            f"the run folder {run_dir} is not empty: continue its {run} with --resume {shell_word(run_dir)}, "
+            f"replace it with --overwrite, or {remedy}"
         )
 
 
 @contextmanager
-def new_run(run_dir: Path) -> Iterator[None]:
+def new_run(run_dir: Path, *, overwrite: bool = False) -> Iterator[None]:
     """Hold a run folder, made where missing, against other processes, before its run begins and while it lasts.
+
+    Args:
+        run_dir: the folder.
+        overwrite: remove the run that is there.
 
     Raises:
         ConfigError: the folder is in use.
         CheckpointError: another process holds it, or it cannot be written.
     """
-    check_new(run_dir)
+    check_new(run_dir, overwrite=overwrite)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the run folder: {error}; choose another one with --out") from error
-    with locked(partial_name(run_dir / MANIFEST)):  # which becomes the manifest, and stays locked
+    replaced = overwrite and has_begun(run_dir)
+    with (
+        locked(run_dir / MANIFEST) if replaced else nullcontext(),
+        locked(partial_name(run_dir / MANIFEST)),  # which becomes the manifest, and stays locked
+    ):
+        if replaced:
+            _clear(run_dir)
         yield
 
 
@@ -74,7 +118,8 @@ def beginning(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _clear(run_dir)
+        with suppress(CheckpointError):  # the error that is raised is the one that matters
+            _clear(run_dir)
         mark.unlink(missing_ok=True)
         with suppress(OSError):  # a mount point, or somebody put something into it
             run_dir.rmdir()
@@ -85,10 +130,27 @@ def beginning(run_dir: Path) -> Iterator[None]:
 
 
 def _clear(run_dir: Path) -> None:
-    """Remove what a beginning writes before the manifest."""
-    for name in fixed_files():
-        (run_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    """Remove what a run writes, and nothing else; links are removed, not followed.
+
+    The manifest goes first: a folder without it is no run, so that no half of one remains if the process is killed.
+
+    Raises:
+        CheckpointError: something cannot be removed.
+    """
+    from resolvent.models.storage import WEIGHTS
+    from resolvent.training.metrics import FILE_NAME
+    from resolvent.training.tracking import ID_FILE, TENSORBOARD_DIR
+
+    try:
+        for name in (MANIFEST, STEPS_FILE, RESULT_FILE, FILE_NAME, ID_FILE, WEIGHTS, *fixed_files()):
+            (run_dir / name).unlink(missing_ok=True)
+        for folder in (run_dir / "checkpoints", run_dir / TENSORBOARD_DIR):
+            if folder.is_symlink():
+                folder.unlink()
+            elif folder.exists():
+                shutil.rmtree(folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot empty the run folder {run_dir}: {error}; remove what is in it") from error
 
 
 def write_run(run_dir: Path, config: TrainingConfig, fingerprint: str) -> None:
@@ -101,11 +163,20 @@ def write_run(run_dir: Path, config: TrainingConfig, fingerprint: str) -> None:
     write_manifest(run_dir, fixed_files())
 
 
-def read_run(run_dir: Path) -> tuple[TrainingConfig, str]:
-    """The configuration of a run and the fingerprint of its data.
+def write_steps(run_dir: Path, steps: int) -> None:
+    """Record that a run has another number of steps than the one that it was started with.
 
     Raises:
-        CheckpointError: the folder holds no run, or a damaged one.
+        OSError: the folder cannot be written.
+    """
+    write_json(run_dir / STEPS_FILE, sealed({"format_version": 1, "steps": steps}))
+
+
+def read_run(run_dir: Path) -> tuple[TrainingConfig, str]:
+    """Return the configuration of a run and the fingerprint of its data.
+
+    Raises:
+        CheckpointError: the folder holds no run, a damaged one, or one of an older format.
     """
     path = run_dir / RUN_FILE
     if not path.exists():
@@ -113,9 +184,66 @@ def read_run(run_dir: Path) -> tuple[TrainingConfig, str]:
     record = read_json(path)
     check_version(path, record.get("format_version"), FORMAT_VERSION)
     check_files(run_dir, [RUN_FILE])
+    if record["format_version"] < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {record['format_version']}: the run held out documents by their number, which "
+            "this release does not. Its model can be used, evaluated with --data, and trained on with "
+            f"--from {shell_word(run_dir)}"
+        )
     try:
         config = TrainingConfig.from_dict(record["training"])
+        config = dataclasses.replace(config, steps=_read_steps(run_dir, config.steps))
         config.validate()
         return config, record["data_fingerprint"]
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} does not describe a training run: {error}") from error
+
+
+def _read_steps(run_dir: Path, started_with: int) -> int:
+    path = run_dir / STEPS_FILE
+    if not path.exists():
+        return started_with
+    record = read_json(path)
+    check_version(path, record.get("format_version"), 1)
+    if not is_sealed(record):
+        raise CheckpointError(f"{path} is not what was saved: restore it from a copy, or remove it and give --steps")
+    return record["steps"]
+
+
+def write_result(run_dir: Path, step: int, score: "LanguageScore") -> None:
+    """Record that a run has come to its end, and the score of its last validation.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    record = {"format_version": 1, "step": step, "metrics_sha256": _metrics_sha256(run_dir)}
+    write_json(run_dir / RESULT_FILE, sealed({**record, "validation": dataclasses.asdict(score)}))
+
+
+def read_result(run_dir: Path, last_step: int) -> "LanguageScore | None":
+    """Return the score of a run that has come to its end; None if it has to be measured (again).
+
+    Args:
+        run_dir: the run folder.
+        last_step: the last step of the run.
+
+    Raises:
+        VersionError: a newer release wrote the file.
+    """
+    from resolvent.evaluation import LanguageScore
+
+    path = run_dir / RESULT_FILE
+    try:
+        record = read_json(path)
+    except CheckpointError:  # there is none, or a damaged one: the validation is made again
+        return None
+    check_version(path, record.get("format_version"), 1)
+    expected = {"step": last_step, "metrics_sha256": _metrics_sha256(run_dir)}
+    return LanguageScore(**record["validation"]) if is_sealed(record) and record.items() >= expected.items() else None
+
+
+def _metrics_sha256(run_dir: Path) -> str:
+    from resolvent.training.metrics import FILE_NAME
+
+    path = run_dir / FILE_NAME
+    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()

@@ -1,4 +1,4 @@
-"""How a run starts, and how it resumes."""
+"""Start or resume a training run."""
 
 import dataclasses
 import logging
@@ -22,36 +22,39 @@ from resolvent.models import IntegratedModel
 from resolvent.models.phase1 import Phase1Config
 from resolvent.models.phase2 import Phase2Config
 from resolvent.models.phases import PHASES
-from resolvent.models.storage import write_config
+from resolvent.models.storage import named_weights, write_config, write_weights
 from resolvent.ops.hebbian import CHUNK
 from resolvent.runs import fixed_files, load_trained
-from resolvent.training.checkpoint import find_checkpoint, load_weights
+from resolvent.terminal import say, shell_word
+from resolvent.training.checkpoint import find_checkpoint, load_standing, load_weights
 from resolvent.training.config import Tracker, TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus
-from resolvent.training.record import beginning, check_new, new_run, read_run, write_run
-from resolvent.training.sharding import shard
+from resolvent.training.memory import check_memory
+from resolvent.training.record import beginning, check_new, new_run, read_result, read_run, write_run, write_steps
+from resolvent.training.sharding import is_sharded, shard, whole_weights
 from resolvent.training.tracking import tracker_options
 from resolvent.training.trainer import Trainer, TrainingResult
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainingConfig, *, console: Console | None = None) -> TrainingResult:
+def train(config: TrainingConfig, *, overwrite: bool = False, console: Console | None = None) -> TrainingResult:
     """Train a model, fresh or saved, from the first step of a new run.
 
     Args:
         config: the run.
+        overwrite: remove the run that is in the run folder, once the new one can begin.
         console: where to show progress; None shows nothing.
 
     Raises:
-        ConfigError: faults of the configuration, or a run folder that is in use.
+        ConfigError: faults of the configuration, a run folder that is in use, or more memory than there is.
         CheckpointError: there is no model to start from.
         DataError: text or tokenizer that cannot be used.
         NonFiniteError: a loss, a gradient or a weight is not finite, and no rewind is left.
-        TrainingInterrupted: SIGINT or SIGTERM, after saving a checkpoint.
+        TrainingInterrupted: SIGINT, SIGTERM or SIGHUP, after saving a checkpoint.
     """
     config.validate()
-    check_new(config.run_dir)
+    check_new(config.run_dir, overwrite=overwrite)
     config = dataclasses.replace(
         config,
         data=_absolute(config.data),
@@ -59,10 +62,10 @@ def train(config: TrainingConfig, *, console: Console | None = None) -> Training
         start_from=_absolute(config.start_from),
     )
     with deterministic(config.deterministic):
-        return _train(config, console)
+        return _train(config, overwrite, console)
 
 
-def _train(config: TrainingConfig, console: Console | None) -> TrainingResult:
+def _train(config: TrainingConfig, overwrite: bool, console: Console | None) -> TrainingResult:
     run_dir = config.run_dir
     tokenizer = _saved_tokenizer(config)
     accelerator = _accelerator(config)
@@ -71,10 +74,11 @@ def _train(config: TrainingConfig, console: Console | None) -> TrainingResult:
     model = _initial_model(config, corpus, accelerator)
     if accelerator.is_main_process:
         _warn_of_what_is_not_trained(model)
+    check_memory(model, config, accelerator.device, accelerator.num_processes)
     trainer = Trainer(config, accelerator, corpus, model, console)
     accelerator.wait_for_everyone()  # nobody writes before everybody has found the folder empty
     first = accelerator.is_main_process
-    with new_run(run_dir) if first else nullcontext():
+    with new_run(run_dir, overwrite=overwrite) if first else nullcontext():
         with beginning(run_dir) if first else nullcontext():
             if first:
                 save_tokenizer(corpus.tokenizer, run_dir)
@@ -89,6 +93,7 @@ def _train(config: TrainingConfig, console: Console | None) -> TrainingResult:
 def resume(
     run_dir: str | Path,
     *,
+    steps: int | None = None,
     device: Literal["auto", "cpu", "cuda"] | None = None,
     data: str | None = None,
     validation_data: str | None = None,
@@ -97,12 +102,15 @@ def resume(
 ) -> TrainingResult:
     """Go on with a run from its last whole checkpoint, or from its beginning where there is none.
 
-    A damaged checkpoint is passed over, which a warning says through logging.
+    A damaged checkpoint is passed over, which a warning says through logging. A run that is finished is not trained or
+    validated again: its result is the one that was saved.
 
     On the CPU, the result is bit for bit that of a run that was never interrupted.
 
     Args:
         run_dir: the run folder.
+        steps: replaces the run's number of steps, now and whenever it is resumed later. The learning rate then follows
+            the schedule of a run of that length, from the current step on.
         device: replaces the run's device.
         data: where the run's text is now, if it has moved.
         validation_data: the same for the text to validate on.
@@ -110,12 +118,13 @@ def resume(
         console: where to show progress; None shows nothing.
 
     Raises:
-        ConfigError: the tracker is unknown or not installed.
+        ConfigError: the tracker is unknown or not installed, fewer steps than the run has taken, or more memory than
+            there is.
         CheckpointError: no run to resume or one that another process is at, no whole checkpoint, changed data, or
             processes that cannot share the batches of a step evenly.
         DataError: text that cannot be read any more.
         NonFiniteError: a loss, a gradient or a weight is not finite, and no rewind is left.
-        TrainingInterrupted: SIGINT or SIGTERM, after saving a checkpoint.
+        TrainingInterrupted: SIGINT, SIGTERM or SIGHUP, after saving a checkpoint.
     """
     run_dir = Path(run_dir)
     config, fingerprint = read_run(run_dir)
@@ -131,30 +140,88 @@ def resume(
     with deterministic(config.deterministic):
         accelerator = _accelerator(config)
         with locked(run_dir / MANIFEST) if accelerator.is_main_process else nullcontext():
-            return _resume(config, fingerprint, accelerator, _console(console, accelerator))
+            return _resume(config, steps, fingerprint, accelerator, _console(console, accelerator))
 
 
-def _resume(config: TrainingConfig, fingerprint: str, accelerator: Accelerator, console: Console) -> TrainingResult:
+def _resume(
+    config: TrainingConfig, steps: int | None, fingerprint: str, accelerator: Accelerator, console: Console
+) -> TrainingResult:
     run_dir = config.run_dir
     check_files(run_dir, fixed_files())
+    checkpoint, faults = find_checkpoint(run_dir)
+    if accelerator.is_main_process and checkpoint is not None:
+        for fault in faults:
+            logger.warning("Going back to %s: %s", checkpoint.name, fault)
+    taken = 0 if checkpoint is None else load_standing(checkpoint).step
+    before, config = config, _with_steps(config, steps, taken)
+    if checkpoint is not None and (finished := _finished(config, checkpoint, accelerator)) is not None:
+        score = finished.validation
+        say(
+            console,
+            f"The run in {run_dir} is finished: step {config.steps:,} of {config.steps:,}, validation loss "
+            f"{score.loss:.4f}, {score.bits_per_byte:.4f} bits/byte. Go on with: resolvent train --resume "
+            f"{shell_word(run_dir)} --steps N, N more than {config.steps}",
+        )
+        return finished
     corpus = load_corpus(config, load_tokenizer(run_dir), progress=console.is_terminal)
     if corpus.fingerprint != fingerprint:
         raise CheckpointError(
             f"{config.data or 'the default corpus'} has changed since the run {run_dir} began (fingerprint "
             f"{corpus.fingerprint[:12]}, was {fingerprint[:12]}): restore the text, or start a new run"
         )
-    checkpoint, faults = find_checkpoint(run_dir)
-    if accelerator.is_main_process and checkpoint is not None:
-        for fault in faults:
-            logger.warning("Going back to %s: %s", checkpoint.name, fault)
     if checkpoint is None:
         model = _initial_model(config, corpus, accelerator)
-        return Trainer(config, accelerator, corpus, model, console).run()
-    sharded = _shares_model(config, accelerator)
-    model = load_weights(checkpoint, accelerator.device, sharded=sharded, compile=config.compile)
+    else:
+        model = _load(config, checkpoint, accelerator)
+    check_memory(model, config, accelerator.device, accelerator.num_processes)
     trainer = Trainer(config, accelerator, corpus, model, console)
-    trainer.restore(checkpoint)
+    if config.steps != before.steps:
+        say(console, _stretched(before, config, taken))
+        accelerator.wait_for_everyone()  # nobody writes before everybody has read
+        if accelerator.is_main_process:
+            write_steps(run_dir, config.steps)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
     return trainer.run()
+
+
+def _load(config: TrainingConfig, checkpoint: Path, accelerator: Accelerator) -> IntegratedModel:
+    sharded = _shares_model(config, accelerator)
+    return load_weights(checkpoint, accelerator.device, sharded=sharded, compile=config.compile)
+
+
+def _with_steps(config: TrainingConfig, steps: int | None, taken: int) -> TrainingConfig:
+    """Return the configuration of a run with another number of steps; None for its own."""
+    if steps is None:
+        return config
+    changed = dataclasses.replace(config, steps=steps)
+    changed.validate()
+    if steps < taken:
+        raise ConfigError(f"the run {config.run_dir} has taken {taken:,} steps: steps must be >= {taken}, got {steps}")
+    return changed
+
+
+def _stretched(before: TrainingConfig, after: TrainingConfig, taken: int) -> str:
+    """Say what another number of steps does to the learning rate."""
+    text = f"Steps     {after.steps:,} instead of {before.steps:,}: the {after.schedule} schedule is stretched to them"
+    if 0 < taken < after.steps:
+        last, following = before.rate_factor(taken - 1), after.rate_factor(taken)
+        text += f"; the learning rate goes from {last:.0%} of its peak, in step {taken:,}, to {following:.0%}"
+    return text
+
+
+def _finished(config: TrainingConfig, checkpoint: Path, accelerator: Accelerator) -> TrainingResult | None:
+    """Return the result of a run that has come to its end; None if its last validation is missing."""
+    run_dir, standing = config.run_dir, load_standing(checkpoint)
+    score = read_result(run_dir, config.steps) if standing.step == config.steps else None
+    if score is None:
+        return None
+    model = _load(config, checkpoint, accelerator)
+    weights = whole_weights(model) if is_sharded(model) else named_weights(model)
+    if accelerator.is_main_process:
+        write_weights(weights, run_dir)  # somebody may have damaged those that are there
+    accelerator.wait_for_everyone()
+    return TrainingResult(run_dir, model.eval(), load_tokenizer(run_dir), score)
 
 
 def _warn_of_what_is_not_trained(model: IntegratedModel) -> None:

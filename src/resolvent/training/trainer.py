@@ -17,10 +17,10 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from resolvent.data import Batch, PackedBatches, TokenStream
+from resolvent.data import Batch, PackedBatches
 from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
-from resolvent.evaluation.language import calls_of_model, document_tokens, sum_of_nats
+from resolvent.evaluation.language import calls_of_model, sample_stretches, sum_of_nats
 from resolvent.models import IntegratedModel
 from resolvent.models.inference import evaluating
 from resolvent.models.phases import phase_of
@@ -35,14 +35,14 @@ from resolvent.training.checkpoint import (
     restore_weights,
     save_checkpoint,
 )
-from resolvent.training.config import TrainingConfig
-from resolvent.training.corpus import Corpus, sample_documents
+from resolvent.training.config import FROM_RATE, TrainingConfig
+from resolvent.training.corpus import Corpus
 from resolvent.training.finite import NonFiniteError, offending_gradient, offending_weight
 from resolvent.training.interrupt import StopRequest, TrainingInterrupted
-from resolvent.training.metrics import FILE_NAME, MetricsLog
+from resolvent.training.metrics import FILE_NAME, History, MetricsLog, read_history
 from resolvent.training.optimizer import build_optimizer
 from resolvent.training.progress import TrainingDisplay, format_duration
-from resolvent.training.schedule import learning_rate_factor
+from resolvent.training.record import write_result
 from resolvent.training.sharding import is_sharded, whole_tensor, whole_weights
 from resolvent.training.tracking import Tracking
 
@@ -64,7 +64,7 @@ class TrainingResult:
         run_dir: the run folder, which `load_model` and `load_tokenizer` read.
         model: the trained model, in evaluation mode; of a sharded one, what this process holds.
         tokenizer: its tokenizer.
-        validation: its score on held-out documents, all of them unless `final_eval_tokens` says less.
+        validation: its score on held-out text, as much of it as `final_eval_tokens` says.
     """
 
     run_dir: Path
@@ -72,9 +72,25 @@ class TrainingResult:
     tokenizer: Tokenizer
     validation: LanguageScore
 
+    @property
+    def history(self) -> History:
+        """The metrics of all steps and validations, read from the run folder.
+
+        Raises:
+            CheckpointError: the metrics are gone or damaged.
+        """
+        return read_history(self.run_dir)
+
     def __repr__(self) -> str:
-        loss, bits = self.validation.loss, self.validation.bits_per_byte
-        return f"TrainingResult({str(self.run_dir)!r}, validation loss {loss:.4f}, {bits:.4f} bits per byte)"
+        score = self.validation
+        return (
+            f"TrainingResult({str(self.run_dir)!r}, {self.model.num_parameters():,} parameters, validation loss "
+            f"{score.loss:.4f}, {score.bits_per_byte:.4f} bits per byte on {score.tokens:,} tokens)"
+        )
+
+
+class _StoppedInValidation(Exception):
+    """A process was asked to stop while a validation ran."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +155,6 @@ class Trainer:
         self.batches = PackedBatches(
             corpus.train, seq_len=config.window(model.n_seq), batch_size=config.batch_size, seed=config.seed
         )
-        self.validation_sample = sample_documents(corpus.validation, config.eval_tokens)
         self.bits_per_byte_per_nat = corpus.train.num_predictions / corpus.train.num_bytes / math.log(2)
         self.peak_learning_rate = config.peak_learning_rate(model.d_model)
         self.raw_model = model
@@ -206,21 +221,23 @@ class Trainer:
         self.model.train()
         self.display = self._new_display()
         self._introduce()
-        with self._metrics_log() as self.metrics, self._tracking() as self.tracking:
+        with self._metrics_log() as self.metrics, self._tracking() as self.tracking, self.display:
             # The run may have been killed in here, with its checkpoint whole and its weights not there; and a rewind
             # needs a beginning to go back to.
             if self.standing.step or self.config.rewinds:
                 self.save()
-            with self.display, StopRequest() as stop:
+            with StopRequest(self.display.hang_up) as stop:
                 while self.standing.step < self.config.steps:
                     try:
-                        self._step(stop)
+                        if not self.standing.validation_due:
+                            self._step(stop)
                         self._after_step(stop)
                     except NonFiniteError as fault:
                         self._rewind(fault)
-            held_out = sample_documents(self.corpus.validation, self.config.final_eval_tokens)
-            self.display.say(f"Validating on {held_out.num_predictions:,} held-out tokens")
-            score = self._validate(held_out, final=True)
+            score = self._validate(final=True)
+            if self.accelerator.is_main_process:
+                self.metrics.sync()
+                write_result(self.run_dir, self.standing.step, score)
         self.display.say(f"Done in {format_duration(time.perf_counter() - started)}; the model is in {self.run_dir}")
         self.accelerator.unwrap_model(
             self.model, keep_fp32_wrapper=False, keep_torch_compile=False
@@ -230,14 +247,7 @@ class Trainer:
     def _step(self, stop: StopRequest) -> None:
         """Update the weights once, along the gradient of the mean loss over this step's batches."""
         config, step, started = self.config, self.standing.step, time.perf_counter()
-        factor = learning_rate_factor(
-            step,
-            steps=config.steps,
-            warmup=config.warmup,
-            schedule=config.schedule,
-            min_ratio=config.min_lr_ratio,
-        )
-        lr = self.peak_learning_rate * factor * REWIND_FACTOR**self.standing.rewinds
+        lr = self.peak_learning_rate * config.rate_factor(step) * REWIND_FACTOR**self.standing.rewinds
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if config.start_from is None:  # fewer channels of a saved model would be another function
@@ -378,7 +388,7 @@ class Trainer:
         self.restore(checkpoint)
         self.optimizer.zero_grad()
         self.found_inf.zero_()
-        self.standing.rewinds = rewinds
+        self.standing.rewinds, self.standing.validation_due = rewinds, False
         self.metrics.go_back(self.standing.step)
         self.tracking.go_back(self.standing.step, rewinds)
         # The record belongs to the first step that is taken again: a run that is resumed before it gets here anew.
@@ -396,53 +406,48 @@ class Trainer:
             NonFiniteError: a weight that would be validated or saved is not finite, or the validation's loss.
             TrainingInterrupted: it was asked for.
         """
-        config, step = self.config, self.standing.step
-        validating = self._is_checked(step) and step < config.steps
+        config, step, standing = self.config, self.standing.step, self.standing
+        standing.validation_due = self._is_checked(step) and step < config.steps
         saving = _is_due(step, config.checkpoint_interval) or step == config.steps
-        if validating or saving:
+        if standing.validation_due or saving:
             self._report_all_but(0)
         # A signal may reach several processes at different steps; they stop when all of them have been told.
         asked = self.stopping if self.accelerator.num_processes > 1 else stop.signal_number is not None
         stopping = asked and step < config.steps
+        if (standing.validation_due or saving) and (name := offending_weight(self.raw_model)):
+            raise self._not_finite(step, name, f"the step left {name} with values that are not finite")
+        if standing.validation_due and not stopping:
+            try:
+                self._validate(stop)
+                standing.validation_due = False
+            except _StoppedInValidation:
+                stopping = True
         if stopping:
             self.display.say(f"Stopping after step {step}: saving a checkpoint (once more to stop at once)")
             self._report_all_but(0)
-            saving = True
-        if (validating or saving) and (name := offending_weight(self.raw_model)):
-            raise self._not_finite(step, name, f"the step left {name} with values that are not finite")
-        if validating:
-            self._validate(self.validation_sample)
-        if saving:
+        if saving or stopping:
             self._save()
         if stopping:
             raise TrainingInterrupted(stop.signal_number or signal.SIGTERM, self.run_dir, step)
 
-    def _validate(self, stream: TokenStream, *, final: bool = False) -> LanguageScore:
-        """Score held-out documents, shared out between the processes."""
+    def _validate(self, stop: StopRequest | None = None, *, final: bool = False) -> LanguageScore:
+        """Score held-out text, shared out between the processes.
+
+        Raises:
+            NonFiniteError: the loss is not finite.
+            _StoppedInValidation: a process was asked to stop.
+        """
         accelerator = self.accelerator
-        documents = document_tokens(stream)
-        shares = [documents[first :: accelerator.num_processes] for first in range(accelerator.num_processes)]
-        mine = shares[accelerator.process_index]
-        model = accelerator.unwrap_model(self.model, keep_torch_compile=False)  # pieces come in many shapes
-        sizes = dict(batch_tokens=max(self.batches.tokens_per_batch, 4096), piece_tokens=512)
-        # So do blocks that are compiled one by one.
-        stance = torch.compiler.set_stance("force_eager") if self.sharded and self.config.compile else nullcontext()
-        with stance, evaluating(model):
-            nats = sum_of_nats(model, mine, **sizes)
-            if self.sharded:  # every call takes all processes, also those that have read their share
-                calls = [calls_of_model(share, **sizes) for share in shares]
-                self._call_idly(max(calls) - calls[accelerator.process_index])
-        total = accelerator.reduce(torch.tensor(nats, dtype=torch.float64, device=self.device)).item()
+        tokens = self.config.validation_tokens(self.tokens_per_step, final=final)
+        sample = sample_stretches(self.corpus.validation, tokens)
+        if final:
+            self.display.say(f"Validating on {sample.num_predictions:,} held-out tokens")
+        shares = [sample.sequences[first :: accelerator.num_processes] for first in range(accelerator.num_processes)]
+        total = accelerator.reduce(self._nats_of_share(shares, stop)).item()
         if not math.isfinite(total):
             raise self._not_finite(self.standing.step, "the validation loss", f"the loss of a validation is {total}")
-        score = LanguageScore.from_totals(total, stream.num_predictions, stream.num_bytes)
-        self.metrics.write(
-            step=self.standing.step,
-            validation_loss=score.loss,
-            validation_bits_per_byte=score.bits_per_byte,
-            validation_tokens=score.tokens,
-            final=final,
-        )
+        score = LanguageScore.from_totals(total, sample.num_predictions, sample.num_bytes)
+        self.metrics.write_validation(self.standing.step, score, final=final)
         self.tracking.log(self.standing.step, "validation", dict(loss=score.loss, bits_per_byte=score.bits_per_byte))
         if not self.sharded:  # no process holds the blocks to look into
             with evaluating(self.raw_model):
@@ -450,15 +455,44 @@ class Trainer:
         self.display.validation(self.standing.step, score)
         return score
 
+    def _nats_of_share(self, shares: list[list[np.ndarray]], stop: StopRequest | None) -> torch.Tensor:
+        """Nats of the tokens that fall to this process. All processes take as many rounds, so that all can stop."""
+        accelerator = self.accelerator
+        mine = shares[accelerator.process_index]
+        model = accelerator.unwrap_model(self.model, keep_torch_compile=False)  # pieces come in many shapes
+        sizes = dict(batch_tokens=max(self.batches.tokens_per_batch, 4096), piece_tokens=512)
+        calls = [calls_of_model(share, **sizes) for share in shares]
+        # Blocks that are compiled one by one are called with many shapes, too.
+        eager = torch.compiler.set_stance("force_eager") if self.sharded and self.config.compile else nullcontext()
+        with eager, evaluating(model), self.display.validating(sum(map(len, mine)) - len(mine)) as show:
+
+            def advance(tokens: int) -> None:
+                show(tokens)
+                if stop is not None and self._is_asked_to_stop(stop):
+                    raise _StoppedInValidation
+
+            nats = sum_of_nats(model, mine, **sizes, advance=advance)
+            for _ in range(max(calls) - calls[accelerator.process_index]):
+                if self.sharded:  # every call takes all processes, also those that have read their share
+                    self._call_idly()
+                advance(0)
+        return torch.tensor(nats, dtype=torch.float64, device=self.device)
+
+    def _is_asked_to_stop(self, stop: StopRequest) -> bool:
+        """Whether a process was asked to stop; all processes call this together."""
+        asked = stop.signal_number is not None
+        if self.accelerator.num_processes == 1:
+            return asked
+        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.device)).item())
+
     def _is_checked(self, step: int) -> bool:
         """Whether the model is validated and looked into after a step."""
         return _is_due(step, self.config.eval_interval) or step == self.config.steps
 
-    def _call_idly(self, times: int) -> None:
+    def _call_idly(self) -> None:
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        with torch.inference_mode():
-            for _ in range(times):
-                self.model(token)
+        with torch.no_grad():
+            self.model(token)
 
     def save(self) -> None:
         """Write a checkpoint, and the weights into the run folder, which so is ready for use at any time.
@@ -484,15 +518,17 @@ class Trainer:
         self.save()
 
     def _metrics_log(self) -> MetricsLog:
-        step, expected, writes = self.standing.step, self.standing.metrics_sha256, self.accelerator.is_main_process
-        log = MetricsLog(self.run_dir, step, writes, expected)
+        standing, writes = self.standing, self.accelerator.is_main_process
+        step, validated = standing.step, not standing.validation_due
+        log = MetricsLog(self.run_dir, step, writes, standing.metrics_sha256, validated=validated)
         if writes and step and not log.exists:
             logger.warning("%s is missing: it begins anew after step %d", self.run_dir / FILE_NAME, step)
             log = MetricsLog(self.run_dir, step)
         return log
 
     def _tracking(self) -> Tracking:
-        probe = torch.from_numpy(self.validation_sample.tokens[:_PROBE_TOKENS].astype(np.int64))
+        tokens = np.concatenate(sample_stretches(self.corpus.validation, _PROBE_TOKENS).sequences)
+        probe = torch.from_numpy(tokens[:_PROBE_TOKENS].astype(np.int64))
         return Tracking(self.accelerator, self.config, self.standing.step, probe)
 
     def _introduce(self) -> None:
@@ -502,14 +538,20 @@ class Trainer:
         epochs = config.steps * self.tokens_per_step / train.num_predictions
         origin = f"from {config.start_from}" if config.start_from else config.preset or "own configuration"
         start = f"from step {self.standing.step:,} of" if self.standing.step else "for"
+        part = held_out.num_bytes / (train.num_bytes + held_out.num_bytes)
+        share = "" if config.validation_data else f" ({part:.1%} of the bytes)"
+        rate = f"Training  {config.schedule} schedule with a peak learning rate of {self.peak_learning_rate:.2g}"
+        if config.start_from and config.learning_rate is None:
+            rate += f", {FROM_RATE:g} of that for fresh weights, since the model is trained already (--learning-rate)"
         self.display.say(
             f"Model     Phase {phase_of(self.raw_model)}, {origin}: "
             f"{self.raw_model.num_parameters():,} parameters, {precision} on {self.device}\n"
-            f"Text      {train.num_bytes:,} bytes in {train.num_documents:,} document(s) to learn from, "
-            f"{held_out.num_bytes:,} in {held_out.num_documents:,} held out\n"
+            f"Text      {train.num_bytes:,} bytes in {train.num_documents:,} document(s) to learn from\n"
+            f"Held out  {held_out.num_bytes:,} bytes in {held_out.num_documents:,} document(s){share}\n"
             f"Tokens    {train.num_predictions:,} to learn from, vocabulary of "
             f"{self.corpus.tokenizer.get_vocab_size():,}\n"
-            f"Training  {start} {config.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2g} times the "
+            f"{rate}\n"
+            f"          {start} {config.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2g} times the "
             f"text), into {self.run_dir}"
         )
 

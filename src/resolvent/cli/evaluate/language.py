@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from resolvent.cli.console import report_console, status, write_result
+from resolvent.cli.console import report_console, write_result
 from resolvent.cli.evaluate.tables import show
 from resolvent.cli.loading import BatchTokens, Device, Directory, JsonFile, Text, documents_of
 from resolvent.runs import load_trained, run_of
@@ -44,8 +44,7 @@ def language(
     from resolvent.evaluation import evaluate_documents
 
     documents = documents_of(directory, data)
-    with status(f"Reading {len(documents):,} document(s)"):
-        score = evaluate_documents(model, documents, tokenizer, batch_tokens=batch_tokens)
+    score = evaluate_documents(model, documents, tokenizer, batch_tokens=batch_tokens, progress=True)
     cells = (f"{score.loss:.4f}", f"{score.perplexity:,.3f}", f"{score.bits_per_byte:.4f}", f"{score.tokens:,}")
     try:
         write_result(json_path, dataclasses.asdict(score))

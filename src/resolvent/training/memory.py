@@ -1,0 +1,164 @@
+"""An estimate of the memory that training takes, before it is taken.
+
+Without it, a run that does not fit is killed by the operating system, which says nothing.
+"""
+
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from resolvent.errors import ConfigError
+from resolvent.models import IntegratedModel
+from resolvent.models.phase2 import Phase2Config
+from resolvent.training.config import TrainingConfig
+
+_BYTES_PER_PARAMETER = 16
+"""Weight, gradient, and AdamW's two averages, in float32."""
+_KEPT_WHEN_RECOMPUTED = 11
+"""Numbers per token and unit of the width that a block keeps which is computed anew in the backward pass."""
+_CERTAIN_PART = 2 / 3
+"""An estimate is right to within a factor of 1.5."""
+
+_LIMITS = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+"""Files with the limit of a control group and with what it uses, in bytes, of version 2 and of version 1."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a device, or of the machine.
+
+    Attributes:
+        total: bytes.
+        available: bytes of it that are free.
+    """
+
+    total: int
+    available: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory of a training step at its peak.
+
+    Attributes:
+        parameters: bytes for weights, gradients and optimizer.
+        activations: bytes for what the forward pass keeps for the backward pass.
+    """
+
+    parameters: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of both."""
+        return self.parameters + self.activations
+
+    def times(self, copies: int) -> "Estimate":
+        """Return the memory of so many steps at once."""
+        return Estimate(copies * self.parameters, copies * self.activations)
+
+
+def estimate_memory(
+    model: IntegratedModel, *, tokens: int, bytes_per_number: int = 4, recompute: bool = False, shares: int = 1
+) -> Estimate:
+    """Estimate the memory of a training step.
+
+    A block keeps about `7 D + 31 H K + 4 F` numbers per token: D is the width of the model, H K that of the memory's
+    heads (Phase 2 only) and F that of the feed-forward network. The backward pass works on one block more. With
+    `recompute`, a block keeps `11 D` numbers, and the backward pass works on two whole blocks. Logits are computed in
+    chunks; the vocabulary counts through the parameters, which take 16 bytes each.
+
+    Args:
+        model: the model.
+        tokens: tokens of a batch.
+        bytes_per_number: bytes of an activation: 4, or 2 under autocast.
+        recompute: whether blocks are computed anew in the backward pass.
+        shares: processes that share out weights, gradients and optimizer.
+    """
+    config = model.config
+    heads = config.num_heads * config.head_dim if isinstance(config, Phase2Config) else 0
+    feed_forward = 4 * config.d_model if config.ffn_dim is None else config.ffn_dim
+    block = 7 * config.d_model + 31 * heads + 4 * feed_forward
+    if recompute:
+        numbers = config.n_layers * _KEPT_WHEN_RECOMPUTED * config.d_model + 2 * block
+    else:
+        numbers = (config.n_layers + 1) * block
+    return Estimate(_BYTES_PER_PARAMETER * model.num_parameters() // shares, tokens * numbers * bytes_per_number)
+
+
+def check_memory(model: IntegratedModel, config: TrainingConfig, device: torch.device, processes: int) -> None:
+    """Warn if a run may take more memory than is free.
+
+    Args:
+        model: the model.
+        config: the run.
+        device: where it is trained.
+        processes: processes of the run; on the CPU, they share the memory of the machine.
+
+    Raises:
+        ConfigError: the run takes more memory than there is.
+    """
+    memory = memory_of(device)
+    if memory is None:
+        return
+    window = config.window(model.n_seq)
+    on_cuda = device.type == "cuda"
+    halves = on_cuda and config.precision != "fp32"
+    copies = 1 if on_cuda else processes
+    sizes = dict(
+        tokens=config.batch_size * window,
+        bytes_per_number=2 if halves else 4,
+        shares=processes if config.parallel == "fsdp" else 1,
+    )
+    needed, recomputed = (
+        estimate_memory(model, **sizes, recompute=anew).times(copies) for anew in (config.recompute, True)
+    )
+    if needed.total <= memory.available:
+        return
+    what = (
+        f"about {_gib(needed.total)}: {_gib(needed.parameters)} for parameters and optimizer, "
+        f"{_gib(needed.activations)} for batches of {config.batch_size} windows of {window:,} tokens"
+    )
+    remedy = "lower --batch-size or --seq-len"
+    if not config.recompute:
+        remedy += f", or use --recompute, with which it takes about {_gib(recomputed.total)}"
+    if _CERTAIN_PART * needed.total > memory.total:
+        raise ConfigError(f"training takes {what}; there are {_gib(memory.total)} in all: {remedy}")
+    logger.warning(f"Training takes {what}; {_gib(memory.available)} are free. If it is killed, {remedy}")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def memory_of(device: torch.device) -> Memory | None:
+    """Return the memory of a device; None where the operating system does not tell."""
+    if device.type == "cuda":
+        available, total = torch.cuda.mem_get_info(device)
+        return Memory(total, available)
+    table = Path("/proc/meminfo")
+    if table.exists():
+        kilobytes = {name: int(number) for name, number in re.findall(r"(\w+):\s+(\d+) kB", table.read_text())}
+        return _within_limit(Memory(1024 * kilobytes["MemTotal"], 1024 * kilobytes["MemAvailable"]))
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # macOS does not say how much of it is free
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return Memory(total, total)
+    return None
+
+
+def _within_limit(memory: Memory, folder: Path = Path("/sys/fs/cgroup")) -> Memory:
+    """Return what the limit of a container, of either version of Linux's control groups, leaves of the memory."""
+    for limit, used in _LIMITS:
+        if (folder / limit).exists() and (text := (folder / limit).read_text().strip()) != "max":
+            left = max(0, int(text) - int((folder / used).read_text()))
+            return Memory(min(memory.total, int(text)), min(memory.available, left))
+    return memory

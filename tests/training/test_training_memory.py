@@ -1,0 +1,144 @@
+"""The memory that a run takes is estimated before it begins."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from resolvent.benchmark.memory import peak_resident_bytes
+from resolvent.errors import ConfigError
+from resolvent.models import IntegratedModel
+from resolvent.models.phase1 import Phase1IntegratedModel, get_phase1_preset
+from resolvent.models.phase2 import Phase2IntegratedModel, get_phase2_preset
+from resolvent.training import TrainingConfig, train
+from resolvent.training.memory import _LIMITS, Memory, _within_limit, estimate_memory, memory_of
+from resolvent.training.optimizer import build_optimizer
+from tests.processes import together
+
+MakeConfig = Callable[..., TrainingConfig]
+
+
+def build(phase: int, preset: str, **changes: Any) -> IntegratedModel:
+    if phase == 1:
+        return Phase1IntegratedModel(dataclasses.replace(get_phase1_preset(preset), **changes))
+    return Phase2IntegratedModel(dataclasses.replace(get_phase2_preset(preset), **changes))
+
+
+def measured_and_estimated(
+    phase: int, preset: str, changes: dict[str, Any], windows: int, window: int, recompute: bool
+) -> tuple[int, int]:
+    """Bytes at the peak of two training steps in this process, beyond what it held before, and the estimate."""
+    torch.set_num_threads(1)
+    before = peak_resident_bytes()
+    model = build(phase, preset, vocab_size=257, **changes).train()
+    model.update_rank_schedule(sys.maxsize)  # all channels in use
+    if recompute:
+        model.recompute_blocks()
+    optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.1, betas=(0.9, 0.95))
+    options = {"return_penalty": True} if model.penalised else {}
+    ids = torch.randint(256, (1, windows * window + 1))
+    for _ in range(2):
+        offsets = torch.arange(0, windows * window + 1, window)
+        output = model(ids[:, :-1], labels=ids[:, 1:], cu_seqlens=offsets, **options)
+        (output[0] + output[1] if options else output).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    estimate = estimate_memory(model, tokens=windows * window, recompute=recompute)
+    return peak_resident_bytes() - before, estimate.total
+
+
+@pytest.mark.parametrize(
+    ("phase", "preset", "changes", "windows", "window", "recompute"),
+    [
+        (2, "tiny", {}, 4, 256, False),
+        (2, "tiny", {}, 8, 256, True),
+        (1, "tiny", {}, 8, 256, False),
+        pytest.param(2, "tiny", dict(num_heads=8), 4, 1024, False, marks=pytest.mark.slow),
+        pytest.param(2, "tiny", dict(head_dim=64), 1, 4096, False, marks=pytest.mark.slow),
+        pytest.param(2, "tiny", dict(ffn_dim=1024), 8, 512, False, marks=pytest.mark.slow),
+        pytest.param(2, "tiny", dict(n_layers=8), 8, 512, True, marks=pytest.mark.slow),
+        pytest.param(1, "tiny", dict(n_layers=8), 8, 512, True, marks=pytest.mark.slow),
+        pytest.param(2, "small", {}, 2, 1024, False, marks=pytest.mark.slow),
+        pytest.param(2, "base", {}, 1, 1024, False, marks=pytest.mark.slow),
+    ],
+)
+def test_the_estimate_is_within_a_factor_of_what_training_takes(
+    phase: int, preset: str, changes: dict[str, Any], windows: int, window: int, recompute: bool
+):
+    ((measured, estimated),) = together(1, measured_and_estimated, phase, preset, changes, windows, window, recompute)
+    assert estimated / 1.5 < measured < 1.5 * estimated
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_begins(
+    small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("resolvent.training.memory.memory_of", lambda _: Memory(total=2**20, available=2**20))
+    message = (
+        r"training takes about 0\.0 GiB.* 2 windows of 64 tokens; there are .* in all: lower --batch-size or --seq"
+    )
+    with pytest.raises(ConfigError, match=message) as raised:
+        train(small_config())
+    assert "--recompute, with which it takes about" in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_windows_of_100_000_tokens_take_more_than_a_laptop_has():
+    model = build(2, "tiny", vocab_size=257)
+    whole, recomputed = (estimate_memory(model, tokens=800_000, recompute=anew).total for anew in (False, True))
+    assert whole > 60 * 2**30
+    assert recomputed < whole
+
+
+@pytest.mark.parametrize(("free", "recompute", "said"), [(0.9, False, True), (0.9, True, True), (1.1, False, False)])
+def test_a_run_that_hardly_fits_is_warned_of(
+    small_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    free: float,
+    recompute: bool,
+    said: bool,
+):
+    config = small_config(steps=1, recompute=recompute)
+    assert config.model is not None
+    model = Phase2IntegratedModel(config.model)
+    available = round(free * estimate_memory(model, tokens=2 * 64, recompute=recompute).total)
+    monkeypatch.setattr("resolvent.training.memory.memory_of", lambda _: Memory(total=2**40, available=available))
+    train(config)
+    assert ("GiB are free. If it is killed, lower --batch-size" in caplog.text) == said
+    assert ("--recompute" in caplog.text) == (said and not recompute)
+
+
+def test_the_machine_and_the_device_say_what_they_have(monkeypatch: pytest.MonkeyPatch):
+    memory = memory_of(torch.device("cpu"))
+    assert memory is not None
+    assert 2**28 < memory.available <= memory.total
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3, 5))
+    assert memory_of(torch.device("cuda")) == Memory(total=5, available=3)
+
+
+@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("80", Memory(80, 50)), ("20", Memory(20, 0)), (str(2**63), Memory(100, 60)), ("max", Memory(100, 60))],
+)
+def test_the_limit_of_a_container_counts(tmp_path: Path, version: int, limit: str, expected: Memory):
+    assert _within_limit(Memory(100, 60), tmp_path) == Memory(100, 60)
+    (tmp_path / "memory").mkdir()
+    for name, content in zip(_LIMITS[version], (limit, "30"), strict=True):
+        (tmp_path / name).write_text(f"{content}\n")
+    assert _within_limit(Memory(100, 60), tmp_path) == expected
+
+
+def test_other_systems_say_the_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("resolvent.training.memory.Path", lambda _: tmp_path / "missing")
+    pages = {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}
+    system = SimpleNamespace(sysconf_names=pages, sysconf=pages.__getitem__)
+    monkeypatch.setattr("resolvent.training.memory.os", system)
+    assert memory_of(torch.device("cpu")) == Memory(40960, 40960)
+    monkeypatch.setattr("resolvent.training.memory.os", SimpleNamespace())
+    assert memory_of(torch.device("cpu")) is None
