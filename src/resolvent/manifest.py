@@ -4,19 +4,19 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from resolvent.errors import CheckpointError
-from resolvent.files import check_version, read_json, shown, write_json
+from resolvent.files import check_version, open_regular, read_bytes, read_json, shown, steadily, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 
-def write_manifest(folder: Path, names: Iterable[str]) -> None:
-    """Describe files of a folder as they are."""
+def write_manifest(folder: Path, names: Iterable[str], held: BinaryIO | None = None) -> None:
+    """Describe files of a folder as they are; `held` as of `atomic_file`."""
     files = {name: _description(folder / name) for name in sorted(names)}
-    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": files}, held)
 
 
 def check_files(folder: Path, names: Iterable[str]) -> None:
@@ -25,23 +25,41 @@ def check_files(folder: Path, names: Iterable[str]) -> None:
     Raises:
         CheckpointError: names the first file that is missing, changed or not listed; or there is no sound manifest.
     """
-    listed = _read_manifest(folder)
-    for name in names:
-        if name not in listed:
-            raise CheckpointError(f"{folder / MANIFEST} does not list {name}: restore it from a copy")
-        _compare(folder / name, listed[name])
+    names = list(names)
+    steadily(lambda: _check_files(folder, names), *(folder / name for name in (MANIFEST, *names)))
 
 
-def check_file(path: Path) -> None:
-    """Compare a file with the manifest beside it; a folder that was put together by hand has none.
+def read_checked(path: Path, most_bytes: int) -> bytes:
+    """Read a file and compare it with the manifest beside it; a folder that was put together by hand has none.
 
     Raises:
-        CheckpointError: the file is missing or has changed, or the manifest is damaged.
+        CheckpointError: the file has changed, or the manifest is damaged.
+        OSError, ValueError: as `read_bytes` does.
     """
-    if (path.parent / MANIFEST).exists():
-        listed = _read_manifest(path.parent)
-        if path.name in listed:
-            _compare(path, listed[path.name])
+
+    def read() -> bytes:
+        content = read_bytes(path, most_bytes)
+        if manifest.exists():
+            listed = _read_manifest(path.parent)
+            if path.name in listed:
+                _compare(path, _describe(len(content), hashlib.sha256(content).hexdigest()), listed[path.name])
+        return content
+
+    manifest = path.parent / MANIFEST
+    return steadily(read, path, manifest)
+
+
+def _check_files(folder: Path, names: list[str]) -> None:
+    listed = _read_manifest(folder)
+    for name in names:
+        path = folder / name
+        if name not in listed:
+            raise CheckpointError(f"{folder / MANIFEST} does not list {name}: restore it from a copy")
+        try:
+            found = _description(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error}; restore it from a copy") from error
+        _compare(path, found, listed[name])
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -54,11 +72,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return files
 
 
-def _compare(path: Path, expected: object) -> None:
-    try:
-        found = _description(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}; restore it from a copy") from error
+def _compare(path: Path, found: dict[str, Any], expected: object) -> None:
     if found != expected:
         length = isinstance(expected, dict) and expected.get("bytes")
         difference = f"{found['bytes']} bytes, not {shown(length)}" if found["bytes"] != length else "another SHA-256"
@@ -68,9 +82,14 @@ def _compare(path: Path, expected: object) -> None:
 
 
 def _description(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    with open_regular(path) as file:
+        digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+        return _describe(file.tell(), digest.hexdigest())
+
+
+def _describe(length: int, digest: str) -> dict[str, Any]:
+    """The entry of a file."""
+    return {"bytes": length, "sha256": digest}
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,15 @@ def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokeni
             f"{directory} holds no model: there is no {WEIGHTS} in it. `resolvent train` saves one with every "
             "checkpoint and at the end"
         )
-    model = load_model(directory, device=pick_device(device))
+    try:
+        model = load_model(directory, device=pick_device(device))
+    except CheckpointError as error:
+        if directory.exists():
+            raise
+        raise CheckpointError(
+            f"{directory} was removed while it was read: a run keeps its newest checkpoints only. Read a newer one, or "
+            f"{run_of(directory)} itself"
+        ) from error
     tokenizer = load_tokenizer(run_of(directory))
     if (run_of(directory) / RUN_FILE).exists():  # a run has a manifest; a folder put together by hand has none
         check_files(run_of(directory), fixed_files())

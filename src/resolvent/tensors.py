@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,9 +14,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from resolvent.errors import CheckpointError
-from resolvent.files import atomic_file, check_version
+from resolvent.files import atomic_file, check_version, open_regular
 
 FORMAT_VERSION = 1
+
+_MOST_HEADER_BYTES = 1 << 25
+"""Names, shapes and places of 200,000 tensors."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -30,7 +36,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # The library writes metadata in any order; equal tensors shall make equal files.
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     sorted_header = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
-    with atomic_file(path) as partial, open(partial, "wb") as file:
+    with atomic_file(path) as file:
         for part in (content[:8], sorted_header, content[end:]):
             file.write(part)
 
@@ -41,19 +47,69 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, damaged, or of another format version.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if metadata.keys() <= {"format"}:
+    with TensorFile(path) as file:
+        return file.read()
+
+
+class TensorFile:
+    """A safetensors file within a `with` block. Names, metadata and tensors are those of one file, even where another
+    process gives its name to a new one meanwhile.
+
+    Attributes:
+        shapes: of the tensors, by name, known before any of them is read.
+
+    Raises:
+        CheckpointError: the file is missing, or its header is damaged or longer than 32 MiB.
+    """
+
+    shapes: dict[str, torch.Size]
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._stack = path, ExitStack()
+
+    def __enter__(self) -> Self:
+        with self._stack:
+            try:
+                file = self._stack.enter_context(open_regular(self._path))
+                length = int.from_bytes(file.read(8), "little")
+                if length > _MOST_HEADER_BYTES:
+                    raise SafetensorError(f"its header has {length:,} bytes, more than {_MOST_HEADER_BYTES:,}")
+                # The library opens by name, and twice. On Windows, the name of an open file cannot get to another one.
+                name = str(self._path) if sys.platform == "win32" else f"/dev/fd/{file.fileno()}"
+                self._tensors: Any = self._stack.enter_context(safe_open(name, framework="pt"))
+                self.shapes = {name: torch.Size(self._tensors.get_slice(name).get_shape()) for name in self._names()}
+            except (OSError, RuntimeError, SafetensorError) as error:  # torch raises the second where memory is short
+                raise CheckpointError(f"cannot read {self._path}: {error}") from error
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def read(self) -> dict[str, Tensor]:
+        """Return all tensors, on the CPU.
+
+        Raises:
+            CheckpointError: they are damaged, or of another format version.
+        """
+        try:
+            metadata = self._tensors.metadata() or {}
+            tensors = {name: self._tensors.get_tensor(name) for name in self._names()}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {self._path}: {error}") from error
+        if metadata.keys() <= {"format"}:
+            return tensors
+        version = metadata.get("format_version")
+        found = int(version) if version is not None and version.isdecimal() else version
+        check_version(self._path, found, FORMAT_VERSION)
+        if metadata != _metadata(tensors):
+            raise CheckpointError(
+                f"{self._path} is damaged: its tensors have another SHA-256 than when they were saved"
+            )
         return tensors
-    version = metadata.get("format_version")
-    check_version(path, int(version) if version is not None and version.isdecimal() else version, FORMAT_VERSION)
-    if metadata != _metadata(tensors):
-        raise CheckpointError(f"{path} is damaged: its tensors have another SHA-256 than when they were saved")
-    return tensors
+
+    def _names(self) -> list[str]:
+        return list(self._tensors.keys())
 
 
 def _metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -25,9 +25,9 @@ def phase1_run(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Pat
     return path
 
 
-def test_a_phase_1_run_is_a_run(resolvent: Resolvent, phase1_run: Path):
+def test_a_phase_1_run_is_a_run(resolvent: Resolvent, phase1_run: Path, text_file: Path):
     assert isinstance(load_model(phase1_run, device="cpu"), Phase1IntegratedModel)
-    score = json.loads(resolvent("evaluate", phase1_run, "--json", "-").out)
+    score = json.loads(resolvent("evaluate", phase1_run, "--data", text_file, "--held-out", "--json", "-").out)
     assert 0 < score["bits_per_byte"] < 8
     outcome = resolvent("generate", phase1_run, "--prompt", "Rhyme", "--max-new-tokens", 5, "--seed", 1)
     assert outcome.code == 0 and outcome.out.startswith("Rhyme")

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,13 @@ from typing import Any
 import pytest
 
 from resolvent.data import load_tokenizer
+from resolvent.files import write_json
 from resolvent.inspection import inspect_model
+from resolvent.manifest import write_manifest
 from resolvent.models import load_model, save_model
+from resolvent.runs import RUN_FILE, fixed_files
+from resolvent.training.corpus import split_corpus
+from resolvent.training.record import read_run
 
 Resolvent = Callable[..., Any]
 DEVICE = ("--device", "cpu")
@@ -28,15 +34,25 @@ def test_help_teaches_by_an_example(resolvent: Resolvent):
     assert "Example: resolvent inspect runs/tiny" in resolvent("inspect", "--help").out
 
 
-def test_a_run_is_inspected_while_it_reads_what_it_held_out(resolvent: Resolvent, run_dir: Path):
-    outcome = resolvent("inspect", run_dir, *DEVICE)
-    page = run_dir / "inspection.html"
+def test_a_run_on_the_default_corpus_reads_what_it_held_out(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
+    run = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    record = json.loads((run / RUN_FILE).read_text())
+    record["training"]["data"] = None
+    write_json(run / RUN_FILE, record)
+    write_manifest(run, fixed_files())
+    outcome = resolvent("inspect", run, *DEVICE)
+    page = run / "inspection.html"
     assert outcome.code == 0, outcome.err
     assert re.fullmatch(rf"{page}: \d+ tokens, 0\.\d MB; open it in a browser\n", outcome.out)
     found = data_of(page)
-    assert text_of(page).startswith("Rhyme: the") and found["name"] == str(run_dir)
+    assert split_corpus(read_run(run)[0])[1][0].startswith(text_of(page)[:200]) and found["name"] == str(run)
     assert len(found["curves"]["step"]) == 150 and found["curves"]["validation_step"] == [150]
-    page.unlink()
+
+
+def test_a_run_on_a_text_reads_what_it_held_out(resolvent: Resolvent, run_dir: Path, text_file: Path, tmp_path: Path):
+    outcome = resolvent("inspect", run_dir, "--data", text_file, "--held-out", "--out", tmp_path / "page.html", *DEVICE)
+    assert outcome.code == 0, outcome.err
+    assert text_of(tmp_path / "page.html") == split_corpus(read_run(run_dir)[0])[1][0]
 
 
 def test_a_text_of_one_s_own(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
@@ -62,7 +78,7 @@ def test_a_model_without_a_run_needs_a_text(resolvent: Resolvent, run_dir: Path,
     save_model(load_model(run_dir, "cpu"), tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((run_dir / "tokenizer.json").read_bytes())
     outcome = resolvent("inspect", tmp_path, *DEVICE)
-    assert outcome.code == 1 and "name a text with --text" in outcome.err
+    assert outcome.code == 1 and "name a text with --data" in outcome.err
     assert resolvent("inspect", tmp_path, "--text", "The old cat.", *DEVICE).code == 0
     assert data_of(tmp_path / "inspection.html")["curves"] is None
 
@@ -71,6 +87,7 @@ def test_a_model_without_a_run_needs_a_text(resolvent: Resolvent, run_dir: Path,
     ("options", "code", "message"),
     [
         (["--text", "a", "--file", "-"], 2, "leave out --text"),
+        (["--text", "a", "--held-out"], 2, "leave out --data and --held-out"),
         (["--out", "no/such/folder/page.html"], 2, "no/such/folder is no folder"),
         (["--length", 1], 2, "Invalid value for '--length'"),
         (["--text", ""], 1, "there is no text"),

@@ -55,6 +55,12 @@ def test_what_is_missing_is_said(folder, monkeypatch):
         evaluate_tasks(folder / "run", folder / "run", ["colours"])
 
 
+def test_a_model_that_a_folder_names_is_not_loaded(folder):
+    (folder / "run" / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/theirs"}')
+    with pytest.raises(ConfigError, match=r"adapter_config\.json has another model loaded"):
+        evaluate_tasks(folder / "run", folder / "run", ["colours"])
+
+
 def test_a_text_and_tasks_are_two_things(folder, capfd):
     assert call("evaluate", folder / "run", "--tasks", "colours", "--data", folder / "text") == 2
     assert "not both" in capfd.readouterr().err

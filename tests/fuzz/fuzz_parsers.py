@@ -19,7 +19,7 @@ import atheris
 with atheris.instrument_imports(include=["resolvent.files", "resolvent.manifest", "resolvent.data.corpus", "json"]):
     from resolvent.data import corpus, encode_documents, load_documents, load_tokenizer
     from resolvent.errors import ResolventError
-    from resolvent.manifest import MANIFEST, check_file, write_manifest
+    from resolvent.manifest import MANIFEST, read_checked, write_manifest
     from resolvent.models import load_model
     from resolvent.models.phase2 import Phase2State
     from resolvent.training.checkpoint import load_standing
@@ -61,7 +61,7 @@ PARSERS: dict[str, tuple[str, Path | None, Callable[[Path], None]]] = {
     "config": ("config.json", RUN / "config.json", _read_model),
     "weights": ("model.safetensors", RUN / "model.safetensors", _read_model),
     "tokenizer": ("tokenizer.json", RUN / "tokenizer.json", _read_tokenizer),
-    "manifest": (MANIFEST, RUN / MANIFEST, lambda folder: check_file(folder / "config.json")),
+    "manifest": (MANIFEST, RUN / MANIFEST, lambda folder: read_checked(folder / "config.json", 1 << 20) and None),
     "record": ("training.json", RUN / "training.json", _read_record),
     "standing": ("trainer.json", CHECKPOINT / "trainer.json", load_standing),
     "metrics": ("metrics.jsonl", RUN / "metrics.jsonl", _read_metrics),

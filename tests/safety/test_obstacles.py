@@ -4,11 +4,13 @@ import errno
 import importlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from resolvent.manifest import MANIFEST
 from resolvent.training import resume, train
 from resolvent.training.checkpoint import find_checkpoint, load_standing
 from resolvent.training.record import has_begun, new_run
+from resolvent.training.trainer import Trainer
 from tests.cli.conftest import call
 from tests.safety.test_crashes import outcome
 from tests.safety.victim import TEXT, fork, minute_config, start
@@ -119,8 +122,12 @@ def test_a_folder_that_is_read_only(text: Path, small_disk: Path, capfd: pytest.
 
 
 def test_a_folder_that_may_not_be_written(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(*_: object, **__: object) -> int:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "run")
+    opened = os.open
+
+    def refuse(path: object, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "run")
+        return opened(path, flags, *arguments, **options)  # type: ignore[arg-type]
 
     train(minute_config(text, tmp_path / "run"))
     before = outcome(tmp_path / "run")
@@ -129,6 +136,70 @@ def test_a_folder_that_may_not_be_written(text: Path, tmp_path: Path, monkeypatc
         resume(tmp_path / "run")
     monkeypatch.undo()
     assert outcome(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("function", "number"), [("rmtree", errno.ENOTEMPTY), ("rmtree", errno.EACCES), ("rename", errno.EBUSY)]
+)
+@pytest.mark.parametrize("failures", [1, 99])
+def test_an_old_checkpoint_that_cannot_be_removed_stops_no_run(
+    text: Path,
+    expected: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    function: str,
+    number: int,
+    failures: int,
+):
+    """A network file system keeps what somebody has open. The next save tries again."""
+    run, owner, left = tmp_path / "run", {"rmtree": shutil, "rename": Path}[function], failures
+    working = getattr(owner, function)
+
+    def fail(path: Path, *arguments: Any, **options: Any) -> object:
+        nonlocal left
+        if path.name.startswith("step-00000002" if function == "rename" else ".step-00000002") and left:
+            left -= 1
+            raise OSError(number, os.strerror(number), str(path))
+        return working(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, fail)
+        train(minute_config(text, run))
+    warnings = [record.getMessage() for record in caplog.records if "Cannot remove" in record.getMessage()]
+    assert len(warnings) == min(failures, 2) and os.strerror(number) in warnings[0]  # saved at 6 and at 7
+    found = outcome(run)
+    if failures > 1:
+        (remains,) = (path for path in (run / "checkpoints").iterdir() if "step-00000002" in path.name)
+        shutil.rmtree(remains)
+        found = outcome(run)
+    assert found == expected
+
+
+def test_what_a_killed_save_left_and_cannot_be_removed_stops_no_run(
+    text: Path, expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, working = tmp_path / "run", shutil.rmtree
+    remains = run / "checkpoints" / ".step-00000004.partial"
+
+    def fail(path: Path, *arguments: Any, **options: Any) -> None:
+        if "step-00000004.partial" in path.name:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        working(path, *arguments, **options)
+
+    def leave(*arguments: Any) -> None:
+        remains.mkdir(parents=True)
+        (remains / ".nfs0001").touch()
+        step(*arguments)
+        monkeypatch.setattr(Trainer, "_step", step)
+
+    step = Trainer._step
+    monkeypatch.setattr(Trainer, "_step", leave)
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    train(minute_config(text, run))
+    (remains,) = (run / "checkpoints").glob(".*")
+    working(remains)
+    assert outcome(run) == expected
 
 
 def test_a_run_in_use_is_refused(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):

@@ -2,13 +2,16 @@
 
 import ast
 import copy
+import io
 import json
 import os
 import pickle
+import shlex
 import shutil
+import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from resolvent.data import encode_documents, load_documents, load_tokenizer
 from resolvent.errors import CheckpointError, DataError, ResolventError
-from resolvent.files import read_json
-from resolvent.manifest import MANIFEST, check_file, write_manifest
+from resolvent.files import read_json, write_json
+from resolvent.inspection.inspection import read_curves
+from resolvent.manifest import MANIFEST, read_checked, write_manifest
 from resolvent.models import load_model
 from resolvent.models.phase2 import Phase2State
-from resolvent.runs import load_trained
+from resolvent.runs import RUN_FILE, fixed_files, load_trained
 from resolvent.training import resume
 from resolvent.training.checkpoint import load_optimizer, load_standing
 from resolvent.training.optimizer import build_optimizer
@@ -150,6 +155,106 @@ def test_records_of_text_name_no_files(tmp_path: Path):
     assert load_documents(folder) == ["../secret.txt"]
 
 
+def record(run: Path, **changes: Any) -> None:
+    """Have a run folder say something else of its run, with a manifest in order."""
+    values = read_json(run / RUN_FILE)
+    values["training"] |= changes
+    write_json(run / RUN_FILE, values)
+    write_manifest(run, fixed_files())
+
+
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file of the user's, which is not opened."""
+    path, opened = tmp_path / "secret.txt", list[str]()
+    path.write_text("A secret of the user's.\n" * 100)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]) == str(path):
+            opened.append(event)
+
+    sys.addaudithook(watch)  # which stays, and knows this test's path only
+    yield path
+    assert not opened
+    path.read_text()
+    assert opened  # it would have been seen
+
+
+@pytest.mark.parametrize("field", ["data", "validation_data"])
+@pytest.mark.parametrize(
+    "command",
+    [["inspect"], ["evaluate"], ["evaluate", "positions"], ["evaluate", "mechanisms"], ["evaluate", "needle"]],
+)
+def test_a_path_that_only_a_folder_names_is_not_read(
+    run: Path, watched: Path, capfd: pytest.CaptureFixture[str], field: str, command: list[str]
+):
+    record(run, data=None, validation_data=None)
+    record(run, **{field: str(watched)})
+    assert call(*command, run, "--device", "cpu") == 1
+    error = capfd.readouterr().err
+    assert f"names the text {watched}" in error
+    needed = {"data": f"--data {watched} --held-out\n", "validation_data": f"--data {watched}\n"}[field]
+    assert error.endswith(needed)
+    assert not (run / "inspection.html").exists()
+
+
+@pytest.mark.parametrize("path", ["", ".", "a b; rm -rf ~"])
+def test_a_path_is_shown_as_a_shell_takes_it(run: Path, capfd: pytest.CaptureFixture[str], path: str):
+    for field in ("data", "validation_data"):
+        record(run, data=None, validation_data=None)
+        record(run, **{field: path})
+        assert call("evaluate", run, "--device", "cpu") == 1
+        assert f"add --data {shlex.quote(path)}" in capfd.readouterr().err
+
+
+def test_a_resumed_run_reads_neither_tokenizer_nor_model_that_it_began_from(run: Path, watched: Path):
+    shutil.copy(GOLDEN / "verses.txt", run.parent)
+    record(run, tokenizer=str(watched))
+    resume(run, data=str(GOLDEN / "verses.txt"))
+    record(run, tokenizer="bytes", preset="tiny", model=None, start_from=str(watched))
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CheckpointError, match="has lost its checkpoints"):
+        resume(run, data=str(GOLDEN / "verses.txt"))
+
+
+def test_resume_says_which_text_it_reads_and_uses_no_other(run: Path, tmp_path: Path):
+    (tmp_path / "other.txt").write_text("Not what the run learned from.\n" * 100)
+    record(run, data=str(tmp_path / "other.txt"))
+    said, before = io.StringIO(), {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="has changed since the run"):
+        resume(run, console=Console(file=said))
+    assert said.getvalue() == f"Reading   {tmp_path / 'other.txt'}\n"
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_weights_of_other_shapes_are_not_read_however_large(run: Path):
+    """Sparse files of 8 GB, which could be mapped, and of 4 TB."""
+    for size in (1 << 33, 1 << 42):
+        header = json.dumps({"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+        (run / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(run / "model.safetensors", 8 + len(header) + size)
+        began = time.perf_counter()
+        with pytest.raises(CheckpointError, match=r"do not fit config\.json|cannot read .*model\.safetensors"):
+            load_model(run, device="cpu")
+        assert time.perf_counter() - began < 2
+
+
+@pytest.mark.parametrize("length", [1 << 26, 1 << 62])
+def test_a_long_header_of_weights_is_not_read(run: Path, length: int):
+    (run / "model.safetensors").write_bytes(length.to_bytes(8, "little"))
+    os.truncate(run / "model.safetensors", 1 << 27)
+    with pytest.raises(CheckpointError, match=r"its header has [\d,]+ bytes, more than 33,554,432"):
+        load_model(run, device="cpu")
+
+
+def test_a_long_line_of_metrics_is_not_read(run: Path):
+    (run / "metrics.jsonl").write_bytes(b'{"step": 1')
+    os.truncate(run / "metrics.jsonl", 1 << 36)
+    for action in (lambda: read_curves(run / "metrics.jsonl"), lambda: resume(run, data=str(GOLDEN / "verses.txt"))):
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):
+            action()
+
+
 HOSTILE = st.one_of(
     st.none(),
     st.booleans(),
@@ -204,7 +309,7 @@ def read_and_use(run: Path, name: str) -> None:
         case "trainer.json":
             load_standing(run / CHECKPOINT)
         case "manifest.json":
-            check_file(run / "config.json")
+            read_checked(run / "config.json", 1 << 20)
             resume(run, data=data)
 
 

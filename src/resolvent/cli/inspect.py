@@ -6,20 +6,26 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.console import progress_console, status, write_result
-from resolvent.cli.loading import Device, Directory, JsonFile, check_output, documents_of
+from resolvent.cli.loading import Device, Directory, HeldOut, JsonFile, check_output, documents_of
 from resolvent.runs import load_trained, run_of
 from resolvent.terminal import say
+
+PAGE = "inspection.html"
 
 
 def inspect(
     directory: Directory,
     text: Annotated[
-        str | None, typer.Option(help="Text to read.", show_default="the run's first held-out document")
+        str | None, typer.Option(help="Text to read.", show_default="the first held-out document of the default corpus")
     ] = None,
     file: Annotated[
         typer.FileBinaryRead | None,
         typer.Option(metavar="FILE", help="File with the text; - for standard input.", show_default=False),
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Text file, folder, .jsonl or .parquet whose first document is read.")
+    ] = None,
+    held_out: HeldOut = False,
     length: Annotated[int, typer.Option(min=2, max=8192, help="Most tokens of it to read.")] = 500,
     out: Annotated[
         Path | None,
@@ -37,16 +43,17 @@ def inspect(
     """
     if text is not None and file is not None:
         raise typer.BadParameter("the file holds the text; leave out --text", param_hint="--file")
+    if (data is not None or held_out) and (text is not None or file is not None):
+        raise typer.BadParameter("the text is given; leave out --data and --held-out", param_hint="--data")
     run_dir = run_of(directory)
-    out = run_dir / "inspection.html" if out is None else out
-    check_output(out, "--out")
+    check_output(run_dir / PAGE if out is None else out, "--out")
     model, tokenizer = load_trained(directory, device)
-    from resolvent.files import write_output
+    from resolvent.files import write_file, write_output
     from resolvent.inspection import inspect_model, render_page
     from resolvent.training.metrics import FILE_NAME
 
     if text is None and file is None:
-        text = documents_of(directory, None, "--text")[0]
+        text = documents_of(directory, data, held_out)[0]
     else:  # what the shell passed as bytes, or what the file holds, as text
         read = file.read() if file is not None else str(text).encode("utf-8", "surrogateescape")
         text = read.decode("utf-8", "replace")
@@ -61,7 +68,11 @@ def inspect(
             metrics=metrics if metrics.exists() else None,
         )
     page = render_page(inspection).encode()
-    write_output(out, page)
+    if out is None:
+        out = run_dir / PAGE
+        write_file(out, page)
+    else:
+        write_output(out, page)
     write_result(json_path, inspection.to_dict())
     told = f"{out}: {len(inspection.tokens):,} tokens, {len(page) / 1e6:.1f} MB; open it in a browser"
     say(progress_console(json_path), told)

@@ -1,9 +1,11 @@
 """Parameters that several commands have in common, and what they stand for."""
 
+import dataclasses
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,14 +13,22 @@ from resolvent.cli.console import STDOUT
 from resolvent.errors import ConfigError
 from resolvent.runs import RUN_FILE, run_of
 
+if TYPE_CHECKING:
+    from resolvent.training.config import TrainingConfig
+
 Directory = Annotated[
     Path, typer.Argument(metavar="DIR", help="Run folder, or a checkpoint in it.", show_default=False)
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
 Text = Annotated[
     Path | None,
-    typer.Option("--data", help="Text file, folder, .jsonl or .parquet.", show_default="the run's held-out documents"),
+    typer.Option(
+        "--data",
+        help="Text file, folder, .jsonl or .parquet.",
+        show_default="what the run held out of the default corpus",
+    ),
 ]
+HeldOut = Annotated[bool, typer.Option("--held-out", help="Of --data, read only what the run held out.")]
 
 
 @contextmanager
@@ -34,12 +44,18 @@ def check_output(path: Path, option: str) -> None:
     """Refuse, before anything is computed, a file that cannot be written.
 
     Raises:
-        typer.BadParameter: it is a folder, or in no folder.
+        typer.BadParameter: it is a folder, a link in a circle, or in no folder.
     """
+    from resolvent.files import output_path
+
     if path.is_dir():
         raise typer.BadParameter(f"{path} is a folder; name a file.", param_hint=option)
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"{path.parent} is no folder; make it first.", param_hint=option)
+    try:
+        folder = output_path(path).parent if path.is_symlink() else path.parent
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+    if not folder.is_dir():
+        raise typer.BadParameter(f"{folder} is no folder; make it first.", param_hint=option)
 
 
 def _check_json(path: Path | None) -> Path | None:
@@ -62,25 +78,54 @@ JsonFile = Annotated[
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens at once; fewer need less memory.")]
 
 
-def documents_of(directory: Path, data: Path | None, option: str = "--data") -> list[str]:
-    """The documents of `data`, which `option` names; without it, those that the run in `directory` held out.
+def documents_of(directory: Path, data: Path | None, held_out: bool) -> list[str]:
+    """Return the documents of a text, or what a run held out.
+
+    A file that only the run folder names is not read: whoever made the folder could have the user's own files shown,
+    in a page or a table.
+
+    Args:
+        directory: a run folder, or a checkpoint in it.
+        data: the text; None for what the run held out of the default corpus, if it learned from that.
+        held_out: of `data`, only what the run held out.
 
     Raises:
-        CheckpointError: the folder is not that of a run.
+        ConfigError: `held_out`, but there is no text or no run that held something out of a text.
+        CheckpointError: no text is named.
         DataError: text that cannot be used.
     """
     from resolvent.data import load_documents
-    from resolvent.errors import CheckpointError, DataError
+    from resolvent.errors import CheckpointError
     from resolvent.training.corpus import split_corpus
     from resolvent.training.record import read_run
 
-    if data is not None:
+    if data is None and held_out:
+        raise ConfigError("--held-out says what to read of a text: name it with --data")
+    if data is not None and not held_out:
         return load_documents(data)
     run_dir = run_of(directory)
-    if not (run_dir / RUN_FILE).exists():
-        raise CheckpointError(f"{run_dir} does not say what it was trained on: name a text with {option}")
+    if not (run_dir / RUN_FILE).exists() and data is None:
+        raise CheckpointError(f"{run_dir} does not say what it was trained on: name a text with --data")
     config, _ = read_run(run_dir)
-    try:
-        return split_corpus(config)[1]
-    except DataError as error:
-        raise DataError(f"{error}; or name another text with {option}") from error
+    if data is None:
+        _check_is_default(config, run_dir)
+    elif config.validation_data is not None:
+        raise ConfigError(f"{run_dir} held nothing out: it validated on a text of its own; leave out --held-out")
+    return split_corpus(dataclasses.replace(config, data=None if data is None else str(data)))[1]
+
+
+def _check_is_default(config: "TrainingConfig", run_dir: Path) -> None:
+    """Check that a run held its text out of the default corpus, which needs no path.
+
+    Raises:
+        CheckpointError: it names a path; the error has the options that name it.
+    """
+    from resolvent.errors import CheckpointError
+
+    text = config.data if config.validation_data is None else config.validation_data
+    if text is not None:
+        options = f"--data {shlex.quote(text)}" + (" --held-out" if config.validation_data is None else "")
+        raise CheckpointError(
+            f"{run_dir} names the text {text}. A path that only a run folder names is not read: "
+            f"to read it, add {options}"
+        )

@@ -11,7 +11,7 @@ from resolvent.data.corpus import EOT, package_folder
 from resolvent.data.pieces import pieces
 from resolvent.errors import ConfigError, DataError
 from resolvent.files import write_file, write_json
-from resolvent.manifest import check_file
+from resolvent.manifest import read_checked
 
 FILE_NAME = "tokenizer.json"
 TOKENIZER_FILES = (FILE_NAME, "tokenizer_config.json", "generation_config.json")
@@ -72,12 +72,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise DataError(f"{path} is larger than the {_MOST_BYTES:,} bytes that a tokenizer may have")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_checked(path, _MOST_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read the tokenizer {path}: {error}") from error
-    check_file(path)
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific

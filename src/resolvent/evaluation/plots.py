@@ -13,6 +13,7 @@ from resolvent.evaluation.estimates import Bucket, Estimate
 from resolvent.evaluation.influence import Influences
 from resolvent.evaluation.needle import NeedleScores
 from resolvent.evaluation.positions import PositionScores
+from resolvent.files import atomic_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,4 +111,5 @@ def _finish(figure: Figure, labels: Sequence[str], path: Path) -> None:
     for axes, label in zip(figure.axes, labels, strict=True):
         axes.set_ylabel(label)
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with atomic_output(path) as file:
+        figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)

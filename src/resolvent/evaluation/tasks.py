@@ -23,8 +23,11 @@ def evaluate_tasks(
         The harness's results; its `make_table` makes a table of them.
 
     Raises:
-        ConfigError: the harness is not installed, or a task is unknown.
+        ConfigError: the harness is not installed, a task is unknown, or the folder names another model.
     """
+    # Transformers would load, from anywhere, the model that this file names.
+    if (adapter := directory / "adapter_config.json").exists():
+        raise ConfigError(f"{adapter} has another model loaded than the one in {directory}: remove it")
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -35,7 +38,7 @@ def evaluate_tasks(
     manager = TaskManager(include_path=None if task_path is None else str(task_path))
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise ConfigError(f"unknown task: {', '.join(unknown)}; `lm_eval ls tasks` lists those of the harness")
-    arguments = {"pretrained": str(directory), "tokenizer": str(tokenizer)}
+    arguments = {"pretrained": str(directory), "tokenizer": str(tokenizer), "use_safetensors": True}
     return lm_eval.simple_evaluate(
         model="hf", model_args=arguments, tasks=list(tasks), task_manager=manager, device=device
     )

@@ -19,6 +19,7 @@ from resolvent.data import encode_documents
 from resolvent.data.detokenization import TextStream, added_texts
 from resolvent.errors import CheckpointError, DataError, ResolventError
 from resolvent.evaluation.influence import input_gradients
+from resolvent.files import read_lines
 from resolvent.inspection.trace import LayerTrace, MemoryTrace, trace_text
 from resolvent.models import IntegratedModel
 from resolvent.models.phase2 import Phase2Block
@@ -207,8 +208,8 @@ def read_curves(path: Path) -> Curves:
         CheckpointError: the file cannot be read, or holds a line that is no record.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        records: list[dict[str, float]] = [json.loads(line) for line in lines if line.endswith("\n")]
+        # The last line is cut off while a run writes it.
+        records: list[dict[str, float]] = [json.loads(line) for line in read_lines(path) if line.endswith(b"\n")]
         if not all(isinstance(record, dict) for record in records):
             raise TypeError("a line that is no record")
         steps = [record for record in records if "loss" in record]

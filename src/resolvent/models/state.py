@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, VersionError
+from ..files import output_path
 from ..tensors import read_tensors, write_tensors
 
 _COMPLEX = ":complex"
@@ -157,12 +158,12 @@ class ModelState:
         return self.map(lambda x: x.repeat_interleave(times, dim=0))
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file."""
+        """Write to a safetensors file. Of a link, the target is written."""
         tensors = {}
         for name, x in self._tensors().items():
             x = x.detach().resolve_conj()
             tensors[name + _COMPLEX * x.is_complex()] = torch.view_as_real(x) if x.is_complex() else x
-        write_tensors(Path(path), tensors)
+        write_tensors(output_path(Path(path)), tensors)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:

@@ -7,6 +7,7 @@ files.
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from ..device import pick_device
 from ..errors import CheckpointError, ConfigError
 from ..files import check_version, read_json, shown, write_json
-from ..manifest import check_file
-from ..tensors import read_tensors, write_tensors
+from ..manifest import read_checked
+from ..tensors import TensorFile, write_tensors
 from .base import IntegratedModel
 from .config import ModelConfig
 from .phase1 import Phase1Config
@@ -110,15 +111,18 @@ def load_model(directory: str | Path, device: torch.device | str | None = None) 
     """
     directory = Path(directory)
     phase, config = read_config(directory / CONFIG)
-    parts = [read_tensors(path) for path in _weight_files(directory)]
-    tensors = {name.removeprefix(_PREFIX): x for part in parts for name, x in part.items()}
-    try:
-        # A few bytes of a configuration can ask for any amount of memory: it gets what the weights take.
-        if fault := _misfit(phase, config, tensors):
-            raise CheckpointError(f"the weights in {directory} do not fit {CONFIG}: {fault}")
-        model = phase.model(config, init=False)
-    except ConfigError as error:
-        raise CheckpointError(f"{directory / CONFIG}: {error}") from error
+    with ExitStack() as stack:
+        parts = [stack.enter_context(TensorFile(path)) for path in _weight_files(directory)]
+        shapes = {name.removeprefix(_PREFIX): shape for part in parts for name, shape in part.shapes.items()}
+        try:
+            # A few bytes of a configuration can ask for any amount of memory: it gets what the weights take. And
+            # weights of other shapes are not read, however large they are.
+            if fault := _misfit(phase, config, shapes):
+                raise CheckpointError(f"the weights in {directory} do not fit {CONFIG}: {fault}")
+            model = phase.model(config, init=False)
+        except ConfigError as error:
+            raise CheckpointError(f"{directory / CONFIG}: {error}") from error
+        tensors = {name.removeprefix(_PREFIX): x for part in parts for name, x in part.read().items()}
     if model.tied:
         tensors[_TIED] = model.lm_head.weight  # the table is there, under its own name
     model.load_state_dict(tensors)
@@ -146,8 +150,7 @@ def read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:
     Raises:
         CheckpointError: the file is missing or damaged, or describes no model.
     """
-    values = read_json(path)
-    check_file(path)
+    values = read_json(path, read_checked)
     kind = values.pop("model_type", None)
     if not isinstance(kind, str) or kind not in _TYPES:
         known = " or ".join(_TYPES)
@@ -184,9 +187,9 @@ def in_todays_format(place: Path | str, values: dict[str, Any], kind: type[Model
     return values
 
 
-def _misfit(phase: Phase, config: Phase1Config | Phase2Config, tensors: dict[str, Tensor]) -> str | None:
-    """What keeps the tensors from being those of the model, which is made without memory for it."""
-    layers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+def _misfit(phase: Phase, config: Phase1Config | Phase2Config, shapes: dict[str, torch.Size]) -> str | None:
+    """What keeps tensors of these shapes from being those of the model, which is made without memory for it."""
+    layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
     if len(layers) != config.n_layers:
         return f"they are of {len(layers)} layers, not {config.n_layers}"
     try:
@@ -197,11 +200,11 @@ def _misfit(phase: Phase, config: Phase1Config | Phase2Config, tensors: dict[str
     expected = model.state_dict()
     if model.tied:
         del expected[_TIED]
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors:
+    for name in sorted(expected.keys() | shapes.keys()):
+        if name not in shapes:
             return f"{name} is missing"
         if name not in expected:
             return f"{name} is no tensor of this model"
-        if tensors[name].shape != expected[name].shape:
-            return f"{name} has the shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}"
+        if shapes[name] != expected[name].shape:
+            return f"{name} has the shape {tuple(shapes[name])}, not {tuple(expected[name].shape)}"
     return None

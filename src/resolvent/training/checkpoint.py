@@ -7,9 +7,7 @@ names of the tensors are the same, and either kind of run resumes from either.
 import dataclasses
 import hashlib
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,18 @@ import torch
 import torch.distributed as dist
 
 from resolvent.errors import CheckpointError, VersionError
-from resolvent.files import atomic_directory, check_version, partial_name, read_json, shown, write_json
+from resolvent.files import (
+    atomic_directory,
+    check_version,
+    discard,
+    own_directory,
+    partial_name,
+    read_json,
+    refuse_link,
+    shown,
+    sweep,
+    write_json,
+)
 from resolvent.manifest import check_files, write_manifest
 from resolvent.models import IntegratedModel
 from resolvent.models.storage import (
@@ -45,6 +54,8 @@ from resolvent.training.sharding import (
 FORMAT_VERSION = 1
 OPTIMIZER_FILE = "optimizer.safetensors"
 STANDING_FILE = "trainer.json"
+FOLDER = "checkpoints"
+"""Holds the checkpoints of a run folder."""
 
 _MOST_SHARDS = 99_999
 """As many as the names of their files have room for."""
@@ -91,18 +102,19 @@ class Standing:
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """The folder of a step's checkpoint."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+    return run_dir / FOLDER / f"step-{step:08d}"
 
 
 def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
     """The newest checkpoint of a run that is whole, if there is one, and what is wrong with those after it.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is whole; or a newer release wrote one.
+        CheckpointError: there are checkpoints, but none is whole; a newer release wrote one; or their folder is a link.
     """
     faults: list[CheckpointError] = []
     for checkpoint in reversed(_checkpoints(run_dir)):
         try:
+            refuse_link(checkpoint)
             check_files(checkpoint, _files(checkpoint))
             return checkpoint, faults
         except VersionError:
@@ -111,7 +123,7 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
             faults.append(error)
     if faults:
         raise CheckpointError(
-            f"{faults[0]}. No checkpoint of the run is whole; to begin it anew, remove {run_dir / 'checkpoints'}"
+            f"{faults[0]}. No checkpoint of the run is whole; to begin it anew, remove {run_dir / FOLDER}"
         )
     return None, faults
 
@@ -122,16 +134,19 @@ def save_checkpoint(
     """Save a run's step, then remove all but the `keep` newest checkpoints up to it.
 
     Those of later steps are damaged, or the run would not be here; they stay until the run is there again. If the model
-    is sharded, all processes call this.
+    is sharded, all processes call this. What cannot be removed stays, which a warning says.
 
     Raises:
         OSError: the folder cannot be written.
+        CheckpointError: the folder of the checkpoints is a link.
     """
     target = checkpoint_path(run_dir, standing.step)
+    refuse_link(target.parent)  # in every process: none waits for one that stops here
     if is_sharded(model):
         _save_shards(target, model, optimizer, standing)
     elif not _is_whole(target):  # a run that is stopped right after it was resumed has this one already
-        with _in_place_of(target) as partial:
+        own_directory(target.parent)
+        with atomic_directory(target) as partial:
             write_weights(named_weights(model), partial)
             write_tensors(partial / OPTIMIZER_FILE, optimizer_tensors(model, optimizer))
             _complete(partial, model, standing)
@@ -143,23 +158,17 @@ def save_checkpoint(
 def _save_shards(target: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer, standing: Standing) -> None:
     """Let every process write its shards. The first makes the folder, and makes a checkpoint of it in the end."""
     first = dist.get_rank() == 0
+    if first:
+        own_directory(target.parent)
     whole = [first and _is_whole(target)]
     dist.broadcast_object_list(whole)
     if whole[0]:
         return
-    with _in_place_of(target) if first else nullcontext(partial_name(target)) as partial:
+    with atomic_directory(target) if first else nullcontext(partial_name(target)) as partial:
         dist.barrier()
         write_shards(partial, model, {**named_weights(model), **optimizer_tensors(model, optimizer)})
         if first:
             _complete(partial, model, standing, shards=dist.get_world_size())
-
-
-@contextmanager
-def _in_place_of(target: Path) -> Iterator[Path]:
-    """The folder of a new checkpoint, which takes the place of a damaged one."""
-    shutil.rmtree(target, ignore_errors=True)
-    with atomic_directory(target) as partial:
-        yield partial
 
 
 def _complete(partial: Path, model: IntegratedModel, standing: Standing, **shards: int) -> None:
@@ -171,11 +180,9 @@ def _complete(partial: Path, model: IntegratedModel, standing: Standing, **shard
 def _remove_old(target: Path, keep: int) -> None:
     """Remove what is neither among the newest checkpoints up to one nor later, and what killed runs left."""
     checkpoints = _checkpoints(target.parent.parent)
+    sweep(target.parent)
     for old in checkpoints[: max(0, checkpoints.index(target) + 1 - keep)]:
-        shutil.rmtree(partial_name(old), ignore_errors=True)
-        old.rename(partial_name(old))  # so that no half of a checkpoint has a checkpoint's name
-    for remains in target.parent.glob(partial_name(Path("*")).name):
-        shutil.rmtree(remains)
+        discard(old)
 
 
 def load_standing(checkpoint: Path) -> Standing:
@@ -268,12 +275,15 @@ def _files(checkpoint: Path) -> list[str]:
 
 def _checkpoints(run_dir: Path) -> list[Path]:
     """The folders of saved steps, in order."""
-    found = ((_NAME.fullmatch(path.name), path) for path in (run_dir / "checkpoints").glob("step-*"))
+    folder = run_dir / FOLDER
+    refuse_link(folder)
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step-*"))
     return [path for _, path in sorted((int(name[1]), path) for name, path in found if name)]
 
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
+        refuse_link(checkpoint)
         check_files(checkpoint, _files(checkpoint))
     except CheckpointError:
         return False

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Self
 
 from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
-from resolvent.files import shown, write_file
+from resolvent.files import append_to, atomic_file, read_lines, shown
 
 FILE_NAME = "metrics.jsonl"
 
@@ -114,7 +115,7 @@ class MetricsLog:
         validated: whether a validation after the last step is kept, too.
 
     Raises:
-        CheckpointError: the lines that were there are not the run's.
+        CheckpointError: the lines that were there are not the run's, or the file is a link.
         OSError: the file cannot be written.
     """
 
@@ -135,7 +136,7 @@ class MetricsLog:
     @property
     def exists(self) -> bool:
         """Whether there is a file to go on with."""
-        return self._path.exists()
+        return os.path.lexists(self._path)
 
     @property
     def sha256(self) -> str:
@@ -179,22 +180,29 @@ class MetricsLog:
     def _open(self) -> None:
         if not self._enabled:
             return
-        kept = b"".join(self._kept_lines())
-        self._digest = hashlib.sha256(kept)
-        if self._expected not in (None, self.sha256):
-            raise CheckpointError(
-                f"{self._path} is not what the run wrote up to step {self._last_step}: restore it from a copy, or "
-                "remove it to go on without its lines"
-            )
-        write_file(self._path, kept)
-        self._file = FileIO(self._path, "a")
+        self._digest = hashlib.sha256()
+        with atomic_file(self._path) as kept:
+            for line in self._kept_lines():
+                self._digest.update(line)
+                kept.write(line)
+            if self._expected not in (None, self.sha256):
+                raise CheckpointError(
+                    f"{self._path} is not what the run wrote up to step {self._last_step}: restore it from a copy, or "
+                    "remove it to go on without its lines"
+                )
+        self._file = append_to(self._path)
 
-    def _kept_lines(self) -> list[bytes]:
-        if not self._path.exists():
-            return []
-        lines = self._path.read_bytes().splitlines(keepends=True)
+    def _kept_lines(self) -> Iterator[bytes]:
+        if not self.exists:
+            return
         try:
-            return [line for line in lines if line.endswith(b"\n") and self._is_kept(line)]
+            for line in read_lines(self._path, follow_links=False):
+                if line.endswith(b"\n") and self._is_kept(line):
+                    yield line
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {self._path}: {error}; restore it from a copy, or remove it to go on without its lines"
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{self._path} holds a line that is no record: restore it from a copy, or remove it to go on without "

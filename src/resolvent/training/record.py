@@ -2,15 +2,14 @@
 
 import dataclasses
 import hashlib
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from resolvent._version import __version__
 from resolvent.errors import CheckpointError, ConfigError
-from resolvent.files import check_version, locked, partial_name, read_json, write_json
+from resolvent.files import check_version, locked, partial_name, read_json, remove, write_json
 from resolvent.manifest import MANIFEST, check_files, is_sealed, sealed, write_manifest
 from resolvent.runs import RUN_FILE, fixed_files
 from resolvent.terminal import shell_word
@@ -72,12 +71,15 @@ def check_new(run_dir: Path, *, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def new_run(run_dir: Path, *, overwrite: bool = False) -> Iterator[None]:
+def new_run(run_dir: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
     """Hold a run folder, made where missing, against other processes, before its run begins and while it lasts.
 
     Args:
         run_dir: the folder.
         overwrite: remove the run that is there.
+
+    Yields:
+        The file that the lock is on, for `write_run`.
 
     Raises:
         ConfigError: the folder is in use.
@@ -91,11 +93,11 @@ def new_run(run_dir: Path, *, overwrite: bool = False) -> Iterator[None]:
     replaced = overwrite and has_begun(run_dir)
     with (
         locked(run_dir / MANIFEST) if replaced else nullcontext(),
-        locked(partial_name(run_dir / MANIFEST)),  # which becomes the manifest, and stays locked
+        locked(partial_name(run_dir / MANIFEST)) as held,  # which becomes the manifest, and stays locked
     ):
         if replaced:
             _clear(run_dir)
-        yield
+        yield held
 
 
 @contextmanager
@@ -111,17 +113,18 @@ def beginning(run_dir: Path) -> Iterator[None]:
     mark = partial_name(run_dir / MANIFEST)
     try:
         check_new(run_dir)
-        _clear(run_dir)
     except ConfigError:
         mark.unlink(missing_ok=True)
         raise
     try:
+        _clear(run_dir)
         yield
     except BaseException as error:
-        with suppress(CheckpointError):  # the error that is raised is the one that matters
+        with suppress(
+            OSError, CheckpointError
+        ):  # what stays keeps its mark, which the next beginning finds
             _clear(run_dir)
-        mark.unlink(missing_ok=True)
-        with suppress(OSError):  # a mount point, or somebody put something into it
+            mark.unlink(missing_ok=True)
             run_dir.rmdir()
         if isinstance(error, OSError):
             remedy = "make room on its disk, or choose another one with --out"
@@ -145,22 +148,19 @@ def _clear(run_dir: Path) -> None:
         for name in (MANIFEST, STEPS_FILE, RESULT_FILE, FILE_NAME, ID_FILE, WEIGHTS, *fixed_files()):
             (run_dir / name).unlink(missing_ok=True)
         for folder in (run_dir / "checkpoints", run_dir / TENSORBOARD_DIR):
-            if folder.is_symlink():
-                folder.unlink()
-            elif folder.exists():
-                shutil.rmtree(folder)
+            remove(folder)
     except OSError as error:
         raise CheckpointError(f"cannot empty the run folder {run_dir}: {error}; remove what is in it") from error
 
 
-def write_run(run_dir: Path, config: TrainingConfig, fingerprint: str) -> None:
+def write_run(run_dir: Path, config: TrainingConfig, fingerprint: str, held: BinaryIO | None) -> None:
     """Record a run's configuration and the fingerprint of its data; from here on the run can be resumed.
 
-    Model configuration and tokenizer must be there already.
+    Model configuration and tokenizer must be there already; `held` is the file that `new_run` holds.
     """
     record = {"format_version": FORMAT_VERSION, "version": __version__}
     write_json(run_dir / RUN_FILE, {**record, "data_fingerprint": fingerprint, "training": config.to_dict()})
-    write_manifest(run_dir, fixed_files())
+    write_manifest(run_dir, fixed_files(), held)
 
 
 def write_steps(run_dir: Path, steps: int) -> None:

@@ -78,7 +78,7 @@ def _train(config: TrainingConfig, overwrite: bool, console: Console | None) -> 
     trainer = Trainer(config, accelerator, corpus, model, console)
     accelerator.wait_for_everyone()  # nobody writes before everybody has found the folder empty
     first = accelerator.is_main_process
-    with new_run(run_dir, overwrite=overwrite) if first else nullcontext():
+    with new_run(run_dir, overwrite=overwrite) if first else nullcontext() as held:
         with beginning(run_dir) if first else nullcontext():
             if first:
                 save_tokenizer(corpus.tokenizer, run_dir)
@@ -86,7 +86,7 @@ def _train(config: TrainingConfig, overwrite: bool, console: Console | None) -> 
             if config.start_from is not None or accelerator.num_processes > 1:
                 trainer.save()  # resumes whatever becomes of the folder it started from, and by any number of processes
             if first:
-                write_run(run_dir, config, corpus.fingerprint)
+                write_run(run_dir, config, corpus.fingerprint, held)
         return trainer.run()
 
 
@@ -106,6 +106,9 @@ def resume(
     validated again: its result is the one that was saved.
 
     On the CPU, the result is bit for bit that of a run that was never interrupted.
+
+    The text that the run folder names is read, which the console says. It goes nowhere unless its tokens are those that
+    the run began with. Neither the tokenizer nor the model that the run started from is read again.
 
     Args:
         run_dir: the run folder.
@@ -152,6 +155,12 @@ def _resume(
     if accelerator.is_main_process and checkpoint is not None:
         for fault in faults:
             logger.warning("Going back to %s: %s", checkpoint.name, fault)
+    if checkpoint is None and config.start_from is not None:
+        # Its first checkpoint was there before the run could be resumed. Another folder's model is not read unasked.
+        raise CheckpointError(
+            f"{run_dir} has lost its checkpoints. To begin it anew: resolvent train --from "
+            f"{shell_word(config.start_from)}, with another --out"
+        )
     taken = 0 if checkpoint is None else load_standing(checkpoint).step
     before, config = config, _with_steps(config, steps, taken)
     if checkpoint is not None and (finished := _finished(config, checkpoint, accelerator)) is not None:
@@ -163,6 +172,8 @@ def _resume(
             f"{shell_word(run_dir)} --steps N, N more than {config.steps}",
         )
         return finished
+    for text in filter(None, (config.data, config.validation_data)):
+        say(console, f"Reading   {text}")
     corpus = load_corpus(config, load_tokenizer(run_dir), progress=console.is_terminal)
     if corpus.fingerprint != fingerprint:
         raise CheckpointError(

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from resolvent.errors import CheckpointError
+from resolvent.files import open_regular
 from resolvent.models import IntegratedModel
 from resolvent.models.base import Block
 from resolvent.models.phases import PHASES, phase_of
@@ -158,8 +159,12 @@ def stored_shapes(folder: Path) -> dict[str, torch.Size]:
         CheckpointError: a file cannot be read.
     """
     try:
+        for path in folder.glob("*.safetensors"):  # torch opens all of them, and would wait for a pipe's other end
+            open_regular(path).close()
         stored = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"cannot read the tensors in {folder}: {error}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read the tensors in {folder}: {error!r}") from error
     return {name: entry.size for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 

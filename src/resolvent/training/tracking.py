@@ -1,7 +1,10 @@
 """Trackers: a run's numbers for TensorBoard, Weights & Biases and the others that Accelerate knows."""
 
 import json
+import os
+import re
 import uuid
+from functools import partial
 from typing import Any, Self
 
 from accelerate import Accelerator
@@ -9,7 +12,7 @@ from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 from resolvent.errors import CheckpointError, ConfigError
-from resolvent.files import read_json, write_json
+from resolvent.files import read_bytes, read_json, refuse_link, write_json
 from resolvent.models import IntegratedModel
 from resolvent.training.config import TrainingConfig
 from resolvent.training.diagnostics import gradient_norms, read_diagnostics
@@ -17,6 +20,10 @@ from resolvent.training.diagnostics import gradient_norms, read_diagnostics
 PROJECT = "resolvent"
 TENSORBOARD_DIR = "tensorboard"
 ID_FILE = "tracker.json"
+
+_FOLDERS = {"tensorboard": TENSORBOARD_DIR, "wandb": "wandb", "aim": ".aim"}
+"""What trackers make in the run folder."""
+_ID = re.compile("[0-9a-f]{32}")
 
 
 class Tracking:
@@ -41,6 +48,8 @@ class Tracking:
     def __enter__(self) -> Self:
         if self._name == "none":
             return self
+        if self._name in _FOLDERS:
+            refuse_link(self._config.run_dir / _FOLDERS[self._name])
         settings = _flat(self._config.to_dict())
         if self._name == "tensorboard":
             options = {self._name: {"purge_step": self._step + 1}}
@@ -111,11 +120,11 @@ class Tracking:
     def _same_run(self) -> dict[str, Any]:
         """What makes Weights & Biases go on with a run that it knows: an identity that the run folder keeps."""
         path = self._config.run_dir / ID_FILE
-        if self._accelerator.is_main_process and not path.exists():
+        if self._accelerator.is_main_process and not os.path.lexists(path):
             write_json(path, {"id": uuid.uuid4().hex})
         self._accelerator.wait_for_everyone()
-        identity = read_json(path).get("id")
-        if not isinstance(identity, str):
+        identity = read_json(path, partial(read_bytes, follow_links=False)).get("id")
+        if not isinstance(identity, str) or not _ID.fullmatch(identity):
             raise CheckpointError(f"{path} holds no id: remove it to begin a new entry in the tracker")
         return {"id": identity, "resume": "allow", "name": self._config.run_dir.name, "dir": str(self._config.run_dir)}
 

@@ -26,8 +26,8 @@ def test_evaluate_as_json_has_the_four_keys(resolvent: Resolvent, run_dir: Path,
     assert values["perplexity"] == pytest.approx(math.exp(values["loss"]))
 
 
-def test_evaluate_takes_the_held_out_documents_by_default(resolvent: Resolvent, run_dir: Path):
-    values = json.loads(resolvent("evaluate", run_dir, "--json", "-").out)
+def test_held_out_reads_what_the_run_held_out(resolvent: Resolvent, run_dir: Path, text_file: Path):
+    values = json.loads(resolvent("evaluate", run_dir, "--data", text_file, "--held-out", "--json", "-").out)
     held_out = split_corpus(read_run(run_dir)[0])[1]
     score = evaluate_documents(load_model(run_dir, "cpu"), held_out, load_tokenizer(run_dir))
     assert values == pytest.approx(dataclasses.asdict(score))

@@ -28,7 +28,8 @@ def test_help_teaches_by_an_example(resolvent: Resolvent, measure: str):
 
 
 @pytest.mark.parametrize("options", [["--json", "-"], []])
-def test_without_a_measure_it_is_language(resolvent: Resolvent, run_dir: Path, options: list[str]):
+def test_without_a_measure_it_is_language(resolvent: Resolvent, run_dir: Path, text_file: Path, options: list[str]):
+    options = [*options, "--data", str(text_file)]
     plain = resolvent("evaluate", *options, run_dir)
     assert plain.code == 0
     assert plain == resolvent("evaluate", "language", run_dir, *options)
@@ -70,14 +71,20 @@ def test_a_misspelt_measure_is_named(resolvent: Resolvent, run_dir: Path):
     assert "'postions' is none of language, positions, needle, influence, mechanisms" in told
 
 
-def test_a_text_that_has_moved_can_be_named(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
-    text, run = tmp_path / "text.txt", tmp_path / "run"
-    shutil.copy(text_file, text)
-    assert resolvent("train", "--data", text, "--out", run, "--steps", 1, *small).code == 0
-    text.unlink()
-    outcome = resolvent("evaluate", run)
-    assert outcome.code == 1
-    assert str(text) in outcome.err and outcome.err.endswith("or name another text with --data\n")
+def test_held_out_text_that_has_moved_can_be_named(
+    resolvent: Resolvent, run_dir: Path, text_file: Path, tmp_path: Path
+):
+    moved = Path(shutil.copy(text_file, tmp_path / "moved.txt"))
+    where = [["--data", path, "--held-out"] for path in (text_file, moved)]
+    outcomes = [resolvent("evaluate", run_dir, *options, "--json", "-") for options in where]
+    assert outcomes[0].code == 0 and outcomes[0] == outcomes[1]
+    assert f"on held-out documents of {moved}" in resolvent("evaluate", run_dir, *where[1]).out
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["evaluate", "positions"]])
+def test_held_out_documents_need_a_text(resolvent: Resolvent, run_dir: Path, command: list[str]):
+    outcome = resolvent(*command, run_dir, "--held-out")
+    assert outcome.code == 1 and "name it with --data" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,13 @@ def test_mechanisms_prints_its_tables_and_writes_what_the_library_finds(
     written = json.loads(path.read_text())
     settings = written.pop("settings")
     assert written == json.loads(json.dumps(found.to_dict()))
-    assert settings == options | {"sequences": 16, "seed": 0, "model": str(run_dir), "data": str(text_file)}
+    assert settings == options | {
+        "sequences": 16,
+        "seed": 0,
+        "model": str(run_dir),
+        "data": str(text_file),
+        "held_out": False,
+    }
     header, *parts = outcome.out.strip().split("\n\n")
     assert header.startswith(f"{run_dir}, {found.sequences} texts: 64 tokens read, the next 32 predicted at ")
     assert found.token_decay and found.half_lives

@@ -5,12 +5,13 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.evaluate.tables import PlotFile, Seed, load, scientific, show, write
-from resolvent.cli.loading import BatchTokens, Device, Directory, JsonFile, Text
+from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text
 
 
 def influence(
     directory: Directory,
     data: Text = None,
+    held_out: HeldOut = False,
     length: Annotated[int, typer.Option(min=1, help="Longest distance in tokens.")] = 65536,
     sequences: Annotated[int, typer.Option(min=1, help="Places in the text.")] = 4,
     replacements: Annotated[int, typer.Option(min=1, help="Tokens to replace in a bucket of each.")] = 4,
@@ -29,7 +30,7 @@ def influence(
 
     Example: [bold]resolvent evaluate influence runs/tiny --length 4096 --plot influence.png[/bold]
     """
-    model, _, stream = load(directory, data, device)
+    model, _, stream = load(directory, data, held_out, device)
     from resolvent.evaluation import measure_influence
     from resolvent.evaluation.estimates import Bucket
 
@@ -41,7 +42,7 @@ def influence(
     ]
     title = f"{directory}, influence on the last prediction in {sequences:,} texts"
     try:
-        write(influences, options, directory, data, json_path)
+        write(influences, options, directory, data, held_out, json_path)
         if plot_path is not None:
             from resolvent.evaluation.plots import plot_influence
 

@@ -5,12 +5,13 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.evaluate.tables import PlotFile, Seed, load, plus_minus, show, write
-from resolvent.cli.loading import BatchTokens, Device, Directory, JsonFile, Text
+from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text
 
 
 def needle(
     directory: Directory,
     data: Text = None,
+    held_out: HeldOut = False,
     length: Annotated[int, typer.Option(min=16, help="Longest distance in tokens.")] = 65536,
     samples: Annotated[int, typer.Option(min=1, help="Places in the text, each with a key of its own.")] = 32,
     candidates: Annotated[int, typer.Option(min=2, help="Keys of which one is true.")] = 32,
@@ -30,7 +31,7 @@ def needle(
 
     Example: [bold]resolvent evaluate needle runs/tiny --length 4096 --samples 100 --json needle.json[/bold]
     """
-    model, tokenizer, stream = load(directory, data, device)
+    model, tokenizer, stream = load(directory, data, held_out, device)
     from resolvent.evaluation import evaluate_needle
 
     options = dict(length=length, samples=samples, candidates=candidates, seed=seed)
@@ -42,7 +43,7 @@ def needle(
     chance = ("by chance", f"{scores.chance:.1%}", "50.0%", "")
     title = f"{directory}, a pass key among {candidates:,} in {samples:,} places"
     try:
-        write(scores, options, directory, data, json_path)
+        write(scores, options, directory, data, held_out, json_path)
         if plot_path is not None:
             from resolvent.evaluation.plots import plot_needle
 

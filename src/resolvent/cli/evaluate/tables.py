@@ -41,17 +41,22 @@ PlotFile = Annotated[
 ]
 
 
-def load(directory: Path, data: Path | None, device: str) -> "tuple[IntegratedModel, Tokenizer, TokenStream]":
+def load(
+    directory: Path, data: Path | None, held_out: bool, device: str
+) -> "tuple[IntegratedModel, Tokenizer, TokenStream]":
     """Load a model, its tokenizer and the text to measure it on."""
     model, tokenizer = load_trained(directory, device)
     from resolvent.data import encode_documents
 
-    return model, tokenizer, encode_documents(documents_of(directory, data), tokenizer, progress=True)
+    return model, tokenizer, encode_documents(documents_of(directory, data, held_out), tokenizer, progress=True)
 
 
-def write(scores: Any, options: dict[str, Any], directory: Path, data: Path | None, json_path: Path | None) -> None:
+def write(
+    scores: Any, options: dict[str, Any], directory: Path, data: Path | None, held_out: bool, json_path: Path | None
+) -> None:
     """Write figures, and what they were measured with, where --json says."""
-    settings = options | {"model": str(directory), "data": str(data) if data else None}
+    text = {"data": str(data) if data else None, "held_out": held_out or data is None}
+    settings = options | {"model": str(directory), **text}
     write_result(json_path, {"settings": settings, **scores.to_dict()})
 
 

@@ -78,8 +78,8 @@ class Phase1Config(ModelConfig):
     rank_warmup_steps: int = 1000
     """training steps in which the rank rises from its minimum to its maximum"""
     ar_ssm_bounded: bool = True
-    """let the semiseparable layers read their sum through ``c / sqrt(1 + c²)``, which keeps the loss on texts longer than
-    those of training; False is the plain formula"""
+    """let the semiseparable layers read their sum through ``c / sqrt(1 + c²)``, which keeps the loss on texts that are
+    longer than those of training; False is the plain formula"""
     backend: str = "auto"
     """backend of the operators: auto, torch or triton"""
 
