@@ -11,6 +11,8 @@ from resolvent.files import check_version, open_regular, read_bytes, read_json, 
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+RUN_FILE = "training.json"
+"""The file that says what a run was started with; with a manifest, it marks a run folder."""
 
 
 def write_manifest(folder: Path, names: Iterable[str], held: BinaryIO | None = None) -> None:

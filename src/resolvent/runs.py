@@ -7,13 +7,12 @@ so that `resolvent --help` is quick.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resolvent.manifest import RUN_FILE
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from resolvent.models import IntegratedModel
-
-RUN_FILE = "training.json"
-"""The file that says what a run was started with."""
 
 _MOST_PADDING = 1024
 """Rows by which a model's table may be longer than its tokenizer, where it was padded to a round number."""

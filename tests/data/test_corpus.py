@@ -1,4 +1,4 @@
-import builtins
+import bz2
 import gzip
 import json
 import logging
@@ -11,6 +11,7 @@ from pyarrow import parquet
 
 from resolvent.data import EOT, load_documents
 from resolvent.data.corpus import package_folder
+from resolvent.data.reading import zstd
 from resolvent.errors import DataError
 
 THREE = f"one\nline\n{EOT}\ntwo\n{EOT}\nthree"
@@ -152,10 +153,10 @@ def test_parquet_and_jsonl_without_rows(tmp_path):
 def test_unreadable_file(tmp_path, monkeypatch, inside_folder):
     (tmp_path / "a.txt").write_text("text")
 
-    def refuse(path, mode):
+    def refuse(path, *_):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(builtins, "open", refuse)
+    monkeypatch.setattr("resolvent.data.reading.os.open", refuse)
     with pytest.raises(DataError, match=r"cannot read .*a\.txt: .*Permission denied.*check"):
         load_documents(tmp_path if inside_folder else tmp_path / "a.txt")
 
@@ -182,11 +183,14 @@ def damaged(data):
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("a.txt.xz", b"no xz"),
-        ("a.txt.xz", damaged(lzma.compress(bytes(range(256))))),
-        ("a.txt.gz", b"no gz"),
-        ("a.txt.gz", damaged(gzip.compress(bytes(range(256)), mtime=0))),
+        ("a.txt.xz", damaged(lzma.compress(bytes(range(1, 256))))),
+        ("a.txt.gz", damaged(gzip.compress(bytes(range(1, 256)), mtime=0))),
         ("a.txt.gz", gzip.compress(b"text", mtime=0)[:10] + b"\xff" * 20),
+        ("a.txt.gz", gzip.compress(b"text", mtime=0) + b"more"),
+        ("a.txt.bz2", damaged(bz2.compress(bytes(range(1, 256))))),
+        ("a.txt.bz2", bz2.compress(b"text")[:12] + b"\xff" * 20),
+        ("a.txt.zst", damaged(zstd.compress(bytes(range(1, 256)) * 3000))),
+        ("a.txt.zst", zstd.compress(b"text")[:5] + b"\xff" * 20),
     ],
 )
 def test_damaged_compressed_file(tmp_path, name, data):
@@ -204,6 +208,9 @@ def test_damaged_compressed_file(tmp_path, name, data):
         ('"text"', 'a field "text", got a str'),
         ('{"body": "x", "a": 1}', r"a field \"text\", got the fields \['a', 'body'\]"),
         ('{"text": 12}', 'field "text" must be a string, got 12'),
+        ('{"text": ' + "1" * 5000 + "}", 'field "text" must be a string, got 1{50}$'),
+        ("12", 'a field "text", got a number'),
+        ('{"text": "x", "more": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
         ('{"text": null}', 'field "text" must be a string, got None'),
     ],
 )

@@ -9,8 +9,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from resolvent.data import EOT, build_tokenizer, encode_documents, load_tokenizer
 from resolvent.data.pieces import pieces
 from resolvent.errors import DataError
+from resolvent.memory import Memory
 
-LINES = st.text(st.sampled_from("ab1.'s \n\r\t\u00a0\u2028\u3000。é\U0001f600\x1f\x85"), max_size=60)
+LINES = st.text(
+    st.sampled_from("ablrevsBZ019.'_-!@[`{~ \n\r\t\u00a0\u2028\u3000。é字\U0001f600\x1f\x7f\x85"), max_size=60
+)
 CORPUS = ["the cat's mat\n\n  and 12 hats.\n" * 10]
 
 
@@ -59,9 +62,41 @@ def test_pieces_are_the_text_and_tokenize_alike(tokenizers, text, size):
         assert ids == tokenizers[spec].encode(text).ids
 
 
-def test_long_documents_are_cut():
-    assert max(map(len, pieces("line\n" * 100_000))) < 70_000
-    assert [len(piece) for piece in pieces("x" * 100_000)] == [100_000], "there is nowhere to cut"
+@pytest.mark.parametrize("unit", ["line\n", "word ", "a1", "base64+", '{"n":12}'])
+def test_long_documents_are_cut(unit):
+    assert max(map(len, pieces(unit * 50_000))) < 70_000
+
+
+@pytest.mark.parametrize("unit", ["x", "字", "9", "é!"])
+def test_long_documents_without_a_boundary_stay_whole(unit):
+    text = unit * 100_000
+    assert list(pieces(text)) == [text]
+
+
+def test_long_words_are_encoded_as_one(tokenizers):
+    """Whatever their length, as the library itself does."""
+    text = "ab" * 1000 + "1" * 1000 + "the" * 100_000
+    for spec in ("bpe", "gpt2"):
+        ids = tokenizers[spec].encode(text).ids
+        assert encode_documents([text], tokenizers[spec]).tokens.tolist()[1:-1] == ids
+
+
+def test_word_that_takes_more_than_the_memory_is_refused(tokenizers, monkeypatch):
+    monkeypatch.setattr("resolvent.data.stream.machine_memory", lambda: Memory(10_000, 10_000))
+    monkeypatch.setattr("resolvent.data.stream._BATCH_CHARACTERS", 50)
+    with pytest.raises(DataError, match=r"51 characters from 'xxxxxxxxxxxxxxxxxxxx' on must be encoded at once.*lines"):
+        encode_documents(["short", "x" * 51], tokenizers["gpt2"])
+    assert encode_documents(["x" * 50], tokenizers["gpt2"]).num_bytes == 50
+    assert encode_documents(["x" * 51], tokenizers["bytes"]).num_bytes == 51
+
+
+def test_tokens_that_take_more_than_the_memory_are_refused(tokenizers, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("resolvent.data.stream._encoded_pieces", fail)
+    with pytest.raises(DataError, match=r"the tokens of 2 document\(s\) with 7 characters do not fit into memory"):
+        encode_documents(["one", "four"], tokenizers["bytes"])
 
 
 def metaspace(tokenizer):

@@ -1,13 +1,17 @@
 import json
+import random
+import string
+import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
-from resolvent.data import EOT, build_tokenizer, load_tokenizer, save_tokenizer
+from resolvent.data import EOT, build_tokenizer, load_documents, load_tokenizer, save_tokenizer
 from resolvent.data.corpus import package_folder
-from resolvent.data.tokenization import padding_token
+from resolvent.data.pieces import pieces
+from resolvent.data.tokenization import LONGEST_WORD, padding_token
 from resolvent.errors import ConfigError, DataError
 
 SPECS = ["bytes", "bpe", "gpt2"]
@@ -108,6 +112,66 @@ def test_bpe_of_little_text_is_smaller():
     assert build_tokenizer("bpe", ["ab ab"], vocab_size=8192).get_vocab_size() == 256 + 1 + 2
 
 
+def random_letters(count):
+    return "".join(random.Random(0).choices(string.ascii_lowercase, k=count))
+
+
+def trained_by_the_library(documents, vocab_size):
+    """As it trains where words may have any length."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(st.sampled_from("abcdefgh012.,'sré \n\t\u3000字"), max_size=200), min_size=1))
+@example([random_letters(200), "word " * 30, " " * 200 + "x", "9" * 250 + "!" * 250])
+def test_bpe_of_words_that_are_not_long_is_that_of_the_library(documents):
+    expected = trained_by_the_library(documents, 300)
+    assert (
+        json.loads(build_tokenizer("bpe", documents, 300).to_str())["model"] == json.loads(expected.to_str())["model"]
+    )
+
+
+def test_bpe_of_the_default_corpus_has_not_changed():
+    """Its longest word is short, so that the bound on words does nothing."""
+    documents = load_documents()[:20]
+    expected = trained_by_the_library([piece for text in documents for piece in pieces(text)], 600)
+    assert build_tokenizer("bpe", documents, 600).get_vocab() == expected.get_vocab()
+
+
+@pytest.mark.parametrize("text", [random_letters(300_000), " " * 300_000, "字" * 100_000, "=-" * 150_000])
+def test_bpe_of_text_without_a_space_takes_seconds(text):
+    """Without a bound on words, the first of these takes a minute."""
+    began = time.perf_counter()
+    tokenizer = build_tokenizer("bpe", [text], vocab_size=600)
+    ids = encode(tokenizer, text)
+    assert time.perf_counter() - began < 20
+    assert tokenizer.decode(ids) == text
+    assert len(ids) < len(text.encode()) / 1.4
+
+
+@pytest.mark.slow
+def test_bpe_of_a_megabyte_without_a_space_takes_seconds(monkeypatch):
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+    text = random_letters(1_000_000)
+    began = time.perf_counter()
+    encode(build_tokenizer("bpe", [text], vocab_size=8192), text)
+    assert time.perf_counter() - began < 20
+
+
+def test_bpe_cuts_long_words_where_it_learns_from_them():
+    word = "".join(chr(0x4E00 + number) for number in range(300))
+    vocabulary = build_tokenizer("bpe", [word] * 3, vocab_size=8192).get_vocab()
+    lengths = {len(letters) // 3 for letters in vocabulary if letters != EOT}
+    assert max(lengths) == LONGEST_WORD
+
+
 def test_bpe_smallest_size():
     assert build_tokenizer("bpe", CORPUS, vocab_size=257).get_vocab_size() == 257
     with pytest.raises(ConfigError, match=r"vocab_size must be >= 257 .* got 256"):
@@ -170,11 +234,10 @@ def test_save_replaces_the_old_file(tokenizers, tmp_path):
 def test_failed_save_keeps_the_old_file(tokenizers, tmp_path, monkeypatch):
     save_tokenizer(tokenizers["bytes"], tmp_path)
 
-    def fail(path, content):
-        path.write_text(content[:10].decode())
+    def fail(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         save_tokenizer(tokenizers["bpe"], tmp_path)
     assert load_tokenizer(tmp_path).get_vocab_size() == 257

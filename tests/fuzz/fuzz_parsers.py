@@ -16,7 +16,8 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["resolvent.files", "resolvent.manifest", "resolvent.data.corpus", "json"]):
+READERS = [f"resolvent.data.{name}" for name in ("corpus", "reading", "content", "records")]
+with atheris.instrument_imports(include=["resolvent.files", "resolvent.manifest", *READERS, "json"]):
     from resolvent.data import corpus, encode_documents, load_documents, load_tokenizer
     from resolvent.errors import ResolventError
     from resolvent.manifest import MANIFEST, read_checked, write_manifest
@@ -73,6 +74,7 @@ PARSERS: dict[str, tuple[str, Path | None, Callable[[Path], None]]] = {
     "text": ("text.txt", GOLDEN / "verses.txt", _documents("text.txt")),
     "jsonl": ("text.jsonl", None, _documents("text.jsonl")),
     "xz": ("text.xz", None, _documents("text.xz")),
+    "array": ("text.json", None, _documents("text.json")),
     "parquet": ("text.parquet", None, _documents("text.parquet")),
 }
 """By name: the file that is fuzzed, a valid one, and what reads it out of a folder."""
@@ -84,6 +86,8 @@ def _valid(name: str) -> bytes:
         return file.read_bytes()
     if name == "jsonl":
         return b'{"text": "One \\ud800 verse."}\n\n{"text": "Another.", "n": [1, 2.5e3, null]}\n'
+    if name == "array":
+        return b'[{"text": "One \\ud800 verse."},\n {"text": "Another.", "n": [1, 2.5e3, null]}]\n'
     if name == "xz":
         return lzma.compress(b"One verse.\n<|endoftext|>\nAnother.\n")
     import pyarrow

@@ -3,9 +3,11 @@
 import errno
 import importlib
 import os
+import random
 import resource
 import shutil
 import signal
+import string
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from resolvent.data import stream, tokenization
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.files import atomic_directory, locked, partial_name, write_file
 from resolvent.manifest import MANIFEST
@@ -312,6 +315,41 @@ def test_a_run_whose_terminal_is_closed_is_saved(text: Path, tmp_path: Path):
     assert checkpoint is not None
     assert not faults
     assert load_standing(checkpoint).step > 0
+
+
+def learn_words(text: Path, run: Path, said: Path, count: int) -> None:
+    """The command line, which says when it begins to train a tokenizer and when to encode with it."""
+
+    def telling(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def told(*arguments: object) -> object:
+            said.with_suffix(f".{name}").touch()
+            return function(*arguments)
+
+        return told
+
+    for module in (tokenization, stream):
+        name = module.__name__.rpartition(".")[2]
+        module.call = telling(name, module.call)
+    os._exit(call("train", "--data", text, "--out", run, "--tokenizer", "bpe", "--vocab-size", count))
+
+
+@pytest.mark.parametrize(("moment", "count"), [("tokenization", 2000), ("stream", 300)])
+def test_sigterm_is_heard_while_a_library_works_on_one_word(tmp_path: Path, moment: str, count: int):
+    """A text of letters without a space: training takes seconds then, and so does encoding."""
+    letters = random.Random(0).choices(string.ascii_lowercase, k=1_500_000)
+    text, said = tmp_path / "letters.txt", tmp_path / "said"
+    text.write_text("".join(letters))
+    process = fork(learn_words, text, tmp_path / "run", said, count)
+    while not said.with_suffix(f".{moment}").exists():
+        assert process.exitcode is None
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    began = time.monotonic()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 2
 
 
 def test_files_are_on_disk_before_they_have_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -68,12 +68,37 @@ def test_faults_of_the_model_are_reported_too():
     [
         TrainingConfig(),
         TrainingConfig(warmup_steps=3, data="text.txt", schedule="wsd"),
+        TrainingConfig(data=["one.txt", "two"], text_field="body", validation_data=["held.txt"]),
         TrainingConfig(preset=None, model=get_phase2_preset("tiny")),
         TrainingConfig(start_from="runs/old"),
     ],
 )
 def test_the_round_trip_through_json_is_equal(config: TrainingConfig):
     assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("field", ["data", "validation_data"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", r"must name a file or a folder, got \[''\]"),
+        (["a", ""], r"must name a file or a folder, got \['a', ''\]"),
+        ([], r"must name a file or a folder, got \[''\]"),
+        (["a", 1], r"must be a string or a list of strings or None, got \['a', 1\]"),
+        (1, r"must be a string or a list of strings or None, got 1"),
+    ],
+)
+def test_texts_are_paths(field: str, value: object, message: str):
+    with pytest.raises(ConfigError, match=f"^{field} {message}$"):
+        TrainingConfig(**{field: value}).validate()
+
+
+def test_configuration_of_one_text_is_that_of_older_releases():
+    """Which had no `text_field`, and kept the path as a string."""
+    values = TrainingConfig(data="text.txt").to_dict()
+    assert values["data"] == "text.txt"
+    del values["text_field"]
+    assert TrainingConfig.from_dict(values) == TrainingConfig(data="text.txt")
 
 
 def test_unknown_fields_are_named():

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from resolvent.data import build_tokenizer, encode_documents
-from resolvent.training.corpus import Corpus, load_corpus
+from resolvent.training.corpus import Corpus, load_corpus, split_corpus, text_name
 
 
 @pytest.fixture
@@ -50,3 +50,12 @@ def test_a_file_and_a_folder_of_it_are_split_alike(small_config, text_file: Path
         (tmp_path / "folder" / f"{number:02d}.txt").write_text(document, encoding="utf-8")
     one, several = load_corpus(small_config()), load_corpus(small_config(data=str(tmp_path / "folder")))
     assert one.fingerprint == several.fingerprint
+
+
+def test_several_texts_follow_each_other(small_config, tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"body": "Verse a."}\n{"body": "Verse b."}\n')
+    (tmp_path / "b.txt").write_text("Verse c.")
+    paths = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
+    config = small_config(data=paths, validation_data=paths[::-1], text_field="body")
+    assert split_corpus(config) == (["Verse a.", "Verse b.", "Verse c."], ["Verse c.", "Verse a.", "Verse b."])
+    assert text_name(config.data) == ", ".join(paths)

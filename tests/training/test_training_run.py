@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from io import StringIO
@@ -187,6 +188,38 @@ def test_a_run_resumes_from_another_working_directory(
     monkeypatch.chdir(tmp_path)
     resume("run")
     assert metrics(tmp_path / "run")[-1]["final"]
+
+
+def stop_after_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    after_step(monkeypatch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+
+def test_a_run_of_several_texts_resumes(small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.ndjson").write_text("".join(f'{{"body": "Verse {name} {n}."}}\n' * 5 for n in range(9)))
+    monkeypatch.chdir(tmp_path)
+    stop_after_step(monkeypatch, 3)
+    with pytest.raises(TrainingInterrupted):
+        train(small_config(data=["one.ndjson", "two.ndjson"], text_field="body"))
+    monkeypatch.chdir("/")
+    with pytest.raises(CheckpointError, match=r"one\.ndjson has changed"):
+        resume(tmp_path / "run", data=str(tmp_path / "one.ndjson"))
+    swapped = [str(tmp_path / f"{name}.ndjson") for name in ("two", "one")]
+    with pytest.raises(CheckpointError, match=r"two\.ndjson, .*one\.ndjson has changed"):
+        resume(tmp_path / "run", data=swapped)
+    assert resume(tmp_path / "run", data=swapped[::-1]).history.steps[-1].step == 10
+
+
+def test_a_project_with_runs_inside_trains_and_resumes(
+    small_config: MakeConfig, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copy(text_file, tmp_path / "verses.txt")
+    monkeypatch.chdir(tmp_path)
+    whole = train(small_config(data=".", out="runs/whole"))
+    stop_after_step(monkeypatch, 3)
+    with pytest.raises(TrainingInterrupted):
+        train(small_config(data=".", out="runs/stopped"))
+    assert resume("runs/stopped").validation == whole.validation, "a run's files are no text"
 
 
 def test_changed_data_is_refused(

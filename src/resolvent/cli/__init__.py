@@ -8,6 +8,7 @@ import traceback
 from types import TracebackType
 
 from resolvent.errors import ResolventError
+from resolvent.native import panics_are_errors
 
 
 def main() -> None:
@@ -35,10 +36,9 @@ def _run() -> None:
 
         rich_utils.COLOR_SYSTEM = None  # of help and usage errors; Rich alone would leave bold type
     try:
-        app(prog_name="resolvent")
-    except (SystemExit, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # panics of Rust libraries are no Exceptions
+        with panics_are_errors():
+            app(prog_name="resolvent")
+    except Exception as error:
         if os.environ.get("RESOLVENT_DEBUG"):
             sys.excepthook = _show_traceback
             raise

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.console import progress_console, status, write_result
-from resolvent.cli.loading import Device, Directory, HeldOut, JsonFile, check_output, documents_of
+from resolvent.cli.loading import Device, Directory, HeldOut, JsonFile, TextField, check_output, documents_of
 from resolvent.runs import load_trained, run_of
 from resolvent.terminal import say
 
@@ -23,8 +23,14 @@ def inspect(
         typer.Option(metavar="FILE", help="File with the text; - for standard input.", show_default=False),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Text file, folder, .jsonl or .parquet whose first document is read.")
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="File or folder with text, JSON Lines or Parquet, whose first document is read.",
+            show_default=False,
+        ),
     ] = None,
+    text_field: TextField = None,
     held_out: HeldOut = False,
     length: Annotated[int, typer.Option(min=2, max=8192, help="Most tokens of it to read.")] = 500,
     out: Annotated[
@@ -43,8 +49,8 @@ def inspect(
     """
     if text is not None and file is not None:
         raise typer.BadParameter("the file holds the text; leave out --text", param_hint="--file")
-    if (data is not None or held_out) and (text is not None or file is not None):
-        raise typer.BadParameter("the text is given; leave out --data and --held-out", param_hint="--data")
+    if (data is not None or text_field is not None or held_out) and (text is not None or file is not None):
+        raise typer.BadParameter("the text is given; leave out --data, --text-field, --held-out", param_hint="--data")
     run_dir = run_of(directory)
     check_output(run_dir / PAGE if out is None else out, "--out")
     model, tokenizer = load_trained(directory, device)
@@ -53,7 +59,7 @@ def inspect(
     from resolvent.training.metrics import FILE_NAME
 
     if text is None and file is None:
-        text = documents_of(directory, data, held_out)[0]
+        text = documents_of(directory, data, text_field, held_out)[0]
     else:  # what the shell passed as bytes, or what the file holds, as text
         read = file.read() if file is not None else str(text).encode("utf-8", "surrogateescape")
         text = read.decode("utf-8", "replace")

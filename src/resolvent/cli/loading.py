@@ -21,11 +21,21 @@ Directory = Annotated[
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
 Text = Annotated[
-    Path | None,
+    list[str] | None,
     typer.Option(
         "--data",
-        help="Text file, folder, .jsonl or .parquet.",
+        metavar="PATH",
+        help="File or folder with text, JSON Lines or Parquet (repeatable).",
         show_default="what the run held out of the default corpus",
+    ),
+]
+TextField = Annotated[
+    str | None,
+    typer.Option(
+        "--text-field",
+        metavar="NAME",
+        help="Field of JSON objects, or column of Parquet files, that holds the text of --data.",
+        show_default="text; with --held-out, the run's",
     ),
 ]
 HeldOut = Annotated[bool, typer.Option("--held-out", help="Of --data, read only what the run held out.")]
@@ -78,7 +88,7 @@ JsonFile = Annotated[
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens at once; fewer need less memory.")]
 
 
-def documents_of(directory: Path, data: Path | None, held_out: bool) -> list[str]:
+def documents_of(directory: Path, data: list[str] | None, text_field: str | None, held_out: bool) -> list[str]:
     """Return the documents of a text, or what a run held out.
 
     A file that only the run folder names is not read: whoever made the folder could have the user's own files shown,
@@ -86,11 +96,13 @@ def documents_of(directory: Path, data: Path | None, held_out: bool) -> list[str
 
     Args:
         directory: a run folder, or a checkpoint in it.
-        data: the text; None for what the run held out of the default corpus, if it learned from that.
+        data: paths of texts; None for what the run held out of the default corpus, if it learned from that.
+        text_field: the field of records in `data` that holds their text; None for "text"; with `held_out`, the run's.
         held_out: of `data`, only what the run held out.
 
     Raises:
-        ConfigError: `held_out`, but there is no text or no run that held something out of a text.
+        ConfigError: `held_out`, but there is no text or no run that held something out of a text; or a field, but no
+            text.
         CheckpointError: no text is named.
         DataError: text that cannot be used.
     """
@@ -101,8 +113,10 @@ def documents_of(directory: Path, data: Path | None, held_out: bool) -> list[str
 
     if data is None and held_out:
         raise ConfigError("--held-out says what to read of a text: name it with --data")
+    if data is None and text_field is not None:
+        raise ConfigError("--text-field says what to read of a text: name it with --data")
     if data is not None and not held_out:
-        return load_documents(data)
+        return load_documents(data, text_field="text" if text_field is None else text_field)
     run_dir = run_of(directory)
     if not (run_dir / RUN_FILE).exists() and data is None:
         raise CheckpointError(f"{run_dir} does not say what it was trained on: name a text with --data")
@@ -111,7 +125,8 @@ def documents_of(directory: Path, data: Path | None, held_out: bool) -> list[str
         _check_is_default(config, run_dir)
     elif config.validation_data is not None:
         raise ConfigError(f"{run_dir} held nothing out: it validated on a text of its own; leave out --held-out")
-    return split_corpus(dataclasses.replace(config, data=None if data is None else str(data)))[1]
+    text_field = config.text_field if text_field is None else text_field
+    return split_corpus(dataclasses.replace(config, data=data, text_field=text_field))[1]
 
 
 def _check_is_default(config: "TrainingConfig", run_dir: Path) -> None:
@@ -124,8 +139,13 @@ def _check_is_default(config: "TrainingConfig", run_dir: Path) -> None:
 
     text = config.data if config.validation_data is None else config.validation_data
     if text is not None:
-        options = f"--data {shlex.quote(text)}" + (" --held-out" if config.validation_data is None else "")
+        paths = [text] if isinstance(text, str) else text
+        options = " ".join(f"--data {shlex.quote(path)}" for path in paths)
+        if config.validation_data is None:
+            options += " --held-out"
+        elif config.text_field != "text":
+            options += f" --text-field {shlex.quote(config.text_field)}"
         raise CheckpointError(
-            f"{run_dir} names the text {text}. A path that only a run folder names is not read: "
+            f"{run_dir} names the text {', '.join(paths)}. A path that only a run folder names is not read: "
             f"to read it, add {options}"
         )

@@ -43,6 +43,8 @@ def _with_settings(command: Any) -> Any:
                 metavar=rules.get("metavar"),
                 show_default=rules.get("default_text", True),
             )
+            if list[str] in typing.get_args(kind):  # several paths, each with an option of its own
+                kind = list[str] | None
             keyword = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default)
             parameters.append(keyword.replace(annotation=Annotated[kind, option]))
     command.__signature__ = signature.replace(parameters=parameters)
@@ -81,6 +83,7 @@ def train(
 
     Example: [bold]resolvent train --data novel.txt --tokenizer bpe --vocab-size 2048 --out runs/novel[/bold]
     """
+    settings |= {name: paths[0] for name in _MOVABLE if (paths := settings[name]) is not None and len(paths) == 1}
     config = TrainingConfig(**settings)
     if resume is not None:
         settled = [name for name in settings if name not in ("device", "tracker", "steps", *_MOVABLE)]

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer
 
+from resolvent.native import panics_are_errors
+
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _MOST_HELD = 16
 """Largest number of tokens that are held back; a character has at most four bytes."""
@@ -48,6 +50,7 @@ class TextStream:
         """Return the text of the tokens that are still held back, at the end."""
         return self._text()[self._shown :]
 
+    @panics_are_errors()
     def _text(self) -> str:
         return self._tokenizer.decode(self._tokens, skip_special_tokens=False)
 
@@ -61,6 +64,7 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int
         yield rest
 
 
+@panics_are_errors()
 def added_texts(tokenizer: Tokenizer, before: int, candidates: Sequence[int]) -> list[str]:
     """Return the text that each candidate adds behind a token; a character that it completes is included."""
     known = tokenizer.decode([before], skip_special_tokens=False).rstrip(_BROKEN)

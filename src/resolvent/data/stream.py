@@ -9,11 +9,15 @@ from rich.progress import Progress
 from tokenizers import Tokenizer, pre_tokenizers
 
 from resolvent.data.corpus import EOT
-from resolvent.data.pieces import pieces
+from resolvent.data.pieces import PIECE_CHARACTERS, pieces
 from resolvent.data.tokenization import bytes_tokenizer
 from resolvent.errors import DataError
+from resolvent.memory import machine_memory
+from resolvent.native import LibraryPanic, call
 
-_BATCH_CHARACTERS = 1 << 21  # the library needs about a hundred times this memory while it encodes a batch
+_BATCH_CHARACTERS = 1 << 21
+_BYTES_PER_CHARACTER = 200
+"""Most memory that the library takes while it encodes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,41 +66,71 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer, *, progress: bo
     separator = tokenizer.token_to_id(EOT)
     if separator is None or not tokenizer.encode_special_tokens:
         raise DataError(f"the tokenizer does not keep {EOT} apart from text; make it with build_tokenizer")
-    lengths = np.zeros(len(documents), np.int64)
-    parts: list[np.ndarray] = []
+    try:
+        return _stream(documents, tokenizer, separator, progress)
+    except MemoryError as error:
+        raise DataError(
+            f"the tokens of {len(documents):,} document(s) with {sum(map(len, documents)):,} characters do not fit "
+            "into memory: give less text, or use a machine with more memory"
+        ) from error
+
+
+def _stream(documents: list[str], tokenizer: Tokenizer, separator: int, progress: bool) -> TokenStream:
+    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32)
+    tokens, starts = bytearray(), []  # which grows in its place: there are never two copies of the tokens
+    opening = dtype.type(separator).tobytes()
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task("Encoding", total=sum(map(len, documents)))
         for document, piece, ids in _encoded_pieces(documents, tokenizer):
-            parts.append(ids)
-            lengths[document] += len(ids)
+            if document == len(starts):
+                starts.append(len(tokens) // dtype.itemsize)
+                tokens += opening
+            tokens += ids.astype(dtype).data
             bar.advance(task, len(piece))
-    ends = np.cumsum(lengths + 1)
-    starts = ends - lengths - 1
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
-    tokens = np.full(ends[-1] + 1, separator, dtype)
-    is_text = np.ones(len(tokens), bool)
-    is_text[starts] = is_text[-1] = False
-    tokens[is_text] = np.concatenate(parts)
-    byte_lengths = np.array([len(text.encode()) for text in documents], np.int64)
-    return TokenStream(tokens, starts, byte_lengths)
+    tokens += opening
+    return TokenStream(
+        tokens=np.frombuffer(tokens, dtype),
+        starts=np.array(starts, np.int64),
+        byte_lengths=np.array([_byte_length(text) for text in documents], np.int64),
+    )
+
+
+def _byte_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _encoded_pieces(documents: list[str], tokenizer: Tokenizer) -> Iterator[tuple[int, str, np.ndarray]]:
-    """Number of the document, piece of its text and the piece's ids, in order."""
+    """Yield number of the document, piece of its text and its ids, in order, at least one piece per document."""
     if tokenizer.to_str() == bytes_tokenizer().to_str():  # its ids are at hand
         for number, text in enumerate(documents):
-            yield number, text, np.frombuffer(text.encode(), np.uint8)
+            for start in range(0, len(text) or 1, PIECE_CHARACTERS):
+                piece = text[start : start + PIECE_CHARACTERS]
+                yield number, piece, np.frombuffer(piece.encode(), np.uint8)
         return
     cut = pieces if _pieces_are_exact(tokenizer) else lambda text: (text,)
     numbered = ((number, piece) for number, text in enumerate(documents) for piece in cut(text))
     for batch in _batches(numbered):
+        texts = [piece for _, piece in batch]
+        _refuse_too_long(max(texts, key=len))
         try:
-            encodings = tokenizer.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+            encodings = call(lambda: tokenizer.encode_batch_fast(texts, add_special_tokens=False))  # noqa: B023
+        except LibraryPanic:
+            raise
         except Exception as error:  # the library raises nothing more specific
             raise DataError(f"the tokenizer cannot encode the text: {error}; train one on it (bpe)") from error
         for (number, piece), encoding in zip(batch, encodings, strict=True):
             yield number, piece, np.array(encoding.ids, np.uint32)
+
+
+def _refuse_too_long(text: str) -> None:
+    """Refuse a piece that takes more memory to encode than is free."""
+    if len(text) > _BATCH_CHARACTERS and (needed := len(text) * _BYTES_PER_CHARACTER) > machine_memory().available:
+        raise DataError(
+            f"{len(text):,} characters from {text[:20]!r} on must be encoded at once, as there is no place to cut "
+            f"them, which takes about {needed:,} bytes of memory, more than is free: break the text into lines, or "
+            "take the tokenizer bytes"
+        )
 
 
 def _pieces_are_exact(tokenizer: Tokenizer) -> bool:

@@ -2,21 +2,29 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from resolvent.data.corpus import EOT, package_folder
 from resolvent.data.pieces import pieces
 from resolvent.errors import ConfigError, DataError
 from resolvent.files import write_file, write_json
 from resolvent.manifest import read_checked
+from resolvent.native import LibraryPanic, call, panics_are_errors
 
 FILE_NAME = "tokenizer.json"
 TOKENIZER_FILES = (FILE_NAME, "tokenizer_config.json", "generation_config.json")
 """The tokenizer, and what tells Transformers how to use it."""
 _MOST_BYTES = 1 << 28  # ten times the largest there are
+LONGEST_WORD = 256
+"""Most characters of a word that bpe is trained on; a longer word counts as several. Each merge scans every word that
+it occurs in, which takes hours where a megabyte of text is one word."""
+_LONGEST_PIECE = 1 << 20
 GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -38,6 +46,9 @@ _TRANSFORMERS_SETTINGS = {
 
 def build_tokenizer(spec: str | Path, train_documents: list[str], vocab_size: int = 8192) -> Tokenizer:
     """Make a tokenizer that holds the token `<|endoftext|>` and never makes it out of text.
+
+    `bpe` learns from words of at most 256 characters: of a longer word, every 256 characters count as one. Encoding
+    does not cut words.
 
     Args:
         spec: `bytes` (ids 0..255 are the bytes, 256 is the separator), `bpe` (byte-level, trained on the
@@ -76,7 +87,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the tokenizer {path}: {error}") from error
     try:
-        tokenizer = Tokenizer.from_str(text)
+        with panics_are_errors():
+            tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
         raise DataError(f"{path} is not a Hugging Face tokenizers JSON file: {error}") from error
     if tokenizer.token_to_id(EOT) is None:
@@ -137,15 +149,47 @@ def _train_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
         raise ConfigError(f"vocab_size must be >= {smallest} (256 bytes and {EOT}) for bpe, got {vocab_size}")
     if not documents:
         raise DataError("there are no documents to train the bpe tokenizer on; give at least one")
-    tokenizer = _byte_level(Tokenizer(models.BPE()), use_regex=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = _short_words()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOT],
         initial_alphabet=_byte_letters(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((piece for text in documents for piece in pieces(text)), trainer)
-    return _with_separator(tokenizer)
+    try:
+        with _until_the_end(_training_pieces(documents)) as texts:
+            call(lambda: tokenizer.train_from_iterator(texts, trainer))
+    except LibraryPanic:
+        raise
+    except Exception as error:  # the library raises nothing more specific
+        raise DataError(f"cannot train the tokenizer bpe on the text: {error}; take bytes or gpt2") from error
+    return _byte_level(tokenizer, use_regex=True)
+
+
+def _short_words() -> pre_tokenizers.PreTokenizer:
+    """Return a byte-level pre-tokenizer whose words have at most `LONGEST_WORD` characters."""
+    some = f"{{1,{LONGEST_WORD}}}"
+    kinds = rf" ?\p{{L}}{some}| ?\p{{N}}{some}| ?[^\s\p{{L}}\p{{N}}]{some}|\s{some}(?!\S)|\s{some}"
+    words = pre_tokenizers.Split(Regex(f"'s|'t|'re|'ve|'m|'ll|'d|{kinds}"), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([words, letters])
+
+
+def _training_pieces(documents: list[str]) -> Iterator[str]:
+    for text in documents:
+        for piece in pieces(text):
+            yield from (piece[start : start + _LONGEST_PIECE] for start in range(0, len(piece), _LONGEST_PIECE))
+
+
+@contextmanager
+def _until_the_end(texts: Iterator[str]) -> Iterator[Iterator[str]]:
+    """Yield texts that end with the block, for a call that may go on in the background after a signal."""
+    over = threading.Event()
+    try:
+        yield takewhile(lambda _: not over.is_set(), texts)
+    finally:
+        over.set()
 
 
 def _gpt2_tokenizer() -> Tokenizer:

@@ -25,6 +25,7 @@ from resolvent.evaluation.reading import (
 from resolvent.models import IntegratedModel
 from resolvent.models.inference import inference_view
 from resolvent.models.state import ModelState
+from resolvent.native import panics_are_errors
 from resolvent.seeds import check_seed
 
 FACT = "\nThe pass key is {key}. Remember it: the pass key is {key}.\n"
@@ -173,7 +174,8 @@ def _hide(
     stream: TokenStream, tokenizer: Tokenizer, length: int, samples: int, candidates: int, random: np.random.Generator
 ) -> _Haystack:
     def encode(text: str) -> np.ndarray:
-        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        with panics_are_errors():
+            return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
     texts = excerpts(stream, samples, _LEAD - 1 + length, random)
     separator = np.array([separator_of(stream)])

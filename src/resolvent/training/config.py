@@ -26,6 +26,9 @@ Tracker = Literal[
 ]
 """What a run's numbers can be sent to: what Accelerate knows."""
 
+Texts = str | list[str] | None
+"""Paths of one text or of several; None for the default one."""
+
 
 def setting(default: Any, group: str, help: str, **rules: Any) -> Any:
     """A dataclass field with what the command line says of it and the rules that its value must obey.
@@ -79,15 +82,22 @@ class TrainingConfig:
         metavar="DIR",
         default_text="fresh weights",
     )
-    data: str | None = setting(
+    data: Texts = setting(  # noqa: RUF009  every run has its own
         None,
         TEXT,
-        "Text to learn from: a text file, folder, .jsonl or .parquet.",
+        "Text to learn from: a file or folder with text, JSON Lines or Parquet (repeatable).",
         metavar="PATH",
         default_text="State of the Union addresses",
     )
-    validation_data: str | None = setting(
-        None, TEXT, "Text to validate on.", metavar="PATH", default_text="--validation-fraction of --data"
+    text_field: str = setting(
+        "text", TEXT, "Field of JSON objects, or column of Parquet files, that holds their text.", metavar="NAME"
+    )
+    validation_data: Texts = setting(  # noqa: RUF009
+        None,
+        TEXT,
+        "Text to validate on (repeatable).",
+        metavar="PATH",
+        default_text="--validation-fraction of --data",
     )
     validation_fraction: float = setting(
         0.1,
@@ -217,6 +227,9 @@ class TrainingConfig:
         faults = [fault for field in dataclasses.fields(self) for fault in _faults(field, getattr(self, field.name))]
         if self.validation_data is not None and self.validation_fraction != TrainingConfig.validation_fraction:
             faults.append("validation_fraction has no effect beside validation_data: leave out one of them")
+        faults += [
+            f"{name} must name a file or a folder, got {paths!r}" for name, paths in self.named_texts() if "" in paths
+        ]
         if self.start_from is not None:
             saved = (field for field in dataclasses.fields(self) if field.name in SAVED_WITH_A_MODEL)
             if given := [field.name for field in saved if getattr(self, field.name) != field.default]:
@@ -234,6 +247,13 @@ class TrainingConfig:
                 faults.append(f"model: {error}")
         if faults:
             raise ConfigError.of(self, faults)
+
+    def named_texts(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield the fields that name texts, with their paths; an empty list counts as an empty path."""
+        for name in ("data", "validation_data"):
+            paths = getattr(self, name)
+            if isinstance(paths, str | list):
+                yield name, [paths] if isinstance(paths, str) else paths or [""]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field, for JSON; `from_dict` restores an equal object."""
@@ -280,6 +300,7 @@ _NAMES: dict[Any, str] = {
     int: "an integer",
     float: "a finite number",
     str: "a string",
+    list[str]: "a list of strings",
     types.NoneType: "None",
 }
 
@@ -306,6 +327,8 @@ def _faults(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
 def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
     # Compared, not converted: an integer may be too large for a float.
     is_number = isinstance(value, int | float)
     return is_number and abs(value) <= sys.float_info.max if kind is float else isinstance(value, kind)

@@ -52,10 +52,15 @@ def load_corpus(config: TrainingConfig, tokenizer: Tokenizer | None = None, *, p
 
 def split_corpus(config: TrainingConfig) -> tuple[list[str], list[str]]:
     """Training and held-out documents. The split does not depend on the run's seed, so that runs can be compared."""
-    documents = load_documents(config.data)
+    documents = load_documents(config.data, text_field=config.text_field)
     if config.validation_data is not None:
-        return documents, load_documents(config.validation_data)
+        return documents, load_documents(config.validation_data, text_field=config.text_field)
     try:
         return split_documents(documents, config.validation_fraction)
     except DataError as error:
-        raise DataError(f"{config.data or 'the default corpus'}: {error}") from error
+        raise DataError(f"{text_name(config.data)}: {error}") from error
+
+
+def text_name(data: str | list[str] | None) -> str:
+    """Return the name of a text for messages: its path, or its paths."""
+    return "the default corpus" if data is None else data if isinstance(data, str) else ", ".join(data)

@@ -4,14 +4,12 @@ Without it, a run that does not fit is killed by the operating system, which say
 """
 
 import logging
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from resolvent.errors import ConfigError
+from resolvent.memory import Memory, machine_memory
 from resolvent.models import IntegratedModel
 from resolvent.models.phase2 import Phase2Config
 from resolvent.training.config import TrainingConfig
@@ -23,26 +21,7 @@ _KEPT_WHEN_RECOMPUTED = 11
 _CERTAIN_PART = 2 / 3
 """An estimate is right to within a factor of 1.5."""
 
-_LIMITS = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
-"""Files with the limit of a control group and with what it uses, in bytes, of version 2 and of version 1."""
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Memory of a device, or of the machine.
-
-    Attributes:
-        total: bytes.
-        available: bytes of it that are free.
-    """
-
-    total: int
-    available: int
 
 
 @dataclass(frozen=True)
@@ -108,8 +87,6 @@ def check_memory(model: IntegratedModel, config: TrainingConfig, device: torch.d
         ConfigError: the run takes more memory than there is.
     """
     memory = memory_of(device)
-    if memory is None:
-        return
     window = config.window(model.n_seq)
     on_cuda = device.type == "cuda"
     halves = on_cuda and config.precision != "fp32"
@@ -140,25 +117,9 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def memory_of(device: torch.device) -> Memory | None:
-    """Return the memory of a device; None where the operating system does not tell."""
+def memory_of(device: torch.device) -> Memory:
+    """Return the memory of a device, that of the machine for the CPU."""
     if device.type == "cuda":
         available, total = torch.cuda.mem_get_info(device)
         return Memory(total, available)
-    table = Path("/proc/meminfo")
-    if table.exists():
-        kilobytes = {name: int(number) for name, number in re.findall(r"(\w+):\s+(\d+) kB", table.read_text())}
-        return _within_limit(Memory(1024 * kilobytes["MemTotal"], 1024 * kilobytes["MemAvailable"]))
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # macOS does not say how much of it is free
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return Memory(total, total)
-    return None
-
-
-def _within_limit(memory: Memory, folder: Path = Path("/sys/fs/cgroup")) -> Memory:
-    """Return what the limit of a container, of either version of Linux's control groups, leaves of the memory."""
-    for limit, used in _LIMITS:
-        if (folder / limit).exists() and (text := (folder / limit).read_text().strip()) != "max":
-            left = max(0, int(text) - int((folder / used).read_text()))
-            return Memory(min(memory.total, int(text)), min(memory.available, left))
-    return memory
+    return machine_memory()

@@ -120,9 +120,7 @@ def beginning(run_dir: Path) -> Iterator[None]:
         _clear(run_dir)
         yield
     except BaseException as error:
-        with suppress(
-            OSError, CheckpointError
-        ):  # what stays keeps its mark, which the next beginning finds
+        with suppress(OSError, CheckpointError):  # what stays keeps its mark, which the next beginning finds
             _clear(run_dir)
             mark.unlink(missing_ok=True)
             run_dir.rmdir()

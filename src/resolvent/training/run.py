@@ -28,7 +28,7 @@ from resolvent.runs import fixed_files, load_trained
 from resolvent.terminal import say, shell_word
 from resolvent.training.checkpoint import find_checkpoint, load_standing, load_weights
 from resolvent.training.config import Tracker, TrainingConfig
-from resolvent.training.corpus import Corpus, load_corpus
+from resolvent.training.corpus import Corpus, load_corpus, text_name
 from resolvent.training.memory import check_memory
 from resolvent.training.record import beginning, check_new, new_run, read_result, read_run, write_run, write_steps
 from resolvent.training.sharding import is_sharded, shard, whole_weights
@@ -57,8 +57,8 @@ def train(config: TrainingConfig, *, overwrite: bool = False, console: Console |
     check_new(config.run_dir, overwrite=overwrite)
     config = dataclasses.replace(
         config,
-        data=_absolute(config.data),
-        validation_data=_absolute(config.validation_data),
+        data=_absolute_text(config.data),
+        validation_data=_absolute_text(config.validation_data),
         start_from=_absolute(config.start_from),
     )
     with deterministic(config.deterministic):
@@ -95,8 +95,8 @@ def resume(
     *,
     steps: int | None = None,
     device: Literal["auto", "cpu", "cuda"] | None = None,
-    data: str | None = None,
-    validation_data: str | None = None,
+    data: str | list[str] | None = None,
+    validation_data: str | list[str] | None = None,
     tracker: Tracker | None = None,
     console: Console | None = None,
 ) -> TrainingResult:
@@ -135,8 +135,8 @@ def resume(
         config,
         out=str(run_dir),
         device=device or config.device,
-        data=_absolute(data) or config.data,
-        validation_data=_absolute(validation_data) or config.validation_data,
+        data=config.data if data is None else _absolute_text(data),
+        validation_data=config.validation_data if validation_data is None else _absolute_text(validation_data),
         tracker=tracker or config.tracker,
     )
     config.validate()
@@ -172,12 +172,12 @@ def _resume(
             f"{shell_word(run_dir)} --steps N, N more than {config.steps}",
         )
         return finished
-    for text in filter(None, (config.data, config.validation_data)):
-        say(console, f"Reading   {text}")
+    for _, paths in config.named_texts():
+        say(console, f"Reading   {text_name(paths)}")
     corpus = load_corpus(config, load_tokenizer(run_dir), progress=console.is_terminal)
     if corpus.fingerprint != fingerprint:
         raise CheckpointError(
-            f"{config.data or 'the default corpus'} has changed since the run {run_dir} began (fingerprint "
+            f"{text_name(config.data)} has changed since the run {run_dir} began (fingerprint "
             f"{corpus.fingerprint[:12]}, was {fingerprint[:12]}): restore the text, or start a new run"
         )
     if checkpoint is None:
@@ -327,4 +327,8 @@ def _console(console: Console | None, accelerator: Accelerator) -> Console:
 
 def _absolute(path: str | None) -> str | None:
     """So that a run can be resumed from any working directory."""
-    return None if path is None else str(Path(path).resolve())
+    return str(Path(path).resolve()) if path else path
+
+
+def _absolute_text(data: str | list[str] | None) -> str | list[str] | None:
+    return [str(_absolute(path)) for path in data] if isinstance(data, list) else _absolute(data)

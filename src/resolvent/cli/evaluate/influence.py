@@ -5,12 +5,13 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.evaluate.tables import PlotFile, Seed, load, scientific, show, write
-from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text
+from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text, TextField
 
 
 def influence(
     directory: Directory,
     data: Text = None,
+    text_field: TextField = None,
     held_out: HeldOut = False,
     length: Annotated[int, typer.Option(min=1, help="Longest distance in tokens.")] = 65536,
     sequences: Annotated[int, typer.Option(min=1, help="Places in the text.")] = 4,
@@ -30,7 +31,7 @@ def influence(
 
     Example: [bold]resolvent evaluate influence runs/tiny --length 4096 --plot influence.png[/bold]
     """
-    model, _, stream = load(directory, data, held_out, device)
+    model, _, stream = load(directory, data, text_field, held_out, device)
     from resolvent.evaluation import measure_influence
     from resolvent.evaluation.estimates import Bucket
 

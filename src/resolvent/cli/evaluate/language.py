@@ -10,7 +10,7 @@ import typer
 
 from resolvent.cli.console import report_console, write_result
 from resolvent.cli.evaluate.tables import show
-from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text, documents_of
+from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text, TextField, documents_of
 from resolvent.runs import load_trained, run_of
 from resolvent.terminal import say
 
@@ -18,6 +18,7 @@ from resolvent.terminal import say
 def language(
     directory: Directory,
     data: Text = None,
+    text_field: TextField = None,
     held_out: HeldOut = False,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness instead of a text, with commas between.")
@@ -35,7 +36,7 @@ def language(
     Example: [bold]resolvent evaluate runs/tiny --data novel.txt --json score.json[/bold]
     """
     if tasks is not None:
-        if data is not None or held_out:
+        if data is not None or text_field is not None or held_out:
             raise typer.BadParameter("give a text or tasks, not both", param_hint="--tasks")
         _evaluate_tasks(directory, tasks.split(","), task_path, device, json_path)
         return
@@ -44,13 +45,14 @@ def language(
     model, tokenizer = load_trained(directory, device)
     from resolvent.evaluation import evaluate_documents
 
-    documents = documents_of(directory, data, held_out)
+    documents = documents_of(directory, data, text_field, held_out)
     score = evaluate_documents(model, documents, tokenizer, batch_tokens=batch_tokens, progress=True)
     cells = (f"{score.loss:.4f}", f"{score.perplexity:,.3f}", f"{score.bits_per_byte:.4f}", f"{score.tokens:,}")
     try:
         write_result(json_path, dataclasses.asdict(score))
     finally:
-        text = "its held-out documents" if data is None else f"held-out documents of {data}" if held_out else data
+        named = ", ".join(data or [])
+        text = "its held-out documents" if data is None else f"held-out documents of {named}" if held_out else named
         columns = ("loss (nats per token)", "perplexity", "bits per byte", "tokens")
         show(json_path, f"{directory} on {text}", columns, [cells])
 

@@ -8,7 +8,7 @@ import typer
 
 from resolvent.cli.console import report_console
 from resolvent.cli.evaluate.tables import Joined, load, plus_minus, show, write
-from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text
+from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text, TextField
 from resolvent.seeds import MOST_SEED
 from resolvent.terminal import say
 
@@ -38,6 +38,7 @@ class _Part(NamedTuple):
 def mechanisms(
     directory: Directory,
     data: Text = None,
+    text_field: TextField = None,
     held_out: HeldOut = False,
     length: Annotated[int, typer.Option(min=1, help="Tokens to read before the memory is edited.")] = 1024,
     horizon: Annotated[
@@ -60,7 +61,7 @@ def mechanisms(
 
     Example: [bold]resolvent evaluate mechanisms runs/tiny --sequences 64 --joined[/bold]
     """
-    model, tokenizer, stream = load(directory, data, held_out, device)
+    model, tokenizer, stream = load(directory, data, text_field, held_out, device)
     from resolvent.evaluation import evaluate_mechanisms
 
     options = dict(length=length, horizon=horizon, sequences=sequences, joined=joined, seed=seed)

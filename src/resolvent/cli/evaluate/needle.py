@@ -5,12 +5,13 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.evaluate.tables import PlotFile, Seed, load, plus_minus, show, write
-from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text
+from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text, TextField
 
 
 def needle(
     directory: Directory,
     data: Text = None,
+    text_field: TextField = None,
     held_out: HeldOut = False,
     length: Annotated[int, typer.Option(min=16, help="Longest distance in tokens.")] = 65536,
     samples: Annotated[int, typer.Option(min=1, help="Places in the text, each with a key of its own.")] = 32,
@@ -31,7 +32,7 @@ def needle(
 
     Example: [bold]resolvent evaluate needle runs/tiny --length 4096 --samples 100 --json needle.json[/bold]
     """
-    model, tokenizer, stream = load(directory, data, held_out, device)
+    model, tokenizer, stream = load(directory, data, text_field, held_out, device)
     from resolvent.evaluation import evaluate_needle
 
     options = dict(length=length, samples=samples, candidates=candidates, seed=seed)

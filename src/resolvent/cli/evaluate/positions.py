@@ -5,12 +5,13 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.evaluate.tables import Joined, PlotFile, load, plus_minus, show, write
-from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text
+from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text, TextField
 
 
 def positions(
     directory: Directory,
     data: Text = None,
+    text_field: TextField = None,
     held_out: HeldOut = False,
     length: Annotated[int, typer.Option(min=1, help="Most tokens to read in a row.")] = 65536,
     sequences: Annotated[int, typer.Option(min=1, help="How many texts to read, the longest documents first.")] = 16,
@@ -28,7 +29,7 @@ def positions(
 
     Example: [bold]resolvent evaluate positions runs/tiny --length 16384 --plot positions.png[/bold]
     """
-    model, tokenizer, stream = load(directory, data, held_out, device)
+    model, tokenizer, stream = load(directory, data, text_field, held_out, device)
     from resolvent.evaluation import evaluate_positions
     from resolvent.evaluation.estimates import Bucket
 

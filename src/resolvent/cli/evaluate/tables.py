@@ -42,20 +42,26 @@ PlotFile = Annotated[
 
 
 def load(
-    directory: Path, data: Path | None, held_out: bool, device: str
+    directory: Path, data: list[str] | None, text_field: str | None, held_out: bool, device: str
 ) -> "tuple[IntegratedModel, Tokenizer, TokenStream]":
     """Load a model, its tokenizer and the text to measure it on."""
     model, tokenizer = load_trained(directory, device)
     from resolvent.data import encode_documents
 
-    return model, tokenizer, encode_documents(documents_of(directory, data, held_out), tokenizer, progress=True)
+    documents = documents_of(directory, data, text_field, held_out)
+    return model, tokenizer, encode_documents(documents, tokenizer, progress=True)
 
 
 def write(
-    scores: Any, options: dict[str, Any], directory: Path, data: Path | None, held_out: bool, json_path: Path | None
+    scores: Any,
+    options: dict[str, Any],
+    directory: Path,
+    data: list[str] | None,
+    held_out: bool,
+    json_path: Path | None,
 ) -> None:
     """Write figures, and what they were measured with, where --json says."""
-    text = {"data": str(data) if data else None, "held_out": held_out or data is None}
+    text = {"data": data[0] if data is not None and len(data) == 1 else data, "held_out": held_out or data is None}
     settings = options | {"model": str(directory), **text}
     write_result(json_path, {"settings": settings, **scores.to_dict()})
 
