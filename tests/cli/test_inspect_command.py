@@ -87,7 +87,7 @@ def test_a_model_without_a_run_needs_a_text(resolvent: Resolvent, run_dir: Path,
     ("options", "code", "message"),
     [
         (["--text", "a", "--file", "-"], 2, "leave out --text"),
-        (["--text", "a", "--held-out"], 2, "leave out --data and --held-out"),
+        (["--text", "a", "--held-out"], 2, "leave out --data, --text-field and --held-out"),
         (["--out", "no/such/folder/page.html"], 2, "no/such/folder is no folder"),
         (["--length", 1], 2, "Invalid value for '--length'"),
         (["--text", ""], 1, "there is no text"),

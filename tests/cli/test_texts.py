@@ -176,14 +176,3 @@ def test_panic_of_a_library_is_one_error(resolvent: Resolvent, run_dir: Path, tm
         "tokenizer"
     )
     assert "Traceback" not in outcome.err
-
-
-def test_any_panic_is_one_error(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch):
-    """Of a call that nothing looks after, too."""
-    from tokenizers import Regex, pre_tokenizers
-
-    splitter = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
-    monkeypatch.setattr("resolvent.cli.app.app", lambda **_: splitter.pre_tokenize_str(PANICS))
-    outcome = resolvent("presets")
-    assert outcome.code == 1
-    assert outcome.err.splitlines()[-1].startswith("Error: the tokenizer's library gave up")

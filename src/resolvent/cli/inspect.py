@@ -50,7 +50,9 @@ def inspect(
     if text is not None and file is not None:
         raise typer.BadParameter("the file holds the text; leave out --text", param_hint="--file")
     if (data is not None or text_field is not None or held_out) and (text is not None or file is not None):
-        raise typer.BadParameter("the text is given; leave out --data, --text-field, --held-out", param_hint="--data")
+        raise typer.BadParameter(
+            "the text is given; leave out --data, --text-field and --held-out", param_hint="--data"
+        )
     run_dir = run_of(directory)
     check_output(run_dir / PAGE if out is None else out, "--out")
     model, tokenizer = load_trained(directory, device)
