@@ -5,7 +5,7 @@ Shapes: B sequences, N tokens, D model width.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 from resolvent.data import TokenStream
 from resolvent.errors import DataError
 from resolvent.models import IntegratedModel
-from resolvent.models.generation import StreamingModel
 from resolvent.ops import IGNORED
 from resolvent.ops.precision import at_least_float32
 
@@ -55,7 +54,7 @@ def read(
     model: IntegratedModel, tokens: Tensor, state: Any = None, attention_mask: Tensor | None = None
 ) -> tuple[Tensor, Any]:
     """Final hidden states (B, N, D) of tokens (B, N), and the state after them."""
-    return cast(StreamingModel, model).hidden_states(tokens, state=state, attention_mask=attention_mask)
+    return model.hidden_states(tokens, state=state, attention_mask=attention_mask)
 
 
 def score_tokens(model: IntegratedModel, hidden: Tensor, labels: Tensor) -> TokenScores:

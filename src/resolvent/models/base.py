@@ -22,9 +22,9 @@ from ..ops.precision import at_least_float32, for_products, wide_dtype
 from .config import LanguageModelConfig
 from .generation import Generation
 from .initialization import init_weights
-from .state import ModelState
+from .state import ModelState, State
 from .token_batch import TokenBatch, check_labels, positions, read_tokens
-from .trace import Record, State, Trace
+from .trace import Record, Trace
 
 Config = TypeVar("Config", bound=LanguageModelConfig)
 
@@ -55,7 +55,7 @@ class Block(nn.Module, Generic[Record]):
         raise NotImplementedError
 
 
-class IntegratedModel(nn.Module, Generation, Generic[Config, Record, State]):
+class IntegratedModel(Generation[State], Generic[Config, Record, State]):
     """A language model that keeps nothing between calls: what it has read is in the state that it returns."""
 
     penalised: ClassVar[bool] = False
@@ -280,12 +280,6 @@ class IntegratedModel(nn.Module, Generation, Generic[Config, Record, State]):
     def state_shapes(self) -> list[list[tuple[int, ...]]]:
         """Return the shapes of one sequence's state: of every layer, every tensor."""
         return [block.state_shapes() for block in self._blocks]
-
-    def fused_step(self, state: State) -> Callable[[Tensor], Tensor] | None:
-        """Return kernels that read one token after another and update ``state``, whose position is on its device (see
-        ``models.decoding``); None where the model has none."""
-        del state
-        return None
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         """Return the number of parameters."""

@@ -1,14 +1,15 @@
-"""Generation on CUDA, one token a sequence at a time, without waiting for Python: the step is captured as a graph."""
+"""Steps of generation: one token per sequence, on CUDA captured as a graph."""
 
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..ops.precision import at_least_float32
+from .state import State
 
 WARM_UP = 2
 """Steps that run before the capture, so that kernels are compiled and libraries have set themselves up."""
@@ -17,38 +18,50 @@ CAPTURING = threading.Lock()
 """Held while a step is captured: one capture at a time, and no draw from the device's own generator meanwhile."""
 
 
-class CapturedStep:
-    """A model's one-token step as a CUDA graph: what is launched a kernel at a time is replayed as one.
+class StreamingModel(Protocol[State]):
+    """Interface of a model that reads token by token."""
 
-    The graph reads its token from, and keeps its state in, memory of its own. It holds the model's weights by their
-    addresses: change them in place or capture again.
+    def hidden_states(
+        self, input_ids: Tensor, *, state: State | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, State]: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def fused_step(self, state: State) -> Callable[[Tensor], Tensor] | None: ...
+
+
+class CapturedStep:
+    """One-token step of a model as a CUDA graph, which replays all its kernels with one launch.
+
+    Token and state are in memory of the graph. The graph holds the weights of the model by their addresses: change them
+    in place or capture again.
 
     Args:
         model: a model on CUDA, in evaluation mode.
-        state: what the sequences have read; it is copied.
+        state: state of the sequences; it is copied.
     """
 
-    def __init__(self, model: Any, state: Any) -> None:
+    def __init__(self, model: StreamingModel[State], state: State) -> None:
         device = state.device
         self._token = torch.zeros(len(state), dtype=torch.int64, device=device)
         self._graph = torch.cuda.CUDAGraph()
         stream = _capture_stream(device)
-        # Weights that autocast keeps do not live as long as the graph that would read them.
+        # The graph would outlive the casted weights that autocast caches.
         precision = dict(enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"))
         with CAPTURING, torch.autocast("cuda", **precision, cache_enabled=False):
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                trial = token_step(model, state)  # whose state is spent: the graph sets out with one of its own
+                trial = token_step(model, state)  # it has used up its state: the graph starts with another copy
                 for _ in range(WARM_UP):
                     trial(self._token)
             torch.cuda.current_stream(device).wait_stream(stream)
             self._step = token_step(model, state)
-            # Other threads go on: what they allocate meanwhile does not break the capture.
+            # Allocations of other threads do not break the capture.
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._logits = self._step(self._token)
 
     def __call__(self, token: Tensor) -> Tensor:
-        """Read a token of every sequence, int64 (B,): logits of the next, (B, vocabulary), which the next call
+        """Read a token of every sequence, int64 (B,); return the logits of the next, (B, V), which the next call
         overwrites."""
         self._token.copy_(token)
         self._graph.replay()
@@ -57,22 +70,22 @@ class CapturedStep:
 
 @functools.lru_cache(maxsize=8)
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which steps are captured: cuBLAS keeps a workspace for every stream that it ever saw."""
+    """Return the stream on which steps are captured: cuBLAS keeps a workspace for every stream it has seen."""
     return torch.cuda.Stream(device)
 
 
-def token_step(model: Any, state: Any) -> Callable[[Tensor], Tensor]:
-    """What reads one token of every sequence, int64 (B,), and returns logits (B, vocabulary), time after time.
+def token_step(model: StreamingModel[State], state: State) -> Callable[[Tensor], Tensor]:
+    """Return a function that reads one token of every sequence, int64 (B,), and returns logits (B, V), call after call.
 
-    It keeps a state of its own, which Python never reads: it can be captured. Where the model has kernels for this, it
-    takes those.
+    It keeps a copy of the state, which Python never reads, so it can be captured. It uses the kernels for one token
+    where the model has them.
     """
     state = state.map(lambda x: x.clone(memory_format=torch.contiguous_format)).with_position_on(state.device)
     return model.fused_step(state) or _plain_step(model, state)
 
 
-def _plain_step(model: Any, state: Any) -> Callable[[Tensor], Tensor]:
-    """The model's forward, whose new state takes the place of the old."""
+def _plain_step(model: StreamingModel[State], state: State) -> Callable[[Tensor], Tensor]:
+    """Return the step of a forward pass, whose new state overwrites the old."""
 
     def step(token: Tensor) -> Tensor:
         logits, new = read_token(model, token, state)
@@ -82,7 +95,7 @@ def _plain_step(model: Any, state: Any) -> Callable[[Tensor], Tensor]:
     return step
 
 
-def read_token(model: Any, token: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Logits (B, vocabulary) after a token of every sequence, int64 (B,), and the state."""
+def read_token(model: StreamingModel[State], token: Tensor, state: State) -> tuple[Tensor, State]:
+    """Return logits (B, V) after a token of every sequence, int64 (B,), and the next state."""
     hidden, state = model.hidden_states(token.unsqueeze(1), state=state)
     return at_least_float32(model.logits(hidden[:, -1])), state

@@ -1,46 +1,54 @@
-"""Writing text: sampling from any model that streams with a state."""
+"""Generation of text: sampling from a model that streams with a state."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Generic
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ResolventError
 from ..ops.precision import at_least_float32
 from ..ops.prefix_sum import prefix_sum
-from .decoding import CAPTURING, CapturedStep, read_token
+from .decoding import CAPTURING, CapturedStep, StreamingModel, read_token
 from .inference import inference_view
+from .state import State
 from .token_batch import check_attention_mask, check_tokens
 
 PREFILL = 2048
-"""Tokens of a prompt that are read at once: without padding, long prompts need no more memory than this many."""
+"""Tokens of a prompt that one forward pass reads: without padding, longer prompts need no more memory."""
 
 WORTH_CAPTURING = 64
-"""Tokens from which on it pays to capture the step as a CUDA graph."""
+"""Number of new tokens from which on capturing the step as a CUDA graph saves time."""
 
 
-class StreamingModel(Protocol):
-    """What generation asks of a model."""
+class Generation(nn.Module, Generic[State]):
+    """Base of models that generate: ``generate`` and ``stream`` from ``hidden_states`` and ``logits``."""
+
+    vocab_size: int
 
     def hidden_states(
-        self, input_ids: Tensor, *, state: Any = None, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Any]: ...
+        self, input_ids: Tensor, *, state: State | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Return final hidden states (B, N, D) of tokens (B, N), and the state after them."""
+        raise NotImplementedError
 
-    def logits(self, hidden: Tensor) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of hidden states (..., D)."""
+        raise NotImplementedError
 
+    def fused_step(self, state: State) -> Callable[[Tensor], Tensor] | None:
+        """Return kernels that read one token after another and update ``state``, whose position is on its device (see
+        ``models.decoding``); None where the model has none."""
+        return None
 
-class Generation:
-    """Mixin that gives a model ``generate`` and ``stream``."""
-
-    def generate(self: Any, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
-        """Continue prompts: (B, N) int64 -> (B, N + new) int64. Options are those of ``stream``."""
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Continue prompts: (B, N) int64 -> (B, N + new) int64. The options are those of ``stream``."""
         new = list(self.stream(input_ids, max_new_tokens, **options))
         return torch.cat([input_ids, *(token.unsqueeze(1) for token in new)], dim=1)
 
     def stream(
-        self: Any,
+        self,
         input_ids: Tensor,
         max_new_tokens: int,
         *,
@@ -50,31 +58,31 @@ class Generation:
         generator: torch.Generator | None = None,
         eos_token_id: int | None = None,
         attention_mask: Tensor | None = None,
-        state: Any = None,
+        state: State | None = None,
     ) -> Iterator[Tensor]:
-        """Continue prompts and yield each new token, int64 (B,), as soon as it is known.
+        """Continue prompts and yield each new token, int64 (B,), as soon as it is drawn.
 
-        The state has a constant size, so that a token costs the same however much was read. Dropout is off, and the
-        model keeps its mode: streams may take turns, in one thread or in several (see ``inference_view``).
+        The state has a constant size: the cost per token does not depend on the number of tokens read. Dropout is off,
+        and the model keeps its mode: streams may alternate, in one thread or in several (see ``inference_view``).
 
         Args:
             input_ids: prompts, int64 (B, N).
-            max_new_tokens: most tokens to write.
+            max_new_tokens: largest number of new tokens.
             temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
             top_k: sample from the k likeliest tokens only, and from those that are as likely as the k-th.
-            top_p: sample from the smallest set of tokens that holds this much probability, at least one.
+            top_p: sample from the smallest set of tokens that has this probability, at least one.
             generator: source of randomness, of this stream alone; the same seed gives the same text. None for the
                 global generator of the model's device.
-            eos_token_id: token at which a sequence ends; from then on it yields this token, and the stream ends when
-                every sequence has.
+            eos_token_id: token that ends a sequence, which yields this token from then on; the stream ends when all
+                sequences have ended.
             attention_mask: 1 for tokens, 0 for padding on either side, (B, N).
-            state: what the model has read before the prompt.
+            state: state after the tokens before the prompt.
 
         Raises:
             ConfigError: the model is in training mode and has no view.
-            ResolventError: logits are not finite. On CUDA at temperature 0 they are checked at the end of the stream,
-                since a look at every token would stall the queue.
-            ValueError: an option is out of range, or a prompt holds what is no token.
+            ResolventError: logits are not finite. On CUDA at temperature 0 they are checked at the end of the stream:
+                a check per token would stall the queue.
+            ValueError: an option is out of range, or a prompt has an id outside the vocabulary.
         """
         check_tokens(input_ids, self.vocab_size)
         _check_options(max_new_tokens, temperature, top_k, top_p)
@@ -86,23 +94,23 @@ class Generation:
 
 @torch.inference_mode()
 def _stream(
-    model: StreamingModel,
+    model: StreamingModel[State],
     input_ids: Tensor,
     max_new_tokens: int,
     draw: Callable[[Tensor], Tensor],
     eos_token_id: int | None,
     attention_mask: Tensor | None,
-    state: Any,
+    state: State | None,
 ) -> Iterator[Tensor]:
-    """``stream`` by a model in evaluation mode, with options that are in range; ``draw`` takes logits (B, V) to a token
-    of every row (B,)."""
+    """Yield the tokens of ``stream`` from a model in evaluation mode, with options in range; ``draw`` maps logits
+    (B, V) to a token of every row (B,)."""
     hidden, state = _prefill(model, input_ids, attention_mask, state)
     step, logits = _stepper(model, state, max_new_tokens), at_least_float32(model.logits(hidden))
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     largest = logits.amax(-1)
     for remaining in range(max_new_tokens, 0, -1):
         token = draw(logits)
-        if logits.is_cuda:  # what was not finite once stays so
+        if logits.is_cuda:  # once not finite, always not finite
             largest = largest + logits.amax(-1)
         if eos_token_id is not None:
             token = torch.where(done, eos_token_id, token)
@@ -132,7 +140,7 @@ def sample(
         _check_finite(largest)
     if temperature == 0:
         return logits.argmax(-1)
-    # Within the normal numbers of the dtype: 0 / 0 and -inf / inf are no logits.
+    # The temperature stays within the normal numbers of the dtype: 0 / 0 and -inf / inf are no logits.
     limits = torch.finfo(logits.dtype)
     logits = (logits - largest) / min(max(temperature, limits.tiny), limits.max)
     if top_k is not None and top_k < logits.shape[-1]:
@@ -142,10 +150,10 @@ def sample(
         ordered, index = logits.sort(descending=True)
         probability = ordered.softmax(-1)
         beyond = prefix_sum(probability) - probability >= top_p
-        beyond[:, 0] = False  # a top_p may be 0 in the logits' dtype
+        beyond[:, 0] = False  # top_p may round to 0 in the dtype of the logits
         logits = logits.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf)
     if generator is None and logits.is_cuda:
-        with CAPTURING:  # a capture in another thread holds the device's generator
+        with CAPTURING:  # a capture in another thread uses the generator of the device
             return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
     device = generator.device if generator is not None else logits.device
     return torch.multinomial(logits.softmax(-1).to(device), 1, generator=generator).squeeze(-1).to(logits.device)
@@ -161,24 +169,26 @@ def _check_finite(largest: Tensor) -> None:
         )
 
 
-def _prefill(model: StreamingModel, input_ids: Tensor, mask: Tensor | None, state: Any) -> tuple[Tensor, Any]:
-    """Read the prompts; the hidden state of each sequence's last token (B, D), and the state after it."""
+def _prefill(
+    model: StreamingModel[State], input_ids: Tensor, mask: Tensor | None, state: State | None
+) -> tuple[Tensor, State]:
+    """Read the prompts; return the hidden state of each sequence's last token (B, D), and the state after it."""
     if mask is not None and not mask.all():
         hidden, state = model.hidden_states(input_ids, state=state, attention_mask=mask)
-        place = torch.arange(input_ids.shape[1], device=mask.device)
-        last = torch.where(mask.bool(), place, -1).amax(dim=1)
+        index = torch.arange(input_ids.shape[1], device=mask.device)
+        last = torch.where(mask.bool(), index, -1).amax(dim=1)
         if (last < 0).any():
             raise ValueError("attention_mask leaves a prompt without any token; a prompt needs at least one")
         return hidden[torch.arange(len(last)), last], state
     hidden = None
     for piece in input_ids.split(PREFILL, dim=1):
         hidden, state = model.hidden_states(piece, state=state)
-    assert hidden is not None
+    assert hidden is not None and state is not None
     return hidden[:, -1], state
 
 
-def _stepper(model: StreamingModel, state: Any, tokens: int) -> Callable[[Tensor], Tensor]:
-    """What reads one token of every sequence, (B,), after another, each time for the logits of the next."""
+def _stepper(model: StreamingModel[State], state: State, tokens: int) -> Callable[[Tensor], Tensor]:
+    """Return a function that reads one token of every sequence, (B,), per call and returns the logits of the next."""
     if state.device.type == "cuda" and tokens >= WORTH_CAPTURING:
         return CapturedStep(model, state)
 

@@ -1,4 +1,4 @@
-"""What a model knows of the past: an explicit object, handed in and out of ``forward``.
+"""State of a model: an explicit object that ``forward`` takes and returns.
 
 Shapes: B sequences; the first axis of every tensor of a state counts them.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ from ..files import output_path
 from ..tensors import read_tensors, write_tensors
 
 _COMPLEX = ":complex"
-"""Marks the name of a complex tensor in a file, which holds its real and imaginary parts."""
+"""End of the name of a complex tensor in a file, which holds its real and imaginary parts."""
+
+State = TypeVar("State", bound="ModelState")
+Structure = TypeVar("Structure")
 
 
 @dataclass(frozen=True, repr=False)
 class ModelState:
-    """State of a model for B sequences: differentiable, movable, and of a size that does not depend on what was read.
+    """State of a model for B sequences: differentiable, movable, and of a size that does not depend on the tokens read.
 
     Its real numbers are float32, or float64 in a float64 model, and its complex numbers pairs of these; weights in half
     precision do not change that.
@@ -32,10 +35,10 @@ class ModelState:
         exact: fields of the layers' states that are float64 in every model.
         position: tokens that each sequence has read, int64 (B,); on the CPU, where Python reads it without waiting,
             but for steps that are captured as a graph.
-        layers: one state a block, a named tuple of tensors and of such tuples.
+        layers: one state per block, a named tuple of tensors and of such tuples.
     """
 
-    layer_type: ClassVar[Any]
+    layer_type: ClassVar[type]
     exact: ClassVar[frozenset[str]] = frozenset()
 
     position: Tensor
@@ -46,7 +49,7 @@ class ModelState:
         return len(self.position)
 
     def __repr__(self) -> str:
-        """One line: type, sequences, tokens read, layers, size and device."""
+        """Return one line: type, sequences, tokens read, layers, size and device."""
         read = self.position.tolist()
         tokens = f"{read[0]:,}" if len(set(read)) == 1 else f"{min(read, default=0):,} to {max(read, default=0):,}"
         return (
@@ -61,7 +64,7 @@ class ModelState:
 
     @property
     def device(self) -> torch.device:
-        """Where the layers' states are."""
+        """Device of the layers' states."""
         return next(x for _, x in named_tensors(self.layers[0])).device
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
@@ -69,19 +72,19 @@ class ModelState:
         return type(self)(function(self.position), self._map_layers(function))
 
     def detach(self) -> Self:
-        """Cut the graph: what comes next sends no gradient to what came before."""
+        """Return the state without its graph: later losses have no gradient in earlier tokens."""
         return self.map(Tensor.detach)
 
     def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         """Return the state with its layers on another device, in another precision or both.
 
         Args:
-            device: where to; None leaves the layers where they are. A dtype may take its place: ``to(torch.float64)``.
-            dtype: float32 or float64, of the models that may read on; None leaves it as it is. What ``exact`` names
-                stays float64.
+            device: device of the layers; None keeps theirs. A dtype may take its place: ``to(torch.float64)``.
+            dtype: float32 or float64, as the model that reads on needs it; None keeps it. The fields of ``exact`` stay
+                float64.
 
         Raises:
-            ValueError: another dtype, in which a state would lose what it adds up, or its imaginary parts.
+            ValueError: the dtype is another one, in which sums would lose digits, or imaginary parts would be lost.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -93,7 +96,7 @@ class ModelState:
         return type(self)(self.position, self._map_layers(lambda _: next(moved)))
 
     def with_position_on(self, device: torch.device) -> Self:
-        """The state with its position where the kernels read it, and Python does not."""
+        """Return the state with its position on a device, where kernels read it and Python does not."""
         return type(self)(self.position.to(device), self.layers)
 
     def check(
@@ -102,10 +105,10 @@ class ModelState:
         """Raise a ValueError unless a model can read on from this state.
 
         Args:
-            shapes: of one sequence's state in that model: of every layer, every tensor.
-            sequences: their number in the model's input.
-            device: of the input.
-            dtype: in which the model keeps a state, float32 or float64.
+            shapes: shapes of one sequence's state in that model: of every layer, every tensor.
+            sequences: number of sequences in the model's input.
+            device: device of the input.
+            dtype: dtype of the model's states, float32 or float64.
         """
         if len(self) != sequences:
             raise ValueError(f"the state holds {len(self)} sequences, the input has {sequences}")
@@ -125,7 +128,7 @@ class ModelState:
                 raise ValueError(f"{name} of the state is {x.dtype}, of the model {wanted}; use state.to({dtype})")
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, always in the same order."""
+        """Return all tensors, always in the same order."""
         return list(self._tensors().values())
 
     def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> Self:
@@ -198,31 +201,31 @@ class ModelState:
             yield from named_tensors(layer, f"layers.{i}")
 
     def _dtype(self, name: str, x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-        """The dtype of a layers' tensor in a state whose real numbers are of ``dtype``."""
+        """Return the dtype of a layer's tensor in a state whose real numbers are of ``dtype``."""
         if dtype is None or not (x.is_complex() or x.is_floating_point()):
             return x.dtype
         dtype = torch.float64 if name.rpartition(".")[2] in self.exact else dtype
         return dtype.to_complex() if x.is_complex() else dtype
 
 
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure of named tuples with ``function`` applied to every tensor; None stays None."""
+def map_tensors(value: Structure, function: Callable[[Tensor], Tensor]) -> Structure:
+    """Apply ``function`` to every tensor of a structure of named tuples; None stays None."""
     if value is None or isinstance(value, Tensor):
-        return value if value is None else function(value)
-    return type(value)(*(map_tensors(part, function) for part in value))
+        return cast(Structure, value if value is None else function(value))
+    return type(value)(*(map_tensors(part, function) for part in cast(tuple, value)))
 
 
-def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a structure of named tuples, with the path of fields that leads to each."""
+def named_tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in a structure of named tuples, each with the path of fields that leads to it."""
     if isinstance(value, Tensor):
         yield name, value
     elif value is not None:
-        for field, part in value._asdict().items():
+        for field, part in cast(NamedTuple, value)._asdict().items():
             yield from named_tensors(part, f"{name}.{field}")
 
 
 def _assemble(kind: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """Inverse of ``named_tensors``: a part that is optional is None where none of its tensors is there."""
+    """Invert ``named_tensors``: an optional part is None if none of its tensors is there."""
     if kind is Tensor:
         return tensors[name]
     options = typing.get_args(kind)

@@ -19,16 +19,16 @@ class Unpadded(NamedTuple):
     Attributes:
         tokens: (1, T).
         cu_seqlens: offsets of the B sequences, int64 (B + 1,), on the CPU.
-        places: where each token stood in the flat (B * N,) batch, int64 (T,).
+        index: index of each token in the flat batch (B * N,), int64 (T,).
     """
 
     tokens: Tensor
     cu_seqlens: Tensor
-    places: Tensor
+    index: Tensor
 
     def restore(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
-        """(1, T, ...) -> (B, N, ...), zero where there was padding."""
-        flat = x.new_zeros(shape[0] * shape[1], *x.shape[2:]).index_copy(0, self.places, x[0])
+        """Restore (1, T, ...) -> (B, N, ...), zero where there was padding."""
+        flat = x.new_zeros(shape[0] * shape[1], *x.shape[2:]).index_copy(0, self.index, x[0])
         return flat.unflatten(0, shape)
 
 
@@ -38,10 +38,10 @@ class TokenBatch:
 
     Attributes:
         input_ids: (B, N), or (1, T).
-        cu_seqlens: offsets of the packed sequences; None for a rectangle. On the CPU Python reads them in every layer;
-            on a device it does not, and a step can be replayed with other ones.
-        shape: of the tokens as they were given.
-        unpadded: where they stood, if there was padding.
+        cu_seqlens: offsets of the packed sequences; None for a rectangle. Python reads offsets on the CPU, in every
+            layer. It does not read offsets on a device: a captured step can be replayed with others.
+        shape: shape of the input (B, N).
+        unpadded: the batch without its padding, if there was padding.
     """
 
     input_ids: Tensor
@@ -51,7 +51,7 @@ class TokenBatch:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of every sequence, int64 (S,) on the CPU."""
+        """Number of tokens of every sequence, int64 (S,) on the CPU."""
         return torch.full((self.shape[0],), self.shape[1]) if self.cu_seqlens is None else self.cu_seqlens.diff().cpu()
 
     @property
@@ -60,7 +60,7 @@ class TokenBatch:
         return self.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
     def advance(self, position: Tensor) -> Tensor:
-        """Where the sequences stand after these tokens: tokens read, before and after, (S,), where the offsets are."""
+        """Return the number of tokens that the sequences have read after these: (S,) -> (S,), where the offsets are."""
         if self.cu_seqlens is None:
             return position + self.shape[1]
         return position.to(self.cu_seqlens.device) + self.cu_seqlens.diff()
@@ -70,14 +70,14 @@ class TokenBatch:
         return x if self.unpadded is None else x.flatten()[self.unpadded.places].unsqueeze(0)
 
     def restore(self, x: Tensor) -> Tensor:
-        """Results for the tokens as they were given: zero where there was padding."""
+        """Give results (1, T, ...) the shape of the input, (B, N, ...); zero where there was padding."""
         return x if self.unpadded is None else self.unpadded.restore(x, self.shape)
 
 
 def read_tokens(
     input_ids: Tensor, vocab_size: int, cu_seqlens: Tensor | None, attention_mask: Tensor | None
 ) -> TokenBatch:
-    """Check what a model is given to read, and drop its padding.
+    """Check the input of a model, and drop its padding.
 
     Raises:
         ValueError: tokens, offsets or mask do not fit each other or the vocabulary.
@@ -121,14 +121,14 @@ def unpad(input_ids: Tensor, attention_mask: Tensor) -> Unpadded:
     if not mask.any():
         raise ValueError("attention_mask leaves the batch without any token; keep at least one")
     cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).cpu()
-    places = mask.flatten().nonzero().squeeze(1)
-    return Unpadded(input_ids.flatten()[places].unsqueeze(0), cu_seqlens, places)
+    index = mask.flatten().nonzero().squeeze(1)
+    return Unpadded(input_ids.flatten()[index].unsqueeze(0), cu_seqlens, index)
 
 
 def check_attention_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
-    """Raise a ValueError unless the mask has the tokens' shape (B, N) and device, and holds nothing but 0 and 1.
+    """Raise a ValueError unless the mask has the shape (B, N) and device of the tokens, and holds only 0 and 1.
 
-    Its values decide the shapes of what follows, so that they are looked at on every device.
+    The values decide the shapes of later tensors, so they are read on every device.
     """
     _check_tensor("attention_mask", attention_mask)
     if attention_mask.shape != input_ids.shape:
@@ -138,8 +138,8 @@ def check_attention_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
     wrong = (attention_mask != 0) & (attention_mask != 1)
     if wrong.any():
         raise ValueError(
-            f"attention_mask must be 1 for tokens and 0 for padding, got {attention_mask[wrong][0].item()}; make a "
-            "mask of that kind out of one that is added to scores (0 for tokens) with mask == 0"
+            f"attention_mask must be 1 for tokens and 0 for padding, got {attention_mask[wrong][0].item()}; convert a "
+            "mask that is added to scores (0 for tokens) with mask == 0"
         )
 
 
@@ -158,7 +158,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int], device: torch.d
     """Raise a ValueError unless the offsets cut a batch of one, shape (1, T) on ``device``, from 0 to T without going
     back. They are on the CPU or on ``device``.
 
-    In a graph that is being compiled their values are not known, and on a device nobody looks: they are not checked.
+    Their values are not checked in a graph that is being compiled, which does not know them, and on a device, where
+    reading them would stall the queue.
     """
     _check_tensor("cu_seqlens", cu_seqlens)
     if shape[0] != 1:
@@ -188,7 +189,7 @@ def _check_device(name: str, x: Tensor, device: torch.device) -> None:
 
 
 def positions(start: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Position of every token in its sequence, int64, broadcastable to (B, N).
+    """Return the position of every token in its sequence, int64, broadcastable to (B, N).
 
     Args:
         start: tokens that each sequence has read before, (S,); None for none.

@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from .state import ModelState
+from .state import State
 from .token_batch import TokenBatch
 
 
@@ -29,7 +29,6 @@ class BlockRecord(Protocol):
 
 
 Record = TypeVar("Record", bound=BlockRecord)
-State = TypeVar("State", bound=ModelState)
 
 
 @dataclass(frozen=True, repr=False)
