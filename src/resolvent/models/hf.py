@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -416,7 +416,10 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         return config, model_kwargs
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., object] = checkpoint,
+        every_n_layers: int = 1,
     ) -> None:
         """Let every n-th block be computed anew, always without re-entrance: that form would lose the gradients of
         tensors which blocks hand on in tuples."""

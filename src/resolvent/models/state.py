@@ -42,7 +42,7 @@ class ModelState:
     exact: ClassVar[frozenset[str]] = frozenset()
 
     position: Tensor
-    layers: tuple[Any, ...]
+    layers: tuple[NamedTuple, ...]
 
     def __len__(self) -> int:
         """Number of sequences B."""
@@ -190,7 +190,7 @@ class ModelState:
         except (KeyError, IndexError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} holds no saved state: {error}") from error
 
-    def _map_layers(self, function: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    def _map_layers(self, function: Callable[[Tensor], Tensor]) -> tuple[NamedTuple, ...]:
         return tuple(map_tensors(layer, function) for layer in self.layers)
 
     def _tensors(self) -> dict[str, Tensor]:

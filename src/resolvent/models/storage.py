@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from ..files import check_version, read_json, shown, write_json
 from ..manifest import read_checked
 from ..tensors import TensorFile, write_tensors
 from .base import IntegratedModel
-from .config import ModelConfig
+from .config import ModelConfig, Values
 from .phase1 import Phase1Config
 from .phase2 import Phase2Config
 from .phases import PHASES, Phase, phase_of
@@ -166,7 +165,7 @@ def read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:
     return phase, config
 
 
-def in_todays_format(place: Path | str, values: dict[str, Any], kind: type[ModelConfig]) -> dict[str, Any]:
+def in_todays_format(place: Path | str, values: Values, kind: type[ModelConfig]) -> Values:
     """The entries of a ``config.json`` of any format version as this release writes them, without the version.
 
     Args:
@@ -177,8 +176,8 @@ def in_todays_format(place: Path | str, values: dict[str, Any], kind: type[Model
     Raises:
         VersionError, CheckpointError: the version is a later one, or none.
     """
-    version: Any = values.get("format_version")
-    check_version(place, version, FORMAT_VERSION)
+    check_version(place, values.get("format_version"), FORMAT_VERSION)
+    version = values["format_version"]
     values = {name: value for name, value in values.items() if name != "format_version"}
     names = {field.name for field in dataclasses.fields(kind)}
     for since, fields in _BEFORE.items():

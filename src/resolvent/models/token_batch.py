@@ -67,7 +67,7 @@ class TokenBatch:
 
     def drop_padding(self, x: Tensor) -> Tensor:
         """Return values of the tokens as they were given, (B, N), in the shape in which the blocks read them."""
-        return x if self.unpadded is None else x.flatten()[self.unpadded.places].unsqueeze(0)
+        return x if self.unpadded is None else x.flatten()[self.unpadded.index].unsqueeze(0)
 
     def restore(self, x: Tensor) -> Tensor:
         """Give results (1, T, ...) the shape of the input, (B, N, ...); zero where there was padding."""

@@ -113,12 +113,14 @@ class TokenStep:
 def _maps(block: Phase2Block) -> tuple[nn.Linear, nn.Linear]:
     """The two linear maps of the feed-forward network."""
     ffn = block.ffn
-    return (ffn.in_proj, ffn.out_proj) if isinstance(ffn, GatedFeedForward) else cast(Any, (ffn[0], ffn[2]))
+    if isinstance(ffn, GatedFeedForward):
+        return ffn.in_proj, ffn.out_proj
+    return cast(nn.Linear, ffn[0]), cast(nn.Linear, ffn[2])
 
 
 def _projections(model: Phase2Model) -> list[nn.Module]:
     """What multiplies by a matrix."""
-    found: list[Any] = [model.lm_head]
+    found: list[nn.Module | None] = [model.lm_head]
     for block in blocks_of(model):
         potential, memory = block.dissipative_bk.potential, block.hebbian
         found += [potential.v_proj, potential.gamma_proj, potential.memory_to_potential, block.bk_proj]
