@@ -272,13 +272,3 @@ def test_a_damaged_history_is_named(small_config: MakeConfig, tmp_path: Path, li
     path.unlink()
     with pytest.raises(CheckpointError, match=r"cannot read the metrics of the run: .*metrics\.jsonl"):
         _ = result.history
-
-
-def test_a_result_prints_as_a_line(small_config: MakeConfig, tmp_path: Path):
-    result = train(small_config(steps=1))
-    text = repr(result)
-    assert len(text) < 200 + len(str(tmp_path))
-    assert "\n" not in text
-    for part in (str(tmp_path / "run"), f"{result.model.num_parameters():,} parameters", "bits per byte"):
-        assert part in text
-    assert f"{result.validation.loss:.4f}" in text

@@ -82,11 +82,8 @@ class TrainingResult:
         return read_history(self.run_dir)
 
     def __repr__(self) -> str:
-        score = self.validation
-        return (
-            f"TrainingResult({str(self.run_dir)!r}, {self.model.num_parameters():,} parameters, validation loss "
-            f"{score.loss:.4f}, {score.bits_per_byte:.4f} bits per byte on {score.tokens:,} tokens)"
-        )
+        loss, bits = self.validation.loss, self.validation.bits_per_byte
+        return f"TrainingResult({str(self.run_dir)!r}, validation loss {loss:.4f}, {bits:.4f} bits per byte)"
 
 
 class _StoppedInValidation(Exception):
