@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pickle
-import shlex
 import shutil
 import sys
 import time
@@ -30,6 +29,7 @@ from resolvent.manifest import MANIFEST, read_checked, write_manifest
 from resolvent.models import load_model
 from resolvent.models.phase2 import Phase2State
 from resolvent.runs import RUN_FILE, fixed_files, load_trained
+from resolvent.terminal import shell_word
 from resolvent.training import resume
 from resolvent.training.checkpoint import load_optimizer, load_standing
 from resolvent.training.optimizer import build_optimizer
@@ -199,13 +199,13 @@ def test_a_path_that_only_a_folder_names_is_not_read(
     assert not (run / "inspection.html").exists()
 
 
-@pytest.mark.parametrize("path", ["", ".", "a b; rm -rf ~"])
+@pytest.mark.parametrize("path", ["", ".", "a b; rm -rf ~", "a\x1b]52;c;eA==\a\n"])
 def test_a_path_is_shown_as_a_shell_takes_it(run: Path, capfd: pytest.CaptureFixture[str], path: str):
     for field in ("data", "validation_data"):
         record(run, data=None, validation_data=None)
         record(run, **{field: path})
         assert call("evaluate", run, "--device", "cpu") == 1
-        assert f"add --data {shlex.quote(path)}" in capfd.readouterr().err
+        assert f"add --data {shell_word(path)}" in capfd.readouterr().err
 
 
 def test_a_resumed_run_reads_neither_tokenizer_nor_model_that_it_began_from(run: Path, watched: Path):

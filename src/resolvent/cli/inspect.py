@@ -54,7 +54,8 @@ def inspect(
             "the text is given; leave out --data, --text-field and --held-out", param_hint="--data"
         )
     run_dir = run_of(directory)
-    check_output(run_dir / PAGE if out is None else out, "--out")
+    if out is not None:
+        check_output(out, "--out")
     model, tokenizer = load_trained(directory, device)
     from resolvent.files import write_file, write_output
     from resolvent.inspection import inspect_model, render_page

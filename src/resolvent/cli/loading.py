@@ -1,7 +1,6 @@
 """Parameters that several commands have in common, and what they stand for."""
 
 import dataclasses
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from resolvent.cli.console import STDOUT
 from resolvent.errors import ConfigError
 from resolvent.runs import RUN_FILE, run_of
+from resolvent.terminal import shell_word
 
 if TYPE_CHECKING:
     from resolvent.training.config import TrainingConfig
@@ -140,11 +140,11 @@ def _check_is_default(config: "TrainingConfig", run_dir: Path) -> None:
     text = config.data if config.validation_data is None else config.validation_data
     if text is not None:
         paths = [text] if isinstance(text, str) else text
-        options = " ".join(f"--data {shlex.quote(path)}" for path in paths)
+        options = " ".join(f"--data {shell_word(path)}" for path in paths)
         if config.validation_data is None:
             options += " --held-out"
         elif config.text_field != "text":
-            options += f" --text-field {shlex.quote(config.text_field)}"
+            options += f" --text-field {shell_word(config.text_field)}"
         raise CheckpointError(
             f"{run_dir} names the text {', '.join(paths)}. A path that only a run folder names is not read: "
             f"to read it, add {options}"
