@@ -156,6 +156,15 @@ def test_a_mark_with_a_second_name_is_refused(
         train(minute_config(tmp_path / "verses.txt", tmp_path / "run"))
 
 
+def test_a_mark_that_is_a_pipe_is_refused(tmp_path: Path):
+    (tmp_path / "verses.txt").write_text(TEXT)
+    mark = partial_name(tmp_path / "run" / MANIFEST)
+    mark.parent.mkdir()
+    os.mkfifo(mark)
+    with within(30), pytest.raises(CheckpointError, match=r"manifest\.json\.partial is no regular file"):
+        train(minute_config(tmp_path / "verses.txt", tmp_path / "run"))
+
+
 def test_a_beginning_removes_a_link_in_the_place_of_checkpoints(tmp_path: Path, precious: Path):
     (tmp_path / "verses.txt").write_text(TEXT)
     run = tmp_path / "run"
