@@ -230,7 +230,7 @@ def test_hints_are_quoted_for_the_shell(
     assert hint(resolvent(*commands["train"]).out)[:3] == ["resolvent", "generate", str(run)]
     assert hint(resolvent(*commands["convert"]).out) == ["resolvent", "train", "--from", str(converted)]
     used = resolvent(*commands["train"]).err
-    assert f"--resume {shlex.quote(str(run))}, or" in used
+    assert f"--resume {shlex.quote(str(run))}, replace" in used
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -182,7 +182,7 @@ DAMAGED = [
     b"{\n",
     b"[1]\n",
     b'{"loss": 1}\n',
-    b"\xff\xfe",
+    b"\xff\xfe\n",
     record(1, loss=1.0, bits_per_byte="x", grad_norm=1.0, lr=1.0).encode(),
     record(1, loss=1.0, bits_per_byte=float("nan"), grad_norm=1.0, lr=1.0).encode(),
 ]
