@@ -15,10 +15,10 @@ WORKERS := -n auto --maxprocesses 4
 CONSTRAINTS := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-oldest test-gpu lint format bench docs wheel clean
+.PHONY: help setup demo test test-all test-oldest test-gpu lint format bench docs architecture wheel clean
 
 help:  ## show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## create .venv with the pinned versions and this checkout
 
@@ -47,10 +47,12 @@ test-oldest: $(OLDEST)/.ready  ## run the tests with the oldest versions, in an 
 test-gpu:  ## run the CUDA tests, in the current environment
 	$(PYTHON) -m pytest -m gpu
 
-lint: setup  ## ruff and the type checker
+lint: setup  ## ruff, the type checker, the import contract and the spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/codespell
 
 format: setup  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
@@ -63,6 +65,9 @@ docs: setup  ## build the documentation into build/site
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
+architecture: setup  ## draw the packages and their imports anew, for docs/architecture.md
+	$(BIN)/python scripts/draw_architecture.py docs/images/architecture.svg
+
 wheel:  ## build the wheel into dist and try it with nothing but its dependencies, in an environment of their own
 	rm -rf build dist
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
@@ -71,4 +76,4 @@ wheel:  ## build the wheel into dist and try it with nothing but its dependencie
 	$(PYTHON) scripts/try_command.py build/wheel/bin/resolvent
 
 clean:  ## remove the environments, runs and caches
-	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist src/*.egg-info

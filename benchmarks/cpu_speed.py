@@ -163,7 +163,7 @@ def peak_memory(name: str, preset: str, length: int, threads: int) -> int:
 
 
 def start_over_keeping_freed_memory() -> None:
-    """glibc reads its settings when a process starts."""
+    """The C library glibc reads its settings when a process starts."""
     settings = KEEP_FREED_MEMORY | SHORT_SPIN
     if not settings.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})

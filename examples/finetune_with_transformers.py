@@ -1,4 +1,7 @@
-"""Train a saved model on with Transformers' Trainer: python examples/finetune_with_transformers.py RUN TEXT OUT"""
+"""Train a saved model on with Transformers' Trainer.
+
+Usage: python examples/finetune_with_transformers.py RUN TEXT OUT
+"""
 
 import sys
 from pathlib import Path

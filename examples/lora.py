@@ -1,4 +1,7 @@
-"""Adapt a saved model with LoRA, and keep the adapter apart: python examples/lora.py RUN TEXT OUT"""
+"""Adapt a saved model with LoRA, and keep the adapter apart.
+
+Usage: python examples/lora.py RUN TEXT OUT
+"""
 
 import sys
 from pathlib import Path

@@ -1,26 +1,39 @@
 """Draw the packages of `resolvent` and who imports whom, for docs/architecture.md.
 
-    python scripts/draw_architecture.py docs/images/architecture.svg
+Usage: python scripts/draw_architecture.py docs/images/architecture.svg
 
-A package stands above all that it imports. An arrow is left out where a longer way says the same. The picture follows the
-reader's light or dark mode.
+A package stands above all that it imports, and right below the lowest that imports it. An arrow is left out where a
+longer way says the same. The picture follows the reader's light or dark mode.
 """
 
 import sys
 from collections import defaultdict
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import grimp
 
 ROOT = "resolvent"
-FOUNDATION = ("errors", "files", "manifest", "tensors", "device", "_version")
+FOUNDATION = (
+    "errors",
+    "files",
+    "manifest",
+    "tensors",
+    "device",
+    "memory",
+    "native",
+    "seeds",
+    "terminal",
+    "_version",
+)
 """Small modules that everything may import; one box at the bottom stands for all of them, and gets no arrows."""
 ENTRY = ("__main__",)
 
-WIDTH, ROW, BOX, MARGIN, FONT = 820, 92, 46, 16, 15
+WIDTH, ROW, BOX, MARGIN = 820, 92, 46, 16
 STYLE = """
-text { font: %dpx system-ui, sans-serif; text-anchor: middle; fill: #1f2328 }
+text { font: 15px system-ui, sans-serif; text-anchor: middle; fill: #1f2328 }
 .lines { font-size: 12px; fill: #59636e }
 rect { fill: #eef2ff; stroke: #4051b5; stroke-width: 1.2 }
 .foundation { fill: #f6f8fa; stroke: #8c959f }
@@ -31,11 +44,11 @@ marker path { fill: #6e7781; stroke: none; marker-end: none }
   rect { fill: #1b2447; stroke: #8c9eff } .foundation { fill: #21262d; stroke: #6e7681 }
   path { stroke: #9198a1 } marker path { fill: #9198a1 }
 }
-""" % FONT
+"""
 
 
 def imports_between_packages(graph: grimp.ImportGraph) -> dict[str, set[str]]:
-    """Every package and top-level module, with the others that it imports; the foundation left out."""
+    """Return every package and top-level module, with the others that it imports; the foundation left out."""
     found: dict[str, set[str]] = defaultdict(set)
     for module in graph.modules:
         importer = _package(module)
@@ -48,7 +61,7 @@ def imports_between_packages(graph: grimp.ImportGraph) -> dict[str, set[str]]:
 
 
 def rows_of(imports: dict[str, set[str]]) -> list[list[str]]:
-    """Packages by height: each stands above all that it imports. The first row is the highest.
+    """Return packages by height, the highest first: each above all that it imports, right below who imports it.
 
     Raises:
         ValueError: packages import each other in a circle.
@@ -65,11 +78,15 @@ def rows_of(imports: dict[str, set[str]]) -> list[list[str]]:
         return found
 
     heights = {package: height(package) for package in sorted(imports)}
+    for package in sorted(heights, key=heights.__getitem__, reverse=True):
+        importers = [heights[importer] for importer, imported in imports.items() if package in imported]
+        if importers:
+            heights[package] = min(importers) - 1
     return [[name for name, at in heights.items() if at == row] for row in range(max(heights.values()), -1, -1)]
 
 
 def necessary(imports: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """The imports that no longer way of imports implies."""
+    """Return the imports that no longer way of imports implies."""
 
     @cache
     def reached(package: str) -> frozenset[str]:
@@ -83,45 +100,92 @@ def necessary(imports: dict[str, set[str]]) -> list[tuple[str, str]]:
     ]
 
 
+def place(rows: list[list[str]], arrows: list[tuple[str, str]]) -> list[list[tuple[str, ...]]]:
+    """Order every row, with a gap for each arrow that passes it, so that arrows cross little and no box is crossed.
+
+    Returns:
+        rows of names, ``(package,)``, and gaps, ``(importer, imported)``.
+    """
+    row_of = {package: number for number, row in enumerate(rows) for package in row}
+    slots: list[list[tuple[str, ...]]] = [[(package,) for package in row] for row in rows]
+    above: dict[tuple[int, tuple[str, ...]], list[tuple[str, ...]]] = defaultdict(list)
+    for arrow in arrows:
+        first, last = (row_of[package] for package in arrow)
+        way = [arrow[:1], *[arrow] * (last - first - 1), arrow[1:]]
+        for number, (upper, lower) in enumerate(pairwise(way), first):
+            above[number + 1, lower].append(upper)
+            if lower == arrow:
+                slots[number + 1].append(arrow)
+    for number in range(1, len(slots)):
+        share = {slot: (at + 1) / (len(slots[number - 1]) + 1) for at, slot in enumerate(slots[number - 1])}
+        mean = {slot: fmean([share[upper] for upper in above[number, slot]] or [1]) for slot in slots[number]}
+        slots[number].sort(key=mean.__getitem__)
+    return slots
+
+
 def draw(imports: dict[str, set[str]], lines: dict[str, int]) -> str:
-    """The picture as SVG."""
-    rows, box, height = rows_of(imports), {}, 0
-    for number, row in enumerate(rows):
-        width = min(150, (WIDTH - 2 * MARGIN) // len(row) - 14)
-        for place, package in enumerate(row):
-            x = WIDTH * (place + 1) / (len(row) + 1)
-            box[package] = (x, MARGIN + number * ROW, width)
-        height = MARGIN + (number + 1) * ROW
+    """Return the picture as SVG; lines of code are rounded to hundreds."""
+    arrows = necessary(imports)
+    slots = place(rows_of(imports), arrows)
+    at = {
+        (number, slot): WIDTH * (place + 1) / (len(row) + 1)
+        for number, row in enumerate(slots)
+        for place, slot in enumerate(row)
+    }
+    row_of = {slot[0]: number for number, slot in at if len(slot) == 1}
+    height = MARGIN + len(slots) * ROW
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height + BOX + MARGIN}" role="img">',
         f"<title>Packages of {ROOT} and their imports</title><style>{STYLE}</style>",
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
         '<path d="M0 0 8 4 0 8z"/></marker></defs>',
     ]
-    for importer, imported in necessary(imports):
-        (x, y, _), (u, v, _) = box[importer], box[imported]
-        middle = (y + BOX + v) / 2
-        parts.append(f'<path d="M{x:.0f} {y + BOX} C{x:.0f} {middle:.0f} {u:.0f} {middle:.0f} {u:.0f} {v - 2}"/>')
-    for package, (x, y, width) in box.items():
-        parts.append(_box(package, f"{lines[package]:,} lines", x, y, width))
+    for importer, imported in arrows:
+        first, last = row_of[importer], row_of[imported]
+        gaps = [at[number, (importer, imported)] for number in range(first + 1, last)]
+        parts.append(_arrow([at[first, (importer,)], *gaps, at[last, (imported,)]], MARGIN + first * ROW))
+    for package, number in row_of.items():
+        size = f"{round(lines[package], -2) or lines[package]:,} lines"
+        parts.append(_box(package, size, at[number, (package,)], MARGIN + number * ROW, 120))
     names = ", ".join(name for name in FOUNDATION if not name.startswith("_"))
-    parts.append(_box(names, "imported by all", WIDTH / 2, height, WIDTH - 2 * MARGIN, "foundation"))
+    parts.append(
+        _box(
+            names,
+            "small modules for all above; ops imports errors alone",
+            WIDTH / 2,
+            height,
+            WIDTH - 2 * MARGIN,
+            "foundation",
+        )
+    )
     return "\n".join([*parts, "</svg>", ""])
 
 
 def count_lines(folder: Path) -> dict[str, int]:
-    """Lines of Python of every package and top-level module."""
+    """Count the lines of Python of every package and top-level module."""
     lines: dict[str, int] = defaultdict(int)
     for path in folder.rglob("*.py"):
-        lines[path.relative_to(folder).parts[0].removesuffix(".py")] += len(path.read_text(encoding="utf-8").splitlines())
+        package = path.relative_to(folder).parts[0].removesuffix(".py")
+        lines[package] += len(path.read_text(encoding="utf-8").splitlines())
     return lines
 
 
 def _package(module: str) -> str | None:
-    """The top-level name that a module belongs to; None for what the picture leaves out."""
+    """Return the top-level name that a module belongs to; None for what the picture leaves out."""
     _, _, path = module.partition(".")
     name = path.partition(".")[0]
     return None if not name or name in (*FOUNDATION, *ENTRY) else name
+
+
+def _arrow(xs: list[float], y: int) -> str:
+    """Return an arrow from a box at height ``y``, straight past every row between, to the box in the last row."""
+    path = f"M{xs[0]:.0f} {y + BOX}"
+    for number, (x, u) in enumerate(pairwise(xs), 1):
+        end, middle = y + number * ROW, y + number * ROW - (ROW - BOX) / 2
+        last = number == len(xs) - 1
+        path += f" C{x:.0f} {middle:.0f} {u:.0f} {middle:.0f} {u:.0f} {end - 2 if last else end}"
+        path += "" if last else f" V{end + BOX}"
+    return f'<path d="{path}"/>'
 
 
 def _box(name: str, below: str, x: float, y: float, width: float, kind: str = "package") -> str:

@@ -20,8 +20,11 @@ torch.set_num_threads(1)  # the tensors are small: two threads would wait for ea
 
 
 def _patch_triton_once() -> None:
-    """The interpreter looks through ``triton.language`` anew for every call of a function of a kernel, which takes
-    longer than what the kernels compute. Once for every module of kernels is enough."""
+    """Look through ``triton.language`` once for every module of kernels.
+
+    The interpreter looks through it anew for every call of a function of a kernel, which takes longer than what the
+    kernels compute.
+    """
     from triton.runtime import interpreter
 
     patch, patched = interpreter._patch_lang, set[int]()

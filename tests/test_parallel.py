@@ -64,8 +64,10 @@ def piece(x: Tensor) -> Tensor:
 
 
 def largest_differences(recompute: bool, frozen: bool) -> list[dict[str, float]]:
-    """For every model in float64: the largest differences of several processes' loss, gradient, logits and last state
-    to those of one alone."""
+    """Return, for every model in float64, the largest differences of several processes' results to those of one alone.
+
+    The results are loss, gradient, logits and last state.
+    """
     dist.init_process_group("gloo")
     found = []
     for config in MODELS.values():
@@ -76,8 +78,10 @@ def largest_differences(recompute: bool, frozen: bool) -> list[dict[str, float]]
 
 
 def errors_of_float32() -> list[dict[str, tuple[float, float]]]:
-    """For every model: how far several processes' results and those of one alone, both in float32, are from those of
-    float64, as root mean squares."""
+    """Return, for every model, how far several processes' results and those of one alone are from those of float64.
+
+    Both are in float32; distances are root mean squares.
+    """
     dist.init_process_group("gloo")
     found = []
     for config in MODELS.values():
@@ -135,8 +139,11 @@ def test_stretches_are_the_whole(processes: int, recompute: bool, frozen: bool):
 
 
 def test_stretches_are_as_near_the_truth_in_float32():
-    """Orders of additions differ, and read-outs that almost vanish are brought to unit size: at a few tokens two right
-    results may be further from each other than is telling, but on the whole neither is further from float64."""
+    """Several processes are no further from float64 than one, on the whole.
+
+    Orders of additions differ, and read-outs that almost vanish are brought to unit size: at a few tokens two right
+    results may be further from each other than is telling.
+    """
     for found in together(2, errors_of_float32):
         assert len(found) == len(MODELS)
         for name, errors in zip(MODELS, found, strict=True):

@@ -23,7 +23,8 @@ def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -
     than 80 in each channel.
 
     Args:
-        q, k: (B, N, H, K).
+        q: (B, N, H, K).
+        k: (B, N, H, K).
         v: (B, N, H, V).
         log_decay: g <= 0, (B, N, H, K).
 
@@ -48,7 +49,8 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: T
     WY form.
 
     Args:
-        q, k: (B, N, H, K), k of unit length.
+        q: (B, N, H, K).
+        k: (B, N, H, K), L2-normalised.
         v: (B, N, H, V).
         log_decay: g <= 0, (B, N, H).
         beta: β in [0, 1], (B, N, H).

@@ -144,8 +144,10 @@ class Text:
 
 
 def window_starts(tokens: int, length: int, batch: int, steps: int, seed: int) -> NDArray[np.int64]:
-    """Where the windows of every step start, (steps, B): each pass over the tokens tiles them from a random offset, in
-    random order."""
+    """Return where the windows of every step start, (steps, B).
+
+    Each pass over the tokens tiles them from a random offset, in random order.
+    """
     order, passes = [], 0
     while sum(map(len, order)) < steps * batch:
         random = np.random.default_rng([seed, passes])
@@ -342,8 +344,10 @@ def token_nats(model: Any, ids: Tensor, labels: Tensor, batch: int, context: tor
 
 
 def difference(nats: Tensor, others: Tensor) -> tuple[float, float | None]:
-    """Mean of ``nats - others`` (W, N), NaN where there is none, and its standard error over windows, which differ in
-    how many they have."""
+    """Return the mean of ``nats - others`` (W, N), NaN where there is none, and its standard error over windows.
+
+    Windows differ in how many tokens they have.
+    """
     estimate = Estimate.of((nats - others).nansum(dim=1).tolist(), nats.isfinite().sum(dim=1).tolist())
     return estimate.mean, estimate.standard_error
 

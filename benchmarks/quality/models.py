@@ -113,8 +113,11 @@ class PeerModel(nn.Module):
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
-        """Draw fresh weights in place as Phase 2 does: N(0, 1/fan_in) in the blocks, N(0, 0.02²) in the table; and what
-        adds to the stream shrinks with the depth."""
+        """Draw fresh weights in place as Phase 2 does.
+
+        Weights are N(0, 1/fan_in) in the blocks and N(0, 0.02²) in the table; those that add to the stream shrink with
+        the depth.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and module is not self.lm_head:

@@ -115,8 +115,10 @@ class Probe:
 
 
 def draw_distances(rows: int, tokens: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Distances (rows, Q) that take up to ``tokens`` together: one after the other log-uniform, from the nearest to the
-    farthest that leaves the others room, and then in random order."""
+    """Return distances (rows, Q) that take up to ``tokens`` together, in random order.
+
+    They are drawn one after the other, log-uniform, from the nearest to the farthest that leaves the others room.
+    """
     left, drawn = np.full(rows, tokens), np.empty((rows, QUESTIONS), np.int64)
     for i in range(QUESTIONS):
         farthest = left - NEAREST * (QUESTIONS - 1 - i)
@@ -225,8 +227,11 @@ class Experiment(language.Experiment):
 
 @torch.no_grad()
 def ask(model: Any, sequences: Tensor, answer: int, context: torch.autocast) -> tuple[Tensor, Tensor]:
-    """How the last ``answer`` tokens of sequences (S, N) are predicted, each after the true ones: their nats together,
-    float64 (S,), and whether every one was the likeliest, bool (S,), both on the CPU; nothing is compiled."""
+    """Score the predictions of the last ``answer`` tokens of sequences (S, N), each after the true ones.
+
+    Returns their nats together, float64 (S,), and whether every one was the likeliest, bool (S,), both on the CPU.
+    Nothing is compiled.
+    """
     nats, exact = [], []
     with evaluating(model), context, torch.compiler.set_stance("force_eager"):
         for part in sequences.split(max(1, FORWARD_TOKENS // sequences.shape[1])):
@@ -238,8 +243,10 @@ def ask(model: Any, sequences: Tensor, answer: int, context: torch.autocast) -> 
 
 
 def summary(nats: Tensor, exact: Tensor) -> dict[str, float | None]:
-    """Share of the answers (S,) that were exact, with its standard error, and mean nats of an answer, none where they
-    are not finite."""
+    """Return the share of exact answers (S,) with its standard error, and the mean nats of an answer.
+
+    The nats are None where they are not finite.
+    """
     share, mean = Estimate.of(exact.double().tolist()), nats.mean().item()
     return {
         "exact": share.mean,

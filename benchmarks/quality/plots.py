@@ -1,5 +1,8 @@
-"""Pictures of runs: how well models predict, what mechanisms are worth, and recall against the size of the state and
-against distance."""
+"""Pictures of runs.
+
+They show how well models predict, what mechanisms are worth, and recall against the size of the state and against
+distance.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Tables of runs: every model at its best learning rate, the learning rates beside each other, and what a mechanism is
-worth."""
+"""Tables of runs.
+
+They show every model at its best learning rate, the learning rates beside each other, and what a mechanism is worth.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,10 @@ def losses(records: Sequence[Record]) -> list[list[Row]]:
 
 
 def differences(records: Sequence[Record]) -> list[list[Row]]:
-    """For each setting, the loss of every variant of Phase 2 less that of Phase 2 as it is, for runs with the same seed
-    and learning rate."""
+    """Return the loss of every variant of Phase 2 less that of Phase 2 as it is, for each setting.
+
+    Only runs with the same seed and learning rate are compared.
+    """
     found = []
     for runs in _by_setting(_of_task(records, "language")):
         models = _by_model(run for run in runs if run["finite"])

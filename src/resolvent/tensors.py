@@ -52,8 +52,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 class TensorFile:
-    """A safetensors file within a `with` block. Names, metadata and tensors are those of one file, even where another
-    process gives its name to a new one meanwhile.
+    """Safetensors file within a `with` block.
+
+    Names, metadata and tensors are those of one file, even where another process gives its name to a new one meanwhile.
 
     Attributes:
         shapes: of the tensors, by name, known before any of them is read.

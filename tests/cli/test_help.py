@@ -86,7 +86,7 @@ def test_a_docstring_flows():
 
         It has
         two lines.
-        """
+        """  # noqa: D205
 
     assert flowing(command) == "Do something.\n\nIt has two lines."
 

@@ -15,8 +15,10 @@ def test_the_error_of_single_values_is_that_of_their_mean():
 
 
 def test_the_error_of_a_ratio_covers_its_true_value():
-    """Samples of different sizes, whose parts go together: 2,000 times, the true mean lies within two errors in about
-    95 % of them."""
+    """Errors cover the true mean of samples of different sizes, whose parts go together.
+
+    2,000 times, the true mean lies within two errors in about 95 % of them.
+    """
     random = np.random.default_rng(0)
     hits = 0
     for _ in range(2000):

@@ -1,5 +1,8 @@
-"""The models under Transformers' own ``Trainer``: its losses and steps are those of a cross-entropy that is written
-here in float64 and knows nothing of padding or batches."""
+"""The models under Transformers' own ``Trainer``.
+
+Its losses and steps are those of a cross-entropy that is written here in float64 and knows nothing of padding or
+batches.
+"""
 
 import copy
 import functools

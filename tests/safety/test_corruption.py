@@ -1,5 +1,7 @@
-"""Files of a run that are damaged in any way: an error that names them before anything is written, or a step back
-that is announced, or no difference at all."""
+"""Files of a run that are damaged in any way.
+
+There is an error that names them before anything is written, or a step back that is announced, or no difference at all.
+"""
 
 import json
 import logging

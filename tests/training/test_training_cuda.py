@@ -74,8 +74,10 @@ Recorded = tuple[list[list[int]], list[tuple[int, int, int]]]
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    """Offsets of every batch, in order; and after every step, how many graphs were compiled by then, and how many CUDA
-    graphs were warmed up and recorded."""
+    """Return the offsets of every batch, in order, and the counts of graphs after every step.
+
+    The counts are how many graphs were compiled by then, and how many CUDA graphs were warmed up and recorded.
+    """
     offsets: list[list[int]] = []
     steps: list[tuple[int, int, int]] = []
     calls: Counter[str] = Counter()
@@ -149,8 +151,11 @@ def test_replayed_steps_learn_what_eager_steps_learn(
 def test_new_boundaries_compile_and_record_nothing(
     small_config: Callable[..., TrainingConfig], recorded: Recorded, tmp_path: Path
 ):
-    """The model is compiled once; a number of segments is warmed up when it is first met, and recorded the next time,
-    forward and backward. Validations in between are not recorded and disturb nothing."""
+    """The model is compiled once, and forward and backward are recorded for every number of segments.
+
+    A number of segments is warmed up when it is first met, and recorded the next time. Validations in between are not
+    recorded and disturb nothing.
+    """
     train(sharp(small_config, out=str(tmp_path / "run"), compile=True, steps=30))
     offsets, steps = recorded
     met: Counter[int] = Counter()

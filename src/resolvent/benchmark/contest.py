@@ -133,8 +133,11 @@ class Bench:
         """A row of the report.
 
         Args:
-            section, name, unit, target: see ``Row``.
+            section: see ``Row``.
+            name: see ``Row``.
+            unit: see ``Row``.
             outcome: of the contest, with one figure for each contestant.
+            target: see ``Row``.
             work: what a call has to do at least.
             seconds: time of a call of ours; needed with ``work`` unless the unit is ms.
         """

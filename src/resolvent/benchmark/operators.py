@@ -60,8 +60,10 @@ def needs(case: "MemoryCase | ResolventCase") -> str:
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """A call of ``dissipative_memory``; ``checked`` tokens of it, a consolidation among them, are compared with the
-    reference."""
+    """Return a call of ``dissipative_memory``.
+
+    ``checked`` tokens of it, a consolidation among them, are compared with the reference.
+    """
 
     batch: int
     length: int
@@ -165,8 +167,11 @@ def memory_error(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> 
 
 
 def memory_work(case: MemoryCase, dtype: torch.dtype) -> Work:
-    """Forward reads q, k, v and the decay and writes the read-out; backward reads them and the read-out's gradient and
-    writes the gradients. The products are those of chunks of 64 tokens."""
+    """Return the least work of the memory, its products in chunks of 64 tokens.
+
+    Forward reads q, k, v and the decay and writes the read-out; backward reads them and the read-out's gradient and
+    writes the gradients.
+    """
     tokens = case.batch * case.length * case.heads
     tensors, decays, products = (11, 3, 3) if case.backward else (4, 1, 1)
     flops = 2 * CHUNK * 2 * case.width + 4 * case.width**2

@@ -126,8 +126,11 @@ class GPT(nn.Module):
         return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
 
     def forward(self, input_ids: Tensor, cache: Cache | None = None, *, labels: Tensor | None = None) -> Tensor:
-        """Logits (B, N, V) of the tokens (B, N) int64 that follow those in the cache, which then holds them too; given
-        labels (B, N) int64, their mean nats instead, computed as our models do."""
+        """Return the logits (B, N, V) of the tokens (B, N) int64 that follow those in the cache.
+
+        The cache then holds them too. Given labels (B, N) int64, return their mean nats instead, computed as our models
+        do.
+        """
         N, device = input_ids.size(1), input_ids.device
         rotation = rotations(cache.length if cache else 0, N, self.head_dim, device)
         mask = None

@@ -78,8 +78,9 @@ class Recency:
 
 @dataclass(frozen=True)
 class HalfLives:
-    """Whether a long half-life means a long memory. Heads of all layers are halved by their half-life; of an odd number
-    the middle one belongs to neither half.
+    """Costs that tell whether a long half-life means a long memory.
+
+    Heads of all layers are halved by their half-life; of an odd number the middle one belongs to neither half.
 
     Attributes:
         slow_from: least half-life of the slow heads, tokens.

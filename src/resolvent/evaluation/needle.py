@@ -194,8 +194,10 @@ def _hide(
 def _ask_along(
     model: IntegratedModel, haystack: _Haystack, distances: list[int], batch_tokens: int, advance: Advance
 ) -> Iterator[np.ndarray]:
-    """Read the samples side by side; at every distance, the scores (B, 3): ranked first, candidates beaten, written
-    exactly."""
+    """Read the samples side by side and return the scores (B, 3) at every distance.
+
+    The scores are: ranked first, candidates beaten, written exactly.
+    """
     state = _read_ragged(model, haystack.leads, None)
     before, _ = _ask(model, haystack, state)
     advance(haystack.answers_read)
@@ -239,8 +241,11 @@ def _read_ragged(model: IntegratedModel, rows: list[np.ndarray], state: ModelSta
 
 
 def rank(nats: np.ndarray) -> tuple[float, float]:
-    """How the first of some candidates compares with the others: whether its nats are the fewest, and the share of the
-    others that have more. A tie counts as what a coin would make of it."""
+    """Compare the first of some candidates with the others.
+
+    Returns whether its nats are the fewest, and the share of the others that have more. A tie counts as what a coin
+    would make of it.
+    """
     true, others = nats[0], nats[1:]
     if not np.isfinite(nats).all():
         return np.nan, np.nan

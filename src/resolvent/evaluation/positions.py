@@ -132,8 +132,9 @@ def sequence_nats(
     piece_tokens: int = 512,
     advance: Advance = lambda _: None,
 ) -> list[np.ndarray]:
-    """Negative log-likelihood of every token but the first of each sequence, in nats, float64, in the order given, by a
-    model in evaluation mode.
+    """Return the negative log-likelihood in nats of every token but the first of each sequence.
+
+    The values are float64, in the order given; the model is in evaluation mode.
 
     Sequences are read side by side in pieces, with the state handed on.
     """

@@ -75,8 +75,10 @@ def score_tokens(model: IntegratedModel, hidden: Tensor, labels: Tensor) -> Toke
 
 
 def rectangle(pieces: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Inputs (B, N) padded with token 0, and their labels with one that does not count, of pieces of N + 1 tokens and
-    less."""
+    """Return inputs (B, N) and labels of pieces of N + 1 tokens and less.
+
+    Inputs are padded with token 0, labels with one that does not count.
+    """
     inputs = torch.zeros(len(pieces), max(map(len, pieces)) - 1, dtype=torch.int64)
     labels = torch.full_like(inputs, IGNORED)
     for row, piece in enumerate(pieces):
@@ -87,8 +89,10 @@ def rectangle(pieces: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 def side_by_side(lanes: Sequence[np.ndarray], piece_tokens: int) -> Iterator[list[np.ndarray]]:
-    """Pieces, of a token to set out from and up to `piece_tokens` to predict, of sequences of falling length, which
-    drop out from behind as they end."""
+    """Yield pieces of sequences of falling length, which drop out from behind as they end.
+
+    A piece has a token to set out from and up to `piece_tokens` to predict.
+    """
     for start in range(0, len(lanes[0]) - 1, piece_tokens):
         yield [lane[start : start + piece_tokens + 1] for lane in lanes if len(lane) - 1 > start]
 

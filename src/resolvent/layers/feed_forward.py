@@ -29,6 +29,8 @@ class GatedFeedForward(nn.Module):
 
 
 def gated_width(plain: int) -> int:
-    """Return the hidden width at which a gated network has about as many parameters as a plain one: two thirds of the
-    plain one's width, as a multiple of 32."""
+    """Return the hidden width at which a gated network has about as many parameters as a plain one.
+
+    It is two thirds of the plain one's width, as a multiple of 32.
+    """
     return _MULTIPLE * max(1, round(plain * 2 / (3 * _MULTIPLE)))

@@ -177,7 +177,8 @@ class LyapunovStabilityMonitor:
         """Return the stability metrics of a stretch of tokens.
 
         Args:
-            before, after: memories before and after it.
+            before: memory before it.
+            after: memory after it.
             largest_write: ``η max|v|`` of its tokens, (B, H).
             least_decay: ``min Γ dt`` of its tokens, (B, H).
             elapsed: its duration ``N dt``, (B,).

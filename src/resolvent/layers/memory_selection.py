@@ -12,8 +12,9 @@ from ..ops.precision import at_least_float32
 
 
 class SNRMemoryFilter(nn.Module):
-    """Filter of a memory at every consolidation: noise decays faster, and signal is written more strongly
-    (``ops.consolidation``).
+    """Filter of a memory at every consolidation (``ops.consolidation``).
+
+    Noise decays faster, and signal is written more strongly.
 
     It starts near the identity: its strength is ``sigmoid(strength_logit)``, and training raises it where it helps.
 
@@ -70,8 +71,11 @@ class SNRMemoryFilter(nn.Module):
         return ", ".join(f"{name}={getattr(self, name):g}" for name in names)
 
     def statistics(self, memory: Tensor) -> dict[str, Tensor]:
-        """Return statistics of a memory (B, H, K, V), each (B, H): ``mean_snr``, ``std_snr``, ``min_snr``, ``max_snr``,
-        ``low_snr_ratio`` (the share of components below the threshold) and the ``strength`` of the filter."""
+        """Return statistics of a memory (B, H, K, V), each (B, H).
+
+        They are ``mean_snr``, ``std_snr``, ``min_snr``, ``max_snr``, ``low_snr_ratio`` (the share of components below
+        the threshold) and the ``strength`` of the filter.
+        """
         snr, strength = signal_to_noise(memory).flatten(-2), self.strength
         return {
             "mean_snr": snr.mean(-1),

@@ -15,8 +15,9 @@ from .plain import is_plain
 
 
 class NonHermitianPotential(nn.Module):
-    """Potential V and decay rate Γ of every head: ``V = v_proj(x) + s memory_to_potential(r)``,
-    ``Γ = softplus(gamma_proj(x) + gamma_bias) + base_decay``.
+    """Potential V and decay rate Γ of every head.
+
+    ``V = v_proj(x) + s memory_to_potential(r)``, ``Γ = softplus(gamma_proj(x) + gamma_bias) + base_decay``.
 
     Γ is a rate per unit time. Its bias sets the initial ``Γ dt`` of the heads: that of the first is 1.5
     ``base_decay dt``, near the minimum; those of the others are spaced geometrically from one twentieth to one half,
@@ -64,8 +65,10 @@ class NonHermitianPotential(nn.Module):
             self.memory_to_potential.weight.zero_()
 
     def forward(self, x: Tensor, readout: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map x (B, N, D), and the previous block's read-out (B, N, memory_width), to V and Γ, at least float32
-        (B, N, H)."""
+        """Map x and the previous block's read-out to V and Γ, at least float32 (B, N, H).
+
+        x is (B, N, D), the read-out (B, N, memory_width).
+        """
         potential, adaptive = self._projected(for_products(x))
         potential = at_least_float32(potential)
         if self.memory_to_potential is not None and readout is not None:
@@ -176,16 +179,20 @@ class StaticBKLayer(nn.Module):
 
     @property
     def energy(self) -> Tensor:
-        """Energy of the heads, ``E - h0_diag - bias``, at least float32 (H,): minus the constant of
-        ``alpha = h0_diag + W x + bias - E - iζ``. A converted Phase 2 model, whose chain has a diagonal of zero, starts
-        from this energy."""
+        """Energy of the heads, ``E - h0_diag - bias``, at least float32 (H,).
+
+        It is minus the constant of ``alpha = h0_diag + W x + bias - E - iζ``. A converted Phase 2 model, whose chain
+        has a diagonal of zero, starts from this energy.
+        """
         return self.ENERGY - self.H0_DIAG - at_least_float32(self.v_proj.bias)
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Map x (B, N, D), g of the last token read (complex, one row per sequence) and the offsets of packed sequences
-        -> features (B, N, 2H), at least float32, and the next state."""
+        """Map x (B, N, D) to features (B, N, 2H), at least float32, and the next state.
+
+        Further inputs are g of the last token read (complex, one row per sequence) and the offsets of packed sequences.
+        """
         # The bias is part of the energy, unless another module wraps the projection.
         plain = is_plain(self.v_proj)
         potential = at_least_float32(F.linear(x, self.v_proj.weight) if plain else self.v_proj(x))

@@ -44,8 +44,10 @@ class Block(nn.Module, Generic[Record]):
     _gradient_checkpointing_func: Callable[..., Any] = staticmethod(partial(checkpoint, use_reentrant=False))
 
     def forward(self, *inputs: object) -> Record:
-        """Return ``compute(*inputs)``. The hooks of the module, FSDP's among them, do not run again in the backward
-        pass."""
+        """Return ``compute(*inputs)``.
+
+        The hooks of the module, FSDP's among them, do not run again in the backward pass.
+        """
         if self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(self.compute, *inputs)
         return self.compute(*inputs)
@@ -102,8 +104,10 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh weights on the CPU from ``generator`` (the global one if None), whatever the model's device; see
-        ``models.initialization``."""
+        """Draw fresh weights on the CPU, whatever the model's device; see ``models.initialization``.
+
+        They come from ``generator``, the global one if None.
+        """
         init_weights(self, generator, self.zeta_potential)
 
     def forward(
@@ -164,8 +168,10 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """Compute everything but the head: final hidden states (B, N, D) and the next state; arguments as in
-        ``forward``."""
+        """Compute everything but the head: final hidden states (B, N, D) and the next state.
+
+        Arguments are as in ``forward``.
+        """
         trace = self._run(input_ids, state, cu_seqlens, attention_mask, recorded=False)
         return trace.hidden, trace.after
 
@@ -205,8 +211,11 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         return self.token_embedding(input_ids)
 
     def _add_positions(self, vectors: Tensor, position: Tensor) -> Tensor:
-        """Return the input embeddings (B, N, D) of token vectors (B, N, D) at positions (B, N). Under autocast the
-        residual stream has autocast's dtype from here on: half the bytes of all that norms and sums move."""
+        """Return the input embeddings (B, N, D) of token vectors (B, N, D) at positions (B, N).
+
+        Under autocast the residual stream has autocast's dtype from here on: half the bytes of all that norms and sums
+        move.
+        """
         return for_products((vectors + self.position_embedding(position).to(vectors.dtype)) * self.embedding_factor)
 
     def _run_block(
@@ -247,8 +256,10 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         return logits if torch.is_autocast_enabled(logits.device.type) else at_least_float32(logits)
 
     def nats(self, hidden: Tensor, labels: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-        """Return the negative log-likelihood (nats) of labels (B, N) given hidden states (B, N, D), a scalar; no more
-        than a chunk of the logits is in memory at once."""
+        """Return the negative log-likelihood (nats) of labels (B, N) given hidden states (B, N, D), a scalar.
+
+        No more than a chunk of the logits is in memory at once.
+        """
         flat, backend = hidden.flatten(0, 1), self.config.backend
         return linear_cross_entropy(flat, self.lm_head.weight, labels.flatten(), reduction=reduction, backend=backend)
 
@@ -257,13 +268,16 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         raise NotImplementedError
 
     def penalty(self, trace: Trace[Record, State], mask: Tensor | None = None) -> Tensor:
-        """Return what training adds to the loss, a float32 scalar: zero, unless a phase has a penalty. ``mask``, bool
-        (B, N), names the tokens that it is a mean over; None for all."""
+        """Return the term that training adds to the loss, a float32 scalar: zero, unless a phase has a penalty.
+
+        ``mask``, bool (B, N), names the tokens that it is a mean over; None for all.
+        """
         return torch.zeros((), device=trace.normed.device)
 
     def _start_position(self, state: State | None, batch: TokenBatch) -> Tensor:
-        """Return how many tokens the sequences have read, int64 (S,): on the CPU, or on the device of the offsets or
-        of the state's position.
+        """Return how many tokens the sequences have read, int64 (S,).
+
+        The counts are on the CPU, or on the device of the offsets or of the state's position.
 
         Raises:
             ValueError: the state is of other sequences, another device or another model.

@@ -62,8 +62,10 @@ class ModelConfig:
             raise ConfigError.of(self, faults)
 
     def faults(self) -> list[str]:
-        """Return a sentence for every wrong type, size or value. Rules are checked with the defaults in the place of
-        values of a wrong type."""
+        """Return a sentence for every wrong type, size or value.
+
+        Rules are checked with the defaults in the place of values of a wrong type.
+        """
         wrong = self._type_faults()
         wrong |= self._with_defaults_for(wrong)._size_faults()
         return [*wrong.values(), *self._with_defaults_for(wrong)._faults()]

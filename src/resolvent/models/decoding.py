@@ -61,8 +61,10 @@ class CapturedStep:
                 self._logits = self._step(self._token)
 
     def __call__(self, token: Tensor) -> Tensor:
-        """Read a token of every sequence, int64 (B,); return the logits of the next, (B, V), which the next call
-        overwrites."""
+        """Read a token of every sequence, int64 (B,), and return the logits of the next, (B, V).
+
+        The next call overwrites the logits.
+        """
         self._token.copy_(token)
         self._graph.replay()
         return self._logits

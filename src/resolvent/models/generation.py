@@ -38,8 +38,10 @@ class Generation(nn.Module, Generic[State]):
         raise NotImplementedError
 
     def fused_step(self, state: State) -> Callable[[Tensor], Tensor] | None:
-        """Return kernels that read one token after another and update ``state``, whose position is on its device (see
-        ``models.decoding``); None where the model has none."""
+        """Return kernels that read one token after another (see ``models.decoding``); None where the model has none.
+
+        The kernels update ``state``, whose position is on its device.
+        """
         return None
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
@@ -102,8 +104,10 @@ def _stream(
     attention_mask: Tensor | None,
     state: State | None,
 ) -> Iterator[Tensor]:
-    """Yield the tokens of ``stream`` from a model in evaluation mode, with options in range; ``draw`` maps logits
-    (B, V) to a token of every row (B,)."""
+    """Yield the tokens of ``stream`` from a model in evaluation mode, with options in range.
+
+    ``draw`` maps logits (B, V) to a token of every row (B,).
+    """
     hidden, state = _prefill(model, input_ids, attention_mask, state)
     step, logits = _stepper(model, state, max_new_tokens), at_least_float32(model.logits(hidden))
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

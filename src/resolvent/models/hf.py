@@ -371,8 +371,10 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         return {name: value for name, value in inputs.items() if name not in foreign}
 
     def _nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the labels' nats: hidden states (B, N, D), labels (B, N). The logits never lie in memory together,
-        unless the head is more than a matrix: with a bias, wrapped by PEFT, or fetched by Accelerate when it is called.
+        """Return the sum of the labels' nats, from hidden states (B, N, D) and labels (B, N).
+
+        The logits never lie in memory together, unless the head is more than a matrix: with a bias, wrapped by PEFT, or
+        fetched by Accelerate when it is called.
         """
         head = self.model.lm_head
         if is_plain(head) and head.bias is None:
@@ -421,8 +423,10 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         gradient_checkpointing_func: Callable[..., object] = checkpoint,
         every_n_layers: int = 1,
     ) -> None:
-        """Let every n-th block be computed anew, always without re-entrance: that form would lose the gradients of
-        tensors which blocks hand on in tuples."""
+        """Let every n-th block be computed anew, always without re-entrance.
+
+        The re-entrant form would lose the gradients of tensors which blocks hand on in tuples.
+        """
         for index, block in enumerate(self.model.blocks):
             block.gradient_checkpointing = enable and index % every_n_layers == 0
             block._gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
@@ -510,8 +514,11 @@ def _predicted_batch(trainer: Trainer, batch: Any) -> Any:
 
 
 def _register() -> None:
-    """Enter the classes in the tables by which Transformers finds configurations, models and tokenizers, tells causal
-    language models from others (label smoothing, pipelines, model cards), and looks up ``architectures``."""
+    """Enter the classes in the tables of Transformers.
+
+    By them it finds configurations, models and tokenizers, tells causal language models from others (label smoothing,
+    pipelines, model cards), and looks up ``architectures``.
+    """
     package = sys.modules["transformers"]  # not the module of an early import, which Transformers replaces
     for model in (Phase1ForCausalLM, Phase2ForCausalLM):
         config, name = model.config_class, model.__name__

@@ -142,8 +142,9 @@ class ModelState:
 
     @classmethod
     def cat(cls, states: Sequence[Self]) -> Self:
-        """The sequences of several states of one model as one state, in order: so sequences join a batch, which they
-        leave by an index.
+        """Join the sequences of several states of one model into one state, in order.
+
+        So sequences join a batch, which they leave by an index.
 
         Raises:
             ValueError: there are none, or they are of different models.

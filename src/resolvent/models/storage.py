@@ -102,8 +102,9 @@ def named_weights(model: IntegratedModel) -> dict[str, Tensor]:
 
 
 def load_model(directory: str | Path, device: torch.device | str | None = None) -> IntegratedModel:
-    """Read what ``save_model`` or Transformers' ``save_pretrained`` wrote, in evaluation mode, onto ``device`` (None
-    for CUDA where there is one).
+    """Read a model that ``save_model`` or Transformers' ``save_pretrained`` wrote.
+
+    It is in evaluation mode, on ``device`` (None for CUDA where there is one).
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.

@@ -155,8 +155,9 @@ def check_labels(labels: Tensor, hidden: Tensor) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int], device: torch.device) -> None:
-    """Raise a ValueError unless the offsets cut a batch of one, shape (1, T) on ``device``, from 0 to T without going
-    back. They are on the CPU or on ``device``.
+    """Raise a ValueError unless the offsets cut a batch of one, shape (1, T), from 0 to T without going back.
+
+    They are on the CPU or on ``device``, that of the batch.
 
     Their values are not checked in a graph that is being compiled, which does not know them, and on a device, where
     reading them would stall the queue.

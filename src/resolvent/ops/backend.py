@@ -113,8 +113,10 @@ def _obstacle(operator: str, device: torch.device, dtype: torch.dtype, *widths: 
 
 @functools.cache
 def _kernels_are_loaded() -> bool:
-    """Import the kernels, which register themselves, where there is Triton: only where they may run, for it takes a
-    while."""
+    """Import the kernels, which register themselves, where there is Triton.
+
+    Call this only where they may run, for the import takes a while.
+    """
     if importlib.util.find_spec("triton") is None:
         return False
     importlib.import_module("resolvent.ops.triton")

@@ -185,8 +185,11 @@ def _resolvent_diagonal_torch(
 
 
 def join_sides(alpha: Tensor, g_left: Tensor, g_right: Tensor, coupling: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """``1 / (alpha_i - m g+_{i-1} - m g-_{i+1})`` from the causal diagonals of the chain, (B, N, H), and of the chain
-    turned around. Both enter as they are: the squares of their inverses, which a gradient would meet, overflow."""
+    """Return ``1 / (alpha_i - m g+_{i-1} - m g-_{i+1})`` from the two causal diagonals.
+
+    They are those of the chain and of the chain turned around, (B, N, H). Both enter as they are: the squares of
+    their inverses, which a gradient would meet, overflow.
+    """
     starts, ends = _bounds(alpha, cu_seqlens)
     from_left = _links(coupling, starts, alpha.shape[1]) * _shift(g_left)
     from_right = _links(coupling, alpha.shape[1] - ends, alpha.shape[1]) * _shift(g_right)

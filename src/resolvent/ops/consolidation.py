@@ -26,8 +26,11 @@ _TINY = 1e-20
 
 @dataclass(frozen=True)
 class SNRFilter:
-    """The SNR filter: threshold (in units of the memory's rms), softness, the two boosts (>= 1), and the ``strength`` s
-    in [0, 1] with which it acts on every head, (H,); None for full strength everywhere."""
+    """Parameters of the SNR filter.
+
+    They are the threshold (in units of the memory's rms), the softness, the two boosts (>= 1), and the ``strength`` s
+    in [0, 1] with which it acts on every head, (H,); None for full strength everywhere.
+    """
 
     threshold: float
     temperature: float
@@ -56,8 +59,10 @@ class Consolidation:
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """What has gradients, each (H,): the SNR filter's strength, if it has one, the resonance's sharpness and bias,
-        if there is one."""
+        """Tensors that have gradients, each (H,).
+
+        They are the SNR filter's strength, if it has one, and the resonance's sharpness and bias, if there is one.
+        """
         strength = (self.snr.strength,) if self.snr is not None and self.snr.strength is not None else ()
         return (*strength, self.resonance.sharpness, self.resonance.bias) if self.resonance is not None else strength
 
@@ -107,8 +112,11 @@ def consolidate(memory: Tensor, writes: Tensor, forgetting: Tensor, consolidatio
 
 
 class _SNRFactors(NamedTuple):
-    """What the SNR filter makes of a memory: ``p`` and ``exp(-excess (1 - p))``, both (B, H, K, V), and the scale
-    ``1 / rms`` and the excess ``s (gamma_boost - 1) Γ̄``, both (B, H, 1, 1)."""
+    """Return the terms of the SNR filter for a memory.
+
+    They are ``p`` and ``exp(-excess (1 - p))``, both (B, H, K, V), and the scale ``1 / rms`` and the excess ``s
+    (gamma_boost - 1) Γ̄``, both (B, H, 1, 1).
+    """
 
     keep: Tensor
     survival: Tensor

@@ -36,8 +36,9 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Negative log-likelihood of the labels under ``softmax(hidden @ weight.T)``, as ``F.cross_entropy`` has it where a
-    label counts.
+    """Return the negative log-likelihood of the labels under ``softmax(hidden @ weight.T)``.
+
+    Where a label counts, it is that of ``F.cross_entropy``.
 
     Args:
         hidden: (T, D). Under autocast, it and ``weight`` are cast to autocast's dtype for the products.

@@ -29,7 +29,8 @@ def gated_prefix_sum(
     """``c_t = c_{-1} + sum_{s <= t} gates_s * values_s`` of every sequence and channel.
 
     Args:
-        gates, values: (B, N, R).
+        gates: (B, N, R).
+        values: (B, N, R).
         initial_state: ``c_{-1}``, float64 (B, R), or (S, R) for packed sequences; zero if not given.
         cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1.
         backend: ``auto``, ``torch`` or ``triton``.

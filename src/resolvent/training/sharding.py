@@ -126,8 +126,9 @@ def write_shards(folder: Path, model: IntegratedModel, tensors: Mapping[str, Ten
 
 
 def read_shards(folder: Path, model: IntegratedModel, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors, whole or sharded, from files that one process wrote or any number; arguments as of `write_shards`.
-    Where there are several processes, all call this.
+    """Fill tensors, whole or sharded, from files that one process wrote or any number.
+
+    Arguments are as of `write_shards`. Where there are several processes, all call this.
 
     Raises:
         CheckpointError: the files cannot be read, lack a tensor or have it in another shape.

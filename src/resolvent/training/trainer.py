@@ -562,8 +562,9 @@ class Trainer:
 
 
 def replays_steps(config: TrainingConfig, accelerator: Accelerator, model: IntegratedModel) -> bool:
-    """Whether a run's forward and backward passes are replayed from CUDA graphs: where a whole model is compiled and
-    nobody waits for offsets of documents that are on the device.
+    """Return True if a run's forward and backward passes are replayed from CUDA graphs.
+
+    They are where a whole model is compiled and nobody waits for offsets of documents that are on the device.
 
     Not where there are several processes: DDP cuts the model into pieces and sends gradients while the backward pass
     goes on, which PyTorch's recorded graphs are not known to bear.

@@ -104,8 +104,10 @@ def _linear(config: Phase1Config, in_features: int, out_features: int) -> nn.Mod
 
 
 def checkpointed(enabled: bool, function: Callable[[*Inputs], Output], *args: *Inputs) -> Output:
-    """Return ``function(*args)``; if enabled and gradients are, its activations are recomputed in the backward pass
-    instead of kept."""
+    """Return ``function(*args)``, with activation checkpointing if enabled.
+
+    Where gradients are enabled, too, its activations are recomputed in the backward pass instead of kept.
+    """
     if enabled and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False)
     return function(*args)

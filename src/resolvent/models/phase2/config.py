@@ -113,6 +113,7 @@ class Phase2Config(ModelConfig):
     @classmethod
     def from_phase1(cls, phase1_config: Phase1Config, **overrides: object) -> Self:
         """Return the Phase 2 configuration of a Phase 1 model: its sizes and targets, and Phase 2's defaults elsewhere.
+
         A training window of ``n_seq`` tokens has several consolidations.
 
         Raises:
@@ -135,8 +136,11 @@ class Phase2Config(ModelConfig):
 
     @property
     def embedding_factor(self) -> float:
-        """Factor of the token vectors. The table starts as small as the head needs it: without the default factor, its
-        rows would be negligible beside what the first block adds to them."""
+        """Factor of the token vectors.
+
+        The table starts as small as the head needs it: without the default factor, its rows would be negligible beside
+        what the first block adds to them.
+        """
         return self.d_model**0.5 if self.embedding_scale is None else self.embedding_scale
 
     @property

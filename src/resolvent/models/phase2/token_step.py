@@ -61,8 +61,10 @@ class TokenStep:
         return None if run.__module__.startswith("resolvent.ops.triton") else "its operators run in torch"
 
     def __call__(self, token: Tensor) -> Tensor:
-        """Read a token of every sequence, int64 (B,): logits of the next, (B, vocabulary), which the next call
-        overwrites."""
+        """Read a token of every sequence, int64 (B,), and return the logits of the next, (B, vocabulary).
+
+        The next call overwrites the logits.
+        """
         model, kernels = self.model, self.kernels
         kernels.embed(token, self.state.position, self.table, self.pace, self.amplitude, model.embedding_factor, self.x)
         for i, (block, layer) in enumerate(zip(blocks_of(model), self.state.layers, strict=True)):

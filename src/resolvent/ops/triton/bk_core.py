@@ -57,9 +57,11 @@ def _resolvent_diagonal_triton(
     form: str,
     block_size: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """See ``ops.resolvent_diagonal``; complex numbers come as pairs. ``block_size`` is the number of lanes that a
-    program has at most, rounded down to a power of two; each holds ``SITES`` sites of a block. ``cu_seqlens`` on the
-    CPU lets a launch fit the longest sequence."""
+    """See ``ops.resolvent_diagonal``; complex numbers come as pairs.
+
+    ``block_size`` is the number of lanes that a program has at most, rounded down to a power of two; each holds
+    ``SITES`` sites of a block. ``cu_seqlens`` on the CPU lets a launch fit the longest sequence.
+    """
     if initial_state is not None:
         initial_state = initial_state.to(alpha.dtype)
     coupling = coupling.to(alpha.dtype)
@@ -390,7 +392,7 @@ def _forward_kernel(
     SITES: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """g of a segment from what arrives at it; with FOLD the segment's matrix instead, (a, b; c, d)."""
+    """Return g of a segment from what arrives at it; with FOLD the segment's matrix instead, (a, b; c, d)."""
     head, sequence, segment, start, count = _chain(cu_seqlens, length, heads, segments)
     m = tl.load(coupling + head)
     alpha += 2 * (start * heads + head)
@@ -463,7 +465,8 @@ def _backward_kernel(
 ):
     """Gradients of a segment from what arrives at its end; with FOLD the segment's map instead, ``x -> a x + b``.
 
-    Sites, lanes and segments count from the end of the chain."""
+    Sites, lanes and segments count from the end of the chain.
+    """
     head, sequence, segment, start, count = _chain(cu_seqlens, length, heads, segments)
     m = tl.load(coupling + head)
     end = 2 * ((start + count - 1) * heads + head)

@@ -1,5 +1,6 @@
-"""Consolidation of a memory in a program's registers, and its adjoint: ``ops.consolidation`` in Triton; and what
-kernels are given of it.
+"""Consolidation of a memory in a program's registers, and its adjoint: ``ops.consolidation`` in Triton.
+
+The arguments that kernels are given of it are here, too.
 
 Shapes: K key width, V value width, both as far as they are padded.
 """
@@ -38,7 +39,7 @@ def snr_factors(memory, forgetting, force, threshold, temperature, gamma_boost, 
 
 @_kernel
 def unit_rms(x, size, tiny):
-    """x divided by its rms, and the rms."""
+    """Return x divided by its rms, and the rms."""
     mean_square = tl.sum(x * x) / size + tiny
     inverse = tl.rsqrt(mean_square)
     return x * inverse, mean_square * inverse
@@ -61,8 +62,11 @@ def resonate(memory, basis, sharpness, bias, energy, K, V):
 
 @_kernel
 def _beside(x, other):
-    """x in the registers of the threads that hold ``other``. What is loaded lies elsewhere than what a product leaves;
-    and where the two meet late, the compiler moves all that was computed from one of them, not the one."""
+    """Return x in the registers of the threads that hold ``other``.
+
+    A loaded block lies elsewhere than the result of a product; and where the two meet late, the compiler moves all that
+    was computed from one of them, not the one.
+    """
     return x + 0.0 * other
 
 
@@ -107,8 +111,9 @@ def consolidate_back(
     threshold, temperature, gamma_boost, eta_boost, energy, K, V, BK: tl.constexpr, SNR: tl.constexpr,
     STRENGTH: tl.constexpr, RESONANCE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the memory, the writes, Γ̄ and the strength, and of the sharpness and the bias by mode; and the
-    product of the writes' gradient with what the memory holds beside them.
+    """Return the gradients of the memory, the writes, Γ̄ and the strength, and of the sharpness and the bias by mode.
+
+    The last value is the product of the writes' gradient with what the memory holds beside them.
 
     Memory and writes are read twice, where they lie, rather than held: a program has few registers left.
     """
@@ -145,8 +150,10 @@ def consolidate_back(
 
 
 def parts_of(consolidation: Consolidation | None) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
-    """Strength of the SNR filter, basis, sharpness and bias of the resonance; and ``interval``, ``snr`` and ``energy``,
-    as the operators have them."""
+    """Return the tensors of the filters, and ``interval``, ``snr`` and ``energy`` as the operators have them.
+
+    The tensors are the strength of the SNR filter, and the basis, sharpness and bias of the resonance.
+    """
     snr = consolidation.snr if consolidation else None
     resonance = consolidation.resonance if consolidation else None
     modes = (resonance.basis, resonance.sharpness, resonance.bias) if resonance else (None, None, None)

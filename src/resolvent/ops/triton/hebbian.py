@@ -133,9 +133,11 @@ class _Call:
         met: _State = (None, None, None),
         consolidate: bool = True,
     ) -> None:
-        """Read the segments from their ``start`` into ``readout`` and their ``final`` states, and save the memory
-        ``before`` every chunk and the states that ``met`` the boundaries. Segments that end at boundaries leave it to
-        others to ``consolidate``."""
+        """Read the segments from their ``start`` into ``readout`` and their ``final`` states.
+
+        The memory ``before`` every chunk and the states that ``met`` the boundaries are saved. Segments that end at
+        boundaries leave it to others to ``consolidate``.
+        """
         with torch.cuda.device_of(self.eta):
             kernels.walk[(self.segments, self.heads)](
                 *self.tokens,
@@ -246,8 +248,10 @@ class _Call:
             )
 
     def join(self, ends: Tensor, decays: Tensor, start: _State, starts: Tensor, final: _State, met: _State) -> None:
-        """``chain`` with consolidation, forwards: from the state ``start`` to ``final`` through ``starts``, saving the
-        states that ``met`` the boundaries."""
+        """Run ``chain`` with consolidation, forwards, from the state ``start`` to ``final`` through ``starts``.
+
+        The states that ``met`` the boundaries are saved.
+        """
         with torch.cuda.device_of(ends):
             kernels.join[self._over_sequences()](
                 ends,
@@ -375,8 +379,9 @@ def _memory(
     energy: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The read-out, the final state, and what the gradient needs: the memory before every chunk, and the states that
-    met the boundaries.
+    """Return the read-out, the final state, and the tensors that the gradient needs.
+
+    Those are the memory before every chunk, and the states that met the boundaries.
 
     ``snr`` holds threshold, temperature, gamma_boost and eta_boost, or nothing; ``interval`` is 0 without
     consolidation, and then the final writes and Γ̄ mean nothing. What is saved has a row for every chunk and boundary

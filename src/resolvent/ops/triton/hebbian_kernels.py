@@ -66,8 +66,11 @@ def _store_tile(pointer, stride, rows, columns, inside, width, x):
 
 @_kernel
 def _segment(segments, segment):
-    """A segment's first token and its last + 1, its first slot and chunk, the chunks since the last boundary, and its
-    first boundary: a row of ``segments.Layout``."""
+    """Return a row of ``segments.Layout``.
+
+    It has a segment's first token and its last + 1, its first slot and chunk, the chunks since the last boundary, and
+    its first boundary.
+    """
     row = segments + 6 * segment
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
 
@@ -177,8 +180,10 @@ def _store_sums(
 def sum_decays(
     decay, segments, chunks, high, low, totals, decay_token, decay_head, heads, C: tl.constexpr, HALF: tl.constexpr
 ):
-    """Add up the decays of every chunk, in float64 and into two floats: their differences shall be exact, too. They are
-    in bits, for exp2 is an instruction and exp is several; the totals are not."""
+    """Add up the decays of every chunk, in float64 and into two floats, so that their differences are exact, too.
+
+    They are in bits, for exp2 is an instruction and exp is several; the totals are not.
+    """
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     tokens, inside = _chunk_tokens(segments, chunks, chunk, C)
     given = tl.load(decay + head * decay_head + tokens * decay_token, mask=inside, other=0.0).to(tl.float64)
@@ -512,8 +517,11 @@ def join_back(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     FINAL: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Join the gradients of segments that walked back from nothing (``ends``): those behind each of them (``starts``),
-    before a boundary that may lie there, and their ``of_left`` (see ``walk_back``)."""
+    """Join the gradients of segments that walked back from nothing (``ends``).
+
+    To each it adds the gradients of those behind it (``starts``), before a boundary that may lie there, and their
+    ``of_left`` (see ``walk_back``).
+    """
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, stop = tl.load(first_segment + sequence), tl.load(first_segment + sequence + 1)
     keys, values, row = tl.arange(0, BK), tl.arange(0, BV), sequence * heads + head

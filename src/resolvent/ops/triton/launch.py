@@ -13,7 +13,7 @@ _kernel: Any = triton.jit
 
 
 def contiguous(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """x without gaps, in ``dtype`` where one is given; None stays None."""
+    """Return x without gaps, in ``dtype`` where one is given; None stays None."""
     return None if x is None else x.to(dtype or x.dtype).contiguous()
 
 

@@ -46,8 +46,11 @@ class Layout:
 def _layout(
     lengths: tuple[int, ...], phases: tuple[int, ...], longest_segment: int, interval: int, device: torch.device
 ) -> Layout:
-    """``lengths`` and ``phases`` (tokens read since the last boundary) of the sequences; ``longest_segment`` in chunks,
-    0 for no end; ``interval`` between boundaries in tokens, 0 without any."""
+    """Lay out the segments of sequences.
+
+    ``lengths`` and ``phases`` (tokens read since the last boundary) are those of the sequences; ``longest_segment`` is
+    in chunks, 0 for no end; ``interval`` between boundaries is in tokens, 0 without any.
+    """
     segments, first_segment, chunks, start, chunk, boundary = [], [0], [], 0, 0, 0
     for length, phase in zip(lengths, phases, strict=True):
         end, slot, since_boundary = start + length, start - phase % CHUNK, phase // CHUNK
@@ -115,8 +118,9 @@ def _stays_on_device(cu_seqlens: Tensor) -> bool:
 
 
 def layout_on_device(cu_seqlens: Tensor, position: Tensor | None, tokens: int, interval: int) -> tuple[Tensor, Tensor]:
-    """``segments`` and ``chunks`` of packed sequences without a look at their offsets: a step can be replayed with
-    other ones.
+    """Return ``segments`` and ``chunks`` of packed sequences without a look at their offsets.
+
+    So a step can be replayed with other ones.
 
     Sequences are whole segments. There are as many rows of chunks as there may be chunks; those left over are of no
     token.

@@ -230,8 +230,11 @@ def embed(
     factor: float,
     out: Tensor,
 ) -> None:
-    """``out`` (B, D) = ``factor`` times the tokens' rows of the table (vocabulary, D) and the waves of their positions
-    (``ZetaEmbedding``), of an ``amplitude`` (), and which turn ``pace`` times a token, float64 (D / 2,)."""
+    """Write the embeddings of the tokens into ``out`` (B, D).
+
+    ``out`` is ``factor`` times the tokens' rows of the table (vocabulary, D) and the waves of their positions
+    (``ZetaEmbedding``), of an ``amplitude`` (), and which turn ``pace`` times a token, float64 (D / 2,).
+    """
     width = table.shape[1]
     sizes = (factor, width, triton.next_power_of_2(width))
     with torch.cuda.device_of(out):
@@ -317,7 +320,8 @@ def remember(
             strength.
         state: memory and writes (B, H, K, V), Γ̄ (B, H).
         tail: (B, W - 1, 3HK).
-        readout, gated: room for the answers, (B, HV) each; the second is left alone without a gate.
+        readout: allocated for the answers, (B, HV).
+        gated: the same for the gated answers, (B, HV); left alone without a gate.
     """
     (_, *of_resonance), numbers = parts_of(consolidation)
     heads, width = layer.num_heads, layer.head_dim
