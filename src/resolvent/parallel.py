@@ -72,7 +72,7 @@ class SequenceParallel(nn.Module):
         before = self._state_before(input_ids, state)
         with self._linked_blocks(before):
             hidden, after = model.hidden_states(input_ids, state=before)
-        output = model.logits(hidden) if labels is None else self._mean_nats(hidden, labels)
+        output = model.logits(hidden) if labels is None else self._mean_loss(hidden, labels)
         chain.settle()
         return (output, after) if return_state else output
 
@@ -124,8 +124,8 @@ class SequenceParallel(nn.Module):
                     hooks.callback(block.register_forward_hook(send).remove)
             yield
 
-    def _mean_nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        mine = self.model.nats(hidden, labels, "sum") / self._chain.sum((labels != IGNORED).sum()).clamp(min=1)
+    def _mean_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        mine = self.model.loss(hidden, labels, "sum") / self._chain.sum((labels != IGNORED).sum()).clamp(min=1)
         # The number is everybody's, the gradient that of this process's part.
         return mine + (self._chain.sum(mine.detach()) - mine.detach())
 

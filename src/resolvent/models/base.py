@@ -248,14 +248,14 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         if labels is None:
             return self.logits(hidden)
         check_labels(labels, hidden)
-        return self.nats(hidden, labels)
+        return self.loss(hidden, labels)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., V) of hidden states (..., D), at least float32 outside autocast."""
         logits = self.lm_head(hidden)
         return logits if torch.is_autocast_enabled(logits.device.type) else at_least_float32(logits)
 
-    def nats(self, hidden: Tensor, labels: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    def loss(self, hidden: Tensor, labels: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
         """Return the negative log-likelihood (nats) of labels (B, N) given hidden states (B, N, D), a scalar.
 
         No more than a chunk of the logits is in memory at once.

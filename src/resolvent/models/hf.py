@@ -1,4 +1,4 @@
-"""The models as Transformers knows them: ``AutoModelForCausalLM``, ``generate``, ``Trainer``, PEFT.
+"""The models in Transformers: ``AutoModelForCausalLM``, ``generate``, ``Trainer``, PEFT.
 
 Nothing is modelled here. A class holds one of our models as ``model`` and translates: configurations to and from
 dictionaries of fields, labels that Transformers shifts inside to ours, and the recurrent state to what ``generate``
@@ -51,7 +51,7 @@ from .token_batch import check_attention_mask
 from .trace import Trace
 
 _ARGUMENTS = ("model_type", "name_or_path", "num_labels", "attn_implementation", "experts_implementation")
-"""What Transformers' configurations take besides what they hold."""
+"""Arguments of Transformers' configurations that are no fields of them."""
 
 _GENERATION_MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -64,7 +64,7 @@ _GENERATION_MODES = (
 
 
 class _HFConfig(PretrainedConfig):
-    """A configuration of ours, with its fields as attributes beside those of Transformers.
+    """A configuration of a phase, with its fields as attributes beside those of Transformers.
 
     A subclass names ``__init__`` and ``__eq__`` once more: Transformers 5 makes a dataclass of it, whose own would know
     nothing of our fields.
@@ -102,10 +102,10 @@ class _HFConfig(PretrainedConfig):
         return type(self) is type(other) and vars(self) == vars(other)
 
     def to_dataclass(self) -> Any:
-        """The configuration of our model.
+        """Return the configuration of the model.
 
         Raises:
-            ConfigError: a value that was set since is wrong.
+            ConfigError: a value that was set later is wrong.
         """
         config = self.dataclass.from_dict({f.name: getattr(self, f.name) for f in dataclasses.fields(self.dataclass)})
         config.validate()
@@ -130,7 +130,7 @@ class Phase2HFConfig(_HFConfig):
 
 
 class RecurrentCache(Cache):
-    """A model's state, in the place of a cache: of one size, however much was read.
+    """State of a model in the place of a cache; its size does not depend on the number of tokens read.
 
     As with every cache of Transformers, a forward pass that is given one leaves in it what it read; take a
     ``copy.copy`` of it to go on from one place twice.
@@ -154,57 +154,57 @@ class RecurrentCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether anything was read."""
+        """True if tokens were read."""
         return self.state is not None
 
     @property
     def is_compileable(self) -> bool:
-        """Whether the cache stays at its addresses, which a functional state does not."""
+        """False: a functional state does not stay at its addresses."""
         return False
 
     @property
     def is_croppable(self) -> bool:
-        """Whether tokens can be taken back, which a recurrent state cannot."""
+        """False: a recurrent state cannot take tokens back."""
         return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns read."""
+        """Return the number of columns read."""
         return self.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: no length is too long."""
+        """Return -1: there is no maximum."""
         return -1
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Whether anything was read."""
+        """True if tokens were read."""
         return self.state is not None
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Return to the state before the first token."""
         self.state, self.columns = None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Go on with these sequences, in this order: int64 (B,)."""
+        """Select sequences in this order: int64 (B,)."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Go on with these sequences, in this order."""
+        """Select sequences in this order."""
         self.state = self.state[indices] if self.state is not None else None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Go on from every sequence in ``repeats`` ways."""
+        """Repeat every sequence ``repeats`` times in a row."""
         self.state = self.state.repeat(repeats) if self.state is not None else None
 
     def crop(self, *lengths: int, **options: int) -> None:
-        """Raise: what was read cannot be taken back."""
+        """Raise: a recurrent state cannot take tokens back."""
         raise NotImplementedError("a recurrent state cannot be cropped: keep a copy.copy of the cache and return to it")
 
 
 class _ForCausalLM(PreTrainedModel, GenerationMixin):
-    """One of our models behind the interface of Transformers.
+    """A model behind the interface of Transformers.
 
     Attributes:
-        model: our model.
+        model: the model.
     """
 
     integrated: ClassVar[type[IntegratedModel]]
@@ -225,7 +225,7 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Draw the weights that no checkpoint gave, as a fresh model has them; what was loaded stays as it is."""
+        """Draw the weights that are in no checkpoint, as in a fresh model; loaded weights stay as they are."""
         missing: dict[str, Tensor] = {}
         for path, module in self.model.named_modules():
             if isinstance(module, ExactConstant):  # not in a checkpoint, and left empty where Transformers makes room
@@ -251,7 +251,7 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.vocab_size = self.model.config.vocab_size = cast(nn.Embedding, value).num_embeddings
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Give the table of tokens and the head another number of rows, as every model of Transformers does.
+        """Change the number of rows of token table and head, as in every model of Transformers.
 
         Raises:
             ConfigError: the token embedding is a tensor train, which has no rows.
@@ -284,28 +284,29 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the next token, the loss of labels, and the state.
+        """Compute the logits of the next token, the loss of labels, and the state.
 
         Args:
             input_ids: tokens, int64 (B, N).
             attention_mask: 1 for tokens, 0 for padding on either side, (B, N), or with the columns before them that
                 the cache has read.
-            labels: int64 (B, N); Transformers' convention: those of ``input_ids`` themselves, which are shifted here,
-                and -100 at places that do not count. A label counts if the column before it holds a token: the first
-                token of a row is predicted by nothing (``predicted_labels``).
-            past_key_values: what the sequences have read; it is left at the last token.
+            labels: int64 (B, N), by Transformers' convention those of ``input_ids`` themselves, which are shifted here,
+                and -100 at positions that do not count. A label counts if the column before it holds a token: the first
+                token of a row has no prediction (``predicted_labels``).
+            past_key_values: state before the first token; it is updated to that after the last.
             use_cache: return the state; by default when not training.
-            output_attentions: taken, as by every model of Transformers; the blocks have no attention weights, and
+            output_attentions: accepted, as in every model of Transformers; the blocks have no attention weights, and
                 ``attentions`` is None.
-            output_hidden_states: also return what enters the first block and what leaves each, the last after the norm.
-            logits_to_keep: compute the logits of this many last places only, or of the places of a tensor; 0 for all.
-            skip_logits: compute the loss without holding the logits, and return none; by default when training with
+            output_hidden_states: also return the input of the first block and the output of each block, the last after
+                the norm.
+            logits_to_keep: compute the logits of this many last positions only, or of those in a tensor; 0 for all.
+            skip_logits: compute the loss without the logits in memory, and return none; by default in training with
                 labels.
             num_items_in_batch: number of labels that count over all batches of a training step: the sum over the labels
                 here is divided by it. By default the mean over the labels here.
-            others: ``shift_labels``, the label of each place's next token, int64 (B, N), in the place of ``labels``
-                (``Trainer`` would take an argument of that name for one that every batch has); what other models take,
-                embeddings and positions among it: None or False, nothing else.
+            others: ``shift_labels``, the token that follows each position, int64 (B, N), in the place of ``labels``
+                (``Trainer`` would expect an argument of that name in every batch); arguments of other models, such as
+                embeddings and positions, which must be None or False.
 
         Raises:
             TypeError: there is no such argument.
@@ -351,7 +352,7 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
                 targets = targets.masked_fill(attention_mask == 0, IGNORED)
             counts = targets != IGNORED
             penalty = counts.sum() * self.model.penalty(trace, counts) if penalised else 0.0
-            loss = (self._nats(hidden, targets) + penalty) / (
+            loss = (self._loss_sum(hidden, targets) + penalty) / (
                 counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             )
         return CausalLMOutputWithPast(
@@ -370,21 +371,21 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         foreign = ("cache_position", "position_ids", "inputs_embeds", "tokenizer", "assistant_tokenizer")
         return {name: value for name, value in inputs.items() if name not in foreign}
 
-    def _nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum of the labels' nats, from hidden states (B, N, D) and labels (B, N).
+    def _loss_sum(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return the summed loss of labels (B, N) given hidden states (B, N, D).
 
-        The logits never lie in memory together, unless the head is more than a matrix: with a bias, wrapped by PEFT, or
+        The logits are never in memory together, unless the head is more than a matrix: with a bias, wrapped by PEFT, or
         fetched by Accelerate when it is called.
         """
         head = self.model.lm_head
         if is_plain(head) and head.bias is None:
-            return self.model.nats(hidden, labels, "sum")
+            return self.model.loss(hidden, labels, "sum")
         logits = self.model.logits(hidden).flatten(0, 1)
         return F.cross_entropy(at_least_float32(logits), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """Whether ``generate`` may make a cache of keys and values."""
+        """False: ``generate`` makes no cache of keys and values."""
         return False
 
     def _prepare_cache_for_generation(
@@ -423,9 +424,9 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         gradient_checkpointing_func: Callable[..., object] = checkpoint,
         every_n_layers: int = 1,
     ) -> None:
-        """Let every n-th block be computed anew, always without re-entrance.
+        """Recompute every n-th block in the backward pass, always without re-entrance.
 
-        The re-entrant form would lose the gradients of tensors which blocks hand on in tuples.
+        The re-entrant form would lose the gradients of tensors that blocks return in tuples.
         """
         for index, block in enumerate(self.model.blocks):
             block.gradient_checkpointing = enable and index % every_n_layers == 0
@@ -433,13 +434,13 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _hidden_states(trace: Trace) -> tuple[Tensor, ...]:
-    """Return what enters the first block and what leaves each, the last after the norm: (B, N, D)."""
+    """Return the input of the first block and the output of each block, the last after the norm: (B, N, D)."""
     inner = (trace.entered, *(record.output for record in trace.layers[:-1]))
     return (*map(trace.restore, inner), trace.hidden)
 
 
 def _is_initialized(part: nn.Module | Tensor) -> bool:
-    """Whether Transformers has marked a module or a tensor as loaded."""
+    """Return True if Transformers has marked a module or a tensor as loaded."""
     return getattr(part, "_is_hf_initialized", False)
 
 

@@ -132,11 +132,11 @@ class ModelState:
         return list(self._tensors().values())
 
     def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> Self:
-        """The state of some sequences, in the order asked for."""
+        """Return the state of some sequences, in the order asked for."""
         if isinstance(rows, slice):
             return self.map(lambda x: x[rows])
         index = torch.as_tensor(rows)
-        if not len(index):  # which Python says nothing of the kind of
+        if not len(index):  # an empty list has no dtype of its own
             index = index.long()
         return self.map(lambda x: x[index.to(x.device)])
 

@@ -1,8 +1,7 @@
 """Saved models: a folder with ``config.json`` and ``model.safetensors``.
 
-Transformers reads these folders and writes its own, which are read here: its ``config.json`` has entries of its own
-beside ours, its names of weights may begin with the attribute that holds our model, and its weights may lie in several
-files.
+Transformers reads these folders. Folders that Transformers writes are read here, too: their ``config.json`` has more
+entries, the names of their weights may begin with ``model.``, and their weights may be in several files.
 """
 
 import dataclasses
@@ -29,10 +28,10 @@ _BEFORE = {
     2: {"embedding_scale": 1.0, "ffn_gated": False, "snr_trained": False},
     3: {"feedback_scale": 1.0},
 }
-"""What models did before the fields for it that came with a format."""
+"""Values of the fields that a format version added, for files of earlier versions."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-"""Names the file of every weight, where there are several files."""
+"""File that names the file of every weight, where there are several files."""
 
 TRANSFORMERS_ENTRIES = (
     "architectures",
@@ -46,15 +45,15 @@ TRANSFORMERS_ENTRIES = (
     "transformers_version",
     "use_cache",
 )
-"""What Transformers keeps in ``config.json`` beside our fields."""
+"""Entries of Transformers in ``config.json`` beside the fields."""
 
 _PREFIX = "model."
 _TIED = "lm_head.weight"
-"""A head that is the token embedding's table has no copy of its own in the file."""
+"""A tied head has no copy of its own in the file."""
 
 
 def model_type(phase: int) -> str:
-    """The name of a phase in ``config.json``."""
+    """Return the name of a phase in ``config.json``."""
     return f"resolvent_phase{phase}"
 
 
@@ -77,7 +76,7 @@ def save_model(model: IntegratedModel, directory: str | Path) -> None:
 
 
 def write_config(model: IntegratedModel, directory: Path) -> None:
-    """Write the configuration alone, which does not change while a model is trained."""
+    """Write the configuration alone, which training does not change."""
     phase = phase_of(model)
     description = {
         "architectures": [f"Phase{phase}ForCausalLM"],
@@ -89,12 +88,12 @@ def write_config(model: IntegratedModel, directory: Path) -> None:
 
 
 def write_weights(weights: Mapping[str, Tensor], directory: Path) -> None:
-    """Write the weights alone, as `named_weights` gives them."""
+    """Write the weights alone, as ``named_weights`` returns them."""
     write_tensors(directory / WEIGHTS, weights)
 
 
 def named_weights(model: IntegratedModel) -> dict[str, Tensor]:
-    """The weights by the names that they have in files."""
+    """Return the weights by their names in files."""
     tensors = model.state_dict()
     if model.tied:
         del tensors[_TIED]
@@ -131,7 +130,7 @@ def load_model(directory: str | Path, device: torch.device | str | None = None) 
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """The files that hold a model's weights."""
+    """Return the files of a model's weights."""
     path = directory / INDEX
     if not path.exists():
         return [directory / WEIGHTS]
@@ -145,7 +144,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:
-    """The phase and the configuration that a file describes.
+    """Return the phase and the configuration that a file describes.
 
     Raises:
         CheckpointError: the file is missing or damaged, or describes no model.
@@ -166,18 +165,18 @@ def read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:
     return phase, config
 
 
-def in_todays_format(place: Path | str, values: Values, kind: type[ModelConfig]) -> Values:
-    """The entries of a ``config.json`` of any format version as this release writes them, without the version.
+def in_todays_format(source: Path | str, values: Values, kind: type[ModelConfig]) -> Values:
+    """Return the entries of a ``config.json`` of any format version as this release writes them, without the version.
 
     Args:
-        place: where they were found, for errors.
+        source: their file, for errors.
         values: the entries, ``format_version`` among them.
-        kind: whose fields they are.
+        kind: class of the configuration.
 
     Raises:
         VersionError, CheckpointError: the version is a later one, or none.
     """
-    check_version(place, values.get("format_version"), FORMAT_VERSION)
+    check_version(source, values.get("format_version"), FORMAT_VERSION)
     version = values["format_version"]
     values = {name: value for name, value in values.items() if name != "format_version"}
     names = {field.name for field in dataclasses.fields(kind)}
@@ -188,7 +187,7 @@ def in_todays_format(place: Path | str, values: Values, kind: type[ModelConfig])
 
 
 def _misfit(phase: Phase, config: Phase1Config | Phase2Config, shapes: dict[str, torch.Size]) -> str | None:
-    """What keeps tensors of these shapes from being those of the model, which is made without memory for it."""
+    """Return the reason why tensors of these shapes do not fit the model, or None; the model is made without memory."""
     layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
     if len(layers) != config.n_layers:
         return f"they are of {len(layers)} layers, not {config.n_layers}"
