@@ -17,14 +17,14 @@ def model():
     )
 
 
-def test_greedy_generation_is_the_argmax_of_the_forward(model):
+def test_greedy_generation_equals_argmax(model):
     prompt = torch.randint(0, 50, (2, 7))
     out = model.generate(prompt, 20, temperature=0)
     logits = model.eval()(out[:, :-1])
     assert torch.equal(out[:, 7:], logits.argmax(-1)[:, 6:])
 
 
-def test_streaming_yields_what_generate_returns_and_restores_the_mode(model):
+def test_stream_equals_generate_and_keeps_the_mode(model):
     model.train()
     prompt = torch.randint(0, 50, (2, 7))
     seed = lambda: torch.Generator().manual_seed(5)  # noqa: E731
@@ -34,13 +34,13 @@ def test_streaming_yields_what_generate_returns_and_restores_the_mode(model):
     assert not torch.equal(streamed, model.generate(prompt, 10, generator=torch.Generator().manual_seed(6))[:, 7:])
 
 
-def test_long_prompts_are_read_in_pieces(model):
+def test_prompt_in_pieces_equals_one_forward(model):
     prompt = torch.randint(0, 50, (1, PREFILL + 70))
     out = model.generate(prompt, 1, temperature=0)
     assert out[0, -1] == model.eval()(prompt)[0, -1].argmax()
 
 
-def test_a_mask_without_padding_changes_nothing(model, monkeypatch):
+def test_mask_without_padding_equals_no_mask(model, monkeypatch):
     prompt, read = torch.randint(0, 50, (1, PREFILL + 70)), []
     hidden_states = model.hidden_states
 
@@ -56,7 +56,7 @@ def test_a_mask_without_padding_changes_nothing(model, monkeypatch):
         model.generate(prompt, 1, attention_mask=torch.ones(1, 5))
 
 
-def test_logits_of_a_token_are_as_wide_as_those_of_a_text(model):
+def test_logits_of_one_token_have_the_dtype_of_a_text(model):
     model = copy.deepcopy(model).double().eval()
     prompt = torch.randint(0, 50, (2, 9))
     (hidden, state), whole = model.hidden_states(prompt[:, :-1]), model(prompt)
@@ -65,7 +65,7 @@ def test_logits_of_a_token_are_as_wide_as_those_of_a_text(model):
     torch.testing.assert_close(logits, whole[:, -1], rtol=1e-10, atol=1e-10)
 
 
-def test_a_state_continues_a_conversation(model):
+def test_state_continues_a_text(model):
     model.eval()
     prompt = torch.randint(0, 50, (1, 30))
     _, state = model(prompt[:, :20], return_state=True)
@@ -75,7 +75,7 @@ def test_a_state_continues_a_conversation(model):
     )
 
 
-def test_generation_ends_when_all_sequences_have_ended(model):
+def test_generation_stops_when_all_sequences_have_ended(model):
     prompt = torch.randint(0, 50, (2, 5))
     free = model.generate(prompt, 30, temperature=0)[:, 5:]
     eos = int(free[0, 3])
@@ -86,12 +86,12 @@ def test_generation_ends_when_all_sequences_have_ended(model):
     assert out.shape[1] == (max(end, int(other[0])) + 1 if len(other) else 30)
 
 
-def test_no_new_tokens(model):
+def test_zero_new_tokens_return_the_prompt(model):
     prompt = torch.randint(0, 50, (2, 5))
     assert torch.equal(model.generate(prompt, 0), prompt)
 
 
-def test_top_k_and_top_p_keep_the_likeliest():
+def test_top_k_and_top_p_keep_the_likeliest_tokens():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, -1)
     assert set(sample(logits, top_k=2).tolist()) == {0, 1}
     assert set(sample(logits, top_p=0.75).tolist()) == {0, 1}
@@ -108,21 +108,21 @@ def test_top_k_and_top_p_keep_the_likeliest():
 @pytest.mark.parametrize(
     "options", [dict(temperature=-1), dict(temperature=float("inf")), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)]
 )
-def test_options_out_of_range_are_named(model, options):
+def test_error_names_options_out_of_range(model, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         model.generate(torch.zeros(1, 3, dtype=torch.long), 2, **options)
     with pytest.raises(ValueError, match="max_new_tokens"):
-        model.stream(torch.zeros(1, 3, dtype=torch.long), -1)  # before its first token is asked for
+        model.stream(torch.zeros(1, 3, dtype=torch.long), -1)  # raised before the first token
 
 
 @pytest.mark.parametrize("prompt", [[[1, 2]], torch.tensor([1, 2]), torch.tensor([[50]]), torch.tensor([[0.5]])])
-def test_a_prompt_without_tokens_of_the_vocabulary_is_refused_before_anything_is_read(model, prompt):
+def test_prompt_outside_the_vocabulary_is_refused_before_reading(model, prompt):
     with pytest.raises(ValueError, match=r"input_ids must|outside the vocabulary"):
         model.stream(prompt, 3)
 
 
 SMALLEST = 5e-324
-"""The smallest positive float, which float32 has as 0."""
+"""Smallest positive float; it is 0 in float32."""
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-46, SMALLEST])

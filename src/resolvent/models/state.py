@@ -158,7 +158,7 @@ class ModelState:
         return states[0].map(lambda _: next(joined))
 
     def repeat(self, times: int) -> Self:
-        """Every sequence ``times`` in a row, to continue one beginning in several ways."""
+        """Repeat every sequence ``times`` in a row, to continue one beginning in several ways."""
         return self.map(lambda x: x.repeat_interleave(times, dim=0))
 
     def save(self, path: str | Path) -> None:
