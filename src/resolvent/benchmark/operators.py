@@ -60,7 +60,7 @@ def needs(case: "MemoryCase | ResolventCase") -> str:
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """Return a call of ``dissipative_memory``.
+    """A call of ``dissipative_memory``.
 
     ``checked`` tokens of it, a consolidation among them, are compared with the reference.
     """
