@@ -184,7 +184,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize("field", ["data", "validation_data"])
 @pytest.mark.parametrize(
     "command",
-    [["inspect"], ["evaluate"], ["evaluate", "positions"], ["evaluate", "mechanisms"], ["evaluate", "needle"]],
+    [["inspect"], ["evaluate"], ["evaluate", "positions"], ["evaluate", "needle"]],
 )
 def test_a_path_that_only_a_folder_names_is_not_read(
     run: Path, watched: Path, capfd: pytest.CaptureFixture[str], field: str, command: list[str]
