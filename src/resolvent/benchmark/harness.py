@@ -4,11 +4,13 @@ import dataclasses
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import psutil
 import torch
 from rich.console import Console
 
@@ -19,6 +21,8 @@ from resolvent.terminal import say
 
 Scale = Literal["cuda", "cpu", "quick"]
 Check = Callable[[float], None]
+_NOTABLE_SHARE = 0.05
+"""Share of the CPU, taken by other processes, that spoils a measurement."""
 
 
 class WrongResultError(ResolventError, ArithmeticError):
@@ -30,7 +34,7 @@ class Outcome:
     """What a contest gave: figures of all who could be measured, and why the others could not.
 
     Attributes:
-        figures: whatever each contestant's measurement returned; ours under ``ours``.
+        figures: whatever each entry's measurement returned; ours under ``ours``.
         error: ours, relative to the reference.
         failures: a line for each of the others.
     """
@@ -111,7 +115,8 @@ class Bench:
             self.say(f"{name}: {who}")
             try:
                 self._clear()
-                figures[who] = measure()
+                with self._watching_others(name):
+                    figures[who] = measure()
             except Exception as problem:
                 if os.environ.get("RESOLVENT_DEBUG"):
                     raise
@@ -134,7 +139,7 @@ class Bench:
 
         Args:
             section, name, unit, target: see ``Row``.
-            outcome: of the contest, with one figure for each contestant.
+            outcome: of the contest, with one figure for each entry.
             work: what a call has to do at least.
             seconds: time of a call of ours; needed with ``work`` unless the unit is ms.
         """
@@ -149,6 +154,15 @@ class Bench:
         """A row of a figure that stands alone."""
         self.rows.append(Row(section, name, unit, figure, target=target))
 
+    @contextmanager
+    def _watching_others(self, name: str) -> Iterator[None]:
+        """Say so where other processes slow a measurement on the CPU."""
+        started, others = time.perf_counter(), cpu_seconds_of_others()
+        yield
+        share = (cpu_seconds_of_others() - others) / (time.perf_counter() - started) / (os.cpu_count() or 1)
+        if self.device.type == "cpu" and share > _NOTABLE_SHARE:
+            self.say(f"{name}: other processes used {share:.0%} of the CPU meanwhile: measure again when it is idle")
+
     def _clear(self) -> None:
         """Nobody shall pay for what the one before left behind."""
         gc.collect()
@@ -156,3 +170,10 @@ class Bench:
             torch.compiler.reset()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+
+
+def cpu_seconds_of_others() -> float:
+    """Return the time that the processors spent so far on anything but this process and its finished children."""
+    machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    busy = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)
+    return busy - own.user - own.system - own.children_user - own.children_system

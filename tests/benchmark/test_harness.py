@@ -1,4 +1,4 @@
-"""Who is measured, and what becomes of those who fail or compute something else."""
+"""Entries of a benchmark: the order of measurement, and failures and wrong results among them."""
 
 import io
 from collections.abc import Callable
@@ -8,8 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from resolvent.benchmark import decoding, operators, training
-from resolvent.benchmark.contest import Bench
+from resolvent.benchmark import decoding, harness, operators, training
+from resolvent.benchmark.harness import Bench
 from resolvent.benchmark.timing import Ceilings
 
 CPU = torch.device("cpu")
@@ -196,3 +196,37 @@ def test_reading_is_counted_in_tokens_a_second(reader, bench: Bench, monkeypatch
     speed, _, state = decoding.read(reader[0], torch.randint(257, (1, 60)), 25)
     assert speed == 30
     assert state.position.tolist() == [60]
+
+
+@pytest.mark.parametrize(("context", "contexts"), [(None, [20, 40]), (64, [64])])
+def test_transformer_reads_as_much_as_ours_or_its_own_context(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, context: int | None, contexts: list[int]
+):
+    case = decoding.Case("tiny", few=20, many=40, piece=50, context=context, generated=2)
+    read: list[int] = []
+
+    def speed(bench: Bench, case: decoding.Case, context: int, compiled: bool) -> float:
+        read.append(context)
+        return float(context)
+
+    monkeypatch.setattr(decoding, "CASES", {"quick": case})
+    monkeypatch.setattr(decoding, "_transformer_speed", speed)
+    decoding.measure(bench)
+    assert read == contexts
+    few, many = (row for row in bench.rows if row.peers)
+    assert [few.peers["GPT"], many.peers["GPT"]] == [contexts[0], contexts[-1]]
+
+
+def test_other_work_on_the_machine_is_noticed(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    clock = iter([0.0, 1e6, 0.0, 0.0])
+    monkeypatch.setattr(harness, "cpu_seconds_of_others", lambda: next(clock))
+    bench.compete("busy", lambda check: 1.0)
+    bench.compete("idle", lambda check: 1.0)
+    told = bench.console.file.getvalue()
+    assert "busy: other processes used" in told and "idle: other processes used" not in told
+
+
+def test_a_step_is_checked_on_a_shorter_sequence_on_the_cpu():
+    case = training.Case("base", 1, 4096)
+    assert training._shortened(case).length == 1024
+    assert training._shortened(training.Case("tiny", 1, 100)).length == 100
