@@ -1,4 +1,4 @@
-"""`python -m experiments.quality`: prepare tokens, train the contestants, report."""
+"""`python -m experiments.quality`: prepare tokens, train the entries, report."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def learn_language(
     jobs = Jobs(out, language.settings(chosen, corpus), rates, range(first_seed, first_seed + seeds), "loss", True)
 
     def experiment(name: str) -> language.Experiment:
-        contestant = models.build(name, chosen.size(corpus.vocabulary), device)
-        return language.Experiment(contestant, corpus, chosen, mode)
+        entry = models.build(name, chosen.size(corpus.vocabulary), device)
+        return language.Experiment(entry, corpus, chosen, mode)
 
     def keep(found: language.Experiment, record: results.Record) -> None:
         if save is not None:
@@ -125,8 +125,8 @@ def learn_needle(
     jobs = Jobs(out, needle.settings(chosen, corpus, probe), rates, seeds_wanted, "loss", True)
 
     def experiment(name: str) -> needle.Experiment:
-        contestant = models.build(name, chosen.size(corpus.vocabulary), device)
-        return needle.Experiment(contestant, corpus, chosen, mode, phrases, probe)
+        entry = models.build(name, chosen.size(corpus.vocabulary), device)
+        return needle.Experiment(entry, corpus, chosen, mode, phrases, probe)
 
     with until(clock):
         for name in expand(names):
@@ -159,8 +159,8 @@ def learn_recall(
             jobs = Jobs(out, shared, rates, range(first_seed, first_seed + seeds), "accuracy", False)
 
             def experiment(name: str, width: int = width, count: int = count) -> mqar.Experiment:
-                contestant = mqar.build(name, width, count, plan.vocabulary, device)
-                return mqar.Experiment(contestant, plan, mode, data)
+                entry = mqar.build(name, width, count, plan.vocabulary, device)
+                return mqar.Experiment(entry, plan, mode, data)
 
             for name in expand(names):
                 run_all(jobs, name, experiment, clock)

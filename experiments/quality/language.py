@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from experiments.quality.models import Contestant, Size
+from experiments.quality.models import Entry, Size
 from experiments.quality.training import Clock, Mode, Schedule, Trainer
 from experiments.quality.variants import mechanisms_of
 from resolvent.data import EOT, build_tokenizer, load_documents, save_tokenizer, split_documents
@@ -201,24 +201,24 @@ PLANS = {
 
 
 class Experiment:
-    """One contestant on a text, prepared once for all seeds and learning rates.
+    """One entry on a text, prepared once for all seeds and learning rates.
 
     Args:
-        contestant: on the device.
+        entry: on the device.
         text: to learn from.
         plan: what to do.
         mode: how steps run.
     """
 
-    def __init__(self, contestant: Contestant, text: Text, plan: Plan, mode: Mode) -> None:
-        self.contestant, self.text, self.plan, self.mode = contestant, text, plan, mode
-        self.device = next(contestant.model.parameters()).device
+    def __init__(self, entry: Entry, text: Text, plan: Plan, mode: Mode) -> None:
+        self.entry, self.text, self.plan, self.mode = entry, text, plan, mode
+        self.device = next(entry.model.parameters()).device
         self.stream = torch.from_numpy(text.train.astype(np.int32)).to(self.device)
         self.starts = torch.zeros(plan.steps, plan.batch, dtype=torch.int64, device=self.device)
         self.windows = tuple(x.to(self.device) for x in text.windows(plan.length))
         self.counted = (self.windows[1] != IGNORED).cpu()
-        contestant.reset(0)
-        self.trainer = Trainer(contestant.model, [self._loss], plan.steps, mode)
+        entry.reset(0)
+        self.trainer = Trainer(entry.model, [self._loss], plan.steps, mode)
 
     @cached_property
     def seconds(self) -> float:
@@ -238,7 +238,7 @@ class Experiment:
             OutOfTimeError: the run would not end in time.
         """
         clock.check(self.seconds)
-        self.contestant.reset(seed)
+        self.entry.reset(seed)
         torch.manual_seed(seed)
         plan = self.plan
         self._draw(seed)
@@ -255,8 +255,8 @@ class Experiment:
         taken = int(self.trainer.step)
         finite = finite and math.isfinite(curve[-1][1])
         return {
-            "parameters": self.contestant.parameters,
-            "state_bytes": self.contestant.state_bytes,
+            "parameters": self.entry.parameters,
+            "state_bytes": self.entry.state_bytes,
             "tokens": taken * plan.batch * plan.length,
             "finite": finite,
             "loss": curve[-1][1] if finite else None,
@@ -275,7 +275,7 @@ class Experiment:
 
     def save(self, folder: Path) -> None:
         """Write a Phase 2 model with its tokenizer, for `resolvent evaluate` and `resolvent generate`."""
-        model = self.contestant.model
+        model = self.entry.model
         if isinstance(model, Phase2IntegratedModel) and self.text.tokenizer:
             save_model(model, folder)
             save_tokenizer(Tokenizer.from_str(self.text.tokenizer), folder)
@@ -293,7 +293,7 @@ class Experiment:
 
     def _loss(self, step: Tensor) -> Tensor:
         window = self._window(step)
-        return self.contestant.model(window[:, :-1].contiguous(), labels=window[:, 1:].contiguous())
+        return self.entry.model(window[:, :-1].contiguous(), labels=window[:, 1:].contiguous())
 
     def _validate(self) -> Tensor:
         """Nats of every held-out token, float64 (W, N) on the CPU, NaN where there is none."""
@@ -315,15 +315,15 @@ class Experiment:
 
     def _without_each(self, measure: Callable[[], T]) -> dict[str, T]:
         """What is measured while a Phase 2 model does without each of its mechanisms, by name; of a peer, nothing."""
-        model, found = self.contestant.model, {}
+        model, found = self.entry.model, {}
         if isinstance(model, Phase2IntegratedModel):
-            for name, switch in mechanisms_of(self.contestant.name).items():
+            for name, switch in mechanisms_of(self.entry.name).items():
                 with switch.off(model):
                     found[name] = measure()
         return found
 
     def _nats(self, ids: Tensor, labels: Tensor, batch: int) -> Tensor:
-        return token_nats(self.contestant.model, ids, labels, batch, self.trainer.evaluating())
+        return token_nats(self.entry.model, ids, labels, batch, self.trainer.evaluating())
 
     def _bits_per_byte(self, loss: float) -> float:
         return loss * self.text.predicted / self.text.validation_bytes / math.log(2)

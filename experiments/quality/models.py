@@ -1,4 +1,4 @@
-"""The contestants by name, made equal in parameters by the width of their feed-forward parts."""
+"""The entries by name, made equal in parameters by the width of their feed-forward parts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ the size."""
 
 @dataclass(frozen=True)
 class Size:
-    """What all contestants of a comparison have in common.
+    """What all entries of a comparison have in common.
 
     Attributes:
         vocabulary: tokens.
@@ -133,7 +133,7 @@ class PeerModel(nn.Module):
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Entry:
     """A model that can start anew.
 
     Attributes:
@@ -154,46 +154,46 @@ class Contestant:
         return count_parameters(self.model)
 
 
-def build(name: str, size: Size, device: torch.device | str = "cpu") -> Contestant:
-    """A contestant of a size, with weights yet to be drawn.
+def build(name: str, size: Size, device: torch.device | str = "cpu") -> Entry:
+    """An entry of a size, with weights yet to be drawn.
 
     Raises:
         ValueError: there is none of this name, or it cannot have so few or so many parameters.
     """
     for like in (name.partition("/")[0], name):  # a variant keeps the widths of Phase 2, and so its weights, if it can
-        contestant = _maker(name, size)(_feed_forward_width(_maker(like, size), size.parameters))
-        if abs(contestant.parameters / size.parameters - 1) <= TOLERANCE:
-            contestant.model.to(device)
-            return contestant
-    raise ValueError(f"{name} has {contestant.parameters:,} parameters, not {size.parameters:,}: change the width")
+        entry = _maker(name, size)(_feed_forward_width(_maker(like, size), size.parameters))
+        if abs(entry.parameters / size.parameters - 1) <= TOLERANCE:
+            entry.model.to(device)
+            return entry
+    raise ValueError(f"{name} has {entry.parameters:,} parameters, not {size.parameters:,}: change the width")
 
 
-def _feed_forward_width(make: Callable[[int], Contestant], parameters: int) -> int:
+def _feed_forward_width(make: Callable[[int], Entry], parameters: int) -> int:
     with torch.device("meta"):
         few, many = (make(hidden).parameters for hidden in (FFN_STEP, 2 * FFN_STEP))
     return FFN_STEP * max(1, 1 + round((parameters - few) / (many - few)))
 
 
-def _maker(name: str, size: Size) -> Callable[[int], Contestant]:
+def _maker(name: str, size: Size) -> Callable[[int], Entry]:
     return _peer(name, size) if name in PEERS else _phase2(name, size)
 
 
-def _peer(name: str, size: Size) -> Callable[[int], Contestant]:
-    def make(hidden: int) -> Contestant:
+def _peer(name: str, size: Size) -> Callable[[int], Entry]:
+    def make(hidden: int) -> Entry:
         model = PeerModel(size, PEERS[name], hidden)
-        return Contestant(name, model, model.reset, model.state_bytes(size.length))
+        return Entry(name, model, model.reset, model.state_bytes(size.length))
 
     return make
 
 
-def _phase2(name: str, size: Size) -> Callable[[int], Contestant]:
+def _phase2(name: str, size: Size) -> Callable[[int], Entry]:
     if name.partition("/")[0] != "phase2":
         raise ValueError(
             f"there is no model {name!r}; known are {', '.join(PEERS)}, phase2 and its variants phase2/..."
         )
     variant = parse_variant(name)
 
-    def make(hidden: int) -> Contestant:
+    def make(hidden: int) -> Entry:
         sizes: dict[str, Any] = dict(
             vocab_size=size.vocabulary,
             d_model=size.width,
@@ -207,7 +207,7 @@ def _phase2(name: str, size: Size) -> Callable[[int], Contestant]:
         )
         model = Phase2IntegratedModel(Phase2Config(**(sizes | variant.config)), init=False)
         variant.hold(model)
-        return Contestant(name, model, lambda seed: variant.reset(model, seed), phase2_state_bytes(model))
+        return Entry(name, model, lambda seed: variant.reset(model, seed), phase2_state_bytes(model))
 
     return make
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mixer, reset_conv, short_conv
-from experiments.quality.models import Contestant, PeerModel, Size, phase2_state_bytes
+from experiments.quality.models import Entry, PeerModel, Size, phase2_state_bytes
 from experiments.quality.training import Clock, Mode, Trainer
 from experiments.quality.variants import parse_variant
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
@@ -161,7 +161,7 @@ DeltaNet's. Phase 2 comes as a block without feed-forward part, and as `phase2/.
 _WIDE = "/wide"
 
 
-def build(name: str, width: int, heads: int, vocabulary: int, device: torch.device | str = "cpu") -> Contestant:
+def build(name: str, width: int, heads: int, vocabulary: int, device: torch.device | str = "cpu") -> Entry:
     """A model of two layers, with weights yet to be drawn.
 
     Raises:
@@ -194,7 +194,7 @@ def build(name: str, width: int, heads: int, vocabulary: int, device: torch.devi
         embedding.reset_layer(torch.Generator().manual_seed(seed))
 
     model.to(device)
-    return Contestant(name, model, reset, state_bytes)
+    return Entry(name, model, reset, state_bytes)
 
 
 # ----------------------------------------------------------------------------------------------------------- a run
@@ -242,22 +242,22 @@ class Plan:
 
 
 class Experiment:
-    """One contestant, prepared once for all seeds and learning rates.
+    """One entry, prepared once for all seeds and learning rates.
 
     Args:
-        contestant: on the device.
+        entry: on the device.
         plan: what to do.
         mode: how steps run.
         data: of ``draw``.
     """
 
-    def __init__(self, contestant: Contestant, plan: Plan, mode: Mode, data: tuple[list[Recall], list[Recall]]) -> None:
-        self.contestant, self.plan, (self.train, self.test) = contestant, plan, data
-        device = next(contestant.model.parameters()).device
+    def __init__(self, entry: Entry, plan: Plan, mode: Mode, data: tuple[list[Recall], list[Recall]]) -> None:
+        self.entry, self.plan, (self.train, self.test) = entry, plan, data
+        device = next(entry.model.parameters()).device
         self.numbers = torch.zeros(plan.steps, dtype=torch.int64, device=device)
-        contestant.reset(0)
+        entry.reset(0)
         losses = [lambda step, recall=recall: self._loss(step, recall) for recall in self.train]
-        self.trainer = Trainer(contestant.model, losses, plan.steps, mode, clip=None)
+        self.trainer = Trainer(entry.model, losses, plan.steps, mode, clip=None)
 
     @cached_property
     def seconds(self) -> float:
@@ -271,7 +271,7 @@ class Experiment:
             OutOfTimeError: the run would not end in time.
         """
         clock.check(self.seconds)
-        self.contestant.reset(seed)
+        self.entry.reset(seed)
         torch.manual_seed(seed)
         kinds, numbers = self.plan.order(seed)
         self.numbers.copy_(numbers)
@@ -281,8 +281,8 @@ class Experiment:
         seconds = time.perf_counter() - started
         accuracies = {str(part): self._accuracy(recall) for part, recall in zip(self.plan.test, self.test, strict=True)}
         return {
-            "parameters": self.contestant.parameters,
-            "state_bytes": self.contestant.state_bytes,
+            "parameters": self.entry.parameters,
+            "state_bytes": self.entry.state_bytes,
             "finite": finite,
             "accuracy": sum(accuracies.values()) / len(accuracies),
             "accuracies": accuracies,
@@ -295,13 +295,13 @@ class Experiment:
         number = self.numbers.index_select(0, step)
         rows = number * self.plan.batch + torch.arange(self.plan.batch, device=number.device)
         inputs, places, answers = (x.index_select(0, rows) for x in (recall.inputs, recall.places, recall.answers))
-        hidden = hidden_at(self.contestant.model, inputs.long(), places)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.contestant.model.lm_head.weight, answers.flatten())
+        hidden = hidden_at(self.entry.model, inputs.long(), places)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.entry.model.lm_head.weight, answers.flatten())
 
     @torch.no_grad()
     def _accuracy(self, recall: Recall) -> float:
         """Part of the queries whose likeliest answer is right; none where the model is not finite."""
-        model, right = self.contestant.model.eval(), 0
+        model, right = self.entry.model.eval(), 0
         batches = (x.split(max(1, self.plan.batch // 2)) for x in (recall.inputs, recall.places, recall.answers))
         with self.trainer.evaluating(), torch.compiler.set_stance("force_eager"):
             for inputs, places, answers in zip(*batches, strict=True):

@@ -1,6 +1,6 @@
 """Recall over a distance: models learn from text that asks them for facts, and are asked over up to 64 times as far.
 
-The text, the contestants and the training are those of ``language``. But in every sequence stretches of the text are
+The text, the entries and the training are those of ``language``. But in every sequence stretches of the text are
 overwritten: by facts, each of which is asked for and answered after more of the text, before the next one is told.
 After training, a fact in held-out text is asked for at distances up to far beyond the training length, always with the
 whole sequence in one forward pass, from a fresh start.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from experiments.quality import language
 from experiments.quality.language import Plan, Text
-from experiments.quality.models import Contestant
+from experiments.quality.models import Entry
 from experiments.quality.training import Clock, Mode
 from resolvent.evaluation.needle import ANSWER, FACT, NEAREST, PASS_KEYS, QUESTION
 from resolvent.evaluation.scoring import score_tokens
@@ -155,10 +155,10 @@ def draw_step(
 
 
 class Experiment(language.Experiment):
-    """One contestant that learns from a text with questions, prepared once for all seeds and learning rates.
+    """One entry that learns from a text with questions, prepared once for all seeds and learning rates.
 
     Args:
-        contestant: on the device.
+        entry: on the device.
         text: to learn from and, its held-out part, to be tested on.
         plan: what to do.
         mode: how steps run.
@@ -166,15 +166,13 @@ class Experiment(language.Experiment):
         probe: what comes after the training.
     """
 
-    def __init__(
-        self, contestant: Contestant, text: Text, plan: Plan, mode: Mode, phrases: Phrases, probe: Probe
-    ) -> None:
+    def __init__(self, entry: Entry, text: Text, plan: Plan, mode: Mode, phrases: Phrases, probe: Probe) -> None:
         self.phrases, self.probe = phrases, probe
         self.held_out = np.concatenate(text.validation).astype(np.int64)
-        device = next(contestant.model.parameters()).device
+        device = next(entry.model.parameters()).device
         shape = (plan.steps, plan.batch, QUESTIONS * phrases.tokens)
         self.places, self.written = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
-        super().__init__(contestant, text, plan, mode)
+        super().__init__(entry, text, plan, mode)
 
     @cached_property
     def seconds(self) -> float:
@@ -220,7 +218,7 @@ class Experiment(language.Experiment):
         return found
 
     def _ask(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        return ask(self.contestant.model, sequences.to(self.device), self.phrases.answer, self.trainer.evaluating())
+        return ask(self.entry.model, sequences.to(self.device), self.phrases.answer, self.trainer.evaluating())
 
 
 @torch.no_grad()

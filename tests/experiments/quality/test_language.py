@@ -97,7 +97,7 @@ def test_windows_of_a_pass_tile_the_tokens_in_random_order():
 
 def test_a_step_reads_its_windows(experiment: Experiment, text: Text):
     experiment.starts.copy_(torch.from_numpy(window_starts(len(text.train), 32, 4, 12, seed=0)))
-    model = experiment.contestant.model
+    model = experiment.entry.model
     loss = experiment._loss(torch.tensor([5]))
     rows = [torch.from_numpy(text.train[i : i + 33].astype(np.int64)) for i in experiment.starts[5].tolist()]
     ids = torch.stack(rows)
@@ -115,11 +115,11 @@ def test_a_run_says_what_it_found_and_can_be_repeated(experiment: Experiment, te
         record["loss"] * text.predicted / text.validation_bytes / math.log(2)
     )
     assert list(record["loss_by_position"]) == ["0-32"]
-    on = mechanisms_of(experiment.contestant.name) if experiment.contestant.name in ABLATION else {}
+    on = mechanisms_of(experiment.entry.name) if experiment.entry.name in ABLATION else {}
     assert list(record["switched_off"]) == list(on)
     assert all(math.isfinite(mean) and error >= 0 for mean, error in record["switched_off"].values())
     ids, labels = text.windows(32)
-    model = experiment.contestant.model
+    model = experiment.entry.model
     with torch.no_grad():
         logits = F.linear(model.hidden_states(ids)[0], model.lm_head.weight)
     assert record["loss"] == pytest.approx(F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item(), rel=1e-5)
@@ -143,7 +143,7 @@ def test_long_stretches_are_compared_with_windows_over_the_same_tokens(text: Tex
     long = experiment.run(1e-3, 0, FOREVER)["long"]
     assert list(long["by_position"]) == list(long["in_windows"]) == ["0-64", "64-128"]
     ids, labels = text.stretches(128)
-    model = experiment.contestant.model.eval()
+    model = experiment.entry.model.eval()
     with torch.no_grad():
         whole = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), reduction="none").view_as(ids)
         parts = F.cross_entropy(model(ids.view(-1, 32)).flatten(0, 1), labels.flatten(), reduction="none").view_as(ids)
@@ -157,8 +157,8 @@ def test_a_saved_model_brings_its_tokenizer(text: Text, tmp_path: Path):
     experiment = Experiment(build("phase2", plan.size(text.vocabulary)), text, plan, PLAIN)
     experiment.save(tmp_path)
     ids = torch.tensor([load_tokenizer(tmp_path).encode("so it goes").ids])
-    experiment.contestant.model.eval()
-    assert torch.equal(load_model(tmp_path, "cpu")(ids), experiment.contestant.model(ids))
+    experiment.entry.model.eval()
+    assert torch.equal(load_model(tmp_path, "cpu")(ids), experiment.entry.model(ids))
 
 
 def test_buckets_and_evaluations():
@@ -172,12 +172,12 @@ def test_buckets_and_evaluations():
 
 def test_nats_of_a_diverged_model_are_not_taken_for_missing_ones(experiment: Experiment, text: Text):
     ids, labels = text.windows(32)
-    experiment.contestant.reset(0)
+    experiment.entry.reset(0)
     with torch.no_grad():
-        experiment.contestant.model.ln_f.weight.fill_(torch.nan)
-    nats = token_nats(experiment.contestant.model, ids, labels, 8, experiment.trainer.evaluating())
+        experiment.entry.model.ln_f.weight.fill_(torch.nan)
+    nats = token_nats(experiment.entry.model, ids, labels, 8, experiment.trainer.evaluating())
     assert nats[experiment.counted].mean().isnan()
-    experiment.contestant.reset(0)
+    experiment.entry.reset(0)
 
 
 def test_a_difference_counts_tokens_and_its_error_windows():

@@ -10,17 +10,17 @@ SMALL = Size(vocabulary=97, width=128, layers=2, parameters=500_000, length=64)
 NAMES = (*PEERS, *ABLATION)
 
 
-def loss_of(contestant) -> torch.Tensor:
+def loss_of(entry) -> torch.Tensor:
     ids = torch.randint(97, (2, 31), generator=torch.Generator().manual_seed(0))
-    return contestant.model(ids[:, :-1], labels=ids[:, 1:])
+    return entry.model(ids[:, :-1], labels=ids[:, 1:])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_have_as_many_parameters(name: str):
-    contestant = build(name, SMALL)
-    assert contestant.parameters == pytest.approx(SMALL.parameters, rel=0.02)
-    contestant.reset(0)
-    assert loss_of(contestant).item() == pytest.approx(torch.tensor(97.0).log().item(), abs=0.3)
+    entry = build(name, SMALL)
+    assert entry.parameters == pytest.approx(SMALL.parameters, rel=0.02)
+    entry.reset(0)
+    assert loss_of(entry).item() == pytest.approx(torch.tensor(97.0).log().item(), abs=0.3)
 
 
 @pytest.mark.parametrize("name", [*PEERS, "phase2", "phase2/bare"])
@@ -32,11 +32,11 @@ def test_the_experiment_s_size_is_within_reach(name: str):
 
 def test_weights_depend_on_the_seed_alone():
     for name in ("gated-deltanet", "phase2/no-snr"):
-        contestant = build(name, SMALL)
+        entry = build(name, SMALL)
         losses = []
         for seed in (1, 2, 1):
-            contestant.reset(seed)
-            losses.append(loss_of(contestant).item())
+            entry.reset(seed)
+            losses.append(loss_of(entry).item())
         assert losses[0] == losses[2] != losses[1]
 
 
@@ -53,8 +53,8 @@ def test_unknown_models_and_sizes_are_errors():
 def test_a_change_leaves_all_other_weights_as_they_are(mechanism: str):
     size = dataclasses.replace(SMALL, parameters=2_000_000)  # a gate is few of so many
     whole, changed = build("phase2", size), build(f"phase2/no-{mechanism}", size)
-    for contestant in (whole, changed):
-        contestant.reset(3)
+    for entry in (whole, changed):
+        entry.reset(3)
     weights = dict(whole.model.named_parameters())
     variant = parse_variant(changed.name)
     potential = ("v_proj.weight", "gamma_proj.weight", "memory_to_potential.weight")
@@ -77,15 +77,15 @@ def test_a_change_matters_once_there_is_something_to_learn(mechanism: str):
     """Every switch acts: with all weights away from zero, the model without it computes something else."""
     losses = []
     for name in ("phase2", f"phase2/no-{mechanism}"):
-        contestant = build(name, SMALL)
-        contestant.reset(0)
+        entry = build(name, SMALL)
+        entry.reset(0)
         with torch.no_grad():
-            for key, parameter in contestant.model.named_parameters():
+            for key, parameter in entry.model.named_parameters():
                 if parameter.requires_grad and not (mechanism == "zeta-init" and ".potential." in key):
                     generator = torch.Generator().manual_seed(sum(map(ord, key)))
                     parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
         ids = torch.randint(97, (1, 300), generator=torch.Generator().manual_seed(0))
-        losses.append(contestant.model(ids[:, :-1], labels=ids[:, 1:]).item())
+        losses.append(entry.model(ids[:, :-1], labels=ids[:, 1:]).item())
     assert abs(losses[0] - losses[1]) > 1e-6
 
 
@@ -106,9 +106,9 @@ def test_names_of_variants():
 
 @pytest.mark.parametrize("mechanism", mechanisms_of("phase2"))
 def test_a_trained_model_does_without_a_mechanism_and_has_it_back(mechanism: str):
-    contestant = build("phase2", SMALL)
-    contestant.reset(0)
-    model = contestant.model.eval()
+    entry = build("phase2", SMALL)
+    entry.reset(0)
+    model = entry.model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -130,9 +130,9 @@ def test_only_what_is_on_can_be_put_to_zero():
 
 
 def test_the_original_initialisation_is_as_small_as_it_was():
-    contestant = build("phase2/original", SMALL)
-    contestant.reset(0)
-    model = contestant.model
+    entry = build("phase2/original", SMALL)
+    entry.reset(0)
+    model = entry.model
     largest = torch.linalg.matrix_norm(model.blocks[0].hebbian.qkv_proj.weight.chunk(3)[0], 2)
     assert largest.item() == pytest.approx(0.02 / 14.134725, rel=1e-4)
     assert model.token_embedding.weight.abs().max() <= 0.02

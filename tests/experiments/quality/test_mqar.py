@@ -73,14 +73,14 @@ def test_sequences_to_learn_and_to_test_differ_and_are_always_the_same():
 
 @pytest.mark.parametrize("name", [*MIXERS, "phase2", "phase2/bare", "phase2/original", "phase2/no-snr/wide"])
 def test_every_model_learns_from_the_places_asked_for(name: str):
-    contestant = build(name, 64, 2, 64)
-    experiment = Experiment(contestant, SMALL, PLAIN, mqar.draw(SMALL, torch.device("cpu")))
-    contestant.model.eval()
+    entry = build(name, 64, 2, 64)
+    experiment = Experiment(entry, SMALL, PLAIN, mqar.draw(SMALL, torch.device("cpu")))
+    entry.model.eval()
     loss = experiment._loss(torch.tensor([0]), experiment.train[0])
     assert loss.item() == pytest.approx(math.log(64), abs=1.5)
     task = experiment.train[0]
-    hidden = contestant.model.hidden_states(task.inputs[:16].long())[0]
-    logits = contestant.model.lm_head(hidden)
+    hidden = entry.model.hidden_states(task.inputs[:16].long())[0]
+    logits = entry.model.lm_head(hidden)
     nats = [
         logits[i, p].log_softmax(-1)[a] for i in range(16) for p, a in zip(task.places[i], task.answers[i], strict=True)
     ]

@@ -21,20 +21,20 @@ def prepared(
     dtype: torch.dtype = torch.float32,
 ):
     size = Size(31, 128, 1, 200_000, 32, dropout)
-    contestant = build(name, size, device)
-    contestant.model.to(dtype)
-    contestant.reset(0)
+    entry = build(name, size, device)
+    entry.model.to(dtype)
+    entry.reset(0)
     ids = torch.randint(31, (8, 2, 33), generator=torch.Generator().manual_seed(0)).to(device)
 
     def loss(step: torch.Tensor) -> torch.Tensor:
         batch = ids.index_select(0, step)[0]
-        return contestant.model(batch[:, :-1].contiguous(), labels=batch[:, 1:].contiguous())
+        return entry.model(batch[:, :-1].contiguous(), labels=batch[:, 1:].contiguous())
 
-    return contestant, Trainer(contestant.model, [loss], SCHEDULE.steps, mode), ids
+    return entry, Trainer(entry.model, [loss], SCHEDULE.steps, mode), ids
 
 
-def trained(contestant, trainer, seed: int = 5, peak: float = 1e-2, steps: int = 8) -> list[float]:
-    contestant.reset(seed)
+def trained(entry, trainer, seed: int = 5, peak: float = 1e-2, steps: int = 8) -> list[float]:
+    entry.reset(seed)
     torch.manual_seed(seed)
     trainer.start(SCHEDULE.rates(peak))
     assert trainer.advance([0] * steps, FOREVER)
@@ -43,8 +43,8 @@ def trained(contestant, trainer, seed: int = 5, peak: float = 1e-2, steps: int =
 
 def test_steps_are_those_of_a_plain_loop():
     # In float64: Adam makes whole steps of the rounding errors of gradients near zero.
-    contestant, trainer, ids = prepared(dtype=torch.float64)
-    found = trained(contestant, trainer)
+    entry, trainer, ids = prepared(dtype=torch.float64)
+    found = trained(entry, trainer)
 
     other, _, _ = prepared(dtype=torch.float64)
     other.reset(5)
@@ -67,38 +67,38 @@ def test_steps_are_those_of_a_plain_loop():
         optimizer.step()
         expected.append(loss.item())
     assert found == pytest.approx(expected, rel=1e-6)
-    for a, b in zip(contestant.model.parameters(), model.parameters(), strict=True):
+    for a, b in zip(entry.model.parameters(), model.parameters(), strict=True):
         assert (a - b).norm() <= 1e-10 * b.norm()
 
 
 def test_a_run_leaves_no_trace_in_the_next():
-    contestant, trainer, _ = prepared()
-    first = trained(contestant, trainer)
-    assert trained(contestant, trainer, seed=6) != first
+    entry, trainer, _ = prepared()
+    first = trained(entry, trainer)
+    assert trained(entry, trainer, seed=6) != first
     assert trainer.seconds([0] * 8) > 0
-    assert trained(contestant, trainer) == first
-    fresh_contestant, fresh_trainer, _ = prepared()
-    assert trained(fresh_contestant, fresh_trainer) == first
+    assert trained(entry, trainer) == first
+    fresh_entry, fresh_trainer, _ = prepared()
+    assert trained(fresh_entry, fresh_trainer) == first
 
 
 def test_it_learns_and_reports_the_losses_of_the_steps_taken():
-    contestant, trainer, _ = prepared()
-    losses = trained(contestant, trainer, steps=3)
+    entry, trainer, _ = prepared()
+    losses = trained(entry, trainer, steps=3)
     assert len(losses) == 3 and losses[0] == pytest.approx(math.log(31), abs=0.3)
 
 
 def test_what_is_not_finite_is_seen():
-    contestant, trainer, _ = prepared()
-    contestant.reset(0)
+    entry, trainer, _ = prepared()
+    entry.reset(0)
     trainer.start(SCHEDULE.rates(1e-2))
     with torch.no_grad():
-        contestant.model.token_embedding.weight[0, 0] = torch.nan
+        entry.model.token_embedding.weight[0, 0] = torch.nan
     assert not trainer.advance([0] * 8, FOREVER)
 
 
 def test_the_clock_ends_a_run():
-    contestant, trainer, _ = prepared()
-    contestant.reset(0)
+    entry, trainer, _ = prepared()
+    entry.reset(0)
     trainer.start(SCHEDULE.rates(1e-2))
     with pytest.raises(OutOfTimeError):
         trainer.advance([0] * 8, Clock(time.monotonic() - 1))
@@ -110,10 +110,10 @@ def test_the_clock_ends_a_run():
 @pytest.mark.parametrize("name", ["gla", "phase2"])
 def test_compiled_blocks_train_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.nn.Module, "compile", compile_with_aot_eager)
-    contestant, trainer, _ = prepared(name, Mode(compiled=True, captured=False, autocast=False), dropout=0.0)
+    entry, trainer, _ = prepared(name, Mode(compiled=True, captured=False, autocast=False), dropout=0.0)
     assert trainer.compiled_error <= 1e-4
     plain = trained(*prepared(name, dropout=0.0)[:2])
-    assert trained(contestant, trainer) == pytest.approx(plain, rel=1e-4)
+    assert trained(entry, trainer) == pytest.approx(plain, rel=1e-4)
     torch._dynamo.reset()
 
 
@@ -138,8 +138,8 @@ def test_a_captured_run_is_the_same_run(name: str, compiled: bool):
     for captured in (False, True):
         torch.compiler.reset()
         mode = Mode(compiled=compiled, captured=captured, autocast=True)
-        contestant, trainer, _ = prepared(name, mode, "cuda", dropout=0.0)
-        runs.append([trained(contestant, trainer), trained(contestant, trainer, peak=1e-3)])
+        entry, trainer, _ = prepared(name, mode, "cuda", dropout=0.0)
+        runs.append([trained(entry, trainer), trained(entry, trainer, peak=1e-3)])
         assert runs[-1][0] != runs[-1][1]
     assert runs[1][0] == pytest.approx(runs[0][0], rel=2e-3)
     assert runs[1][1] == pytest.approx(runs[0][1], rel=2e-3)
