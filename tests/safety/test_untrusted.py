@@ -31,7 +31,7 @@ from resolvent.models.phase2 import Phase2State
 from resolvent.runs import RUN_FILE, fixed_files, load_trained
 from resolvent.terminal import shell_word
 from resolvent.training import resume
-from resolvent.training.checkpoint import load_optimizer, load_standing
+from resolvent.training.checkpoint import load_optimizer, load_trainer_state
 from resolvent.training.optimizer import build_optimizer
 from resolvent.training.record import read_run
 from tests.cli.conftest import call
@@ -308,7 +308,7 @@ def read_and_use(run: Path, name: str) -> None:
             write_manifest(run, json.loads((run / MANIFEST).read_text())["files"])
             read_run(run)
         case "trainer.json":
-            load_standing(run / CHECKPOINT)
+            load_trainer_state(run / CHECKPOINT)
         case "manifest.json":
             read_checked(run / "config.json", 1 << 20)
             resume(run, data=data)
