@@ -1,4 +1,4 @@
-"""Whether what the diagnostics show is what the model lives on: decay rates, the SNR filter, resonance.
+"""Cost of losing what the diagnostics single out: decay rates, the SNR filter, resonance.
 
 Texts are read up to the boundary between two consolidations. There the memory is edited, and what follows is predicted
 with the edited state and with the one that the model made (see ``state_editing``). What a model loses at no cost, it

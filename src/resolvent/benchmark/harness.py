@@ -1,4 +1,4 @@
-"""A benchmark in progress: who is measured in which order, and what becomes of those who fail."""
+"""A benchmark in progress: entries measured one after the other, with their failures."""
 
 import dataclasses
 import gc
