@@ -58,8 +58,8 @@ format: setup  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## measure training speed and memory beside a Transformer of the same size
-	$(BIN)/python benchmarks/cpu_speed.py
+bench: setup  ## measure speed and memory on the CPU beside a Transformer of the same size
+	$(BIN)/resolvent benchmark --device cpu
 
 docs: setup  ## build the documentation into build/site
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'

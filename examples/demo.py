@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import torch
+from ngram import InterpolatedTrigram
 from rich.console import Console
 from rich.table import Table
 
 from resolvent.data import EOT
-from resolvent.evaluation.ngram import InterpolatedTrigram
 from resolvent.terminal import say, shell_word
 from resolvent.training import TrainingConfig, TrainingResult, train
 from resolvent.training.corpus import split_corpus

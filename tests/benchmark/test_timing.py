@@ -1,11 +1,14 @@
 import math
+import platform
 import time
 
+import psutil
 import pytest
 import torch
 
 from resolvent.benchmark import timing
-from resolvent.benchmark.timing import greatest, measure_ceilings, milliseconds, relative_error
+from resolvent.benchmark.memory import in_fresh_process
+from resolvent.benchmark.timing import greatest, keep_freed_memory, measure_ceilings, milliseconds, relative_error
 
 CPU = torch.device("cpu")
 
@@ -62,3 +65,17 @@ def test_short_jobs_are_timed_without_their_launches():
 
     ms = milliseconds(make_job, 2**21, device)
     assert 0.0003 < ms < 0.005  # 2 MB at some TB/s; a launch alone takes longer
+
+
+def bytes_kept_after_freeing() -> int:
+    """Return the resident bytes that 256 MB of freed tensors leave, in this process, which keeps freed memory."""
+    keep_freed_memory()
+    before = psutil.Process().memory_info().rss
+    tensors = [torch.ones(2**24) for _ in range(4)]
+    del tensors
+    return psutil.Process().memory_info().rss - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_freed_memory_is_kept():
+    assert in_fresh_process(bytes_kept_after_freeing) > 2**27

@@ -7,7 +7,7 @@ import pytest
 
 from resolvent import benchmark
 from resolvent.benchmark import timing
-from resolvent.benchmark.contest import Bench
+from resolvent.benchmark.harness import Bench
 
 Resolvent = Callable[..., Any]
 
@@ -31,6 +31,7 @@ def test_it_measures_everything_and_writes_it_down(resolvent: Resolvent, tmp_pat
         ("operators", "BK-Core forward + backward, B1 N130 H2"),
         ("operators", "head and loss forward + backward, T100 D32 V257"),
         ("training", "tiny, B1 N100"),
+        ("training", "tiny, B1 N100, peak memory"),
         ("memory", "tiny, B1 N256"),
         ("decoding", "tiny, B1, reading 200 tokens"),
         ("decoding", "tiny, B1, generating after 20 tokens"),
@@ -42,6 +43,8 @@ def test_it_measures_everything_and_writes_it_down(resolvent: Resolvent, tmp_pat
     assert all(error < 1e-4 for error in errors)
     training = figures["rows"][7]
     assert list(training["peers"]) == ["GPT", "GPT, plain loss"]
+    peak = figures["rows"][8]
+    assert peak["unit"] == "GiB" and len(peak["peers"]) == 1 and all(gib > 0 for gib in peak["peers"].values())
     assert 0 < training["fraction"] < 1 and training["times_better"] > 0
     assert figures["scale"] == "quick" and figures["ceilings"]["bytes_per_second"] > 1e8
     assert all(name in outcome.out for _, name in names)

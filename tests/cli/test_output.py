@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from resolvent import benchmark, training
-from resolvent.benchmark.contest import Bench
+from resolvent.benchmark.harness import Bench
 from tests.cli.conftest import call, words
 
 Resolvent = Callable[..., Any]
@@ -30,7 +30,6 @@ MEASURES = {
     "positions": ("--length", 40, "--sequences", 3),
     "needle": ("--length", 32, "--samples", 4, "--candidates", 5),
     "influence": ("--length", 40, "--sequences", 2),
-    "mechanisms": ("--length", 256, "--horizon", 32, "--joined"),
 }
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-3"
 """A run that loads quickly. In the tests its name holds what is an end tag and an emoji to Rich: [/y]:cat:"""
@@ -145,7 +144,7 @@ def test_figures_degrade_to_ascii(
     assert json.loads((tmp_path / "found.json").read_text())
     out = stream.read_back()
     assert out.isascii()
-    if name in ("evaluate positions", "evaluate needle", "evaluate influence", "evaluate mechanisms"):
+    if name in ("evaluate positions", "evaluate needle", "evaluate influence"):
         assert " +- " in out
 
 

@@ -5,11 +5,11 @@ import pytest
 
 from resolvent.errors import ConfigError
 from resolvent.evaluation import Influences, NeedleScores, PositionScores
-from resolvent.evaluation.estimates import Estimate
 from resolvent.evaluation.influence import Influence
 from resolvent.evaluation.needle import NeedleScore
 from resolvent.evaluation.plots import check_plot, plot_influence, plot_needle, plot_positions
 from resolvent.evaluation.positions import PositionScore
+from resolvent.evaluation.statistics import Estimate
 
 SOME, NONE = Estimate(0.5, 0.1), Estimate(0.0, None)
 

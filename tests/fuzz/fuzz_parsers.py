@@ -23,7 +23,7 @@ with atheris.instrument_imports(include=["resolvent.files", "resolvent.manifest"
     from resolvent.manifest import MANIFEST, read_checked, write_manifest
     from resolvent.models import load_model
     from resolvent.models.phase2 import Phase2State
-    from resolvent.training.checkpoint import load_standing
+    from resolvent.training.checkpoint import load_trainer_state
     from resolvent.training.metrics import MetricsLog
     from resolvent.training.record import read_run
 
@@ -64,7 +64,7 @@ PARSERS: dict[str, tuple[str, Path | None, Callable[[Path], None]]] = {
     "tokenizer": ("tokenizer.json", RUN / "tokenizer.json", _read_tokenizer),
     "manifest": (MANIFEST, RUN / MANIFEST, lambda folder: read_checked(folder / "config.json", 1 << 20) and None),
     "record": ("training.json", RUN / "training.json", _read_record),
-    "standing": ("trainer.json", CHECKPOINT / "trainer.json", load_standing),
+    "trainer-state": ("trainer.json", CHECKPOINT / "trainer.json", load_trainer_state),
     "metrics": ("metrics.jsonl", RUN / "metrics.jsonl", _read_metrics),
     "state": (
         "state",

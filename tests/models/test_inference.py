@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from experiments.ablation.measures import evaluate_mechanisms
 from resolvent.data import encode_documents
 from resolvent.data.tokenization import bytes_tokenizer
 from resolvent.errors import ConfigError
 from resolvent.evaluation import (
     evaluate_documents,
-    evaluate_mechanisms,
     evaluate_needle,
     evaluate_positions,
     measure_influence,

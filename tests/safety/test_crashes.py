@@ -13,7 +13,7 @@ import pytest
 
 from resolvent.files import partial_name
 from resolvent.models import load_model
-from resolvent.training.checkpoint import find_checkpoint, load_standing
+from resolvent.training.checkpoint import find_checkpoint, load_trainer_state
 from resolvent.training.config import Tracker
 from resolvent.training.record import has_begun
 from tests.safety.victim import TEXT, minute_config, start
@@ -49,7 +49,7 @@ def outcome(run: Path) -> dict[str, Any]:
     return {
         "metrics": metrics,
         "tensors": [path.read_bytes() for path in tensors],
-        "average": load_standing(checkpoint).loss_average,
+        "average": load_trainer_state(checkpoint).loss_average,
         "files": sorted(str(path.relative_to(run)) for path in run.rglob("*")),
     }
 

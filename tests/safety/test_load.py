@@ -192,9 +192,9 @@ def assert_training_is_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, war
 
     def look(self: Trainer, *values: float) -> None:
         report(self, *values)
-        if self.standing.step == warm_up:
+        if self.state.step == warm_up:
             growth.begin()
-        if self.standing.step == warm_up + steps:
+        if self.state.step == warm_up + steps:
             growth.assert_none(python=128 * 1024, process=8 * MEBIBYTE)
 
     monkeypatch.setattr(Trainer, "_report", look)

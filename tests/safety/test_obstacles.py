@@ -21,7 +21,7 @@ from resolvent.errors import CheckpointError, ConfigError
 from resolvent.files import atomic_directory, locked, partial_name, write_file
 from resolvent.manifest import MANIFEST
 from resolvent.training import resume, train
-from resolvent.training.checkpoint import find_checkpoint, load_standing
+from resolvent.training.checkpoint import find_checkpoint, load_trainer_state
 from resolvent.training.record import has_begun, new_run
 from resolvent.training.trainer import Trainer
 from tests.cli.conftest import call
@@ -314,7 +314,7 @@ def test_a_run_whose_terminal_is_closed_is_saved(text: Path, tmp_path: Path):
     checkpoint, faults = find_checkpoint(run)
     assert checkpoint is not None
     assert not faults
-    assert load_standing(checkpoint).step > 0
+    assert load_trainer_state(checkpoint).step > 0
 
 
 def learn_words(text: Path, run: Path, said: Path, count: int) -> None:

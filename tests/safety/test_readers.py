@@ -22,7 +22,7 @@ from resolvent.models.storage import named_weights, write_config, write_weights
 from resolvent.runs import load_trained
 from resolvent.tensors import read_tensors, write_tensors
 from resolvent.training.average import Average
-from resolvent.training.checkpoint import Standing, save_checkpoint
+from resolvent.training.checkpoint import TrainerState, save_checkpoint
 from resolvent.training.optimizer import build_optimizer
 from tests.safety.victim import fork
 
@@ -43,7 +43,7 @@ def save_for_ever(run: Path) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(step)
-        save_checkpoint(run, model, optimizer, Standing(step, 1, Average()), keep=2)
+        save_checkpoint(run, model, optimizer, TrainerState(step, 1, Average()), keep=2)
         write_weights(named_weights(model), run)
 
 

@@ -31,7 +31,7 @@ from resolvent.models.phase2 import Phase2State
 from resolvent.runs import RUN_FILE, fixed_files, load_trained
 from resolvent.terminal import shell_word
 from resolvent.training import resume
-from resolvent.training.checkpoint import load_optimizer, load_standing
+from resolvent.training.checkpoint import load_optimizer, load_trainer_state
 from resolvent.training.optimizer import build_optimizer
 from resolvent.training.record import read_run
 from tests.cli.conftest import call
@@ -184,7 +184,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize("field", ["data", "validation_data"])
 @pytest.mark.parametrize(
     "command",
-    [["inspect"], ["evaluate"], ["evaluate", "positions"], ["evaluate", "mechanisms"], ["evaluate", "needle"]],
+    [["inspect"], ["evaluate"], ["evaluate", "positions"], ["evaluate", "needle"]],
 )
 def test_a_path_that_only_a_folder_names_is_not_read(
     run: Path, watched: Path, capfd: pytest.CaptureFixture[str], field: str, command: list[str]
@@ -308,7 +308,7 @@ def read_and_use(run: Path, name: str) -> None:
             write_manifest(run, json.loads((run / MANIFEST).read_text())["files"])
             read_run(run)
         case "trainer.json":
-            load_standing(run / CHECKPOINT)
+            load_trainer_state(run / CHECKPOINT)
         case "manifest.json":
             read_checked(run / "config.json", 1 << 20)
             resume(run, data=data)

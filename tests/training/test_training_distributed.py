@@ -332,11 +332,11 @@ def fail_once(config: TrainingConfig) -> list[str]:
     def spoilt_loss(self: Trainer, batch: Batch) -> tuple[Tensor, Tensor | float]:
         loss, penalty = loss_of(self, batch)
         last = self.accelerator.process_index == self.accelerator.num_processes - 1
-        return loss * (math.inf if last and (self.standing.step, self.standing.rewinds) == (4, 1) else 1.0), penalty
+        return loss * (math.inf if last and (self.state.step, self.state.rewinds) == (4, 1) else 1.0), penalty
 
     def spoilt_weight(self: Trainer, *values: float) -> None:
         report(self, *values)
-        if (self.standing.step, self.standing.rewinds) == (2, 0):
+        if (self.state.step, self.state.rewinds) == (2, 0):
             with torch.no_grad():
                 self.raw_model.ln_f.weight.mul_(math.nan)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from resolvent.data import Batch
 from resolvent.models import load_model
 from resolvent.training import NonFiniteError, TrainingConfig, resume, train
-from resolvent.training.checkpoint import find_checkpoint, load_standing
+from resolvent.training.checkpoint import find_checkpoint, load_trainer_state
 from resolvent.training.trainer import Trainer
 
 from .test_training_run import after_step, assert_same_run, metrics
@@ -28,7 +28,7 @@ def spoil_loss(monkeypatch: pytest.MonkeyPatch, step: int, rewinds: int) -> None
 
     def spoilt(self: Trainer, batch: Batch) -> tuple[Tensor, Tensor | float]:
         loss, penalty = loss_of(self, batch)
-        return loss * (math.nan if self.standing.step + 1 == step and self.standing.rewinds < rewinds else 1.0), penalty
+        return loss * (math.nan if self.state.step + 1 == step and self.state.rewinds < rewinds else 1.0), penalty
 
     monkeypatch.setattr(Trainer, "_loss", spoilt)
 
@@ -88,7 +88,7 @@ def test_a_run_goes_back_and_on_with_half_the_rate(
     assert found[5]["loss"] != expected[5]["loss"]
     record = dict(step=5, rewinds=1, failed_step=7, not_finite="the loss", lr_factor=0.5)
     assert of_rewinds(tmp_path / "run") == [record]
-    assert load_standing(tmp_path / "run" / "checkpoints" / "step-00000010").rewinds == 1
+    assert load_trainer_state(tmp_path / "run" / "checkpoints" / "step-00000010").rewinds == 1
 
 
 def test_a_run_without_a_checkpoint_goes_back_to_its_beginning(
@@ -113,7 +113,7 @@ def test_a_run_that_went_back_resumes_bit_for_bit(
 
     def report_or_die(self: Trainer, step: int, *values: float) -> None:
         report(self, step, *values)
-        if (step, self.standing.rewinds) == (killed_in_step, rewinds):
+        if (step, self.state.rewinds) == (killed_in_step, rewinds):
             raise RuntimeError("killed")
 
     monkeypatch.setattr(Trainer, "_report", report_or_die)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from resolvent.models.phase2 import Phase2IntegratedModel
 from resolvent.training import Terminated, TrainingConfig, TrainingInterrupted, resume, terminable, train
-from resolvent.training.checkpoint import load_standing
+from resolvent.training.checkpoint import load_trainer_state
 from resolvent.training.interrupt import STOPPING, StopRequest
 from resolvent.training.progress import TrainingDisplay
 from resolvent.training.trainer import Trainer
@@ -68,7 +68,7 @@ def test_a_validation_is_left_at_once_and_made_up_for(
     assert metrics(tmp_path / "whole")[-1]["validation_tokens"] > 3 * 512  # which takes four
     assert (stop.value.signal_number, stop.value.step) == (number, 6)
     assert [record["step"] for record in metrics(tmp_path / "parts") if "validation_loss" in record] == [3]
-    assert load_standing(tmp_path / "parts" / "checkpoints" / "step-00000006").validation_due
+    assert load_trainer_state(tmp_path / "parts" / "checkpoints" / "step-00000006").validation_due
 
     def kill() -> None:
         raise RuntimeError("killed")

@@ -91,7 +91,7 @@ def test_a_resumed_run_goes_on_in_the_same_place(tracked: MakeConfig, tmp_path: 
     train(whole)
     save = Trainer._save
     with monkeypatch.context() as patch:  # as if it had been killed at step 7: the last three steps are tracked twice
-        patch.setattr(Trainer, "_save", lambda self: save(self) if self.standing.step == 4 else None)
+        patch.setattr(Trainer, "_save", lambda self: save(self) if self.state.step == 4 else None)
         after_step(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(TrainingInterrupted):
             train(broken)

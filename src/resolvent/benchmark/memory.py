@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from resolvent.benchmark.contest import Bench
+from resolvent.benchmark.harness import Bench
 from resolvent.benchmark.report import Target
 from resolvent.models import IntegratedModel
 from resolvent.models.phase1 import Phase1Config, Phase1IntegratedModel

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resolvent.benchmark.contest import Bench, Check
+from resolvent.benchmark.harness import Bench, Check
 from resolvent.benchmark.report import Row, Target
 from resolvent.benchmark.timing import Job, Work, greatest, milliseconds, relative_error
 from resolvent.layers import MemoryResonanceLayer, SNRMemoryFilter
@@ -119,10 +119,10 @@ def measure_memory(bench: Bench, case: MemoryCase) -> Row:
         return _job(case.backward, lambda q, k, v, g: chunk_simple_gla(q, k, v, g)[0], (q, k, v, -decay))
 
     memory, work = memory_operator(case, bench.device), memory_work(case, bench.dtype)
-    contestants = {"SDPA": sdpa}
+    peers_by_name = {"SDPA": sdpa}
     if bench.device.type == "cuda" and importlib.util.find_spec("fla") is not None:
-        contestants["FLA simple_gla"] = simple_gla
-    timed = {name: _timed(bench, make, work.num_bytes) for name, make in contestants.items()}
+        peers_by_name["FLA simple_gla"] = simple_gla
+    timed = {name: _timed(bench, make, work.num_bytes) for name, make in peers_by_name.items()}
     outcome = bench.compete(
         str(case),
         _checked(lambda: memory_error(case, bench.device, bench.dtype), _timed(bench, ours, work.num_bytes)),
@@ -237,7 +237,7 @@ RESOLVENT = {
 
 
 def measure_resolvent(bench: Bench, case: ResolventCase) -> None:
-    def contestant(backend: str) -> Callable[[], Job]:
+    def entry(backend: str) -> Callable[[], Job]:
         def operator(alpha: Tensor, coupling: Tensor) -> Tensor:
             return resolvent_diagonal(alpha, coupling, backend=backend)[0]
 
@@ -245,10 +245,10 @@ def measure_resolvent(bench: Bench, case: ResolventCase) -> None:
 
     sites = case.batch * case.length * case.heads
     work = Work(sites * (5 if case.backward else 2) * 8)
-    peers = {"torch": _timed(bench, contestant("torch"), work.num_bytes)} if bench.device.type == "cuda" else {}
+    peers = {"torch": _timed(bench, entry("torch"), work.num_bytes)} if bench.device.type == "cuda" else {}
     outcome = bench.compete(
         str(case),
-        _checked(lambda: resolvent_error(case, bench.device), _timed(bench, contestant("auto"), work.num_bytes)),
+        _checked(lambda: resolvent_error(case, bench.device), _timed(bench, entry("auto"), work.num_bytes)),
         peers,
         tolerance=1e-4 if case.backward else 1e-5,
     )
@@ -316,7 +316,7 @@ LOSS = {
 
 
 def measure_loss(bench: Bench, case: LossCase) -> None:
-    def contestant(loss: Callable[..., Tensor]) -> Callable[[], Job]:
+    def entry(loss: Callable[..., Tensor]) -> Callable[[], Job]:
         def make() -> Job:
             hidden, weight, labels = loss_inputs(case, bench.device)
             return _job(True, lambda hidden, weight: loss(hidden, weight, labels), (hidden, weight))
@@ -346,10 +346,10 @@ def measure_loss(bench: Bench, case: LossCase) -> None:
     plain = {"cross_entropy": cross_entropy}
     if bench.scale == "cuda":
         plain["compiled cross_entropy"] = torch.compile(cross_entropy, dynamic=False)
-    peers = {name: _timed(bench, contestant(under_autocast(loss)), work.num_bytes) for name, loss in plain.items()}
+    peers = {name: _timed(bench, entry(under_autocast(loss)), work.num_bytes) for name, loss in plain.items()}
     outcome = bench.compete(
         str(case),
-        _checked(error, _timed(bench, contestant(under_autocast(linear_cross_entropy)), work.num_bytes)),
+        _checked(error, _timed(bench, entry(under_autocast(linear_cross_entropy)), work.num_bytes)),
         peers,
         tolerance=5e-3 if bench.dtype == torch.bfloat16 else 1e-5,
     )

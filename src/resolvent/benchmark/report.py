@@ -53,7 +53,7 @@ class Row:
         work: what a call has to do at least.
         fraction: least time for that work over ours.
         error: of ours, relative to a float64 reference, found before anything was timed.
-        failures: why a contestant has no figure.
+        failures: why an entry has no figure.
     """
 
     section: str

@@ -1,6 +1,8 @@
 """How long something takes: medians after a warm-up, over inputs that do not stay in the cache."""
 
+import ctypes
 import itertools
+import platform
 import statistics
 import time
 from collections import deque
@@ -19,6 +21,8 @@ _GRAPH_BELOW_MS = 10.0
 """Jobs that take less as Python launches them are launched from a CUDA graph: gaps between kernels would count."""
 _GRAPH_MS = 2.0
 """Work in a graph, beside which its own launch is short."""
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+_KEEP_FREED_MEMORY = {_M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 2**28, _M_MMAP_MAX: 0}
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,20 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, size: int) -> Cei
         1000 * copied / milliseconds(copy, copied, device),
         1000 * 2 * size**3 / milliseconds(product, multiplied, device),
     )
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that tensors free, in this process.
+
+    By default glibc returns every large tensor to the kernel, and a step on the CPU measures how fast the kernel hands
+    out pages. Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for parameter, value in _KEEP_FREED_MEMORY.items():
+        if not mallopt(parameter, value):
+            raise RuntimeError(f"mallopt({parameter}, {value}) was refused")
 
 
 def milliseconds(make_job: Callable[[], Job], num_bytes: float, device: torch.device) -> float:

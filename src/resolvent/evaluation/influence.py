@@ -25,8 +25,8 @@ from torch import Tensor
 
 from resolvent.data import TokenStream
 from resolvent.errors import ConfigError, DataError
-from resolvent.evaluation.estimates import Bucket, Estimate, doubling_buckets
-from resolvent.evaluation.reading import Advance, excerpts, progress_bar, read, separator_of
+from resolvent.evaluation.scoring import Advance, excerpts, progress_bar, read, separator_of
+from resolvent.evaluation.statistics import Bucket, Estimate, doubling_buckets
 from resolvent.models import IntegratedModel, observe
 from resolvent.models.inference import inference_view
 from resolvent.models.state import ModelState

@@ -12,7 +12,7 @@ from torch import nn
 
 from resolvent.data import TokenStream, encode_documents
 from resolvent.errors import DataError, ResolventError
-from resolvent.evaluation.reading import Advance, progress_bar, rectangle, side_by_side
+from resolvent.evaluation.scoring import Advance, progress_bar, rectangle, side_by_side
 from resolvent.models.inference import inference_view
 
 _STRETCH_TOKENS = 2048

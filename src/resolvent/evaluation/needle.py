@@ -12,8 +12,7 @@ from torch import Tensor
 
 from resolvent.data import TokenStream
 from resolvent.errors import ConfigError
-from resolvent.evaluation.estimates import Estimate, doubling
-from resolvent.evaluation.reading import (
+from resolvent.evaluation.scoring import (
     Advance,
     excerpts,
     progress_bar,
@@ -22,6 +21,7 @@ from resolvent.evaluation.reading import (
     score_tokens,
     separator_of,
 )
+from resolvent.evaluation.statistics import Estimate, doubling
 from resolvent.models import IntegratedModel
 from resolvent.models.inference import inference_view
 from resolvent.models.state import ModelState

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from resolvent.errors import ConfigError
-from resolvent.evaluation.estimates import Bucket, Estimate
 from resolvent.evaluation.influence import Influences
 from resolvent.evaluation.needle import NeedleScores
 from resolvent.evaluation.positions import PositionScores
+from resolvent.evaluation.statistics import Bucket, Estimate
 from resolvent.files import atomic_output
 
 if TYPE_CHECKING:

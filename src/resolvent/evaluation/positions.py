@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, decoders
 from resolvent.data import TokenStream
 from resolvent.data.corpus import EOT
 from resolvent.errors import ConfigError, DataError
-from resolvent.evaluation.estimates import Bucket, Estimate, doubling_buckets
 from resolvent.evaluation.language import document_tokens
-from resolvent.evaluation.reading import Advance, progress_bar, read, rectangle, score_tokens, side_by_side
+from resolvent.evaluation.scoring import Advance, progress_bar, read, rectangle, score_tokens, side_by_side
+from resolvent.evaluation.statistics import Bucket, Estimate, doubling_buckets
 from resolvent.models import IntegratedModel
 from resolvent.models.inference import inference_view
 

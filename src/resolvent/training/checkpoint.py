@@ -53,7 +53,7 @@ from resolvent.training.sharding import (
 
 FORMAT_VERSION = 1
 OPTIMIZER_FILE = "optimizer.safetensors"
-STANDING_FILE = "trainer.json"
+TRAINER_STATE_FILE = "trainer.json"
 FOLDER = "checkpoints"
 """Holds the checkpoints of a run folder."""
 
@@ -63,8 +63,8 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass
-class Standing:
-    """Where a run stands. The order of the data and dropout's randomness follow from the seed and `step`.
+class TrainerState:
+    """State of a trainer between two steps. The order of the data and dropout's randomness follow from the seed and `step`.
 
     Attributes:
         step: steps taken.
@@ -83,7 +83,7 @@ class Standing:
     validation_due: bool = False
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Standing":
+    def from_dict(cls, values: dict[str, Any]) -> "TrainerState":
         """The inverse of `dataclasses.asdict`.
 
         Raises:
@@ -91,13 +91,13 @@ class Standing:
         """
         fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
         average = Average(**fields.pop("loss_average"))
-        standing = cls(**fields, loss_average=average)
-        kinds = [(standing.step, int), (standing.processes, int), (standing.metrics_sha256, str)]
-        kinds += [(standing.rewinds, int), (standing.validation_due, bool)]
+        state = cls(**fields, loss_average=average)
+        kinds = [(state.step, int), (state.processes, int), (state.metrics_sha256, str)]
+        kinds += [(state.rewinds, int), (state.validation_due, bool)]
         kinds += [(number, float) for number in asdict(average).values()]
         if wrong := [value for value, kind in kinds if type(value) is not kind]:
             raise TypeError(f"{shown(wrong[0])} is of the wrong type")
-        return standing
+        return state
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -129,7 +129,7 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
 
 
 def save_checkpoint(
-    run_dir: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer, standing: Standing, *, keep: int
+    run_dir: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer, state: TrainerState, *, keep: int
 ) -> Path:
     """Save a run's step, then remove all but the `keep` newest checkpoints up to it.
 
@@ -140,22 +140,22 @@ def save_checkpoint(
         OSError: the folder cannot be written.
         CheckpointError: the folder of the checkpoints is a link.
     """
-    target = checkpoint_path(run_dir, standing.step)
+    target = checkpoint_path(run_dir, state.step)
     refuse_link(target.parent)  # in every process: none waits for one that stops here
     if is_sharded(model):
-        _save_shards(target, model, optimizer, standing)
+        _save_shards(target, model, optimizer, state)
     elif not _is_whole(target):  # a run that is stopped right after it was resumed has this one already
         own_directory(target.parent)
         with atomic_directory(target) as partial:
             write_weights(named_weights(model), partial)
             write_tensors(partial / OPTIMIZER_FILE, optimizer_tensors(model, optimizer))
-            _complete(partial, model, standing)
+            _complete(partial, model, state)
     if not is_sharded(model) or dist.get_rank() == 0:
         _remove_old(target, keep)
     return target
 
 
-def _save_shards(target: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer, standing: Standing) -> None:
+def _save_shards(target: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
     """Let every process write its shards. The first makes the folder, and makes a checkpoint of it in the end."""
     first = dist.get_rank() == 0
     if first:
@@ -168,12 +168,12 @@ def _save_shards(target: Path, model: IntegratedModel, optimizer: torch.optim.Op
         dist.barrier()
         write_shards(partial, model, {**named_weights(model), **optimizer_tensors(model, optimizer)})
         if first:
-            _complete(partial, model, standing, shards=dist.get_world_size())
+            _complete(partial, model, state, shards=dist.get_world_size())
 
 
-def _complete(partial: Path, model: IntegratedModel, standing: Standing, **shards: int) -> None:
+def _complete(partial: Path, model: IntegratedModel, state: TrainerState, **shards: int) -> None:
     write_config(model, partial)
-    write_json(partial / STANDING_FILE, {"format_version": FORMAT_VERSION, **asdict(standing), **shards})
+    write_json(partial / TRAINER_STATE_FILE, {"format_version": FORMAT_VERSION, **asdict(state), **shards})
     write_manifest(partial, _files(partial))
 
 
@@ -185,17 +185,17 @@ def _remove_old(target: Path, keep: int) -> None:
         discard(old)
 
 
-def load_standing(checkpoint: Path) -> Standing:
+def load_trainer_state(checkpoint: Path) -> TrainerState:
     """Read where the run stood.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    values = _read_standing(checkpoint)
+    values = _read_trainer_state(checkpoint)
     try:
-        return Standing.from_dict(values)
+        return TrainerState.from_dict(values)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / STANDING_FILE} does not hold a run's standing: {error!r}") from error
+        raise CheckpointError(f"{checkpoint / TRAINER_STATE_FILE} holds no trainer state: {error!r}") from error
 
 
 def load_weights(checkpoint: Path, device: torch.device, *, sharded: bool, compile: bool = False) -> IntegratedModel:
@@ -253,24 +253,24 @@ def load_optimizer(checkpoint: Path, model: IntegratedModel, optimizer: torch.op
     load_optimizer_tensors(model, optimizer, tensors)
 
 
-def _read_standing(checkpoint: Path) -> dict[str, Any]:
-    values = read_json(checkpoint / STANDING_FILE)
-    check_version(checkpoint / STANDING_FILE, values.get("format_version"), FORMAT_VERSION)
+def _read_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    values = read_json(checkpoint / TRAINER_STATE_FILE)
+    check_version(checkpoint / TRAINER_STATE_FILE, values.get("format_version"), FORMAT_VERSION)
     return values
 
 
 def _shards(checkpoint: Path) -> int:
     """The number of files that weights and optimiser state are shared out to; 0 if one process wrote them."""
-    shards = _read_standing(checkpoint).get("shards", 0)
+    shards = _read_trainer_state(checkpoint).get("shards", 0)
     if type(shards) is not int or not 0 <= shards <= _MOST_SHARDS:
-        raise CheckpointError(f"{checkpoint / STANDING_FILE} names {shown(shards)} shards: restore it from a copy")
+        raise CheckpointError(f"{checkpoint / TRAINER_STATE_FILE} names {shown(shards)} shards: restore it from a copy")
     return shards
 
 
 def _files(checkpoint: Path) -> list[str]:
     """What the manifest of a checkpoint lists."""
     shards = _shards(checkpoint)
-    return [CONFIG, STANDING_FILE, *(shard_names(shards) if shards else (WEIGHTS, OPTIMIZER_FILE))]
+    return [CONFIG, TRAINER_STATE_FILE, *(shard_names(shards) if shards else (WEIGHTS, OPTIMIZER_FILE))]
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:

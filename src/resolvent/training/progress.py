@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from resolvent.evaluation import LanguageScore
-from resolvent.evaluation.reading import Advance
+from resolvent.evaluation.scoring import Advance
 from resolvent.terminal import say
 from resolvent.training.average import Average
 

@@ -26,7 +26,7 @@ from resolvent.models.storage import named_weights, write_config, write_weights
 from resolvent.ops.hebbian import CHUNK
 from resolvent.runs import fixed_files, load_trained
 from resolvent.terminal import say, shell_word
-from resolvent.training.checkpoint import find_checkpoint, load_standing, load_weights
+from resolvent.training.checkpoint import find_checkpoint, load_trainer_state, load_weights
 from resolvent.training.config import Tracker, TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus, text_name
 from resolvent.training.memory import check_memory
@@ -161,7 +161,7 @@ def _resume(
             f"{run_dir} has lost its checkpoints. To begin it anew: resolvent train --from "
             f"{shell_word(config.start_from)}, with another --out"
         )
-    taken = 0 if checkpoint is None else load_standing(checkpoint).step
+    taken = 0 if checkpoint is None else load_trainer_state(checkpoint).step
     before, config = config, _with_steps(config, steps, taken)
     if checkpoint is not None and (finished := _finished(config, checkpoint, accelerator)) is not None:
         score = finished.validation
@@ -223,8 +223,8 @@ def _stretched(before: TrainingConfig, after: TrainingConfig, taken: int) -> str
 
 def _finished(config: TrainingConfig, checkpoint: Path, accelerator: Accelerator) -> TrainingResult | None:
     """Return the result of a run that has come to its end; None if its last validation is missing."""
-    run_dir, standing = config.run_dir, load_standing(checkpoint)
-    score = read_result(run_dir, config.steps) if standing.step == config.steps else None
+    run_dir, state = config.run_dir, load_trainer_state(checkpoint)
+    score = read_result(run_dir, config.steps) if state.step == config.steps else None
     if score is None:
         return None
     model = _load(config, checkpoint, accelerator)

@@ -28,10 +28,10 @@ from resolvent.models.storage import named_weights, write_weights
 from resolvent.terminal import shell_word
 from resolvent.training.average import Average
 from resolvent.training.checkpoint import (
-    Standing,
+    TrainerState,
     find_checkpoint,
     load_optimizer,
-    load_standing,
+    load_trainer_state,
     restore_weights,
     save_checkpoint,
 )
@@ -148,7 +148,7 @@ class Trainer:
         self.config, self.accelerator, self.corpus, self.console = config, accelerator, corpus, console
         self.run_dir = config.run_dir
         self.device = accelerator.device
-        self.standing = Standing(step=0, processes=accelerator.num_processes, loss_average=Average())
+        self.state = TrainerState(step=0, processes=accelerator.num_processes, loss_average=Average())
         self.batches = PackedBatches(
             corpus.train, seq_len=config.window(model.n_seq), batch_size=config.batch_size, seed=config.seed
         )
@@ -180,7 +180,7 @@ class Trainer:
     @property
     def batches_per_step(self) -> int:
         """Batches of a step, of all processes together."""
-        return self.config.accumulation * self.standing.processes
+        return self.config.accumulation * self.state.processes
 
     @property
     def tokens_per_step(self) -> int:
@@ -188,8 +188,8 @@ class Trainer:
         return self.batches.tokens_per_batch * self.batches_per_step
 
     def restore(self, checkpoint: Path) -> None:
-        """Take over a checkpoint's optimiser state and standing; its weights are those of the model already."""
-        self.standing = load_standing(checkpoint)
+        """Take over a checkpoint's optimiser state and trainer state; its weights are those of the model already."""
+        self.state = load_trainer_state(checkpoint)
         if self.batches_per_step % self.accelerator.num_processes:
             raise CheckpointError(
                 f"a step of the run {self.run_dir} has {self.batches_per_step} batches, which "
@@ -221,12 +221,12 @@ class Trainer:
         with self._metrics_log() as self.metrics, self._tracking() as self.tracking, self.display:
             # The run may have been killed in here, with its checkpoint whole and its weights not there; and a rewind
             # needs a beginning to go back to.
-            if self.standing.step or self.config.rewinds:
+            if self.state.step or self.config.rewinds:
                 self.save()
             with StopRequest(self.display.hang_up) as stop:
-                while self.standing.step < self.config.steps:
+                while self.state.step < self.config.steps:
                     try:
-                        if not self.standing.validation_due:
+                        if not self.state.validation_due:
                             self._step(stop)
                         self._after_step(stop)
                     except NonFiniteError as fault:
@@ -234,7 +234,7 @@ class Trainer:
             score = self._validate(final=True)
             if self.accelerator.is_main_process:
                 self.metrics.sync()
-                write_result(self.run_dir, self.standing.step, score)
+                write_result(self.run_dir, self.state.step, score)
         self.display.say(f"Done in {format_duration(time.perf_counter() - started)}; the model is in {self.run_dir}")
         self.accelerator.unwrap_model(
             self.model, keep_fp32_wrapper=False, keep_torch_compile=False
@@ -243,8 +243,8 @@ class Trainer:
 
     def _step(self, stop: StopRequest) -> None:
         """Update the weights once, along the gradient of the mean loss over this step's batches."""
-        config, step, started = self.config, self.standing.step, time.perf_counter()
-        lr = self.peak_learning_rate * config.rate_factor(step) * REWIND_FACTOR**self.standing.rewinds
+        config, step, started = self.config, self.state.step, time.perf_counter()
+        lr = self.peak_learning_rate * config.rate_factor(step) * REWIND_FACTOR**self.state.rewinds
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if config.start_from is None:  # fewer channels of a saved model would be another function
@@ -259,8 +259,8 @@ class Trainer:
         self.found_inf.logical_or_(~(loss + norm).isfinite())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.standing.step += 1
-        self.taken.append(_Step(self.standing.step, lr, started, _on_its_way(torch.stack([loss, norm, stopping]))))
+        self.state.step += 1
+        self.taken.append(_Step(self.state.step, lr, started, _on_its_way(torch.stack([loss, norm, stopping]))))
         self._report_all_but(self.lag)
 
     def _gradient(self, step: int) -> torch.Tensor:
@@ -316,7 +316,7 @@ class Trainer:
         self.taken.clear()
         name = "the loss"
         if math.isfinite(loss):
-            self.standing.step = step - 1
+            self.state.step = step - 1
             self._gradient(step - 1)
             name = offending_gradient(self.raw_model)
         event = f"the loss is {loss} and its gradient's norm {grad_norm}, first of all {name}; the step was not taken"
@@ -344,7 +344,7 @@ class Trainer:
         return output if options else (output, 0.0)
 
     def _report(self, step: int, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
-        average = self.standing.loss_average.update(loss)
+        average = self.state.loss_average.update(loss)
         record = dict(
             tokens=step * self.tokens_per_step,
             loss=loss,
@@ -375,7 +375,7 @@ class Trainer:
 
     def _rewind(self, fault: NonFiniteError) -> None:
         """Go back to the last whole checkpoint, and on with a lower learning rate, as often as the run allows."""
-        rewinds = self.standing.rewinds + 1
+        rewinds = self.state.rewinds + 1
         if rewinds > self.config.rewinds:
             raise fault
         checkpoint, _ = find_checkpoint(self.run_dir)
@@ -385,11 +385,11 @@ class Trainer:
         self.restore(checkpoint)
         self.optimizer.zero_grad()
         self.found_inf.zero_()
-        self.standing.rewinds, self.standing.validation_due = rewinds, False
-        self.metrics.go_back(self.standing.step)
-        self.tracking.go_back(self.standing.step, rewinds)
+        self.state.rewinds, self.state.validation_due = rewinds, False
+        self.metrics.go_back(self.state.step)
+        self.tracking.go_back(self.state.step, rewinds)
         # The record belongs to the first step that is taken again: a run that is resumed before it gets here anew.
-        first, factor = self.standing.step + 1, REWIND_FACTOR**rewinds
+        first, factor = self.state.step + 1, REWIND_FACTOR**rewinds
         self.metrics.write(step=first, rewinds=rewinds, failed_step=fault.step, not_finite=fault.name, lr_factor=factor)
         if self.accelerator.is_main_process:
             place = f"{checkpoint.name}, with {factor:g} of the learning rate"
@@ -403,20 +403,20 @@ class Trainer:
             NonFiniteError: a weight that would be validated or saved is not finite, or the validation's loss.
             TrainingInterrupted: it was asked for.
         """
-        config, step, standing = self.config, self.standing.step, self.standing
-        standing.validation_due = self._is_checked(step) and step < config.steps
+        config, step, state = self.config, self.state.step, self.state
+        state.validation_due = self._is_checked(step) and step < config.steps
         saving = _is_due(step, config.checkpoint_interval) or step == config.steps
-        if standing.validation_due or saving:
+        if state.validation_due or saving:
             self._report_all_but(0)
         # A signal may reach several processes at different steps; they stop when all of them have been told.
         asked = self.stopping if self.accelerator.num_processes > 1 else stop.signal_number is not None
         stopping = asked and step < config.steps
-        if (standing.validation_due or saving) and (name := offending_weight(self.raw_model)):
+        if (state.validation_due or saving) and (name := offending_weight(self.raw_model)):
             raise self._not_finite(step, name, f"the step left {name} with values that are not finite")
-        if standing.validation_due and not stopping:
+        if state.validation_due and not stopping:
             try:
                 self._validate(stop)
-                standing.validation_due = False
+                state.validation_due = False
             except _StoppedInValidation:
                 stopping = True
         if stopping:
@@ -442,14 +442,14 @@ class Trainer:
         shares = [sample.sequences[first :: accelerator.num_processes] for first in range(accelerator.num_processes)]
         total = accelerator.reduce(self._nats_of_share(shares, stop)).item()
         if not math.isfinite(total):
-            raise self._not_finite(self.standing.step, "the validation loss", f"the loss of a validation is {total}")
+            raise self._not_finite(self.state.step, "the validation loss", f"the loss of a validation is {total}")
         score = LanguageScore.from_totals(total, sample.num_predictions, sample.num_bytes)
-        self.metrics.write_validation(self.standing.step, score, final=final)
-        self.tracking.log(self.standing.step, "validation", dict(loss=score.loss, bits_per_byte=score.bits_per_byte))
+        self.metrics.write_validation(self.state.step, score, final=final)
+        self.tracking.log(self.state.step, "validation", dict(loss=score.loss, bits_per_byte=score.bits_per_byte))
         if not self.sharded:  # no process holds the blocks to look into
             with evaluating(self.raw_model):
-                self.tracking.log_diagnostics(self.standing.step, self.raw_model)
-        self.display.validation(self.standing.step, score)
+                self.tracking.log_diagnostics(self.state.step, self.raw_model)
+        self.display.validation(self.state.step, score)
         return score
 
     def _nats_of_share(self, shares: list[list[np.ndarray]], stop: StopRequest | None) -> torch.Tensor:
@@ -501,7 +501,7 @@ class Trainer:
         """
         first, keep = self.accelerator.is_main_process, self.config.keep_checkpoints
         if first or self.sharded:
-            save_checkpoint(self.run_dir, self.raw_model, self.raw_optimizer, self.standing, keep=keep)
+            save_checkpoint(self.run_dir, self.raw_model, self.raw_optimizer, self.state, keep=keep)
         weights = whole_weights(self.raw_model) if self.sharded else named_weights(self.raw_model)
         if first:
             write_weights(weights, self.run_dir)
@@ -511,13 +511,13 @@ class Trainer:
         """Save, after the metrics."""
         if self.accelerator.is_main_process:
             self.metrics.sync()
-            self.standing.metrics_sha256 = self.metrics.sha256
+            self.state.metrics_sha256 = self.metrics.sha256
         self.save()
 
     def _metrics_log(self) -> MetricsLog:
-        standing, writes = self.standing, self.accelerator.is_main_process
-        step, validated = standing.step, not standing.validation_due
-        log = MetricsLog(self.run_dir, step, writes, standing.metrics_sha256, validated=validated)
+        state, writes = self.state, self.accelerator.is_main_process
+        step, validated = state.step, not state.validation_due
+        log = MetricsLog(self.run_dir, step, writes, state.metrics_sha256, validated=validated)
         if writes and step and not log.exists:
             logger.warning("%s is missing: it begins anew after step %d", self.run_dir / FILE_NAME, step)
             log = MetricsLog(self.run_dir, step)
@@ -526,7 +526,7 @@ class Trainer:
     def _tracking(self) -> Tracking:
         tokens = np.concatenate(sample_stretches(self.corpus.validation, _PROBE_TOKENS).sequences)
         probe = torch.from_numpy(tokens[:_PROBE_TOKENS].astype(np.int64))
-        return Tracking(self.accelerator, self.config, self.standing.step, probe)
+        return Tracking(self.accelerator, self.config, self.state.step, probe)
 
     def _introduce(self) -> None:
         """Say what is trained on what."""
@@ -534,7 +534,7 @@ class Trainer:
         precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
         epochs = config.steps * self.tokens_per_step / train.num_predictions
         origin = f"from {config.start_from}" if config.start_from else config.preset or "own configuration"
-        start = f"from step {self.standing.step:,} of" if self.standing.step else "for"
+        start = f"from step {self.state.step:,} of" if self.state.step else "for"
         part = held_out.num_bytes / (train.num_bytes + held_out.num_bytes)
         share = "" if config.validation_data else f" ({part:.1%} of the bytes)"
         rate = f"Training  {config.schedule} schedule with a peak learning rate of {self.peak_learning_rate:.2g}"
@@ -556,7 +556,7 @@ class Trainer:
         return TrainingDisplay(
             self.console,
             steps=self.config.steps,
-            first_step=self.standing.step,
+            first_step=self.state.step,
             log_interval=self.config.log_interval,
         )
 

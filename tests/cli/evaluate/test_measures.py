@@ -20,7 +20,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("measure", ["language", *SMALL, "mechanisms"])
+@pytest.mark.parametrize("measure", ["language", *SMALL])
 def test_help_teaches_by_an_example(resolvent: Resolvent, measure: str):
     assert measure in resolvent("evaluate", "--help").out
     text = resolvent("evaluate", measure, "--help").out
@@ -68,7 +68,7 @@ def test_a_misspelt_measure_is_named(resolvent: Resolvent, run_dir: Path):
     outcome = resolvent("evaluate", "postions", run_dir)
     assert outcome.code == 2
     told = " ".join(outcome.err.replace("│", "").split())
-    assert "'postions' is none of language, positions, needle, influence, mechanisms" in told
+    assert "'postions' is none of language, positions, needle, influence" in told
 
 
 def test_held_out_text_that_has_moved_can_be_named(

@@ -4,7 +4,7 @@ from typing import Any
 
 import typer
 
-from resolvent.cli.evaluate import influence, language, mechanisms, needle, positions
+from resolvent.cli.evaluate import influence, language, needle, positions
 from resolvent.cli.help import Group, add_command, flowing
 
 DEFAULT = "language"
@@ -26,10 +26,9 @@ class Measures(Group):
 def evaluate() -> None:
     """Measure what a model has learnt.
 
-    Without the name of a measure it is [bold]language[/bold]: how well the model predicts text. The next three go far
-    beyond the length that it was trained on, by default to 65,536 tokens. The last tells what parts of a Phase 2 model
-    do for it. All print a table and write its figures with --json FILE; the middle three draw them with --plot FILE.
-    Each explains its figures with --help.
+    Without the name of a measure it is [bold]language[/bold]: how well the model predicts text. The other three go far
+    beyond the length that it was trained on, by default to 65,536 tokens. All print a table and write its figures with
+    --json FILE; the other three draw them with --plot FILE. Each explains its figures with --help.
 
     Example: [bold]resolvent evaluate runs/tiny --data novel.txt[/bold]
 
@@ -39,5 +38,5 @@ def evaluate() -> None:
 
 measures = typer.Typer(cls=Measures, no_args_is_help=True, rich_markup_mode="rich", subcommand_metavar="[MEASURE] DIR")
 measures.callback(help=flowing(evaluate))(evaluate)
-for measure in (language.language, positions.positions, needle.needle, influence.influence, mechanisms.mechanisms):
+for measure in (language.language, positions.positions, needle.needle, influence.influence):
     add_command(measures, measure)

@@ -33,7 +33,7 @@ def influence(
     """
     model, _, stream = load(directory, data, text_field, held_out, device)
     from resolvent.evaluation import measure_influence
-    from resolvent.evaluation.estimates import Bucket
+    from resolvent.evaluation.statistics import Bucket
 
     options = dict(length=length, sequences=sequences, replacements=replacements, seed=seed)
     influences = measure_influence(model, stream, batch_tokens=batch_tokens, progress=True, **options)

@@ -31,7 +31,7 @@ def positions(
     """
     model, tokenizer, stream = load(directory, data, text_field, held_out, device)
     from resolvent.evaluation import evaluate_positions
-    from resolvent.evaluation.estimates import Bucket
+    from resolvent.evaluation.statistics import Bucket
 
     options = dict(length=length, sequences=sequences, joined=joined)
     scores = evaluate_positions(model, stream, tokenizer, batch_tokens=batch_tokens, progress=True, **options)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from resolvent.data import TokenStream
-    from resolvent.evaluation.estimates import Estimate
+    from resolvent.evaluation.statistics import Estimate
     from resolvent.models import IntegratedModel
 
 

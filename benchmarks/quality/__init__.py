@@ -1,5 +1,0 @@
-"""How well Phase 2 learns, beside its peers and with each of its mechanisms on and off: `python -m benchmarks.quality`.
-
-All models share the embedding, the head, the loss, the optimiser, the data and its order; the widths of their
-feed-forward parts make them equal in parameters. A run is a line of JSON; `report` makes tables of the lines.
-"""

@@ -1,0 +1,376 @@
+"""Learning to predict text: the same tokens in the same order for every model."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from experiments.quality.models import Entry, Size
+from experiments.quality.training import Clock, Mode, Schedule, Trainer
+from experiments.quality.variants import mechanisms_of
+from resolvent.data import EOT, build_tokenizer, load_documents, save_tokenizer, split_documents
+from resolvent.evaluation.scoring import score_tokens
+from resolvent.evaluation.statistics import Estimate
+from resolvent.models import save_model
+from resolvent.models.inference import evaluating
+from resolvent.models.phase2 import Phase2IntegratedModel
+from resolvent.ops import IGNORED
+
+T = TypeVar("T")
+
+VALIDATION_PART = 0.05
+CHARACTERS_VALIDATION_PART = 0.1
+
+
+# -------------------------------------------------------------------------------------------------------- the text
+
+
+@dataclass(frozen=True)
+class Text:
+    """A corpus as tokens.
+
+    Attributes:
+        train: of all documents in a row, uint16 (T,), each document followed by a separator where there is one.
+        validation: of each held-out document, uint16, what its first token is predicted from included.
+        validation_bytes: of the held-out documents, in UTF-8.
+        vocabulary: tokens.
+        tokenizer: its JSON; empty for characters.
+    """
+
+    train: NDArray[np.uint16]
+    validation: list[NDArray[np.uint16]]
+    validation_bytes: int
+    vocabulary: int
+    tokenizer: str
+
+    @classmethod
+    def of_corpus(cls, corpus: Sequence[Path], tokenizer: str, vocab_size: int) -> Text:
+        """Tokens of text files. Of each, 5 % of the bytes are held out, always the same ones.
+
+        Args:
+            corpus: files and folders, as ``resolvent train --data`` takes them.
+            tokenizer: ``gpt2``, ``bytes`` or ``bpe``, which is trained on the training part.
+            vocab_size: of ``bpe``.
+        """
+        splits = [split_documents(load_documents(path), VALIDATION_PART) for path in corpus]
+        train, held_out = ([text for split in splits for text in split[side]] for side in (0, 1))
+        built = build_tokenizer(tokenizer, train, vocab_size)
+        return cls.of_documents(train, held_out, built)
+
+    @classmethod
+    def of_documents(cls, train: list[str], held_out: list[str], tokenizer: Tokenizer) -> Text:
+        """Tokens of documents, with the tokenizer's separator between them."""
+        separator = np.array([tokenizer.token_to_id(EOT)], dtype=np.uint16)
+        learned, validated = (
+            [np.array(code.ids, dtype=np.uint16) for code in tokenizer.encode_batch(texts)]
+            for texts in (train, held_out)
+        )
+        return cls(
+            np.concatenate([part for ids in learned for part in (ids, separator)]),
+            [np.concatenate([separator, ids, separator]) for ids in validated],
+            sum(len(text.encode()) for text in held_out),
+            tokenizer.get_vocab_size(),
+            tokenizer.to_str(),
+        )
+
+    @classmethod
+    def of_characters(cls, corpus: Sequence[Path]) -> Text:
+        """Characters of one text; its last tenth is held out."""
+        text = "".join(document for path in corpus for document in load_documents(path))
+        alphabet = {letter: i for i, letter in enumerate(sorted(set(text)))}
+        ids = np.array([alphabet[letter] for letter in text], dtype=np.uint16)
+        cut = int(len(text) * (1 - CHARACTERS_VALIDATION_PART))
+        return cls(ids[:cut], [ids[cut:]], len(text[cut:].encode()), len(alphabet), "")
+
+    def save(self, path: Path) -> None:
+        """Write a file to carry along."""
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            train=self.train,
+            validation=np.concatenate(self.validation),
+            lengths=np.array([len(ids) for ids in self.validation]),
+            numbers=np.array([self.validation_bytes, self.vocabulary]),
+            tokenizer=np.frombuffer(self.tokenizer.encode(), np.uint8),
+        )
+        path.write_bytes(buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> Text:
+        """Read what ``save`` wrote."""
+        with np.load(path) as stored:
+            ends = stored["lengths"].cumsum()[:-1]
+            num_bytes, vocabulary = stored["numbers"].tolist()
+            tokenizer = stored["tokenizer"].tobytes().decode()
+            return cls(stored["train"], np.split(stored["validation"], ends), num_bytes, vocabulary, tokenizer)
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that validation predicts."""
+        return sum(len(ids) - 1 for ids in self.validation)
+
+    def windows(self, length: int) -> tuple[Tensor, Tensor]:
+        """The held-out documents cut into windows that are read from a fresh start: tokens and labels, int64 (W, N).
+
+        Every token but a document's first is predicted once; the last window of a document is filled up.
+        """
+        ids, labels = [], []
+        for document in self.validation:
+            document = torch.from_numpy(document.astype(np.int64))
+            missing = -(len(document) - 1) % length
+            ids.append(F.pad(document[:-1], (0, missing)).view(-1, length))
+            labels.append(F.pad(document[1:], (0, missing), value=IGNORED).view(-1, length))
+        return torch.cat(ids), torch.cat(labels)
+
+    def stretches(self, length: int) -> tuple[Tensor, Tensor]:
+        """The held-out documents in a row, cut into as many stretches as there are whole: tokens and labels (W, N)."""
+        row = torch.from_numpy(np.concatenate(self.validation).astype(np.int64))
+        count = (len(row) - 1) // length
+        return row[: count * length].view(count, length), row[1 : count * length + 1].view(count, length)
+
+
+def window_starts(tokens: int, length: int, batch: int, steps: int, seed: int) -> NDArray[np.int64]:
+    """Return where the windows of every step start, (steps, B).
+
+    Each pass over the tokens tiles them from a random offset, in random order.
+    """
+    order, passes = [], 0
+    while sum(map(len, order)) < steps * batch:
+        random = np.random.default_rng([seed, passes])
+        starts = np.arange(random.integers(length), tokens - length, length)
+        order.append(random.permutation(starts))
+        passes += 1
+    return np.concatenate(order)[: steps * batch].reshape(steps, batch)
+
+
+# ---------------------------------------------------------------------------------------------------------- a run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all runs of a comparison have in common.
+
+    Attributes:
+        width, layers, parameters, length, dropout: see ``models.Size``.
+        batch: windows of a step.
+        steps: of a run.
+        warmup: steps of warm-up.
+        final: last learning rate over the peak.
+        evaluations: validations in a run, evenly spread; the last is at its end.
+        extrapolate: tokens of the stretches that are read whole at the end, from a fresh start; 0 for none.
+    """
+
+    width: int = 512
+    layers: int = 6
+    parameters: int = 30_000_000
+    length: int = 1024
+    dropout: float = 0.0
+    batch: int = 16
+    steps: int = 1200
+    warmup: int = 100
+    final: float = 0.1
+    evaluations: int = 4
+    extrapolate: int = 0
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.steps, self.warmup, self.final)
+
+    def size(self, vocabulary: int) -> Size:
+        return Size(vocabulary, self.width, self.layers, self.parameters, self.length, self.dropout)
+
+
+PLANS = {
+    "corpus": Plan(),
+    "characters": Plan(width=384, parameters=10_600_000, length=256, dropout=0.2, batch=64, steps=5000, evaluations=20),
+    "tiny": Plan(width=128, layers=2, parameters=600_000, length=128, batch=4, steps=20, warmup=5, evaluations=2),
+}
+"""``characters`` is nanoGPT's experiment on tinyshakespeare: 5,000 steps of 64 windows, dropout 0.2."""
+
+
+class Experiment:
+    """One entry on a text, prepared once for all seeds and learning rates.
+
+    Args:
+        entry: on the device.
+        text: to learn from.
+        plan: what to do.
+        mode: how steps run.
+    """
+
+    def __init__(self, entry: Entry, text: Text, plan: Plan, mode: Mode) -> None:
+        self.entry, self.text, self.plan, self.mode = entry, text, plan, mode
+        self.device = next(entry.model.parameters()).device
+        self.stream = torch.from_numpy(text.train.astype(np.int32)).to(self.device)
+        self.starts = torch.zeros(plan.steps, plan.batch, dtype=torch.int64, device=self.device)
+        self.windows = tuple(x.to(self.device) for x in text.windows(plan.length))
+        self.counted = (self.windows[1] != IGNORED).cpu()
+        entry.reset(0)
+        self.trainer = Trainer(entry.model, [self._loss], plan.steps, mode)
+
+    @cached_property
+    def seconds(self) -> float:
+        """About what a run takes, with its validations."""
+        training = self.trainer.seconds([0] * self.plan.steps)
+        started = time.perf_counter()
+        for _ in range(2):  # the first prepares what is prepared once
+            started = time.perf_counter()
+            self._validate()
+        validations = self.plan.evaluations + 3 * bool(self.plan.extrapolate)
+        return training + validations * (time.perf_counter() - started)
+
+    def run(self, learning_rate: float, seed: int, clock: Clock) -> dict[str, Any]:
+        """Train and validate; what was found.
+
+        Raises:
+            OutOfTimeError: the run would not end in time.
+        """
+        clock.check(self.seconds)
+        self.entry.reset(seed)
+        torch.manual_seed(seed)
+        plan = self.plan
+        self._draw(seed)
+        self.trainer.start(plan.schedule.rates(learning_rate))
+        curve, seconds, finite, nats = [], 0.0, True, torch.full((1, plan.length), math.nan)
+        for end in evaluation_steps(plan.steps, plan.evaluations):
+            started = time.perf_counter()
+            finite = self.trainer.advance([0] * (end - (curve[-1][0] if curve else 0)), clock)
+            seconds += time.perf_counter() - started
+            if not finite:
+                break
+            nats = self._validate()
+            curve.append((end, nats[self.counted].mean().item()))
+        taken = int(self.trainer.step)
+        finite = finite and math.isfinite(curve[-1][1])
+        return {
+            "parameters": self.entry.parameters,
+            "state_bytes": self.entry.state_bytes,
+            "tokens": taken * plan.batch * plan.length,
+            "finite": finite,
+            "loss": curve[-1][1] if finite else None,
+            "bits_per_byte": self._bits_per_byte(curve[-1][1]) if finite else None,
+            "best_loss": min((loss for _, loss in curve if math.isfinite(loss)), default=None),
+            "curve": [(step, loss if math.isfinite(loss) else None) for step, loss in curve],
+            "train_loss": _mean(self.trainer.losses()[-50:]) if finite else None,
+            "loss_by_position": by_position(nats) if finite else None,
+            "long": self._long() if finite and plan.extrapolate else None,
+            "switched_off": self._without_each(lambda: difference(self._validate(), nats)) if finite else None,
+            "seconds": seconds,
+            "tokens_per_second": taken * plan.batch * plan.length / seconds,
+            "preparation_seconds": self.trainer.preparation_seconds,
+            "compiled_error": self.trainer.compiled_error,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write a Phase 2 model with its tokenizer, for `resolvent evaluate` and `resolvent generate`."""
+        model = self.entry.model
+        if isinstance(model, Phase2IntegratedModel) and self.text.tokenizer:
+            save_model(model, folder)
+            save_tokenizer(Tokenizer.from_str(self.text.tokenizer), folder)
+
+    def _draw(self, seed: int) -> None:
+        """Lay down on the device what the steps of a run read."""
+        plan = self.plan
+        starts = window_starts(len(self.stream), plan.length, plan.batch, plan.steps, seed)
+        self.starts.copy_(torch.from_numpy(starts))
+
+    def _window(self, step: Tensor) -> Tensor:
+        """The tokens that a step reads and predicts, int64 (B, N + 1)."""
+        places = self.starts.index_select(0, step).view(-1, 1)
+        return self.stream[places + torch.arange(self.plan.length + 1, device=self.device)].long()
+
+    def _loss(self, step: Tensor) -> Tensor:
+        window = self._window(step)
+        return self.entry.model(window[:, :-1].contiguous(), labels=window[:, 1:].contiguous())
+
+    def _validate(self) -> Tensor:
+        """Nats of every held-out token, float64 (W, N) on the CPU, NaN where there is none."""
+        ids, labels = self.windows
+        return self._nats(ids, labels, batch=max(1, 4 * self.plan.batch))
+
+    def _long(self) -> dict[str, Any]:
+        """Nats by position in long stretches, and of the same tokens in windows of the length of training."""
+        ids, labels = (x.to(self.device) for x in self.text.stretches(self.plan.extrapolate))
+        long = self._nats(ids, labels, batch=1)
+        short = self._nats(*(x.reshape(-1, self.plan.length) for x in (ids, labels)), batch=4 * self.plan.batch)
+        return {
+            "stretches": len(ids),
+            "by_position": by_position(long),
+            "in_windows": by_position(short.view_as(long)),
+            "all": long.mean().item(),
+            "all_in_windows": short.mean().item(),
+        }
+
+    def _without_each(self, measure: Callable[[], T]) -> dict[str, T]:
+        """What is measured while a Phase 2 model does without each of its mechanisms, by name; of a peer, nothing."""
+        model, found = self.entry.model, {}
+        if isinstance(model, Phase2IntegratedModel):
+            for name, switch in mechanisms_of(self.entry.name).items():
+                with switch.off(model):
+                    found[name] = measure()
+        return found
+
+    def _nats(self, ids: Tensor, labels: Tensor, batch: int) -> Tensor:
+        return token_nats(self.entry.model, ids, labels, batch, self.trainer.evaluating())
+
+    def _bits_per_byte(self, loss: float) -> float:
+        return loss * self.text.predicted / self.text.validation_bytes / math.log(2)
+
+
+@torch.no_grad()
+def token_nats(model: Any, ids: Tensor, labels: Tensor, batch: int, context: torch.autocast) -> Tensor:
+    """Nats of every label (W, N), float64 on the CPU, NaN where there is none; nothing is compiled."""
+    rows = []
+    with evaluating(model), context, torch.compiler.set_stance("force_eager"):
+        for inputs, wanted in zip(ids.split(batch), labels.split(batch), strict=True):
+            hidden, _ = model.hidden_states(inputs)
+            rows.append(score_tokens(model, hidden, wanted).nats)
+    nats = torch.cat(rows).double()
+    return nats.masked_fill_(labels == IGNORED, math.nan).cpu()
+
+
+def difference(nats: Tensor, others: Tensor) -> tuple[float, float | None]:
+    """Return the mean of ``nats - others`` (W, N), NaN where there is none, and its standard error over windows.
+
+    Windows differ in how many tokens they have.
+    """
+    estimate = Estimate.of((nats - others).nansum(dim=1).tolist(), nats.isfinite().sum(dim=1).tolist())
+    return estimate.mean, estimate.standard_error
+
+
+def by_position(nats: Tensor) -> dict[str, float]:
+    """Mean nats (W, N) by position: below 64, and then each time to twice as far."""
+    length, start, means = nats.shape[1], 0, {}
+    while start < length:
+        end = min(length, max(64, 2 * start))
+        means[f"{start}-{end}"] = nats[:, start:end].nanmean().item()
+        start = end
+    return means
+
+
+def evaluation_steps(steps: int, count: int) -> list[int]:
+    """Where a run is validated: evenly, its end included."""
+    return sorted({round(steps * (i + 1) / count) for i in range(count)} - {0})
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def settings(plan: Plan, text: Text) -> dict[str, Any]:
+    """What a run must have in common with another to be compared with it."""
+    return {"task": "language", **dataclasses.asdict(plan), "vocabulary": text.vocabulary, "corpus": len(text.train)}

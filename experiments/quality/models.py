@@ -1,0 +1,235 @@
+"""The entries by name, made equal in parameters by the width of their feed-forward parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mixer
+from experiments.quality.variants import parse_variant
+from resolvent.layers import GatedFeedForward
+from resolvent.models.phase2 import Phase2Block, Phase2Config, Phase2IntegratedModel
+from resolvent.ops import linear_cross_entropy
+
+HEAD_DIM = 64
+FFN_STEP = 16
+TOLERANCE = 0.02
+
+PEERS: dict[str, Callable[[int], Mixer]] = {
+    "transformer": lambda width: Attention(width, width // HEAD_DIM),
+    "gla": lambda width: GLA(width, max(1, width // (2 * HEAD_DIM))),
+    "mamba2": lambda width: Mamba2(width),
+    "gated-deltanet": lambda width: GatedDeltaNet(width, width // HEAD_DIM),
+}
+"""Mixers of a width. Keys are 64 wide; GLA, Gated DeltaNet and Phase 2 hold memories of the same size, Mamba-2 of twice
+the size."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What all entries of a comparison have in common.
+
+    Attributes:
+        vocabulary: tokens.
+        width: of the residual stream, a multiple of 128.
+        layers: blocks.
+        parameters: of each, within 2 %.
+        length: tokens of a training sequence.
+        dropout: of what enters the stream, and what each branch adds to it.
+    """
+
+    vocabulary: int
+    width: int
+    layers: int
+    parameters: int
+    length: int
+    dropout: float = 0.0
+
+
+class PeerBlock(nn.Module):
+    """A mixer and a feed-forward part, each with its norm before and its residual around it.
+
+    Args:
+        mixer: mixes the tokens.
+        width: D.
+        hidden: width of the feed-forward part; 0 for none.
+        dropout: of what a branch adds.
+    """
+
+    def __init__(self, mixer: Mixer, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.mixer = nn.RMSNorm(width, eps=1e-5), mixer
+        self.norm2 = nn.RMSNorm(width, eps=1e-5) if hidden else None
+        self.ffn = GatedFeedForward(width, hidden) if hidden else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.mixer(self.norm1(x)))
+        if self.norm2 is not None and self.ffn is not None:
+            x = x + self.dropout(self.ffn(self.norm2(x)))
+        return x
+
+
+class PeerModel(nn.Module):
+    """A language model of a peer's blocks, with a head that is the embedding's table.
+
+    Args:
+        size: its sizes.
+        mixer: makes a block's mixer.
+        hidden: width of the feed-forward parts; 0 for none.
+        embedding_factor: what tokens' vectors are multiplied by; sqrt(width), as in Phase 2, if None.
+    """
+
+    def __init__(
+        self, size: Size, mixer: Callable[[int], Mixer], hidden: int, embedding_factor: float | None = None
+    ) -> None:
+        super().__init__()
+        self.vocab_size = size.vocabulary
+        self.embedding_factor = size.width**0.5 if embedding_factor is None else embedding_factor
+        self.token_embedding = nn.Embedding(size.vocabulary, size.width)
+        self.dropout = nn.Dropout(size.dropout)
+        self.blocks = nn.ModuleList(
+            PeerBlock(mixer(size.width), size.width, hidden, size.dropout) for _ in range(size.layers)
+        )
+        self.ln_f = nn.RMSNorm(size.width, eps=1e-5)
+        self.lm_head = nn.Linear(size.width, size.vocabulary, bias=False)
+        self.lm_head.weight = self.token_embedding.weight
+
+    def hidden_states(self, input_ids: Tensor) -> tuple[Tensor, None]:
+        """Final hidden states (B, N, D) of tokens (B, N); no state, in the place where Phase 2 has one."""
+        x = self.dropout(self.token_embedding(input_ids) * self.embedding_factor)
+        for block in self.blocks:
+            x = block(x)
+        return self.ln_f(x), None
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Mean nats of labels (B, N) after tokens (B, N)."""
+        hidden, _ = self.hidden_states(input_ids)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """Draw fresh weights in place as Phase 2 does.
+
+        Weights are N(0, 1/fan_in) in the blocks and N(0, 0.02²) in the table; those that add to the stream shrink with
+        the depth.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and module is not self.lm_head:
+                scale = (2 * len(self.blocks)) ** -0.5 if name.endswith("out_proj") else 1.0
+                normal(module.weight, scale * module.in_features**-0.5, generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.RMSNorm):
+                module.weight.fill_(1.0)
+            elif isinstance(module, Mixer):
+                module.reset(generator)
+        normal(self.token_embedding.weight, 0.02, generator)
+
+    def state_bytes(self, length: int) -> int:
+        return sum(block.mixer.state_bytes(length) for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model that can start anew.
+
+    Attributes:
+        name: what it is called.
+        model: has ``hidden_states`` and ``forward(input_ids, labels=...)``.
+        reset: draws fresh weights in place, from a seed.
+        state_bytes: what it remembers at the end of a training sequence, in float32.
+    """
+
+    name: str
+    model: Any
+    reset: Callable[[int], None]
+    state_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Parameters, those that are held at zero left out."""
+        return count_parameters(self.model)
+
+
+def build(name: str, size: Size, device: torch.device | str = "cpu") -> Entry:
+    """An entry of a size, with weights yet to be drawn.
+
+    Raises:
+        ValueError: there is none of this name, or it cannot have so few or so many parameters.
+    """
+    for like in (name.partition("/")[0], name):  # a variant keeps the widths of Phase 2, and so its weights, if it can
+        entry = _maker(name, size)(_feed_forward_width(_maker(like, size), size.parameters))
+        if abs(entry.parameters / size.parameters - 1) <= TOLERANCE:
+            entry.model.to(device)
+            return entry
+    raise ValueError(f"{name} has {entry.parameters:,} parameters, not {size.parameters:,}: change the width")
+
+
+def _feed_forward_width(make: Callable[[int], Entry], parameters: int) -> int:
+    with torch.device("meta"):
+        few, many = (make(hidden).parameters for hidden in (FFN_STEP, 2 * FFN_STEP))
+    return FFN_STEP * max(1, 1 + round((parameters - few) / (many - few)))
+
+
+def _maker(name: str, size: Size) -> Callable[[int], Entry]:
+    return _peer(name, size) if name in PEERS else _phase2(name, size)
+
+
+def _peer(name: str, size: Size) -> Callable[[int], Entry]:
+    def make(hidden: int) -> Entry:
+        model = PeerModel(size, PEERS[name], hidden)
+        return Entry(name, model, model.reset, model.state_bytes(size.length))
+
+    return make
+
+
+def _phase2(name: str, size: Size) -> Callable[[int], Entry]:
+    if name.partition("/")[0] != "phase2":
+        raise ValueError(
+            f"there is no model {name!r}; known are {', '.join(PEERS)}, phase2 and its variants phase2/..."
+        )
+    variant = parse_variant(name)
+
+    def make(hidden: int) -> Entry:
+        sizes: dict[str, Any] = dict(
+            vocab_size=size.vocabulary,
+            d_model=size.width,
+            n_layers=size.layers,
+            n_seq=size.length,
+            num_heads=size.width // HEAD_DIM,
+            head_dim=HEAD_DIM,
+            ffn_dim=3 * hidden,  # of which a gated network takes two thirds
+            dropout=size.dropout,
+            tie_embeddings=True,
+        )
+        model = Phase2IntegratedModel(Phase2Config(**(sizes | variant.config)), init=False)
+        variant.hold(model)
+        return Entry(name, model, lambda seed: variant.reset(model, seed), phase2_state_bytes(model))
+
+    return make
+
+
+def phase2_state_bytes(model: Phase2IntegratedModel) -> int:
+    """What a sequence's future depends on, in bytes: what only the SNR filter reads counts where there is one."""
+    return sum(_block_state_bytes(block) for block in model.blocks if isinstance(block, Phase2Block))
+
+
+def _block_state_bytes(block: Phase2Block) -> int:
+    resolvent, memory, writes, forgetting, *others = (torch.Size(shape).numel() for shape in block.state_shapes())
+    filtered = writes + forgetting if block.snr_filter is not None else 0
+    return 8 * resolvent + 4 * (memory + filtered + sum(others))
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
+    """N(0, std²), drawn on the CPU."""
+    weight.copy_(torch.randn(weight.shape, generator=generator) * std)

@@ -1,0 +1,318 @@
+"""Tables of runs.
+
+They show every model at its best learning rate, the learning rates beside each other, and what a mechanism is worth.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from experiments.quality.results import Record, best_learning_rate, setting
+from resolvent.evaluation.statistics import Estimate
+
+
+class Row(NamedTuple):
+    """Something with a name, and its values over seeds."""
+
+    name: str
+    values: list[float]
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """All that can be said of the runs, for each setting by itself."""
+    found = []
+    for runs in _by_setting(records):
+        found += _TABLES[runs[0]["settings"]["task"]](runs)
+    if recall := _of_task(records, "mqar"):
+        found.append(_recall_curve(recall))
+    return found
+
+
+def average(values: Sequence[float], digits: int = 4, signed: bool = False) -> str:
+    """Mean ± standard error, which takes two values."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):{'+' if signed else ''}.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {standard_error(values):.{digits}f}"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; zero where a single value says nothing of it."""
+    return Estimate.of(values).standard_error or 0.0
+
+
+def losses(records: Sequence[Record]) -> list[list[Row]]:
+    """For each setting, the losses of every model but variants of Phase 2 at its best learning rate."""
+    found = []
+    for runs in _by_setting(_of_task(records, "language")):
+        whole = {name: of for name, of in _by_model(runs).items() if not name.startswith("phase2/")}
+        best = {name: _at_best(of, "loss", smallest=True)[1] for name, of in whole.items()}
+        found.append([Row(name, [run["loss"] for run in kept]) for name, kept in best.items() if kept])
+    return found
+
+
+def differences(records: Sequence[Record]) -> list[list[Row]]:
+    """Return the loss of every variant of Phase 2 less that of Phase 2 as it is, for each setting.
+
+    Only runs with the same seed and learning rate are compared.
+    """
+    found = []
+    for runs in _by_setting(_of_task(records, "language")):
+        models = _by_model(run for run in runs if run["finite"])
+        whole = {(run["learning_rate"], run["seed"]): run["loss"] for run in models.get("phase2", [])}
+        rows = []
+        for name, of in models.items():
+            pairs = [(run["learning_rate"], run["seed"], run["loss"]) for run in of]
+            gaps = [loss - whole[rate, seed] for rate, seed, loss in pairs if (rate, seed) in whole]
+            if name.startswith("phase2/") and gaps:
+                rows.append(Row(name, gaps))
+        found.append(rows)
+    return found
+
+
+def _of_task(records: Iterable[Record], task: str) -> list[Record]:
+    return [record for record in records if record["settings"]["task"] == task]
+
+
+def _by_setting(records: Iterable[Record]) -> list[list[Record]]:
+    return [list(group) for _, group in groupby(sorted(records, key=setting), key=setting)]
+
+
+def _by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
+    models: dict[str, list[Record]] = {}
+    for record in records:
+        models.setdefault(record["model"], []).append(record)
+    return models
+
+
+def _at_best(runs: list[Record], score: str, smallest: bool) -> tuple[float, list[Record]]:
+    """A model's best learning rate, and its runs there that stayed finite."""
+    best = best_learning_rate(runs, score, smallest)
+    assert best is not None
+    return best, [run for run in runs if run["learning_rate"] == best and run["finite"]]
+
+
+def _title(records: Sequence[Record]) -> str:
+    first = records[0]
+    origin = [f"from {first['from']}"] if "from" in first else []
+    return ", ".join([*origin, *(f"{name} {_plain(value)}" for name, value in first["settings"].items())])
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def _language(records: list[Record]) -> list[Table]:
+    models = _by_model(records)
+    found = [_models_table(_title(records), models), _rates_table("loss by learning rate", models, "loss", 4)]
+    found.append(_positions_table("loss by position", models, lambda run: run["loss_by_position"]))
+    long = [run for run in records if run["finite"] and run.get("long")]
+    if long:
+        found += [
+            _positions_table(
+                "loss by position in long stretches", _by_model(long), lambda run: run["long"]["by_position"]
+            ),
+            _positions_table(
+                "loss of the same tokens in windows of the length of training",
+                _by_model(long),
+                lambda run: run["long"]["in_windows"],
+            ),
+        ]
+    (rows,) = differences(records)
+    if rows:
+        found.append(_differences_table(rows))
+    return found
+
+
+def _models_table(title: str, models: dict[str, list[Record]]) -> Table:
+    headings = (
+        "model",
+        "best lr",
+        "seeds",
+        "loss (nats)",
+        "best in the run",
+        "bits per byte",
+        "parameters",
+        "state KB",
+    )
+    table = _table(title, *headings, "tokens/s", "not finite")
+    rows = []
+    for name, runs in models.items():
+        best, kept = _at_best(runs, "loss", smallest=True)
+        failed = sum(not run["finite"] for run in runs)
+        losses, bests, bits = ([run[key] for run in kept] for key in ("loss", "best_loss", "bits_per_byte"))
+        row = [name, f"{best:.3g}", str(len(kept)), average(losses), average(bests), average(bits)]
+        row += [f"{runs[0]['parameters']:,}", f"{runs[0]['state_bytes'] / 1024:,.1f}"]
+        row += [f"{statistics.median(run['tokens_per_second'] for run in runs):,.0f}", f"{failed} of {len(runs)}"]
+        rows.append((statistics.mean(losses) if losses else math.inf, row))
+    for _, row in sorted(rows, key=lambda pair: pair[0]):
+        table.add_row(*row)
+    return table
+
+
+def _rates_table(title: str, models: dict[str, list[Record]], score: str, digits: int) -> Table:
+    rates = sorted({run["learning_rate"] for runs in models.values() for run in runs})
+    table = _table(title, "model", *(f"{rate:.3g}" for rate in rates))
+    for name, runs in models.items():
+        cells = []
+        for rate in rates:
+            there = [run for run in runs if run["learning_rate"] == rate]
+            failed = sum(not run["finite"] for run in there)
+            cell = average([run[score] for run in there if run["finite"]], digits)
+            cells.append(f"{cell} ({failed} not finite)" if failed else cell)
+        table.add_row(name, *cells)
+    return table
+
+
+def _positions_table(
+    title: str, models: dict[str, list[Record]], positions: Callable[[Record], dict[str, float]]
+) -> Table:
+    """Means over the seeds at each model's best learning rate."""
+    kept = {name: _at_best(runs, "loss", smallest=True)[1] for name, runs in models.items()}
+    kept = {name: runs for name, runs in kept.items() if runs}
+    buckets = list(dict.fromkeys(bucket for runs in kept.values() for run in runs for bucket in positions(run)))
+    table = _table(title, "model", *buckets)
+    for name, runs in kept.items():
+        table.add_row(name, *(average([positions(run)[bucket] for run in runs]) for bucket in buckets))
+    return table
+
+
+def _differences_table(rows: Sequence[Row]) -> Table:
+    table = _table(
+        "variants of Phase 2: difference of loss to phase2, paired by seed and learning rate; above 0 the change costs",
+        *("model", "pairs", "difference (nats)", "standard errors"),
+    )
+    for name, gaps in rows:
+        error = standard_error(gaps)
+        ratio = f"{statistics.mean(gaps) / error:+.1f}" if error else "-"
+        table.add_row(name, str(len(gaps)), average(gaps, signed=True), ratio)
+    return table
+
+
+def _recall(records: list[Record]) -> list[Table]:
+    models = _by_model(records)
+    table = _table(_title(records), "model", "best lr", "seeds", "state KB", "mean", *records[0]["accuracies"])
+    for name, runs in models.items():
+        best, kept = _at_best(runs, "accuracy", smallest=False)
+        row = [name, f"{best:.3g}", str(len(kept)), f"{runs[0]['state_bytes'] / 1024:,.1f}"]
+        row.append(average([run["accuracy"] for run in kept], 3))
+        row += [average([run["accuracies"][part] for run in kept], 3) for part in records[0]["accuracies"]]
+        table.add_row(*row)
+    return [table, _rates_table("accuracy by learning rate", models, "accuracy", 3)]
+
+
+class Recalled(NamedTuple):
+    """Accuracies of a model of a size at its best learning rate, over seeds."""
+
+    name: str
+    kilobytes: float
+    accuracies: list[float]
+    width: int
+    heads: int
+
+
+def recalls(records: Sequence[Record]) -> list[Recalled]:
+    """A row for every model and size, in the order of names and sizes."""
+    rows = []
+    for runs in _by_setting(_of_task(records, "mqar")):
+        for name, of in _by_model(runs).items():
+            _, kept = _at_best(of, "accuracy", smallest=False)
+            if kept:
+                size, accuracies = kept[0]["settings"], [run["accuracy"] for run in kept]
+                rows.append(Recalled(name, kept[0]["state_bytes"] / 1024, accuracies, size["width"], size["heads"]))
+    return sorted(rows, key=lambda row: (row.name, row.kilobytes))
+
+
+def _recall_curve(records: list[Record]) -> Table:
+    """Accuracy against the size of the state: a line for every model and size."""
+    table = _table(
+        "recall by state bytes, each at its best learning rate", "model", "state KB", "accuracy", "width", "heads"
+    )
+    for name, kilobytes, accuracies, width, heads in recalls(records):
+        table.add_row(name, f"{kilobytes:,.1f}", average(accuracies, 3), str(width), str(heads))
+    return table
+
+
+class Needle(NamedTuple):
+    """What a model at its best learning rate recalls.
+
+    Attributes:
+        name: of the model.
+        seeds: that stayed finite.
+        exact: by distance, the part of the answers that is exact and its standard error: over seeds, or over samples
+            where there is one seed.
+        nats: by distance, of an answer, for every seed where they are finite.
+    """
+
+    name: str
+    seeds: int
+    exact: dict[int, tuple[float, float]]
+    nats: dict[int, list[float]]
+
+
+def needles(records: Sequence[Record]) -> list[list[Needle]]:
+    """For each setting, what every model recalls."""
+    found = []
+    for runs in _by_setting(_of_task(records, "needle")):
+        best = [(name, _at_best(of, "loss", smallest=True)[1]) for name, of in _by_model(runs).items()]
+        found.append([_needle_of(name, kept) for name, kept in best if kept])
+    return found
+
+
+def _needle_of(name: str, runs: list[Record]) -> Needle:
+    exact, nats = {}, {}
+    for distance in runs[0]["needle"]:
+        scores = [run["needle"][distance] for run in runs]
+        shares = [score["exact"] for score in scores]
+        error = standard_error(shares) if len(shares) > 1 else scores[0]["exact_error"] or 0.0
+        exact[int(distance)] = statistics.mean(shares), error
+        nats[int(distance)] = [score["nats"] for score in scores if score["nats"] is not None]
+    return Needle(name, len(runs), exact, nats)
+
+
+def _needle(records: list[Record]) -> list[Table]:
+    models, (rows,) = _by_model(records), needles(records)
+    found = [_models_table(_title(records), models), _rates_table("loss by learning rate", models, "loss", 4)]
+    distances = [f"{distance:,}" for distance in (rows[0].exact if rows else ())]
+    exact = _table(
+        "exact answers in percent by distance, ± over seeds, or over samples of one seed", "model", "seeds", *distances
+    )
+    nats = _table("nats of an answer by distance", "model", "seeds", *distances)
+    for row in rows:
+        shares = (f"{100 * share:.1f} ± {100 * error:.1f}" for share, error in row.exact.values())
+        exact.add_row(row.name, str(row.seeds), *shares)
+        nats.add_row(row.name, str(row.seeds), *(average(values, 2) for values in row.nats.values()))
+    return [*found, exact, nats, *(table for runs in models.values() for table in _needle_without(runs))]
+
+
+def _needle_without(runs: list[Record]) -> list[Table]:
+    """What a model answers once a mechanism that it was trained with is switched off, seed by seed."""
+    runs = [run for run in _at_best(runs, "loss", smallest=True)[1] if run.get("needle_without")]
+    if not runs:
+        return []
+    distances = list(next(iter(runs[0]["needle_without"].values())))
+    table = _table(
+        f"{runs[0]['model']}: exact answers in percent by distance, a mechanism switched off after training, by seed",
+        *("without", *(f"{int(distance):,}" for distance in distances)),
+    )
+    scores = [{"-": run["needle"], **run["needle_without"]} for run in runs]
+    for name in scores[0]:
+        shares = ([score[name][distance]["exact"] for score in scores] for distance in distances)
+        table.add_row(name, *(", ".join(f"{100 * share:.1f}" for share in of) for of in shares))
+    return [table]
+
+
+_TABLES: dict[str, Callable[[list[Record]], list[Table]]] = {"language": _language, "mqar": _recall, "needle": _needle}

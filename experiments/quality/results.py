@@ -1,0 +1,62 @@
+"""Runs as lines of JSON in a file that grows: what it holds is not run again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+"""A run: ``settings``, ``model``, ``learning_rate`` and ``seed``, and what was found.
+
+Records of ``history.jsonl`` are of models with older defaults; ``from`` names the file that held each of them.
+"""
+
+
+def read(paths: Iterable[Path]) -> list[Record]:
+    """The runs of files, of which a missing one holds none. A line that was cut off in writing is left out."""
+    lines = [line for path in paths if path.exists() for line in path.read_text(encoding="utf-8").splitlines(True)]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def append(path: Path, record: Record) -> None:
+    """Add a run, whole; what an interruption cut off before it is dropped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if text and not text.endswith("\n"):
+        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def key(record: Record) -> tuple[str, str, str, int]:
+    """What tells runs apart."""
+    return setting(record), record["model"], f"{record['learning_rate']:.3g}", record["seed"]
+
+
+def setting(record: Record) -> str:
+    """Return what runs must have in common to be compared: settings and, in `history.jsonl`, the file of origin."""
+    return json.dumps([record.get("from"), record["settings"]], sort_keys=True)
+
+
+def best_learning_rate(records: Iterable[Record], score: str, smallest: bool) -> float | None:
+    """The learning rate with the best mean score; one at which any run did not stay finite comes last.
+
+    Args:
+        records: runs of one model under the same settings.
+        score: the name of what is compared.
+        smallest: whether less is better.
+    """
+    by_rate: dict[float, list[Record]] = {}
+    for record in records:
+        by_rate.setdefault(record["learning_rate"], []).append(record)
+
+    def rank(rate: float) -> tuple[bool, float]:
+        runs = by_rate[rate]
+        if not all(run["finite"] for run in runs):
+            return True, 0.0
+        mean = sum(run[score] for run in runs) / len(runs)
+        return False, mean if smallest else -mean
+
+    return min(by_rate, key=rank, default=None)

@@ -1,0 +1,211 @@
+"""Phase 2 with its mechanisms on and off, by name.
+
+`phase2` is the default configuration. Behind it, parted by slashes, stands what differs:
+
+    phase2/no-snr                without the SNR filter
+    phase2/no-snr/no-resonance   without both
+    phase2/bare                  without any mechanism: a decaying memory and a feed-forward part
+    phase2/bare/bk               and with BK-Core alone
+    phase2/no-snr-training       with the SNR filter at full strength
+    phase2/original              with the report's original initialisation
+
+BK-Core, Γ in the Hamiltonian and the positions have no switch in the configuration: what leads them to the stream (the
+projection `bk_proj`, the strength κ, the positions' gain) is held at zero instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resolvent.evaluation import switched_off
+from resolvent.layers import NonHermitianPotential, ZetaInitializer
+from resolvent.layers.zeta import zeta_zeros
+from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
+
+
+@dataclass(frozen=True)
+class Switch:
+    """How something is switched off.
+
+    Attributes:
+        does: what it does while it is on.
+        config: fields of the configuration that switch it off.
+        zeros: endings of names of parameters that are held at zero.
+        part: name of what blocks can do without once they are trained.
+    """
+
+    does: str
+    config: dict[str, Any] = field(default_factory=dict)
+    zeros: tuple[str, ...] = ()
+    part: str | None = None
+
+    @contextmanager
+    def off(self, model: Phase2IntegratedModel) -> Iterator[None]:
+        """Do without it in a model that was trained with it."""
+        weights = [parameter.data for parameter in _ending(model, self.zeros)]
+        kept = [weight.clone() for weight in weights]
+        try:
+            for weight in weights:
+                weight.zero_()
+            with switched_off(model, self.part) if self.part else nullcontext():
+                yield
+        finally:
+            for weight, value in zip(weights, kept, strict=True):
+                weight.copy_(value)
+
+
+MECHANISMS = {
+    "bk": Switch("features of the resolvent", zeros=("bk_proj.weight",)),
+    "kappa": Switch("Γ damps the Hamiltonian", zeros=("dissipative_bk.kappa",)),
+    "feedback": Switch(
+        "the memory enters the next potential", {"memory_feedback": False}, zeros=("memory_to_potential.weight",)
+    ),
+    "snr": Switch("SNR filter", {"snr_enabled": False}, part="snr_filter"),
+    "resonance": Switch("memory resonance", {"resonance_enabled": False}, part="resonance"),
+    "zeta-init": Switch("zeta spectrum of the potential", {"use_zeta_init": False}),
+    "positions": Switch("zeta positions", zeros=("position_embedding.gain",)),
+}
+"""What the report names."""
+
+OPTIONS = {
+    "adaptive-decay": Switch("Γ depends on the token", {"adaptive_decay": False}),
+    "conv": Switch("short convolution before q, k, v", {"conv_size": 1}),
+    "norm": Switch("norm of the read-out", {"output_norm": False}),
+    "gate": Switch("gate of the read-out", {"output_gate": False}),
+    "gated-ffn": Switch("SwiGLU in place of Linear, GELU, Linear", {"ffn_gated": False}),
+    "scale": Switch("tokens enter at the size of what blocks add", {"embedding_scale": 1.0}),
+    "snr-training": Switch("the SNR filter's strength is trained", {"snr_trained": False}),
+    "reach": Switch("a least decay of 0.01 % a token, in place of 1 %", {"base_decay": 0.01}),
+}
+"""What is ours, or has other grounds."""
+
+ABLATION = ("phase2", *(f"phase2/no-{name}" for name in MECHANISMS), "phase2/bare", "phase2/original")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A Phase 2 model that differs from the default.
+
+    Attributes:
+        config: fields of its configuration.
+        zeros: endings of names of parameters that are held at zero.
+        original: whether the weights are drawn as in the report's original.
+    """
+
+    config: dict[str, Any]
+    zeros: tuple[str, ...]
+    original: bool = False
+
+    def hold(self, model: Phase2IntegratedModel) -> None:
+        """Keep training from what is held at zero."""
+        for parameter in _ending(model, self.zeros):
+            parameter.requires_grad_(False)
+
+    @torch.no_grad()
+    def reset(self, model: Phase2IntegratedModel, seed: int) -> None:
+        """Draw fresh weights in place: those of the model without any change, wherever a change is none of them."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):  # which a fresh model has at one, and may leave to itself
+                module.reset_parameters()
+        model.init_weights(generator)
+        if self.original:
+            original_initialisation(model, generator)
+        else:
+            self._share(model, seed)
+        for parameter in _ending(model, self.zeros):
+            parameter.zero_()
+
+    def _share(self, model: Phase2IntegratedModel, seed: int) -> None:
+        """Take the weights of the unchanged model: a part that is left out would else give all others other draws."""
+        defaults = {name: getattr(Phase2Config(), name) for name in self.config}
+        whole = Phase2IntegratedModel(dataclasses.replace(model.config, **defaults), init=False)
+        whole.init_weights(torch.Generator().manual_seed(seed))
+        weights = dict(whole.named_parameters())
+        own = ".potential." if {"use_zeta_init", "base_decay"} & self.config.keys() else None
+        for name, parameter in model.named_parameters():
+            if name in weights and weights[name].shape == parameter.shape and not (own and own in name):
+                parameter.copy_(weights[name])
+
+
+def _ending(model: Phase2IntegratedModel, endings: tuple[str, ...]) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if name.endswith(endings)]
+
+
+def mechanisms_of(name: str) -> dict[str, Switch]:
+    """What is on in the variant of a name and can be switched off once it is trained, by name."""
+    variant = parse_variant(name)
+    on = {key: switch for key, switch in MECHANISMS.items() if not switch.config.keys() & variant.config.keys()}
+    return {key: switch for key, switch in on.items() if switch.part or set(switch.zeros) - set(variant.zeros)}
+
+
+def parse_variant(name: str) -> Variant:
+    """The variant of a name such as `phase2/no-snr`.
+
+    Raises:
+        ValueError: a part of the name is unknown.
+    """
+    _, *parts = name.split("/")
+    off, original, config = set[str](), False, dict[str, Any]()
+    for part in parts:
+        mechanism = part.removeprefix("no-")
+        if part == "bare":
+            off |= set(MECHANISMS)
+        elif part == "original":
+            original = True
+            config = {
+                "base_decay": 0.01,
+                "tie_embeddings": False,
+                "embedding_scale": 1.0,
+                "ffn_gated": False,
+                "snr_trained": False,
+            }
+        elif mechanism not in MECHANISMS | OPTIONS:
+            known = ", ".join(["bare", "original", *MECHANISMS, *OPTIONS])
+            raise ValueError(f"{name}: there is no {part!r}; known are {known}, each but the first two also with no-")
+        elif part == mechanism:
+            off.discard(part)
+        else:
+            off.add(mechanism)
+    switches = [switch for key, switch in (MECHANISMS | OPTIONS).items() if key in off]
+    for switch in switches:
+        config |= switch.config
+    return Variant(config, tuple(zero for switch in switches for zero in switch.zeros), original)
+
+
+def original_initialisation(model: Phase2IntegratedModel, generator: torch.Generator) -> None:
+    """The weights as the report's original drew them, in the layers that there were.
+
+    Every linear map but the head has the singular values 0.02 / γ_i; the token table is a wave pattern of the token's
+    number at the amplitude 0.02, beside positions of the amplitude one; and every head starts with Γ = softplus(0).
+    The head, which is not tied, has the spread of torch's default, 1/sqrt(3 D).
+    """
+    zeta = ZetaInitializer(generator)
+    joined = [block.hebbian.qkv_proj for block in model.blocks]  # three maps side by side
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.lm_head:
+            for weight in module.weight.chunk(3 if module in joined else 1):
+                zeta(weight)
+                weight.mul_((0.02 / zeta_zeros(min(weight.shape))).norm().item() / weight.norm())
+        if isinstance(module, NonHermitianPotential):
+            module.gamma_bias.zero_()
+    table = model.token_embedding.weight
+    table.copy_(0.02 * _token_waves(*table.shape))
+    model.lm_head.weight.copy_(
+        torch.randn(model.lm_head.weight.shape, generator=generator) / (3 * model.d_model) ** 0.5
+    )
+    model.position_embedding.scale = 1.0
+    model.position_embedding.gain.fill_(math.atanh(1 - 1e-6))
+
+
+def _token_waves(count: int, width: int) -> Tensor:
+    phase = torch.arange(count, dtype=torch.float64)[:, None] * zeta_zeros((width + 1) // 2) / (2 * math.pi)
+    return torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(-2)[:, :width].float()

@@ -1,0 +1,149 @@
+import dataclasses
+
+import pytest
+import torch
+
+from experiments.quality.models import PEERS, Size, build
+from experiments.quality.variants import ABLATION, MECHANISMS, OPTIONS, mechanisms_of, parse_variant
+
+SMALL = Size(vocabulary=97, width=128, layers=2, parameters=500_000, length=64)
+NAMES = (*PEERS, *ABLATION)
+
+
+def loss_of(entry) -> torch.Tensor:
+    ids = torch.randint(97, (2, 31), generator=torch.Generator().manual_seed(0))
+    return entry.model(ids[:, :-1], labels=ids[:, 1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_have_as_many_parameters(name: str):
+    entry = build(name, SMALL)
+    assert entry.parameters == pytest.approx(SMALL.parameters, rel=0.02)
+    entry.reset(0)
+    assert loss_of(entry).item() == pytest.approx(torch.tensor(97.0).log().item(), abs=0.3)
+
+
+@pytest.mark.parametrize("name", [*PEERS, "phase2", "phase2/bare"])
+def test_the_experiment_s_size_is_within_reach(name: str):
+    size = Size(vocabulary=16384, width=512, layers=6, parameters=30_000_000, length=1024)
+    with torch.device("meta"):
+        assert build(name, size, "meta").parameters == pytest.approx(30e6, rel=0.02)
+
+
+def test_weights_depend_on_the_seed_alone():
+    for name in ("gated-deltanet", "phase2/no-snr"):
+        entry = build(name, SMALL)
+        losses = []
+        for seed in (1, 2, 1):
+            entry.reset(seed)
+            losses.append(loss_of(entry).item())
+        assert losses[0] == losses[2] != losses[1]
+
+
+def test_unknown_models_and_sizes_are_errors():
+    with pytest.raises(ValueError, match="there is no model 'lstm'; known are transformer, "):
+        build("lstm", SMALL)
+    with pytest.raises(ValueError, match="there is no 'no-magic'; known are bare, original, bk, "):
+        build("phase2/no-magic", SMALL)
+    with pytest.raises(ValueError, match="parameters, not 10,000: change the width"):
+        build("gla", Size(97, 128, 2, 10_000, 64))
+
+
+@pytest.mark.parametrize("mechanism", [*MECHANISMS, *OPTIONS])
+def test_a_change_leaves_all_other_weights_as_they_are(mechanism: str):
+    size = dataclasses.replace(SMALL, parameters=2_000_000)  # a gate is few of so many
+    whole, changed = build("phase2", size), build(f"phase2/no-{mechanism}", size)
+    for entry in (whole, changed):
+        entry.reset(3)
+    weights = dict(whole.model.named_parameters())
+    variant = parse_variant(changed.name)
+    potential = ("v_proj.weight", "gamma_proj.weight", "memory_to_potential.weight")
+    own = {
+        "zeta-init": potential,
+        "reach": ("gamma_bias",),
+        "floor": ("gamma_bias",),
+        "gated-ffn": ("ffn.0.weight", "ffn.0.bias", "ffn.2.weight", "ffn.2.bias"),
+    }
+    for name, parameter in changed.model.named_parameters():
+        if variant.zeros and name.endswith(variant.zeros):
+            assert not parameter.any() and not parameter.requires_grad
+        elif not any(name.endswith(ending) for ending in own.get(mechanism, ())):
+            assert torch.equal(parameter, weights[name]), name
+    assert all(getattr(changed.model.config, name) == value for name, value in variant.config.items())
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_a_change_matters_once_there_is_something_to_learn(mechanism: str):
+    """Every switch acts: with all weights away from zero, the model without it computes something else."""
+    losses = []
+    for name in ("phase2", f"phase2/no-{mechanism}"):
+        entry = build(name, SMALL)
+        entry.reset(0)
+        with torch.no_grad():
+            for key, parameter in entry.model.named_parameters():
+                if parameter.requires_grad and not (mechanism == "zeta-init" and ".potential." in key):
+                    generator = torch.Generator().manual_seed(sum(map(ord, key)))
+                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        ids = torch.randint(97, (1, 300), generator=torch.Generator().manual_seed(0))
+        losses.append(entry.model(ids[:, :-1], labels=ids[:, 1:]).item())
+    assert abs(losses[0] - losses[1]) > 1e-6
+
+
+def test_names_of_variants():
+    bare = parse_variant("phase2/bare")
+    assert bare.config == {
+        "memory_feedback": False, "snr_enabled": False, "resonance_enabled": False, "use_zeta_init": False
+    }  # fmt: skip
+    held = ("bk_proj.weight", "dissipative_bk.kappa", "memory_to_potential.weight", "position_embedding.gain")
+    assert bare.zeros == held
+    assert parse_variant("phase2/bare/bk/snr").zeros == bare.zeros[1:]
+    assert "snr_enabled" not in parse_variant("phase2/bare/bk/snr").config
+    assert parse_variant("phase2/no-conv/no-gate").config == {"conv_size": 1, "output_gate": False}
+    assert parse_variant("phase2/no-snr-training").config == {"snr_trained": False}
+    assert parse_variant("phase2/original").config["snr_trained"] is False
+    assert parse_variant("phase2").config == {} and parse_variant("phase2").zeros == ()
+
+
+@pytest.mark.parametrize("mechanism", mechanisms_of("phase2"))
+def test_a_trained_model_does_without_a_mechanism_and_has_it_back(mechanism: str):
+    entry = build("phase2", SMALL)
+    entry.reset(0)
+    model = entry.model.eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(sum(map(ord, name)))
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    ids = torch.randint(97, (1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, weights = model(ids), {name: p.clone() for name, p in model.named_parameters()}
+        with mechanisms_of("phase2")[mechanism].off(model):
+            without = model(ids)
+        assert (without - before).abs().max() > 1e-5
+        assert torch.equal(model(ids), before)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+def test_only_what_is_on_can_be_put_to_zero():
+    assert list(mechanisms_of("phase2")) == ["bk", "kappa", "feedback", "snr", "resonance", "positions"]
+    assert list(mechanisms_of("phase2/no-snr/no-bk")) == ["kappa", "feedback", "resonance", "positions"]
+    assert list(mechanisms_of("phase2/bare/bk")) == ["bk"]
+
+
+def test_the_original_initialisation_is_as_small_as_it_was():
+    entry = build("phase2/original", SMALL)
+    entry.reset(0)
+    model = entry.model
+    largest = torch.linalg.matrix_norm(model.blocks[0].hebbian.qkv_proj.weight.chunk(3)[0], 2)
+    assert largest.item() == pytest.approx(0.02 / 14.134725, rel=1e-4)
+    assert model.token_embedding.weight.abs().max() <= 0.02
+    assert model.position_embedding(torch.arange(5)).abs().max().item() == pytest.approx(1.0, rel=1e-3)
+    _, gamma = model.blocks[0].dissipative_bk.potential(torch.zeros(1, 1, 128))
+    torch.testing.assert_close(gamma, torch.full_like(gamma, 0.01 + torch.tensor(2.0).log().item()))
+
+
+def test_state_bytes():
+    memory, tail, resolvents = 2 * 64 * 64, 3 * 3 * 128, 2 * 2
+    assert build("phase2/bare", SMALL).state_bytes == 2 * 4 * (memory + tail + resolvents)
+    assert build("phase2", SMALL).state_bytes == 2 * 4 * (2 * memory + tail + resolvents + 2)
+    assert build("phase2/no-snr", SMALL).state_bytes == build("phase2/bare", SMALL).state_bytes
+    assert build("transformer", SMALL).state_bytes == 2 * 4 * 2 * 64 * 128
