@@ -64,7 +64,9 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass
 class TrainerState:
-    """State of a trainer between two steps. The order of the data and dropout's randomness follow from the seed and `step`.
+    """State of a trainer between two steps.
+
+    The order of the data and dropout's randomness follow from the seed and `step`.
 
     Attributes:
         step: steps taken.
