@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import backend as _backend
+from .dispatch import count_run, select
 from .packed import check_shape, count_sequences
 
 Form = Literal["causal", "two_sided"]
@@ -122,7 +122,12 @@ def _diagonal_pairs(
         raise ValueError("the two-sided form sees the whole chain at once and takes no initial_state")
     if initial_state is not None:
         check_shape("initial_state", initial_state, (sequences, alpha.shape[2]))
-    run = _backend.implementation("resolvent_diagonal", backend, alpha.device, alpha.dtype)
+    single = alpha.dtype == torch.complex64
+    obstacle = None if single else f"its kernel computes in complex64, the tensors are {alpha.dtype}"
+    if select(backend, alpha.device, "resolvent_diagonal", obstacle) == "triton":
+        from .triton.bk_core import resolvent_diagonal as run
+    else:
+        run = _resolvent_diagonal_torch
     state = None if initial_state is None else torch.view_as_real(initial_state.resolve_conj())
     return run(torch.view_as_real(alpha.resolve_conj()), coupling, state, cu_seqlens, form, block_size)
 
@@ -148,7 +153,6 @@ def resolvent_diagonal_reference(alpha: Tensor, coupling: Tensor, form: Form = "
     return diagonal.transpose(1, 2)
 
 
-@_backend.register("resolvent_diagonal", "torch")
 def _resolvent_diagonal_torch(
     alpha: Tensor,
     coupling: Tensor,
@@ -158,6 +162,7 @@ def _resolvent_diagonal_torch(
     block_size: int,
 ) -> tuple[Tensor, Tensor | None]:
     del block_size  # the scan below has no blocks
+    count_run("resolvent_diagonal", "torch")
     alpha = torch.view_as_complex(alpha)
     batch, length, heads = alpha.shape
     starts, ends = _bounds(alpha, cu_seqlens)

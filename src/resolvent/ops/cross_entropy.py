@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import backend as _backend
+from .dispatch import count_run, select
+from .library import operator
 
 IGNORED = -100
 """Label of a place that does not count."""
@@ -84,7 +85,7 @@ def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-@_backend.operator("linear_cross_entropy")
+@operator("linear_cross_entropy")
 def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -101,7 +102,10 @@ def _linear_cross_entropy(
     ``dtype`` is that of the products; the other arguments are those of ``linear_cross_entropy``.
     """
     device, tokens, vocabulary = hidden.device, len(hidden), len(weight)
-    run = _backend.implementation("softmax_cross_entropy", backend, device, dtype)
+    if select(backend, device, "softmax_cross_entropy") == "triton":
+        from .triton.cross_entropy import softmax_cross_entropy as run
+    else:
+        run = softmax_cross_entropy_torch
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(device.type, enabled=False):
         table = _aligned(weight, dtype)
@@ -159,8 +163,7 @@ def _scale_gradients(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | No
 torch.library.register_autograd("resolvent::linear_cross_entropy", _scale_gradients, setup_context=_keep_gradients)
 
 
-@_backend.register("softmax_cross_entropy", "torch")
-def _softmax_cross_entropy_torch(logits: Tensor, labels: Tensor, ignore_index: int, wants_gradient: bool) -> Tensor:
+def softmax_cross_entropy_torch(logits: Tensor, labels: Tensor, ignore_index: int, wants_gradient: bool) -> Tensor:
     """Negative log-likelihood of each row's label, zero where it is ignored; the logits become its gradient.
 
     Args:
@@ -173,6 +176,7 @@ def _softmax_cross_entropy_torch(logits: Tensor, labels: Tensor, ignore_index: i
     Returns:
         nats (C,), at least float32.
     """
+    count_run("softmax_cross_entropy", "torch")
     ignored = labels == ignore_index
     label = torch.where(ignored, 0, labels).unsqueeze(1)
     narrow = logits.dtype in (torch.bfloat16, torch.float16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from resolvent.errors import ConfigError
-from resolvent.ops import MemoryState, backend, dissipative_memory
+from resolvent.ops import MemoryState, dispatch, dissipative_memory
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -202,9 +202,9 @@ def test_kernels_refuse_what_they_cannot_do():
 
 
 def test_what_ran_is_counted():
-    before = backend.calls["dissipative_memory", "triton"]
+    before = dispatch.calls["dissipative_memory", "triton"]
     dissipative_memory(*(x.float() for x in inputs(3)), backend="triton")
-    assert backend.calls["dissipative_memory", "triton"] == before + 1
+    assert dispatch.calls["dissipative_memory", "triton"] == before + 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

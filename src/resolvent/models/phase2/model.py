@@ -28,7 +28,8 @@ from ...layers import (
     ZetaEmbedding,
 )
 from ...layers.hebbian import HebbianOutput
-from ...ops import Consolidation, MemoryState, backend
+from ...ops import Consolidation, MemoryState
+from ...ops.hebbian import memory_implementation
 from ..base import Block, IntegratedModel
 from ..initialization import init_weights
 from ..packing import TokenBatch, positions, read_tokens
@@ -293,8 +294,7 @@ class Phase2IntegratedModel(IntegratedModel):
     @property
     def reads_offsets(self) -> bool:
         head, config = self.lm_head.weight, self.config
-        run = backend.implementation("dissipative_memory", config.backend, head.device, head.dtype, config.head_dim)
-        return not run.__module__.startswith("resolvent.ops.triton")
+        return memory_implementation(config.backend, head.device, head.dtype, config.head_dim) == "torch"
 
     @property
     def _blocks(self) -> list[Phase2Block]:

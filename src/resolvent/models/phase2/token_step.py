@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ...layers import GatedFeedForward, ZetaEmbedding
 from ...layers.plain import is_plain
-from ...ops import Consolidation, backend
+from ...ops import Consolidation
+from ...ops.hebbian import memory_implementation
 from .state import LayerState, Phase2State
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ class TokenStep:
         if not all(map(is_plain, _projections(model))):
             return "a projection of it is no nn.Linear that nothing is hooked to"
         dtype = model.lm_head.weight.dtype
-        run = backend.implementation("dissipative_memory", config.backend, state.device, dtype, config.head_dim)
-        return None if run.__module__.startswith("resolvent.ops.triton") else "its operators run in torch"
+        ran_by = memory_implementation(config.backend, state.device, dtype, config.head_dim)
+        return None if ran_by == "triton" else "its operators run in torch"
 
     def __call__(self, token: Tensor) -> Tensor:
         """Read a token of every sequence, int64 (B,): logits of the next, (B, vocabulary), which the next call

@@ -27,8 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backend as _backend
 from ..bk_core import join_sides
+from ..dispatch import count_run
+from ..library import operator
 from ..packed import count_sequences
 from .launch import contiguous
 
@@ -43,13 +44,7 @@ ENOUGH_PROGRAMS = 512
 """As many programs as fill a large device several times over."""
 
 
-def _refuses(dtype: torch.dtype) -> str | None:
-    """What the kernels cannot do."""
-    return None if dtype == torch.complex64 else f"its kernel computes in complex64, the tensors are {dtype}"
-
-
-@_backend.register("resolvent_diagonal", "triton", refuses=_refuses)
-def _resolvent_diagonal_triton(
+def resolvent_diagonal(
     alpha: Tensor,
     coupling: Tensor,
     initial_state: Tensor | None,
@@ -72,7 +67,7 @@ def _resolvent_diagonal_triton(
     return torch.view_as_real(join_sides(torch.view_as_complex(alpha), left, right, coupling, cu_seqlens)), None
 
 
-@_backend.operator("causal_diagonal")
+@operator("causal_diagonal")
 def causal_diagonal(
     alpha: Tensor, coupling: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, block_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -93,11 +88,12 @@ def causal_diagonal(
     g, final_state = torch.empty_like(alpha), alpha.new_empty(plan.sequences, *alpha.shape[2:])
     maps = alpha.new_empty(plan.programs, 8)
     arguments = (alpha, coupling, contiguous(state), plan.offsets, maps, g, final_state)
+    count_run("resolvent_diagonal", "triton")
     _launch(_forward_kernel, plan, alpha, arguments)
     return g, final_state
 
 
-@_backend.operator("causal_diagonal_backward")
+@operator("causal_diagonal_backward")
 def causal_diagonal_backward(
     grad: Tensor,
     grad_final: Tensor | None,

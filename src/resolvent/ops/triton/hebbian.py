@@ -12,18 +12,17 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import backend as _backend
 from ..consolidation import Consolidation
-from ..hebbian import CHUNK, MemoryState
+from ..dispatch import count_run
+from ..library import operator
+from ..memory_state import CHUNK, MemoryState
 from ..packed import count_sequences
 from . import hebbian_kernels as kernels
 from .consolidation import constants_of, parts_of
 from .hebbian_step import memory_step
-from .launch import contiguous, more_than_float32
+from .launch import contiguous
 from .segments import Layout, layout_of, most_chunks, tables_on_device
 
-_WIDEST_HEAD = 128
-"""A program holds whole memories in its registers."""
 _LAUNCH = {
     "narrow": {
         "walk": dict(num_warps=4, num_stages=3),
@@ -316,14 +315,7 @@ def _rows(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- the operator
 
 
-def _refuses(dtype: torch.dtype, *widths: int) -> str | None:
-    """What the kernels cannot do."""
-    too_wide = f"its kernel holds heads up to a width of {_WIDEST_HEAD}, got {max(widths)}"
-    return more_than_float32(dtype) or (too_wide if max(widths) > _WIDEST_HEAD else None)
-
-
-@_backend.register("dissipative_memory", "triton", refuses=_refuses)
-def _dissipative_memory_triton(
+def dissipative_memory(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -352,7 +344,7 @@ def _dissipative_memory_triton(
     return readout, MemoryState(memory, *kept)
 
 
-@_backend.operator("memory")
+@operator("memory")
 def _memory(
     q: Tensor,
     k: Tensor,
@@ -390,6 +382,7 @@ def _memory(
     outputs = _room(q, k, v, decay, position, cu_seqlens, interval, save)
     readout, final, final_writes, final_forgetting, before, met, met_writes, met_forgetting = outputs
     start, last = (memory, writes, forgetting), (final, final_writes, final_forgetting)
+    count_run("dissipative_memory", "triton")
     to_save, to_meet = (before, (met, met_writes, met_forgetting)) if save else (None, (None, None, None))
     if not call.layout.segmented:
         call.walk(readout, start, last, to_save, to_meet)
@@ -450,7 +443,7 @@ def _room(
     )
 
 
-@_backend.operator("memory_backward")
+@operator("memory_backward")
 def _memory_backward(
     grad_readout: Tensor,
     grad_memory: Tensor | None,

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backend as _backend
+from ..dispatch import count_run
+from ..library import operator
 from .consolidation import consolidate, constants_of
 from .hebbian_kernels import VARYING, cells_of, load_state, resonance_of, sizes_of, strength_of
 from .launch import contiguous
@@ -74,7 +75,7 @@ def _step(
     tl.store(readout + row * V + values, answer.to(readout.dtype.element_ty), mask=values < V)
 
 
-@_backend.operator("memory_step")
+@operator("memory_step")
 def memory_step(
     q: Tensor,
     k: Tensor,
@@ -100,6 +101,7 @@ def memory_step(
     outputs = _room_for_step(v, memory, writes, forgetting, interval)
     batch, _, heads, _ = q.shape
     tokens = [x[:, 0] if x.stride(-1) == 1 or x.dim() == 3 else x[:, 0].contiguous() for x in (q, k, v, decay)]
+    count_run("dissipative_memory", "triton")
     with torch.cuda.device_of(q):
         _step[(batch, heads)](
             *tokens,

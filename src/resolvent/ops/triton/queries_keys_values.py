@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backend as _backend
+from ..dispatch import count_run
+from ..library import operator
 from ..packed import sequence_numbers
 from .consolidation import sigmoid
-from .launch import contiguous, more_than_float32
+from .launch import contiguous
 
 _kernel: Any = triton.jit
 _TINY = tl.constexpr(1e-12)  # that of ``ops.normalize.unit_length``
@@ -225,8 +226,7 @@ def _backward(
         tl.store(at_weight, of_taps[j], mask=wanted)
 
 
-@_backend.register("queries_keys_values", "triton", refuses=more_than_float32)
-def _queries_keys_values_triton(
+def queries_keys_values(
     projected: Tensor, weight: Tensor, tail: Tensor, num_heads: int, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if cu_seqlens is not None:
@@ -236,7 +236,7 @@ def _queries_keys_values_triton(
     return _queries_keys_values(projected, weight, tail, cu_seqlens, num_heads)
 
 
-@_backend.operator("queries_keys_values")
+@operator("queries_keys_values")
 def _queries_keys_values(
     projected: Tensor, weight: Tensor, tail: Tensor, bounds: Tensor | None, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,6 +248,7 @@ def _queries_keys_values(
     outputs = _room(projected)
     if projected.numel():
         tensors, numbers, grid, sizes = _arguments(projected, weight, tail, bounds, num_heads, _FORWARD)
+        count_run("queries_keys_values", "triton")
         with torch.cuda.device_of(projected):
             _forward[grid](*tensors, *outputs, *numbers, **sizes)
     return outputs
@@ -265,7 +266,7 @@ def _room(projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-@_backend.operator("queries_keys_values_backward")
+@operator("queries_keys_values_backward")
 def _queries_keys_values_backward(
     grad_q: Tensor,
     grad_k: Tensor,
