@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..bk_core import join_sides
 from ..dispatch import count_run
 from ..library import operator
 from ..packed import count_sequences
@@ -44,29 +43,6 @@ ENOUGH_PROGRAMS = 512
 """As many programs as fill a large device several times over."""
 
 
-def resolvent_diagonal(
-    alpha: Tensor,
-    coupling: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    form: str,
-    block_size: int,
-) -> tuple[Tensor, Tensor | None]:
-    """See ``ops.resolvent_diagonal``; complex numbers come as pairs. ``block_size`` is the number of lanes that a
-    program has at most, rounded down to a power of two; each holds ``SITES`` sites of a block. ``cu_seqlens`` on the
-    CPU lets a launch fit the longest sequence."""
-    if initial_state is not None:
-        initial_state = initial_state.to(alpha.dtype)
-    coupling = coupling.to(alpha.dtype)
-    if form == "causal":
-        return causal_diagonal(alpha, coupling, initial_state, cu_seqlens, block_size)
-    mirrored = None if cu_seqlens is None else alpha.shape[1] - cu_seqlens.flip(0)
-    from_left, _ = causal_diagonal(alpha, coupling, None, cu_seqlens, block_size)
-    from_right, _ = causal_diagonal(alpha.flip(1), coupling, None, mirrored, block_size)
-    left, right = torch.view_as_complex(from_left), torch.view_as_complex(from_right)
-    return torch.view_as_real(join_sides(torch.view_as_complex(alpha), left, right, coupling, cu_seqlens)), None
-
-
 @operator("causal_diagonal")
 def causal_diagonal(
     alpha: Tensor, coupling: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, block_size: int
@@ -77,8 +53,9 @@ def causal_diagonal(
         alpha: float32 (B, N, H, 2).
         coupling: m, float32 (H,).
         state: ``g_{-1}``, float32 (S, H, 2); zero if not given.
-        cu_seqlens: offsets of S packed sequences, integer (S + 1,), on any device; needs B = 1.
-        block_size: lanes of a program at most.
+        cu_seqlens: offsets of S packed sequences, integer (S + 1,), on any device; needs B = 1. On the CPU they let the
+            launch fit the longest sequence.
+        block_size: lanes of a program at most, rounded down to a power of two; each holds ``SITES`` sites of a block.
 
     Returns:
         g (B, N, H, 2) and its last value in every sequence (S, H, 2).
