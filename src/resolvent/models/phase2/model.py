@@ -34,8 +34,8 @@ from ..base import Block, IntegratedModel
 from ..initialization import init_weights
 from ..packing import TokenBatch, positions, read_tokens
 from .config import Phase2Config
+from .decode import TokenStep
 from .state import LayerState, Phase2State
-from .token_step import TokenStep
 
 if TYPE_CHECKING:
     from .conversion import ConversionReport

@@ -219,7 +219,7 @@ def _inverse_power(x):
 
 
 @triton.jit
-def _reciprocal(a):
+def reciprocal(a):
     scale = _inverse_power(_size(a))  # the squares of numbers from 1e-30 to 1e30 leave the range of float32
     re, im = a[0] * scale, a[1] * scale
     factor = scale / (re * re + im * im)
@@ -284,7 +284,7 @@ def _of_lane_before(a, lane, first):
 
 @triton.jit
 def _next(m, alpha, g):
-    return _reciprocal((alpha[0] - m * g[0], alpha[1] - m * g[1]))
+    return reciprocal((alpha[0] - m * g[0], alpha[1] - m * g[1]))
 
 
 @triton.jit
@@ -383,7 +383,7 @@ def _forward_kernel(
             a, b = _load(maps, matrix, earlier, 1.0), _load(maps, matrix + 1, earlier, 0.0)
             c, d = _load(maps, matrix + 2, earlier, 0.0), _load(maps, matrix + 3, earlier, 1.0)
             _, b, _, d = _scan_matrices(a, _choose(lane == 0, _times(d, b0), b), c, d)
-            b0 = _pick(lane == segment, _times(b, _reciprocal(d)))
+            b0 = _pick(lane == segment, _times(b, reciprocal(d)))
 
     for block in range(segment * span, tl.minimum((segment + 1) * span, count), LANES * SITES):
         left = tl.minimum(count - block, LANES * SITES).to(tl.int32)
@@ -397,7 +397,7 @@ def _forward_kernel(
             last = lane == LANES - 1
             a0, b0, c0, d0 = _pick(last, a), _pick(last, b), _pick(last, c), _pick(last, d)
         else:
-            x = _of_lane_before(_times(b, _reciprocal(d)), lane, b0)
+            x = _of_lane_before(_times(b, reciprocal(d)), lane, b0)
             pointers = _pointers(g + 2 * heads * block, site, heads)
             for i in tl.static_range(SITES):
                 valid = site + i < left

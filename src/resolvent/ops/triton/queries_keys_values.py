@@ -22,7 +22,7 @@ from .consolidation import sigmoid
 from .launch import contiguous
 
 _kernel: Any = triton.jit
-_TINY = tl.constexpr(1e-12)  # that of ``ops.normalize.unit_length``
+TINY = tl.constexpr(1e-12)  # that of ``ops.normalize.unit_length``
 _FORWARD = dict(VALUES=256, TOKENS=32, STAGES=3, UNROLL=4)
 _BACKWARD = dict(VALUES=256, TOKENS=64, STAGES=4, maxnreg=168)
 """Channels of a warp (of up to 4 taps), tokens of a run, rows that are on their way at a time, steps that are written
@@ -152,7 +152,7 @@ def _forward(
         given = _convolved(rows, taps, W)
         given *= _sigmoid(given, x.dtype.element_ty)
         if role < 2:
-            given *= tl.rsqrt(tl.sum(given * given, 1) + K * _TINY)[:, None]
+            given *= tl.rsqrt(tl.sum(given * given, 1) + K * TINY)[:, None]
         tl.store(at_out, given.to(q.dtype.element_ty), mask=wanted)
         at_x += stride
         at_out += HK
@@ -208,7 +208,7 @@ def _backward(
         gate = _sigmoid(given, x.dtype.element_ty)
         activated = given * gate
         if role < 2:
-            inverse = tl.rsqrt(tl.sum(activated * activated, 1) + K * _TINY)
+            inverse = tl.rsqrt(tl.sum(activated * activated, 1) + K * TINY)
             along = tl.sum(activated * grad, 1) * inverse * inverse
             grad = (grad - activated * along[:, None]) * inverse[:, None]
         grad *= gate + activated * (1 - gate)

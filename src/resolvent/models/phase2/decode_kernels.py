@@ -16,12 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bk_core import _reciprocal
-from .consolidation import constants_of, parts_of
-from .hebbian_kernels import cells_of, load_state
-from .hebbian_step import advance
-from .launch import early, let_next_begin, wait_for_last
-from .queries_keys_values import _TINY
+from ...layers import DissipativeBKLayer, DissipativeHebbianLayer
+from ...ops import Consolidation
+from ...ops.dispatch import count_run
+from ...ops.triton.bk_core import reciprocal
+from ...ops.triton.consolidation import constants_of, parts_of
+from ...ops.triton.hebbian_kernels import cells_of, load_state
+from ...ops.triton.hebbian_step import advance
+from ...ops.triton.launch import early, let_next_begin, wait_for_last
+from ...ops.triton.queries_keys_values import TINY
 
 _kernel: Any = triton.jit
 _EPS = tl.constexpr(1e-5)  # that of ``ops.normalize.unit_rms``
@@ -145,7 +148,7 @@ def _scatter(
     rate += tl.sum(of_gamma * given, 1)
     rate = tl.maximum(rate, 0.0) + tl.log(1 + tl.exp(-tl.abs(rate))) + base_decay
     tl.store(gamma + sequence * H + heads, rate, mask=there)
-    re, im = _reciprocal((potential - hopping * g_re, -(strength * rate + zeta) - hopping * g_im))
+    re, im = reciprocal((potential - hopping * g_re, -(strength * rate + zeta) - hopping * g_im))
     tl.store(place, re, mask=there)
     tl.store(place + 1, im, mask=there)
     tl.store(x + sequence * D + columns, old + tl.sum(of_re * re[None, :] + of_im * im[None, :], 1), mask=inside)
@@ -196,8 +199,8 @@ def _remember(
     if GATE:
         opening += tl.sum(up * tl.load(gate + sequence * G + down, mask=down < G, other=0.0)[None, :], 1)
         opening += tl.load(gate_bias + channels, mask=inside, other=0.0).to(tl.float32)
-    query *= tl.rsqrt(tl.sum(query * query, 0) + K * _TINY)
-    key *= tl.rsqrt(tl.sum(key * key, 0) + K * _TINY) * tl.exp(tl.load(log_eta + head).to(tl.float32))
+    query *= tl.rsqrt(tl.sum(query * query, 0) + K * TINY)
+    key *= tl.rsqrt(tl.sum(key * key, 0) + K * TINY) * tl.exp(tl.load(log_eta + head).to(tl.float32))
     boundary = (tl.load(position + sequence) + 1) % tl.maximum(interval, 1) == 0
     force = 1.0
     if logit is not None:
@@ -270,7 +273,7 @@ def linear(
 
 
 def scatter(
-    x: Tensor, readout: Tensor | None, norm: Norm, layer: Any, bk_weight: Tensor, g: Tensor, out: Tensor
+    x: Tensor, readout: Tensor | None, norm: Norm, layer: DissipativeBKLayer, bk_weight: Tensor, g: Tensor, out: Tensor
 ) -> None:
     """Add a token's resolvent features to x (B, D); its Γ goes to ``out`` (B, H), the chains' g (B, H, 2) move on.
 
@@ -281,6 +284,7 @@ def scatter(
     memory_width = 1 if back is None else back.in_features
     of_potential = (None if linear is None else linear.weight for linear in (potential.v_proj, adaptive, back))
     of_chain = (layer.h0_super, layer.h0_sub, layer.kappa, layer.energy, layer.log_zeta)
+    count_run("resolvent_diagonal", "triton")
     with torch.cuda.device_of(out):
         _scatter[(batch,)](
             x, readout, norm.weight, norm.bias, *of_potential, potential.gamma_bias, *of_chain, bk_weight, g, out,
@@ -296,8 +300,8 @@ def remember(
     gamma: Tensor,
     gate: Tensor | None,
     position: Tensor,
-    layer: Any,
-    consolidation: Any,
+    layer: DissipativeHebbianLayer,
+    consolidation: Consolidation | None,
     strength_logit: Tensor | None,
     state: tuple[Tensor, Tensor, Tensor],
     tail: Tensor,
@@ -321,13 +325,15 @@ def remember(
     """
     (_, *of_resonance), numbers = parts_of(consolidation)
     heads, width = layer.num_heads, layer.head_dim
-    up, narrow = layer.gate_up, 1 if gate is None else gate.shape[1]
+    up, narrow, taps = layer.gate_up, 1 if gate is None else gate.shape[1], layer.conv_weight
+    assert taps is not None  # ``TokenStep`` refuses a model without a short convolution
+    count_run("dissipative_memory", "triton")
     with torch.cuda.device_of(gated):
         _remember[(len(projected), heads)](
-            projected, tail, layer.conv_weight, gamma, layer.log_eta, *state, position, strength_logit,
+            projected, tail, taps, gamma, layer.log_eta, *state, position, strength_logit,
             *of_resonance, gate, *((None, None) if up is None else (up.weight, up.bias)), readout, gated, layer.dt,
             *constants_of(**numbers), heads, narrow,
-            K=width, BK=max(16, triton.next_power_of_2(width)), W=len(layer.conv_weight), SNR=len(numbers["snr"]) > 0,
+            K=width, BK=max(16, triton.next_power_of_2(width)), W=len(taps), SNR=len(numbers["snr"]) > 0,
             RESONANCE=of_resonance[0] is not None, NORM=layer.output_norm, GATE=gate is not None,
             BG=triton.next_power_of_2(narrow), num_warps=8, **early(gated.device),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One token at a time through a Phase 2 model, by the kernels of ``ops.triton.token_step``: six launches a block."""
+"""One token at a time through a Phase 2 model, by the kernels of ``decode_kernels``: six launches a block."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class TokenStep:
     """
 
     def __init__(self, model: Phase2IntegratedModel, state: Phase2State) -> None:
-        from ...ops.triton import token_step
+        from . import decode_kernels
 
-        self.kernels, self.model, self.state = token_step, model, state
+        self.kernels, self.model, self.state = decode_kernels, model, state
         config, sequences, device = model.config, len(state), state.device
         width = config.num_heads * config.head_dim
 
