@@ -79,14 +79,15 @@ def test_weights_may_change_in_place(device):
         torch.testing.assert_close(found.to(expected.device), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @torch.no_grad()
-def test_launches_are_counted_and_the_question_is_not():
-    model, plain = models_on("cpu")
-    state = start(plain, "cpu", read=5)
+def test_launches_are_counted_and_the_question_is_not(device):
+    model, plain = models_on(device)
+    state = start(plain, device, read=5)
     before = dispatch.calls.copy()
     step = token_step(model, state)
     assert dispatch.calls == before
-    step(torch.zeros(2, dtype=torch.int64))
+    step(torch.zeros(2, dtype=torch.int64, device=device))
     blocks = len(model.blocks)
     assert dispatch.calls - before == {
         (name, "triton"): blocks for name in ("resolvent_diagonal", "dissipative_memory")
