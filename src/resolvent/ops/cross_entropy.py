@@ -85,7 +85,27 @@ def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-@operator("linear_cross_entropy")
+def _allocate(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    chunk_tokens: int | None,
+    dtype: torch.dtype,
+    backend: str,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the results of ``_linear_cross_entropy``."""
+    total = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
+    return (
+        total,
+        hidden.new_empty(hidden.shape if wants_hidden else 0),
+        weight.new_empty(weight.shape if wants_weight else 0),
+    )
+
+
+@operator("linear_cross_entropy", _allocate)
 def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -124,26 +144,6 @@ def _linear_cross_entropy(
             if wants_weight:
                 _accumulate(grad_table, logits.T, states, beta=1 if start else 0)
     return total, grad_hidden, grad_table[:vocabulary].to(weight.dtype)
-
-
-@torch.library.register_fake("resolvent::linear_cross_entropy")
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    chunk_tokens: int | None,
-    dtype: torch.dtype,
-    backend: str,
-    wants_hidden: bool,
-    wants_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    total = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
-    return (
-        total,
-        hidden.new_empty(hidden.shape if wants_hidden else 0),
-        weight.new_empty(weight.shape if wants_weight else 0),
-    )
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -43,7 +43,16 @@ ENOUGH_PROGRAMS = 512
 """As many programs as fill a large device several times over."""
 
 
-@operator("causal_diagonal")
+def _allocate(
+    alpha: Tensor, coupling: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Allocate the results of ``causal_diagonal``."""
+    sequences = count_sequences(alpha.shape[0], cu_seqlens)
+    g = torch.empty_like(alpha, memory_format=torch.contiguous_format)
+    return g, alpha.new_empty(sequences, *alpha.shape[2:])
+
+
+@operator("causal_diagonal", _allocate)
 def causal_diagonal(
     alpha: Tensor, coupling: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, block_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -70,7 +79,21 @@ def causal_diagonal(
     return g, final_state
 
 
-@operator("causal_diagonal_backward")
+def _allocate_gradients(
+    grad: Tensor,
+    grad_final: Tensor | None,
+    g: Tensor,
+    coupling: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the results of ``causal_diagonal_backward``."""
+    sequences = count_sequences(g.shape[0], cu_seqlens)
+    return torch.empty_like(g), torch.empty_like(coupling), g.new_empty(sequences, *g.shape[2:])
+
+
+@operator("causal_diagonal_backward", _allocate_gradients)
 def causal_diagonal_backward(
     grad: Tensor,
     grad_final: Tensor | None,
@@ -86,30 +109,9 @@ def causal_diagonal_backward(
     grad_alpha, grad_state = torch.empty_like(g), g.new_empty(plan.sequences, *g.shape[2:])
     sums = g.new_empty(plan.sequences, plan.segments, plan.heads)
     maps = g.new_empty(plan.programs, 4)
-    arguments = (grad.contiguous(), contiguous(grad_final), g, coupling, contiguous(state), plan.offsets, maps)
-    _launch(_backward_kernel, plan, g, (*arguments, grad_alpha, grad_state, sums))
+    upstream, grads = _Upstream(grad.contiguous(), contiguous(grad_final)), _Gradients(grad_alpha, grad_state, sums)
+    _launch(_backward_kernel, plan, g, (upstream, g, coupling, contiguous(state), plan.offsets, maps, grads))
     return grad_alpha, sums.sum((0, 1)), grad_state
-
-
-@torch.library.register_fake("resolvent::causal_diagonal")
-def _(alpha: Tensor, coupling: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, block_size: int) -> Any:
-    sequences = count_sequences(alpha.shape[0], cu_seqlens)
-    g = torch.empty_like(alpha, memory_format=torch.contiguous_format)
-    return g, alpha.new_empty(sequences, *alpha.shape[2:])
-
-
-@torch.library.register_fake("resolvent::causal_diagonal_backward")
-def _(
-    grad: Tensor,
-    grad_final: Tensor | None,
-    g: Tensor,
-    coupling: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    block_size: int,
-) -> Any:
-    sequences = count_sequences(g.shape[0], cu_seqlens)
-    return torch.empty_like(g), torch.empty_like(coupling), g.new_empty(sequences, *g.shape[2:])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -128,6 +130,21 @@ def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None) -> tuple
 
 
 torch.library.register_autograd("resolvent::causal_diagonal", _backward, setup_context=_save)
+
+
+class _Upstream(NamedTuple):
+    """Gradients of g at every site (B, N, H, 2), and of the final state (S, H, 2)."""
+
+    sites: Tensor
+    final: Tensor | None
+
+
+class _Gradients(NamedTuple):
+    """Gradients of alpha (B, N, H, 2) and of the initial state (S, H, 2), and the coupling's by program."""
+
+    alpha: Tensor
+    state: Tensor
+    sums: Tensor
 
 
 class _Plan(NamedTuple):
@@ -175,7 +192,7 @@ def _plan(chains: Tensor, cu_seqlens: Tensor | None, block_size: int) -> _Plan:
     return _Plan(cu_seqlens, length, sequences, max(1, triton.cdiv(longest, span)), heads, span, lanes)
 
 
-def _launch(kernel: Any, plan: _Plan, chains: Tensor, arguments: tuple[Tensor | None, ...]) -> None:
+def _launch(kernel: Any, plan: _Plan, chains: Tensor, arguments: tuple[Any, ...]) -> None:
     if plan.programs == 0:
         return
     sizes = (plan.length, plan.heads, plan.segments, plan.span)
@@ -416,16 +433,13 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["length", "heads", "segments", "span"])
 def _backward_kernel(
-    grad,
-    grad_final,
+    upstream,
     g,
     coupling,
     state,
     cu_seqlens,
     maps,
-    grad_alpha,
-    grad_state,
-    sums,
+    grads,
     length,
     heads,
     segments,
@@ -440,8 +454,7 @@ def _backward_kernel(
     head, sequence, segment, start, count = _chain(cu_seqlens, length, heads, segments)
     m = tl.load(coupling + head)
     end = 2 * ((start + count - 1) * heads + head)
-    grad += end
-    grad_alpha += end
+    grad, grad_alpha = upstream.sites + end, grads.alpha + end
     g += end
     maps += 4 * tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
@@ -451,7 +464,7 @@ def _backward_kernel(
     # The map of all sites that were passed. A number that arrives from there is b alone.
     a0, b0 = (one, zero), (zero, zero)
     if not FOLD:
-        b0 = _load_optional(grad_final, sequence * heads + head)
+        b0 = _load_optional(upstream.final, sequence * heads + head)
         if segment > 0:
             passed = (lane > 0) & (lane <= segment)
             affine = 2 * heads * (lane - 1 - segment)
@@ -489,6 +502,6 @@ def _backward_kernel(
         _store(maps, 0, a0)
         _store(maps, 1, b0)
     else:
-        tl.store(sums + tl.program_id(0), tl.sum(total, 0))
+        tl.store(grads.sums + tl.program_id(0), tl.sum(total, 0))
         if segment == tl.maximum(count - 1, 0) // span:
-            _store(grad_state, sequence * heads + head, b0)
+            _store(grads.state, sequence * heads + head, b0)
