@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resolvent.ops import (
+    dispatch,
     effective_diagonal,
     resolvent_diagonal,
     resolvent_diagonal_reference,
@@ -195,6 +196,28 @@ def test_non_finite_input_stays_visible():
     alpha, coupling = chain(8)
     alpha[0, 3, 0] = complex(float("nan"), -1)
     assert resolvent_diagonal(alpha, coupling)[0][0, 3, 0].isnan()
+
+
+@pytest.mark.parametrize("form", ["causal", "two_sided"])
+def test_an_empty_chain_has_an_empty_diagonal(form):
+    alpha, coupling = chain(0)
+    diagonal, _ = resolvent_diagonal(alpha, coupling, form=form)
+    assert diagonal.shape == alpha.shape
+
+
+def test_the_two_sided_form_is_two_causal_runs():
+    """Whatever runs the causal form, the two-sided form is made of it in one place."""
+    alpha, coupling = chain(9)
+    before = dispatch.calls.copy()
+    two_sided, state = resolvent_diagonal(alpha, coupling, form="two_sided")
+    assert dispatch.calls - before == {("resolvent_diagonal", "torch"): 2}
+    assert state is None
+    left, right = (resolvent_diagonal(x, coupling)[0] for x in (alpha, alpha.flip(1)))
+    neighbours = (
+        torch.nn.functional.pad(left[:, :-1], (0, 0, 1, 0)),
+        torch.nn.functional.pad(right[:, :-1], (0, 0, 1, 0)),
+    )
+    torch.testing.assert_close(two_sided, 1 / (alpha - coupling * neighbours[0] - coupling * neighbours[1].flip(1)))
 
 
 def test_wrong_calls_are_named():

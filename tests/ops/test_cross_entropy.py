@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resolvent.ops import IGNORED, backend, linear_cross_entropy
+from resolvent.ops import IGNORED, cross_entropy, linear_cross_entropy
 from resolvent.ops.cross_entropy import _chunk_tokens, _linear_cross_entropy
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -141,9 +141,8 @@ def test_a_frozen_side_costs_no_gradient(frozen):
 def test_without_gradients_only_the_loss_is_computed(monkeypatch):
     hidden, weight, labels = inputs()
     seen = []
-    run = backend.implementation("softmax_cross_entropy", "torch", hidden.device, hidden.dtype)
-    kernels = {"torch": lambda *args: seen.append(args[3]) or run(*args)}
-    monkeypatch.setitem(backend._implementations, "softmax_cross_entropy", kernels)
+    run = cross_entropy.softmax_cross_entropy_torch
+    monkeypatch.setattr(cross_entropy, "softmax_cross_entropy_torch", lambda *args: seen.append(args[3]) or run(*args))
     with torch.no_grad():
         linear_cross_entropy(hidden, weight, labels)
     with torch.inference_mode():
@@ -155,9 +154,13 @@ def test_without_gradients_only_the_loss_is_computed(monkeypatch):
 
 def test_logits_of_a_chunk_are_all_that_is_held(monkeypatch):
     rows = []
-    run = backend.implementation("softmax_cross_entropy", "torch", torch.device("cpu"), torch.float32)
-    kernels = {"torch": lambda logits, *args: rows.append(logits.untyped_storage().nbytes()) or run(logits, *args)}
-    monkeypatch.setitem(backend._implementations, "softmax_cross_entropy", kernels)
+    run = cross_entropy.softmax_cross_entropy_torch
+
+    def seen(logits, *args):
+        rows.append(logits.untyped_storage().nbytes())
+        return run(logits, *args)
+
+    monkeypatch.setattr(cross_entropy, "softmax_cross_entropy_torch", seen)
     linear_cross_entropy(*inputs(50), chunk_tokens=16).backward()
     assert rows == [16 * 101 * 4] * 4
 

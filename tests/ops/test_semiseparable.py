@@ -3,7 +3,7 @@ import torch
 
 from resolvent.errors import ConfigError
 from resolvent.ops import gated_prefix_sum, gated_prefix_sum_reference, gated_prefix_sum_step
-from resolvent.ops.backend import calls
+from resolvent.ops.dispatch import calls
 from resolvent.ops.prefix_sum import by_doubling
 
 

@@ -13,7 +13,8 @@ from .bk_core import (
 )
 from .consolidation import Consolidation, Resonance, SNRFilter, consolidate
 from .cross_entropy import IGNORED, linear_cross_entropy
-from .hebbian import MemoryState, dissipative_memory, dissipative_memory_reference, dissipative_memory_step
+from .hebbian import dissipative_memory, dissipative_memory_reference, dissipative_memory_step
+from .memory_state import MemoryState
 from .semiseparable import gated_prefix_sum, gated_prefix_sum_reference, gated_prefix_sum_step
 
 __all__ = [

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import backend as _backend
+from .dispatch import count_run, select
 from .packed import check_shape, count_sequences
 
 Form = Literal["causal", "two_sided"]
@@ -78,8 +78,20 @@ def resolvent_diagonal(
     Raises:
         ValueError: shapes do not fit, or a state is given to the two-sided form.
     """
-    diagonal, state = _diagonal_pairs(alpha, coupling, initial_state, cu_seqlens, form, backend, block_size)
-    return torch.view_as_complex(diagonal), None if state is None else torch.view_as_complex(state)
+    if form not in ("causal", "two_sided"):
+        raise ValueError(f"form must be 'causal' or 'two_sided', got {form!r}")
+    if form == "causal":
+        g, state = _causal(alpha, coupling, initial_state, cu_seqlens, backend, block_size)
+        return torch.view_as_complex(g), torch.view_as_complex(state)
+    if initial_state is not None:
+        raise ValueError("the two-sided form sees the whole chain at once and takes no initial_state")
+    # 1. Causal runs over the chain, and over the chain turned around.
+    g_left, _ = _causal(alpha, coupling, None, cu_seqlens, backend, block_size)
+    mirrored = None if cu_seqlens is None else alpha.shape[1] - cu_seqlens.flip(0)
+    g_right, _ = _causal(alpha.flip(1), coupling, None, mirrored, backend, block_size)
+    # 2. Every site between its two sides.
+    sides = torch.view_as_complex(g_left), torch.view_as_complex(g_right)
+    return _join_sides(alpha, *sides, coupling, cu_seqlens), None
 
 
 def resolvent_features(
@@ -96,35 +108,36 @@ def resolvent_features(
     The diagonal stays real all the way: a backward pass that ``torch.compile`` made does not know that a complex
     number and its two parts share their memory, and may overwrite the one before it reads the other.
     """
-    diagonal, state = _diagonal_pairs(alpha, coupling, initial_state, cu_seqlens, "causal", backend, block_size)
-    assert state is not None
-    return diagonal.transpose(-1, -2).flatten(-2), torch.view_as_complex(state)
+    g, state = _causal(alpha, coupling, initial_state, cu_seqlens, backend, block_size)
+    return g.transpose(-1, -2).flatten(-2), torch.view_as_complex(state)
 
 
-def _diagonal_pairs(
+def _causal(
     alpha: Tensor,
     coupling: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    form: Form,
     backend: str,
     block_size: int,
-) -> tuple[Tensor, Tensor | None]:
-    """What the back ends implement: complex numbers as pairs of real ones, (B, N, H, 2) and (S, H, 2)."""
-    if form not in ("causal", "two_sided"):
-        raise ValueError(f"form must be 'causal' or 'two_sided', got {form!r}")
+) -> tuple[Tensor, Tensor]:
+    """Run the causal form; complex numbers come back as pairs of real ones, (B, N, H, 2) and (S, H, 2)."""
     if alpha.dim() != 3 or coupling.shape != alpha.shape[2:]:
         raise ValueError(
             f"expected alpha (B, N, H) and coupling (H,), got {tuple(alpha.shape)}, {tuple(coupling.shape)}"
         )
     sequences = count_sequences(alpha.shape[0], cu_seqlens)
-    if form == "two_sided" and initial_state is not None:
-        raise ValueError("the two-sided form sees the whole chain at once and takes no initial_state")
     if initial_state is not None:
         check_shape("initial_state", initial_state, (sequences, alpha.shape[2]))
-    run = _backend.implementation("resolvent_diagonal", backend, alpha.device, alpha.dtype)
+    pairs = torch.view_as_real(alpha.resolve_conj())
     state = None if initial_state is None else torch.view_as_real(initial_state.resolve_conj())
-    return run(torch.view_as_real(alpha.resolve_conj()), coupling, state, cu_seqlens, form, block_size)
+    single = alpha.dtype == torch.complex64
+    obstacle = None if single else f"its kernel computes in complex64, the tensors are {alpha.dtype}"
+    if select(backend, alpha.device, "resolvent_diagonal", obstacle) == "torch":
+        return _causal_torch(pairs, coupling, state, cu_seqlens)
+    from .triton.bk_core import causal_diagonal
+
+    state = None if state is None else state.to(pairs.dtype)
+    return causal_diagonal(pairs, coupling.to(pairs.dtype), state, cu_seqlens, block_size)
 
 
 def resolvent_step(alpha: Tensor, coupling: Tensor, state: Tensor) -> Tensor:
@@ -148,25 +161,14 @@ def resolvent_diagonal_reference(alpha: Tensor, coupling: Tensor, form: Form = "
     return diagonal.transpose(1, 2)
 
 
-@_backend.register("resolvent_diagonal", "torch")
-def _resolvent_diagonal_torch(
-    alpha: Tensor,
-    coupling: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    form: Form,
-    block_size: int,
-) -> tuple[Tensor, Tensor | None]:
-    del block_size  # the scan below has no blocks
+def _causal_torch(
+    alpha: Tensor, coupling: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    count_run("resolvent_diagonal", "torch")
     alpha = torch.view_as_complex(alpha)
     batch, length, heads = alpha.shape
     starts, ends = _bounds(alpha, cu_seqlens)
     links = _links(coupling, starts, length)
-    if form == "two_sided":
-        g_left = _Moebius.apply(alpha, links.expand_as(alpha))
-        g_right = _Moebius.apply(alpha.flip(1), _links(coupling, length - ends, length).expand_as(alpha))
-        return torch.view_as_real(join_sides(alpha, g_left, g_right, coupling, cu_seqlens)), None
-
     if initial_state is None:
         state = alpha.new_zeros(batch * len(starts), heads)
     else:
@@ -184,11 +186,10 @@ def _resolvent_diagonal_torch(
     return torch.view_as_real(g), torch.view_as_real(final_state.reshape(-1, heads))
 
 
-def join_sides(alpha: Tensor, g_left: Tensor, g_right: Tensor, coupling: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Return ``1 / (alpha_i - m g+_{i-1} - m g-_{i+1})`` from the two causal diagonals.
+def _join_sides(alpha: Tensor, g_left: Tensor, g_right: Tensor, coupling: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return ``1 / (alpha_i - m g+_{i-1} - m g-_{i+1})`` from the causal diagonals of a chain, in both directions.
 
-    They are those of the chain and of the chain turned around, (B, N, H). Both enter as they are: the squares of
-    their inverses, which a gradient would meet, overflow.
+    Both, (B, N, H), enter as they are: the squares of their inverses, which a gradient would meet, overflow.
     """
     starts, ends = _bounds(alpha, cu_seqlens)
     from_left = _links(coupling, starts, alpha.shape[1]) * _shift(g_left)

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import backend as _backend
+from .dispatch import count_run, select
+from .library import operator
 
 IGNORED = -100
 """Label of a place that does not count."""
@@ -87,7 +88,27 @@ def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-@_backend.operator("linear_cross_entropy")
+def _allocate(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    chunk_tokens: int | None,
+    dtype: torch.dtype,
+    backend: str,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the results of ``_linear_cross_entropy``."""
+    total = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
+    return (
+        total,
+        hidden.new_empty(hidden.shape if wants_hidden else 0),
+        weight.new_empty(weight.shape if wants_weight else 0),
+    )
+
+
+@operator("linear_cross_entropy", _allocate)
 def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -104,7 +125,10 @@ def _linear_cross_entropy(
     ``dtype`` is that of the products; the other arguments are those of ``linear_cross_entropy``.
     """
     device, tokens, vocabulary = hidden.device, len(hidden), len(weight)
-    run = _backend.implementation("softmax_cross_entropy", backend, device, dtype)
+    if select(backend, device, "softmax_cross_entropy") == "triton":
+        from .triton.cross_entropy import softmax_cross_entropy as run
+    else:
+        run = softmax_cross_entropy_torch
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(device.type, enabled=False):
         table = _aligned(weight, dtype)
@@ -125,26 +149,6 @@ def _linear_cross_entropy(
     return total, grad_hidden, grad_table[:vocabulary].to(weight.dtype)
 
 
-@torch.library.register_fake("resolvent::linear_cross_entropy")
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    chunk_tokens: int | None,
-    dtype: torch.dtype,
-    backend: str,
-    wants_hidden: bool,
-    wants_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    total = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
-    return (
-        total,
-        hidden.new_empty(hidden.shape if wants_hidden else 0),
-        weight.new_empty(weight.shape if wants_weight else 0),
-    )
-
-
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, *gradients = output
     ctx.wanted = inputs[-2:]
@@ -162,8 +166,7 @@ def _scale_gradients(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | No
 torch.library.register_autograd("resolvent::linear_cross_entropy", _scale_gradients, setup_context=_keep_gradients)
 
 
-@_backend.register("softmax_cross_entropy", "torch")
-def _softmax_cross_entropy_torch(logits: Tensor, labels: Tensor, ignore_index: int, wants_gradient: bool) -> Tensor:
+def softmax_cross_entropy_torch(logits: Tensor, labels: Tensor, ignore_index: int, wants_gradient: bool) -> Tensor:
     """Negative log-likelihood of each row's label, zero where it is ignored; the logits become its gradient.
 
     Args:
@@ -176,6 +179,7 @@ def _softmax_cross_entropy_torch(logits: Tensor, labels: Tensor, ignore_index: i
     Returns:
         nats (C,), at least float32.
     """
+    count_run("softmax_cross_entropy", "torch")
     ignored = labels == ignore_index
     label = torch.where(ignored, 0, labels).unsqueeze(1)
     narrow = logits.dtype in (torch.bfloat16, torch.float16)

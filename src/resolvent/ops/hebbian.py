@@ -15,34 +15,20 @@ Shapes: B batch, N sequence, H heads, K key width, V value width, S packed seque
 import functools
 import itertools
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backend as _backend
 from .consolidation import Consolidation, consolidate, consolidate_gradient
+from .dispatch import Implementation, beyond_float32, count_run, select
+from .memory_state import CHUNK, MemoryState, empty_state, lengths_and_phases
 from .packed import check_shape, count_sequences
 from .precision import wide_dtype
 from .prefix_sum import prefix_sum
 
-CHUNK = 64
-
-
-class MemoryState(NamedTuple):
-    """All that a memory knows of the past, float32 (or float64 with float64 inputs).
-
-    Attributes:
-        memory: S, (B, H, K, V).
-        writes: ΔS, the decayed sum of the writes since the last consolidation, (B, H, K, V).
-        forgetting: Γ̄, the sum of Γ dt since the last consolidation, (B, H).
-
-    Without consolidation nothing reads ``writes`` and ``forgetting``, and they stay as they are.
-    """
-
-    memory: Tensor
-    writes: Tensor
-    forgetting: Tensor
+_WIDEST_HEAD = 128
+"""Width of a head up to which a program of a kernel holds its memory in registers."""
 
 
 def dissipative_memory(
@@ -94,17 +80,21 @@ def dissipative_memory(
         check_shape("initial_state.forgetting", initial_state.forgetting, (sequences, heads))
     if consolidation is not None and consolidation.interval % CHUNK:
         raise ValueError(f"the consolidation interval must be a multiple of {CHUNK}, got {consolidation.interval}")
-    run = _backend.implementation("dissipative_memory", backend, q.device, q.dtype, q.shape[-1], v.shape[-1])
+    if memory_implementation(backend, q.device, q.dtype, q.shape[-1], v.shape[-1]) == "triton":
+        from .triton.hebbian import dissipative_memory as run
+    else:
+        run = _dissipative_memory_torch
     # Autocast would turn the float32 products of the state into half precision.
     with torch.autocast(q.device.type, enabled=False):
         return run(q, k, v, decay, eta, initial_state, position, cu_seqlens, consolidation)
 
 
-def empty_state(sequences: int, q: Tensor, v: Tensor) -> MemoryState:
-    """The state before the first token, for inputs like ``q`` (..., H, K) and ``v`` (..., H, V)."""
-    dtype = wide_dtype(q)
-    memory = torch.zeros(sequences, *q.shape[-2:], v.shape[-1], dtype=dtype, device=q.device)
-    return MemoryState(memory, torch.zeros_like(memory), memory.new_zeros(memory.shape[:2]))
+def memory_implementation(backend: str, device: torch.device, dtype: torch.dtype, *widths: int) -> Implementation:
+    """Return what ``dissipative_memory`` runs for heads of these ``widths`` of keys and values: see ``select``."""
+    obstacle = beyond_float32(dtype)
+    if obstacle is None and max(widths) > _WIDEST_HEAD:
+        obstacle = f"its kernel holds heads up to a width of {_WIDEST_HEAD}, got {max(widths)}"
+    return select(backend, device, "dissipative_memory", obstacle)
 
 
 def dissipative_memory_step(
@@ -162,7 +152,6 @@ def dissipative_memory_reference(
     return torch.stack(readouts, dim=1), MemoryState(memory, writes, forgetting)
 
 
-@_backend.register("dissipative_memory", "torch")
 def _dissipative_memory_torch(
     q: Tensor,
     k: Tensor,
@@ -180,6 +169,7 @@ def _dissipative_memory_torch(
         state = empty_state(sequences, q, v)
     if q.numel() == 0:
         return torch.zeros_like(v), state
+    count_run("dissipative_memory", "torch")
     if length == 1 and cu_seqlens is None:
         if position is None:
             position = torch.zeros(sequences, dtype=torch.long)
@@ -189,17 +179,6 @@ def _dissipative_memory_torch(
     lengths, phases = lengths_and_phases(q, position, cu_seqlens, consolidation.interval if consolidation else 0)
     layout = _chunk_layout(lengths, phases, q.device)
     return _chunked_memory(layout, consolidation, q, k, v, decay, eta, state)
-
-
-def lengths_and_phases(
-    q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, interval: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens of every sequence, and tokens that it has read since its last boundary, zero without an ``interval``."""
-    batch, length = q.shape[:2]
-    lengths = (length,) * batch if cu_seqlens is None else tuple(cu_seqlens.diff().tolist())
-    if not interval or position is None:
-        return lengths, (0,) * len(lengths)
-    return lengths, tuple((position % interval).tolist())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Shapes: B batch, N sequence, H heads, K head width, W convolution width, S packe
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import backend as _backend
+from .dispatch import beyond_float32, count_run, select
 from .normalize import unit_length
 from .short_conv import causal_conv, next_tail
 
@@ -35,16 +35,19 @@ def queries_keys_values(
         queries and keys of unit length and values, (B, N, H, K) in the dtype of ``projected``, and the tail after the
         last token, of the shape and dtype of ``tail``.
     """
-    run = _backend.implementation("queries_keys_values", backend, projected.device, projected.dtype)
+    if select(backend, projected.device, "queries_keys_values", beyond_float32(projected.dtype)) == "triton":
+        from .triton.queries_keys_values import queries_keys_values as run
+    else:
+        run = _queries_keys_values_torch
     heads = run(projected, weight, tail, num_heads, cu_seqlens)
     q, k, v = (x.unflatten(-1, (num_heads, -1)) for x in heads)
     return q, k, v, next_tail(projected, tail, cu_seqlens)
 
 
-@_backend.register("queries_keys_values", "torch")
 def _queries_keys_values_torch(
     projected: Tensor, weight: Tensor, tail: Tensor, num_heads: int, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    count_run("queries_keys_values", "torch")
     q, k, v = F.silu(causal_conv(projected, weight.to(projected.dtype), tail, cu_seqlens)).chunk(3, dim=-1)
     q, k = (unit_length(x.unflatten(-1, (num_heads, -1))).flatten(-2) for x in (q, k))
     return q, k, v

@@ -12,7 +12,7 @@ Shapes: B batch, N sequence, R rank, S packed sequences.
 import torch
 from torch import Tensor
 
-from . import backend as _backend
+from .dispatch import count_run, select
 from .packed import check_shape, count_sequences, sequence_numbers
 from .precision import at_least_float32, wide_dtype
 from .prefix_sum import prefix_sum
@@ -48,8 +48,8 @@ def gated_prefix_sum(
     if initial_state is None:
         initial_state = gates.new_zeros(sequences, gates.shape[2], dtype=torch.float64)
     check_shape("initial_state", initial_state, (sequences, gates.shape[2]))
-    run = _backend.implementation("gated_prefix_sum", backend, gates.device, gates.dtype)
-    return run(gates, values, initial_state, cu_seqlens)
+    select(backend, gates.device, "gated_prefix_sum", "there is no such kernel")
+    return _gated_prefix_sum_torch(gates, values, initial_state, cu_seqlens)
 
 
 def gated_prefix_sum_step(gates: Tensor, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,10 +69,10 @@ def gated_prefix_sum_reference(gates: Tensor, values: Tensor, initial_state: Ten
     return torch.stack(sums, dim=1)
 
 
-@_backend.register("gated_prefix_sum", "torch")
 def _gated_prefix_sum_torch(
     gates: Tensor, values: Tensor, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    count_run("gated_prefix_sum", "torch")
     sums = prefix_sum(_terms(gates, values), dim=1, dtype=torch.float64)
     if cu_seqlens is None:
         sums = state.unsqueeze(1) + sums

@@ -7,11 +7,11 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 
-from resolvent.ops import backend as backends
+from resolvent.ops import dispatch
 
 from .conftest import small_model
 
-needs_interpreter = pytest.mark.skipif(not backends.interpreting(), reason="Triton compiles for the GPU here")
+needs_interpreter = pytest.mark.skipif(not dispatch.interpreting(), reason="Triton compiles for the GPU here")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resolvent.errors import ConfigError
-from resolvent.ops import backend, effective_diagonal, resolvent_diagonal, resolvent_diagonal_reference
+from resolvent.ops import dispatch, effective_diagonal, resolvent_diagonal, resolvent_diagonal_reference
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -205,9 +205,22 @@ def test_only_single_precision_runs_here_and_is_counted():
     alpha, coupling = chain(1)
     with pytest.raises(ConfigError, match=r"complex64, the tensors are torch\.complex128; use"):
         resolvent_diagonal(alpha, coupling, backend="triton")
-    before = backend.calls["resolvent_diagonal", "triton"]
+    before = dispatch.calls["resolvent_diagonal", "triton"]
     resolvent_diagonal(alpha.to(torch.complex64), coupling.float(), backend="triton")
-    assert backend.calls["resolvent_diagonal", "triton"] == before + 1
+    assert dispatch.calls["resolvent_diagonal", "triton"] == before + 1
+
+
+def test_a_compiled_graph_counts_its_launches():
+    alpha, coupling = chain(3)
+    inputs = alpha.to(torch.complex64), coupling.float()
+
+    def features(alpha, coupling):
+        return torch.view_as_real(resolvent_diagonal(alpha, coupling, backend="triton")[0]).sum()
+
+    compiled, before = torch.compile(features, fullgraph=True, backend="aot_eager"), dispatch.calls.copy()
+    for _ in range(3):
+        compiled(*inputs)
+    assert dispatch.calls - before == {("resolvent_diagonal", "triton"): 3}
 
 
 @pytest.mark.parametrize("packed", [False, True])

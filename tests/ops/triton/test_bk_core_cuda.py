@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from resolvent.ops import backend, resolvent_diagonal, resolvent_diagonal_reference
+from resolvent.ops import dispatch, resolvent_diagonal, resolvent_diagonal_reference
 
 pytest.importorskip("triton")
 from resolvent.ops.triton import bk_core
@@ -129,10 +129,10 @@ def test_offsets_beyond_32_bits():
 
 def test_the_choice_by_device_and_precision():
     alpha, coupling = chain(10)
-    before = backend.calls.copy()
+    before = dispatch.calls.copy()
     resolvent_diagonal(alpha.to(torch.complex64), coupling.float())
     resolvent_diagonal(alpha, coupling)
-    counted = backend.calls - before
+    counted = dispatch.calls - before
     assert counted["resolvent_diagonal", "triton"] == 1
     assert counted["resolvent_diagonal", "torch"] == 1
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from resolvent.errors import ConfigError
-from resolvent.ops import MemoryState, backend, dissipative_memory
+from resolvent.ops import MemoryState, dispatch, dissipative_memory
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU: see test_hebbian_cuda.py", allow_module_level=True)
 from resolvent.ops.triton import hebbian as kernels
 from resolvent.ops.triton import segments
-from resolvent.ops.triton.consolidation import parts_of
+from resolvent.ops.triton.arguments import parts_of
 from tests.ops.test_hebbian import KINDS, at, consolidation, inputs, relative, state, tensors_of
 
 DECAYS = {"weak": 1e-3, "middling": 0.3, "strong": 1000.0}
@@ -178,12 +178,11 @@ def test_the_operators_are_registered_as_pytorch_wants_them(kind, packed):
     given = inputs(70, batch=1 if packed else 2)
     values, rule = [single(x.requires_grad_()) for x in given], single_rule(consolidation(kind))
     start = [single(x.requires_grad_()) for x in state()]
-    parameters, named = parts_of(rule)
-    constants = tuple(named.values())
+    parameters, constants = parts_of(rule)
     where = [None] * 4
     if packed:  # every row that is saved has its chunk
         offsets = torch.tensor([0, 5, 70])
-        where = [None, offsets, *segments.layout_on_device(offsets, None, 70, constants[0])]
+        where = [None, offsets, *segments.layout_on_device(offsets, None, 70, constants.interval)]
     operands = (*values, *start, *parameters, *where, *constants, True)
     torch.library.opcheck(torch.ops.resolvent.memory.default, operands)
     found = [x.detach() for x in torch.ops.resolvent.memory.default(*operands)]
@@ -202,9 +201,9 @@ def test_kernels_refuse_what_they_cannot_do():
 
 
 def test_what_ran_is_counted():
-    before = backend.calls["dissipative_memory", "triton"]
+    before = dispatch.calls["dissipative_memory", "triton"]
     dissipative_memory(*(x.float() for x in inputs(3)), backend="triton")
-    assert backend.calls["dissipative_memory", "triton"] == before + 1
+    assert dispatch.calls["dissipative_memory", "triton"] == before + 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from ...errors import ConfigError
-from ...ops.backend import BACKENDS
+from ...ops.dispatch import BACKENDS
 from ..config import ModelConfig, Values, must_be_at_least, must_be_positive
 
 

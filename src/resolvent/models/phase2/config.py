@@ -5,7 +5,7 @@ from typing import Self
 
 from ...errors import ConfigError
 from ...layers import gated_width
-from ...ops.backend import BACKENDS
+from ...ops.dispatch import BACKENDS
 from ...ops.hebbian import CHUNK
 from ..config import ModelConfig, Values, check_fields, must_be_at_least, must_be_positive
 from ..phase1.config import Phase1Config

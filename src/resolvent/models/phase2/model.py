@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from ...layers import TensorTrainEmbedding, ZetaEmbedding
-from ...ops import backend
+from ...ops.hebbian import memory_implementation
 from ..base import IntegratedModel
 from ..trace import Trace
 from .block import Phase2Block, Phase2Record, blocks_of
 from .config import Phase2Config
 from .conversion_report import ConversionReport
+from .decode import TokenStep
 from .diagnostics import Phase2Diagnostics, diagnose
 from .state import LayerState, Phase2State
-from .token_step import TokenStep
 
 _log = logging.getLogger(__name__)
 
@@ -79,8 +79,7 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
     @property
     def reads_offsets(self) -> bool:
         head, config = self.lm_head.weight, self.config
-        run = backend.implementation("dissipative_memory", config.backend, head.device, head.dtype, config.head_dim)
-        return not run.__module__.startswith("resolvent.ops.triton")
+        return memory_implementation(config.backend, head.device, head.dtype, config.head_dim) == "torch"
 
     @property
     def _blocks(self) -> Sequence[Phase2Block]:

@@ -1,5 +1,1 @@
-"""Triton kernels of the operators, forward and backward. Importing this package registers them."""
-
-from . import bk_core, cross_entropy, hebbian, queries_keys_values
-
-__all__ = ["bk_core", "cross_entropy", "hebbian", "queries_keys_values"]
+"""Triton kernels of the operators, forward and backward. The operators import them when they first launch one."""

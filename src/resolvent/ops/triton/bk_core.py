@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backend as _backend
-from ..bk_core import join_sides
+from ..dispatch import count_run
+from ..library import operator
 from ..packed import count_sequences
 from .launch import contiguous
 
@@ -43,38 +43,16 @@ ENOUGH_PROGRAMS = 512
 """As many programs as fill a large device several times over."""
 
 
-def _refuses(dtype: torch.dtype) -> str | None:
-    """What the kernels cannot do."""
-    return None if dtype == torch.complex64 else f"its kernel computes in complex64, the tensors are {dtype}"
+def _allocate(
+    alpha: Tensor, coupling: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Allocate the results of ``causal_diagonal``."""
+    sequences = count_sequences(alpha.shape[0], cu_seqlens)
+    g = torch.empty_like(alpha, memory_format=torch.contiguous_format)
+    return g, alpha.new_empty(sequences, *alpha.shape[2:])
 
 
-@_backend.register("resolvent_diagonal", "triton", refuses=_refuses)
-def _resolvent_diagonal_triton(
-    alpha: Tensor,
-    coupling: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    form: str,
-    block_size: int,
-) -> tuple[Tensor, Tensor | None]:
-    """See ``ops.resolvent_diagonal``; complex numbers come as pairs.
-
-    ``block_size`` is the number of lanes that a program has at most, rounded down to a power of two; each holds
-    ``SITES`` sites of a block. ``cu_seqlens`` on the CPU lets a launch fit the longest sequence.
-    """
-    if initial_state is not None:
-        initial_state = initial_state.to(alpha.dtype)
-    coupling = coupling.to(alpha.dtype)
-    if form == "causal":
-        return causal_diagonal(alpha, coupling, initial_state, cu_seqlens, block_size)
-    mirrored = None if cu_seqlens is None else alpha.shape[1] - cu_seqlens.flip(0)
-    from_left, _ = causal_diagonal(alpha, coupling, None, cu_seqlens, block_size)
-    from_right, _ = causal_diagonal(alpha.flip(1), coupling, None, mirrored, block_size)
-    left, right = torch.view_as_complex(from_left), torch.view_as_complex(from_right)
-    return torch.view_as_real(join_sides(torch.view_as_complex(alpha), left, right, coupling, cu_seqlens)), None
-
-
-@_backend.operator("causal_diagonal")
+@operator("causal_diagonal", _allocate)
 def causal_diagonal(
     alpha: Tensor, coupling: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, block_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -84,8 +62,9 @@ def causal_diagonal(
         alpha: float32 (B, N, H, 2).
         coupling: m, float32 (H,).
         state: ``g_{-1}``, float32 (S, H, 2); zero if not given.
-        cu_seqlens: offsets of S packed sequences, integer (S + 1,), on any device; needs B = 1.
-        block_size: lanes of a program at most.
+        cu_seqlens: offsets of S packed sequences, integer (S + 1,), on any device; needs B = 1. On the CPU they let the
+            launch fit the longest sequence.
+        block_size: lanes of a program at most, rounded down to a power of two; each holds ``SITES`` sites of a block.
 
     Returns:
         g (B, N, H, 2) and its last value in every sequence (S, H, 2).
@@ -95,11 +74,26 @@ def causal_diagonal(
     g, final_state = torch.empty_like(alpha), alpha.new_empty(plan.sequences, *alpha.shape[2:])
     maps = alpha.new_empty(plan.programs, 8)
     arguments = (alpha, coupling, contiguous(state), plan.offsets, maps, g, final_state)
+    count_run("resolvent_diagonal", "triton")
     _launch(_forward_kernel, plan, alpha, arguments)
     return g, final_state
 
 
-@_backend.operator("causal_diagonal_backward")
+def _allocate_gradients(
+    grad: Tensor,
+    grad_final: Tensor | None,
+    g: Tensor,
+    coupling: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the results of ``causal_diagonal_backward``."""
+    sequences = count_sequences(g.shape[0], cu_seqlens)
+    return torch.empty_like(g), torch.empty_like(coupling), g.new_empty(sequences, *g.shape[2:])
+
+
+@operator("causal_diagonal_backward", _allocate_gradients)
 def causal_diagonal_backward(
     grad: Tensor,
     grad_final: Tensor | None,
@@ -115,30 +109,9 @@ def causal_diagonal_backward(
     grad_alpha, grad_state = torch.empty_like(g), g.new_empty(plan.sequences, *g.shape[2:])
     sums = g.new_empty(plan.sequences, plan.segments, plan.heads)
     maps = g.new_empty(plan.programs, 4)
-    arguments = (grad.contiguous(), contiguous(grad_final), g, coupling, contiguous(state), plan.offsets, maps)
-    _launch(_backward_kernel, plan, g, (*arguments, grad_alpha, grad_state, sums))
+    upstream, grads = _Upstream(grad.contiguous(), contiguous(grad_final)), _Gradients(grad_alpha, grad_state, sums)
+    _launch(_backward_kernel, plan, g, (upstream, g, coupling, contiguous(state), plan.offsets, maps, grads))
     return grad_alpha, sums.sum((0, 1)), grad_state
-
-
-@torch.library.register_fake("resolvent::causal_diagonal")
-def _(alpha: Tensor, coupling: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, block_size: int) -> Any:
-    sequences = count_sequences(alpha.shape[0], cu_seqlens)
-    g = torch.empty_like(alpha, memory_format=torch.contiguous_format)
-    return g, alpha.new_empty(sequences, *alpha.shape[2:])
-
-
-@torch.library.register_fake("resolvent::causal_diagonal_backward")
-def _(
-    grad: Tensor,
-    grad_final: Tensor | None,
-    g: Tensor,
-    coupling: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    block_size: int,
-) -> Any:
-    sequences = count_sequences(g.shape[0], cu_seqlens)
-    return torch.empty_like(g), torch.empty_like(coupling), g.new_empty(sequences, *g.shape[2:])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -157,6 +130,21 @@ def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None) -> tuple
 
 
 torch.library.register_autograd("resolvent::causal_diagonal", _backward, setup_context=_save)
+
+
+class _Upstream(NamedTuple):
+    """Gradients of g at every site (B, N, H, 2), and of the final state (S, H, 2)."""
+
+    sites: Tensor
+    final: Tensor | None
+
+
+class _Gradients(NamedTuple):
+    """Gradients of alpha (B, N, H, 2) and of the initial state (S, H, 2), and the coupling's by program."""
+
+    alpha: Tensor
+    state: Tensor
+    sums: Tensor
 
 
 class _Plan(NamedTuple):
@@ -204,7 +192,7 @@ def _plan(chains: Tensor, cu_seqlens: Tensor | None, block_size: int) -> _Plan:
     return _Plan(cu_seqlens, length, sequences, max(1, triton.cdiv(longest, span)), heads, span, lanes)
 
 
-def _launch(kernel: Any, plan: _Plan, chains: Tensor, arguments: tuple[Tensor | None, ...]) -> None:
+def _launch(kernel: Any, plan: _Plan, chains: Tensor, arguments: tuple[Any, ...]) -> None:
     if plan.programs == 0:
         return
     sizes = (plan.length, plan.heads, plan.segments, plan.span)
@@ -248,7 +236,7 @@ def _inverse_power(x):
 
 
 @triton.jit
-def _reciprocal(a):
+def reciprocal(a):
     scale = _inverse_power(_size(a))  # the squares of numbers from 1e-30 to 1e30 leave the range of float32
     re, im = a[0] * scale, a[1] * scale
     factor = scale / (re * re + im * im)
@@ -313,7 +301,7 @@ def _of_lane_before(a, lane, first):
 
 @triton.jit
 def _next(m, alpha, g):
-    return _reciprocal((alpha[0] - m * g[0], alpha[1] - m * g[1]))
+    return reciprocal((alpha[0] - m * g[0], alpha[1] - m * g[1]))
 
 
 @triton.jit
@@ -392,7 +380,7 @@ def _forward_kernel(
     SITES: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """Return g of a segment from what arrives at it; with FOLD the segment's matrix instead, (a, b; c, d)."""
+    """G of a segment from what arrives at it; with FOLD the segment's matrix instead, (a, b; c, d)."""
     head, sequence, segment, start, count = _chain(cu_seqlens, length, heads, segments)
     m = tl.load(coupling + head)
     alpha += 2 * (start * heads + head)
@@ -412,7 +400,7 @@ def _forward_kernel(
             a, b = _load(maps, matrix, earlier, 1.0), _load(maps, matrix + 1, earlier, 0.0)
             c, d = _load(maps, matrix + 2, earlier, 0.0), _load(maps, matrix + 3, earlier, 1.0)
             _, b, _, d = _scan_matrices(a, _choose(lane == 0, _times(d, b0), b), c, d)
-            b0 = _pick(lane == segment, _times(b, _reciprocal(d)))
+            b0 = _pick(lane == segment, _times(b, reciprocal(d)))
 
     for block in range(segment * span, tl.minimum((segment + 1) * span, count), LANES * SITES):
         left = tl.minimum(count - block, LANES * SITES).to(tl.int32)
@@ -426,7 +414,7 @@ def _forward_kernel(
             last = lane == LANES - 1
             a0, b0, c0, d0 = _pick(last, a), _pick(last, b), _pick(last, c), _pick(last, d)
         else:
-            x = _of_lane_before(_times(b, _reciprocal(d)), lane, b0)
+            x = _of_lane_before(_times(b, reciprocal(d)), lane, b0)
             pointers = _pointers(g + 2 * heads * block, site, heads)
             for i in tl.static_range(SITES):
                 valid = site + i < left
@@ -445,16 +433,13 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["length", "heads", "segments", "span"])
 def _backward_kernel(
-    grad,
-    grad_final,
+    upstream,
     g,
     coupling,
     state,
     cu_seqlens,
     maps,
-    grad_alpha,
-    grad_state,
-    sums,
+    grads,
     length,
     heads,
     segments,
@@ -470,8 +455,7 @@ def _backward_kernel(
     head, sequence, segment, start, count = _chain(cu_seqlens, length, heads, segments)
     m = tl.load(coupling + head)
     end = 2 * ((start + count - 1) * heads + head)
-    grad += end
-    grad_alpha += end
+    grad, grad_alpha = upstream.sites + end, grads.alpha + end
     g += end
     maps += 4 * tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
@@ -481,7 +465,7 @@ def _backward_kernel(
     # The map of all sites that were passed. A number that arrives from there is b alone.
     a0, b0 = (one, zero), (zero, zero)
     if not FOLD:
-        b0 = _load_optional(grad_final, sequence * heads + head)
+        b0 = _load_optional(upstream.final, sequence * heads + head)
         if segment > 0:
             passed = (lane > 0) & (lane <= segment)
             affine = 2 * heads * (lane - 1 - segment)
@@ -519,6 +503,6 @@ def _backward_kernel(
         _store(maps, 0, a0)
         _store(maps, 1, b0)
     else:
-        tl.store(sums + tl.program_id(0), tl.sum(total, 0))
+        tl.store(grads.sums + tl.program_id(0), tl.sum(total, 0))
         if segment == tl.maximum(count - 1, 0) // span:
-            _store(grad_state, sequence * heads + head, b0)
+            _store(grads.state, sequence * heads + head, b0)

@@ -11,19 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backend as _backend
+from ..dispatch import count_run
 from ..precision import wide_dtype
 
 BLOCK = 4096
 
 
-@_backend.register("softmax_cross_entropy", "triton")
 def softmax_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, wants_gradient: bool) -> Tensor:
     """See ``ops.cross_entropy``. Whole rows are read and written, up to their stride: there the loads are aligned."""
     wide = wide_dtype(logits)
     nats = torch.empty(len(logits), dtype=wide, device=logits.device)
     if not len(logits):
         return nats
+    count_run("softmax_cross_entropy", "triton")
     with torch.cuda.device_of(logits):
         launch: Any = _softmax_cross_entropy[(len(logits),)]  # a launch takes more than the kernel's own arguments
         launch(

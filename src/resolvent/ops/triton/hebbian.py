@@ -6,24 +6,35 @@ Shapes: B batch, N sequence, T = B N tokens, H heads, K key width, V value width
 C tokens of a chunk.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .. import backend as _backend
 from ..consolidation import Consolidation
-from ..hebbian import CHUNK, MemoryState
+from ..dispatch import count_run
+from ..library import operator
+from ..memory_state import CHUNK, MemoryState
 from ..packed import count_sequences
 from . import hebbian_kernels as kernels
-from .consolidation import constants_of, parts_of
+from .arguments import (
+    Decays,
+    Filters,
+    Gradients,
+    Rule,
+    State,
+    Strides,
+    Tokens,
+    constants_of,
+    parts_of,
+    product_dtype,
+    variant_of,
+)
 from .hebbian_step import memory_step
-from .launch import contiguous, more_than_float32
+from .launch import contiguous
 from .segments import Layout, layout_of, most_chunks, tables_on_device
 
-_WIDEST_HEAD = 128
-"""A program holds whole memories in its registers."""
 _LAUNCH = {
     "narrow": {
         "walk": dict(num_warps=4, num_stages=3),
@@ -43,266 +54,243 @@ _LAUNCH = {
 """How kernels are launched for heads up to a width of 64, by measurement, and above it, where they have to fit."""
 
 
+class Sequences(NamedTuple):
+    """Where sequences stand: arguments of the operator, and tables of ``segments.tables_on_device``."""
+
+    position: Tensor | None
+    cu_seqlens: Tensor | None
+    segments: Tensor | None
+    chunks: Tensor | None
+
+
+class Saved(NamedTuple):
+    """What every chunk leaves for its gradient, each a row a chunk.
+
+    Attributes:
+        before: the memory before it, (M, H, K, V).
+        grad_written: room for the gradient of what it wrote, (M, H, K, V).
+        grad_total: room for that of its total decay, (M, H).
+    """
+
+    before: Tensor | None = None
+    grad_written: Tensor | None = None
+    grad_total: Tensor | None = None
+
+
+_NO_STATE, _NOT_SAVED = State(), Saved()
+
+
 # ------------------------------------------------------------------------------------------------------- the launches
 
-_Optional = Tensor | None
-_State = tuple[_Optional, _Optional, _Optional]
-"""Memory, writes and Γ̄, or their gradients."""
-_NO_FILTERS = dict(SNR=False, RESONANCE=False)
 
+class _Launches:
+    """The launches of one call of the operator: its inputs as the kernels want them."""
 
-class _Call:
-    """One call of the operator: its inputs as the kernels want them, and the kernels' launches."""
-
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor,
-        eta: Tensor,
-        strength: _Optional,
-        basis: _Optional,
-        sharpness: _Optional,
-        bias: _Optional,
-        position: _Optional,
-        cu_seqlens: _Optional,
-        segments: _Optional,
-        chunks: _Optional,
-        interval: int,
-        snr: list[float],
-        energy: float,
-    ):
-        if segments is not None and chunks is not None:
-            self.layout = Layout(segments, chunks)
+    def __init__(self, tokens: Tokens, decay: Tensor, eta: Tensor, filters: Filters, sequences: Sequences, rule: Rule):
+        if sequences.segments is not None and sequences.chunks is not None:
+            self.layout = Layout(sequences.segments, sequences.chunks)
         else:
-            self.layout = layout_of(q, position, cu_seqlens, interval)
-        self.heads = q.shape[2]
-        self.tokens = [_rows(x.to(kernels.product_dtype(q, k, v))) for x in (q, k, v)]
+            self.layout = layout_of(tokens.q, sequences.position, sequences.cu_seqlens, rule.interval)
+        self.variant = variant_of(tokens, filters, rule)
+        self.plain_variant = self.variant._replace(SNR=False, RESONANCE=False)
+        self.heads = tokens.q.shape[2]
+        self.tokens = Tokens(*(_rows(x.to(product_dtype(tokens))) for x in tokens))
+        self.strides = Strides(*(stride for x in self.tokens for stride in x.stride()[:2]))
         self.eta = eta.float().contiguous()
-        self.filters = [contiguous(x, torch.float32) for x in (strength, basis, sharpness, bias)]
-        self.strides = [stride for x in self.tokens for stride in x.stride()[:2]]
-        self.interval, self.constants = interval, constants_of(snr, energy, interval)
-        self.sizes: dict[str, Any] = dict(kernels.sizes_of(q, k, v), C=CHUNK)
-        self.mechanisms = dict(SNR=len(snr) > 0, RESONANCE=basis is not None)
+        self.filters = Filters(*(contiguous(x, torch.float32) for x in filters))
+        self.constants = constants_of(rule)
         self.segments = len(self.layout.segments)
-        self.launch = _LAUNCH["narrow" if max(self.sizes["K"], self.sizes["V"]) <= 64 else "wide"]
-        self.decays = self._sums_of(decay)
+        self.options = _LAUNCH["narrow" if max(self.variant.K, self.variant.V) <= 64 else "wide"]
+        self.decays = self._sum_decays(decay)
 
-    def _sums_of(self, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cumulative decays of every chunk, in two floats (M, H, C), and their totals (M, H)."""
-        chunks = len(self.layout.chunks)
-        high, rows = self.eta.new_empty((chunks, self.heads, CHUNK)), _rows(decay)
-        low = high if self.sizes["HALF"] else torch.empty_like(high)
-        totals = self.eta.new_empty((chunks, self.heads))
+    def _sum_decays(self, decay: Tensor) -> Decays:
+        """Sum up the decays of every chunk."""
+        chunks, half, rows = len(self.layout.chunks), self.variant.HALF, _rows(decay)
+        cumulative = self.eta.new_empty((chunks, self.heads, CHUNK))
+        rest = cumulative if half else torch.empty_like(cumulative)
+        decays = Decays(cumulative, rest, self.eta.new_empty((chunks, self.heads)))
         if chunks:
             with torch.cuda.device_of(decay):
                 kernels.sum_decays[(chunks, self.heads)](
                     rows,
+                    *rows.stride(),
                     self.layout.segments,
                     self.layout.chunks,
-                    high,
-                    low,
-                    totals,
-                    *rows.stride(),
+                    decays,
                     self.heads,
-                    C=CHUNK,
-                    HALF=self.sizes["HALF"],
+                    CHUNK,
+                    half,
                     num_warps=1,
                 )
-        return high, low, totals
+        return decays
 
-    def segment_memories(self) -> Tensor:
-        """Room for a memory, or its gradient, of every segment."""
-        return self.eta.new_empty((self.segments, self.heads, self.sizes["K"], self.sizes["V"]))
+    def allocate_memories(self) -> Tensor:
+        """Allocate a memory, or its gradient, for every segment."""
+        return self.eta.new_empty((self.segments, self.heads, self.variant.K, self.variant.V))
 
-    def segment_decays(self) -> Tensor:
-        """Room for the total decay of every segment."""
+    def allocate_totals(self) -> Tensor:
+        """Allocate the total decay of every segment."""
         return self.eta.new_empty((self.segments, self.heads))
-
-    def segment_states(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Room for the state, or its gradient, of every segment."""
-        return self.segment_memories(), self.segment_memories(), self.segment_decays()
 
     def walk(
         self,
-        readout: _Optional,
-        start: _State,
-        final: _State,
-        before: _Optional,
-        met: _State = (None, None, None),
+        readout: Tensor | None,
+        start: State,
+        final: State,
+        before: Tensor | None,
+        met: State = _NO_STATE,
         consolidate: bool = True,
     ) -> None:
         """Read the segments from their ``start`` into ``readout`` and their ``final`` states.
 
-        The memory ``before`` every chunk and the states that ``met`` the boundaries are saved. Segments that end at
+        Save the memory ``before`` every chunk and the states that ``met`` the boundaries. Segments that end at
         boundaries leave it to others to ``consolidate``.
         """
         with torch.cuda.device_of(self.eta):
             kernels.walk[(self.segments, self.heads)](
-                *self.tokens,
-                *self.decays,
+                self.tokens,
+                self.decays,
                 self.eta,
                 self.layout.segments,
-                *map(contiguous, start),
-                *self.filters,
+                State(*map(contiguous, start)),
+                self.filters,
                 readout,
-                *final,
+                final,
                 before,
-                *met,
-                *self.strides,
-                *self.constants,
+                met,
+                self.strides,
+                self.constants,
                 self.heads,
-                READ=readout is not None,
-                SAVE=before is not None,
-                STATE=start[0] is not None,
-                **self.launch["walk"],
-                **self.sizes,
-                **(self.mechanisms if consolidate else _NO_FILTERS),
+                self.variant if consolidate else self.plain_variant,
+                **self.options["walk"],
             )
 
     def walk_back(
         self,
         grad_readout: Tensor,
-        grad_final: _State,
-        saved: tuple[Tensor, Tensor, Tensor] | None,
-        grad_start: tuple[_Optional, ...],
-        met: _State = (None, None, None),
-        left: _Optional = None,
-        of_left: _Optional = None,
+        grad_final: State,
+        saved: Saved,
+        grads: Gradients,
+        met: State = _NO_STATE,
+        left: Tensor | None = None,
         consolidate: bool = True,
     ) -> None:
         """Carry the gradient of the memory back to the start of the segments, as ``walk`` went.
 
-        ``saved`` holds the memory before every chunk, and room for the gradients of what it wrote and of its total
-        decay. At the end ``left`` is what the memory still has from before the last boundary; where ``join_back``
-        consolidates, it found ``of_left``.
+        At the end ``left`` is what the memory still has from before the last boundary; where ``join_back``
+        consolidates, it is the product that it found.
         """
-        before, grad_written, grad_total = saved or (None, None, None)
         with torch.cuda.device_of(self.eta):
             kernels.walk_back[(self.segments, self.heads)](
-                self.tokens[0],
-                *self.decays,
+                self.tokens.q,
+                self.decays,
                 self.layout.segments,
                 grad_readout,
-                *map(contiguous, grad_final),
-                *self.filters,
-                before,
-                *met,
+                State(*map(contiguous, grad_final)),
+                self.filters,
+                saved,
+                met,
                 left,
-                of_left,
-                grad_written,
-                grad_total,
-                *grad_start,
-                *self.strides[:2],
-                *self.constants,
+                grads,
+                self.strides,
+                self.constants,
                 self.heads,
-                SAVE=before is not None,
-                FINAL=grad_final[0] is not None,
-                CARRY=self.interval > 0 and grad_start[1] is not None,
-                **self.launch["walk_back"],
-                **self.sizes,
-                **(self.mechanisms if consolidate else _NO_FILTERS),
+                self.variant if consolidate else self.plain_variant,
+                **self.options["walk_back"],
             )
 
     def chunk_gradients(
-        self, grad_readout: Tensor, before: Tensor, grad_written: Tensor, grad_total: Tensor, grads: tuple[Tensor, ...]
+        self, grad_readout: Tensor, saved: Saved, grads: Tokens, grad_decay: Tensor, grad_eta: Tensor
     ) -> None:
         """The gradients of q, k, v, decay and eta, a row a chunk of the last."""
         with torch.cuda.device_of(self.eta):
             kernels.chunk_gradients[(len(self.layout.chunks), self.heads)](
-                *self.tokens,
-                *self.decays,
+                self.tokens,
+                self.decays,
                 self.eta,
                 self.layout.segments,
                 self.layout.chunks,
                 grad_readout,
-                before,
-                grad_written,
-                grad_total,
-                *grads,
-                *self.strides,
+                saved,
+                grads,
+                grad_decay,
+                grad_eta,
+                self.strides,
                 self.heads,
-                **self.launch["chunk_gradients"],
-                **self.sizes,
+                self.plain_variant,
+                **self.options["chunk_gradients"],
             )
 
     def chain(
-        self, ends: Tensor, decays: Tensor, start: _Optional, starts: Tensor, last: Tensor, reverse: bool
+        self, ends: Tensor, totals: Tensor, start: Tensor | None, starts: Tensor, last: Tensor, reverse: bool
     ) -> None:
         """Join the segments: ``ends`` of their walks from nothing, from ``start`` to ``last`` through ``starts``."""
-        size, block = self.sizes["K"] * self.sizes["V"], 256
+        size, block = self.variant.K * self.variant.V, 256
         with torch.cuda.device_of(self.eta):
             kernels.chain[(len(last), self.heads, triton.cdiv(size, block))](
                 ends,
-                decays,
+                totals,
                 self.layout.first_segment,
                 contiguous(start),
                 starts,
                 last,
                 self.heads,
                 size,
-                BLOCK=block,
-                START=start is not None,
-                REVERSE=reverse,
+                block,
+                reverse,
             )
 
-    def join(self, ends: Tensor, decays: Tensor, start: _State, starts: Tensor, final: _State, met: _State) -> None:
-        """Run ``chain`` with consolidation, forwards, from the state ``start`` to ``final`` through ``starts``.
+    def join(self, ends: Tensor, totals: Tensor, start: State, starts: Tensor, final: State, met: State) -> None:
+        """Join the segments with consolidation, forwards: from the state ``start`` to ``final`` through ``starts``.
 
-        The states that ``met`` the boundaries are saved.
+        Save the states that ``met`` the boundaries.
         """
         with torch.cuda.device_of(ends):
             kernels.join[self._over_sequences()](
                 ends,
-                decays,
+                totals,
                 self.layout.segments,
                 self.layout.first_segment,
-                *map(contiguous, start),
-                *self.filters,
+                State(*map(contiguous, start)),
+                self.filters,
                 starts,
-                *final,
-                *met,
-                *self.constants,
+                final,
+                met,
+                self.constants,
                 self.heads,
-                SAVE=met[0] is not None,
-                STATE=start[0] is not None,
-                **self.launch["join"],
-                **self.sizes,
-                **self.mechanisms,
+                self.variant,
+                **self.options["join"],
             )
 
     def join_back(
         self,
         ends: Tensor,
-        decays: Tensor,
-        grad_final: _State,
-        met: tuple[Tensor, Tensor, Tensor],
-        left: _Optional,
-        starts: _State,
+        totals: Tensor,
+        grad_final: State,
+        met: State,
+        left: Tensor | None,
+        behind: State,
         of_left: Tensor,
-        grad_start: tuple[Tensor, ...],
+        grads: Gradients,
     ) -> None:
-        """``chain`` with consolidation, backwards: through ``starts`` and ``of_left`` to ``grad_start``."""
+        """``chain`` with consolidation, backwards: through ``behind`` and ``of_left`` to ``grads``."""
         with torch.cuda.device_of(ends):
             kernels.join_back[self._over_sequences()](
                 self.layout.segments,
                 self.layout.first_segment,
                 ends,
-                decays,
-                *map(contiguous, grad_final),
-                *self.filters,
-                *met,
+                totals,
+                State(*map(contiguous, grad_final)),
+                self.filters,
+                met,
                 left,
-                *starts,
+                behind,
                 of_left,
-                *grad_start,
-                *self.constants,
+                grads,
+                self.constants,
                 self.heads,
-                FINAL=grad_final[0] is not None,
-                **self.launch["join_back"],
-                **self.sizes,
-                **self.mechanisms,
+                self.variant,
+                **self.options["join_back"],
             )
 
     def _over_sequences(self) -> tuple[int, int]:
@@ -320,14 +308,7 @@ def _rows(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- the operator
 
 
-def _refuses(dtype: torch.dtype, *widths: int) -> str | None:
-    """What the kernels cannot do."""
-    too_wide = f"its kernel holds heads up to a width of {_WIDEST_HEAD}, got {max(widths)}"
-    return more_than_float32(dtype) or (too_wide if max(widths) > _WIDEST_HEAD else None)
-
-
-@_backend.register("dissipative_memory", "triton", refuses=_refuses)
-def _dissipative_memory_triton(
+def dissipative_memory(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -338,275 +319,227 @@ def _dissipative_memory_triton(
     cu_seqlens: Tensor | None,
     consolidation: Consolidation | None,
 ) -> tuple[Tensor, MemoryState]:
-    parameters, constants = parts_of(consolidation)
-    tensors = (q, k, v, decay, eta, *(state or (None, None, None)), *parameters)
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    """See ``ops.dissipative_memory``."""
+    filters, rule = parts_of(consolidation)
+    inputs = (q, k, v, decay, eta, *(state or _NO_STATE), *filters)
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if q.shape[1] == 1 and cu_seqlens is None and state is not None and not needs_gradient:
         if position is None:
             position = torch.zeros(len(q), dtype=torch.long)
-        readout, memory, writes, forgetting = memory_step(*tensors, position.to(q.device), **constants)
+        readout, memory, writes, forgetting = memory_step(*inputs, position.to(q.device), *rule)
     else:
-        tables = tables_on_device(cu_seqlens, position, q.shape[1], constants["interval"])
-        outputs = _memory(*tensors, position, cu_seqlens, *tables, **constants, save=needs_gradient)
+        tables = tables_on_device(cu_seqlens, position, q.shape[1], rule.interval)
+        outputs = _memory(*inputs, position, cu_seqlens, *tables, *rule, needs_gradient)
         readout, memory, writes, forgetting, *_ = outputs
-    if constants["interval"]:
+    if rule.interval:
         return readout, MemoryState(memory, writes, forgetting)
     # Nothing reads the rest without consolidation: it stays as it was.
     kept = (state.writes, state.forgetting) if state else (torch.zeros_like(memory), memory.new_zeros(memory.shape[:2]))
     return readout, MemoryState(memory, *kept)
 
 
-@_backend.operator("memory")
-def _memory(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+def _allocate(
+    tokens: Tokens,
     decay: Tensor,
     eta: Tensor,
-    memory: Tensor | None,
-    writes: Tensor | None,
-    forgetting: Tensor | None,
-    strength: Tensor | None,
-    basis: Tensor | None,
-    sharpness: Tensor | None,
-    bias: Tensor | None,
-    position: Tensor | None,
-    cu_seqlens: Tensor | None,
-    segments: Tensor | None,
-    chunks: Tensor | None,
-    interval: int,
-    snr: list[float],
-    energy: float,
+    start: State,
+    filters: Filters,
+    sequences: Sequences,
+    rule: Rule,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the read-out, the final state, and the tensors that the gradient needs.
-
-    Those are the memory before every chunk, and the states that met the boundaries.
-
-    ``snr`` holds threshold, temperature, gamma_boost and eta_boost, or nothing; ``interval`` is 0 without
-    consolidation, and then the final writes and Γ̄ mean nothing. What is saved has a row for every chunk and boundary
-    there may be.
-    ``segments`` and ``chunks`` are what ``tables_on_device`` gives; without them Python reads the offsets.
-    """
-    call = _Call(
-        q, k, v, decay, eta, strength, basis, sharpness, bias, position, cu_seqlens, segments, chunks, interval, snr,
-        energy,
-    )  # fmt: skip
-    outputs = _room(q, k, v, decay, position, cu_seqlens, interval, save)
-    readout, final, final_writes, final_forgetting, before, met, met_writes, met_forgetting = outputs
-    start, last = (memory, writes, forgetting), (final, final_writes, final_forgetting)
-    to_save, to_meet = (before, (met, met_writes, met_forgetting)) if save else (None, (None, None, None))
-    if not call.layout.segmented:
-        call.walk(readout, start, last, to_save, to_meet)
-        return outputs
-    ends, starts, decays = call.segment_memories(), call.segment_memories(), call.segment_decays()
-    call.walk(None, (None, None, None), (ends, None, decays), None, consolidate=False)
-    if interval:
-        call.join(ends, decays, start, starts, last, to_meet)
-    else:
-        call.chain(ends, decays, memory, starts, final, reverse=False)
-    call.walk(readout, (starts, None, None), (ends, None, decays), to_save, consolidate=False)
-    return outputs
-
-
-@torch.library.register_fake("resolvent::memory")
-def _(
-    q, k, v, decay, eta, memory, writes, forgetting, strength, basis, sharpness, bias, position, cu_seqlens, segments,
-    chunks, interval, snr, energy, save,
-):  # fmt: skip
-    return _room(q, k, v, decay, position, cu_seqlens, interval, save)
-
-
-def _room(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    position: _Optional,
-    cu_seqlens: _Optional,
-    interval: int,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What ``_memory`` returns, yet to be filled."""
-    (batch, length, heads, key), value = q.shape, v.shape[-1]
-    sequences = count_sequences(batch, cu_seqlens)
+    """Allocate the results of ``_memory``."""
+    (batch, length, heads, key), value = tokens.q.shape, tokens.v.shape[-1]
+    count, goes_on = count_sequences(batch, sequences.cu_seqlens), sequences.position is not None
     # A bound that follows from the shapes alone: a sequence that goes on inside a chunk may touch one more.
-    if cu_seqlens is None:
-        chunks = batch * -(-length // CHUNK) + (sequences if position is not None else 0)
+    if sequences.cu_seqlens is None:
+        chunks = batch * -(-length // CHUNK) + (count if goes_on else 0)
     else:
-        chunks = most_chunks(length, sequences, position is not None)
+        chunks = most_chunks(length, count, goes_on)
     chunks = chunks if save else 0
-    most = batch * (length // interval) + (sequences if position is not None else 0) if interval else 0
+    most = batch * (length // rule.interval) + (count if goes_on else 0) if rule.interval else 0
     boundaries = most if save else 0
 
-    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def allocate(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return decay.new_empty(shape, dtype=dtype)
 
     return (
-        room(batch, length, heads, value, dtype=v.dtype),
-        room(sequences, heads, key, value),
-        room(sequences if interval else 0, heads, key, value),
-        room(sequences, heads),
-        room(chunks, heads, key, value, dtype=kernels.product_dtype(q, k, v)),
+        allocate(batch, length, heads, value, dtype=tokens.v.dtype),
+        allocate(count, heads, key, value),
+        allocate(count if rule.interval else 0, heads, key, value),
+        allocate(count, heads),
+        allocate(chunks, heads, key, value, dtype=product_dtype(tokens)),
         # The gradient of a consolidation asks for digits that products do not.
-        room(boundaries, heads, key, value),
-        room(boundaries, heads, key, value),
-        room(boundaries, heads),
+        allocate(boundaries, heads, key, value),
+        allocate(boundaries, heads, key, value),
+        allocate(boundaries, heads),
     )
 
 
-@_backend.operator("memory_backward")
-def _memory_backward(
-    grad_readout: Tensor,
-    grad_memory: Tensor | None,
-    grad_writes: Tensor | None,
-    grad_forgetting: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+@operator("memory", _allocate)
+def _memory(
+    tokens: Tokens,
     decay: Tensor,
     eta: Tensor,
-    strength: Tensor | None,
-    basis: Tensor | None,
-    sharpness: Tensor | None,
-    bias: Tensor | None,
+    start: State,
+    filters: Filters,
+    sequences: Sequences,
+    rule: Rule,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the read-out, the final state, and what the gradient needs.
+
+    The gradient needs the memory before every chunk, and the states that met the boundaries.
+
+    Without consolidation the final writes and Γ̄ mean nothing. What is saved has a row for every chunk and boundary
+    there may be. Without tables in ``sequences`` Python reads the offsets.
+    """
+    launches = _Launches(tokens, decay, eta, filters, sequences, rule)
+    outputs = _allocate(tokens, decay, eta, start, filters, sequences, rule, save)
+    readout, *final, before, met, met_writes, met_forgetting = outputs
+    last = State(*final)
+    to_save, to_meet = (before, State(met, met_writes, met_forgetting)) if save else (None, _NO_STATE)
+    count_run("dissipative_memory", "triton")
+    if not launches.layout.segmented:
+        launches.walk(readout, start, last, to_save, to_meet)
+        return outputs
+    # 1. All segments at once, from an empty memory.
+    ends, starts, totals = launches.allocate_memories(), launches.allocate_memories(), launches.allocate_totals()
+    to_ends = State(ends, None, totals)
+    launches.walk(None, _NO_STATE, to_ends, None, consolidate=False)
+    # 2. What stood before each of them.
+    if rule.interval:
+        launches.join(ends, totals, start, starts, last, to_meet)
+    else:
+        launches.chain(ends, totals, start.memory, starts, final[0], reverse=False)
+    # 3. All segments at once, from there.
+    launches.walk(readout, State(starts), to_ends, to_save, consolidate=False)
+    return outputs
+
+
+def _allocate_gradients(
+    grad_readout: Tensor,
+    grad_final: State,
+    tokens: Tokens,
+    decay: Tensor,
+    eta: Tensor,
+    filters: Filters,
     last: Tensor,
     last_writes: Tensor,
     before: Tensor,
-    met: Tensor,
-    met_writes: Tensor,
-    met_forgetting: Tensor,
-    position: Tensor | None,
-    cu_seqlens: Tensor | None,
-    segments: Tensor | None,
-    chunks: Tensor | None,
-    interval: int,
-    snr: list[float],
-    energy: float,
+    met: State,
+    sequences: Sequences,
+    rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, decay, eta, the initial state, the strength, the sharpness and the bias.
+    """Allocate the results of ``_memory_backward``; rows of chunks that are not there stay zero."""
+    (batch, length, heads, key), value = tokens.q.shape, tokens.v.shape[-1]
+    count = count_sequences(batch, sequences.cu_seqlens)
 
-    That of eta has a row for every chunk, those of the last three one for every sequence, to be summed up.
-    """
-    call = _Call(
-        q, k, v, decay, eta, strength, basis, sharpness, bias, position, cu_seqlens, segments, chunks, interval, snr,
-        energy,
-    )  # fmt: skip
-    outputs = _room_for_gradients(grad_readout, q, k, v, decay, before, strength, basis, cu_seqlens, interval)
-    grad_q, grad_k, grad_v, grad_decay, grad_eta, grad_initial, *others = outputs
-    upstream = grad_readout.to(call.tokens[0].dtype).contiguous()
-    grad_written = before.new_empty(before.shape, dtype=upstream.dtype)
-    grad_total = before.new_empty(before.shape[:2], dtype=torch.float32)
-    saved, final = (before, grad_written, grad_total), (grad_memory, grad_writes, grad_forgetting)
-    state, start = (met, met_writes, met_forgetting), (grad_initial, *others)
-    left = last - last_writes if interval and grad_memory is not None else None
-    if not call.layout.segmented:
-        call.walk_back(upstream, final, saved, start, state, left)
-    else:
-        ends, of_left, decays = call.segment_memories(), call.segment_decays(), call.segment_decays()
-        nowhere = (None, None, None)
-        call.walk_back(upstream, nowhere, None, (ends, None, decays, *nowhere), consolidate=False)
-        if interval:
-            behind = call.segment_states()
-            call.join_back(ends, decays, final, state, left, behind, of_left, start)
-            # A program reads the gradient behind its segment before it writes the one before it.
-            to_segments = (*behind, *nowhere)
-        else:
-            behind = (call.segment_memories(), None, None)
-            call.chain(ends, decays, grad_memory, behind[0], grad_initial, reverse=True)
-            to_segments = (ends, None, decays, *nowhere)
-        call.walk_back(upstream, behind, saved, to_segments, of_left=of_left, consolidate=False)
-    call.chunk_gradients(upstream, before, grad_written, grad_total, (grad_q, grad_k, grad_v, grad_decay, grad_eta))
-    return outputs
-
-
-@torch.library.register_fake("resolvent::memory_backward")
-def _(
-    grad_readout, grad_memory, grad_writes, grad_forgetting, q, k, v, decay, eta, strength, basis, sharpness, bias,
-    last, last_writes, before, met, met_writes, met_forgetting, position, cu_seqlens, segments, chunks, interval, snr,
-    energy,
-):  # fmt: skip
-    return _room_for_gradients(grad_readout, q, k, v, decay, before, strength, basis, cu_seqlens, interval)
-
-
-def _room_for_gradients(
-    grad_readout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    before: Tensor,
-    strength: _Optional,
-    basis: _Optional,
-    cu_seqlens: _Optional,
-    interval: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What ``_memory_backward`` returns, yet to be filled; rows of chunks that are not there stay zero."""
-    (batch, length, heads, key), value = q.shape, v.shape[-1]
-    sequences = count_sequences(batch, cu_seqlens)
-
-    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def allocate(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return decay.new_empty(shape, dtype=dtype)
 
     return (
-        room(batch, length, heads, key, dtype=q.dtype),
-        room(batch, length, heads, key, dtype=k.dtype),
-        room(batch, length, heads, value, dtype=v.dtype),
-        room(batch, length, heads, dtype=decay.dtype),
+        allocate(batch, length, heads, key, dtype=tokens.q.dtype),
+        allocate(batch, length, heads, key, dtype=tokens.k.dtype),
+        allocate(batch, length, heads, value, dtype=tokens.v.dtype),
+        allocate(batch, length, heads, dtype=decay.dtype),
         decay.new_zeros(before.shape[:2], dtype=torch.float32),
-        room(sequences, heads, key, value),
-        room(sequences if interval else 0, heads, key, value),
-        room(sequences, heads),
-        room(sequences if strength is not None else 0, heads),
-        room(sequences if basis is not None else 0, heads),
-        room(sequences if basis is not None else 0, heads),
+        allocate(count, heads, key, value),
+        allocate(count if rule.interval else 0, heads, key, value),
+        allocate(count, heads),
+        allocate(count if filters.strength is not None else 0, heads),
+        allocate(count if filters.basis is not None else 0, heads),
+        allocate(count if filters.basis is not None else 0, heads),
     )
 
 
+@operator("memory_backward", _allocate_gradients)
+def _memory_backward(
+    grad_readout: Tensor,
+    grad_final: State,
+    tokens: Tokens,
+    decay: Tensor,
+    eta: Tensor,
+    filters: Filters,
+    last: Tensor,
+    last_writes: Tensor,
+    before: Tensor,
+    met: State,
+    sequences: Sequences,
+    rule: Rule,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v, decay, eta, the initial state, the strength, the sharpness and the bias.
+
+    That of eta has a row for every chunk, those of the last three one for every sequence, to be summed up. ``last`` and
+    ``last_writes`` are of the final state.
+    """
+    launches = _Launches(tokens, decay, eta, filters, sequences, rule)
+    outputs = _allocate_gradients(
+        grad_readout, grad_final, tokens, decay, eta, filters, last, last_writes, before, met, sequences, rule
+    )
+    grad_q, grad_k, grad_v, grad_decay, grad_eta, *of_state, grad_strength, grad_sharpness, grad_bias = outputs
+    upstream = grad_readout.to(launches.tokens.q.dtype).contiguous()
+    grad_written = before.new_empty(before.shape, dtype=upstream.dtype)
+    saved = Saved(before, grad_written, before.new_empty(before.shape[:2], dtype=torch.float32))
+    grad_start = State(*of_state) if rule.interval else State(of_state[0], None, of_state[2])
+    grads = Gradients(grad_start, Filters(grad_strength, None, grad_sharpness, grad_bias))
+    left = last - last_writes if rule.interval and grad_final.memory is not None else None
+    if not launches.layout.segmented:
+        launches.walk_back(upstream, grad_final, saved, grads, met, left)
+    else:
+        # 1. All segments at once, back from a gradient of zero.
+        ends, totals = launches.allocate_memories(), launches.allocate_totals()
+        launches.walk_back(upstream, _NO_STATE, _NOT_SAVED, Gradients(State(ends, None, totals)), consolidate=False)
+        # 2. The gradients behind each of them.
+        if rule.interval:
+            behind = State(launches.allocate_memories(), launches.allocate_memories(), launches.allocate_totals())
+            of_left = launches.allocate_totals()
+            launches.join_back(ends, totals, grad_final, met, left, behind, of_left, grads)
+            # A program reads the gradient behind its segment before it writes the one before it.
+            to_segments = behind
+        else:
+            memories = launches.allocate_memories()
+            behind, of_left, to_segments = State(memories), None, State(ends, None, totals)
+            launches.chain(ends, totals, grad_final.memory, memories, of_state[0], reverse=True)
+        # 3. All segments at once, back from there.
+        launches.walk_back(upstream, behind, saved, Gradients(to_segments), left=of_left, consolidate=False)
+    launches.chunk_gradients(upstream, saved, Tokens(grad_q, grad_k, grad_v), grad_decay, grad_eta)
+    return outputs
+
+
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.interval, ctx.snr, ctx.energy, _ = inputs
+    *tensors, interval, snr, energy_threshold, _ = inputs
+    ctx.rule = Rule(interval, snr, energy_threshold)
     ctx.save_for_backward(*tensors, *output[1:3], *output[4:])
     ctx.mark_non_differentiable(*output[4:])
     ctx.set_materialize_grads(False)
 
 
-def _gradient(
-    ctx: Any,
-    grad_readout: _Optional,
-    grad_memory: _Optional,
-    grad_writes: _Optional,
-    grad_forgetting: _Optional,
-    *_: Any,
-) -> Any:
-    q, k, v, decay, eta, memory, writes, forgetting, strength, basis, sharpness, bias, *others = ctx.saved_tensors
-    (position, cu_seqlens, segments, chunks), saved = others[:4], others[4:]
-    final: list[_Optional] = [grad_memory, grad_writes, grad_forgetting]
-    if not ctx.interval:
-        final[1:] = None, None
-    if any(x is not None for x in final):
-        sequences = count_sequences(q.shape[0], cu_seqlens)
-        matrix = (sequences, *q.shape[2:], v.shape[-1])
+def _gradient(ctx: Any, grad_readout: Tensor | None, *grad_outputs: Tensor | None) -> Any:
+    tensors, rule = ctx.saved_tensors, ctx.rule
+    tokens, decay, eta, start = Tokens(*tensors[:3]), *tensors[3:5], State(*tensors[5:8])
+    filters, sequences = Filters(*tensors[8:12]), Sequences(*tensors[12:16])
+    last, last_writes, before, *met = tensors[16:]
+
+    grad_final = State(*grad_outputs[:3]) if rule.interval else State(grad_outputs[0])
+    if any(x is not None for x in grad_final):
+        matrix = (count_sequences(len(tokens.q), sequences.cu_seqlens), *last.shape[1:])
         shapes = (matrix, matrix, matrix[:2])
-        final = [
-            saved[0].new_zeros(n, dtype=torch.float32) if x is None else x for x, n in zip(final, shapes, strict=True)
-        ]
-    grad_q, grad_k, grad_v, grad_decay, grad_eta, *others = _memory_backward(
-        grad_readout if grad_readout is not None else torch.zeros_like(v),
-        *final,
-        *(q, k, v, decay, eta, strength, basis, sharpness, bias, *saved),
-        *(position, cu_seqlens, segments, chunks),
-        ctx.interval,
-        ctx.snr,
-        ctx.energy,
+        grad_final = State(*(last.new_zeros(n) if x is None else x for x, n in zip(grad_final, shapes, strict=True)))
+    grads = _memory_backward(
+        grad_readout if grad_readout is not None else torch.zeros_like(tokens.v),
+        *grad_final,
+        *(*tokens, decay, eta, *filters, last, last_writes, before, *met, *sequences, *rule),
     )
-    grad_state, (grad_strength, grad_sharpness, grad_bias) = others[:3], others[3:]
-    of_state = [None if x is None else grad for x, grad in zip((memory, writes, forgetting), grad_state, strict=True)]
-    if not ctx.interval:
-        of_state[1:] = None, None
-    of_strength = grad_strength.sum(0) if strength is not None else None
-    of_resonance = (None, grad_sharpness.sum(0), grad_bias.sum(0)) if basis is not None else (None, None, None)
-    grads = (grad_q, grad_k, grad_v, grad_decay, grad_eta.sum(0).to(eta.dtype), *of_state, of_strength, *of_resonance)
-    return *grads, *[None] * 8
+    of_tokens, grad_eta, of_state, of_filters = grads[:4], grads[4], grads[5:8], grads[8:]
+    grad_state = [None if x is None else grad for x, grad in zip(start, of_state, strict=True)]
+    if not rule.interval:
+        grad_state[1:] = None, None
+    grad_strength = of_filters[0].sum(0) if filters.strength is not None else None
+    has_resonance = filters.basis is not None
+    grad_resonance = (None, of_filters[1].sum(0), of_filters[2].sum(0)) if has_resonance else (None, None, None)
+    grad_inputs = (*of_tokens, grad_eta.sum(0).to(eta.dtype), *grad_state, grad_strength, *grad_resonance)
+    return *grad_inputs, *[None] * 8
 
 
 torch.library.register_autograd("resolvent::memory", _gradient, setup_context=_keep_for_gradient)

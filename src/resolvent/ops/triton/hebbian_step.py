@@ -3,137 +3,141 @@
 Shapes: B sequences, H heads, K key width, V value width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backend as _backend
-from .consolidation import consolidate, constants_of
-from .hebbian_kernels import VARYING, cells_of, load_state, resonance_of, sizes_of, strength_of
+from ..dispatch import count_run
+from ..library import operator
+from .arguments import Filters, Rule, State, Tokens, constants_of, constexpr, variant_of
+from .consolidation import consolidate
+from .hebbian_kernels import VARYING, cells_of, load_state, resonance_of, strength_of
 from .launch import contiguous
 
 _kernel: Any = triton.jit
 
 
+class Token(NamedTuple):
+    """Query, key and value of one token (B, H, K or V) and its decay (B, H); in a kernel, those of one head."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+
+
+class _TokenStrides(NamedTuple):
+    """Strides of a ``Token``, from sequence to sequence and from head to head."""
+
+    q_row: int
+    q_head: int
+    k_row: int
+    k_head: int
+    v_row: int
+    v_head: int
+    decay_row: int
+    decay_head: int
+
+
 @_kernel
-def advance(
-    query, key, value, decay, state, wrote, forgot, memory, writes, forgetting, boundary, force, basis, sharpness, bias,
-    row, head, square, in_square, threshold, temperature, gamma_boost, eta_boost, energy,
-    K, V, BK: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """A memory learns ``key`` (with its rate η) and ``value``, answers ``query``, and is stored."""
-    square += row * K * V
-    kept, written = tl.exp(-decay), key[:, None] * value[None, :]
-    state = state * kept + written
-    answer = tl.sum(state * query[:, None], 0)
-    if SNR or RESONANCE:
-        wrote, forgot = wrote * kept + written, forgot + decay
+def advance(token, state, new, boundary, strength, filters, row, head, cells, constants, variant: constexpr):
+    """A memory learns a token, its key times η, answers its query, and is stored.
+
+    ``state`` holds the memory's values, ``new`` points to where they are stored; ``cells`` are the indices and the mask
+    of a matrix. Returns the answer.
+    """
+    square, in_square = cells
+    square += row * variant.K * variant.V
+    memory, writes, forgetting = state
+    kept, written = tl.exp(-token.decay), token.k[:, None] * token.v[None, :]
+    memory = memory * kept + written
+    answer = tl.sum(memory * token.q[:, None], 0)
+    if variant.SNR or variant.RESONANCE:
+        writes, forgetting = writes * kept + written, forgetting + token.decay
         if boundary:
-            keys = tl.arange(0, BK)
-            modes, steepness, offset = resonance_of(basis, sharpness, bias, head, keys, K, BK, RESONANCE, HALF)
-            state = consolidate(
-                state, wrote, forgot, force, modes, steepness, offset, threshold, temperature, gamma_boost, eta_boost,
-                energy, K, V, SNR, RESONANCE,
-            )  # fmt: skip
-            wrote = tl.zeros_like(wrote)
-            forgot = 0.0
-        tl.store(writes + square, wrote, mask=in_square)
-        tl.store(forgetting + row, forgot)
-    tl.store(memory + square, state, mask=in_square)
+            basis, sharpness, bias = resonance_of(filters, head, tl.arange(0, variant.BK), variant)
+            of_head = Filters(strength, basis, sharpness, bias)
+            memory = consolidate(State(memory, writes, forgetting), of_head, constants, variant)
+            writes = tl.zeros_like(writes)
+            forgetting = 0.0
+        tl.store(new.writes + square, writes, mask=in_square)
+        tl.store(new.forgetting + row, forgetting)
+    tl.store(new.memory + square, memory, mask=in_square)
     return answer
 
 
 @_kernel(do_not_specialize=VARYING)
 def _step(
-    q, k, v, decay, eta, memory, writes, forgetting, position, strength, basis, sharpness, bias,
-    readout, new_memory, new_writes, new_forgetting,
-    q_row, q_head, k_row, k_head, v_row, v_head, decay_row, decay_head,
-    threshold, temperature, gamma_boost, eta_boost, energy, interval, heads,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    SNR: tl.constexpr, RESONANCE: tl.constexpr, HALF: tl.constexpr,
+    token, eta, state, position, filters, readout, new, strides, constants, heads, variant: constexpr
 ):  # fmt: skip
     """One token of a head of a sequence."""
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    keys, values = tl.arange(0, BK), tl.arange(0, BV)
+    K: tl.constexpr = variant.K
+    V: tl.constexpr = variant.V
+    keys, values = tl.arange(0, variant.BK), tl.arange(0, variant.BV)
     row = sequence * heads + head
-    query = tl.load(q + sequence * q_row + head * q_head + keys, mask=keys < K, other=0.0).to(tl.float32)
-    key = tl.load(k + sequence * k_row + head * k_head + keys, mask=keys < K, other=0.0).to(tl.float32)
-    value = tl.load(v + sequence * v_row + head * v_head + values, mask=values < V, other=0.0).to(tl.float32)
-    boundary = (tl.load(position + sequence) + 1) % tl.maximum(interval, 1) == 0
-    forgets = tl.load(decay + sequence * decay_row + head * decay_head).to(tl.float32)
+    at_q = token.q + sequence * strides.q_row + head * strides.q_head
+    at_k = token.k + sequence * strides.k_row + head * strides.k_head
+    at_v = token.v + sequence * strides.v_row + head * strides.v_head
+    query = tl.load(at_q + keys, mask=keys < K, other=0.0).to(tl.float32)
+    key = tl.load(at_k + keys, mask=keys < K, other=0.0).to(tl.float32)
+    value = tl.load(at_v + values, mask=values < V, other=0.0).to(tl.float32)
+    boundary = (tl.load(position + sequence) + 1) % tl.maximum(constants.interval, 1) == 0
+    decay = tl.load(token.decay + sequence * strides.decay_row + head * strides.decay_head).to(tl.float32)
     square, in_square = cells_of(keys, values, K, V)
-    state, wrote, forgot = load_state(memory, writes, forgetting, row, square, in_square, K, V, SNR or RESONANCE)
+    memory, writes, forgetting = load_state(state, row, square, in_square, variant, variant.SNR or variant.RESONANCE)
     answer = advance(
-        query, key * tl.load(eta + head), value, forgets, state, wrote, forgot, new_memory, new_writes, new_forgetting,
-        boundary, strength_of(strength, head), basis, sharpness, bias, row, head, square, in_square, threshold,
-        temperature, gamma_boost, eta_boost, energy, K, V, BK, SNR, RESONANCE, HALF,
+        Token(query, key * tl.load(eta + head), value, decay), State(memory, writes, forgetting), new, boundary,
+        strength_of(filters.strength, head), filters, row, head, (square, in_square), constants, variant,
     )  # fmt: skip
     tl.store(readout + row * V + values, answer.to(readout.dtype.element_ty), mask=values < V)
 
 
-@_backend.operator("memory_step")
-def memory_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    eta: Tensor,
-    memory: Tensor,
-    writes: Tensor,
-    forgetting: Tensor,
-    strength: Tensor | None,
-    basis: Tensor | None,
-    sharpness: Tensor | None,
-    bias: Tensor | None,
-    position: Tensor,
-    interval: int,
-    snr: list[float],
-    energy: float,
+def _allocate_step(
+    tokens: Tokens, decay: Tensor, eta: Tensor, state: State, filters: Filters, position: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The read-out of one token of every sequence, (B, 1, H, V), and the state after it; ``position`` on the device.
-
-    It has no gradient, and Python reads none of its tensors: it can be captured as a CUDA graph.
-    """
-    outputs = _room_for_step(v, memory, writes, forgetting, interval)
-    batch, _, heads, _ = q.shape
-    tokens = [x[:, 0] if x.stride(-1) == 1 or x.dim() == 3 else x[:, 0].contiguous() for x in (q, k, v, decay)]
-    with torch.cuda.device_of(q):
-        _step[(batch, heads)](
-            *tokens,
-            eta.float(),
-            *map(contiguous, (memory, writes, forgetting)),
-            position,
-            *(contiguous(x, torch.float32) for x in (strength, basis, sharpness, bias)),
-            *outputs,
-            *(stride for x in tokens for stride in x.stride()[:2]),
-            *constants_of(snr, energy, interval),
-            heads,
-            SNR=len(snr) > 0,
-            RESONANCE=basis is not None,
-            num_warps=8,
-            **sizes_of(q, k, v),
-        )
-    return outputs
-
-
-@torch.library.register_fake("resolvent::memory_step")
-def _(
-    q, k, v, decay, eta, memory, writes, forgetting, strength, basis, sharpness, bias, position, interval, snr, energy
-):  # fmt: skip
-    return _room_for_step(v, memory, writes, forgetting, interval)
-
-
-def _room_for_step(
-    v: Tensor, memory: Tensor, writes: Tensor, forgetting: Tensor, interval: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``memory_step`` returns, yet to be filled."""
+    """Allocate the results of ``memory_step``."""
+    memory, writes, forgetting = state
+    assert memory is not None and writes is not None and forgetting is not None
 
     def like(x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    if not interval:
-        return like(v), like(memory), writes.new_empty(0), forgetting.new_empty(0)
-    return like(v), like(memory), like(writes), like(forgetting)
+    if not rule.interval:
+        return like(tokens.v), like(memory), writes.new_empty(0), forgetting.new_empty(0)
+    return like(tokens.v), like(memory), like(writes), like(forgetting)
+
+
+@operator("memory_step", _allocate_step)
+def memory_step(
+    tokens: Tokens, decay: Tensor, eta: Tensor, state: State, filters: Filters, position: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the read-out of one token of every sequence, (B, 1, H, V), and the state after it.
+
+    ``position`` is on the device. The operator has no gradient, and Python reads none of its tensors: a CUDA graph can
+    capture it.
+    """
+    outputs = _allocate_step(tokens, decay, eta, state, filters, position, rule)
+    readout, *new = outputs
+    batch, _, heads, _ = tokens.q.shape
+    token = Token(*(x[:, 0] if x.stride(-1) == 1 or x.dim() == 3 else x[:, 0].contiguous() for x in (*tokens, decay)))
+    count_run("dissipative_memory", "triton")
+    with torch.cuda.device_of(readout):
+        _step[(batch, heads)](
+            token,
+            eta.float(),
+            State(*map(contiguous, state)),
+            position,
+            Filters(*(contiguous(x, torch.float32) for x in filters)),
+            readout,
+            State(*new),
+            _TokenStrides(*(stride for x in token for stride in x.stride()[:2])),
+            constants_of(rule),
+            heads,
+            variant_of(tokens, filters, rule),
+            num_warps=8,
+        )
+    return outputs

@@ -17,13 +17,6 @@ def contiguous(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | N
     return None if x is None else x.to(dtype or x.dtype).contiguous()
 
 
-def more_than_float32(dtype: torch.dtype) -> str | None:
-    """Why kernels that compute in float32 refuse tensors of a dtype; None where they take them."""
-    if dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return None
-    return f"its kernel computes in float32, the tensors are {dtype}"
-
-
 @functools.lru_cache(maxsize=8)
 def early(device: torch.device) -> dict[str, Any]:
     """Options of a launch that begins while the one before it ends, on GPUs that can (NVIDIA's since Hopper).

@@ -8,48 +8,95 @@ convolution lets meet stay in registers, so that each is loaded once. Where a ru
 anew. Shapes: T tokens, H heads, K head width, C = 3HK channels, W convolution width, S sequences.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backend as _backend
+from ..dispatch import count_run
+from ..library import operator
 from ..packed import sequence_numbers
+from .arguments import constexpr
 from .consolidation import sigmoid
-from .launch import contiguous, more_than_float32
+from .launch import contiguous
 
 _kernel: Any = triton.jit
-_TINY = tl.constexpr(1e-12)  # that of ``ops.normalize.unit_length``
-_FORWARD = dict(VALUES=256, TOKENS=32, STAGES=3, UNROLL=4)
-_BACKWARD = dict(VALUES=256, TOKENS=64, STAGES=4, maxnreg=168)
-"""Channels of a warp (of up to 4 taps), tokens of a run, rows that are on their way at a time, steps that are written
-out one after the other, and registers of a thread at most, so that there is room for more warps."""
+
+
+class _Inputs(NamedTuple):
+    """Projections (T, C), taps (W, C), tails (S, W - 1, C), and the bounds of packed sequences; or gradients."""
+
+    projected: Tensor
+    weight: Tensor
+    tail: Tensor
+    bounds: Tensor | None = None
+
+
+class _Heads(NamedTuple):
+    """Queries, keys and values (T, HK), or their gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class _Rows(NamedTuple):
+    """Stride of the rows of projections, tokens of a sequence, and of all of them."""
+
+    stride: int
+    length: int
+    total: int
+
+
+class _Variant(NamedTuple):
+    """Constants of the kernels.
+
+    They are the head width and its power of two, taps, heads of a program, tokens of a run, rows that are loaded at a
+    time, and steps of an unrolled loop.
+    """
+
+    K: int
+    BK: int
+    W: int
+    HEADS: int
+    TOKENS: int
+    STAGES: int
+    UNROLL: int = 1
+
+
+TINY = tl.constexpr(1e-12)  # that of ``ops.normalize.unit_length``
+_CHANNELS = 256
+"""Of a warp, for up to 4 taps."""
+_FORWARD = dict(TOKENS=32, STAGES=3, UNROLL=4)
+_BACKWARD = dict(TOKENS=64, STAGES=4)
+_BACKWARD_REGISTERS = 168
+"""Of a thread at most, so that there is room for more warps."""
 
 
 @_kernel
-def _sequence(token, bounds, length, total, PACKED: tl.constexpr):
+def _sequence(token, bounds, rows):
     """Sequence of a token, its first token and its last token + 1."""
-    if PACKED:
+    if bounds is not None:
         sequence = tl.load(bounds + token).to(tl.int32)
-        start = tl.load(bounds + total + sequence).to(tl.int32)
-        end = tl.load(bounds + total + sequence + 1).to(tl.int32)
+        start = tl.load(bounds + rows.total + sequence).to(tl.int32)
+        end = tl.load(bounds + rows.total + sequence + 1).to(tl.int32)
     else:
-        sequence = token // length
-        start = sequence * length
-        end = start + length
+        sequence = token // rows.length
+        start = sequence * rows.length
+        end = start + rows.length
     return sequence, start, end
 
 
 @_kernel
-def _of_role(role, of_q, of_k, of_v):
+def _of_role(role, heads):
     """One of three pointers."""
-    chosen = of_q
+    chosen = heads.q
     if role == 1:
-        chosen = of_k
+        chosen = heads.k
     elif role == 2:
-        chosen = of_v
+        chosen = heads.v
     return chosen
 
 
@@ -129,31 +176,31 @@ def _sigmoid(x, dtype: tl.constexpr):
 
 
 @_kernel
-def _forward(
-    x, weight, tail, bounds, q, k, v, stride, length, total, heads,
-    PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr,
-    TOKENS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    role, columns, wanted = _heads(heads, K, BK, HEADS)
+def _forward(inputs, outputs, layout, heads, variant: constexpr):
+    K: tl.constexpr = variant.K
+    W: tl.constexpr = variant.W
+    UNROLL: tl.constexpr = variant.UNROLL
+    role, columns, wanted = _heads(heads, K, variant.BK, variant.HEADS)
     HK, C, channels = heads * K, 3 * heads * K, role * heads * K + columns
-    first = tl.program_id(0) * TOKENS
-    at_x = x + first.to(tl.int64) * stride + channels
-    at_out = _of_role(role, q, k, v) + first.to(tl.int64) * HK + columns
-    taps, rows = _taps(weight + channels, wanted, C, W), _zeros(HEADS, BK, W)
+    first = tl.program_id(0) * variant.TOKENS
+    at_x = inputs.projected + first.to(tl.int64) * layout.stride + channels
+    at_out = _of_role(role, outputs) + first.to(tl.int64) * HK + columns
+    taps, rows = _taps(inputs.weight + channels, wanted, C, W), _zeros(variant.HEADS, variant.BK, W)
     end = first  # of the sequence before
-    for step in tl.range(tl.minimum(TOKENS, total - first), num_stages=STAGES, loop_unroll_factor=UNROLL):
+    steps = tl.minimum(variant.TOKENS, layout.total - first)
+    for step in tl.range(steps, num_stages=variant.STAGES, loop_unroll_factor=UNROLL):
         token, row = first + step, _loaded(at_x, wanted)
         if token == end:
-            sequence, start, end = _sequence(token, bounds, length, total, PACKED)
-            at_tail = tail + sequence.to(tl.int64) * (W - 1) * C + channels
-            rows = _before(at_x, stride, at_tail, C, token - start, wanted, W)
+            sequence, start, end = _sequence(token, inputs.bounds, layout)
+            at_tail = inputs.tail + sequence.to(tl.int64) * (W - 1) * C + channels
+            rows = _before(at_x, layout.stride, at_tail, C, token - start, wanted, W)
         rows = (row,) + rows[: W - 1]  # noqa: RUF005
         given = _convolved(rows, taps, W)
-        given *= _sigmoid(given, x.dtype.element_ty)
+        given *= _sigmoid(given, inputs.projected.dtype.element_ty)
         if role < 2:
-            given *= tl.rsqrt(tl.sum(given * given, 1) + K * _TINY)[:, None]
-        tl.store(at_out, given.to(q.dtype.element_ty), mask=wanted)
-        at_x += stride
+            given *= tl.rsqrt(tl.sum(given * given, 1) + K * TINY)[:, None]
+        tl.store(at_out, given.to(outputs.q.dtype.element_ty), mask=wanted)
+        at_x += layout.stride
         at_out += HK
 
 
@@ -176,38 +223,41 @@ def _settle_all(rows, token, at_x, at_tail, start, first, last, wanted, C, W: tl
 
 
 @_kernel
-def _backward(
-    grad_q, grad_k, grad_v, x, weight, tail, bounds, grad_x, grad_tail, grad_weight, stride, length, total, heads,
-    PACKED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr,
-    TOKENS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+def _backward(upstream, inputs, grads, layout, heads, variant: constexpr):
     """Walks W - 1 tokens beyond its run, because a token's projection meets those after it."""
+    K: tl.constexpr = variant.K
+    BK: tl.constexpr = variant.BK
+    W: tl.constexpr = variant.W
+    HEADS: tl.constexpr = variant.HEADS
+    TOKENS: tl.constexpr = variant.TOKENS
+    stride, total = layout.stride, layout.total
+    tail, grad_tail = inputs.tail, grads.tail
     role, columns, wanted = _heads(heads, K, BK, HEADS)
     HK, C, channels = heads * K, 3 * heads * K, role * heads * K + columns
     first = tl.program_id(0) * TOKENS
     last = tl.minimum(first + TOKENS, total)
     steps = tl.minimum(last + W - 1, total) - first
-    at_x = x + first.to(tl.int64) * stride + channels
-    at_upstream = _of_role(role, grad_q, grad_k, grad_v) + first.to(tl.int64) * HK + columns
-    at_grad = grad_x + first.to(tl.int64) * C + channels
-    taps, rows = _taps(weight + channels, wanted, C, W), _zeros(HEADS, BK, W)
+    at_x = inputs.projected + first.to(tl.int64) * stride + channels
+    at_upstream = _of_role(role, upstream) + first.to(tl.int64) * HK + columns
+    at_grad = grads.projected + first.to(tl.int64) * C + channels
+    taps, rows = _taps(inputs.weight + channels, wanted, C, W), _zeros(HEADS, BK, W)
     of_rows, of_taps = _zeros(HEADS, BK, W), _zeros(HEADS, BK, W)
     # Of a sequence before, whose gradients are another program's: its place among the tails does not matter.
     start, end, of_tail = first - W, first, first.to(tl.int64)
-    for step in tl.range(steps, num_stages=STAGES):
+    for step in tl.range(steps, num_stages=variant.STAGES):
         token, row, grad = first + step, _loaded(at_x, wanted), _loaded(at_upstream, wanted)
         if token == end:
             _settle_all(of_rows, token, at_grad, grad_tail + of_tail + channels, start, first, last, wanted, C, W)
-            sequence, start, end = _sequence(token, bounds, length, total, PACKED)
+            sequence, start, end = _sequence(token, inputs.bounds, layout)
             of_tail = sequence.to(tl.int64) * (W - 1) * C
             rows = _before(at_x, stride, tail + of_tail + channels, C, token - start, wanted, W)
             of_rows = _zeros(HEADS, BK, W)
         rows = (row,) + rows[: W - 1]  # noqa: RUF005
         given = _convolved(rows, taps, W)
-        gate = _sigmoid(given, x.dtype.element_ty)
+        gate = _sigmoid(given, inputs.projected.dtype.element_ty)
         activated = given * gate
         if role < 2:
-            inverse = tl.rsqrt(tl.sum(activated * activated, 1) + K * _TINY)
+            inverse = tl.rsqrt(tl.sum(activated * activated, 1) + K * TINY)
             along = tl.sum(activated * grad, 1) * inverse * inverse
             grad = (grad - activated * along[:, None]) * inverse[:, None]
         grad *= gate + activated * (1 - gate)
@@ -221,12 +271,11 @@ def _backward(
         at_grad += C
     _settle_all(of_rows, first + steps, at_grad, grad_tail + of_tail + channels, start, first, last, wanted, C, W)
     for j in tl.static_range(W):
-        at_weight = grad_weight + (tl.program_id(0).to(tl.int64) * W + j) * C + channels
+        at_weight = grads.weight + (tl.program_id(0).to(tl.int64) * W + j) * C + channels
         tl.store(at_weight, of_taps[j], mask=wanted)
 
 
-@_backend.register("queries_keys_values", "triton", refuses=more_than_float32)
-def _queries_keys_values_triton(
+def queries_keys_values(
     projected: Tensor, weight: Tensor, tail: Tensor, num_heads: int, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if cu_seqlens is not None:
@@ -236,7 +285,16 @@ def _queries_keys_values_triton(
     return _queries_keys_values(projected, weight, tail, cu_seqlens, num_heads)
 
 
-@_backend.operator("queries_keys_values")
+def _allocate(
+    projected: Tensor, weight: Tensor, tail: Tensor, bounds: Tensor | None, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the results of ``_queries_keys_values``."""
+    *rows, channels = projected.shape
+    q, k, v = (projected.new_empty(*rows, channels // 3) for _ in range(3))
+    return q, k, v
+
+
+@operator("queries_keys_values", _allocate)
 def _queries_keys_values(
     projected: Tensor, weight: Tensor, tail: Tensor, bounds: Tensor | None, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,27 +303,35 @@ def _queries_keys_values(
     ``bounds`` tells packed sequences apart: the sequence of every token, followed by the offsets of all, int64 on the
     device.
     """
-    outputs = _room(projected)
+    outputs = _allocate(projected, weight, tail, bounds, num_heads)
     if projected.numel():
-        tensors, numbers, grid, sizes = _arguments(projected, weight, tail, bounds, num_heads, _FORWARD)
+        inputs, rows, variant, grid, warps = _arguments(projected, weight, tail, bounds, num_heads, _FORWARD)
+        count_run("queries_keys_values", "triton")
         with torch.cuda.device_of(projected):
-            _forward[grid](*tensors, *outputs, *numbers, **sizes)
+            _forward[grid](inputs, _Heads(*outputs), rows, num_heads, variant, num_warps=warps)
     return outputs
 
 
-@torch.library.register_fake("resolvent::queries_keys_values")
-def _(projected, weight, tail, bounds, num_heads):
-    return _room(projected)
+def _allocate_gradients(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    projected: Tensor,
+    weight: Tensor,
+    tail: Tensor,
+    bounds: Tensor | None,
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the results of ``_queries_keys_values_backward``."""
+    programs = -(-projected.shape[0] * projected.shape[1] // _BACKWARD["TOKENS"])
+    return (
+        projected.new_empty(projected.shape),
+        weight.new_empty(programs, *weight.shape, dtype=torch.float32),
+        tail.new_empty(tail.shape),
+    )
 
 
-def _room(projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``_queries_keys_values`` returns, yet to be filled."""
-    *rows, channels = projected.shape
-    q, k, v = (projected.new_empty(*rows, channels // 3) for _ in range(3))
-    return q, k, v
-
-
-@_backend.operator("queries_keys_values_backward")
+@operator("queries_keys_values_backward", _allocate_gradients)
 def _queries_keys_values_backward(
     grad_q: Tensor,
     grad_k: Tensor,
@@ -277,50 +343,36 @@ def _queries_keys_values_backward(
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``projected``, of the weight by program, to be summed up, and of the tail."""
-    outputs = _room_for_gradients(projected, weight, tail)
+    outputs = _allocate_gradients(grad_q, grad_k, grad_v, projected, weight, tail, bounds, num_heads)
     if not projected.numel():
         torch._foreach_zero_(outputs)
         return outputs
-    grad_x, grad_weight, grad_tail = outputs
+    grads = _Inputs(*outputs)
     if bounds is not None:
-        grad_tail.zero_()  # sequences without a token have a tail
-    tensors, numbers, grid, sizes = _arguments(projected, weight, tail, bounds, num_heads, _BACKWARD)
-    upstream = [contiguous(x) for x in (grad_q, grad_k, grad_v)]
+        grads.tail.zero_()  # sequences without a token have a tail
+    inputs, rows, variant, grid, warps = _arguments(projected, weight, tail, bounds, num_heads, _BACKWARD)
+    upstream = _Heads(grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous())
+    options = dict(num_warps=warps, maxnreg=_BACKWARD_REGISTERS)
     with torch.cuda.device_of(projected):
-        _backward[grid](*upstream, *tensors, grad_x, grad_tail, grad_weight, *numbers, **sizes)
+        _backward[grid](upstream, inputs, grads, rows, num_heads, variant, **options)
     return outputs
-
-
-@torch.library.register_fake("resolvent::queries_keys_values_backward")
-def _(grad_q, grad_k, grad_v, projected, weight, tail, bounds, num_heads):
-    return _room_for_gradients(projected, weight, tail)
-
-
-def _room_for_gradients(projected: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``_queries_keys_values_backward`` returns, yet to be filled."""
-    programs = -(-projected.shape[0] * projected.shape[1] // _BACKWARD["TOKENS"])
-    return (
-        projected.new_empty(projected.shape),
-        weight.new_empty(programs, *weight.shape, dtype=torch.float32),
-        tail.new_empty(tail.shape),
-    )
 
 
 def _arguments(
     projected: Tensor, weight: Tensor, tail: Tensor, bounds: Tensor | None, num_heads: int, plan: dict[str, int]
-) -> tuple[list[Any], list[int], tuple[int, int], dict[str, Any]]:
-    """What the kernels take: tensors; stride of a row, tokens of a sequence and of all, heads; grid; options."""
+) -> tuple[_Inputs, _Rows, _Variant, tuple[int, int], int]:
+    """Return what both kernels take, the grid and the warps of a program."""
     length, channels = projected.shape[1:]
     rows = projected.flatten(0, 1)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     width, taps = channels // (3 * num_heads), len(weight)
-    options = dict(plan, PACKED=bounds is not None, K=width, BK=triton.next_power_of_2(width), W=taps)
-    values = options.pop("VALUES") * 4 // max(4, triton.next_power_of_2(taps))  # of every tap a thread keeps rows
-    options["HEADS"] = min(triton.next_power_of_2(num_heads), max(1, values // options["BK"]))
-    options["num_warps"] = max(1, options["BK"] // values)
-    grid = (triton.cdiv(len(rows), plan["TOKENS"]), 3 * triton.cdiv(num_heads, options["HEADS"]))
-    tensors = [rows, *map(contiguous, (weight, tail, bounds))]
-    return tensors, [rows.stride(0), length, len(rows), num_heads], grid, options
+    block = triton.next_power_of_2(width)
+    values = _CHANNELS * 4 // max(4, triton.next_power_of_2(taps))  # of every tap a thread keeps rows
+    heads = min(triton.next_power_of_2(num_heads), max(1, values // block))
+    grid = (triton.cdiv(len(rows), plan["TOKENS"]), 3 * triton.cdiv(num_heads, heads))
+    inputs = _Inputs(rows, weight.contiguous(), tail.contiguous(), contiguous(bounds))
+    variant = _Variant(width, block, taps, heads, **plan)
+    return inputs, _Rows(rows.stride(0), length, len(rows)), variant, grid, max(1, block // values)
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

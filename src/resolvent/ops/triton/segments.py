@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..hebbian import CHUNK, lengths_and_phases
+from ..memory_state import CHUNK, lengths_and_phases
 
 _LEAST_PROGRAMS, _WANTED_PROGRAMS = 64, 528
 """With fewer than the first, one for every head of a sequence, a GPU stays empty; the second fills it four times."""

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from resolvent.models.decoding import token_step
-from resolvent.models.phase2.token_step import MOST_SEQUENCES, TokenStep
+from resolvent.models.phase2.decode import MOST_SEQUENCES, TokenStep
+from resolvent.ops import dispatch
 
 from .conftest import small_model
 
@@ -76,6 +77,21 @@ def test_weights_may_change_in_place(device):
         assert (found - expected[:, 0]).norm() <= 1e-5 * expected.norm()
     for found, expected in zip(step.state.tensors(), state.tensors(), strict=True):
         torch.testing.assert_close(found.to(expected.device), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_launches_are_counted_and_the_question_is_not(device):
+    model, plain = models_on(device)
+    state = start(plain, device, read=5)
+    before = dispatch.calls.copy()
+    step = token_step(model, state)
+    assert dispatch.calls == before
+    step(torch.zeros(2, dtype=torch.int64, device=device))
+    blocks = len(model.blocks)
+    assert dispatch.calls - before == {
+        (name, "triton"): blocks for name in ("resolvent_diagonal", "dissipative_memory")
+    }
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -14,14 +14,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
-from .bk_core import _reciprocal
-from .consolidation import constants_of, parts_of
-from .hebbian_kernels import cells_of, load_state
-from .hebbian_step import advance
-from .launch import early, let_next_begin, wait_for_last
-from .queries_keys_values import _TINY
+from ...layers import DissipativeBKLayer, DissipativeHebbianLayer
+from ...ops import Consolidation
+from ...ops.dispatch import count_run
+from ...ops.triton.arguments import State, Variant, constants_of, constexpr, parts_of
+from ...ops.triton.bk_core import reciprocal
+from ...ops.triton.hebbian_kernels import cells_of, load_state
+from ...ops.triton.hebbian_step import Token, advance
+from ...ops.triton.launch import early, let_next_begin, wait_for_last
+from ...ops.triton.queries_keys_values import TINY
 
 _kernel: Any = triton.jit
 _EPS = tl.constexpr(1e-5)  # that of ``ops.normalize.unit_rms``
@@ -30,20 +33,78 @@ _ELEMENTS = 4096
 
 
 class Norm(NamedTuple):
-    """A layer norm: weight (D,), bias (D,) and epsilon."""
+    """A layer norm: weight (D,), bias (D,) and epsilon; Nones for none."""
 
-    weight: Tensor
-    bias: Tensor
-    eps: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+
+
+class _Product(NamedTuple):
+    """A product with a weight (R, D), and where it goes, (B, R); Nones for none."""
+
+    weight: Tensor | None
+    out: Tensor | None
+    rows: int
+
+
+class _Potential(NamedTuple):
+    """Weights of V, of an adaptive Γ and of the memory's feedback, Γ's bias, and two numbers."""
+
+    v: Tensor
+    gamma: Tensor | None
+    memory: Tensor | None
+    gamma_bias: Tensor
+    base_decay: float
+    memory_scale: float
+
+
+class _Chain(NamedTuple):
+    """Parameters of the resolvent's chains, (H,) each, and their g (B, H, 2), which moves on."""
+
+    h0_super: Tensor
+    h0_sub: Tensor
+    kappa: Tensor
+    energy: Tensor
+    log_zeta: Tensor
+    g: Tensor
+
+
+class _Conv(NamedTuple):
+    """Projections (B, 3HK), the W - 1 before them (B, W - 1, 3HK), and the taps (W, 3HK)."""
+
+    projected: Tensor
+    tail: Tensor
+    taps: Tensor
+
+
+class _Layer(NamedTuple):
+    """Constants of ``_remember`` besides a ``Variant``.
+
+    They are taps, the gate's width as a power of two, and whether answers are brought to unit RMS.
+    """
+
+    W: int
+    BG: int
+    NORM: bool
+
+
+class _Gate(NamedTuple):
+    """The narrow side of a gate (B, G), its weight (HV, G), bias (HV,) and width; Nones for none."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    width: int
 
 
 @_kernel
-def _normalized(x, weight, bias, columns, inside, width, eps):
+def _normalized(x, norm, columns, inside, width):
     mean = tl.sum(x, 0) / width
     centred = tl.where(inside, x - mean, 0.0)
-    scale = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
-    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    return centred * scale * gain + tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(centred * centred, 0) / width + norm.eps)
+    gain = tl.load(norm.weight + columns, mask=inside, other=0.0).to(tl.float32)
+    return centred * scale * gain + tl.load(norm.bias + columns, mask=inside, other=0.0).to(tl.float32)
 
 
 @_kernel
@@ -64,16 +125,15 @@ def _embed(
 
 @_kernel
 def _linear(
-    x, norm_weight, norm_bias, weight, bias, out, other_weight, other_out, eps, batch, width, rows, other_rows,
-    NORM: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, OTHER: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
+    x, norm, product, bias, other, batch, width, ACTIVATION: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_begin(EARLY)
-    program = tl.program_id(0)
-    if OTHER:
+    program, weight, out, rows = tl.program_id(0), product.weight, product.out, product.rows
+    if other.weight is not None:
         first = tl.cdiv(rows, ROWS)
         if program >= first:
-            weight, out, rows, program = other_weight, other_out, other_rows, program - first
+            weight, out, rows, program = other.weight, other.out, other.rows, program - first
     columns, row = tl.arange(0, BLOCK), program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, wanted = columns < width, row < rows
     in_tile = wanted[:, None] & inside[None, :]
@@ -81,15 +141,15 @@ def _linear(
     if ACTIVATION == "swiglu":
         tile = (rows + row)[:, None] * width + columns[None, :]
         values = tl.load(weight + tile, mask=in_tile, other=0.0).to(tl.float32)
-    if BIAS:
+    if bias is not None:
         shift = tl.load(bias + row, mask=wanted, other=0.0).to(tl.float32)
     wait_for_last(EARLY)
     for sequence in range(batch):
         given = tl.load(x + sequence * width + columns, mask=inside, other=0.0)
-        if NORM:
-            given = _normalized(given, norm_weight, norm_bias, columns, inside, width, eps)
+        if norm.weight is not None:
+            given = _normalized(given, norm, columns, inside, width)
         result = tl.sum(matrix * given[None, :], 1)
-        if BIAS:
+        if bias is not None:
             result += shift
         if ACTIVATION == "gelu":
             result *= 0.5 * (1 + tl.erf(result * 0.7071067811865476))
@@ -103,10 +163,8 @@ def _linear(
 
 @_kernel
 def _scatter(
-    x, readout, norm_weight, norm_bias, v_weight, gamma_weight, memory_weight, gamma_bias, h0_super, h0_sub, kappa,
-    energy, log_zeta, bk_weight, g, gamma, eps, base_decay, memory_scale, D, H, memory_width,
-    ADAPTIVE: tl.constexpr, FEEDBACK: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, MEMORY: tl.constexpr,
-    EARLY: tl.constexpr,
+    x, readout, norm, weights, chain, bk_weight, gamma, D, H, memory_width, BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    MEMORY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Potential, a site of every chain, and its features on top of the residual stream."""
     let_next_begin(EARLY)
@@ -114,51 +172,51 @@ def _scatter(
     inside, there = columns < D, heads < H
     # Everything is loaded before anything waits for a sum.
     tile, in_tile = heads[:, None] * D + columns[None, :], there[:, None] & inside[None, :]
-    of_v, of_gamma = tl.load(v_weight + tile, mask=in_tile, other=0.0), tl.zeros([HEADS, BLOCK], tl.float32)
-    if ADAPTIVE:
-        of_gamma += tl.load(gamma_weight + tile, mask=in_tile, other=0.0).to(tl.float32)
+    of_v, of_gamma = tl.load(weights.v + tile, mask=in_tile, other=0.0), tl.zeros([HEADS, BLOCK], tl.float32)
+    if weights.gamma is not None:
+        of_gamma += tl.load(weights.gamma + tile, mask=in_tile, other=0.0).to(tl.float32)
     turned, in_turned = columns[:, None] * 2 * H + heads[None, :], inside[:, None] & there[None, :]
     of_re = tl.load(bk_weight + turned, mask=in_turned, other=0.0).to(tl.float32)
     of_im = tl.load(bk_weight + turned + H, mask=in_turned, other=0.0).to(tl.float32)
-    potential = -tl.load(energy + heads, mask=there, other=0.0).to(tl.float32)
-    rate = tl.load(gamma_bias + heads, mask=there, other=0.0).to(tl.float32)
-    strength = tl.abs(tl.load(kappa + heads, mask=there, other=0.0).to(tl.float32))
-    zeta = tl.exp(tl.load(log_zeta + heads, mask=there, other=0.0).to(tl.float32))
-    hopping = tl.load(h0_super + heads, mask=there, other=0.0).to(tl.float32)
-    hopping = tl.abs(hopping * tl.load(h0_sub + heads, mask=there, other=0.0).to(tl.float32))
-    if FEEDBACK:
+    potential = -tl.load(chain.energy + heads, mask=there, other=0.0).to(tl.float32)
+    rate = tl.load(weights.gamma_bias + heads, mask=there, other=0.0).to(tl.float32)
+    strength = tl.abs(tl.load(chain.kappa + heads, mask=there, other=0.0).to(tl.float32))
+    zeta = tl.exp(tl.load(chain.log_zeta + heads, mask=there, other=0.0).to(tl.float32))
+    hopping = tl.load(chain.h0_super + heads, mask=there, other=0.0).to(tl.float32)
+    hopping = tl.abs(hopping * tl.load(chain.h0_sub + heads, mask=there, other=0.0).to(tl.float32))
+    if weights.memory is not None:
         cells = tl.arange(0, MEMORY)
         back = heads[:, None] * memory_width + cells[None, :]
         in_back = there[:, None] & (cells < memory_width)[None, :]
-        feedback = tl.load(memory_weight + back, mask=in_back, other=0.0).to(tl.float32)
+        feedback = tl.load(weights.memory + back, mask=in_back, other=0.0).to(tl.float32)
     wait_for_last(EARLY)
     old = tl.load(x + sequence * D + columns, mask=inside, other=0.0)
-    place = g + 2 * (sequence * H + heads)
+    place = chain.g + 2 * (sequence * H + heads)
     g_re, g_im = tl.load(place, mask=there, other=0.0), tl.load(place + 1, mask=there, other=0.0)
-    if FEEDBACK:
+    if weights.memory is not None:
         answer = tl.load(readout + sequence * memory_width + cells, mask=cells < memory_width, other=0.0)
-        potential += memory_scale * tl.sum(feedback * answer[None, :], 1)
+        potential += weights.memory_scale * tl.sum(feedback * answer[None, :], 1)
     tl.debug_barrier()  # several threads read the same numbers: all have, before one of them writes
 
-    given = _normalized(old, norm_weight, norm_bias, columns, inside, D, eps)[None, :]
+    given = _normalized(old, norm, columns, inside, D)[None, :]
     potential += tl.sum(of_v.to(tl.float32) * given, 1)
     rate += tl.sum(of_gamma * given, 1)
-    rate = tl.maximum(rate, 0.0) + tl.log(1 + tl.exp(-tl.abs(rate))) + base_decay
+    rate = tl.maximum(rate, 0.0) + tl.log(1 + tl.exp(-tl.abs(rate))) + weights.base_decay
     tl.store(gamma + sequence * H + heads, rate, mask=there)
-    re, im = _reciprocal((potential - hopping * g_re, -(strength * rate + zeta) - hopping * g_im))
+    re, im = reciprocal((potential - hopping * g_re, -(strength * rate + zeta) - hopping * g_im))
     tl.store(place, re, mask=there)
     tl.store(place + 1, im, mask=there)
     tl.store(x + sequence * D + columns, old + tl.sum(of_re * re[None, :] + of_im * im[None, :], 1), mask=inside)
 
 
 @_kernel
-def _convolved(projected, tail, taps, sequence, channels, inside, C, W: tl.constexpr):
+def _convolved(conv, sequence, channels, inside, C, W: tl.constexpr):
     """SiLU of the convolution at the newest token, and the rows that are the next tail, newest first."""
-    newest = tl.load(projected + sequence * C + channels, mask=inside, other=0.0)
-    total, rows = newest * tl.load(taps + channels, mask=inside, other=0.0).to(tl.float32), (newest,)
+    newest = tl.load(conv.projected + sequence * C + channels, mask=inside, other=0.0)
+    total, rows = newest * tl.load(conv.taps + channels, mask=inside, other=0.0).to(tl.float32), (newest,)
     for j in tl.static_range(1, W):
-        row = tl.load(tail + (sequence * (W - 1) + W - 1 - j) * C + channels, mask=inside, other=0.0)
-        total += row * tl.load(taps + j * C + channels, mask=inside, other=0.0).to(tl.float32)
+        row = tl.load(conv.tail + (sequence * (W - 1) + W - 1 - j) * C + channels, mask=inside, other=0.0)
+        total += row * tl.load(conv.taps + j * C + channels, mask=inside, other=0.0).to(tl.float32)
         rows = rows + (row,)  # noqa: RUF005 (Triton has no starred tuples)
     return total * tl.sigmoid(total), rows
 
@@ -171,50 +229,50 @@ def _store_tail(tail, rows, sequence, channels, inside, C, W: tl.constexpr):
 
 @_kernel
 def _remember(
-    projected, tail, taps, gamma, log_eta, memory, writes, forgetting, position, logit, basis, sharpness, bias, gate,
-    gate_weight, gate_bias, readout, gated, dt, threshold, temperature, gamma_boost, eta_boost, energy, interval, H, G,
-    K: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, SNR: tl.constexpr, RESONANCE: tl.constexpr,
-    NORM: tl.constexpr, GATE: tl.constexpr, BG: tl.constexpr, EARLY: tl.constexpr,
+    conv, gamma, log_eta, state, position, filters, gate, readout, gated, dt, constants, H, variant: constexpr,
+    layer: constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A head's memory learns the token and answers it."""
+    """A head's memory learns the token and answers it; instead of a strength ``filters`` have its logit."""
     let_next_begin(EARLY)
+    K: tl.constexpr = variant.K
+    W: tl.constexpr = layer.W
     sequence, head = tl.program_id(0), tl.program_id(1)
-    row, cells = sequence * H + head, tl.arange(0, BK)
+    row, cells = sequence * H + head, tl.arange(0, variant.BK)
     inside, C, channels = cells < K, 3 * H * K, head * K + cells
     # The launch that last wrote the state is of the token before: it ended before this token's first began.
     square, in_square = cells_of(cells, cells, K, K)
-    state, wrote, forgot = load_state(memory, writes, forgetting, row, square, in_square, K, K, SNR or RESONANCE)
-    if GATE:
-        down = tl.arange(0, BG)
-        tile, mask = channels[:, None] * G + down[None, :], inside[:, None] & (down < G)[None, :]
-        up = tl.load(gate_weight + tile, mask=mask, other=0.0).to(tl.float32)
+    memory, writes, forgetting = load_state(state, row, square, in_square, variant, variant.SNR or variant.RESONANCE)
+    if gate.x is not None:
+        down = tl.arange(0, layer.BG)
+        tile, mask = channels[:, None] * gate.width + down[None, :], inside[:, None] & (down < gate.width)[None, :]
+        up = tl.load(gate.weight + tile, mask=mask, other=0.0).to(tl.float32)
     wait_for_last(EARLY)
-    query, q_rows = _convolved(projected, tail, taps, sequence, channels, inside, C, W)
-    key, k_rows = _convolved(projected, tail, taps, sequence, H * K + channels, inside, C, W)
-    value, v_rows = _convolved(projected, tail, taps, sequence, 2 * H * K + channels, inside, C, W)
+    query, q_rows = _convolved(conv, sequence, channels, inside, C, W)
+    key, k_rows = _convolved(conv, sequence, H * K + channels, inside, C, W)
+    value, v_rows = _convolved(conv, sequence, 2 * H * K + channels, inside, C, W)
     opening = tl.zeros_like(value)
-    if GATE:
-        opening += tl.sum(up * tl.load(gate + sequence * G + down, mask=down < G, other=0.0)[None, :], 1)
-        opening += tl.load(gate_bias + channels, mask=inside, other=0.0).to(tl.float32)
-    query *= tl.rsqrt(tl.sum(query * query, 0) + K * _TINY)
-    key *= tl.rsqrt(tl.sum(key * key, 0) + K * _TINY) * tl.exp(tl.load(log_eta + head).to(tl.float32))
-    boundary = (tl.load(position + sequence) + 1) % tl.maximum(interval, 1) == 0
-    force = 1.0
-    if logit is not None:
-        force *= tl.sigmoid(tl.load(logit + head).to(tl.float32))
+    if gate.x is not None:
+        at_gate = gate.x + sequence * gate.width + down
+        opening += tl.sum(up * tl.load(at_gate, mask=down < gate.width, other=0.0)[None, :], 1)
+        opening += tl.load(gate.bias + channels, mask=inside, other=0.0).to(tl.float32)
+    query *= tl.rsqrt(tl.sum(query * query, 0) + K * TINY)
+    key *= tl.rsqrt(tl.sum(key * key, 0) + K * TINY) * tl.exp(tl.load(log_eta + head).to(tl.float32))
+    boundary = (tl.load(position + sequence) + 1) % tl.maximum(constants.interval, 1) == 0
+    strength = 1.0
+    if filters.strength is not None:
+        strength *= tl.sigmoid(tl.load(filters.strength + head).to(tl.float32))
     tl.debug_barrier()  # several threads read the same numbers: all have, before one of them writes
-    _store_tail(tail, q_rows, sequence, channels, inside, C, W)
-    _store_tail(tail, k_rows, sequence, H * K + channels, inside, C, W)
-    _store_tail(tail, v_rows, sequence, 2 * H * K + channels, inside, C, W)
+    _store_tail(conv.tail, q_rows, sequence, channels, inside, C, W)
+    _store_tail(conv.tail, k_rows, sequence, H * K + channels, inside, C, W)
+    _store_tail(conv.tail, v_rows, sequence, 2 * H * K + channels, inside, C, W)
     answer = advance(
-        query, key, value, tl.load(gamma + row) * dt, state, wrote, forgot, memory, writes, forgetting, boundary, force,
-        basis, sharpness, bias, row, head, square, in_square, threshold, temperature, gamma_boost, eta_boost, energy,
-        K, K, BK, SNR, RESONANCE, False,
+        Token(query, key, value, tl.load(gamma + row) * dt), State(memory, writes, forgetting), state, boundary,
+        strength, filters, row, head, (square, in_square), constants, variant,
     )  # fmt: skip
-    if NORM:
+    if layer.NORM:
         answer *= tl.rsqrt(tl.sum(answer * answer, 0) / K + _EPS)
     tl.store(readout + row * K + cells, answer, mask=inside)
-    if GATE:
+    if gate.x is not None:
         tl.store(gated + row * K + cells, answer * tl.sigmoid(opening), mask=inside)
 
 
@@ -262,18 +320,16 @@ def linear(
     matrices = 2 if activation == "swiglu" else 1
     rows //= matrices
     held = max(1, min(triton.next_power_of_2(rows), _ELEMENTS // (matrices * block)))
-    scale, shift, eps = norm or (None, None, 0.0)
-    other_rows = 0 if other is None else len(other[0])
+    second = _Product(None, None, 0) if other is None else _Product(*other, len(other[0]))
     with torch.cuda.device_of(out):
-        _linear[(triton.cdiv(rows, held) + triton.cdiv(other_rows, held),)](
-            x, scale, shift, weight, bias, out, *(other or (None, None)), eps, len(x), width, rows, other_rows,
-            NORM=norm is not None, BIAS=bias is not None, ACTIVATION=activation, ADD=add, OTHER=other is not None,
-            BLOCK=block, ROWS=held, num_warps=4, **early(out.device),
+        _linear[(triton.cdiv(rows, held) + triton.cdiv(second.rows, held),)](
+            x, norm or Norm(), _Product(weight, out, rows), bias, second, len(x), width,
+            ACTIVATION=activation, ADD=add, BLOCK=block, ROWS=held, num_warps=4, **early(out.device),
         )  # fmt: skip
 
 
 def scatter(
-    x: Tensor, readout: Tensor | None, norm: Norm, layer: Any, bk_weight: Tensor, g: Tensor, out: Tensor
+    x: Tensor, readout: Tensor | None, norm: Norm, layer: DissipativeBKLayer, bk_weight: Tensor, g: Tensor, out: Tensor
 ) -> None:
     """Add a token's resolvent features to x (B, D); its Γ goes to ``out`` (B, H), the chains' g (B, H, 2) move on.
 
@@ -282,15 +338,16 @@ def scatter(
     potential, (batch, width) = layer.potential, x.shape
     adaptive, back = potential.gamma_proj, None if readout is None else potential.memory_to_potential
     memory_width = 1 if back is None else back.in_features
-    of_potential = (None if linear is None else linear.weight for linear in (potential.v_proj, adaptive, back))
-    of_chain = (layer.h0_super, layer.h0_sub, layer.kappa, layer.energy, layer.log_zeta)
+    gamma, memory = (None if linear is None else linear.weight for linear in (adaptive, back))
+    scale = potential.memory_scale
+    weights = _Potential(potential.v_proj.weight, gamma, memory, potential.gamma_bias, potential.base_decay, scale)
+    chain = _Chain(layer.h0_super, layer.h0_sub, layer.kappa, layer.energy, layer.log_zeta, g)
+    count_run("resolvent_diagonal", "triton")
     with torch.cuda.device_of(out):
         _scatter[(batch,)](
-            x, readout, norm.weight, norm.bias, *of_potential, potential.gamma_bias, *of_chain, bk_weight, g, out,
-            norm.eps, potential.base_decay, potential.memory_scale, width, potential.num_heads, memory_width,
-            ADAPTIVE=adaptive is not None, FEEDBACK=back is not None, BLOCK=triton.next_power_of_2(width),
-            HEADS=triton.next_power_of_2(potential.num_heads), MEMORY=triton.next_power_of_2(memory_width), num_warps=8,
-            **early(out.device),
+            x, readout, norm, weights, chain, bk_weight, out, width, potential.num_heads, memory_width,
+            BLOCK=triton.next_power_of_2(width), HEADS=triton.next_power_of_2(potential.num_heads),
+            MEMORY=triton.next_power_of_2(memory_width), num_warps=8, **early(out.device),
         )  # fmt: skip
 
 
@@ -299,8 +356,8 @@ def remember(
     gamma: Tensor,
     gate: Tensor | None,
     position: Tensor,
-    layer: Any,
-    consolidation: Any,
+    layer: DissipativeHebbianLayer,
+    consolidation: Consolidation | None,
     strength_logit: Tensor | None,
     state: tuple[Tensor, Tensor, Tensor],
     tail: Tensor,
@@ -323,15 +380,21 @@ def remember(
         readout: allocated for the answers, (B, HV).
         gated: the same for the gated answers, (B, HV); left alone without a gate.
     """
-    (_, *of_resonance), numbers = parts_of(consolidation)
-    heads, width = layer.num_heads, layer.head_dim
-    up, narrow = layer.gate_up, 1 if gate is None else gate.shape[1]
+    filters, rule = parts_of(consolidation)
+    heads, width, block = layer.num_heads, layer.head_dim, max(16, triton.next_power_of_2(layer.head_dim))
+    up, narrow, taps = layer.gate_up, 1 if gate is None else gate.shape[1], layer.conv_weight
+    assert taps is not None  # ``TokenStep`` refuses a model without a short convolution
+    has_snr, has_resonance = len(rule.snr) > 0, filters.basis is not None
+    count_run("dissipative_memory", "triton")
     with torch.cuda.device_of(gated):
         _remember[(len(projected), heads)](
-            projected, tail, layer.conv_weight, gamma, layer.log_eta, *state, position, strength_logit,
-            *of_resonance, gate, *((None, None) if up is None else (up.weight, up.bias)), readout, gated, layer.dt,
-            *constants_of(**numbers), heads, narrow,
-            K=width, BK=max(16, triton.next_power_of_2(width)), W=len(layer.conv_weight), SNR=len(numbers["snr"]) > 0,
-            RESONANCE=of_resonance[0] is not None, NORM=layer.output_norm, GATE=gate is not None,
-            BG=triton.next_power_of_2(narrow), num_warps=8, **early(gated.device),
+            _Conv(projected, tail, taps), gamma, layer.log_eta, State(*state), position,
+            filters._replace(strength=strength_logit), _Gate(gate, *_of_linear(up), narrow), readout, gated, layer.dt,
+            constants_of(rule), heads, Variant(width, width, block, block, 1, False, has_snr, has_resonance),
+            _Layer(len(taps), triton.next_power_of_2(narrow), layer.output_norm), num_warps=8, **early(gated.device),
         )  # fmt: skip
+
+
+def _of_linear(linear: nn.Linear | None) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a linear map; Nones for none."""
+    return (None, None) if linear is None else (linear.weight, linear.bias)

@@ -1,4 +1,4 @@
-"""One token at a time through a Phase 2 model, by the kernels of ``ops.triton.token_step``: six launches a block."""
+"""One token at a time through a Phase 2 model, by the kernels of ``decode_kernels``: six launches a block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ...layers import GatedFeedForward
 from ...layers.plain import is_plain
-from ...ops import Consolidation, backend
+from ...ops import Consolidation
+from ...ops.hebbian import memory_implementation
 from .block import Phase2Block, Phase2Model, blocks_of
 from .state import LayerState, Phase2State
 
@@ -27,9 +28,9 @@ class TokenStep:
     """
 
     def __init__(self, model: Phase2Model, state: Phase2State) -> None:
-        from ...ops.triton import token_step
+        from . import decode_kernels
 
-        self.kernels, self.model, self.state = token_step, model, state
+        self.kernels, self.model, self.state = decode_kernels, model, state
         config, sequences, device = model.config, len(state), state.device
         width = config.num_heads * config.head_dim
 
@@ -57,8 +58,8 @@ class TokenStep:
         if not all(map(is_plain, _projections(model))):
             return "a projection of it is no nn.Linear that nothing is hooked to"
         dtype = model.lm_head.weight.dtype
-        run = backend.implementation("dissipative_memory", config.backend, state.device, dtype, config.head_dim)
-        return None if run.__module__.startswith("resolvent.ops.triton") else "its operators run in torch"
+        ran_by = memory_implementation(config.backend, state.device, dtype, config.head_dim)
+        return None if ran_by == "triton" else "its operators run in torch"
 
     def __call__(self, token: Tensor) -> Tensor:
         """Read a token of every sequence, int64 (B,), and return the logits of the next, (B, vocabulary).

@@ -1,0 +1,105 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import resolvent
+from resolvent.errors import ConfigError
+from resolvent.ops import dispatch, dissipative_memory, resolvent_diagonal
+from resolvent.ops.hebbian import memory_implementation
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """No call is counted and no fallback is logged yet."""
+    monkeypatch.setattr(dispatch, "calls", type(dispatch.calls)())
+    monkeypatch.setattr(dispatch, "_announced", set())
+
+
+def call(**options):
+    alpha = torch.complex(torch.randn(1, 4, 2), -torch.ones(1, 4, 2))
+    return resolvent_diagonal(alpha, torch.ones(2), **options)
+
+
+def test_runs_are_counted(fresh):
+    call()
+    call(backend="torch")
+    assert dispatch.calls == {("resolvent_diagonal", "torch"): 2}
+
+
+def test_a_question_is_not_counted_as_a_run(fresh):
+    """What asks which implementation would run, as a model does before it generates, leaves the counter alone."""
+    assert memory_implementation("auto", CPU, torch.float32, 64) == "torch"
+    assert dispatch.select("auto", CPU, "resolvent_diagonal") == "torch"
+    with pytest.raises(ConfigError):
+        memory_implementation("triton", CPU, torch.float64, 64)
+    assert not dispatch.calls
+
+
+def test_a_refused_call_is_not_counted(fresh):
+    x = torch.randn(1, 3, 2, 4, dtype=torch.float64)
+    with pytest.raises(ConfigError, match="dissipative_memory"):
+        dissipative_memory(x, x, x, torch.rand(1, 3, 2), torch.ones(2), backend="triton")
+    assert not dispatch.calls
+
+
+def test_auto_takes_kernels_on_cuda_and_torch_elsewhere():
+    assert dispatch.select("auto", CUDA, "some_operator") == "triton"
+    assert dispatch.select("auto", CPU, "some_operator") == "torch"
+    assert dispatch.select("torch", CUDA, "some_operator") == "torch"
+    assert dispatch.select("triton", CUDA, "some_operator") == "triton"
+
+
+def test_an_unknown_backend_raises():
+    with pytest.raises(ConfigError, match="must be one of auto, torch, triton, got 'jax'"):
+        call(backend="jax")
+
+
+def test_a_request_that_cannot_be_met_raises(monkeypatch):
+    with pytest.raises(ConfigError, match="backend='triton' cannot run choosy: 9 is wide; use backend='auto'"):
+        dispatch.select("triton", CUDA, "choosy", "9 is wide")
+    monkeypatch.setattr(dispatch, "_is_installed", lambda package: False)
+    with pytest.raises(ConfigError, match="cannot run choosy: Triton is not installed"):
+        dispatch.select("triton", CUDA, "choosy")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="backend='triton' cannot run resolvent_diagonal: the tensors are on cpu"):
+        call(backend="triton")
+
+
+def test_a_fallback_is_logged_once(fresh, caplog):
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert dispatch.select("auto", CUDA, "choosy", "9 is wide") == "torch"
+    assert caplog.messages == ["running the torch implementation of choosy on cuda: 9 is wide"]
+    assert dispatch.select("auto", CPU, "choosy", "10 is wide") == "torch"  # the choice for a CPU is no fallback
+    assert len(caplog.messages) == 1
+
+
+def test_triton_is_imported_by_the_first_launch():
+    """Operators import their kernels, and Triton with them, when they launch one: not for torch code."""
+    script = (
+        "import sys, torch, resolvent.models\n"
+        "from resolvent.ops import gated_prefix_sum\n"
+        "gated_prefix_sum(torch.ones(1, 3, 2), torch.ones(1, 3, 2))\n"
+        "assert not any(name.startswith('resolvent.ops.triton') for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_operators_import_nothing_above_them():
+    """``ops`` knows tensors and errors; and no file looks at where a function is defined."""
+    root = Path(resolvent.__file__).parent
+    for path in (root / "ops").rglob("*.py"):
+        depth = len(path.relative_to(root).parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level >= depth:
+                assert node.module == "errors", f"{path.name} imports {node.module}"
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                assert not (node.module or "").startswith("resolvent"), f"{path.name} imports {node.module}"
+    for path in root.rglob("*.py"):
+        assert "__module__.startswith" not in path.read_text(), path
