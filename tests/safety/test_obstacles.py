@@ -5,10 +5,12 @@ import importlib
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 import string
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -295,6 +297,7 @@ def in_terminal(terminal: str, text: Path, run: Path) -> None:
     output = os.open(terminal, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(output, descriptor)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115  those of before were of files
     sizes = [part for size in ("d_model=16", "n_layers=1", "num_heads=2", "head_dim=8") for part in ("--set", size)]
     options = ["--steps", "100000", "--seq-len", "32", "--batch-size", "2", "--eval-interval", "0", *sizes]
     os._exit(call("train", "--data", text, "--out", run, "--checkpoint-interval", "0", *options))
@@ -306,7 +309,9 @@ def test_a_run_whose_terminal_is_closed_is_saved(text: Path, tmp_path: Path):
     process = fork(in_terminal, os.ttyname(inner), text, run)
     said = b""
     while b"tokens/s" not in said:
-        said += os.read(terminal, 4096)
+        assert process.exitcode is None, said
+        if select.select([terminal], [], [], 0.1)[0]:
+            said += os.read(terminal, 4096)
     os.close(inner)
     os.close(terminal)
     process.join()

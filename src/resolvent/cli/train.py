@@ -5,9 +5,9 @@ import inspect
 import json
 import os
 import signal
+import sys
 import typing
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,11 +118,12 @@ def train(
                 result = training.train(config, overwrite=overwrite, console=console)
     except (training.TrainingInterrupted, KeyboardInterrupt) as stop:
         number = getattr(stop, "signal_number", signal.SIGINT)
-        begun = has_begun(run_dir)
-        with suppress(OSError):  # a terminal that was closed shows nothing
-            say(
-                console, f"Stopped. Go on with: resolvent train --resume {shell_word(run_dir)}" if begun else "Stopped."
-            )
+        go_on = f" Go on with: resolvent train --resume {shell_word(run_dir)}" if has_begun(run_dir) else ""
+        try:
+            say(console, f"Stopped.{go_on}")
+            sys.stdout.flush()
+        except OSError:  # the terminal was closed
+            discard_output()
         raise typer.Exit(128 + number) from None
     if int(os.environ.get("RANK", "0")) == 0:  # of the processes that torchrun started, one speaks
         write_result(json_path, _summary(result))
