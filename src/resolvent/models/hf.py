@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
@@ -42,13 +43,16 @@ from ..layers.zeta import ExactConstant
 from ..ops import IGNORED
 from ..ops.precision import at_least_float32
 from .base import IntegratedModel, observe
-from .config import ModelConfig, check_fields
+from .config import check_fields
 from .phase1 import Phase1Config, Phase1IntegratedModel
 from .phase2 import Phase2Config, Phase2IntegratedModel
 from .state import ModelState
 from .storage import FORMAT_VERSION, TRANSFORMERS_ENTRIES, in_todays_format, model_type
 from .token_batch import check_attention_mask
 from .trace import Trace
+
+Batch = dict[str, Any]
+"""Batch of a ``Trainer``."""
 
 _ARGUMENTS = ("model_type", "name_or_path", "num_labels", "attn_implementation", "experts_implementation")
 """Arguments of Transformers' configurations that are no fields of them."""
@@ -76,7 +80,7 @@ class _HFConfig(PretrainedConfig):
         ConfigError: a field does not exist, or its value is wrong.
     """
 
-    dataclass: ClassVar[type[ModelConfig]]
+    dataclass: ClassVar[type[Phase1Config] | type[Phase2Config]]
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  Trainer adds it to a list
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "num_heads"}  # noqa: RUF012
 
@@ -101,7 +105,7 @@ class _HFConfig(PretrainedConfig):
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
 
-    def to_dataclass(self) -> Any:
+    def to_dataclass(self) -> Phase1Config | Phase2Config:
         """Return the configuration of the model.
 
         Raises:
@@ -223,6 +227,11 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
             self.model.lm_head.weight = nn.Parameter(torch.empty_like(self.model.lm_head.weight))
         self.post_init()
 
+    @property
+    def _inherited(self) -> Any:
+        """Methods of Transformers below those here, whose signatures differ between its versions."""
+        return super()
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Draw the weights that are in no checkpoint, as in a fresh model; loaded weights stay as they are."""
@@ -250,7 +259,7 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.token_embedding = value
         self.model.vocab_size = self.model.config.vocab_size = cast(nn.Embedding, value).num_embeddings
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+    def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Embedding:
         """Change the number of rows of token table and head, as in every model of Transformers.
 
         Raises:
@@ -261,7 +270,7 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
                 f"the token embedding must be a table to be resized, got a {type(embedding).__name__}; train a model "
                 "with htt_enabled=False"
             )
-        return super().resize_token_embeddings(*args, **kwargs)
+        return self._inherited.resize_token_embeddings(*args, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.lm_head
@@ -362,12 +371,12 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=_hidden_states(trace) if output_hidden_states and trace is not None else None,
         )
 
-    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: object, **kwargs: object) -> dict[str, object]:
         """Return the arguments of the next ``forward``, which takes positions from the state, and no embeddings.
 
         Transformers passes on the tokenizers that its stopping criteria are made with.
         """
-        inputs = cast(Any, super()).prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = self._inherited.prepare_inputs_for_generation(input_ids, *args, **kwargs)
         foreign = ("cache_position", "position_ids", "inputs_embeds", "tokenizer", "assistant_tokenizer")
         return {name: value for name, value in inputs.items() if name not in foreign}
 
@@ -389,7 +398,7 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: object, **kwargs: object
     ) -> Any:
         """Give ``generate`` a cache from the start: long prompts are read in pieces only where there is one.
 
@@ -402,17 +411,19 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
                 f"attention_mask must end with 1 in every row, got 0 in rows {rows}: pad on the left, and begin "
                 f"an empty prompt with bos_token_id ({generation_config.bos_token_id})"
             )
-        cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        self._inherited._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = RecurrentCache()
 
-    def _prepare_generation_config(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, *args: object, **kwargs: object
+    ) -> tuple[GenerationConfig, dict[str, object]]:
         """Return the options of ``generate``, and the arguments of ``forward`` among its own.
 
         Raises:
             ValueError: the options ask for a mode whose code Transformers would download.
         """
-        config, model_kwargs = cast(Any, super())._prepare_generation_config(generation_config, *args, **kwargs)
+        config, model_kwargs = self._inherited._prepare_generation_config(generation_config, *args, **kwargs)
         if (mode := config.get_generation_mode()) not in _GENERATION_MODES:
             name = mode.value.replace("_", " ")
             raise ValueError(f"{type(self).__name__} generates greedily, by sampling and with beams, not by {name}")
@@ -490,17 +501,17 @@ def _teach_trainer() -> None:
     get_batch_samples, prediction_step = Trainer.get_batch_samples, Trainer.prediction_step
 
     @functools.wraps(get_batch_samples)
-    def get_predicted_samples(self: Trainer, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+    def get_predicted_samples(self: Trainer, epoch_iterator: Iterator[Batch], *args: Any, **kwargs: Any) -> Any:
         return get_batch_samples(self, map(partial(_predicted_batch, self), epoch_iterator), *args, **kwargs)
 
     @functools.wraps(prediction_step)
-    def predicted_step(self: Trainer, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def predicted_step(self: Trainer, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         return prediction_step(self, model, _predicted_batch(self, inputs), *args, **kwargs)
 
     Trainer.get_batch_samples, Trainer.prediction_step = get_predicted_samples, predicted_step
 
 
-def _predicted_batch(trainer: Trainer, batch: Any) -> Any:
+def _predicted_batch(trainer: Trainer, batch: Batch) -> Batch:
     """The batch of a trainer of one of our models, adapters on it or not, with the labels that tokens predict."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
