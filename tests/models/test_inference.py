@@ -138,7 +138,7 @@ def test_measures_leave_the_model_unchanged(measure: str):
 
 
 def facts(model: nn.Module) -> list[object]:
-    """What a measure might change of a model."""
+    """Return everything that a measure might change in a model."""
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     trained = [parameter.requires_grad for parameter in model.parameters()]
     parts = [getattr(block, "snr_filter", None) for block in model.blocks]

@@ -69,7 +69,7 @@ def test_captured_step_equals_single_steps(kernels, monkeypatch):
 
 @pytest.mark.parametrize("own", [True, False], ids=["generator of its own", "the device's generator"])
 def test_threads_capture_steps_concurrently(own):
-    """What is drawn from generators of their own is what each draws alone; the device's serves them all."""
+    """Threads with a generator of their own draw what they draw alone; all can share that of the device."""
     _, there = pair(dropout=0.3)
     there.train()
 

@@ -1,4 +1,4 @@
-"""The kernels for one token: interpreted on the CPU, compiled where there is a GPU."""
+"""Kernels for one token: interpreted on the CPU, compiled on a GPU."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ OPTIONS = {
 
 
 def models_on(device, **options):
-    """The same model with kernels and without."""
+    """Return the same model with kernels and without."""
     plain = small_model(backend="torch", n_layers=2, **options)
     for name, parameter in plain.named_parameters():
         if name.endswith("strength_logit"):
@@ -37,7 +37,7 @@ def models_on(device, **options):
 
 @torch.no_grad()
 def start(model, device, read=60, batch=2):
-    """What ``read`` and ``read + 2`` tokens leave behind: boundaries come at different steps."""
+    """Return the state after ``read`` and ``read + 2`` tokens: boundaries come at different steps."""
     mask = torch.ones(batch, read + 2, dtype=torch.int64, device=device)
     mask[0, :2] = 0
     ids = torch.randint(model.vocab_size, (batch, read + 2), device=device)
@@ -47,7 +47,7 @@ def start(model, device, read=60, batch=2):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @torch.no_grad()
-def test_reads_as_the_model_does(device, options):
+def test_steps_equal_the_forward_pass(device, options):
     fused, model = models_on(device, **options)
     state = start(model, device)
     step = token_step(fused, state)
@@ -63,7 +63,7 @@ def test_reads_as_the_model_does(device, options):
 
 @pytest.mark.parametrize("device", DEVICES)
 @torch.no_grad()
-def test_weights_may_change_in_place(device):
+def test_steps_read_weights_that_change_in_place(device):
     fused, model = models_on(device)
     state, token = start(model, device, read=63), torch.zeros(2, dtype=torch.int64, device=device)
     step = token_step(fused, state)
@@ -96,7 +96,7 @@ def test_launches_are_counted_and_the_question_is_not(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @torch.no_grad()
-def test_leaves_the_state_that_it_was_given(device):
+def test_step_keeps_the_given_state(device):
     fused, model = models_on(device)
     state = start(model, device)
     before = [x.clone() for x in state.tensors()]
@@ -116,7 +116,7 @@ def test_leaves_the_state_that_it_was_given(device):
     ],
 )
 @torch.no_grad()
-def test_what_it_cannot_do_the_model_does(device, options, batch, reason):
+def test_step_falls_back_to_the_forward_pass(device, options, batch, reason):
     model = small_model(**options).to(device)
     state = start(model, device, read=5, batch=batch)
     assert reason in TokenStep.obstacle(model, state)
@@ -127,7 +127,7 @@ def test_what_it_cannot_do_the_model_does(device, options, batch, reason):
 
 
 @torch.no_grad()
-def test_a_replaced_projection_is_not_passed_by():
+def test_replaced_projection_is_an_obstacle():
     model, plain = models_on("cpu")
     model.blocks[1].hebbian.out_proj = torch.nn.Sequential(model.blocks[1].hebbian.out_proj)
     assert "projection" in TokenStep.obstacle(model, start(plain, "cpu", read=5))
@@ -135,7 +135,7 @@ def test_a_replaced_projection_is_not_passed_by():
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_half_precision_weights_on_the_gpu():
+def test_half_precision_weights_equal_float64_on_the_gpu():
     model, exact = models_on("cuda")
     model.bfloat16()
     exact.load_state_dict(model.state_dict())

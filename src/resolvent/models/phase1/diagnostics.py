@@ -16,7 +16,7 @@ from .state import Phase1State
 
 
 class Phase1Diagnostics(TypedDict):
-    """What ``forward(..., return_diagnostics=True)`` returns: lists have an entry per layer.
+    """Diagnostics that ``forward(..., return_diagnostics=True)`` returns: lists have an entry per layer.
 
     Attributes:
         input_embeddings: scaled and with positions, (B, N, D).

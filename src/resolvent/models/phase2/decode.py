@@ -1,9 +1,9 @@
-"""One token at a time through a Phase 2 model, by the kernels of ``decode_kernels``: six launches a block."""
+"""Decoding of one token at a time with the kernels of ``decode_kernels``: six launches per block."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,19 @@ from ...ops.hebbian import memory_implementation
 from .block import Phase2Block, Phase2Model, blocks_of
 from .state import LayerState, Phase2State
 
+if TYPE_CHECKING:  # it imports Triton
+    from .decode_kernels import Norm
+
 MOST_SEQUENCES = 8
-"""With more, products of matrices win over products with one vector after another."""
+"""With more sequences, products of matrices are faster than products with one vector after another."""
 
 
 class TokenStep:
-    """Reads a token of every sequence and keeps the state, in place; everything but the weights is float32.
+    """Step of one token per sequence, which updates the state in place; everything but the weights is float32.
 
     Args:
-        model: see ``obstacle``.
-        state: of its sequences, with the position on the device; it changes with every token.
+        model: a model without an ``obstacle``.
+        state: state of the sequences, with the position on the device; every token changes it.
     """
 
     def __init__(self, model: Phase2Model, state: Phase2State) -> None:
@@ -34,12 +37,16 @@ class TokenStep:
         config, sequences, device = model.config, len(state), state.device
         width = config.num_heads * config.head_dim
 
-        def room(*shape: int) -> Tensor:
+        def allocate(*shape: int) -> Tensor:
             return torch.empty(sequences, *shape, device=device)
 
-        self.x, self.logits = room(config.d_model), room(config.vocab_size)
-        self.projected, self.readout, self.gated = room(3 * width), room(width), room(width)
-        self.gamma, self.gate, self.inner = room(config.num_heads), room(config.head_dim), room(config.ffn_width)
+        self.x, self.logits = allocate(config.d_model), allocate(config.vocab_size)
+        self.projected, self.readout, self.gated = allocate(3 * width), allocate(width), allocate(width)
+        self.gamma, self.gate, self.inner = (
+            allocate(config.num_heads),
+            allocate(config.head_dim),
+            allocate(config.ffn_width),
+        )
         self.table = cast(nn.Embedding, model.token_embedding).weight
         waves = model.position_embedding
         self.pace, self.amplitude = waves.pace, waves.amplitude
@@ -47,7 +54,7 @@ class TokenStep:
 
     @staticmethod
     def obstacle(model: Phase2Model, state: Phase2State) -> str | None:
-        """What keeps a model from taking these kernels, if anything does."""
+        """Return the reason why a model cannot use these kernels, or None."""
         config = model.config
         if len(state) > MOST_SEQUENCES:
             return f"{len(state)} sequences are more than {MOST_SEQUENCES}"
@@ -56,7 +63,7 @@ class TokenStep:
         if model.position_embedding.trainable:
             return "its positions have trained frequencies"
         if not all(map(is_plain, _projections(model))):
-            return "a projection of it is no nn.Linear that nothing is hooked to"
+            return "one of its projections is no nn.Linear, or has a hook"
         dtype = model.lm_head.weight.dtype
         ran_by = memory_implementation(config.backend, state.device, dtype, config.head_dim)
         return None if ran_by == "triton" else "its operators run in torch"
@@ -75,7 +82,7 @@ class TokenStep:
         return self.logits
 
     def _read(self, block: Phase2Block, state: LayerState, rule: Consolidation | None, first: bool) -> None:
-        """One block, its three branches one after the other."""
+        """Run one block, branch after branch."""
         kernels, x, layer = self.kernels, self.x, block.hebbian
         chain = torch.view_as_real(state.resolvent)
         kernels.scatter(
@@ -109,12 +116,12 @@ class TokenStep:
         kernels.linear(x, inner.weight, inner.bias, self.inner, self._norm(block.ln3), activation)
         kernels.linear(self.inner, outer.weight, outer.bias, x, add=True)
 
-    def _norm(self, layer: nn.LayerNorm) -> Any:
+    def _norm(self, layer: nn.LayerNorm) -> Norm:
         return self.kernels.Norm(layer.weight, layer.bias, layer.eps)
 
 
 def _maps(block: Phase2Block) -> tuple[nn.Linear, nn.Linear]:
-    """The two linear maps of the feed-forward network."""
+    """Return the two linear maps of the feed-forward network."""
     ffn = block.ffn
     if isinstance(ffn, GatedFeedForward):
         return ffn.in_proj, ffn.out_proj
@@ -122,7 +129,7 @@ def _maps(block: Phase2Block) -> tuple[nn.Linear, nn.Linear]:
 
 
 def _projections(model: Phase2Model) -> list[nn.Module]:
-    """What multiplies by a matrix."""
+    """Return the modules that multiply by a matrix."""
     found: list[nn.Module | None] = [model.lm_head]
     for block in blocks_of(model):
         potential, memory = block.dissipative_bk.potential, block.hebbian
@@ -132,7 +139,7 @@ def _projections(model: Phase2Model) -> list[nn.Module]:
 
 
 def _in_float32(rule: Consolidation | None) -> Consolidation | None:
-    """The rule with its basis as the kernels read it."""
+    """Return the filters with their basis in float32, as the kernels read it."""
     if rule is None or rule.resonance is None:
         return rule
     return replace(rule, resonance=replace(rule.resonance, basis=rule.resonance.basis.float()))
