@@ -39,8 +39,8 @@ def check_share(documents: list[str], caplog: pytest.LogCaptureFixture, fraction
     share = num_bytes(held_out) / num_bytes(documents)
     within = abs(share - fraction) <= 0.2 * min(fraction, 1 - fraction)
     assert within != (f"{share:.1%} of the bytes are held out instead of {fraction:.0%}" in caplog.text)
-    # Lengths of a few characters alone may be the reason.
-    assert within or min(fraction, 1 - fraction) * num_bytes(documents) < 20 * max(map(documents.count, documents))
+    # A part of a few characters alone may be the reason.
+    assert within or min(fraction, 1 - fraction) * num_bytes(documents) < 100 * max(map(documents.count, documents))
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
