@@ -141,7 +141,7 @@ def test_half_precision_weights_equal_float64_on_the_gpu():
     exact.load_state_dict(model.state_dict())
     exact.double()
     state = start(model, "cuda")
-    wide = state.map(lambda x: x.to(torch.promote_types(x.dtype, torch.float64)) if x.is_floating_point() else x)
+    wide = state.to(dtype=torch.float64)
     step, ids = token_step(model, state), torch.randint(model.vocab_size, (2, 70), device="cuda")
     found = torch.stack([step(token).clone() for token in ids.T], 1)
     expected = exact(ids, state=wide)
