@@ -38,13 +38,14 @@ from resolvent.models.phase2 import Phase2State
 from resolvent.runs import load_trained
 from resolvent.training import resume, train
 from resolvent.training.checkpoint import find_checkpoint
+from resolvent.training.metrics import read_history
 from resolvent.training.sharding import stored_shapes
 from resolvent.training.tracking import ID_FILE
 from tests.cli.conftest import call
 from tests.safety.test_crashes import outcome
 from tests.safety.victim import TEXT, minute_config
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-3"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-4"
 VERSES = str(GOLDEN / "verses.txt")
 LAST = Path("checkpoints") / "step-00000006"
 
@@ -181,7 +182,8 @@ def test_the_other_name_of_a_file_is_not_written_to(run: Path, tmp_path: Path, n
     os.link(run / name, tmp_path / "other")
     before = (tmp_path / "other").read_bytes()
     resume(run, data=VERSES)
-    assert (tmp_path / "other").read_bytes() == before != (run / name).read_bytes()
+    assert (tmp_path / "other").read_bytes() == before
+    assert not (run / name).samefile(tmp_path / "other")
 
 
 def test_a_run_folder_that_the_user_names_may_be_a_link(tmp_path: Path):
@@ -235,6 +237,8 @@ def test_what_is_no_file_is_never_waited_for(run: Path, name: str, by: str):
         if name == "metrics.jsonl":
             with pytest.raises(CheckpointError, match=name):
                 read_curves(run / name)
+            with pytest.raises(CheckpointError, match=name):
+                read_history(run)
         elif name in ("config.json", "tokenizer.json"):
             (run / MANIFEST).unlink()
             (run / "training.json").unlink()

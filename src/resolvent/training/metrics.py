@@ -83,8 +83,8 @@ def read_history(run_dir: Path) -> History:
     path = run_dir / FILE_NAME
     history = History([], [])
     try:
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            record = json.loads(line) if line.endswith("\n") else {}  # a run that goes on writes the last one
+        for line in read_lines(path):
+            record = json.loads(line) if line.endswith(b"\n") else {}  # a run that goes on writes the last one
             if not isinstance(record, dict):
                 raise TypeError(f"got {shown(record)}")
             if "loss" in record:

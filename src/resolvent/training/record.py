@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from resolvent._version import __version__
 from resolvent.errors import CheckpointError, ConfigError
-from resolvent.files import check_version, locked, partial_name, read_json, remove, write_json
+from resolvent.files import check_version, locked, open_regular, partial_name, read_json, remove, write_json
 from resolvent.manifest import MANIFEST, check_files, is_sealed, sealed, write_manifest
 from resolvent.runs import RUN_FILE, fixed_files
 from resolvent.terminal import shell_word
@@ -244,4 +244,7 @@ def _metrics_sha256(run_dir: Path) -> str:
     from resolvent.training.metrics import FILE_NAME
 
     path = run_dir / FILE_NAME
-    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+    if not path.is_file():
+        return hashlib.sha256().hexdigest()
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
