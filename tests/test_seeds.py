@@ -2,10 +2,11 @@
 
 import pytest
 
+from experiments.ablation.measures import evaluate_mechanisms
 from resolvent.data import encode_documents
 from resolvent.data.tokenization import bytes_tokenizer
 from resolvent.errors import ConfigError
-from resolvent.evaluation import evaluate_mechanisms, evaluate_needle, measure_influence
+from resolvent.evaluation import evaluate_needle, measure_influence
 from resolvent.seeds import MOST_SEED, check_seed
 from resolvent.training import TrainingConfig
 from tests.cli.conftest import call
