@@ -33,7 +33,8 @@ def test_generating_loads_nothing_of_training_but_the_fields_of_its_options():
     code = (
         f"import sys; from resolvent.cli import main; sys.argv = {arguments!r}\ntry: main()\nexcept SystemExit: pass\n"
     )
-    assert loaded_by(code) == {"resolvent.training", "resolvent.training.config"}
+    names = ("training", "training.config", "training.schedule")
+    assert loaded_by(code) == {f"resolvent.{name}" for name in names}
 
 
 def test_a_checkpoint_belongs_to_its_run():

@@ -17,7 +17,7 @@ RUN_FILE = "training.json"
 
 def write_manifest(folder: Path, names: Iterable[str], held: BinaryIO | None = None) -> None:
     """Describe files of a folder as they are; `held` as of `atomic_file`."""
-    files = {name: _description(folder / name) for name in sorted(names)}
+    files = {name: description(folder / name) for name in sorted(names)}
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": files}, held)
 
 
@@ -58,7 +58,7 @@ def _check_files(folder: Path, names: list[str]) -> None:
         if name not in listed:
             raise CheckpointError(f"{folder / MANIFEST} does not list {name}: restore it from a copy")
         try:
-            found = _description(path)
+            found = description(path)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error}; restore it from a copy") from error
         _compare(path, found, listed[name])
@@ -83,7 +83,8 @@ def _compare(path: Path, found: dict[str, Any], expected: object) -> None:
         )
 
 
-def _description(path: Path) -> dict[str, Any]:
+def description(path: Path) -> dict[str, Any]:
+    """Return the size and the SHA-256 of a file."""
     with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
         return _describe(file.tell(), digest.hexdigest())
@@ -92,6 +93,14 @@ def _description(path: Path) -> dict[str, Any]:
 def _describe(length: int, digest: str) -> dict[str, Any]:
     """The entry of a file."""
     return {"bytes": length, "sha256": digest}
+
+
+def is_as_described(path: Path, entry: object) -> bool:
+    """Whether a file is the one that `description` described; one of another size is not read."""
+    try:
+        return isinstance(entry, dict) and path.stat().st_size == entry.get("bytes") and description(path) == entry
+    except OSError:
+        return False
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:

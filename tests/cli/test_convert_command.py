@@ -27,7 +27,7 @@ def phase1_run(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Pat
 
 def test_a_phase_1_run_is_a_run(resolvent: Resolvent, phase1_run: Path, text_file: Path):
     assert isinstance(load_model(phase1_run, device="cpu"), Phase1IntegratedModel)
-    score = json.loads(resolvent("evaluate", phase1_run, "--data", text_file, "--held-out", "--json", "-").out)
+    score = json.loads(resolvent("evaluate", phase1_run, "--data", text_file, "--json", "-").out)
     assert 0 < score["bits_per_byte"] < 8
     outcome = resolvent("generate", phase1_run, "--prompt", "Rhyme", "--max-new-tokens", 5, "--seed", 1)
     assert outcome.code == 0 and outcome.out.startswith("Rhyme")
@@ -72,7 +72,7 @@ def test_a_converted_model_writes_and_is_trained_on(
     scores = [json.loads(resolvent("evaluate", d, "--data", text_file, "--json", "-").out) for d in (out, run)]
     assert scores[1]["bits_per_byte"] < scores[0]["bits_per_byte"]
     assert resolvent("generate", run, "--max-new-tokens", 5).code == 0
-    assert "from step 30 of 30" in resolvent("train", "--resume", run).out
+    assert "is finished: step 30 of 30" in resolvent("train", "--resume", run).out
 
 
 def test_from_names_all_that_the_saved_model_decides(resolvent: Resolvent, phase1_run: Path, tmp_path: Path):

@@ -97,7 +97,7 @@ class TrainingConfig:
         TEXT,
         "Text to validate on (repeatable).",
         metavar="PATH",
-        default_text="--validation-fraction of --data",
+        default_text="a share of --data",
     )
     validation_fraction: float = setting(
         0.1,

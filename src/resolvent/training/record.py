@@ -1,7 +1,6 @@
 """training.json: what a run was started with; and the lock and the manifest that make its folder a run."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -9,8 +8,16 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from resolvent._version import __version__
 from resolvent.errors import CheckpointError, ConfigError
-from resolvent.files import check_version, locked, open_regular, partial_name, read_json, remove, write_json
-from resolvent.manifest import MANIFEST, check_files, is_sealed, sealed, write_manifest
+from resolvent.files import check_version, locked, partial_name, read_json, remove, write_json
+from resolvent.manifest import (
+    MANIFEST,
+    check_files,
+    description,
+    is_as_described,
+    is_sealed,
+    sealed,
+    write_manifest,
+)
 from resolvent.runs import RUN_FILE, fixed_files
 from resolvent.terminal import shell_word
 from resolvent.training.config import TrainingConfig
@@ -214,7 +221,9 @@ def write_result(run_dir: Path, step: int, score: "LanguageScore") -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    record = {"format_version": 1, "step": step, "metrics_sha256": _metrics_sha256(run_dir)}
+    from resolvent.training.metrics import FILE_NAME
+
+    record = {"format_version": 1, "step": step, "metrics": description(run_dir / FILE_NAME)}
     write_json(run_dir / RESULT_FILE, sealed({**record, "validation": dataclasses.asdict(score)}))
 
 
@@ -229,6 +238,7 @@ def read_result(run_dir: Path, last_step: int) -> "LanguageScore | None":
         VersionError: a newer release wrote the file.
     """
     from resolvent.evaluation import LanguageScore
+    from resolvent.training.metrics import FILE_NAME
 
     path = run_dir / RESULT_FILE
     try:
@@ -236,15 +246,7 @@ def read_result(run_dir: Path, last_step: int) -> "LanguageScore | None":
     except CheckpointError:  # there is none, or a damaged one: the validation is made again
         return None
     check_version(path, record.get("format_version"), 1)
-    expected = {"step": last_step, "metrics_sha256": _metrics_sha256(run_dir)}
-    return LanguageScore(**record["validation"]) if is_sealed(record) and record.items() >= expected.items() else None
-
-
-def _metrics_sha256(run_dir: Path) -> str:
-    from resolvent.training.metrics import FILE_NAME
-
-    path = run_dir / FILE_NAME
-    if not path.is_file():
-        return hashlib.sha256().hexdigest()
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    whole = is_sealed(record) and record.get("step") == last_step
+    if not whole or not is_as_described(run_dir / FILE_NAME, record.get("metrics")):
+        return None
+    return LanguageScore(**record["validation"])
