@@ -49,7 +49,6 @@ def test_measures_refuse_seeds_out_of_range(seed):
         ["train"],
         ["evaluate", "needle", "."],
         ["evaluate", "influence", "."],
-        ["evaluate", "mechanisms", "."],
     ],
     ids=" ".join,
 )
