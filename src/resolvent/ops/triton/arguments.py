@@ -155,7 +155,7 @@ def variant_of(tokens: Tokens, filters: Filters, rule: Rule) -> Variant:
     return _variant(tokens.q.shape[-1], tokens.v.shape[-1], half, len(rule.snr) > 0, filters.basis is not None)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _variant(key: int, value: int, half: bool, snr: bool, resonance: bool) -> Variant:
     padded_key, padded_value = (max(16, triton.next_power_of_2(width)) for width in (key, value))
     return Variant(key, value, padded_key, padded_value, CHUNK, half, snr, resonance)
