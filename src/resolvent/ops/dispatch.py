@@ -85,6 +85,6 @@ def _no_triton(device: torch.device) -> str | None:
     return None if _is_installed("triton") else "Triton is not installed"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)
 def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
