@@ -2,11 +2,11 @@
 
 from .feed_forward import GatedFeedForward, gated_width
 from .hebbian import DissipativeHebbianLayer, LyapunovStabilityMonitor
-from .low_rank import LowRankLinear
+from .linear import LowRankLinear
 from .memory_resonance import MemoryResonanceLayer
-from .memory_selection import SNRMemoryFilter
 from .potential import DissipativeBKLayer, NonHermitianPotential, StaticBKLayer
 from .semiseparable import AdaptiveRankSemiseparableLayer, SemiseparableState
+from .snr_filter import SNRMemoryFilter
 from .tensor_train import TensorTrainEmbedding
 from .zeta import ZetaEmbedding, ZetaInitializer, resonance_basis, zeta_zeros
 

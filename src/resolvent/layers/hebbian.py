@@ -187,12 +187,12 @@ class LyapunovStabilityMonitor:
         Returns:
             ``energy``, ``energy_rate`` (mean dE/dt over the stretch) and ``energy_bound``, each (B, H).
         """
-        energy_before, waiting, energy = (
+        energy_before, energy_of_writes, memory_energy = (
             s.square().sum(dim=(-2, -1)) for s in (before.memory, before.writes, after.memory)
         )
-        initial = energy_before.sqrt() + gain.abs() * waiting.sqrt()
+        initial = energy_before.sqrt() + gain.abs() * energy_of_writes.sqrt()
         return {
-            "energy": energy,
-            "energy_rate": (energy - energy_before) / elapsed.unsqueeze(-1),
+            "energy": memory_energy,
+            "energy_rate": (memory_energy - energy_before) / elapsed.unsqueeze(-1),
             "energy_bound": LyapunovStabilityMonitor.bound(initial, largest_write, least_decay, gain),
         }

@@ -52,11 +52,11 @@ class MemoryResonanceLayer(nn.Module):
         ``resonance_mask`` (energy above the threshold). Per head (B, H): ``num_resonant``, ``total_energy`` and
         ``sparsity_ratio`` (the share of modes that do not resonate).
         """
-        energy = mode_energies(modes(memory, self.basis.value))
-        mask = energy > self.energy_threshold
+        energies = mode_energies(modes(memory, self.basis.value))
+        mask = energies > self.energy_threshold
         return {
-            "diag_energy": energy,
-            "gate": resonance_gate(energy, self.constants()),
+            "diag_energy": energies,
+            "gate": resonance_gate(energies, self.constants()),
             "resonance_mask": mask,
             "num_resonant": mask.sum(-1),
             "total_energy": memory.square().sum(dim=(-2, -1)),

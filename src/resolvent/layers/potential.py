@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..ops import effective_diagonal, resolvent_features
 from ..ops.precision import at_least_float32, for_products
-from .plain import is_plain
+from .linear import is_plain
 
 
 class NonHermitianPotential(nn.Module):
@@ -59,8 +59,8 @@ class NonHermitianPotential(nn.Module):
         slowest = 1.5 * self.base_decay * self.dt
         slow, fast = max(1 / 20, slowest), max(1 / 2, 2 * slowest)
         others = slow * (fast / slow) ** torch.linspace(0, 1, max(1, self.num_heads - 1), dtype=torch.float64)
-        rate = torch.cat([others.new_tensor([slowest]), others])[: self.num_heads] / self.dt - self.base_decay
-        self.gamma_bias.copy_(rate + torch.log(-torch.expm1(-rate)))  # the inverse of softplus
+        gamma = torch.cat([others.new_tensor([slowest]), others])[: self.num_heads] / self.dt - self.base_decay
+        self.gamma_bias.copy_(gamma + torch.log(-torch.expm1(-gamma)))  # the inverse of softplus
         if self.memory_to_potential is not None:
             self.memory_to_potential.weight.zero_()
 
@@ -73,8 +73,8 @@ class NonHermitianPotential(nn.Module):
         potential = at_least_float32(potential)
         if self.memory_to_potential is not None and readout is not None:
             potential = potential + self.memory_scale * self.memory_to_potential(readout)
-        rate = self.gamma_bias.expand_as(potential) if adaptive is None else self.gamma_bias + adaptive
-        return potential, F.softplus(at_least_float32(rate)) + self.base_decay
+        gamma_logit = self.gamma_bias.expand_as(potential) if adaptive is None else self.gamma_bias + adaptive
+        return potential, F.softplus(at_least_float32(gamma_logit)) + self.base_decay
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return ``v_proj(x)`` and ``gamma_proj(x)``, of one product where possible, which reads x once."""

@@ -38,7 +38,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 
 from ..errors import ConfigError
-from ..layers.plain import is_plain
+from ..layers.linear import is_plain
 from ..layers.zeta import ExactConstant
 from ..ops import IGNORED
 from ..ops.precision import at_least_float32

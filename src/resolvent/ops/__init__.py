@@ -1,7 +1,8 @@
-"""Pure functions on tensors: what the layers compute, with nothing of modules or parameters in it.
+"""Pure functions on tensors, which the layers call.
 
-What the ``forward`` of an ``autograd.Function`` returns must never have had another name: no operation in place makes
-it, no ``to`` that changes nothing. PyTorch 2.11 compiles such a function with a gradient of zero (its issue 180642).
+The tensor that ``forward`` of an ``autograd.Function`` returns must never have had another name: no operation in place
+makes it, no ``to`` that changes nothing. PyTorch 2.11 compiles such a function with a gradient of zero (its issue
+180642).
 """
 
 from .bk_core import (

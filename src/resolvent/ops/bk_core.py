@@ -33,7 +33,7 @@ Form = Literal["causal", "two_sided"]
 def effective_diagonal(
     potential: Tensor, gamma: Tensor, kappa: Tensor, energy: Tensor, zeta: Tensor, h0_diag: float = 0.0
 ) -> Tensor:
-    """``alpha = h0_diag + V - i kappa Gamma - (E + i zeta)``: the diagonal of ``H - z``.
+    """Return ``alpha = h0_diag + V - i kappa Gamma - (E + i zeta)``, the diagonal of ``H - z``.
 
     Args:
         potential: V, real, (B, N, H).
@@ -45,8 +45,14 @@ def effective_diagonal(
 
     Returns:
         complex (B, N, H).
+
+    Example:
+        >>> potential, gamma = torch.randn(1, 70, 2), torch.rand(1, 70, 2)  # 70 tokens, packed or not, 2 heads
+        >>> kappa, energy, zeta = torch.ones(2), torch.zeros(2), torch.full((2,), 0.5)
+        >>> effective_diagonal(potential, gamma, kappa, energy, zeta).dtype
+        torch.complex64
     """
-    # Not torch.complex, of which torch.compile makes a kernel of its own.
+    # torch.compile makes a kernel of its own of torch.complex.
     return torch.view_as_complex(torch.stack((h0_diag + potential - energy, -(kappa * gamma + zeta)), dim=-1))
 
 
@@ -60,16 +66,16 @@ def resolvent_diagonal(
     backend: str = "auto",
     block_size: int = 256,
 ) -> tuple[Tensor, Tensor | None]:
-    """Diagonal of the resolvent of every chain of a batch.
+    """Compute the diagonal of the resolvent of every chain of a batch.
 
     Args:
         alpha: diagonal of ``H - z``, complex (B, N, H), imaginary part < 0.
         coupling: ``m >= 0``, real (H,).
-        initial_state: ``g_{-1}``, complex (B, H), or (S, H) for packed sequences; zero if not given. Causal form only.
+        initial_state: ``g_{-1}``, complex (B, H), or (S, H) for packed sequences; zero if None. Causal form only.
         cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1.
         form: ``causal`` or ``two_sided``.
         backend: ``auto``, ``torch`` or ``triton``.
-        block_size: sites that one program of a kernel holds; it changes speed, never the result.
+        block_size: sites that one program of a kernel holds; affects speed, never the result.
 
     Returns:
         The diagonal, complex (B, N, H), and the state after the last site, complex (B, H) or (S, H); the two-sided
@@ -77,6 +83,13 @@ def resolvent_diagonal(
 
     Raises:
         ValueError: shapes do not fit, or a state is given to the two-sided form.
+
+    Example:
+        >>> alpha, coupling = torch.randn(1, 70, 2) - 0.5j, torch.ones(2)  # 70 tokens, 2 heads
+        >>> diagonal, state = resolvent_diagonal(alpha, coupling)
+        >>> _, states = resolvent_diagonal(alpha, coupling, cu_seqlens=torch.tensor([0, 5, 70]))
+        >>> diagonal.shape, state.shape, states.shape  # a state per packed sequence
+        (torch.Size([1, 70, 2]), torch.Size([1, 2]), torch.Size([2, 2]))
     """
     if form not in ("causal", "two_sided"):
         raise ValueError(f"form must be 'causal' or 'two_sided', got {form!r}")
@@ -103,10 +116,18 @@ def resolvent_features(
     backend: str = "auto",
     block_size: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """``[Re g, Im g]`` of all heads of the causal form, real (B, N, 2H), and the state: see ``resolvent_diagonal``.
+    """Return ``[Re g, Im g]`` of all heads of the causal form, real (B, N, 2H), and the state.
 
-    The diagonal stays real all the way: a backward pass that ``torch.compile`` made does not know that a complex
-    number and its two parts share their memory, and may overwrite the one before it reads the other.
+    Arguments are those of ``resolvent_diagonal``. No complex tensor is on the way: a backward pass that
+    ``torch.compile`` made does not know that a complex number and its two parts share their memory, and may overwrite
+    the one before it reads the other.
+
+    Example:
+        >>> alpha, coupling = torch.randn(1, 70, 2) - 0.5j, torch.ones(2)
+        >>> features, state = resolvent_features(alpha, coupling)
+        >>> packed, states = resolvent_features(alpha, coupling, cu_seqlens=torch.tensor([0, 5, 70]))
+        >>> features.shape, states.shape
+        (torch.Size([1, 70, 4]), torch.Size([2, 2]))
     """
     g, state = _causal(alpha, coupling, initial_state, cu_seqlens, backend, block_size)
     return g.transpose(-1, -2).flatten(-2), torch.view_as_complex(state)
@@ -141,106 +162,137 @@ def _causal(
 
 
 def resolvent_step(alpha: Tensor, coupling: Tensor, state: Tensor) -> Tensor:
-    """One site of the causal form: ``alpha`` (B, H), ``coupling`` (H,), ``state`` (B, H) -> the next g (B, H)."""
+    """Compute one site of the causal form: alpha (B, H), coupling (H,), state (B, H) -> the next state g (B, H).
+
+    Example:
+        >>> state = torch.zeros(3, 2, dtype=torch.complex64)  # a row per sequence, packed or not
+        >>> for alpha in torch.randn(70, 3, 2) - 0.5j:
+        ...     state = resolvent_step(alpha, torch.ones(2), state)
+        >>> state.shape
+        torch.Size([3, 2])
+    """
     return 1 / (alpha - coupling * state)
 
 
 def resolvent_diagonal_reference(alpha: Tensor, coupling: Tensor, form: Form = "causal") -> Tensor:
-    """The definition, by dense inverses in complex128: alpha (B, N, H), coupling (H,) -> (B, N, H). O(N^4)."""
+    """Compute the definition, by dense inverses in complex128: alpha (B, N, H), coupling (H,) -> (B, N, H). O(N^4).
+
+    Example:
+        >>> alpha, coupling = torch.randn(1, 9, 2) - 0.5j, torch.ones(2)
+        >>> exact = resolvent_diagonal_reference(alpha, coupling)
+        >>> torch.allclose(resolvent_diagonal(alpha, coupling)[0].to(exact.dtype), exact, atol=1e-4)
+        True
+    """
     alpha_BHN = alpha.to(torch.complex128).transpose(1, 2)
     hopping_H = coupling.to(torch.float64).sqrt()
-    dense = torch.diag_embed(alpha_BHN)
+    dense_BHNN = torch.diag_embed(alpha_BHN)
     for offset in (-1, 1):
         off_diagonal = hopping_H[:, None].expand(*alpha_BHN.shape[:-1], alpha_BHN.shape[-1] - 1)
-        dense = dense + torch.diag_embed(off_diagonal, offset)
+        dense_BHNN = dense_BHNN + torch.diag_embed(off_diagonal, offset)
     if form == "two_sided":
-        diagonal = torch.linalg.inv(dense).diagonal(dim1=-2, dim2=-1)
+        diagonal_BHN = torch.linalg.inv(dense_BHNN).diagonal(dim1=-2, dim2=-1)
     else:
-        leading = [torch.linalg.inv(dense[..., :i, :i])[..., -1, -1] for i in range(1, dense.shape[-1] + 1)]
-        diagonal = torch.stack(leading, dim=-1)
-    return diagonal.transpose(1, 2)
+        sites = range(1, dense_BHNN.shape[-1] + 1)
+        leading = [torch.linalg.inv(dense_BHNN[..., :i, :i])[..., -1, -1] for i in sites]
+        diagonal_BHN = torch.stack(leading, dim=-1)
+    return diagonal_BHN.transpose(1, 2)
 
 
 def _causal_torch(
-    alpha: Tensor, coupling: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+    alpha_BNH2: Tensor, coupling_H: Tensor, initial_state_SH2: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     count_run("resolvent_diagonal", "torch")
-    alpha = torch.view_as_complex(alpha)
-    batch, length, heads = alpha.shape
-    starts, ends = _bounds(alpha, cu_seqlens)
-    links = _links(coupling, starts, length)
-    if initial_state is None:
-        state = alpha.new_zeros(batch * len(starts), heads)
+    alpha_BNH = torch.view_as_complex(alpha_BNH2)
+    batch, length, heads = alpha_BNH.shape
+    starts, ends = _bounds(alpha_BNH, cu_seqlens)
+    links_1NH = _links(coupling_H, starts, length)
+
+    if initial_state_SH2 is None:
+        state = alpha_BNH.new_zeros(batch * len(starts), heads)
     else:
-        state = torch.view_as_complex(initial_state)
+        state = torch.view_as_complex(initial_state_SH2)
     if length == 0:
-        return torch.view_as_real(alpha), torch.view_as_real(state)
+        return torch.view_as_real(alpha_BNH), torch.view_as_real(state)
+    # 1. Fold the initial state into the first site of every sequence: alpha_0 <- alpha_0 - m g_{-1}.
     empty = (ends == starts).unsqueeze(-1)
-    state = state.reshape(batch, len(starts), heads)
-    if initial_state is not None:
-        # A sequence that goes on is one that starts afresh with alpha_0 - m g_{-1} on its first site.
-        carried = torch.where(empty, state.new_zeros(()), -coupling * state)
-        alpha = alpha.index_add(1, starts.clamp(max=length - 1), carried)
-    g = _Moebius.apply(alpha, links.expand_as(alpha))
-    final_state = torch.where(empty, state, g[:, (ends - 1).clamp(min=0)])
-    return torch.view_as_real(g), torch.view_as_real(final_state.reshape(-1, heads))
+    state_BSH = state.reshape(batch, len(starts), heads)
+    if initial_state_SH2 is not None:
+        carried_BSH = torch.where(empty, state_BSH.new_zeros(()), -coupling_H * state_BSH)
+        alpha_BNH = alpha_BNH.index_add(1, starts.clamp(max=length - 1), carried_BSH)
+    # 2. Solve all chains.
+    g_BNH = _Moebius.apply(alpha_BNH, links_1NH.expand_as(alpha_BNH))
+    # 3. The last g of every sequence; a sequence without sites keeps its state.
+    final_state_BSH = torch.where(empty, state_BSH, g_BNH[:, (ends - 1).clamp(min=0)])
+    return torch.view_as_real(g_BNH), torch.view_as_real(final_state_BSH.reshape(-1, heads))
 
 
-def _join_sides(alpha: Tensor, g_left: Tensor, g_right: Tensor, coupling: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _join_sides(
+    alpha_BNH: Tensor, left_BNH: Tensor, right_BNH: Tensor, coupling_H: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
     """Return ``1 / (alpha_i - m g+_{i-1} - m g-_{i+1})`` from the causal diagonals of a chain, in both directions.
 
-    Both, (B, N, H), enter as they are: the squares of their inverses, which a gradient would meet, overflow.
+    Both enter as they are: the squares of their inverses, which a gradient would meet, overflow.
     """
-    starts, ends = _bounds(alpha, cu_seqlens)
-    from_left = _links(coupling, starts, alpha.shape[1]) * _shift(g_left)
-    from_right = _links(coupling, alpha.shape[1] - ends, alpha.shape[1]) * _shift(g_right)
-    return 1 / (alpha - from_left - from_right.flip(1))
+    starts, ends = _bounds(alpha_BNH, cu_seqlens)
+    length = alpha_BNH.shape[1]
+    from_left_BNH = _links(coupling_H, starts, length) * _shift(left_BNH)
+    from_right_BNH = _links(coupling_H, length - ends, length) * _shift(right_BNH)
+    return 1 / (alpha_BNH - from_left_BNH - from_right_BNH.flip(1))
 
 
-def _bounds(alpha: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """First site of every sequence, and its last + 1, (S,), on the device of ``alpha`` (B, N, H)."""
+def _bounds(alpha_BNH: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the first site of every sequence, and its last + 1, (S,), on the device of ``alpha_BNH``."""
     if cu_seqlens is None:
-        starts = torch.zeros(1, dtype=torch.long, device=alpha.device)
-        return starts, starts + alpha.shape[1]
-    offsets = cu_seqlens.to(alpha.device, torch.long)
+        starts = torch.zeros(1, dtype=torch.long, device=alpha_BNH.device)
+        return starts, starts + alpha_BNH.shape[1]
+    offsets = cu_seqlens.to(alpha_BNH.device, torch.long)
     return offsets[:-1], offsets[1:]
 
 
-def _links(coupling: Tensor, starts: Tensor, length: int) -> Tensor:
-    """(1, N, H): the coupling of each site to the one before it, zero where a sequence starts."""
-    first = torch.zeros(length + 1, 1, dtype=torch.bool, device=coupling.device)
+def _links(coupling_H: Tensor, starts: Tensor, length: int) -> Tensor:
+    """Return the coupling of each site to the site before it, (1, N, H); zero where a sequence starts."""
+    first = torch.zeros(length + 1, 1, dtype=torch.bool, device=coupling_H.device)
     first.index_fill_(0, starts, True)
-    return torch.where(first[:length], coupling.new_zeros(()), coupling).unsqueeze(0)
+    return torch.where(first[:length], coupling_H.new_zeros(()), coupling_H).unsqueeze(0)
 
 
-def _shift(x: Tensor) -> Tensor:
-    """x_{i-1} at i, zero at the start; x is (B, N, H)."""
-    return torch.nn.functional.pad(x[:, :-1], (0, 0, 1, 0))
+def _shift(x_BNH: Tensor) -> Tensor:
+    """Return x_{i-1} at i, zero at the start."""
+    return torch.nn.functional.pad(x_BNH[:, :-1], (0, 0, 1, 0))
 
 
 class _Moebius(torch.autograd.Function):
     """g_i = 1 / (alpha_i - links_i g_{i-1}), g_{-1} = 0; alpha complex (B, N, H), links real (B, N, H)."""
 
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, links: Tensor) -> Tensor:
-        steps = (torch.zeros_like(alpha), torch.ones_like(alpha), -links.to(alpha.dtype), alpha)
-        start = alpha.new_zeros(alpha.shape[0], alpha.shape[2])
-        g = _scan(_renormalise(torch.stack(steps)), start, _compose_moebius, _apply_moebius)
-        # One step of the recurrence from each neighbour: |dg_i/dg_{i-1}| contracts the rounding of the products.
-        g = 1 / (alpha - links * _shift(g))
-        ctx.save_for_backward(g, links)
-        return g
+    def forward(ctx: Any, alpha_BNH: Tensor, links_BNH: Tensor) -> Tensor:
+        # 1. Compose the Möbius maps of all sites.
+        steps = (
+            torch.zeros_like(alpha_BNH),
+            torch.ones_like(alpha_BNH),
+            -links_BNH.to(alpha_BNH.dtype),
+            alpha_BNH,
+        )
+        start_BH = alpha_BNH.new_zeros(alpha_BNH.shape[0], alpha_BNH.shape[2])
+        g_BNH = _scan(_renormalise(torch.stack(steps)), start_BH, _compose_moebius, _apply_moebius)
+        # 2. One step of the recurrence from each neighbour: |dg_i/dg_{i-1}| contracts the rounding of the products.
+        g_BNH = 1 / (alpha_BNH - links_BNH * _shift(g_BNH))
+        ctx.save_for_backward(g_BNH, links_BNH)
+        return g_BNH
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyrefly: ignore[bad-override]
-        g, links = ctx.saved_tensors
-        slope = (links * g * g).conj()
-        slope_from_next = torch.nn.functional.pad(slope[:, 1:], (0, 0, 0, 1))
-        start = g.new_zeros(g.shape[0], g.shape[2])
-        adjoint = _scan((slope_from_next.flip(1), grad.flip(1)), start, _compose_linear, _apply_linear).flip(1)
-        through = (g * g).conj() * adjoint
-        return -through, (through * _shift(g).conj()).real
+    def backward(ctx: Any, grad_BNH: Tensor) -> tuple[Tensor, Tensor]:  # pyrefly: ignore[bad-override]
+        g_BNH, links_BNH = ctx.saved_tensors
+        slope_BNH = (links_BNH * g_BNH * g_BNH).conj()
+        from_next_BNH = torch.nn.functional.pad(slope_BNH[:, 1:], (0, 0, 0, 1))
+        # 1. The adjoint: a linear recurrence from the end of the chain.
+        start_BH = g_BNH.new_zeros(g_BNH.shape[0], g_BNH.shape[2])
+        maps = (from_next_BNH.flip(1), grad_BNH.flip(1))
+        adjoint_BNH = _scan(maps, start_BH, _compose_linear, _apply_linear).flip(1)
+        # 2. To alpha and the links.
+        through_BNH = (g_BNH * g_BNH).conj() * adjoint_BNH
+        return -through_BNH, (through_BNH * _shift(g_BNH).conj()).real
 
 
 Maps = tuple[Tensor, ...]
@@ -274,7 +326,7 @@ def _scan(
 
 
 def _compose_moebius(later: Maps, earlier: Maps) -> Maps:
-    """Product of the 2x2 matrices (a, b; c, d) of two steps."""
+    """Return the product of the 2x2 matrices (a, b; c, d) of two steps."""
     a2, b2, c2, d2 = later
     a1, b1, c1, d1 = earlier
     product = torch.stack([a2 * a1 + b2 * c1, a2 * b1 + b2 * d1, c2 * a1 + d2 * c1, c2 * b1 + d2 * d1])

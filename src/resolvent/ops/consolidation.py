@@ -1,11 +1,11 @@
-r"""Consolidation: what happens to a Hebbian memory at fixed boundaries, every ``interval`` tokens of a sequence.
+r"""Consolidation of a Hebbian memory at fixed boundaries, every ``interval`` tokens of a sequence.
 
-Let ``S`` be the memory at a boundary, ``ΔS`` the decayed sum of what was written since the last one and ``Γ̄`` the sum
-of ``Γ dt`` since then.
+Let ``S`` be the memory at a boundary, ``ΔS`` the decayed sum of the writes since the last boundary and ``Γ̄`` the sum of
+``Γ dt`` since then.
 
 * **SNR filter.** ``SNR_ij = |S_ij| / rms(S)`` per head and ``p = sigmoid((SNR - threshold) / temperature)``. At full
-  strength, s = 1, components below the threshold forget as if Γ were ``gamma_boost`` times as large, those above it
-  learn as if η were ``eta_boost`` times as large; at s = 0 nothing happens:
+  strength, s = 1, components below the threshold forget as if Γ were ``gamma_boost`` times as large, components above
+  it learn as if η were ``eta_boost`` times as large; at s = 0 the filter is the identity:
   ``S <- S exp(-s (gamma_boost - 1) Γ̄ (1 - p)) + s (eta_boost - 1) p ΔS``.
 * **Resonance.** The modes of a memory are the rows of ``QᵀS`` for a fixed orthonormal ``Q``, with energies ``E_m``
   relative to their mean; ``S <- Q diag(σ) QᵀS`` with ``σ_m = sigmoid(sharpness (E_m / mean(E) - threshold) + bias)``.
@@ -21,15 +21,19 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-20
-"""Added to a mean square, so that an empty memory has SNR 0 and energy 0: no state that was written is that small."""
+"""Added to a mean square, so that an empty memory has SNR 0 and energy 0; no memory that was written is that small."""
 
 
 @dataclass(frozen=True)
 class SNRFilter:
     """Parameters of the SNR filter.
 
-    They are the threshold (in units of the memory's rms), the softness, the two boosts (>= 1), and the ``strength`` s
-    in [0, 1] with which it acts on every head, (H,); None for full strength everywhere.
+    Attributes:
+        threshold: SNR above which a component counts as signal, in units of the memory's rms.
+        temperature: softness of the threshold.
+        gamma_boost: factor of Γ for noise at full strength, >= 1.
+        eta_boost: factor of η for signal at full strength, >= 1.
+        strength: s in [0, 1] per head, (H,); None for full strength.
     """
 
     threshold: float
@@ -41,7 +45,14 @@ class SNRFilter:
 
 @dataclass(frozen=True)
 class Resonance:
-    """The resonance filter: orthonormal ``basis`` Q (K, K), energy threshold, ``sharpness`` and ``bias`` (H,)."""
+    """Parameters of the resonance filter.
+
+    Attributes:
+        basis: orthonormal Q, (K, K).
+        threshold: energy above which a mode resonates, relative to the mean over the modes.
+        sharpness: slope of the gate per head, (H,).
+        bias: bias of the gate per head, (H,).
+    """
 
     basis: Tensor
     threshold: float
@@ -51,7 +62,13 @@ class Resonance:
 
 @dataclass(frozen=True)
 class Consolidation:
-    """What acts at a boundary, and how many tokens lie between two of them (a multiple of the chunk of 64)."""
+    """Filters that act at the boundaries.
+
+    Attributes:
+        interval: tokens between two boundaries, a multiple of the chunk of 64.
+        snr: the SNR filter, which acts first; None for none.
+        resonance: the resonance filter; None for none.
+    """
 
     interval: int
     snr: SNRFilter | None = None
@@ -59,33 +76,33 @@ class Consolidation:
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """Tensors that have gradients, each (H,).
+        """Differentiable parameters, each (H,): the SNR filter's strength, then the resonance's sharpness and bias.
 
-        They are the SNR filter's strength, if it has one, and the resonance's sharpness and bias, if there is one.
+        A filter that is missing, or a strength of None, has none.
         """
         strength = (self.snr.strength,) if self.snr is not None and self.snr.strength is not None else ()
         return (*strength, self.resonance.sharpness, self.resonance.bias) if self.resonance is not None else strength
 
 
 def signal_to_noise(memory: Tensor) -> Tensor:
-    """``|S_ij| / rms(S)`` per head: (..., K, V) -> (..., K, V)."""
+    """Return ``|S_ij| / rms(S)`` per head: (..., K, V) -> (..., K, V)."""
     mean_square = memory.square().mean(dim=(-2, -1), keepdim=True)
     return memory.abs() * torch.rsqrt(mean_square + _TINY)
 
 
 def modes(memory: Tensor, basis: Tensor) -> Tensor:
-    """``(QᵀS)ᵀ``: memory (..., K, V), basis (K, K) -> (..., V, K), a mode a column."""
+    """Return ``(QᵀS)ᵀ``: memory (..., K, V), basis (K, K) -> (..., V, K), a mode per column."""
     return memory.mT @ basis.to(memory.dtype)
 
 
 def mode_energies(modes_VK: Tensor) -> Tensor:
-    """Energies of the modes (..., V, K) relative to their mean, (..., K)."""
-    energy = modes_VK.square().sum(-2)
-    return energy / (energy.mean(-1, keepdim=True) + _TINY)
+    """Return the energies of the modes (..., V, K) relative to their mean, (..., K)."""
+    memory_energy_K = modes_VK.square().sum(-2)
+    return memory_energy_K / (memory_energy_K.mean(-1, keepdim=True) + _TINY)
 
 
 def resonance_gate(energies: Tensor, resonance: Resonance) -> Tensor:
-    """The factor σ in (0, 1) of every mode: relative energies (..., H, K) -> (..., H, K)."""
+    """Return the factor σ in (0, 1) of every mode: relative energies (..., H, K) -> (..., H, K)."""
     sharpness, bias = (p.to(energies.dtype).unsqueeze(-1) for p in (resonance.sharpness, resonance.bias))
     return torch.sigmoid(sharpness * (energies - resonance.threshold) + bias)
 
@@ -97,47 +114,58 @@ def consolidate(memory: Tensor, writes: Tensor, forgetting: Tensor, consolidatio
         memory: S, (B, H, K, V).
         writes: ΔS, the decayed sum of the writes since the last boundary, (B, H, K, V).
         forgetting: Γ̄, the sum of Γ dt since the last boundary, (B, H).
-        consolidation: which mechanisms act, with their constants.
+        consolidation: filters and their parameters.
 
     Returns:
         The consolidated memory, (B, H, K, V).
+
+    Example:
+        >>> memory, writes = torch.randn(2, 3, 2, 16, 8)  # a row per sequence, packed or not
+        >>> rule = Consolidation(64, SNRFilter(threshold=2.0, temperature=0.5, gamma_boost=2.0, eta_boost=1.5))
+        >>> consolidate(memory, writes, torch.rand(3, 2), rule).shape
+        torch.Size([3, 2, 16, 8])
     """
+    # 1. SNR filter.
     if (snr := consolidation.snr) is not None:
         memory = _filtered(memory, writes, _snr_factors(memory, forgetting, snr), snr)
+    # 2. Resonance: into the basis of the modes, gate, and back.
     if (resonance := consolidation.resonance) is not None:
-        modes_VK = modes(memory, resonance.basis)
-        gate = resonance_gate(mode_energies(modes_VK), resonance)
-        memory = ((gate.unsqueeze(-2) * modes_VK) @ resonance.basis.to(memory.dtype).T).mT
+        modes_BHVK = modes(memory, resonance.basis)
+        gate_BHK = resonance_gate(mode_energies(modes_BHVK), resonance)
+        memory = ((gate_BHK.unsqueeze(-2) * modes_BHVK) @ resonance.basis.to(memory.dtype).T).mT
     return memory
 
 
 class _SNRFactors(NamedTuple):
-    """Return the terms of the SNR filter for a memory.
+    """Factors of the SNR filter for a memory.
 
-    They are ``p`` and ``exp(-excess (1 - p))``, both (B, H, K, V), and the scale ``1 / rms`` and the excess ``s
-    (gamma_boost - 1) Γ̄``, both (B, H, 1, 1).
+    Attributes:
+        keep_BHKV: ``p``.
+        survival_BHKV: ``exp(-excess (1 - p))``.
+        scale_BH11: ``1 / rms``.
+        excess_BH11: ``s (gamma_boost - 1) Γ̄``.
     """
 
-    keep: Tensor
-    survival: Tensor
-    scale: Tensor
-    excess: Tensor
+    keep_BHKV: Tensor
+    survival_BHKV: Tensor
+    scale_BH11: Tensor
+    excess_BH11: Tensor
 
 
-def _snr_factors(memory: Tensor, forgetting: Tensor, snr: SNRFilter) -> _SNRFactors:
-    scale = torch.rsqrt(memory.square().mean(dim=(-2, -1), keepdim=True) + _TINY)
-    keep = torch.sigmoid(memory.abs() * (scale / snr.temperature) - snr.threshold / snr.temperature)
-    excess = _at_strength((snr.gamma_boost - 1) * forgetting[..., None, None], snr)
-    return _SNRFactors(keep, torch.exp(excess * (keep - 1)), scale, excess)
+def _snr_factors(memory_BHKV: Tensor, forgetting_BH: Tensor, snr: SNRFilter) -> _SNRFactors:
+    scale_BH11 = torch.rsqrt(memory_BHKV.square().mean(dim=(-2, -1), keepdim=True) + _TINY)
+    keep_BHKV = torch.sigmoid(memory_BHKV.abs() * (scale_BH11 / snr.temperature) - snr.threshold / snr.temperature)
+    excess_BH11 = _at_strength((snr.gamma_boost - 1) * forgetting_BH[..., None, None], snr)
+    return _SNRFactors(keep_BHKV, torch.exp(excess_BH11 * (keep_BHKV - 1)), scale_BH11, excess_BH11)
 
 
-def _filtered(memory: Tensor, writes: Tensor, factors: _SNRFactors, snr: SNRFilter) -> Tensor:
-    learned = _at_strength(factors.keep, snr)
-    return torch.addcmul(memory * factors.survival, learned, writes, value=snr.eta_boost - 1)
+def _filtered(memory_BHKV: Tensor, writes_BHKV: Tensor, factors: _SNRFactors, snr: SNRFilter) -> Tensor:
+    learned_BHKV = _at_strength(factors.keep_BHKV, snr)
+    return torch.addcmul(memory_BHKV * factors.survival_BHKV, learned_BHKV, writes_BHKV, value=snr.eta_boost - 1)
 
 
 def _at_strength(x: Tensor, snr: SNRFilter) -> Tensor:
-    """``s x``: (B, H, ., .) -> the same."""
+    """Return ``s x``: (B, H, ., .) -> the same."""
     return x if snr.strength is None else x * snr.strength.to(x.dtype)[:, None, None]
 
 
@@ -153,7 +181,7 @@ class ConsolidationGradient(NamedTuple):
 def consolidate_gradient(
     grad: Tensor, memory: Tensor, writes: Tensor, forgetting: Tensor, consolidation: Consolidation
 ) -> ConsolidationGradient:
-    """The adjoint of ``consolidate``, written out: autograd would keep a dozen memories for every boundary.
+    """Compute the adjoint of ``consolidate``, written out: autograd would keep a dozen memories for every boundary.
 
     ``grad`` is the gradient of the consolidated memory, (B, H, K, V); the other arguments are those of ``consolidate``.
     """
@@ -167,42 +195,43 @@ def consolidate_gradient(
     if snr is None or factors is None:
         return ConsolidationGradient(grad, torch.zeros_like(writes), torch.zeros_like(forgetting), parameters)
 
-    keep, survival, scale, excess = factors
-    direct, weighted = grad * survival, _at_strength(grad, snr)
-    grad_exponent = direct * memory
-    grad_keep = torch.addcmul(excess * grad_exponent, writes, weighted, value=snr.eta_boost - 1)
-    grad_ratio = torch.ops.aten.sigmoid_backward(grad_keep, keep) / snr.temperature
+    keep_BHKV, survival_BHKV, scale_BH11, excess_BH11 = factors
+    direct_BHKV, weighted_BHKV = grad * survival_BHKV, _at_strength(grad, snr)
+    grad_exponent_BHKV = direct_BHKV * memory
+    grad_keep_BHKV = torch.addcmul(excess_BH11 * grad_exponent_BHKV, writes, weighted_BHKV, value=snr.eta_boost - 1)
+    grad_ratio_BHKV = torch.ops.aten.sigmoid_backward(grad_keep_BHKV, keep_BHKV) / snr.temperature
     # In units of the rms: the cube of a scale leaves the range of float32 long before the memory's square does.
-    along = (grad_ratio * memory.abs() * scale).sum(dim=(-2, -1), keepdim=True)
-    from_scale = along * scale.square() / memory[0, 0].numel()
-    grad_memory = torch.addcmul(direct, grad_ratio * scale, torch.sign(memory)).addcmul_(from_scale, memory, value=-1)
-    grad_excess = ((keep - 1) * grad_exponent).sum(dim=(-2, -1), keepdim=True)
+    along_BH11 = (grad_ratio_BHKV * memory.abs() * scale_BH11).sum(dim=(-2, -1), keepdim=True)
+    from_scale_BH11 = along_BH11 * scale_BH11.square() / memory[0, 0].numel()
+    grad_memory = torch.addcmul(direct_BHKV, grad_ratio_BHKV * scale_BH11, torch.sign(memory))
+    grad_memory = grad_memory.addcmul_(from_scale_BH11, memory, value=-1)
+    grad_excess_BH11 = ((keep_BHKV - 1) * grad_exponent_BHKV).sum(dim=(-2, -1), keepdim=True)
     if snr.strength is not None:
-        of_forgetting = (snr.gamma_boost - 1) * forgetting * grad_excess[..., 0, 0]
-        of_learning = (snr.eta_boost - 1) * (keep * writes * grad).sum(dim=(-2, -1))
-        parameters = ((of_forgetting + of_learning).sum(0), *parameters)
+        of_forgetting_BH = (snr.gamma_boost - 1) * forgetting * grad_excess_BH11[..., 0, 0]
+        of_learning_BH = (snr.eta_boost - 1) * (keep_BHKV * writes * grad).sum(dim=(-2, -1))
+        parameters = ((of_forgetting_BH + of_learning_BH).sum(0), *parameters)
     return ConsolidationGradient(
         grad_memory,
-        (snr.eta_boost - 1) * (keep * weighted),
-        (snr.gamma_boost - 1) * _at_strength(grad_excess, snr)[..., 0, 0],
+        (snr.eta_boost - 1) * (keep_BHKV * weighted_BHKV),
+        (snr.gamma_boost - 1) * _at_strength(grad_excess_BH11, snr)[..., 0, 0],
         parameters,
     )
 
 
 def _resonance_gradient(grad: Tensor, memory: Tensor, resonance: Resonance) -> tuple[Tensor, Tensor, Tensor]:
-    """Adjoint of the resonance filter: gradients of the memory (B, H, K, V), of the sharpness and of the bias (H,)."""
-    basis = resonance.basis.to(memory.dtype)
-    modes_VK = modes(memory, basis)
-    energy = modes_VK.square().sum(-2)
-    mean = energy.mean(-1, keepdim=True) + _TINY
-    relative = energy / mean
-    gate = resonance_gate(relative, resonance)
+    """Compute the adjoint of the resonance: gradients of the memory (B, H, K, V), the sharpness and the bias (H,)."""
+    basis_KK = resonance.basis.to(memory.dtype)
+    modes_BHVK = modes(memory, basis_KK)
+    memory_energy_BHK = modes_BHVK.square().sum(-2)
+    mean_BH1 = memory_energy_BHK.mean(-1, keepdim=True) + _TINY
+    relative_BHK = memory_energy_BHK / mean_BH1
+    gate_BHK = resonance_gate(relative_BHK, resonance)
 
-    grad_modes = grad.mT @ basis
-    grad_logit = (grad_modes * modes_VK).sum(-2) * gate * (1 - gate)
-    grad_relative = resonance.sharpness.to(memory.dtype).unsqueeze(-1) * grad_logit
-    correlation = (grad_relative * relative).mean(-1, keepdim=True)
-    grad_energy = (grad_relative - correlation) / mean
-    grad_modes = grad_modes * gate.unsqueeze(-2) + 2 * modes_VK * grad_energy.unsqueeze(-2)
-    grad_sharpness = (grad_logit * (relative - resonance.threshold)).sum(dim=(0, -1))
-    return (grad_modes @ basis.T).mT, grad_sharpness, grad_logit.sum(dim=(0, -1))
+    grad_modes_BHVK = grad.mT @ basis_KK
+    grad_logit_BHK = (grad_modes_BHVK * modes_BHVK).sum(-2) * gate_BHK * (1 - gate_BHK)
+    grad_relative_BHK = resonance.sharpness.to(memory.dtype).unsqueeze(-1) * grad_logit_BHK
+    correlation_BH1 = (grad_relative_BHK * relative_BHK).mean(-1, keepdim=True)
+    grad_energy_BHK = (grad_relative_BHK - correlation_BH1) / mean_BH1
+    grad_modes_BHVK = grad_modes_BHVK * gate_BHK.unsqueeze(-2) + 2 * modes_BHVK * grad_energy_BHK.unsqueeze(-2)
+    grad_sharpness_H = (grad_logit_BHK * (relative_BHK - resonance.threshold)).sum(dim=(0, -1))
+    return (grad_modes_BHVK @ basis_KK.T).mT, grad_sharpness_H, grad_logit_BHK.sum(dim=(0, -1))

@@ -17,14 +17,14 @@ from .dispatch import count_run, select
 from .library import operator
 
 IGNORED = -100
-"""Label of a place that does not count."""
+"""Label of a position that does not count."""
 
 _CPU_LOGITS_BYTES = 2**27
-"""Memory for the logits of a chunk on the CPU, whose cache they should not outgrow by far ..."""
+"""Memory for the logits of a chunk on the CPU: not much more than its cache."""
 _LOGITS_BYTES = 2**29
-"""... and elsewhere, where long products run best."""
+"""Memory for the logits of a chunk elsewhere, where long products run best."""
 _ALIGNMENT = 64
-"""Rows of logits end on a multiple of this: matrix units and wide loads want it."""
+"""Multiple to which rows of logits are padded, for matrix units and wide loads."""
 
 
 def linear_cross_entropy(
@@ -57,7 +57,14 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes do not fit, a label is no token, ``chunk_tokens`` is not above zero, or there is no such
-            reduction. On a device nobody looks at the labels' values: a wrong one makes the loss NaN, or stops it.
+            reduction. Labels on a device are not read: a wrong one makes the loss NaN, or stops it.
+
+    Example:
+        >>> hidden, weight = torch.randn(70, 16), torch.randn(257, 16)  # all tokens in one axis, packed or not
+        >>> labels = torch.randint(257, (70,)).index_fill(0, torch.tensor([4, 69]), IGNORED)  # ends of two sequences
+        >>> loss = linear_cross_entropy(hidden, weight, labels)
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, labels))
+        True
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (hidden, weight, labels))
@@ -120,7 +127,7 @@ def _linear_cross_entropy(
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of nats, and its gradients in ``hidden`` and ``weight``; empty tensors in place of those not wanted.
+    """Return the sum of the losses, and its gradients in ``hidden`` and ``weight``; empty where they are not wanted.
 
     ``dtype`` is that of the products; the other arguments are those of ``linear_cross_entropy``.
     """
@@ -139,13 +146,16 @@ def _linear_cross_entropy(
         grad_table = torch.empty(table.shape if wants_weight else 0, dtype=wide, device=device)
         for start in range(0, max(tokens, 1), chunk):
             part = slice(start, start + chunk)
-            states = hidden[part].to(dtype)
-            logits = torch.mm(states, table.T, out=buffer[: len(states)])
-            total += run(logits[:, :vocabulary], labels[part], ignore_index, wants_hidden or wants_weight).sum()
+            # 1. The logits of a chunk.
+            hidden_CD = hidden[part].to(dtype)
+            logits_CV = torch.mm(hidden_CD, table.T, out=buffer[: len(hidden_CD)])
+            # 2. Its losses; the gradient takes the place of the logits.
+            total += run(logits_CV[:, :vocabulary], labels[part], ignore_index, wants_hidden or wants_weight).sum()
+            # 3. The gradients of the hidden states and of the head.
             if wants_hidden:
-                grad_hidden[part] = logits @ table
+                grad_hidden[part] = logits_CV @ table
             if wants_weight:
-                _accumulate(grad_table, logits.T, states, beta=1 if start else 0)
+                _accumulate(grad_table, logits_CV.T, hidden_CD, beta=1 if start else 0)
     return total, grad_hidden, grad_table[:vocabulary].to(weight.dtype)
 
 
@@ -167,17 +177,17 @@ torch.library.register_autograd("resolvent::linear_cross_entropy", _scale_gradie
 
 
 def softmax_cross_entropy_torch(logits: Tensor, labels: Tensor, ignore_index: int, wants_gradient: bool) -> Tensor:
-    """Negative log-likelihood of each row's label, zero where it is ignored; the logits become its gradient.
+    """Compute the negative log-likelihood of each row's label, zero where it is ignored.
 
     Args:
-        logits: (C, V), any float; replaced by the gradient of the nats in them. Rows may be views of longer ones, which
-            end in zeros; then these stay, or become zeros again.
+        logits: (C, V), any float; replaced by the gradient of the losses in them. Rows may be views of longer ones,
+            which end in zeros; then these stay, or become zeros again.
         labels: int64 (C,).
         ignore_index: label of rows that do not count.
         wants_gradient: False leaves anything in ``logits``.
 
     Returns:
-        nats (C,), at least float32.
+        losses in nats (C,), at least float32.
     """
     count_run("softmax_cross_entropy", "torch")
     ignored = labels == ignore_index
@@ -198,7 +208,7 @@ def softmax_cross_entropy_torch(logits: Tensor, labels: Tensor, ignore_index: in
 
 
 def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The head in the dtype of the products, with rows of zeros added up to an aligned vocabulary.
+    """Return the head in the dtype of the products, with rows of zeros added up to an aligned vocabulary.
 
     Their logits are zero, which is their gradient, too. On the CPU they gain nothing and would cost a copy.
     """
@@ -211,7 +221,7 @@ def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _chunk_tokens(tokens: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens of a chunk: as few chunks of equal size as the memory for their logits allows."""
+    """Return the tokens of a chunk, for as few chunks of equal size as the memory for their logits allows."""
     budget = _CPU_LOGITS_BYTES if device.type == "cpu" else _LOGITS_BYTES
     most = max(1, budget // (vocabulary * dtype.itemsize))
     chunks = max(1, -(-tokens // most))
@@ -219,7 +229,7 @@ def _chunk_tokens(tokens: int, vocabulary: int, dtype: torch.dtype, device: torc
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
-    """``total = beta total + a @ b``, summed in the dtype of ``total``, which may be wider than that of the factors."""
+    """Compute ``total = beta total + a @ b`` in the dtype of ``total``, which may be wider than that of the factors."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
     elif total.device.type == "cuda":

@@ -9,6 +9,9 @@ and consolidated every ``interval`` tokens (see ``ops.consolidation``). Three fo
 between chunks the state. Sums of decays are subtracted in float64 and only their differences are exponentiated, so that
 a token which erases everything does not blur its neighbours.
 
+Names of Γ: ``gamma`` is the rate, ``decay`` Γ dt of a token, ``cumulative`` its running sum within a chunk, ``total``
+the sum over a chunk, ``forgetting`` the sum since the last boundary.
+
 Shapes: B batch, N sequence, H heads, K key width, V value width, S packed sequences, M chunks, C tokens of a chunk.
 """
 
@@ -47,17 +50,17 @@ def dissipative_memory(
     """Write every token into the memory and read it back.
 
     Args:
-        q: queries and keys, (B, N, H, K).
-        k: the same.
+        q: queries, (B, N, H, K).
+        k: keys, (B, N, H, K).
         v: values, (B, N, H, V).
         decay: Γ dt >= 0, dimensionless, (B, N, H).
         eta: learning rate η > 0, (H,).
-        initial_state: memory at the start, one row a sequence; empty if not given.
-        position: tokens that each sequence has read before, integer (B,) or (S,): where its next boundary lies.
+        initial_state: state before the first token, a row per sequence; empty if None.
+        position: tokens that each sequence has read before, integer (B,) or (S,), from which its next boundary follows.
         cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1. Python reads both
             ``position`` and ``cu_seqlens``: on the CPU it need not wait for the device. Only the ``position`` of single
-            tokens (N = 1) is read where the tensors are, and what the kernels are given as ``cu_seqlens`` on a device.
-        consolidation: what acts at the boundaries; None for a plain decaying memory.
+            tokens (N = 1) is read where the tensors are, and so is the kernels' ``cu_seqlens`` on a device.
+        consolidation: filters that act at the boundaries; None for a plain decaying memory.
         backend: ``auto``, ``torch`` or ``triton``.
 
     Returns:
@@ -66,6 +69,13 @@ def dissipative_memory(
 
     Raises:
         ValueError: shapes do not fit, or the consolidation interval is no multiple of the chunk.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 70, 2, 16)  # 70 tokens, 2 heads of width 16
+        >>> readout, state = dissipative_memory(q, k, v, torch.rand(1, 70, 2), torch.ones(2))
+        >>> two = dissipative_memory(q, k, v, torch.rand(1, 70, 2), torch.ones(2), cu_seqlens=torch.tensor([0, 5, 70]))
+        >>> readout.shape, state.memory.shape, two[1].memory.shape  # a memory per packed sequence
+        (torch.Size([1, 70, 2, 16]), torch.Size([1, 2, 16, 16]), torch.Size([2, 2, 16, 16]))
     """
     if q.dim() != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3] or decay.shape != q.shape[:3]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, decay))
@@ -107,20 +117,41 @@ def dissipative_memory_step(
     position: Tensor,
     consolidation: Consolidation | None = None,
 ) -> tuple[Tensor, MemoryState]:
-    """One token: q, k (B, H, K), v (B, H, V), decay (B, H), eta (H,), position (B,) -> read-out (B, H, V) and state."""
+    """Write one token of every sequence into the memory and read it back.
+
+    Args:
+        q: queries, (B, H, K).
+        k: keys, (B, H, K).
+        v: values, (B, H, V).
+        decay: Γ dt, (B, H).
+        eta: learning rate η, (H,).
+        state: state before the token.
+        position: tokens that each sequence has read before, integer (B,).
+        consolidation: filters that act at the boundaries.
+
+    Returns:
+        The read-out (B, H, V) in the dtype of ``v``, and the next state.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 2, 16)  # one sequence, 2 heads of width 16
+        >>> state, position = empty_state(1, q, v), torch.zeros(1, dtype=torch.int64)
+        >>> readout, state = dissipative_memory_step(q, k, v, torch.rand(1, 2), torch.ones(2), state, position)
+        >>> readout.shape, state.memory.shape
+        (torch.Size([1, 2, 16]), torch.Size([1, 2, 16, 16]))
+    """
     dtype = wide_dtype(q)
-    memory, writes, forgetting = state
-    keep = torch.exp(-decay.to(dtype))[..., None, None]
-    write = (eta.to(dtype)[:, None] * k.to(dtype)).unsqueeze(-1) * v.to(dtype).unsqueeze(-2)
-    memory = keep * memory + write
-    readout = (q.to(dtype).unsqueeze(-2) @ memory).squeeze(-2).to(v.dtype)
+    memory_BHKV, writes_BHKV, forgetting_BH = state
+    kept_BH11 = torch.exp(-decay.to(dtype))[..., None, None]
+    written_BHKV = (eta.to(dtype)[:, None] * k.to(dtype)).unsqueeze(-1) * v.to(dtype).unsqueeze(-2)
+    memory_BHKV = kept_BH11 * memory_BHKV + written_BHKV
+    readout_BHV = (q.to(dtype).unsqueeze(-2) @ memory_BHKV).squeeze(-2).to(v.dtype)
     if consolidation is None:
-        return readout, MemoryState(memory, writes, forgetting)
-    state = MemoryState(memory, keep * writes + write, forgetting + decay.to(dtype))
-    boundary = (position + 1) % consolidation.interval == 0
-    if boundary.device.type == "cpu" and not boundary.any():  # elsewhere a look at it would have to wait
-        return readout, state
-    return readout, _consolidate_where(boundary, state, consolidation)
+        return readout_BHV, MemoryState(memory_BHKV, writes_BHKV, forgetting_BH)
+    state = MemoryState(memory_BHKV, kept_BH11 * writes_BHKV + written_BHKV, forgetting_BH + decay.to(dtype))
+    boundary_B = (position + 1) % consolidation.interval == 0
+    if boundary_B.device.type == "cpu" and not boundary_B.any():  # on a device, reading it would have to wait
+        return readout_BHV, state
+    return readout_BHV, _consolidate_where(boundary_B, state, consolidation)
 
 
 def dissipative_memory_reference(
@@ -133,16 +164,23 @@ def dissipative_memory_reference(
     position: int = 0,
     consolidation: Consolidation | None = None,
 ) -> tuple[Tensor, MemoryState]:
-    """The definition, token by token in float64 with autograd through all of time; shapes as in the operator."""
+    """Compute the definition, token by token in float64 with autograd through all of time; shapes as in the operator.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 70, 2, 16)
+        >>> exact, _ = dissipative_memory_reference(q, k, v, torch.rand(1, 70, 2), torch.ones(2))
+        >>> exact.shape, exact.dtype
+        (torch.Size([1, 70, 2, 16]), torch.float64)
+    """
     q, k, v, decay, eta = (x.to(torch.float64) for x in (q, k, v, decay, eta))
     if initial_state is None:
         initial_state = empty_state(q.shape[0], q, v)
     memory, writes, forgetting = (x.to(torch.float64) for x in initial_state)
     readouts = []
     for t in range(q.shape[1]):
-        keep = torch.exp(-decay[:, t])[..., None, None]
-        write = eta[:, None, None] * torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
-        memory, writes, forgetting = keep * memory + write, keep * writes + write, forgetting + decay[:, t]
+        kept = torch.exp(-decay[:, t])[..., None, None]
+        written = eta[:, None, None] * torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+        memory, writes, forgetting = kept * memory + written, kept * writes + written, forgetting + decay[:, t]
         readouts.append(torch.einsum("bhkv,bhk->bhv", memory, q[:, t]))
         if consolidation is not None and (position + t + 1) % consolidation.interval == 0:
             memory = consolidate(memory, writes, forgetting, consolidation)
@@ -183,7 +221,7 @@ def _dissipative_memory_torch(
 
 @dataclass(frozen=True)
 class _ChunkLayout:
-    """Where the tokens of ragged sequences lie on a grid of chunks that is aligned with the boundaries.
+    """Layout of ragged sequences on a grid of chunks that is aligned with the boundaries.
 
     A sequence that has read ``phase`` tokens since its last boundary starts ``phase`` slots into its first chunk. The
     sequences are ranked by how far they reach, so that those which still have a j-th chunk are always the first
@@ -201,7 +239,7 @@ class _ChunkLayout:
         return sum(self.active)
 
     def at_boundary(self, j: int, interval: int) -> int:
-        """Sequences that stand at a boundary after round j."""
+        """Return the number of sequences that stand at a boundary after round j."""
         return 0 if (j + 1) * CHUNK % interval else self.full[j]
 
 
@@ -211,20 +249,20 @@ def _chunk_layout(lengths: tuple[int, ...], phases: tuple[int, ...], device: tor
     reach = [length + phase for length, phase in zip(lengths, phases, strict=True)]
     order = sorted(range(len(reach)), key=lambda sequence: -reach[sequence])
     rounds = -(-max(reach) // CHUNK)
-    active = _how_many_exceed([-(-r // CHUNK) for r in reach], rounds)
-    full = _how_many_exceed([r // CHUNK for r in reach], rounds)
+    active = _count_exceeding([-(-r // CHUNK) for r in reach], rounds)
+    full = _count_exceeding([r // CHUNK for r in reach], rounds)
     first_chunk = torch.tensor([0, *itertools.accumulate(active)])
     ranks = {sequence: rank for rank, sequence in enumerate(order)}
     slots = []
     for sequence, (length, phase) in enumerate(zip(lengths, phases, strict=True)):
-        place = torch.arange(phase, phase + length)
-        slots.append((first_chunk[place // CHUNK] + ranks[sequence]) * CHUNK + place % CHUNK)
+        index = torch.arange(phase, phase + length)
+        slots.append((first_chunk[index // CHUNK] + ranks[sequence]) * CHUNK + index % CHUNK)
     rectangle = len(set(lengths)) == 1 and lengths[0] % CHUNK == 0 and not any(phases)
     return _ChunkLayout(torch.cat(slots).to(device), torch.tensor(order).to(device), active, full, rectangle)
 
 
-def _how_many_exceed(counts: list[int], limit: int) -> list[int]:
-    """How many of the counts exceed 0, 1, ..., limit - 1."""
+def _count_exceeding(counts: list[int], limit: int) -> list[int]:
+    """Return the number of counts that exceed 0, 1, ..., limit - 1."""
     tally = [0] * (max(counts) + limit + 1)
     for count in counts:
         tally[count] += 1
@@ -241,108 +279,121 @@ def _chunked_memory(
     eta: Tensor,
     state: MemoryState,
 ) -> tuple[Tensor, MemoryState]:
-    """The chunked form, as differentiable torch code; arguments as in the operator."""
+    """Compute the chunked form in differentiable torch code; arguments as in the operator."""
     dtype = wide_dtype(q)
+    # 1. Lay the tokens out in chunks, keys times η, and sum up the decays of every chunk.
     q_MHCK, k_MHCK, v_MHCV = (_to_chunks(x, layout).to(dtype) for x in (q, eta[:, None] * k, v))
-    decay_MHC = prefix_sum(_to_chunks(decay.to(torch.float64).unsqueeze(-1), layout).squeeze(-1))
-    total_MH = decay_MHC[..., -1]
+    cumulative_MHC = prefix_sum(_to_chunks(decay.to(torch.float64).unsqueeze(-1), layout).squeeze(-1))
+    total_MH = cumulative_MHC[..., -1]
 
-    readout = _WithinChunk.apply(q_MHCK, k_MHCK, v_MHCV, decay_MHC)
-    to_end = torch.exp(decay_MHC - total_MH[..., None]).to(dtype)
-    written = (v_MHCV.mT @ (k_MHCK * to_end[..., None])).mT
+    # 2. Within a chunk: masked QKᵀ.
+    readout_MHCV = _WithinChunk.apply(q_MHCK, k_MHCK, v_MHCV, cumulative_MHC)
+
+    # 3. What a chunk adds to the memory by its end: KᵀV, decayed from every token to the end.
+    to_end_MHC = torch.exp(cumulative_MHC - total_MH[..., None]).to(dtype)
+    written_MHKV = (v_MHCV.mT @ (k_MHCK * to_end_MHC[..., None])).mT
+
+    # 4. Between chunks: carry the state from chunk to chunk, and consolidate it at the boundaries.
     resonance = consolidation.resonance if consolidation else None
     if consolidation is not None and resonance is not None:  # cast the basis once, not at every boundary
         consolidation = replace(consolidation, resonance=replace(resonance, basis=resonance.basis.to(dtype)))
     parameters = consolidation.parameters if consolidation else ()
-    before, *final = _Carry.apply(layout, consolidation, written, total_MH.to(dtype), *state, *parameters)
-    from_start = torch.exp(-decay_MHC).to(dtype)
-    readout = readout + (q_MHCK * from_start[..., None]) @ before
-    return _from_chunks(readout, layout, v.shape).to(v.dtype), MemoryState(*final)
+    before_MHKV, *final = _Carry.apply(layout, consolidation, written_MHKV, total_MH.to(dtype), *state, *parameters)
+
+    # 5. Across chunks: every token reads the memory before its chunk, decayed from the start of the chunk.
+    from_start_MHC = torch.exp(-cumulative_MHC).to(dtype)
+    readout_MHCV = readout_MHCV + (q_MHCK * from_start_MHC[..., None]) @ before_MHKV
+    return _from_chunks(readout_MHCV, layout, v.shape).to(v.dtype), MemoryState(*final)
 
 
 def _consolidated(state: MemoryState, consolidation: Consolidation) -> MemoryState:
+    """Return the state behind a boundary."""
     memory = consolidate(state.memory, state.writes, state.forgetting, consolidation)
     return MemoryState(memory, torch.zeros_like(state.writes), torch.zeros_like(state.forgetting))
 
 
-def _consolidate_where(boundary: Tensor, state: MemoryState, consolidation: Consolidation) -> MemoryState:
-    """Consolidate the rows at which ``boundary`` (B,) is set."""
+def _consolidate_where(boundary_B: Tensor, state: MemoryState, consolidation: Consolidation) -> MemoryState:
+    """Consolidate the rows at which ``boundary_B`` is set."""
     new = _consolidated(state, consolidation)
-    boundary = boundary.to(state.memory.device)
+    boundary_B = boundary_B.to(state.memory.device)
     pairs = zip(new, state, strict=True)
-    return MemoryState(*(torch.where(boundary.view(-1, *[1] * (b.dim() - 1)), a, b) for a, b in pairs))
+    return MemoryState(*(torch.where(boundary_B.view(-1, *[1] * (b.dim() - 1)), a, b) for a, b in pairs))
 
 
 def _first(state: MemoryState, count: int) -> MemoryState:
-    """The first rows of ``state``."""
+    """Return the first rows of ``state``."""
     return state if count == len(state.memory) else MemoryState(*(x[:count] for x in state))
 
 
 def _replace_first(state: MemoryState, new: MemoryState) -> MemoryState:
-    """``state`` with its first rows replaced by the rows of ``new``."""
+    """Return ``state`` with its first rows replaced by the rows of ``new``."""
     if len(new.memory) == len(state.memory):
         return new
     return MemoryState(*(torch.cat([a, b[len(a) :]]) for a, b in zip(new, state, strict=True)))
 
 
-def _to_chunks(x: Tensor, layout: _ChunkLayout) -> Tensor:
-    """(B, N, H, X) -> (M, H, C, X), zeros in empty slots."""
+def _to_chunks(x_BNHX: Tensor, layout: _ChunkLayout) -> Tensor:
+    """Lay (B, N, H, X) out as (M, H, C, X), with zeros in empty slots."""
     if layout.rectangle:
-        grid = x.reshape(len(layout.order), len(layout.active), CHUNK, *x.shape[2:])
+        grid = x_BNHX.reshape(len(layout.order), len(layout.active), CHUNK, *x_BNHX.shape[2:])
         return grid.permute(1, 0, 3, 2, 4).flatten(0, 1)
-    flat = x.reshape(-1, *x.shape[2:])
+    flat = x_BNHX.reshape(-1, *x_BNHX.shape[2:])
     grid = flat.new_zeros(layout.chunks * CHUNK, *flat.shape[1:]).index_copy_(0, layout.slots, flat)
     return grid.unflatten(0, (layout.chunks, CHUNK)).transpose(1, 2)
 
 
-def _from_chunks(x: Tensor, layout: _ChunkLayout, shape: torch.Size) -> Tensor:
-    """(M, H, C, V) -> (B, N, H, V)."""
+def _from_chunks(x_MHCV: Tensor, layout: _ChunkLayout, shape: torch.Size) -> Tensor:
+    """Lay (M, H, C, V) out as (B, N, H, V)."""
     if layout.rectangle:
-        grid = x.unflatten(0, (len(layout.active), len(layout.order)))
+        grid = x_MHCV.unflatten(0, (len(layout.active), len(layout.order)))
         return grid.permute(1, 0, 3, 2, 4).reshape(shape)
-    return x.transpose(1, 2).flatten(0, 1).index_select(0, layout.slots).view(shape)
+    return x_MHCV.transpose(1, 2).flatten(0, 1).index_select(0, layout.slots).view(shape)
 
 
 class _WithinChunk(torch.autograd.Function):
-    """What tokens read of their own chunk: ``y_t = sum_{s <= t} exp(L_s - L_t) (q_t . k_s) v_s``.
+    """Read-out of tokens from their own chunk: ``y_t = sum_{s <= t} exp(L_s - L_t) (q_t . k_s) v_s``.
 
-    q, k (M, H, C, K), v (M, H, C, V) and the cumulative decay L (M, H, C) float64 -> (M, H, C, V). The C x C factors
-    are computed anew in backward and never kept.
+    q, k (M, H, C, K), v (M, H, C, V) and the cumulative decay L (M, H, C) float64 -> (M, H, C, V). Backward computes
+    the C x C factors again instead of keeping them.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cumulative: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v, cumulative)
-        return (q @ k.mT).mul_(_decay_between(cumulative, q.dtype)) @ v
+    def forward(ctx: Any, q_MHCK: Tensor, k_MHCK: Tensor, v_MHCV: Tensor, cumulative_MHC: Tensor) -> Tensor:
+        ctx.save_for_backward(q_MHCK, k_MHCK, v_MHCV, cumulative_MHC)
+        return (q_MHCK @ k_MHCK.mT).mul_(_decay_between(cumulative_MHC, q_MHCK.dtype)) @ v_MHCV
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyrefly: ignore[bad-override]
-        q, k, v, cumulative = ctx.saved_tensors
-        scores, decay = q @ k.mT, _decay_between(cumulative, q.dtype)
-        grad_scores = (grad @ v.mT).mul_(decay)
-        grad_q, grad_k = grad_scores @ k, grad_scores.mT @ q
-        # A token's own term does not depend on the decay: left out, it costs the others no digits.
-        exponents = (grad_scores * scores).tril_(-1)
-        grad_cumulative = exponents.sum(-2) - exponents.sum(-1)
-        grad_v = scores.mul_(decay).mT @ grad
-        return grad_q, grad_k, grad_v, grad_cumulative.to(cumulative.dtype)
+    def backward(ctx: Any, grad_MHCV: Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        q_MHCK, k_MHCK, v_MHCV, cumulative_MHC = ctx.saved_tensors
+        # 1. The factors of the forward pass.
+        scores_MHCC, between_MHCC = q_MHCK @ k_MHCK.mT, _decay_between(cumulative_MHC, q_MHCK.dtype)
+        # 2. Through the scores to q and k.
+        grad_scores_MHCC = (grad_MHCV @ v_MHCV.mT).mul_(between_MHCC)
+        grad_q_MHCK, grad_k_MHCK = grad_scores_MHCC @ k_MHCK, grad_scores_MHCC.mT @ q_MHCK
+        # 3. Through the decay. A token's own term does not depend on it: left out, it costs the others no digits.
+        exponents_MHCC = (grad_scores_MHCC * scores_MHCC).tril_(-1)
+        grad_cumulative_MHC = exponents_MHCC.sum(-2) - exponents_MHCC.sum(-1)
+        # 4. To v.
+        grad_v_MHCV = scores_MHCC.mul_(between_MHCC).mT @ grad_MHCV
+        return grad_q_MHCK, grad_k_MHCK, grad_v_MHCV, grad_cumulative_MHC.to(cumulative_MHC.dtype)
 
 
-def _decay_between(cumulative: Tensor, dtype: torch.dtype) -> Tensor:
-    """``exp(L_s - L_t)`` for s <= t and zero elsewhere: (M, H, C) float64 -> (M, H, C, C)."""
-    between = torch.empty(*cumulative.shape, cumulative.shape[-1], dtype=dtype, device=cumulative.device)
-    torch.sub(cumulative.unsqueeze(-2), cumulative.unsqueeze(-1), out=between)
-    return between.exp_().tril_()
+def _decay_between(cumulative_MHC: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``exp(L_s - L_t)`` for s <= t and zero elsewhere: (M, H, C) float64 -> (M, H, C, C)."""
+    shape = (*cumulative_MHC.shape, cumulative_MHC.shape[-1])
+    between_MHCC = torch.empty(shape, dtype=dtype, device=cumulative_MHC.device)
+    torch.sub(cumulative_MHC.unsqueeze(-2), cumulative_MHC.unsqueeze(-1), out=between_MHCC)
+    return between_MHCC.exp_().tril_()
 
 
 class _Carry(torch.autograd.Function):
     """Walk over the rounds of chunks with the state, consolidating at the boundaries.
 
     Args:
-        written: what each chunk adds to the memory by its end, (M, H, K, V).
-        total: the sum of Γ dt of each chunk, (M, H).
-        memory, writes, forgetting: the state, one row a sequence, in the caller's order.
+        written_MHKV: what each chunk adds to the memory by its end.
+        total_MH: the sum of Γ dt of each chunk.
+        memory, writes, forgetting: the state, a row per sequence, in the caller's order.
         parameters: those of the consolidation, named here to be differentiated.
 
     Returns:
@@ -350,7 +401,7 @@ class _Carry(torch.autograd.Function):
 
     The gradient walks back over the memories before the chunks and needs nothing else of the way forward, but ΔS.
     All memories lie with their keys innermost, where the resonance multiplies them: every operation then meets tensors
-    of one layout, and no product has to turn them around.
+    of one layout, and no product has to turn them around. A of the shapes below are the sequences of a round.
     """
 
     @staticmethod
@@ -358,77 +409,88 @@ class _Carry(torch.autograd.Function):
         ctx: Any,
         layout: _ChunkLayout,
         consolidation: Consolidation | None,
-        written: Tensor,
-        total: Tensor,
+        written_MHKV: Tensor,
+        total_MH: Tensor,
         memory: Tensor,
         writes: Tensor,
         forgetting: Tensor,
         *parameters: Tensor,
     ) -> Any:
+        # 1. Rank the sequences by how far they reach.
         running = MemoryState(
             _keys_innermost(memory[layout.order]), _keys_innermost(writes[layout.order]), forgetting[layout.order]
         )
-        written = _keys_innermost(written)
-        keep = torch.exp(-total)[..., None, None]
+        written_MHKV = _keys_innermost(written_MHKV)
+        kept_MH11 = torch.exp(-total_MH)[..., None, None]
         before, accumulated = [], []
-        rounds = zip(*(x.split(layout.active) for x in (keep, written, total)), strict=True)
-        for j, (kept, write, decay) in enumerate(rounds):
+        rounds = zip(*(x.split(layout.active) for x in (kept_MH11, written_MHKV, total_MH)), strict=True)
+        for j, (kept_AH11, written_AHKV, total_AH) in enumerate(rounds):
+            # 2. Keep what the gradient needs of the state before the chunk.
             memory, writes, forgetting = _first(running, layout.active[j])
             before.append(memory)
             accumulated.append((writes, forgetting))
-            memory = torch.addcmul(write, kept, memory)
+            # 3. Decay the state and write the chunk.
+            memory = torch.addcmul(written_AHKV, kept_AH11, memory)
             if consolidation is not None:
-                writes = torch.addcmul(write, kept, writes)
-                forgetting = forgetting + decay
+                writes = torch.addcmul(written_AHKV, kept_AH11, writes)
+                forgetting = forgetting + total_AH
             new = MemoryState(memory, writes, forgetting)
+            # 4. Consolidate the sequences that stand at a boundary.
             if consolidation is not None and (full := layout.at_boundary(j, consolidation.interval)):
                 new = _replace_first(new, _consolidated(_first(new, full), consolidation))
             running = _replace_first(running, new)
+        # 5. Back to the caller's order.
         back = torch.argsort(layout.order)
         ctx.layout, ctx.consolidation, ctx.accumulated = layout, consolidation, accumulated
-        memories = torch.cat([x.mT for x in before]).mT
-        ctx.save_for_backward(memories, keep, written, total)
-        return memories, *(x[back] for x in running)
+        before_MHKV = torch.cat([x.mT for x in before]).mT
+        ctx.save_for_backward(before_MHKV, kept_MH11, written_MHKV, total_MH)
+        return before_MHKV, *(x[back] for x in running)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_before: Tensor, *grad_final: Tensor) -> Any:  # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad_before_MHKV: Tensor, *grad_final: Tensor) -> Any:  # pyrefly: ignore[bad-override]
         layout, consolidation = ctx.layout, ctx.consolidation
+        # 1. Rank the sequences as forward did.
         grad_memory, grad_writes, grad_forgetting = (x[layout.order] for x in grad_final)
         grad = MemoryState(_keys_innermost(grad_memory), _keys_innermost(grad_writes), grad_forgetting)
         grad_parameters = [torch.zeros_like(p) for p in (consolidation.parameters if consolidation else ())]
         grad_written, grad_total = [], []
-        rounds = [x.split(layout.active) for x in (*ctx.saved_tensors, _keys_innermost(grad_before))]
-        for j, (memory, keep, write, decay, from_readout) in reversed(list(enumerate(zip(*rounds, strict=True)))):
+        rounds = [x.split(layout.active) for x in (*ctx.saved_tensors, _keys_innermost(grad_before_MHKV))]
+        for j, of_round in reversed(list(enumerate(zip(*rounds, strict=True)))):
+            memory_AHKV, kept_AH11, written_AHKV, total_AH, grad_before_AHKV = of_round
             now = _first(grad, layout.active[j])
-            writes, forgetting = ctx.accumulated[j]
+            writes_AHKV, forgetting_AH = ctx.accumulated[j]
+            # 2. Back through the consolidation of the sequences that stood at a boundary.
             if consolidation is not None and (full := layout.at_boundary(j, consolidation.interval)):
                 found = consolidate_gradient(
                     now.memory[:full],
-                    torch.addcmul(write, keep, memory)[:full],
-                    torch.addcmul(write, keep, writes)[:full],
-                    (forgetting + decay)[:full],
+                    torch.addcmul(written_AHKV, kept_AH11, memory_AHKV)[:full],
+                    torch.addcmul(written_AHKV, kept_AH11, writes_AHKV)[:full],
+                    (forgetting_AH + total_AH)[:full],
                     consolidation,
                 )
                 now = _replace_first(now, MemoryState(found.memory, found.writes, found.forgetting))
                 grad_parameters = [a + b for a, b in zip(grad_parameters, found.parameters, strict=True)]
-            grad_write, grad_keep = now.memory, (now.memory * memory).sum(dim=(-2, -1))
+            # 3. To what the chunk wrote, and through its decay to its total.
+            grad_written_AHKV, grad_kept_AH = now.memory, (now.memory * memory_AHKV).sum(dim=(-2, -1))
             if consolidation is not None:
-                grad_write = grad_write + now.writes
-                grad_keep = grad_keep + (now.writes * writes).sum(dim=(-2, -1))
-                now = now._replace(writes=keep * now.writes)
-            grad_decay = -keep[..., 0, 0] * grad_keep
+                grad_written_AHKV = grad_written_AHKV + now.writes
+                grad_kept_AH = grad_kept_AH + (now.writes * writes_AHKV).sum(dim=(-2, -1))
+                now = now._replace(writes=kept_AH11 * now.writes)
+            grad_total_AH = -kept_AH11[..., 0, 0] * grad_kept_AH
             if consolidation is not None:
-                grad_decay = grad_decay + now.forgetting
-            grad_written.append(grad_write)
-            grad_total.append(grad_decay)
-            grad = _replace_first(grad, now._replace(memory=torch.addcmul(from_readout, keep, now.memory)))
+                grad_total_AH = grad_total_AH + now.forgetting
+            grad_written.append(grad_written_AHKV)
+            grad_total.append(grad_total_AH)
+            # 4. To the memory before the chunk, which the chunk read.
+            grad = _replace_first(grad, now._replace(memory=torch.addcmul(grad_before_AHKV, kept_AH11, now.memory)))
+        # 5. Back to the caller's order.
         back = torch.argsort(layout.order)
         grad_state = (x[back] for x in grad)
         grads = (torch.cat([x.mT for x in grad_written[::-1]]).mT, torch.cat(grad_total[::-1]), *grad_state)
         return None, None, *grads, *grad_parameters
 
 
-def _keys_innermost(memory: Tensor) -> Tensor:
-    """The same (..., K, V) tensor, laid out with neighbouring keys side by side."""
-    return memory.mT.contiguous().mT
+def _keys_innermost(memory_MHKV: Tensor) -> Tensor:
+    """Return the same (..., K, V) tensor, laid out with neighbouring keys side by side."""
+    return memory_MHKV.mT.contiguous().mT

@@ -1,4 +1,7 @@
-"""Vectors brought to a given root mean square; the gradient is written out, in half the passes of autograd."""
+"""RMS and L2 normalisation, with the gradient written out in half the passes of autograd.
+
+Shapes: D width.
+"""
 
 from typing import Any
 
@@ -9,12 +12,26 @@ from .precision import at_least_float32
 
 
 def unit_rms(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """``x / sqrt(mean(x²) + eps)`` over the last axis: (..., D) -> (..., D) in the dtype of x."""
+    """Return ``x / sqrt(mean(x²) + eps)`` over the last axis: (..., D) -> (..., D) in the dtype of x.
+
+    Example:
+        >>> x = torch.randn(1, 70, 2, 16)  # tokens, packed or not
+        >>> y = unit_rms(x)
+        >>> torch.allclose(y.square().mean(-1), torch.ones(1, 70, 2), atol=1e-3)
+        True
+    """
     return _Normalize.apply(x, 1.0, eps)
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """``x / |x|`` over the last axis, zero for a zero vector: (..., D) -> (..., D) in the dtype of x."""
+    """Return ``x / |x|`` over the last axis, zero for a zero vector: (..., D) -> (..., D) in the dtype of x.
+
+    Example:
+        >>> x = torch.randn(1, 70, 2, 16)  # tokens, packed or not
+        >>> y = unit_length(x)
+        >>> torch.allclose(y.norm(dim=-1), torch.ones(1, 70, 2), atol=1e-3)
+        True
+    """
     return _Normalize.apply(x, x.shape[-1] ** -0.5, 1e-12)
 
 

@@ -1,11 +1,14 @@
-"""Sequences packed end to end in one row, told apart by their offsets, and what has a row for each of them."""
+"""Sequences packed end to end in one row, with offsets ``cu_seqlens``.
+
+Shapes: S packed sequences, T tokens.
+"""
 
 import torch
 from torch import Tensor
 
 
 def count_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
-    """Sequences of a batch, packed in one row where there are offsets (S + 1,).
+    """Return the number of sequences of a batch, packed in one row where there are offsets (S + 1,).
 
     Raises:
         ValueError: there are offsets, but not one row.
@@ -18,14 +21,13 @@ def count_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
 
 
 def check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
-    """Raise a ValueError that names a tensor of another shape than the expected one."""
+    """Raise a ValueError that names a tensor if its shape is not the expected one."""
     if x.shape != expected:
         raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(x.shape)}")
 
 
 def sequence_numbers(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """The sequence of every token, int64 (T,) on the device of the offsets, integer (S + 1,)."""
+    """Return the sequence of every token, int64 (T,), on the device of the offsets, integer (S + 1,)."""
     index = torch.arange(tokens, device=cu_seqlens.device)
-    # Searched whole, not from the second offset on: of a view, PyTorch 2.11's compiler hands kernels the beginning of
-    # what it is a view of.
+    # Search all offsets, not a view from the second on: the compiler of PyTorch 2.11 hands kernels the base of a view.
     return torch.searchsorted(cu_seqlens, index, right=True) - 1

@@ -1,4 +1,4 @@
-"""Running sums whose order of additions is fixed wherever that is asked for."""
+"""Running sums with a fixed order of additions where deterministic algorithms are wanted."""
 
 import torch
 from torch import Tensor
@@ -6,10 +6,16 @@ from torch.nn import functional as F
 
 
 def prefix_sum(x: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
-    """``x.cumsum(dim, dtype=dtype)``.
+    """Return ``x.cumsum(dim, dtype=dtype)``.
 
-    On CUDA that sum may differ in its last bits from one call to the next, and PyTorch refuses it where deterministic
-    algorithms are wanted: there it is taken in log N passes.
+    On CUDA, ``cumsum`` may differ in its last bits from one call to the next, and PyTorch refuses it where
+    deterministic algorithms are wanted: there the sum is taken in log N passes.
+
+    Example:
+        >>> x = torch.ones(1, 70)
+        >>> sums = prefix_sum(x, dtype=torch.float64)
+        >>> sums[0, -1]
+        tensor(70., dtype=torch.float64)
     """
     if x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
         return by_doubling(x.to(dtype or x.dtype).movedim(dim, -1)).movedim(-1, dim)
@@ -17,7 +23,7 @@ def prefix_sum(x: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Te
 
 
 def by_doubling(x: Tensor) -> Tensor:
-    """Running sums over the last axis, in passes that add to every sum the one of as many elements before it."""
+    """Return running sums over the last axis, in passes that add to every sum the sum of as many elements before."""
     reach = 1
     while reach < x.shape[-1]:
         x = x + F.pad(x[..., :-reach], (reach, 0))

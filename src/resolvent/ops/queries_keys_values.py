@@ -1,6 +1,6 @@
-"""What a memory is asked, and what it is taught: projections of the tokens that a short convolution has let meet.
+"""Short convolution, SiLU and L2 normalisation of queries and keys; convolution and SiLU of values.
 
-``c_t = sum_j weight_j x_{t-j}``, ``y = silu(c)``; of every head the query and the key then get unit length.
+``c_t = sum_j weight_j x_{t-j}``, ``y = silu(c)``; the query and the key of every head are then L2-normalised.
 
 Shapes: B batch, N sequence, H heads, K head width, W convolution width, S packed sequences.
 """
@@ -21,33 +21,43 @@ def queries_keys_values(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Convolve the projections of the tokens and part them into what the heads ask, know and say.
+    """Compute queries, keys and values of all heads from the projections of the tokens.
 
     Args:
         projected: queries, keys and values of all heads side by side, any float (B, N, 3HK).
         weight: taps of the convolution, (W, 3HK); ``weight[0]`` acts on the token itself.
-        tail: the W - 1 projections before the first, oldest first, (B, W - 1, 3HK) or (S, W - 1, 3HK).
+        tail: the conv state, W - 1 projections before the first, oldest first, (B, W - 1, 3HK) or (S, W - 1, 3HK).
         num_heads: H.
         cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1.
         backend: ``auto``, ``torch`` or ``triton``.
 
     Returns:
-        queries and keys of unit length and values, (B, N, H, K) in the dtype of ``projected``, and the tail after the
+        L2-normalised queries and keys, and values, (B, N, H, K) in the dtype of ``projected``; and the tail after the
         last token, of the shape and dtype of ``tail``.
+
+    Example:
+        >>> projected, weight = torch.randn(1, 70, 3 * 2 * 16), torch.randn(4, 3 * 2 * 16)  # 2 heads of width 16
+        >>> q, k, v, tail = queries_keys_values(projected, weight, torch.zeros(1, 3, 96), num_heads=2)
+        >>> offsets = torch.tensor([0, 5, 70])
+        >>> *_, tails = queries_keys_values(projected, weight, torch.zeros(2, 3, 96), 2, cu_seqlens=offsets)
+        >>> q.shape, tails.shape  # a tail per packed sequence
+        (torch.Size([1, 70, 2, 16]), torch.Size([2, 3, 96]))
     """
     if select(backend, projected.device, "queries_keys_values", beyond_float32(projected.dtype)) == "triton":
         from .triton.queries_keys_values import queries_keys_values as run
     else:
         run = _queries_keys_values_torch
     heads = run(projected, weight, tail, num_heads, cu_seqlens)
-    q, k, v = (x.unflatten(-1, (num_heads, -1)) for x in heads)
-    return q, k, v, next_tail(projected, tail, cu_seqlens)
+    q_BNHK, k_BNHK, v_BNHK = (x.unflatten(-1, (num_heads, -1)) for x in heads)
+    return q_BNHK, k_BNHK, v_BNHK, next_tail(projected, tail, cu_seqlens)
 
 
 def _queries_keys_values_torch(
-    projected: Tensor, weight: Tensor, tail: Tensor, num_heads: int, cu_seqlens: Tensor | None
+    projected_BNC: Tensor, weight_WC: Tensor, tail: Tensor, num_heads: int, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values, (B, N, HK) each."""
     count_run("queries_keys_values", "torch")
-    q, k, v = F.silu(causal_conv(projected, weight.to(projected.dtype), tail, cu_seqlens)).chunk(3, dim=-1)
+    convolved_BNC = causal_conv(projected_BNC, weight_WC.to(projected_BNC.dtype), tail, cu_seqlens)
+    q, k, v = F.silu(convolved_BNC).chunk(3, dim=-1)
     q, k = (unit_length(x.unflatten(-1, (num_heads, -1))).flatten(-2) for x in (q, k))
     return q, k, v

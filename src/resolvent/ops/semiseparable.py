@@ -26,12 +26,12 @@ def gated_prefix_sum(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """``c_t = c_{-1} + sum_{s <= t} gates_s * values_s`` of every sequence and channel.
+    """Compute ``c_t = c_{-1} + sum_{s <= t} gates_s * values_s`` of every sequence and channel.
 
     Args:
         gates: (B, N, R).
         values: (B, N, R).
-        initial_state: ``c_{-1}``, float64 (B, R), or (S, R) for packed sequences; zero if not given.
+        initial_state: ``c_{-1}``, float64 (B, R), or (S, R) for packed sequences; zero if None.
         cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1.
         backend: ``auto``, ``torch`` or ``triton``.
 
@@ -41,6 +41,13 @@ def gated_prefix_sum(
 
     Raises:
         ValueError: shapes do not fit.
+
+    Example:
+        >>> gates, values = torch.rand(1, 70, 4), torch.randn(1, 70, 4)  # 70 tokens, rank 4
+        >>> sums, state = gated_prefix_sum(gates, values)
+        >>> _, states = gated_prefix_sum(gates, values, cu_seqlens=torch.tensor([0, 5, 70]))
+        >>> sums.shape, state.dtype, states.shape  # a state per packed sequence
+        (torch.Size([1, 70, 4]), torch.float64, torch.Size([2, 4]))
     """
     if gates.dim() != 3 or gates.shape != values.shape:
         raise ValueError(f"expected gates and values (B, N, R), got {tuple(gates.shape)}, {tuple(values.shape)}")
@@ -53,13 +60,27 @@ def gated_prefix_sum(
 
 
 def gated_prefix_sum_step(gates: Tensor, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token: gates, values (B, R), state float64 (B, R) -> c (B, R), at least float32, and the next state."""
+    """Add one token: gates, values (B, R), state float64 (B, R) -> c (B, R), at least float32, and the next state.
+
+    Example:
+        >>> state = torch.zeros(3, 4, dtype=torch.float64)  # a row per sequence, packed or not
+        >>> c, state = gated_prefix_sum_step(torch.rand(3, 4), torch.randn(3, 4), state)
+        >>> c.dtype, state.shape
+        (torch.float32, torch.Size([3, 4]))
+    """
     state = state + _terms(gates, values)
     return state.to(wide_dtype(values)), state
 
 
 def gated_prefix_sum_reference(gates: Tensor, values: Tensor, initial_state: Tensor | None = None) -> Tensor:
-    """The definition, token by token in float64: gates, values (B, N, R), initial_state (B, R) -> c (B, N, R)."""
+    """Compute the definition, token by token in float64: gates, values (B, N, R), state (B, R) -> c (B, N, R).
+
+    Example:
+        >>> gates, values = torch.rand(1, 70, 4), torch.randn(1, 70, 4)
+        >>> exact = gated_prefix_sum_reference(gates, values)
+        >>> torch.allclose(gated_prefix_sum(gates, values)[0].double(), exact, atol=1e-5)
+        True
+    """
     gates, values = gates.to(torch.float64), values.to(torch.float64)
     total = torch.zeros_like(gates[:, 0]) if initial_state is None else initial_state.to(torch.float64)
     sums = []
@@ -70,23 +91,24 @@ def gated_prefix_sum_reference(gates: Tensor, values: Tensor, initial_state: Ten
 
 
 def _gated_prefix_sum_torch(
-    gates: Tensor, values: Tensor, state: Tensor, cu_seqlens: Tensor | None
+    gates_BNR: Tensor, values_BNR: Tensor, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     count_run("gated_prefix_sum", "torch")
-    sums = prefix_sum(_terms(gates, values), dim=1, dtype=torch.float64)
+    sums_BNR = prefix_sum(_terms(gates_BNR, values_BNR), dim=1, dtype=torch.float64)
     if cu_seqlens is None:
-        sums = state.unsqueeze(1) + sums
-        final = sums[:, -1] if sums.shape[1] else state
-        return sums.to(wide_dtype(values)), final
-    cu_seqlens = cu_seqlens.to(sums.device)
-    # One sum over the whole row; each sequence then takes off what the row had reached before it.
-    reached = torch.nn.functional.pad(sums[0], (0, 0, 1, 0))
-    sequence = sequence_numbers(cu_seqlens, sums.shape[1])
-    before = reached[cu_seqlens[:-1]]
-    sums = state[sequence] + (reached[1:] - before[sequence])
-    return sums.unsqueeze(0).to(wide_dtype(values)), state + (reached[cu_seqlens[1:]] - before)
+        sums_BNR = state.unsqueeze(1) + sums_BNR
+        final_BR = sums_BNR[:, -1] if sums_BNR.shape[1] else state
+        return sums_BNR.to(wide_dtype(values_BNR)), final_BR
+    cu_seqlens = cu_seqlens.to(sums_BNR.device)
+    # One sum over the whole row; each sequence then takes off the sum that the row had reached before it.
+    reached_TR = torch.nn.functional.pad(sums_BNR[0], (0, 0, 1, 0))
+    sequence_T = sequence_numbers(cu_seqlens, sums_BNR.shape[1])
+    before_SR = reached_TR[cu_seqlens[:-1]]
+    sums_TR = state[sequence_T] + (reached_TR[1:] - before_SR[sequence_T])
+    return sums_TR.unsqueeze(0).to(wide_dtype(values_BNR)), state + (reached_TR[cu_seqlens[1:]] - before_SR)
 
 
 def _terms(gates: Tensor, values: Tensor) -> Tensor:
+    """Return the terms of the sum, at least float32."""
     values = at_least_float32(values)
     return gates.to(values.dtype) * values

@@ -1,4 +1,7 @@
-"""What a gated feed-forward network does between its two products."""
+"""The gate of a SwiGLU feed-forward network.
+
+Shapes: F hidden width.
+"""
 
 from typing import Any
 
@@ -8,9 +11,15 @@ from torch.nn import functional as F
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """``silu(gate) ⊙ value`` of gates and values side by side (Shazeer, 2020): (..., 2F) -> (..., F).
+    """Return ``silu(gate) ⊙ value`` of gates and values side by side (Shazeer, 2020): (..., 2F) -> (..., F).
 
-    The gradient computes ``silu(gate)`` anew: autograd would keep it, a tensor as large as the result.
+    Backward computes ``silu(gate)`` again: autograd would keep a tensor as large as the result.
+
+    Example:
+        >>> gate, value = torch.randn(2, 1, 70, 32)  # tokens, packed or not
+        >>> y = swiglu(torch.cat([gate, value], dim=-1))
+        >>> torch.allclose(y, torch.nn.functional.silu(gate) * value)
+        True
     """
     return _SwiGLU.apply(x)
 

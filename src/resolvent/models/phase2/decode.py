@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import GatedFeedForward
-from ...layers.plain import is_plain
+from ...layers.linear import is_plain
 from ...ops import Consolidation
 from ...ops.hebbian import memory_implementation
 from .block import Phase2Block, Phase2Model, blocks_of
@@ -94,7 +94,7 @@ class TokenStep:
             chain,
             self.gamma,
         )
-        gate, answer = (None, self.readout) if layer.gate_down is None else (self.gate, self.gated)
+        gate, readout = (None, self.readout) if layer.gate_down is None else (self.gate, self.gated)
         gating = None if layer.gate_down is None else (layer.gate_down.weight, self.gate)
         kernels.linear(x, layer.qkv_proj.weight, None, self.projected, self._norm(block.ln2), other=gating)
         kernels.remember(
@@ -110,7 +110,7 @@ class TokenStep:
             self.readout,
             self.gated,
         )
-        kernels.linear(answer, layer.out_proj.weight, None, x, add=True)
+        kernels.linear(readout, layer.out_proj.weight, None, x, add=True)
         inner, outer = _maps(block)
         activation = "swiglu" if isinstance(block.ffn, GatedFeedForward) else "gelu"
         kernels.linear(x, inner.weight, inner.bias, self.inner, self._norm(block.ln3), activation)

@@ -1,9 +1,9 @@
-"""Triton kernels for one token of a few sequences: what a block does with it, in few launches.
+"""Triton kernels for one token of a few sequences, in few launches per block.
 
-At this size a GPU waits for launches and for weights, so whatever a program can work out again for itself it does:
-norms are part of the product that follows them, activations and residual sums of the one before. And where the GPU can,
-a launch begins while the one before it ends: it loads its weights and only then waits for what that one writes.
-Everything but the weights is float32. The functions here change what they are given: the residual stream and the state.
+At this size a GPU waits for launches and for weights, so programs compute again what they can: norms are part of the
+product that follows them, activations and residual sums of the product before. Where the GPU can, a launch begins while
+the launch before it ends: it loads its weights and then waits for the results of the other. Everything but the weights
+is float32. The functions here update their arguments in place: the residual stream and the state.
 
 Shapes: B sequences, D width of the input, R rows of a weight, H heads, K = V head width, W convolution width, G width
 of the gate.
@@ -29,7 +29,7 @@ from ...ops.triton.queries_keys_values import TINY
 _kernel: Any = triton.jit
 _EPS = tl.constexpr(1e-5)  # that of ``ops.normalize.unit_rms``
 _ELEMENTS = 4096
-"""Weights that a program of a product holds: enough programs for all processors, each with enough to wait for."""
+"""Weights that a program of a product holds: few enough for many programs, enough to hide their latency."""
 
 
 class Norm(NamedTuple):
@@ -41,7 +41,7 @@ class Norm(NamedTuple):
 
 
 class _Product(NamedTuple):
-    """A product with a weight (R, D), and where it goes, (B, R); Nones for none."""
+    """A product with a weight (R, D), and its result (B, R); Nones for none."""
 
     weight: Tensor | None
     out: Tensor | None
@@ -60,7 +60,7 @@ class _Potential(NamedTuple):
 
 
 class _Chain(NamedTuple):
-    """Parameters of the resolvent's chains, (H,) each, and their g (B, H, 2), which moves on."""
+    """Parameters of the resolvent's chains, (H,) each, and their g (B, H, 2), which is updated in place."""
 
     h0_super: Tensor
     h0_sub: Tensor
@@ -79,9 +79,12 @@ class _Conv(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """Constants of ``_remember`` besides a ``Variant``.
+    """Numbers that ``_remember`` is compiled for besides a ``Variant``.
 
-    They are taps, the gate's width as a power of two, and whether answers are brought to unit RMS.
+    Attributes:
+        W: taps of the convolution.
+        BG: width of the gate, padded to a power of two.
+        NORM: RMS-normalise the read-out.
     """
 
     W: int
@@ -100,6 +103,7 @@ class _Gate(NamedTuple):
 
 @_kernel
 def _normalized(x, norm, columns, inside, width):
+    """Apply a layer norm to a row."""
     mean = tl.sum(x, 0) / width
     centred = tl.where(inside, x - mean, 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 0) / width + norm.eps)
@@ -155,10 +159,10 @@ def _linear(
             result *= 0.5 * (1 + tl.erf(result * 0.7071067811865476))
         if ACTIVATION == "swiglu":
             result *= tl.sigmoid(result) * tl.sum(values * given[None, :], 1)
-        place = out + sequence * rows + row
+        at_out = out + sequence * rows + row
         if ADD:
-            result += tl.load(place, mask=wanted, other=0.0)
-        tl.store(place, result, mask=wanted)
+            result += tl.load(at_out, mask=wanted, other=0.0)
+        tl.store(at_out, result, mask=wanted)
 
 
 @_kernel
@@ -166,11 +170,11 @@ def _scatter(
     x, readout, norm, weights, chain, bk_weight, gamma, D, H, memory_width, BLOCK: tl.constexpr, HEADS: tl.constexpr,
     MEMORY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Potential, a site of every chain, and its features on top of the residual stream."""
+    """Compute the potential and a site of every chain, and add the features to the residual stream."""
     let_next_begin(EARLY)
     sequence, columns, heads = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, HEADS)
     inside, there = columns < D, heads < H
-    # Everything is loaded before anything waits for a sum.
+    # 1. Load everything before anything waits for a sum.
     tile, in_tile = heads[:, None] * D + columns[None, :], there[:, None] & inside[None, :]
     of_v, of_gamma = tl.load(weights.v + tile, mask=in_tile, other=0.0), tl.zeros([HEADS, BLOCK], tl.float32)
     if weights.gamma is not None:
@@ -179,8 +183,8 @@ def _scatter(
     of_re = tl.load(bk_weight + turned, mask=in_turned, other=0.0).to(tl.float32)
     of_im = tl.load(bk_weight + turned + H, mask=in_turned, other=0.0).to(tl.float32)
     potential = -tl.load(chain.energy + heads, mask=there, other=0.0).to(tl.float32)
-    rate = tl.load(weights.gamma_bias + heads, mask=there, other=0.0).to(tl.float32)
-    strength = tl.abs(tl.load(chain.kappa + heads, mask=there, other=0.0).to(tl.float32))
+    gamma_logit = tl.load(weights.gamma_bias + heads, mask=there, other=0.0).to(tl.float32)
+    kappa = tl.abs(tl.load(chain.kappa + heads, mask=there, other=0.0).to(tl.float32))
     zeta = tl.exp(tl.load(chain.log_zeta + heads, mask=there, other=0.0).to(tl.float32))
     hopping = tl.load(chain.h0_super + heads, mask=there, other=0.0).to(tl.float32)
     hopping = tl.abs(hopping * tl.load(chain.h0_sub + heads, mask=there, other=0.0).to(tl.float32))
@@ -191,34 +195,37 @@ def _scatter(
         feedback = tl.load(weights.memory + back, mask=in_back, other=0.0).to(tl.float32)
     wait_for_last(EARLY)
     old = tl.load(x + sequence * D + columns, mask=inside, other=0.0)
-    place = chain.g + 2 * (sequence * H + heads)
-    g_re, g_im = tl.load(place, mask=there, other=0.0), tl.load(place + 1, mask=there, other=0.0)
+    at_g = chain.g + 2 * (sequence * H + heads)
+    g_re, g_im = tl.load(at_g, mask=there, other=0.0), tl.load(at_g + 1, mask=there, other=0.0)
     if weights.memory is not None:
-        answer = tl.load(readout + sequence * memory_width + cells, mask=cells < memory_width, other=0.0)
-        potential += weights.memory_scale * tl.sum(feedback * answer[None, :], 1)
-    tl.debug_barrier()  # several threads read the same numbers: all have, before one of them writes
+        memory = tl.load(readout + sequence * memory_width + cells, mask=cells < memory_width, other=0.0)
+        potential += weights.memory_scale * tl.sum(feedback * memory[None, :], 1)
+    tl.debug_barrier()  # several threads read the same numbers: all of them, before one of them writes
 
+    # 2. V and Γ of every head.
     given = _normalized(old, norm, columns, inside, D)[None, :]
     potential += tl.sum(of_v.to(tl.float32) * given, 1)
-    rate += tl.sum(of_gamma * given, 1)
-    rate = tl.maximum(rate, 0.0) + tl.log(1 + tl.exp(-tl.abs(rate))) + weights.base_decay
-    tl.store(gamma + sequence * H + heads, rate, mask=there)
-    re, im = reciprocal((potential - hopping * g_re, -(strength * rate + zeta) - hopping * g_im))
-    tl.store(place, re, mask=there)
-    tl.store(place + 1, im, mask=there)
+    gamma_logit += tl.sum(of_gamma * given, 1)
+    softplus = tl.maximum(gamma_logit, 0.0) + tl.log(1 + tl.exp(-tl.abs(gamma_logit)))
+    gamma_of_heads = softplus + weights.base_decay
+    tl.store(gamma + sequence * H + heads, gamma_of_heads, mask=there)
+    # 3. A site of every chain, and its features.
+    re, im = reciprocal((potential - hopping * g_re, -(kappa * gamma_of_heads + zeta) - hopping * g_im))
+    tl.store(at_g, re, mask=there)
+    tl.store(at_g + 1, im, mask=there)
     tl.store(x + sequence * D + columns, old + tl.sum(of_re * re[None, :] + of_im * im[None, :], 1), mask=inside)
 
 
 @_kernel
 def _convolved(conv, sequence, channels, inside, C, W: tl.constexpr):
-    """SiLU of the convolution at the newest token, and the rows that are the next tail, newest first."""
+    """Return SiLU of the convolution at the newest token, and the rows of the next tail, newest first."""
     newest = tl.load(conv.projected + sequence * C + channels, mask=inside, other=0.0)
-    total, rows = newest * tl.load(conv.taps + channels, mask=inside, other=0.0).to(tl.float32), (newest,)
+    sum_of_taps, rows = newest * tl.load(conv.taps + channels, mask=inside, other=0.0).to(tl.float32), (newest,)
     for j in tl.static_range(1, W):
         row = tl.load(conv.tail + (sequence * (W - 1) + W - 1 - j) * C + channels, mask=inside, other=0.0)
-        total += row * tl.load(conv.taps + j * C + channels, mask=inside, other=0.0).to(tl.float32)
+        sum_of_taps += row * tl.load(conv.taps + j * C + channels, mask=inside, other=0.0).to(tl.float32)
         rows = rows + (row,)  # noqa: RUF005 (Triton has no starred tuples)
-    return total * tl.sigmoid(total), rows
+    return sum_of_taps * tl.sigmoid(sum_of_taps), rows
 
 
 @_kernel
@@ -232,14 +239,14 @@ def _remember(
     conv, gamma, log_eta, state, position, filters, gate, readout, gated, dt, constants, H, variant: constexpr,
     layer: constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A head's memory learns the token and answers it; instead of a strength ``filters`` have its logit."""
+    """Write the token into a head's memory and read it; ``filters`` have the logit of the strength in its place."""
     let_next_begin(EARLY)
     K: tl.constexpr = variant.K
     W: tl.constexpr = layer.W
     sequence, head = tl.program_id(0), tl.program_id(1)
     row, cells = sequence * H + head, tl.arange(0, variant.BK)
     inside, C, channels = cells < K, 3 * H * K, head * K + cells
-    # The launch that last wrote the state is of the token before: it ended before this token's first began.
+    # The launch that last wrote the state belongs to the token before: it ended before this token's first launch began.
     square, in_square = cells_of(cells, cells, K, K)
     memory, writes, forgetting = load_state(state, row, square, in_square, variant, variant.SNR or variant.RESONANCE)
     if gate.x is not None:
@@ -261,19 +268,19 @@ def _remember(
     strength = 1.0
     if filters.strength is not None:
         strength *= tl.sigmoid(tl.load(filters.strength + head).to(tl.float32))
-    tl.debug_barrier()  # several threads read the same numbers: all have, before one of them writes
+    tl.debug_barrier()  # several threads read the same numbers: all of them, before one of them writes
     _store_tail(conv.tail, q_rows, sequence, channels, inside, C, W)
     _store_tail(conv.tail, k_rows, sequence, H * K + channels, inside, C, W)
     _store_tail(conv.tail, v_rows, sequence, 2 * H * K + channels, inside, C, W)
-    answer = advance(
+    out = advance(
         Token(query, key, value, tl.load(gamma + row) * dt), State(memory, writes, forgetting), state, boundary,
         strength, filters, row, head, (square, in_square), constants, variant,
     )  # fmt: skip
     if layer.NORM:
-        answer *= tl.rsqrt(tl.sum(answer * answer, 0) / K + _EPS)
-    tl.store(readout + row * K + cells, answer, mask=inside)
+        out *= tl.rsqrt(tl.sum(out * out, 0) / K + _EPS)
+    tl.store(readout + row * K + cells, out, mask=inside)
     if gate.x is not None:
-        tl.store(gated + row * K + cells, answer * tl.sigmoid(opening), mask=inside)
+        tl.store(gated + row * K + cells, out * tl.sigmoid(opening), mask=inside)
 
 
 # ------------------------------------------------------------------------------------------------------- the launches
@@ -288,10 +295,16 @@ def embed(
     factor: float,
     out: Tensor,
 ) -> None:
-    """Write the embeddings of the tokens into ``out`` (B, D).
+    """Compute ``out`` (B, D), ``factor`` times the sum of token and position embedding.
 
-    ``out`` is ``factor`` times the tokens' rows of the table (vocabulary, D) and the waves of their positions
-    (``ZetaEmbedding``), of an ``amplitude`` (), and which turn ``pace`` times a token, float64 (D / 2,).
+    Args:
+        token: (B,).
+        position: tokens read before, (B,).
+        table: token embedding, (vocabulary, D).
+        pace: turns per token of the waves of ``ZetaEmbedding``, float64 (D / 2,).
+        amplitude: of the waves, ().
+        factor: factor of the sum.
+        out: allocated for the result.
     """
     width = table.shape[1]
     sizes = (factor, width, triton.next_power_of_2(width))
@@ -311,10 +324,11 @@ def linear(
     add: bool = False,
     other: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """``out`` (B, R) = or, with ``add``, += ``activation(norm(x) weightᵀ + bias)``: x (B, D), weight (R, D), bias (R,).
+    """Compute ``activation(norm(x) weightᵀ + bias)`` into ``out`` (B, R), or with ``add`` add it to ``out``.
 
-    For ``swiglu`` the weight is (2R, D): gates, and what they gate, as ``layers.GatedFeedForward`` has them.
-    ``other`` is another weight and room for its product with the same ``norm(x)``; neither product then has a bias.
+    x is (B, D), the weight (R, D), the bias (R,). For ``swiglu`` the weight is (2R, D), gates and values, as
+    ``layers.GatedFeedForward`` has them. ``other`` is another weight, with the tensor for its product with the same
+    ``norm(x)``; neither product then has a bias.
     """
     (rows, width), block = weight.shape, triton.next_power_of_2(weight.shape[1])
     matrices = 2 if activation == "swiglu" else 1
@@ -331,9 +345,9 @@ def linear(
 def scatter(
     x: Tensor, readout: Tensor | None, norm: Norm, layer: DissipativeBKLayer, bk_weight: Tensor, g: Tensor, out: Tensor
 ) -> None:
-    """Add a token's resolvent features to x (B, D); its Γ goes to ``out`` (B, H), the chains' g (B, H, 2) move on.
+    """Add a token's resolvent features to x (B, D), write its Γ to ``out`` (B, H), and update g (B, H, 2).
 
-    ``layer`` is a ``DissipativeBKLayer``, ``readout`` the previous block's (B, HV), ``bk_weight`` (D, 2H).
+    ``readout`` is that of the block before, (B, HV), ``bk_weight`` the weight of the features, (D, 2H).
     """
     potential, (batch, width) = layer.potential, x.shape
     adaptive, back = potential.gamma_proj, None if readout is None else potential.memory_to_potential
@@ -364,21 +378,21 @@ def remember(
     readout: Tensor,
     gated: Tensor,
 ) -> None:
-    """Let a ``DissipativeHebbianLayer``'s memories learn and answer a token; their state and the tail move on.
+    """Write a token into the memories of a layer and read them; the state and the tail are updated in place.
 
     Args:
-        projected: (B, 3HK).
+        projected: queries, keys and values, (B, 3HK).
         gamma: Γ, (B, H).
         gate: the narrow side of the gate, (B, G), if there is one.
         position: tokens read before, int64 (B,) on the device.
         layer: the layer.
-        consolidation: what acts at its boundaries, the basis in float32.
-        strength_logit: what the SNR filter's strength is the sigmoid of, (H,): read anew for every token. None for full
+        consolidation: filters that act at its boundaries, the basis in float32.
+        strength_logit: logit of the SNR filter's strength, (H,), which is read again for every token; None for full
             strength.
         state: memory and writes (B, H, K, V), Γ̄ (B, H).
-        tail: (B, W - 1, 3HK).
-        readout: allocated for the answers, (B, HV).
-        gated: the same for the gated answers, (B, HV); left alone without a gate.
+        tail: conv state, (B, W - 1, 3HK).
+        readout: allocated for the read-out, (B, HV).
+        gated: allocated for the gated read-out, (B, HV); stays as it is without a gate.
     """
     filters, rule = parts_of(consolidation)
     heads, width, block = layer.num_heads, layer.head_dim, max(16, triton.next_power_of_2(layer.head_dim))
@@ -396,5 +410,5 @@ def remember(
 
 
 def _of_linear(linear: nn.Linear | None) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias of a linear map; Nones for none."""
+    """Return weight and bias of a linear map; Nones for none."""
     return (None, None) if linear is None else (linear.weight, linear.bias)

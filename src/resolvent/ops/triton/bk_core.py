@@ -33,14 +33,14 @@ from ..packed import count_sequences
 from .launch import contiguous
 
 SITES = 8
-"""Consecutive sites that a lane holds in a block: unrolled, so that all of them are read at once."""
+"""Consecutive sites that a lane holds in a block, unrolled so that all of them are loaded at once."""
 
 MIN_LANES, MAX_LANES = 32, 1024
 FEW_BLOCKS = 4
-"""A chain of so many blocks is never cut: a second launch costs as much as walking over them."""
+"""Most blocks of a chain that is not cut: a second launch costs as much as walking over them."""
 
 ENOUGH_PROGRAMS = 512
-"""As many programs as fill a large device several times over."""
+"""Programs that fill a large device several times over."""
 
 
 def _allocate(
@@ -56,15 +56,15 @@ def _allocate(
 def causal_diagonal(
     alpha: Tensor, coupling: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """``g_i = 1 / (alpha_i - m g_{i-1})`` along every chain, in real tensors.
+    """Compute ``g_i = 1 / (alpha_i - m g_{i-1})`` along every chain, in real tensors.
 
     Args:
         alpha: float32 (B, N, H, 2).
         coupling: m, float32 (H,).
-        state: ``g_{-1}``, float32 (S, H, 2); zero if not given.
+        state: ``g_{-1}``, float32 (S, H, 2); zero if None.
         cu_seqlens: offsets of S packed sequences, integer (S + 1,), on any device; needs B = 1. On the CPU they let the
             launch fit the longest sequence.
-        block_size: lanes of a program at most, rounded down to a power of two; each holds ``SITES`` sites of a block.
+        block_size: most lanes of a program, rounded down to a power of two; each holds ``SITES`` sites of a block.
 
     Returns:
         g (B, N, H, 2) and its last value in every sequence (S, H, 2).
@@ -103,7 +103,7 @@ def causal_diagonal_backward(
     cu_seqlens: Tensor | None,
     block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of alpha (B, N, H, 2), coupling (H,) and state (S, H, 2), from those of both results."""
+    """Return the gradients of alpha (B, N, H, 2), coupling (H,) and state (S, H, 2), from those of both results."""
     coupling = coupling.contiguous()
     plan = _plan(g, cu_seqlens, block_size)
     grad_alpha, grad_state = torch.empty_like(g), g.new_empty(plan.sequences, *g.shape[2:])
@@ -117,7 +117,7 @@ def causal_diagonal_backward(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, coupling, state, cu_seqlens, ctx.block_size = inputs
     ctx.save_for_backward(output[0], coupling, state, cu_seqlens)
-    ctx.set_materialize_grads(False)  # a final state that nobody reads costs nothing
+    ctx.set_materialize_grads(False)  # an unused final state costs nothing
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -148,7 +148,7 @@ class _Gradients(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """How chains are laid out on programs.
+    """Layout of chains on programs.
 
     Attributes:
         offsets: of packed sequences, on the device of the kernel; None for a rectangle.
@@ -177,7 +177,7 @@ def _plan(chains: Tensor, cu_seqlens: Tensor | None, block_size: int) -> _Plan:
     longest = length
     if cu_seqlens is not None:
         sequences = len(cu_seqlens) - 1
-        if cu_seqlens.device.type == "cpu":  # elsewhere a look at the lengths would stall the queue
+        if cu_seqlens.device.type == "cpu":  # reading lengths on a device would stall the queue
             longest = max(cu_seqlens.diff().tolist(), default=0)
         cu_seqlens = cu_seqlens.to(chains.device, torch.int64, non_blocking=True).contiguous()
 
@@ -231,7 +231,7 @@ def _size(a):
 
 @triton.jit
 def _inverse_power(x):
-    """The power of two that brings x between 1 and 2: a scale that rounds nothing."""
+    """Return the power of two that brings x between 1 and 2: a scale that rounds nothing."""
     return (0x7F000000 - (x.to(tl.int32, bitcast=True) & 0x7F800000)).to(tl.float32, bitcast=True)
 
 
@@ -250,7 +250,7 @@ def _choose(condition, a, b):
 
 @triton.jit
 def _pick(chosen, a):
-    """The one element that is chosen."""
+    """Return the one element that is chosen."""
     return tl.sum(tl.where(chosen, a[0], 0.0), 0), tl.sum(tl.where(chosen, a[1], 0.0), 0)
 
 
@@ -269,13 +269,13 @@ def _store(pointer, index, a):
 
 @triton.jit
 def _pointers(pointer, site, stride):
-    """To the two parts of every lane's number at its site."""
+    """Return pointers to the two parts of every lane's number at its site."""
     return pointer + (2 * site * stride)[:, None] + tl.arange(0, 2)[None, :]
 
 
 @triton.jit
 def _load_row(pointer, site, stride, left, other, SITES: tl.constexpr):
-    """SITES numbers from ``site`` on for every lane, all at once: their latencies overlap."""
+    """Load SITES numbers from ``site`` on for every lane, all at once: their latencies overlap."""
     pointers, row = _pointers(pointer, site, stride), ()
     for i in tl.static_range(SITES):
         pair = tl.load(pointers + 2 * i * stride, mask=(site + i < left)[:, None], other=other)
@@ -285,7 +285,7 @@ def _load_row(pointer, site, stride, left, other, SITES: tl.constexpr):
 
 @triton.jit
 def _load_optional(pointer, index):
-    """A number, zero without a pointer."""
+    """Load a number; zero without a pointer."""
     value = (tl.zeros((), tl.float32), tl.zeros((), tl.float32))
     if pointer is not None:
         value = _load(pointer, index, None, None)
@@ -294,7 +294,7 @@ def _load_optional(pointer, index):
 
 @triton.jit
 def _of_lane_before(a, lane, first):
-    """What the lane before holds; for the first lane, ``first``."""
+    """Return the number of the lane before; ``first`` for the first lane."""
     before = tl.maximum(lane - 1, 0)
     return _choose(lane == 0, first, (tl.gather(a[0], before, 0), tl.gather(a[1], before, 0)))
 
@@ -306,7 +306,7 @@ def _next(m, alpha, g):
 
 @triton.jit
 def _rescaled(a, b, c, d):
-    """A factor does not change what a matrix does, but it overflows."""
+    """Scale a matrix (a, b; c, d): a factor does not change its map, but it overflows."""
     ab = tl.maximum(_size(a), _size(b))
     scale = _inverse_power(tl.maximum(ab, tl.maximum(_size(c), _size(d))))
     return _scaled(scale, a), _scaled(scale, b), _scaled(scale, c), _scaled(scale, d)
@@ -314,7 +314,7 @@ def _rescaled(a, b, c, d):
 
 @triton.jit
 def _append(m, alpha, a, b, c, d):
-    """The matrix (a, b; c, d) of a block and one more site, (0, 1; -m, alpha) times it."""
+    """Return the matrix of a block (a, b; c, d) and one more site, (0, 1; -m, alpha) times it."""
     return _rescaled(c, d, _plus(_times(alpha, c), _scaled(-m, a)), _plus(_times(alpha, d), _scaled(-m, b)))
 
 
@@ -322,7 +322,7 @@ def _append(m, alpha, a, b, c, d):
 def _join(
     a1_re, a1_im, b1_re, b1_im, c1_re, c1_im, d1_re, d1_im, a2_re, a2_im, b2_re, b2_im, c2_re, c2_im, d2_re, d2_im
 ):  # fmt: skip
-    """The matrix of a block and of the next one, as that of both."""
+    """Return the matrix of a block and the next one together."""
     a1, b1, c1, d1 = (a1_re, a1_im), (b1_re, b1_im), (c1_re, c1_im), (d1_re, d1_im)
     a2, b2, c2, d2 = (a2_re, a2_im), (b2_re, b2_im), (c2_re, c2_im), (d2_re, d2_im)
     a, b = _plus(_times(a2, a1), _times(b2, c1)), _plus(_times(a2, b1), _times(b2, d1))
@@ -339,7 +339,7 @@ def _scan_matrices(a, b, c, d):
 
 @triton.jit
 def _join_affine(a1_re, a1_im, b1_re, b1_im, a2_re, a2_im, b2_re, b2_im):
-    """``x -> a x + b`` of a block and of the next one, as one."""
+    """Return the map ``x -> a x + b`` of a block and the next one together."""
     a2 = (a2_re, a2_im)
     return _times(a2, (a1_re, a1_im)) + _plus(_times(a2, (b1_re, b1_im)), (b2_re, b2_im))
 
@@ -352,7 +352,7 @@ def _scan_affine(a, b):
 
 @triton.jit
 def _chain(cu_seqlens, length, heads, segments):
-    """Head, sequence and segment of this program, and the first row and the number of sites of its chain."""
+    """Return head, sequence and segment of this program, and the first row and the number of sites of its chain."""
     program = tl.program_id(0).to(tl.int64)
     sequence = program // heads // segments
     if cu_seqlens is None:
@@ -380,7 +380,7 @@ def _forward_kernel(
     SITES: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """G of a segment from what arrives at it; with FOLD the segment's matrix instead, (a, b; c, d)."""
+    """Compute g of a segment from the g that arrives at it; with FOLD the segment's matrix instead, (a, b; c, d)."""
     head, sequence, segment, start, count = _chain(cu_seqlens, length, heads, segments)
     m = tl.load(coupling + head)
     alpha += 2 * (start * heads + head)
@@ -408,7 +408,7 @@ def _forward_kernel(
         a, b = _choose(lane == 0, a0, (1.0, 0.0)), _choose(lane == 0, b0, (0.0, 0.0))
         c, d = _choose(lane == 0, c0, (0.0, 0.0)), _choose(lane == 0, d0, (1.0, 0.0))
         for i in tl.static_range(SITES):
-            a, b, c, d = _append(m, row[i], a, b, c, d)  # past the end of the chain, too: nobody reads that
+            a, b, c, d = _append(m, row[i], a, b, c, d)  # past the end of the chain, too, where nothing reads it
         a, b, c, d = _scan_matrices(a, b, c, d)
         if FOLD:
             last = lane == LANES - 1
@@ -448,9 +448,10 @@ def _backward_kernel(
     SITES: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """Gradients of a segment from what arrives at its end; with FOLD the segment's map instead, ``x -> a x + b``.
+    """Compute the gradients of a segment from the adjoint that arrives at its end.
 
-    Sites, lanes and segments count from the end of the chain.
+    With FOLD it computes the segment's map instead, ``x -> a x + b``. Sites, lanes and segments count from the end of
+    the chain.
     """
     head, sequence, segment, start, count = _chain(cu_seqlens, length, heads, segments)
     m = tl.load(coupling + head)

@@ -1,7 +1,7 @@
-"""Softmax cross-entropy of rows of logits, and its gradient in their place.
+"""Triton kernel of the softmax cross-entropy of rows of logits, with the gradient in the place of the logits.
 
-A program takes a row and walks over it twice: once for its greatest logit and the sum of exponentials relative to it,
-once to replace each logit by its gradient. The second walk finds most of the row in the cache.
+A program walks over a row twice: first for its greatest logit and the sum of exponentials relative to it, then to
+replace each logit by its gradient. The second walk finds most of the row in the cache.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ BLOCK = 4096
 
 
 def softmax_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, wants_gradient: bool) -> Tensor:
-    """See ``ops.cross_entropy``. Whole rows are read and written, up to their stride: there the loads are aligned."""
+    """Compute ``ops.cross_entropy.softmax_cross_entropy_torch`` on whole rows, whose loads are aligned."""
     wide = wide_dtype(logits)
     nats = torch.empty(len(logits), dtype=wide, device=logits.device)
     if not len(logits):
@@ -57,7 +57,7 @@ def _softmax_cross_entropy(
     logits += row * stride
     label = tl.load(labels + row)
     ignored = label == ignore_index
-    # A label that is no token has no likelihood: NaN shows it. Read before the row is overwritten.
+    # The loss of a label that is no token is NaN. Load its logit before the row is overwritten.
     chosen = tl.load(logits + label, mask=(label >= 0) & (label < vocabulary), other=float("nan")).to(WIDE)
 
     most, total = tl.full((), -float("inf"), WIDE), tl.zeros((), WIDE)

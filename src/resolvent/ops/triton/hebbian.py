@@ -1,6 +1,6 @@
 """The dissipative Hebbian memory in Triton: launches, the operator and its gradient.
 
-What the kernels do is told in ``hebbian_kernels``; one token at a time is ``hebbian_step``.
+The kernels are in ``hebbian_kernels``; one token at a time is in ``hebbian_step``.
 
 Shapes: B batch, N sequence, T = B N tokens, H heads, K key width, V value width, S sequences, G segments, M chunks,
 C tokens of a chunk.
@@ -51,11 +51,11 @@ _LAUNCH = {
         "join_back": dict(num_warps=8),
     },
 }
-"""How kernels are launched for heads up to a width of 64, by measurement, and above it, where they have to fit."""
+"""Launch options for heads up to a width of 64, by measurement, and above it, where the kernels have to fit."""
 
 
 class Sequences(NamedTuple):
-    """Where sequences stand: arguments of the operator, and tables of ``segments.tables_on_device``."""
+    """Positions and offsets of sequences, and the tables of ``segments.tables_on_device``; each may be None."""
 
     position: Tensor | None
     cu_seqlens: Tensor | None
@@ -64,12 +64,12 @@ class Sequences(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What every chunk leaves for its gradient, each a row a chunk.
+    """Tensors that ``walk_back`` and ``chunk_gradients`` share, a row per chunk.
 
     Attributes:
-        before: the memory before it, (M, H, K, V).
-        grad_written: room for the gradient of what it wrote, (M, H, K, V).
-        grad_total: room for that of its total decay, (M, H).
+        before: the memory before the chunk, (M, H, K, V).
+        grad_written: allocated for the gradient of what the chunk wrote, (M, H, K, V).
+        grad_total: allocated for the gradient of its total decay, (M, H).
     """
 
     before: Tensor | None = None
@@ -84,7 +84,7 @@ _NO_STATE, _NOT_SAVED = State(), Saved()
 
 
 class _Launches:
-    """The launches of one call of the operator: its inputs as the kernels want them."""
+    """Launches of one call of the operator, with its inputs as the kernels take them."""
 
     def __init__(self, tokens: Tokens, decay: Tensor, eta: Tensor, filters: Filters, sequences: Sequences, rule: Rule):
         if sequences.segments is not None and sequences.chunks is not None:
@@ -141,10 +141,10 @@ class _Launches:
         met: State = _NO_STATE,
         consolidate: bool = True,
     ) -> None:
-        """Read the segments from their ``start`` into ``readout`` and their ``final`` states.
+        """Walk over the segments from their ``start`` to their ``final`` states, and fill ``readout``.
 
-        Save the memory ``before`` every chunk and the states that ``met`` the boundaries. Segments that end at
-        boundaries leave it to others to ``consolidate``.
+        Saves the memory ``before`` every chunk and the states that ``met`` the boundaries. Segments that end at
+        boundaries do not ``consolidate``: ``join`` does.
         """
         with torch.cuda.device_of(self.eta):
             kernels.walk[(self.segments, self.heads)](
@@ -175,10 +175,10 @@ class _Launches:
         left: Tensor | None = None,
         consolidate: bool = True,
     ) -> None:
-        """Carry the gradient of the memory back to the start of the segments, as ``walk`` went.
+        """Carry the gradient of the memory back to the start of the segments.
 
-        At the end ``left`` is what the memory still has from before the last boundary; where ``join_back``
-        consolidates, it is the product that it found.
+        ``left`` is the part of the final memory that was there before the last boundary; where ``join_back``
+        consolidates, ``left`` is its ``of_left``.
         """
         with torch.cuda.device_of(self.eta):
             kernels.walk_back[(self.segments, self.heads)](
@@ -202,7 +202,7 @@ class _Launches:
     def chunk_gradients(
         self, grad_readout: Tensor, saved: Saved, grads: Tokens, grad_decay: Tensor, grad_eta: Tensor
     ) -> None:
-        """The gradients of q, k, v, decay and eta, a row a chunk of the last."""
+        """Compute the gradients of q, k, v, decay and, a row per chunk, of eta."""
         with torch.cuda.device_of(self.eta):
             kernels.chunk_gradients[(len(self.layout.chunks), self.heads)](
                 self.tokens,
@@ -224,7 +224,7 @@ class _Launches:
     def chain(
         self, ends: Tensor, totals: Tensor, start: Tensor | None, starts: Tensor, last: Tensor, reverse: bool
     ) -> None:
-        """Join the segments: ``ends`` of their walks from nothing, from ``start`` to ``last`` through ``starts``."""
+        """Join the ``ends`` of segments that walked from zero: from ``start`` through ``starts`` to ``last``."""
         size, block = self.variant.K * self.variant.V, 256
         with torch.cuda.device_of(self.eta):
             kernels.chain[(len(last), self.heads, triton.cdiv(size, block))](
@@ -241,9 +241,9 @@ class _Launches:
             )
 
     def join(self, ends: Tensor, totals: Tensor, start: State, starts: Tensor, final: State, met: State) -> None:
-        """Join the segments with consolidation, forwards: from the state ``start`` to ``final`` through ``starts``.
+        """Join with consolidation, from the state ``start`` through ``starts`` to ``final``.
 
-        Save the states that ``met`` the boundaries.
+        Saves the states that ``met`` the boundaries.
         """
         with torch.cuda.device_of(ends):
             kernels.join[self._over_sequences()](
@@ -273,7 +273,7 @@ class _Launches:
         of_left: Tensor,
         grads: Gradients,
     ) -> None:
-        """``chain`` with consolidation, backwards: through ``behind`` and ``of_left`` to ``grads``."""
+        """Join gradients with consolidation, through ``behind`` and ``of_left`` to ``grads``."""
         with torch.cuda.device_of(ends):
             kernels.join_back[self._over_sequences()](
                 self.layout.segments,
@@ -294,13 +294,13 @@ class _Launches:
             )
 
     def _over_sequences(self) -> tuple[int, int]:
-        """The grid of a program for each head of a sequence."""
+        """Return the grid of a program for each head of a sequence."""
         assert self.layout.first_segment is not None
         return len(self.layout.first_segment) - 1, self.heads
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(B, N, H, ...) -> (T, H, ...) with neighbours in the last axis; a view where the layout allows it."""
+    """Return (B, N, H, ...) as (T, H, ...) with neighbours in the last axis; a view where the layout allows it."""
     x = x.flatten(0, 1)
     return x if x.dim() == 2 or x.stride(-1) == 1 else x.contiguous()
 
@@ -333,7 +333,7 @@ def dissipative_memory(
         readout, memory, writes, forgetting, *_ = outputs
     if rule.interval:
         return readout, MemoryState(memory, writes, forgetting)
-    # Nothing reads the rest without consolidation: it stays as it was.
+    # Without consolidation nothing reads writes and Γ̄: they stay as they were.
     kept = (state.writes, state.forgetting) if state else (torch.zeros_like(memory), memory.new_zeros(memory.shape[:2]))
     return readout, MemoryState(memory, *kept)
 
@@ -351,7 +351,7 @@ def _allocate(
     """Allocate the results of ``_memory``."""
     (batch, length, heads, key), value = tokens.q.shape, tokens.v.shape[-1]
     count, goes_on = count_sequences(batch, sequences.cu_seqlens), sequences.position is not None
-    # A bound that follows from the shapes alone: a sequence that goes on inside a chunk may touch one more.
+    # Bounds from the shapes alone: a sequence that goes on inside a chunk may touch one more.
     if sequences.cu_seqlens is None:
         chunks = batch * -(-length // CHUNK) + (count if goes_on else 0)
     else:
@@ -387,12 +387,11 @@ def _memory(
     rule: Rule,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the read-out, the final state, and what the gradient needs.
+    """Return the read-out, the final state and, if it shall ``save`` them, the tensors that the gradient needs.
 
-    The gradient needs the memory before every chunk, and the states that met the boundaries.
-
-    Without consolidation the final writes and Γ̄ mean nothing. What is saved has a row for every chunk and boundary
-    there may be. Without tables in ``sequences`` Python reads the offsets.
+    These are the memory before every chunk and the states that met the boundaries, with a row for every chunk and
+    boundary that there may be. Without consolidation the final writes and Γ̄ have no meaning. Without tables in
+    ``sequences`` Python reads the offsets.
     """
     launches = _Launches(tokens, decay, eta, filters, sequences, rule)
     outputs = _allocate(tokens, decay, eta, start, filters, sequences, rule, save)
@@ -407,12 +406,12 @@ def _memory(
     ends, starts, totals = launches.allocate_memories(), launches.allocate_memories(), launches.allocate_totals()
     to_ends = State(ends, None, totals)
     launches.walk(None, _NO_STATE, to_ends, None, consolidate=False)
-    # 2. What stood before each of them.
+    # 2. The memory before each of them.
     if rule.interval:
         launches.join(ends, totals, start, starts, last, to_meet)
     else:
         launches.chain(ends, totals, start.memory, starts, final[0], reverse=False)
-    # 3. All segments at once, from there.
+    # 3. All segments at once, from that memory.
     launches.walk(readout, State(starts), to_ends, to_save, consolidate=False)
     return outputs
 
@@ -431,7 +430,7 @@ def _allocate_gradients(
     sequences: Sequences,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Allocate the results of ``_memory_backward``; rows of chunks that are not there stay zero."""
+    """Allocate the results of ``_memory_backward``; rows of chunks that do not exist stay zero."""
     (batch, length, heads, key), value = tokens.q.shape, tokens.v.shape[-1]
     count = count_sequences(batch, sequences.cu_seqlens)
 
@@ -470,8 +469,8 @@ def _memory_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, decay, eta, the initial state, the strength, the sharpness and the bias.
 
-    That of eta has a row for every chunk, those of the last three one for every sequence, to be summed up. ``last`` and
-    ``last_writes`` are of the final state.
+    The gradient of eta has a row per chunk, the last three have a row per sequence: the caller sums them up. ``last``
+    and ``last_writes`` are the final memory and writes.
     """
     launches = _Launches(tokens, decay, eta, filters, sequences, rule)
     outputs = _allocate_gradients(
@@ -501,7 +500,7 @@ def _memory_backward(
             memories = launches.allocate_memories()
             behind, of_left, to_segments = State(memories), None, State(ends, None, totals)
             launches.chain(ends, totals, grad_final.memory, memories, of_state[0], reverse=True)
-        # 3. All segments at once, back from there.
+        # 3. All segments at once, back from those gradients.
         launches.walk_back(upstream, behind, saved, Gradients(to_segments), left=of_left, consolidate=False)
     launches.chunk_gradients(upstream, saved, Tokens(grad_q, grad_k, grad_v), grad_decay, grad_eta)
     return outputs

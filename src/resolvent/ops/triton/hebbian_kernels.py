@@ -29,9 +29,9 @@ import triton.language as tl
 from .arguments import Filters, State, constexpr
 from .consolidation import LOG2_E, PRECISION, consolidate, consolidate_back
 
-_kernel: Any = triton.jit  # what it makes is launched on a grid, which no type of a function allows
+_kernel: Any = triton.jit  # a kernel is launched on a grid, which no type of a function allows
 VARYING = ["heads"]
-"""What differs between models without asking for another kernel; lengths are no arguments at all."""
+"""Arguments whose values need no kernel of their own; lengths are no arguments at all."""
 
 
 # --------------------------------------------------------------------------------------------- what the kernels share
@@ -39,7 +39,7 @@ VARYING = ["heads"]
 
 @_kernel
 def _tile(pointer, stride, rows, columns, inside, width):
-    """Rows of a tensor whose columns are neighbours, zero outside: [rows, columns]."""
+    """Load rows of a tensor whose columns are neighbours, zero outside: [rows, columns]."""
     mask = inside[:, None] & (columns < width)[None, :]
     return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
@@ -52,10 +52,10 @@ def _store_tile(pointer, stride, rows, columns, inside, width, x):
 
 @_kernel
 def _segment(segments, segment):
-    """Load a segment's row of ``segments.Layout``.
+    """Load a row of ``segments.Layout``.
 
-    It holds the segment's first token and its last + 1, its first slot and chunk, the chunks since the last boundary,
-    and its first boundary.
+    It holds a segment's first token and its last + 1, its first slot and chunk, the chunks since the last boundary, and
+    its first boundary.
     """
     row = segments + 6 * segment
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
@@ -63,7 +63,7 @@ def _segment(segments, segment):
 
 @_kernel
 def _chunk_tokens(segments, chunks, chunk, C: tl.constexpr):
-    """Indices of a chunk's tokens, and which of them are there."""
+    """Return the indices of a chunk's tokens, and the mask of those that exist."""
     segment, i = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
     start, end, slot, _, _, _ = _segment(segments, segment)
     tokens = slot + i * C + tl.arange(0, C)
@@ -72,7 +72,7 @@ def _chunk_tokens(segments, chunks, chunk, C: tl.constexpr):
 
 @_kernel
 def cells_of(keys, values, K, V):
-    """Indices and mask of a (K, V) matrix in memory."""
+    """Return indices and mask of a (K, V) matrix in memory."""
     return keys[:, None] * V + values[None, :], (keys < K)[:, None] & (values < V)[None, :]
 
 
@@ -92,7 +92,7 @@ def _decays(decays, index, variant: constexpr):
 
 @_kernel
 def _decay_between(cumulative, rest, variant: constexpr):
-    """``exp(L_s - L_t)`` for s <= t, zero elsewhere: [t, s]."""
+    """Return ``exp(L_s - L_t)`` for s <= t, zero elsewhere: [t, s]."""
     C: tl.constexpr = variant.C
     later = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
     between = cumulative[None, :] - cumulative[:, None]
@@ -103,7 +103,7 @@ def _decay_between(cumulative, rest, variant: constexpr):
 
 @_kernel
 def strength_of(strength, head):
-    """The strength of a head's SNR filter; 1 where none is given."""
+    """Load the strength of a head's SNR filter; 1 where none is given."""
     of_head = 1.0
     if strength is not None:
         of_head *= tl.load(strength + head).to(tl.float32)
@@ -112,7 +112,7 @@ def strength_of(strength, head):
 
 @_kernel
 def resonance_of(filters, head, keys, variant: constexpr):
-    """A head's basis, in the dtype of its products, sharpness and bias; zeros without a resonance."""
+    """Load a head's basis, in the dtype of its products, sharpness and bias; zeros without a resonance."""
     BK: tl.constexpr = variant.BK
     basis, sharpness, bias = tl.zeros([BK, BK], tl.float32), 0.0, 0.0
     if variant.RESONANCE:
@@ -126,7 +126,7 @@ def resonance_of(filters, head, keys, variant: constexpr):
 
 @_kernel
 def _filters_of(filters, head, keys, variant: constexpr):
-    """The filters of a head, as values."""
+    """Load the filters of a head."""
     strength = strength_of(filters.strength, head)
     basis, sharpness, bias = resonance_of(filters, head, keys, variant)
     return Filters(strength, basis, sharpness, bias)
@@ -134,13 +134,13 @@ def _filters_of(filters, head, keys, variant: constexpr):
 
 @_kernel
 def _is_boundary(since_boundary, chunk_end, end, interval, C: tl.constexpr):
-    """Whether a boundary lies behind a chunk that is the ``since_boundary``-th since the last one."""
+    """Return True if a boundary lies behind a chunk that is the ``since_boundary``-th since the last one."""
     return (since_boundary * C % interval == 0) & (chunk_end <= end)
 
 
 @_kernel
 def _no_state(variant: constexpr):
-    """An empty memory, no writes and no forgetting, or gradients of zero."""
+    """Return an empty memory, no writes and no forgetting, or gradients of zero."""
     BK: tl.constexpr = variant.BK
     BV: tl.constexpr = variant.BV
     return tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
@@ -148,7 +148,7 @@ def _no_state(variant: constexpr):
 
 @_kernel
 def load_state(state, row, square, in_square, variant: constexpr, ALL: tl.constexpr):
-    """The state of a row, or its gradient; zeros for writes and Γ̄ unless ``ALL`` of it is asked for."""
+    """Load the state of a row, or its gradient; zeros for writes and Γ̄ unless ``ALL`` of it is asked for."""
     KV: tl.constexpr = variant.K * variant.V
     memory = tl.load(state.memory + row * KV + square, mask=in_square, other=0.0)
     writes, forgetting = tl.zeros_like(memory), 0.0
@@ -179,7 +179,7 @@ def _store_sums(grads, row, strength, sharpness, bias, STRENGTH: tl.constexpr, v
 
 @_kernel
 def _met_at(met, index, variant: constexpr):
-    """Pointers to the state that met a boundary."""
+    """Return pointers to the state that met a boundary."""
     KV: tl.constexpr = variant.K * variant.V
     return State(met.memory + index * KV, met.writes + index * KV, met.forgetting + index)
 
@@ -191,17 +191,17 @@ def _met_at(met, index, variant: constexpr):
 def sum_decays(
     decay, decay_token, decay_head, segments, chunks, decays, heads, C: tl.constexpr, HALF: tl.constexpr
 ):  # fmt: skip
-    """Add up the decays of every chunk, in float64 and into two floats: their differences are exact, too.
+    """Sum up the decays of every chunk, in float64 and into two floats, so that their differences are exact, too.
 
-    They are in bits, for exp2 is an instruction and exp is several; the totals are not.
+    The cumulative decays are in bits: exp2 is one instruction, exp is several. The totals are not.
     """
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     tokens, inside = _chunk_tokens(segments, chunks, chunk, C)
-    given = tl.load(decay + head * decay_head + tokens * decay_token, mask=inside, other=0.0).to(tl.float64)
+    of_tokens = tl.load(decay + head * decay_head + tokens * decay_token, mask=inside, other=0.0).to(tl.float64)
     index = chunk * heads + head
-    tl.store(decays.total + index, tl.sum(given, 0).to(tl.float32))
-    # What is left after 40 is nothing in float32; smaller sums keep more digits.
-    cumulative = tl.cumsum(tl.minimum(given, 40.0), 0) * LOG2_E
+    tl.store(decays.total + index, tl.sum(of_tokens, 0).to(tl.float32))
+    # After a decay of 40, float32 holds nothing of a memory; smaller sums keep more digits.
+    cumulative = tl.cumsum(tl.minimum(of_tokens, 40.0), 0) * LOG2_E
     rounded, slots = cumulative.to(tl.float32), index * C + tl.arange(0, C)
     tl.store(decays.cumulative + slots, rounded)
     if not HALF:
@@ -213,9 +213,10 @@ def walk(
     tokens, decays, eta, segments, start, filters, readout, final, before, met, strides, constants, heads,
     variant: constexpr,
 ):  # fmt: skip
-    """Walk over a segment with the memory of a head. Without consolidation its total decay stands for the final Γ̄.
+    """Walk over a segment with the memory of a head.
 
-    ``readout``, ``before`` and the ``start`` may be None, and ``met`` is needed with ``before`` alone.
+    ``readout``, ``before`` and the fields of ``start`` may be None; ``met`` is needed with ``before`` alone. Without
+    consolidation the final Γ̄ is the total decay of the segment.
     """
     segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     CONSOLIDATE: tl.constexpr = variant.SNR or variant.RESONANCE
@@ -289,15 +290,14 @@ def walk_back(
 ):  # fmt: skip
     """Walk back over a segment with the gradient of the memory of a head.
 
-    Leaves after every chunk the gradient of what the chunk wrote, and of its total decay as far as it acts on the
-    memory (``saved``: the memory before every chunk, and both gradients; or Nones). Where ``grads`` have no
-    writes, those of the writes and of Γ̄ are not carried, and the segment's total decay stands for the gradient of the
-    initial Γ̄.
+    ``saved`` holds the memory before every chunk, and receives after every chunk the gradient of what the chunk wrote,
+    and of its total decay as far as it acts on the memory; its fields may be None. Where ``grads`` have no writes, the
+    gradients of the writes and of Γ̄ are not carried, and the gradient of the initial Γ̄ is the total decay of the
+    segment.
 
-    The writes ΔS were kept at boundaries alone. In between they are what the memory has beyond what is left of it from
-    the last boundary, ``ΔS = S - exp(-Γ̄) S_b``, and as their gradient fades like what is left, its product with that
-    is the same for all chunks between two boundaries. ``left`` is what is left at the end of the segment, or, where
-    segments do not consolidate, that product.
+    Only boundaries keep the writes ΔS. Between them, ``ΔS = S - R`` with ``R = exp(-Γ̄) S_b``, the rest of the memory
+    behind the last boundary. The gradient of ΔS decays like R, so that their product is the same for all chunks between
+    two boundaries. ``left`` is R at the end of the segment or, where segments do not consolidate, that product.
     """
     segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     CONSOLIDATE: tl.constexpr = variant.SNR or variant.RESONANCE
@@ -382,9 +382,9 @@ def chunk_gradients(
     tokens, decays, eta, segments, chunks, grad_readout, saved, grads, grad_decay, grad_eta, strides, heads,
     variant: constexpr,
 ):  # fmt: skip
-    """Gradients of the tokens of one chunk, given the memory before it and the gradient of the memory after it.
+    """Compute the gradients of the tokens of a chunk.
 
-    ``saved`` is that of ``walk_back``.
+    ``saved`` is that of ``walk_back``: the memory before the chunk, and the gradients of what it wrote.
     """
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     K: tl.constexpr = variant.K
@@ -394,7 +394,7 @@ def chunk_gradients(
     rows, inside = _chunk_tokens(segments, chunks, chunk, C)
     eta_of_head, index = tl.load(eta + head), chunk * heads + head
     keys, values = tl.arange(0, variant.BK), tl.arange(0, variant.BV)
-    there = tl.max(inside.to(tl.int32), 0)  # for a row of no token, nobody wrote what would be read
+    there = tl.max(inside.to(tl.int32), 0)  # a row without a token has nothing to read
     square, in_square = cells_of(keys, values, K * there, V)
 
     query = _tile(tokens.q + head * strides.q_head, strides.q_token, rows, keys, inside, K)
@@ -442,7 +442,7 @@ def chunk_gradients(
 
 @_kernel(do_not_specialize=["heads", "size"])
 def chain(ends, totals, first_segment, start, starts, last, heads, size, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
-    """Join segments that walked from an empty memory: what stood before each of them, and what is left at the end."""
+    """Join segments that walked from an empty memory: compute the memory before each of them, and at the end."""
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     cells = tl.program_id(2).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = cells < size
@@ -461,7 +461,7 @@ def chain(ends, totals, first_segment, start, starts, last, heads, size, BLOCK: 
 
 @_kernel
 def _boundary_behind(segments, segment, interval, C: tl.constexpr):
-    """Whether a boundary lies behind a segment, and which: the only one that it meets."""
+    """Return True if a boundary lies behind a segment, and its index; a segment meets no other one."""
     first, end, slot, _, since_boundary, boundary = _segment(segments, segment)
     return (end > first) & ((since_boundary * C + end - slot) % interval == 0), boundary
 
@@ -470,9 +470,9 @@ def _boundary_behind(segments, segment, interval, C: tl.constexpr):
 def join(
     ends, totals, segments, first_segment, start, filters, starts, final, met, constants, heads, variant: constexpr
 ):  # fmt: skip
-    """Join segments that walked from an empty memory, consolidating at boundaries: what stood before each of them.
+    """Join segments that walked from an empty memory, consolidating at boundaries: compute the memory before each.
 
-    ``start`` and ``met`` may be of Nones.
+    The fields of ``start`` and ``met`` may be None.
     """
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     KV: tl.constexpr = variant.K * variant.V
@@ -484,7 +484,7 @@ def join(
         memory, writes, forgetting = load_state(start, row, square, in_square, variant, True)
     of_head = _filters_of(filters, head, keys, variant)
 
-    # The next end is asked for before this one is consolidated: memory is slow, and all wait for this walk.
+    # Load the next end before this one is consolidated: memory is slow, and everything waits for this walk.
     written = tl.load(ends + (first * heads + head) * KV + square, mask=in_square, other=0.0)
     for j in range(0, (stop - first).to(tl.int32)):
         segment = first + j
@@ -512,10 +512,10 @@ def join_back(
     segments, first_segment, ends, totals, grad_final, filters, met, left, behind, of_left, grads, constants,
     heads, variant: constexpr,
 ):  # fmt: skip
-    """Join the gradients of segments that walked back from nothing (``ends``).
+    """Join the gradients of segments that walked back from zero (``ends``).
 
-    They are those ``behind`` each segment, before a boundary that may lie there, and the product ``of_left`` that
-    ``walk_back`` needs.
+    Computes the gradients ``behind`` each of them, before a boundary that may lie there, and the product ``of_left``
+    for ``walk_back``.
     """
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     STRENGTH: constexpr = variant.SNR and filters.strength is not None

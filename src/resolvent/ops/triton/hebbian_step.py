@@ -21,7 +21,7 @@ _kernel: Any = triton.jit
 
 
 class Token(NamedTuple):
-    """Query, key and value of one token (B, H, K or V) and its decay (B, H); in a kernel, those of one head."""
+    """Query, key and value of one token (B, H, K or V) and its decay (B, H); in a kernel, of one head."""
 
     q: Tensor
     k: Tensor
@@ -44,17 +44,17 @@ class _TokenStrides(NamedTuple):
 
 @_kernel
 def advance(token, state, new, boundary, strength, filters, row, head, cells, constants, variant: constexpr):
-    """A memory learns a token, its key times η, answers its query, and is stored.
+    """Write a token, its key times η, into a memory, read its query, consolidate and store the memory.
 
-    ``state`` holds the memory's values, ``new`` points to where they are stored; ``cells`` are the indices and the mask
-    of a matrix. Returns the answer.
+    ``state`` are the values of the memory, ``new`` the pointers to store them at; ``cells`` are the indices and the
+    mask of a matrix. Returns the read-out.
     """
     square, in_square = cells
     square += row * variant.K * variant.V
     memory, writes, forgetting = state
     kept, written = tl.exp(-token.decay), token.k[:, None] * token.v[None, :]
     memory = memory * kept + written
-    answer = tl.sum(memory * token.q[:, None], 0)
+    readout = tl.sum(memory * token.q[:, None], 0)
     if variant.SNR or variant.RESONANCE:
         writes, forgetting = writes * kept + written, forgetting + token.decay
         if boundary:
@@ -66,14 +66,14 @@ def advance(token, state, new, boundary, strength, filters, row, head, cells, co
         tl.store(new.writes + square, writes, mask=in_square)
         tl.store(new.forgetting + row, forgetting)
     tl.store(new.memory + square, memory, mask=in_square)
-    return answer
+    return readout
 
 
 @_kernel(do_not_specialize=VARYING)
 def _step(
     token, eta, state, position, filters, readout, new, strides, constants, heads, variant: constexpr
 ):  # fmt: skip
-    """One token of a head of a sequence."""
+    """Read one token of a head of a sequence."""
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     K: tl.constexpr = variant.K
     V: tl.constexpr = variant.V
@@ -89,11 +89,11 @@ def _step(
     decay = tl.load(token.decay + sequence * strides.decay_row + head * strides.decay_head).to(tl.float32)
     square, in_square = cells_of(keys, values, K, V)
     memory, writes, forgetting = load_state(state, row, square, in_square, variant, variant.SNR or variant.RESONANCE)
-    answer = advance(
+    out = advance(
         Token(query, key * tl.load(eta + head), value, decay), State(memory, writes, forgetting), new, boundary,
         strength_of(filters.strength, head), filters, row, head, (square, in_square), constants, variant,
     )  # fmt: skip
-    tl.store(readout + row * V + values, answer.to(readout.dtype.element_ty), mask=values < V)
+    tl.store(readout + row * V + values, out.to(readout.dtype.element_ty), mask=values < V)
 
 
 def _allocate_step(

@@ -1,4 +1,4 @@
-"""What launches of kernels have in common."""
+"""Helpers of launches."""
 
 import functools
 from typing import Any
@@ -19,10 +19,10 @@ def contiguous(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | N
 
 @functools.lru_cache(maxsize=8)
 def early(device: torch.device) -> dict[str, Any]:
-    """Options of a launch that begins while the one before it ends, on GPUs that can (NVIDIA's since Hopper).
+    """Return the options of a launch that begins while the launch before it ends, on GPUs that can (Hopper or newer).
 
-    Its kernel has a parameter ``EARLY`` for ``let_next_begin``, which comes first, and ``wait_for_last``, which comes
-    before anything that another launch writes is read, and before anything is written.
+    The kernel has a parameter ``EARLY`` for ``let_next_begin``, which comes first, and for ``wait_for_last``, which
+    comes before the kernel reads what another launch writes, and before it writes.
     """
     able = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
     return dict(EARLY=True, launch_pdl=True) if able else dict(EARLY=False)

@@ -1,11 +1,12 @@
-"""Triton kernels of the short convolution before the memory, with SiLU and unit length (``ops.queries_keys_values``).
+"""Triton kernels of the short convolution before the memory, with SiLU and L2 normalisation.
 
-Everything between the projection and the memory is one pass over memory, and so is its gradient, which keeps the
-projection alone.
+The operator is ``ops.queries_keys_values``. Everything between the projection and the memory is one pass over memory,
+and so is its gradient, which keeps the projection alone.
 
-A program takes a run of tokens of some heads' queries, keys or values, one token after the other: the rows that a
-convolution lets meet stay in registers, so that each is loaded once. Where a run or a sequence begins they are read
-anew. Shapes: T tokens, H heads, K head width, C = 3HK channels, W convolution width, S sequences.
+A program takes a run of tokens of some heads' queries, keys or values, token by token: the rows under the convolution
+stay in registers, so that each is loaded once. Where a run or a sequence begins, they are loaded again.
+
+Shapes: T tokens, H heads, K head width, C = 3HK channels, W convolution width, S sequences.
 """
 
 from typing import Any, NamedTuple
@@ -51,10 +52,16 @@ class _Rows(NamedTuple):
 
 
 class _Variant(NamedTuple):
-    """Constants of the kernels.
+    """Numbers that a kernel is compiled for.
 
-    They are the head width and its power of two, taps, heads of a program, tokens of a run, rows that are loaded at a
-    time, and steps of an unrolled loop.
+    Attributes:
+        K: head width.
+        BK: head width padded to a power of two.
+        W: taps.
+        HEADS: heads of a program.
+        TOKENS: tokens of a run.
+        STAGES: rows that are loaded ahead.
+        UNROLL: steps that are unrolled.
     """
 
     K: int
@@ -68,16 +75,16 @@ class _Variant(NamedTuple):
 
 TINY = tl.constexpr(1e-12)  # that of ``ops.normalize.unit_length``
 _CHANNELS = 256
-"""Of a warp, for up to 4 taps."""
+"""Channels of a warp, for up to 4 taps."""
 _FORWARD = dict(TOKENS=32, STAGES=3, UNROLL=4)
 _BACKWARD = dict(TOKENS=64, STAGES=4)
 _BACKWARD_REGISTERS = 168
-"""Of a thread at most, so that there is room for more warps."""
+"""Most registers of a thread, so that more warps fit."""
 
 
 @_kernel
 def _sequence(token, bounds, rows):
-    """Sequence of a token, its first token and its last token + 1."""
+    """Return the sequence of a token, its first token and its last token + 1."""
     if bounds is not None:
         sequence = tl.load(bounds + token).to(tl.int32)
         start = tl.load(bounds + rows.total + sequence).to(tl.int32)
@@ -91,7 +98,7 @@ def _sequence(token, bounds, rows):
 
 @_kernel
 def _of_role(role, heads):
-    """One of three pointers."""
+    """Choose one of three pointers."""
     chosen = heads.q
     if role == 1:
         chosen = heads.k
@@ -102,14 +109,14 @@ def _of_role(role, heads):
 
 @_kernel
 def _heads(heads, K: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr):
-    """Role of a program's heads, the columns they have in a row of that role and which of those exist, [HEADS, BK]."""
+    """Return the role of a program's heads, their columns in a row of that role, and the mask of those that exist."""
     groups = (heads + HEADS - 1) // HEADS
     role, group = tl.program_id(1) // groups, tl.program_id(1) % groups
     head, column = group * HEADS + tl.arange(0, HEADS), tl.arange(0, BK)
     return role, head[:, None] * K + column[None, :], (head < heads)[:, None] & (column < K)[None, :]
 
 
-# Rows are tuples of tiles [HEADS, BK], W of them unless it says otherwise. Triton has no starred tuples.
+# Rows are tuples of W tiles [HEADS, BK]. Triton has no starred tuples.
 
 
 @_kernel
@@ -134,17 +141,17 @@ def _taps(weight, wanted, C, W: tl.constexpr):
 
 
 @_kernel
-def _before(x, stride, tail, C, place, wanted, W: tl.constexpr):
-    """The W - 1 projections before the one at ``x``, the latest first, and zeros.
+def _before(x, stride, tail, C, index, wanted, W: tl.constexpr):
+    """Load the W - 1 projections before the one at ``x``, the latest first, and zeros.
 
-    ``place`` says how many of its sequence precede it; what precedes those is in the tail.
+    ``index`` is that of ``x`` in its sequence; the projections before the sequence are in the tail.
     """
     rows = ()
     for j in tl.static_range(1, W):
-        if place >= j:
+        if index >= j:
             row = _loaded(x - j * stride, wanted)
         else:
-            row = _loaded(tail + (W - 1 + place - j) * C, wanted)
+            row = _loaded(tail + (W - 1 + index - j) * C, wanted)
         rows = rows + (row,)  # noqa: RUF005
     return rows + _zeros(wanted.shape[0], wanted.shape[1], 1)
 
@@ -167,7 +174,7 @@ def _with_product(rows, others, factor, W: tl.constexpr):
 
 @_kernel
 def _sigmoid(x, dtype: tl.constexpr):
-    """Of float32; in 5 instructions instead of 12, not to its last bit, where results are stored in 16 bits."""
+    """Return the sigmoid of float32: in 5 instructions instead of 12, without the last bit, for results of 16 bits."""
     if dtype == tl.float32:
         gate = tl.sigmoid(x)
     else:
@@ -206,7 +213,7 @@ def _forward(inputs, outputs, layout, heads, variant: constexpr):
 
 @_kernel
 def _settle(row, token, at_x, at_tail, start, first, last, wanted, C, W: tl.constexpr):
-    """Store the gradient of a token's projection, of one of the tail before ``start``, if it is this program's."""
+    """Store the gradient of a token's projection, or of a tail before ``start``, if it belongs to this program."""
     if token >= start:
         if (token >= first) & (token < last):
             tl.store(at_x, row.to(at_x.dtype.element_ty), mask=wanted)
@@ -217,14 +224,14 @@ def _settle(row, token, at_x, at_tail, start, first, last, wanted, C, W: tl.cons
 
 @_kernel
 def _settle_all(rows, token, at_x, at_tail, start, first, last, wanted, C, W: tl.constexpr):
-    """What W - 1 tokens before this one have got, when no other comes."""
+    """Store the gradients of the W - 1 tokens before this one, when no other token adds to them."""
     for j in tl.static_range(1, W):
         _settle(rows[j - 1], token - j, at_x - j * C, at_tail, start, first, last, wanted, C, W)
 
 
 @_kernel
 def _backward(upstream, inputs, grads, layout, heads, variant: constexpr):
-    """Walks W - 1 tokens beyond its run, because a token's projection meets those after it."""
+    """Compute gradients of a run and W - 1 tokens beyond it, whose outputs depend on projections of the run."""
     K: tl.constexpr = variant.K
     BK: tl.constexpr = variant.BK
     W: tl.constexpr = variant.W
@@ -242,7 +249,7 @@ def _backward(upstream, inputs, grads, layout, heads, variant: constexpr):
     at_grad = grads.projected + first.to(tl.int64) * C + channels
     taps, rows = _taps(inputs.weight + channels, wanted, C, W), _zeros(HEADS, BK, W)
     of_rows, of_taps = _zeros(HEADS, BK, W), _zeros(HEADS, BK, W)
-    # Of a sequence before, whose gradients are another program's: its place among the tails does not matter.
+    # The sequence before, whose gradients belong to another program: its index among the tails does not matter.
     start, end, of_tail = first - W, first, first.to(tl.int64)
     for step in tl.range(steps, num_stages=variant.STAGES):
         token, row, grad = first + step, _loaded(at_x, wanted), _loaded(at_upstream, wanted)
@@ -264,8 +271,8 @@ def _backward(upstream, inputs, grads, layout, heads, variant: constexpr):
         if token < last:
             of_taps = _with_product(of_taps, rows, grad, W)
         of_rows = _with_product(_zeros(HEADS, BK, 1) + of_rows[: W - 1], taps, grad, W)
-        place, at_tail = token - (W - 1), grad_tail + of_tail + channels
-        _settle(of_rows[W - 1], place, at_grad - (W - 1) * C, at_tail, start, first, last, wanted, C, W)
+        oldest, at_tail = token - (W - 1), grad_tail + of_tail + channels
+        _settle(of_rows[W - 1], oldest, at_grad - (W - 1) * C, at_tail, start, first, last, wanted, C, W)
         at_x += stride
         at_upstream += HK
         at_grad += C
@@ -278,8 +285,9 @@ def _backward(upstream, inputs, grads, layout, heads, variant: constexpr):
 def queries_keys_values(
     projected: Tensor, weight: Tensor, tail: Tensor, num_heads: int, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values, each (B, N, HK); arguments as in ``ops.queries_keys_values``."""
     if cu_seqlens is not None:
-        # One table, so that a program finds a token's sequence and its bounds without a search.
+        # One table, in which a program finds a token's sequence and its bounds without a search.
         bounds = cu_seqlens.to(projected.device, torch.int64, non_blocking=True)
         cu_seqlens = torch.cat([sequence_numbers(bounds, projected.shape[1]), bounds])
     return _queries_keys_values(projected, weight, tail, cu_seqlens, num_heads)
@@ -298,10 +306,9 @@ def _allocate(
 def _queries_keys_values(
     projected: Tensor, weight: Tensor, tail: Tensor, bounds: Tensor | None, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, each (B, N, HK).
+    """Return queries, keys and values, each (B, N, HK).
 
-    ``bounds`` tells packed sequences apart: the sequence of every token, followed by the offsets of all, int64 on the
-    device.
+    ``bounds`` are the sequence of every token, followed by the offsets of all packed sequences, int64 on the device.
     """
     outputs = _allocate(projected, weight, tail, bounds, num_heads)
     if projected.numel():
@@ -342,7 +349,7 @@ def _queries_keys_values_backward(
     bounds: Tensor | None,
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``projected``, of the weight by program, to be summed up, and of the tail."""
+    """Return the gradients of ``projected``, of the weight by program, and of the tail."""
     outputs = _allocate_gradients(grad_q, grad_k, grad_v, projected, weight, tail, bounds, num_heads)
     if not projected.numel():
         torch._foreach_zero_(outputs)
@@ -367,7 +374,7 @@ def _arguments(
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     width, taps = channels // (3 * num_heads), len(weight)
     block = triton.next_power_of_2(width)
-    values = _CHANNELS * 4 // max(4, triton.next_power_of_2(taps))  # of every tap a thread keeps rows
+    values = _CHANNELS * 4 // max(4, triton.next_power_of_2(taps))  # a thread keeps rows of every tap
     heads = min(triton.next_power_of_2(num_heads), max(1, values // block))
     grid = (triton.cdiv(len(rows), plan["TOKENS"]), 3 * triton.cdiv(num_heads, heads))
     inputs = _Inputs(rows, weight.contiguous(), tail.contiguous(), contiguous(bounds))

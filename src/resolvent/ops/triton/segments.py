@@ -1,4 +1,4 @@
-"""Which tokens the programs of the memory's kernels walk over.
+"""Layout of tokens on the programs of the memory's kernels.
 
 Shapes: N sequence, H heads, S sequences, G segments, M chunks.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 from ..memory_state import CHUNK, lengths_and_phases
 
 _LEAST_PROGRAMS, _WANTED_PROGRAMS = 64, 528
-"""With fewer than the first, one for every head of a sequence, a GPU stays empty; the second fills it four times."""
+"""Below the first number of programs, one per head of a sequence, a GPU stays empty; the second fills it four times."""
 _SHORTEST_SEGMENT = 8
-"""Chunks that a segment has at least, if no boundary ends it before: each is read twice."""
+"""Least chunks of a segment, unless a boundary ends it before: each chunk is read twice."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens each program walks over.
+    """Tokens that each program walks over.
 
     Attributes:
         segments: one row a segment, int64 (G, 6): its first and its last token + 1; the place of its first chunk's
@@ -38,6 +38,7 @@ class Layout:
 
     @property
     def segmented(self) -> bool:
+        """Return True if a sequence is cut into segments."""
         return self.first_segment is not None and len(self.segments) > len(self.first_segment) - 1
 
 
@@ -46,10 +47,14 @@ class Layout:
 def _layout(
     lengths: tuple[int, ...], phases: tuple[int, ...], longest_segment: int, interval: int, device: torch.device
 ) -> Layout:
-    """Lay out the segments of sequences.
+    """Make the layout.
 
-    ``lengths`` and ``phases`` (tokens read since the last boundary) are those of the sequences; ``longest_segment`` is
-    in chunks, 0 for no end; ``interval`` between boundaries is in tokens, 0 without any.
+    Args:
+        lengths: tokens of the sequences.
+        phases: tokens that the sequences have read since their last boundary.
+        longest_segment: in chunks, 0 for no limit.
+        interval: tokens between boundaries, 0 without boundaries.
+        device: device of the tables.
     """
     segments, first_segment, chunks, start, chunk, boundary = [], [0], [], 0, 0, 0
     for length, phase in zip(lengths, phases, strict=True):
@@ -72,9 +77,10 @@ def _layout(
 
 
 def _on(x: Tensor, device: torch.device) -> Tensor:
-    """A copy to be kept, made without waiting for the work that is queued there.
+    """Return a copy on ``device`` that is kept, without waiting for the work that is queued there.
 
-    A thread of its own makes it: while a CUDA graph is being prepared, what its own thread allocates is the graph's.
+    A thread of its own makes the copy: while a CUDA graph is captured, memory that the capturing thread allocates
+    belongs to the graph.
     """
     if device.type != "cuda":
         return x
@@ -91,6 +97,7 @@ def _copied(x: Tensor, device: torch.device) -> Tensor:
 
 
 def layout_of(q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, interval: int) -> Layout:
+    """Return the layout of sequences whose offsets Python reads; long ones are cut where there are few programs."""
     lengths, phases = lengths_and_phases(q, position, cu_seqlens, interval)
     heads, longest = q.shape[2], 0
     chunks = [-(-n // CHUNK) for n in lengths]
@@ -102,10 +109,10 @@ def layout_of(q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, int
 def tables_on_device(
     cu_seqlens: Tensor | None, position: Tensor | None, tokens: int, interval: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``segments`` and ``chunks`` of packed sequences whose offsets are on a device; None where Python reads them.
+    """Return ``segments`` and ``chunks`` of packed sequences with offsets on a device; None where Python reads them.
 
-    They are made in front of the operator, not in it: ``torch.compile`` then sees that all layers make the same tables
-    and makes them once a step, forward and backward; and what was not compiled keeps them for its gradient.
+    The tables are made in front of the operator, not in it: ``torch.compile`` then sees that all layers make the same
+    tables and makes them once per step, forward and backward; without it the operator keeps them for its gradient.
     """
     if cu_seqlens is None or not _stays_on_device(cu_seqlens):
         return None, None
@@ -113,17 +120,15 @@ def tables_on_device(
 
 
 def _stays_on_device(cu_seqlens: Tensor) -> bool:
-    """Whether offsets are where Python does not read them."""
+    """Return True if offsets are on a device, where Python does not read them."""
     return cu_seqlens.device.type != "cpu"
 
 
 def layout_on_device(cu_seqlens: Tensor, position: Tensor | None, tokens: int, interval: int) -> tuple[Tensor, Tensor]:
-    """Return ``segments`` and ``chunks`` of packed sequences without a look at their offsets.
+    """Return ``segments`` and ``chunks`` of packed sequences without reading their offsets.
 
-    So a step can be replayed with other ones.
-
-    Sequences are whole segments. There are as many rows of chunks as there may be chunks; those left over are of no
-    token.
+    So a step can be replayed with other offsets. Sequences are whole segments. There are as many rows of chunks as there
+    may be chunks; the rows left over have no token.
     """
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     phase = torch.zeros_like(starts) if position is None else position.to(starts.device) % interval
@@ -141,5 +146,8 @@ def layout_on_device(cu_seqlens: Tensor, position: Tensor | None, tokens: int, i
 
 
 def most_chunks(tokens: int, sequences: int, phases: bool) -> int:
-    """Chunks of packed sequences at most: each may end inside one and, if it goes on inside one, touch one more."""
+    """Return the largest number of chunks of packed sequences.
+
+    Each may end inside a chunk and, if it goes on inside one (``phases``), touch one more.
+    """
     return tokens // CHUNK + (2 if phases else 1) * sequences

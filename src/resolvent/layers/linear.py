@@ -1,4 +1,4 @@
-"""Linear map of low rank."""
+"""Linear maps: of low rank, and the test for plain ones."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,8 @@ class LowRankLinear(nn.Module):
     """Linear map through ``rank`` channels: ``x -> up(down(x))``.
 
     Args:
-        in_features, out_features: widths.
+        in_features: width of x.
+        out_features: width of the result.
         rank: channels between them.
     """
 
@@ -26,3 +27,13 @@ class LowRankLinear(nn.Module):
         """Return weight (out, in) and bias (out,) of the same map as one matrix, multiplied on the CPU in float64."""
         down, up = (layer.weight.to("cpu", torch.float64) for layer in (self.down, self.up))
         return (up @ down).to(self.up.weight.dtype), self.up.bias.cpu().clone()
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Return True if a call of the module is a product with its weight, plus a bias, and nothing else.
+
+    Such a module is no adapter, and no hook or wrapped ``forward`` has to gather the weight first.
+    """
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return type(module) is nn.Linear and not forward and not backward

@@ -1,6 +1,6 @@
 from torch import nn
 
-from resolvent.layers.plain import is_plain
+from resolvent.layers.linear import is_plain
 
 
 class Wrapped(nn.Linear):

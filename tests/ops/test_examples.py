@@ -1,0 +1,39 @@
+"""Every public operator shows how it is called, and the example runs."""
+
+import doctest
+import inspect
+
+import pytest
+import torch
+
+from resolvent import ops
+from resolvent.ops import memory_state, normalize, prefix_sum, queries_keys_values, short_conv, swiglu
+
+OPERATORS = {name: getattr(ops, name) for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
+OPERATORS |= {
+    function.__name__: function
+    for function in (
+        normalize.unit_length,
+        normalize.unit_rms,
+        prefix_sum.prefix_sum,
+        queries_keys_values.queries_keys_values,
+        short_conv.causal_conv,
+        short_conv.next_tail,
+        swiglu.swiglu,
+    )
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_example_of_a_public_operator_runs(name):
+    function = OPERATORS[name]
+    names = {**vars(ops), **OPERATORS, "torch": torch, "empty_state": memory_state.empty_state}
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs=names)
+    source = "".join(line.source for line in example.examples)
+    assert len(example.examples) >= 3, f"{name} has no example of three lines"
+    assert name in source
+    if "cu_seqlens" in inspect.signature(function).parameters:
+        assert "cu_seqlens=" in source, f"the example of {name} shows no packed sequences"
+    runner, output = doctest.DocTestRunner(), []
+    runner.run(example, out=output.append)
+    assert not runner.failures, "".join(output)
