@@ -68,6 +68,11 @@ def cases(device: torch.device) -> Iterator[tuple[str, Run, list[Tensor]]]:
 
     yield "queries, keys, values", heads, [projected, weight]
 
+    def prefix_sum(gates: Tensor, values: Tensor) -> Any:
+        return ops.gated_prefix_sum(gates, values)[0]
+
+    yield "prefix sum", prefix_sum, [torch.rand(1, 64, 16, device=device), on_device(1, 64, 16)]
+
     labels = torch.randint(257, (64,), device=device)
 
     def loss(hidden: Tensor, weight: Tensor) -> Any:

@@ -1,4 +1,5 @@
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 import resolvent
+from resolvent import ops
 from resolvent.errors import ConfigError
 from resolvent.ops import dispatch, dissipative_memory, resolvent_diagonal
 from resolvent.ops.hebbian import memory_implementation
+from resolvent.ops.queries_keys_values import queries_keys_values
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -46,6 +49,20 @@ def test_a_refused_call_is_not_counted(fresh):
     with pytest.raises(ConfigError, match="dissipative_memory"):
         dissipative_memory(x, x, x, torch.rand(1, 3, 2), torch.ones(2), backend="triton")
     assert not dispatch.calls
+
+
+@pytest.mark.skipif(not dispatch.interpreting(), reason="Triton compiles for the GPU here")
+def test_every_operator_with_a_backend_has_kernels(fresh):
+    x, labels = torch.randn(1, 3, 2, 16), torch.zeros(3, dtype=torch.int64)
+    call(backend="triton")
+    dissipative_memory(x, x, x, torch.rand(1, 3, 2), torch.ones(2), backend="triton")
+    ops.gated_prefix_sum(x[:, :, 0], x[:, :, 1], backend="triton")
+    ops.linear_cross_entropy(x[0, :, 0], x[0, :, 1], labels, backend="triton")
+    queries_keys_values(torch.randn(1, 3, 12), torch.ones(2, 12), torch.zeros(1, 1, 12), 2, backend="triton")
+    source = "".join(path.read_text() for path in Path(ops.__file__).parent.glob("*.py"))
+    selecting = set(re.findall(r'select\(backend, [\w.]+, "(\w+)"', source))
+    assert selecting == {operator for operator, _ in dispatch.calls}
+    assert {implementation for _, implementation in dispatch.calls} == {"triton"}
 
 
 def test_auto_takes_kernels_on_cuda_and_torch_elsewhere():

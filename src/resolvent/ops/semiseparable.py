@@ -55,8 +55,11 @@ def gated_prefix_sum(
     if initial_state is None:
         initial_state = gates.new_zeros(sequences, gates.shape[2], dtype=torch.float64)
     check_shape("initial_state", initial_state, (sequences, gates.shape[2]))
-    select(backend, gates.device, "gated_prefix_sum", "there is no such kernel")
-    return _gated_prefix_sum_torch(gates, values, initial_state, cu_seqlens)
+    if select(backend, gates.device, "gated_prefix_sum") == "triton":
+        from .triton.semiseparable import gated_prefix_sum as run
+    else:
+        run = _gated_prefix_sum_torch
+    return run(gates, values, initial_state, cu_seqlens)
 
 
 def gated_prefix_sum_step(gates: Tensor, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

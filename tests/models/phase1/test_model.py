@@ -6,6 +6,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from resolvent import Phase1Config, Phase1IntegratedModel, create_phase1_model, get_phase1_preset
+from resolvent.errors import ConfigError
+from resolvent.ops import dispatch
 
 from ...learning import moved_by_training, train
 from ..small import tokens
@@ -169,6 +171,32 @@ def test_bfloat16_autocast_is_close_to_float32():
         found, state = model(ids, return_state=True)
     assert (found.float() - exact).norm() / exact.norm() < 0.05
     assert state.layers[0].ar_ssm.total.dtype == torch.float64
+
+
+@pytest.mark.skipif(not dispatch.interpreting(), reason="Triton compiles for the GPU here")
+def test_the_default_model_runs_on_the_kernels():
+    """Every operator of Phase 1 has a kernel, the sum that ``ar_ssm_use_fused_scan`` asks for included."""
+    plain, kernels = small_model(backend="torch"), small_model(backend="triton")
+    kernels.load_state_dict(plain.state_dict())
+    ids, found = tokens(70), []
+    before = dispatch.calls.copy()
+    for model in (plain, kernels):
+        loss = model(ids[:, :-1], labels=ids[:, 1:])
+        found.append((loss, torch.autograd.grad(loss, list(model.parameters()))))
+    counted = dispatch.calls - before
+    layers = plain.n_layers * (2 if plain.config.use_gradient_checkpointing else 1)  # they run again in backward
+    for path in ("torch", "triton"):
+        assert counted["gated_prefix_sum", path] == counted["resolvent_diagonal", path] == layers
+    (expected, expected_gradients), (ours, gradients) = found
+    assert (ours - expected).abs() <= 1e-6 * expected
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
+
+
+def test_kernels_that_cannot_run_are_named(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="backend='triton' cannot run resolvent_diagonal: the tensors are on cpu"):
+        small_model(backend="triton")(tokens(5))
 
 
 def test_fused_scan_switch_and_backend_reach_the_layers():

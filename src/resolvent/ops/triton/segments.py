@@ -127,8 +127,8 @@ def _stays_on_device(cu_seqlens: Tensor) -> bool:
 def layout_on_device(cu_seqlens: Tensor, position: Tensor | None, tokens: int, interval: int) -> tuple[Tensor, Tensor]:
     """Return ``segments`` and ``chunks`` of packed sequences without reading their offsets.
 
-    So a step can be replayed with other offsets. Sequences are whole segments. There are as many rows of chunks as there
-    may be chunks; the rows left over have no token.
+    So a step can be replayed with other offsets. Sequences are whole segments. There are as many rows of chunks as
+    there may be chunks; the rows left over have no token.
     """
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     phase = torch.zeros_like(starts) if position is None else position.to(starts.device) % interval
