@@ -153,7 +153,7 @@ def test_statistics_of_the_filters():
     assert info["total_energy"].item() == pytest.approx(4.0, rel=1e-5)
 
 
-def test_the_snr_filter_starts_near_nothing_and_can_be_opened():
+def test_the_snr_filter_starts_near_the_identity_and_can_be_opened():
     layer = SNRMemoryFilter(3)
     strength = layer().strength
     torch.testing.assert_close(strength, torch.full((3,), 0.00247), rtol=0.01, atol=0)

@@ -45,7 +45,7 @@ def test_split_packed_and_stepwise_are_the_whole(rank):
     assert torch.equal(states.total[1], torch.zeros(8).double())
 
 
-def test_what_the_layer_reads_of_a_long_past_is_bounded():
+def test_the_sum_that_the_layer_reads_is_bounded():
     """The same last tokens behind a past of the same tokens that is a hundred times as long."""
     piece, last = torch.randn(1, 50, 24), torch.randn(1, 3, 24)
 
@@ -82,7 +82,7 @@ def test_a_lower_rank_does_less_work():
     assert (flops(16) - fixed) / (flops(64) - fixed) == pytest.approx(0.25, abs=0.02)
 
 
-def test_raising_the_rank_is_no_jump():
+def test_a_higher_rank_changes_no_output_at_first():
     """Channels that were never in use add nothing, whatever their other weights."""
     layer, x = AdaptiveRankSemiseparableLayer(24, 8, 12), torch.randn(2, 9, 24)
     layer.set_rank(3)

@@ -25,7 +25,7 @@ def test_factors_hold_the_size(size):
 
 
 @pytest.mark.parametrize("phase_encoding", [True, False])
-def test_the_table_is_what_is_looked_up(phase_encoding):
+def test_the_dense_table_equals_the_lookup(phase_encoding):
     embedding = TensorTrainEmbedding(101, 30, 6, phase_encoding=phase_encoding)
     if phase_encoding:
         embedding.phase_shift.data.normal_()
@@ -81,7 +81,7 @@ def test_every_core_learns_phases_after_a_tt_svd_included():
         assert parameter.grad.abs().min() > 0, name
 
 
-def test_what_cannot_be_is_named():
+def test_wrong_calls_are_named():
     with pytest.raises(ConfigError, match=r"htt_num_cores must be 2, .* got 3"):
         TensorTrainEmbedding(100, 8, 2, num_cores=3)
     with pytest.raises(ValueError, match=r"shape \(100, 8\), got \(8, 100\)"):

@@ -58,7 +58,7 @@ def test_a_fresh_model_reads_no_position_but_can_learn_to():
 
 
 @pytest.mark.parametrize("gain", [-1e6, -6.2, 0.03, 6.2, 1e6])
-def test_positions_are_never_louder_than_their_scale(gain):
+def test_the_amplitude_is_at_most_the_scale(gain):
     layer = ZetaEmbedding(64, scale=0.02)
     layer.gain.data.fill_(gain)
     assert layer(torch.arange(10_000)).abs().max().item() == pytest.approx(min(0.02, 0.02 * abs(gain)), rel=1e-3)

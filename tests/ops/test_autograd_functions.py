@@ -67,7 +67,7 @@ def test_all_functions_are_known():
 
 @pytest.mark.parametrize("function", calls(), ids=lambda f: f.__name__)
 @pytest.mark.parametrize("taps", [1, 2, 4])
-def test_what_is_returned_has_one_name(function: type, taps: int):
+def test_forward_returns_a_tensor_without_an_alias(function: type, taps: int):
     args = calls()[function]
     if function is short_conv._DepthwiseConv:
         args = (args[0], args[1][:taps])

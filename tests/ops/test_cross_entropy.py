@@ -88,7 +88,7 @@ def test_upstream_gradients_scale():
         torch.testing.assert_close(ours, -3 * one)
 
 
-def test_places_that_do_not_count_count_for_nothing():
+def test_ignored_labels_add_nothing():
     hidden, weight, labels = inputs()
     _, grad_hidden, grad_weight = loss_and_gradients(hidden, weight, labels)
     assert not grad_hidden[labels == IGNORED].any()
@@ -100,7 +100,7 @@ def test_places_that_do_not_count_count_for_nothing():
     torch.testing.assert_close(grad_weight, grad_weight_kept)
 
 
-def test_a_token_may_be_what_does_not_count():
+def test_the_ignored_label_may_be_a_token():
     hidden, weight, labels = inputs()
     labels = torch.where(labels == IGNORED, 100, labels)
     loss = F.cross_entropy(hidden @ weight.T, labels, ignore_index=100)
@@ -152,7 +152,7 @@ def test_without_gradients_only_the_loss_is_computed(monkeypatch):
     assert seen == [False, False, False, True]
 
 
-def test_logits_of_a_chunk_are_all_that_is_held(monkeypatch):
+def test_only_the_logits_of_a_chunk_are_held(monkeypatch):
     rows = []
     run = cross_entropy.softmax_cross_entropy_torch
 
@@ -189,7 +189,7 @@ def test_the_operator_is_well_registered(dtype, wants):
     torch.library.opcheck(_linear_cross_entropy, (hidden, weight, labels, IGNORED, 16, dtype, "torch", *wants))
 
 
-def test_it_compiles_without_a_graph_break():
+def test_compiles_without_a_graph_break():
     hidden, weight, labels = inputs()
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def test_it_compiles_without_a_graph_break():
             torch.testing.assert_close(ours, eager)
 
 
-def test_what_does_not_fit_is_named():
+def test_wrong_calls_are_named():
     hidden, weight, labels = inputs()
     for wrong in ((hidden[:, :5], weight, labels), (hidden, weight, labels[:5]), (hidden[None], weight, labels)):
         with pytest.raises(ValueError, match=r"expected hidden \(T, D\), weight \(V, D\) and labels \(T,\)"):

@@ -126,7 +126,7 @@ def test_any_split_with_the_state_passed_on_is_the_whole(splits):
     assert all(relative(a, b) <= 1e-10 for a, b in zip(carried, last, strict=True))
 
 
-def test_rows_of_a_batch_may_stand_at_different_places():
+def test_rows_of_a_batch_may_have_different_positions():
     values, start, rule = inputs(100, batch=3), state(batch=3), consolidation("both")
     positions = torch.tensor([0, 63, 130])
     found, final = dissipative_memory(*values, initial_state=start, position=positions, consolidation=rule)
@@ -218,7 +218,7 @@ def test_every_head_has_its_own_strength():
     assert not torch.allclose(without, fully)
 
 
-def test_parameters_that_took_no_part_get_zero_gradients():
+def test_unused_parameters_get_zero_gradients():
     values, rule = [x.requires_grad_() for x in inputs(10)], consolidation("both")
     readout, _ = dissipative_memory(*values, consolidation=rule)
     readout.sum().backward()

@@ -8,13 +8,13 @@ from resolvent.ops.packed import check_shape, count_sequences, sequence_numbers
 
 @pytest.mark.parametrize("offsets", [[0, 5], [0, 1, 2, 5], [0, 0, 3, 3, 3, 5, 5], [0, 5, 5]])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_every_token_knows_its_sequence(offsets: list[int], dtype: torch.dtype):
+def test_sequence_numbers(offsets: list[int], dtype: torch.dtype):
     numbers = sequence_numbers(torch.tensor(offsets, dtype=dtype), 5)
     lengths = torch.tensor(offsets).diff()
     assert torch.equal(numbers, torch.repeat_interleave(torch.arange(len(lengths)), lengths))
 
 
-def test_sequences_are_rows_or_what_lies_between_offsets():
+def test_count_sequences():
     offsets = torch.tensor([0, 2, 2, 5])
     assert (count_sequences(4, None), count_sequences(1, offsets)) == (4, 3)
     with pytest.raises(ValueError, match="packed sequences need a batch of one, got 2"):

@@ -75,7 +75,7 @@ def test_gradients_states_and_packing_included():
     )
 
 
-def test_long_sums_still_hear_every_term():
+def test_long_sums_keep_every_term():
     """After 2^24 ones a float32 sum stands still."""
     far = torch.full((1, 1), 2.0**24, dtype=torch.float64)
     one = torch.ones(1, 1000, 1)

@@ -20,7 +20,7 @@ def test_values_and_gradients_are_those_of_autograd_in_half_precision():
     assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)))
 
 
-def test_nothing_but_the_input_is_kept():
+def test_only_the_input_is_kept_for_the_gradient():
     x, kept = torch.randn(100, 64, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         swiglu(x)

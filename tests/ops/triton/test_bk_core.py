@@ -138,7 +138,7 @@ def test_strided_and_conjugated_inputs():
         assert torch.equal(state, last)
 
 
-def test_nothing_to_read():
+def test_empty_chains():
     initial = states(2).to(torch.complex64).requires_grad_()
     coupling = torch.ones(3, requires_grad=True)
     g, last = resolvent_diagonal(initial.new_zeros(2, 0, 3), coupling, initial_state=initial, backend="triton")
@@ -151,7 +151,7 @@ def test_nothing_to_read():
     assert g.shape == (0, 5, 3) and last.shape == (0, 3)
 
 
-def test_a_result_that_nobody_reads_has_no_gradient_to_bring():
+def test_an_unused_result_needs_no_gradient():
     alpha, coupling = chain(20, heads=1)
     for read in (0, 1):
         gradients = []

@@ -138,7 +138,7 @@ def test_the_choice_by_device_and_precision():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_waits_for_nothing(packed):
+def test_never_synchronizes(packed):
     alpha, coupling = chain(300)
     inputs = (alpha.to(torch.complex64).requires_grad_(), coupling.float().requires_grad_())
     offsets = torch.tensor([0, 100, 300], device="cpu") if packed else None

@@ -39,7 +39,7 @@ def test_rows_of_any_length(device, vocabulary, dtype, tolerance):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_extreme_logits_and_labels_that_are_no_tokens(device):
+def test_extreme_logits_and_invalid_labels(device):
     logits = torch.tensor([[1e30, 0.0, -1e30], [-1e30, -1e30, -1e30], [0.0, 1.0, 2.0]], device=device)
     labels = torch.tensor([1, 2, 7], device=device)
     nats = softmax_cross_entropy(logits, labels, IGNORED, True)
@@ -59,7 +59,7 @@ def test_the_operator_with_the_kernel(device, dtype, tolerance):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_token_may_be_what_does_not_count(device):
+def test_the_ignored_label_may_be_a_token(device):
     hidden, weight, labels = inputs(device=device)
     labels = torch.where(labels == IGNORED, 100, labels)
     found, expected = (
@@ -95,7 +95,7 @@ def test_offsets_beyond_two_to_the_31():
 
 
 @pytest.mark.gpu
-def test_it_waits_for_nothing_and_holds_a_chunk():
+def test_never_synchronizes_and_holds_one_chunk():
     given = inputs(2048, 64, 50257, torch.bfloat16, "cuda")
     linear_cross_entropy(*given, chunk_tokens=256).backward()  # compiles
     torch.cuda.reset_peak_memory_stats()

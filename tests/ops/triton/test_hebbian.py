@@ -108,7 +108,7 @@ def test_packed_sequences(kind):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_segments_that_walk_at_the_same_time_are_one_walk(packed, monkeypatch):
+def test_parallel_segments_equal_one_walk(packed, monkeypatch):
     monkeypatch.setattr(segments, "_SHORTEST_SEGMENT", 2)
     offsets = torch.tensor([0, 300, 300, 310, 600]) if packed else None
     layout = segments.layout_of(torch.empty(1 if packed else 2, 600, 2, 16), None, offsets, 0)
@@ -150,7 +150,7 @@ def test_segments_end_where_boundaries_lie():
     assert rows[:, 4].tolist() == [1, 0, 2, 0]  # chunks since the last boundary
 
 
-def test_views_are_read_where_they_lie():
+def test_strided_inputs():
     packed = torch.randn(2, 70, 3 * 2 * 16, dtype=torch.float64)
     q, k, v = (x.unflatten(-1, (2, 16)) for x in packed.chunk(3, dim=-1))
     decay = torch.rand(2, 2, 70, dtype=torch.float64).transpose(1, 2)
@@ -158,7 +158,7 @@ def test_views_are_read_where_they_lie():
     check([q / 4, k / 4, v, decay, torch.rand(2, dtype=torch.float64) + 0.1])
 
 
-def test_what_is_not_needed_is_not_saved():
+def test_a_forward_pass_without_gradients_saves_nothing():
     values = [x.float() for x in inputs(70)]
     operands = (*values, *[None] * 11, 0, [], 0.0)
     assert kernels._memory(*operands, False)[4].numel() == 0
@@ -174,7 +174,7 @@ def test_two_runs_are_the_same_bits():
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", ["none", "strength", "both"])
-def test_the_operators_are_registered_as_pytorch_wants_them(kind, packed):
+def test_the_operators_keep_the_rules_of_torch_library(kind, packed):
     given = inputs(70, batch=1 if packed else 2)
     values, rule = [single(x.requires_grad_()) for x in given], single_rule(consolidation(kind))
     start = [single(x.requires_grad_()) for x in state()]
@@ -192,7 +192,7 @@ def test_the_operators_are_registered_as_pytorch_wants_them(kind, packed):
     torch.library.opcheck(torch.ops.resolvent.memory_backward.default, operands)
 
 
-def test_kernels_refuse_what_they_cannot_do():
+def test_unsupported_dtypes_and_widths_are_named():
     values = inputs(10)
     with pytest.raises(ConfigError, match=r"computes in float32, the tensors are torch\.float64"):
         dissipative_memory(*values, backend="triton")
@@ -200,7 +200,7 @@ def test_kernels_refuse_what_they_cannot_do():
         dissipative_memory(*(x.float() for x in inputs(10, key=160)), backend="triton")
 
 
-def test_what_ran_is_counted():
+def test_launches_are_counted():
     before = dispatch.calls["dissipative_memory", "triton"]
     dissipative_memory(*(x.float() for x in inputs(3)), backend="triton")
     assert dispatch.calls["dissipative_memory", "triton"] == before + 1

@@ -68,7 +68,7 @@ def test_rows_may_have_gaps(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_operators_are_registered_right(device):
+def test_the_operators_keep_the_rules_of_torch_library(device):
     projected, weight, tail = (x.to(device, torch.float32).requires_grad_() for x in inputs(5))
     torch.library.opcheck(torch.ops.resolvent.queries_keys_values.default, (projected, weight, tail, None, HEADS))
     grads = torch.randn(3, 2, 5, 5 * HEADS, device=device)
