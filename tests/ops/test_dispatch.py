@@ -80,7 +80,7 @@ def test_an_unknown_backend_raises():
 def test_a_request_that_cannot_be_met_raises(monkeypatch):
     with pytest.raises(ConfigError, match="backend='triton' cannot run choosy: 9 is wide; use backend='auto'"):
         dispatch.select("triton", CUDA, "choosy", "9 is wide")
-    monkeypatch.setattr(dispatch, "_is_installed", lambda package: False)
+    monkeypatch.setattr(dispatch, "_triton_is_installed", lambda: False)
     with pytest.raises(ConfigError, match="cannot run choosy: Triton is not installed"):
         dispatch.select("triton", CUDA, "choosy")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

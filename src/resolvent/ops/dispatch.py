@@ -82,9 +82,9 @@ def _no_triton(device: torch.device) -> str | None:
     """Return the reason why no kernel runs on ``device``; None if kernels do."""
     if device.type != "cuda" and not interpreting():
         return f"the tensors are on {device.type}"
-    return None if _is_installed("triton") else "Triton is not installed"
+    return None if _triton_is_installed() else "Triton is not installed"
 
 
-@functools.lru_cache(maxsize=8)
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
