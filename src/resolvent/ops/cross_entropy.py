@@ -44,8 +44,8 @@ def linear_cross_entropy(
     Args:
         hidden: (T, D). Under autocast, it and ``weight`` are cast to autocast's dtype for the products.
         weight: (V, D).
-        labels: tokens, int64 (T,), in 0..V - 1, or ``ignore_index`` for places that do not count.
-        ignore_index: label of places that do not count.
+        labels: tokens, int64 (T,), in 0..V - 1, or ``ignore_index`` for positions that do not count.
+        ignore_index: label of positions that do not count.
         reduction: the mean over the labels that count, or their sum.
         chunk_tokens: tokens whose logits are held at once; by default as many as suit the device.
         backend: ``auto``, ``torch`` or ``triton``.
