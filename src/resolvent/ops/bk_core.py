@@ -93,18 +93,19 @@ def resolvent_diagonal(
     """
     if form not in ("causal", "two_sided"):
         raise ValueError(f"form must be 'causal' or 'two_sided', got {form!r}")
-    if form == "causal":
-        g, state = _causal(alpha, coupling, initial_state, cu_seqlens, backend, block_size)
-        return torch.view_as_complex(g), torch.view_as_complex(state)
-    if initial_state is not None:
+    if form == "two_sided" and initial_state is not None:
         raise ValueError("the two-sided form sees the whole chain at once and takes no initial_state")
+    pairs, state = _as_pairs(alpha, coupling, initial_state, cu_seqlens)
+    if form == "causal":
+        g, final = _causal(pairs, coupling, state, cu_seqlens, backend, block_size)
+        return torch.view_as_complex(g), torch.view_as_complex(final)
     # 1. Causal runs over the chain, and over the chain turned around.
-    g_left, _ = _causal(alpha, coupling, None, cu_seqlens, backend, block_size)
     mirrored = None if cu_seqlens is None else alpha.shape[1] - cu_seqlens.flip(0)
-    g_right, _ = _causal(alpha.flip(1), coupling, None, mirrored, backend, block_size)
+    g_left, _ = _causal(pairs, coupling, None, cu_seqlens, backend, block_size)
+    g_right, _ = _causal(pairs.flip(1), coupling, None, mirrored, backend, block_size)
     # 2. Every site between its two sides.
     sides = torch.view_as_complex(g_left), torch.view_as_complex(g_right)
-    return _join_sides(alpha, *sides, coupling, cu_seqlens), None
+    return _join_sides(torch.view_as_complex(pairs), *sides, coupling, cu_seqlens), None
 
 
 def resolvent_features(
@@ -129,19 +130,15 @@ def resolvent_features(
         >>> features.shape, states.shape
         (torch.Size([1, 70, 4]), torch.Size([2, 2]))
     """
-    g, state = _causal(alpha, coupling, initial_state, cu_seqlens, backend, block_size)
-    return g.transpose(-1, -2).flatten(-2), torch.view_as_complex(state)
+    pairs, state = _as_pairs(alpha, coupling, initial_state, cu_seqlens)
+    g, final = _causal(pairs, coupling, state, cu_seqlens, backend, block_size)
+    return g.transpose(-1, -2).flatten(-2), torch.view_as_complex(final)
 
 
-def _causal(
-    alpha: Tensor,
-    coupling: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    backend: str,
-    block_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Run the causal form; complex numbers come back as pairs of real ones, (B, N, H, 2) and (S, H, 2)."""
+def _as_pairs(
+    alpha: Tensor, coupling: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Check the shapes, and return complex numbers as pairs of real ones, (B, N, H, 2) and (S, H, 2)."""
     if alpha.dim() != 3 or coupling.shape != alpha.shape[2:]:
         raise ValueError(
             f"expected alpha (B, N, H) and coupling (H,), got {tuple(alpha.shape)}, {tuple(coupling.shape)}"
@@ -149,16 +146,29 @@ def _causal(
     sequences = count_sequences(alpha.shape[0], cu_seqlens)
     if initial_state is not None:
         check_shape("initial_state", initial_state, (sequences, alpha.shape[2]))
-    pairs = torch.view_as_real(alpha.resolve_conj())
     state = None if initial_state is None else torch.view_as_real(initial_state.resolve_conj())
-    single = alpha.dtype == torch.complex64
-    obstacle = None if single else f"its kernel computes in complex64, the tensors are {alpha.dtype}"
-    if select(backend, alpha.device, "resolvent_diagonal", obstacle) == "torch":
-        return _causal_torch(pairs, coupling, state, cu_seqlens)
+    return torch.view_as_real(alpha.resolve_conj()), state
+
+
+def _causal(
+    alpha_BNH2: Tensor,
+    coupling_H: Tensor,
+    state_SH2: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    block_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Run the causal form on pairs of real numbers."""
+    kind = alpha_BNH2.dtype
+    obstacle = (
+        None if kind == torch.float32 else f"its kernel computes in complex64, the tensors are {kind.to_complex()}"
+    )
+    if select(backend, alpha_BNH2.device, "resolvent_diagonal", obstacle) == "torch":
+        return _causal_torch(alpha_BNH2, coupling_H, state_SH2, cu_seqlens)
     from .triton.bk_core import causal_diagonal
 
-    state = None if state is None else state.to(pairs.dtype)
-    return causal_diagonal(pairs, coupling.to(pairs.dtype), state, cu_seqlens, block_size)
+    state_SH2 = None if state_SH2 is None else state_SH2.to(kind)
+    return causal_diagonal(alpha_BNH2, coupling_H.to(kind), state_SH2, cu_seqlens, block_size)
 
 
 def resolvent_step(alpha: Tensor, coupling: Tensor, state: Tensor) -> Tensor:

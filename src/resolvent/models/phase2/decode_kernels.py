@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...layers import DissipativeBKLayer, DissipativeHebbianLayer
 from ...ops import Consolidation
 from ...ops.dispatch import count_run
-from ...ops.triton.arguments import State, Variant, constants_of, constexpr, parts_of
+from ...ops.triton.arguments import Filters, State, constants_of, constexpr, make_variant, parts_of
 from ...ops.triton.bk_core import reciprocal
 from ...ops.triton.hebbian_kernels import cells_of, load_state
 from ...ops.triton.hebbian_step import Token, advance
@@ -41,11 +41,14 @@ class Norm(NamedTuple):
 
 
 class _Product(NamedTuple):
-    """A product with a weight (R, D), and its result (B, R); Nones for none."""
+    """Another product with the same input: weight (R, D), result (B, R) and R; Nones for none."""
 
-    weight: Tensor | None
-    out: Tensor | None
-    rows: int
+    weight: Tensor | None = None
+    out: Tensor | None = None
+    rows: int = 0
+
+
+_NO_NORM, _NO_PRODUCT = Norm(), _Product()
 
 
 class _Potential(NamedTuple):
@@ -129,11 +132,11 @@ def _embed(
 
 @_kernel
 def _linear(
-    x, norm, product, bias, other, batch, width, ACTIVATION: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, EARLY: tl.constexpr,
+    x, norm, weight, bias, out, rows, other, batch, width, ACTIVATION: tl.constexpr, ADD: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_begin(EARLY)
-    program, weight, out, rows = tl.program_id(0), product.weight, product.out, product.rows
+    program = tl.program_id(0)
     if other.weight is not None:
         first = tl.cdiv(rows, ROWS)
         if program >= first:
@@ -334,10 +337,10 @@ def linear(
     matrices = 2 if activation == "swiglu" else 1
     rows //= matrices
     held = max(1, min(triton.next_power_of_2(rows), _ELEMENTS // (matrices * block)))
-    second = _Product(None, None, 0) if other is None else _Product(*other, len(other[0]))
+    second = _NO_PRODUCT if other is None else _Product(*other, len(other[0]))
     with torch.cuda.device_of(out):
         _linear[(triton.cdiv(rows, held) + triton.cdiv(second.rows, held),)](
-            x, norm or Norm(), _Product(weight, out, rows), bias, second, len(x), width,
+            x, norm or _NO_NORM, weight, bias, out, rows, second, len(x), width,
             ACTIVATION=activation, ADD=add, BLOCK=block, ROWS=held, num_warps=4, **early(out.device),
         )  # fmt: skip
 
@@ -395,16 +398,15 @@ def remember(
         gated: allocated for the gated read-out, (B, HV); stays as it is without a gate.
     """
     filters, rule = parts_of(consolidation)
-    heads, width, block = layer.num_heads, layer.head_dim, max(16, triton.next_power_of_2(layer.head_dim))
+    variant = make_variant(layer.head_dim, layer.head_dim, False, len(rule.snr) > 0, filters.basis is not None)
     up, narrow, taps = layer.gate_up, 1 if gate is None else gate.shape[1], layer.conv_weight
     assert taps is not None  # ``TokenStep`` refuses a model without a short convolution
-    has_snr, has_resonance = len(rule.snr) > 0, filters.basis is not None
     count_run("dissipative_memory", "triton")
     with torch.cuda.device_of(gated):
-        _remember[(len(projected), heads)](
+        _remember[(len(projected), layer.num_heads)](
             _Conv(projected, tail, taps), gamma, layer.log_eta, State(*state), position,
-            filters._replace(strength=strength_logit), _Gate(gate, *_of_linear(up), narrow), readout, gated, layer.dt,
-            constants_of(rule), heads, Variant(width, width, block, block, 1, False, has_snr, has_resonance),
+            Filters(strength_logit, *filters[1:]), _Gate(gate, *_of_linear(up), narrow), readout, gated, layer.dt,
+            constants_of(rule), layer.num_heads, variant,
             _Layer(len(taps), triton.next_power_of_2(narrow), layer.output_norm), num_warps=8, **early(gated.device),
         )  # fmt: skip
 

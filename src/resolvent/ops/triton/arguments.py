@@ -152,11 +152,12 @@ def constants_of(rule: Rule) -> Constants:
 def variant_of(tokens: Tokens, filters: Filters, rule: Rule) -> Variant:
     """Return the numbers that kernels for these tensors are compiled for."""
     half = product_dtype(tokens) != torch.float32
-    return _variant(tokens.q.shape[-1], tokens.v.shape[-1], half, len(rule.snr) > 0, filters.basis is not None)
+    return make_variant(tokens.q.shape[-1], tokens.v.shape[-1], half, len(rule.snr) > 0, filters.basis is not None)
 
 
 @functools.lru_cache(maxsize=256)
-def _variant(key: int, value: int, half: bool, snr: bool, resonance: bool) -> Variant:
+def make_variant(key: int, value: int, half: bool, snr: bool, resonance: bool) -> Variant:
+    """Return a variant for heads of these widths; arguments as in ``Variant``."""
     padded_key, padded_value = (max(16, triton.next_power_of_2(width)) for width in (key, value))
     return Variant(key, value, padded_key, padded_value, CHUNK, half, snr, resonance)
 

@@ -109,8 +109,8 @@ def causal_diagonal_backward(
     grad_alpha, grad_state = torch.empty_like(g), g.new_empty(plan.sequences, *g.shape[2:])
     sums = g.new_empty(plan.sequences, plan.segments, plan.heads)
     maps = g.new_empty(plan.programs, 4)
-    upstream, grads = _Upstream(grad.contiguous(), contiguous(grad_final)), _Gradients(grad_alpha, grad_state, sums)
-    _launch(_backward_kernel, plan, g, (upstream, g, coupling, contiguous(state), plan.offsets, maps, grads))
+    arguments = (grad.contiguous(), contiguous(grad_final), g, coupling, contiguous(state), plan.offsets, maps)
+    _launch(_backward_kernel, plan, g, (*arguments, _Gradients(grad_alpha, grad_state, sums)))
     return grad_alpha, sums.sum((0, 1)), grad_state
 
 
@@ -130,13 +130,6 @@ def _backward(ctx: Any, grad: Tensor | None, grad_final: Tensor | None) -> tuple
 
 
 torch.library.register_autograd("resolvent::causal_diagonal", _backward, setup_context=_save)
-
-
-class _Upstream(NamedTuple):
-    """Gradients of g at every site (B, N, H, 2), and of the final state (S, H, 2)."""
-
-    sites: Tensor
-    final: Tensor | None
 
 
 class _Gradients(NamedTuple):
@@ -433,7 +426,8 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["length", "heads", "segments", "span"])
 def _backward_kernel(
-    upstream,
+    grad,
+    grad_final,
     g,
     coupling,
     state,
@@ -456,7 +450,8 @@ def _backward_kernel(
     head, sequence, segment, start, count = _chain(cu_seqlens, length, heads, segments)
     m = tl.load(coupling + head)
     end = 2 * ((start + count - 1) * heads + head)
-    grad, grad_alpha = upstream.sites + end, grads.alpha + end
+    grad += end
+    grad_alpha = grads.alpha + end
     g += end
     maps += 4 * tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
@@ -466,7 +461,7 @@ def _backward_kernel(
     # The map of all sites that were passed. A number that arrives from there is b alone.
     a0, b0 = (one, zero), (zero, zero)
     if not FOLD:
-        b0 = _load_optional(upstream.final, sequence * heads + head)
+        b0 = _load_optional(grad_final, sequence * heads + head)
         if segment > 0:
             passed = (lane > 0) & (lane <= segment)
             affine = 2 * heads * (lane - 1 - segment)

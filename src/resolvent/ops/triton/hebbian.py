@@ -516,27 +516,23 @@ def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _gradient(ctx: Any, grad_readout: Tensor | None, *grad_outputs: Tensor | None) -> Any:
     tensors, rule = ctx.saved_tensors, ctx.rule
-    tokens, decay, eta, start = Tokens(*tensors[:3]), *tensors[3:5], State(*tensors[5:8])
-    filters, sequences = Filters(*tensors[8:12]), Sequences(*tensors[12:16])
-    last, last_writes, before, *met = tensors[16:]
+    inputs, start, filters, sequences, saved = tensors[:5], tensors[5:8], tensors[8:12], tensors[12:16], tensors[16:]
+    (q, _, v, _, eta), (strength, basis, _, _), last = inputs, filters, saved[0]
 
-    grad_final = State(*grad_outputs[:3]) if rule.interval else State(grad_outputs[0])
+    grad_final = grad_outputs[:3] if rule.interval else (grad_outputs[0], None, None)
     if any(x is not None for x in grad_final):
-        matrix = (count_sequences(len(tokens.q), sequences.cu_seqlens), *last.shape[1:])
+        matrix = (count_sequences(len(q), sequences[1]), *last.shape[1:])
         shapes = (matrix, matrix, matrix[:2])
-        grad_final = State(*(last.new_zeros(n) if x is None else x for x, n in zip(grad_final, shapes, strict=True)))
-    grads = _memory_backward(
-        grad_readout if grad_readout is not None else torch.zeros_like(tokens.v),
-        *grad_final,
-        *(*tokens, decay, eta, *filters, last, last_writes, before, *met, *sequences, *rule),
-    )
+        grad_final = [last.new_zeros(n) if x is None else x for x, n in zip(grad_final, shapes, strict=True)]
+    grad_readout = grad_readout if grad_readout is not None else torch.zeros_like(v)
+    grads = _memory_backward(grad_readout, *grad_final, *inputs, *filters, *saved, *sequences, *rule)
     of_tokens, grad_eta, of_state, of_filters = grads[:4], grads[4], grads[5:8], grads[8:]
+
     grad_state = [None if x is None else grad for x, grad in zip(start, of_state, strict=True)]
     if not rule.interval:
         grad_state[1:] = None, None
-    grad_strength = of_filters[0].sum(0) if filters.strength is not None else None
-    has_resonance = filters.basis is not None
-    grad_resonance = (None, of_filters[1].sum(0), of_filters[2].sum(0)) if has_resonance else (None, None, None)
+    grad_strength = of_filters[0].sum(0) if strength is not None else None
+    grad_resonance = (None, of_filters[1].sum(0), of_filters[2].sum(0)) if basis is not None else (None, None, None)
     grad_inputs = (*of_tokens, grad_eta.sum(0).to(eta.dtype), *grad_state, grad_strength, *grad_resonance)
     return *grad_inputs, *[None] * 8
 
