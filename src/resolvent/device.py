@@ -51,14 +51,14 @@ class _Deterministic:
     """PyTorch's settings for deterministic algorithms, on while any block wants them."""
 
     def __init__(self) -> None:
+        self._memory: Any = torch.utils.deterministic
         self._lock, self._blocks, self._before = threading.Lock(), 0, (False, True)
 
     def begin(self) -> None:
         with self._lock:
             if not self._blocks:
-                memory: Any = torch.utils.deterministic
-                self._before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
-                self._set(True, False)  # filling memory takes time, and nobody reads what nobody wrote
+                self._before = torch.are_deterministic_algorithms_enabled(), self._memory.fill_uninitialized_memory
+                self._set(True, False)  # no operator reads uninitialised memory, and filling it takes time
             self._blocks += 1
 
     def end(self) -> None:
@@ -69,8 +69,7 @@ class _Deterministic:
 
     def _set(self, algorithms: bool, fill_memory: bool) -> None:
         torch.use_deterministic_algorithms(algorithms)
-        memory: Any = torch.utils.deterministic
-        memory.fill_uninitialized_memory = fill_memory
+        self._memory.fill_uninitialized_memory = fill_memory
 
 
 _deterministic = _Deterministic()

@@ -14,7 +14,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -248,7 +248,7 @@ def append_to(path: Path) -> FileIO:
     return FileIO(path, "a", opener=lambda name, mode: os.open(name, mode | _NOFOLLOW, 0o666))
 
 
-def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
+def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
     """Open a file for reading, without ever waiting for the other end of a pipe.
 
     Args:

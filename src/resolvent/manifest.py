@@ -86,7 +86,7 @@ def _compare(path: Path, found: dict[str, Any], expected: object) -> None:
 def description(path: Path) -> dict[str, Any]:
     """Return the size and the SHA-256 of a file."""
     with open_regular(path) as file:
-        digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+        digest = hashlib.file_digest(file, "sha256")
         return _describe(file.tell(), digest.hexdigest())
 
 

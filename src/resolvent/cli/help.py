@@ -8,20 +8,21 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 
-class Command(TyperCommand):
-    """A command whose help cuts no name off."""
+class _FoldedHelp:
+    """Mixin for commands: the help folds names that are too long for their column."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _fold_names()
-        super().format_help(ctx, formatter)
+        inherited: Any = super()
+        inherited.format_help(ctx, formatter)
 
 
-class Group(TyperGroup):
-    """A group of commands whose help cuts no name off."""
+class Command(_FoldedHelp, TyperCommand):
+    """A command whose help folds long names instead of cutting them."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        _fold_names()
-        super().format_help(ctx, formatter)
+
+class Group(_FoldedHelp, TyperGroup):
+    """A group of commands whose help folds long names instead of cutting them."""
 
 
 def flowing(command: Callable[..., Any]) -> str:

@@ -274,9 +274,11 @@ def _decode_chunks(data: Iterable[bytes], encoding: str, path: Path, reading: Re
 
 def _remembered(chunks: Iterator[str], seen: list[str], path: Path, reading: Reading) -> Iterator[str]:
     """Yield chunks and keep them in `seen`, so that they can be read again."""
+    held = 0
     for chunk in chunks:
         seen.append(chunk)
-        reading.check(path, sum(map(sys.getsizeof, seen)))
+        held += sys.getsizeof(chunk)
+        reading.check(path, held)
         yield chunk
 
 

@@ -47,9 +47,9 @@ def lines_of(chunks: Iterable[str]) -> Iterator[str]:
     yield "".join(rest)
 
 
-def sampled_objects(lines: Iterable[str]) -> list[dict[str, Any]]:
+def sampled_objects(lines: Iterable[str]) -> list[dict[str, object]]:
     """Return the objects in the first `SAMPLED_LINES` lines that are not blank, or none if one holds anything else."""
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, object]] = []
     for line in lines:
         if not line.strip():
             continue
@@ -224,7 +224,7 @@ def _fault(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def _document(record: Any, place: str, text_field: str, count: Callable[[int], None]) -> str:
+def _document(record: object, place: str, text_field: str, count: Callable[[int], None]) -> str:
     if not isinstance(record, dict) or text_field not in record:
         held = f"the fields {shown(sorted(record)[:20])}" if isinstance(record, dict) else f"a {_kind(record)}"
         raise DataError(
@@ -240,7 +240,7 @@ def _document(record: Any, place: str, text_field: str, count: Callable[[int], N
     return document
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "number" if isinstance(value, _Number) else type(value).__name__
 
 

@@ -44,8 +44,9 @@ def split_documents(
     if not any(documents):
         raise DataError("there are no documents to split; give at least one")
     copies = Counter(text for text in documents if text)
-    cuts = _cuts(copies, validation_fraction, seed)
-    share = _held_bytes(copies, cuts) / _held_bytes(copies, dict.fromkeys(copies, 0))
+    sizes = {text: number * len(text.encode()) for text, number in copies.items()}
+    cuts = _cuts(copies, sizes, validation_fraction, seed)
+    share = _held_bytes(copies, sizes, cuts) / sum(sizes.values())
     if abs(share - validation_fraction) > _TOLERANCE * min(validation_fraction, 1 - validation_fraction):
         logger.warning(
             f"{share:.1%} of the bytes are held out instead of {validation_fraction:.0%}: the documents are too few, "
@@ -56,15 +57,21 @@ def split_documents(
     return train, [held_out for _, held_out in parts if held_out]
 
 
-def _cuts(copies: Counter[str], fraction: float, seed: int) -> dict[str, int]:
-    """Return the texts that are held out, each with the number of its first character that is: 0 for a whole text."""
-    sizes = {text: number * len(text.encode()) for text, number in copies.items()}
+def _cuts(copies: Counter[str], sizes: dict[str, int], fraction: float, seed: int) -> dict[str, int]:
+    """Return the texts that are held out, each with the index of its first character held out: 0 for a whole text.
+
+    Args:
+        copies: the number of copies of each text.
+        sizes: the bytes of all copies of each text.
+        fraction: the share of the bytes to hold out.
+        seed: of the order of the texts.
+    """
     total = sum(sizes.values())
     smaller_part = min(fraction, 1 - fraction) * total
     # 1. Texts that no part can take whole.
     large = {text for text, size in sizes.items() if size > smaller_part}
     cuts = {text: cut for text in large if (cut := _cut_position(text, 1 - fraction)) is not None}
-    wanted = fraction * total - _held_bytes(copies, cuts)
+    wanted = fraction * total - _held_bytes(copies, sizes, cuts)
     # 2. Whole texts. Those that are large and yet too short to be cut come last.
     order = sorted(sizes.keys() - cuts.keys(), key=lambda text: (text in large, _digest(text, seed)))
     sums = list(accumulate((sizes[text] for text in order), initial=0))
@@ -89,9 +96,9 @@ def _digest(text: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}\n{text}".encode()).digest()
 
 
-def _held_bytes(copies: Counter[str], cuts: dict[str, int]) -> int:
-    """Return the bytes that follow the first characters of texts."""
-    return sum(copies[text] * len(text[cut:].encode()) for text, cut in cuts.items())
+def _held_bytes(copies: Counter[str], sizes: dict[str, int], cuts: dict[str, int]) -> int:
+    """Return the number of bytes that cuts hold out."""
+    return sum(copies[text] * len(text[cut:].encode()) if cut else sizes[text] for text, cut in cuts.items())
 
 
 def _cut_position(text: str, part: float) -> int | None:

@@ -47,12 +47,8 @@ class LanguageScore:
             raise DataError("there is no text to evaluate: every document is empty")
         if not math.isfinite(nats):
             raise ResolventError(f"the model's loss on this text is {nats}: its weights or logits are not finite")
-        return cls.of(nats / tokens, nats / math.log(2) / num_bytes, tokens)
-
-    @classmethod
-    def of(cls, loss: float, bits_per_byte: float, tokens: int) -> "LanguageScore":
-        """Return the score of a loss, with its perplexity."""
-        return cls(loss, math.exp(min(loss, 700.0)), bits_per_byte, tokens)
+        loss = nats / tokens
+        return cls(loss, math.exp(min(loss, 700.0)), nats / math.log(2) / num_bytes, tokens)
 
 
 @dataclass(frozen=True)

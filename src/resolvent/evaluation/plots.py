@@ -26,18 +26,27 @@ _MARKS = ("o", "x", "^")
 _LINES = ("-", "--", ":")  # where curves coincide, both are seen
 
 
-def check_plot(path: Path) -> None:
-    """Make sure, before anything is measured, that a plot can be drawn there.
+def check_format(path: Path) -> None:
+    """Check that the name of a plot's file ends in one of the formats.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the file's name ends in none of the formats.
+        ConfigError: the name has another ending.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"{path} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+
+
+def check_plot(path: Path) -> None:
+    """Check, before anything is measured, that a plot can be drawn.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or the name of the file ends in none of the formats.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"drawing {path} needs matplotlib ({error}): pip install 'resolvent[plots]'") from error
-    if path.suffix.lower() not in FORMATS:
-        raise ConfigError(f"{path} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    check_format(path)
 
 
 def plot_positions(scores: PositionScores, path: Path) -> None:

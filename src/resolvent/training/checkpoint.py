@@ -116,8 +116,7 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
     faults: list[CheckpointError] = []
     for checkpoint in reversed(_checkpoints(run_dir)):
         try:
-            refuse_link(checkpoint)
-            check_files(checkpoint, _files(checkpoint))
+            _check(checkpoint)
             return checkpoint, faults
         except VersionError:
             raise
@@ -283,10 +282,19 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted((int(name[1]), path) for name, path in found if name)]
 
 
+def _check(checkpoint: Path) -> None:
+    """Compare the files of a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: a file is missing or changed, or the checkpoint is a link.
+    """
+    refuse_link(checkpoint)
+    check_files(checkpoint, _files(checkpoint))
+
+
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        refuse_link(checkpoint)
-        check_files(checkpoint, _files(checkpoint))
+        _check(checkpoint)
     except CheckpointError:
         return False
     return True

@@ -146,13 +146,14 @@ def _clear(run_dir: Path) -> None:
         CheckpointError: something cannot be removed.
     """
     from resolvent.models.storage import WEIGHTS
+    from resolvent.training.checkpoint import FOLDER
     from resolvent.training.metrics import FILE_NAME
     from resolvent.training.tracking import ID_FILE, TENSORBOARD_DIR
 
     try:
         for name in (MANIFEST, STEPS_FILE, RESULT_FILE, FILE_NAME, ID_FILE, WEIGHTS, *fixed_files()):
             (run_dir / name).unlink(missing_ok=True)
-        for folder in (run_dir / "checkpoints", run_dir / TENSORBOARD_DIR):
+        for folder in (run_dir / FOLDER, run_dir / TENSORBOARD_DIR):
             remove(folder)
     except OSError as error:
         raise CheckpointError(f"cannot empty the run folder {run_dir}: {error}; remove what is in it") from error

@@ -163,7 +163,7 @@ def _resume(
         )
     taken = 0 if checkpoint is None else load_trainer_state(checkpoint).step
     before, config = config, _with_steps(config, steps, taken)
-    if checkpoint is not None and (finished := _finished(config, checkpoint, accelerator)) is not None:
+    if checkpoint is not None and (finished := _finished(config, checkpoint, taken, accelerator)) is not None:
         score = finished.validation
         say(
             console,
@@ -221,10 +221,10 @@ def _stretched(before: TrainingConfig, after: TrainingConfig, taken: int) -> str
     return text
 
 
-def _finished(config: TrainingConfig, checkpoint: Path, accelerator: Accelerator) -> TrainingResult | None:
+def _finished(config: TrainingConfig, checkpoint: Path, taken: int, accelerator: Accelerator) -> TrainingResult | None:
     """Return the result of a run that has come to its end; None if its last validation is missing."""
-    run_dir, state = config.run_dir, load_trainer_state(checkpoint)
-    score = read_result(run_dir, config.steps) if state.step == config.steps else None
+    run_dir = config.run_dir
+    score = read_result(run_dir, config.steps) if taken == config.steps else None
     if score is None:
         return None
     model = _load(config, checkpoint, accelerator)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resolvent.cli.console import report_console, show_table, write_result
-from resolvent.cli.loading import check_output, documents_of
+from resolvent.cli.loading import check_output, documents_of, wrong_usage
 from resolvent.runs import load_trained
 from resolvent.seeds import MOST_SEED
 from resolvent.terminal import say
@@ -24,12 +24,10 @@ def _check_plot(path: Path | None) -> Path | None:
     """Refuse, before anything is measured, a plot that cannot be drawn."""
     if path is not None:
         check_output(path, "--plot")
-        from resolvent.evaluation.plots import FORMATS, check_plot
+        from resolvent.evaluation.plots import check_format, check_plot
 
-        if path.suffix.lower() not in FORMATS:
-            raise typer.BadParameter(
-                f"{path} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.", param_hint="--plot"
-            )
+        with wrong_usage("--plot"):
+            check_format(path)
         check_plot(path)
     return path
 
