@@ -30,7 +30,7 @@ from resolvent.runs import RUN_FILE, load_trained
 from resolvent.training import TrainingConfig, resume, train
 from resolvent.training.corpus import load_corpus
 from resolvent.training.metrics import FILE_NAME
-from resolvent.training.record import read_run
+from resolvent.training.run_folder import read_run
 
 SECOND_HALF = 1_000_000  # added to the seed of a run that goes on, which else would read the first half's batches again
 

@@ -16,7 +16,7 @@ from resolvent.data import load_documents
 from resolvent.models import load_model
 from resolvent.models.phase2 import get_phase2_preset
 from resolvent.training import TrainingConfig
-from resolvent.training.record import read_run
+from resolvent.training.run_folder import read_run
 
 Resolvent = Callable[..., Any]
 

@@ -14,7 +14,7 @@ from resolvent.manifest import write_manifest
 from resolvent.models import load_model, save_model
 from resolvent.runs import RUN_FILE, fixed_files
 from resolvent.training.corpus import split_corpus
-from resolvent.training.record import read_run
+from resolvent.training.run_folder import read_run
 
 Resolvent = Callable[..., Any]
 DEVICE = ("--device", "cpu")

@@ -13,7 +13,7 @@ from resolvent.data import load_documents, load_tokenizer
 from resolvent.evaluation import evaluate_documents
 from resolvent.models import load_model
 from resolvent.training.corpus import split_corpus
-from resolvent.training.record import read_run
+from resolvent.training.run_folder import read_run
 from tests.cli.conftest import Outcome
 
 Resolvent = Callable[..., Outcome]

@@ -9,7 +9,7 @@ from resolvent.data.content import NotText
 from resolvent.data.folders import files_below
 from resolvent.errors import DataError
 from resolvent.manifest import MANIFEST
-from resolvent.training.record import beginning, new_run
+from resolvent.training.run_folder import beginning, new_run
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -10,7 +10,7 @@ from experiments import conversion
 from experiments.conversion import Model, Outcome, Plan, as_markdown, average, measure
 from resolvent import Phase1Config, load_model
 from resolvent.models.phase1 import Phase1IntegratedModel
-from resolvent.training.record import read_run
+from resolvent.training.run_folder import read_run
 
 SMALL = Phase1Config(d_model=32, n_layers=2, n_seq=256, num_heads=2, ar_ssm_max_rank=6, htt_rank=5, dropout=0.0)
 

@@ -25,7 +25,7 @@ with atheris.instrument_imports(include=["resolvent.files", "resolvent.manifest"
     from resolvent.models.phase2 import Phase2State
     from resolvent.training.checkpoint import load_trainer_state
     from resolvent.training.metrics import MetricsLog
-    from resolvent.training.record import read_run
+    from resolvent.training.run_folder import read_run
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-4"
 RUN, CHECKPOINT = GOLDEN / "run", GOLDEN / "run" / "checkpoints" / "step-00000003"

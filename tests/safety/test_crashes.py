@@ -15,7 +15,7 @@ from resolvent.files import partial_name
 from resolvent.models import load_model
 from resolvent.training.checkpoint import find_checkpoint, load_trainer_state
 from resolvent.training.config import Tracker
-from resolvent.training.record import has_begun
+from resolvent.training.run_folder import has_begun
 from tests.safety.victim import TEXT, minute_config, start
 from tests.training.test_training_tracking import scalars
 

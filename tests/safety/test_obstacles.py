@@ -24,7 +24,7 @@ from resolvent.files import atomic_directory, locked, partial_name, write_file
 from resolvent.manifest import MANIFEST
 from resolvent.training import resume, train
 from resolvent.training.checkpoint import find_checkpoint, load_trainer_state
-from resolvent.training.record import has_begun, new_run
+from resolvent.training.run_folder import has_begun, new_run
 from resolvent.training.trainer import Trainer
 from tests.cli.conftest import call
 from tests.safety.test_crashes import outcome

@@ -33,7 +33,7 @@ from resolvent.terminal import shell_word
 from resolvent.training import resume
 from resolvent.training.checkpoint import load_optimizer, load_trainer_state
 from resolvent.training.optimizer import build_optimizer
-from resolvent.training.record import read_run
+from resolvent.training.run_folder import read_run
 from tests.cli.conftest import call
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-4"

@@ -14,7 +14,7 @@ import torch
 from resolvent.models.phase2 import Phase2Config
 from resolvent.training import TrainingConfig, resume, train
 from resolvent.training.config import Tracker
-from resolvent.training.record import has_begun
+from resolvent.training.run_folder import has_begun
 
 torch.set_num_threads(1)
 

@@ -19,7 +19,7 @@ from resolvent.models import load_model
 from resolvent.training import TrainingConfig, TrainingInterrupted, resume, train
 from resolvent.training.trainer import Trainer
 
-from .test_training_finite import on_start, spoil_loss
+from .test_training_nonfinite import on_start, spoil_loss
 from .test_training_run import after_step, metrics
 
 pytestmark = pytest.mark.gpu

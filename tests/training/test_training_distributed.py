@@ -23,7 +23,7 @@ from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
 from resolvent.tensors import read_tensors
 from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupted, resume, train
 from resolvent.training.checkpoint import find_checkpoint
-from resolvent.training.record import has_begun
+from resolvent.training.run_folder import has_begun
 from resolvent.training.trainer import Trainer
 from tests.processes import Failed, together
 

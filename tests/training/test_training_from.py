@@ -15,7 +15,7 @@ from resolvent.models import IntegratedModel, load_model, save_model
 from resolvent.models.phase1 import Phase1Config
 from resolvent.models.phase2 import Phase2IntegratedModel, convert_phase1_to_phase2
 from resolvent.training import TrainingConfig, resume, train
-from resolvent.training.record import read_run
+from resolvent.training.run_folder import read_run
 from resolvent.training.trainer import Trainer
 
 from .test_training_run import after_step, assert_same_run, metrics

@@ -11,7 +11,7 @@ from resolvent.models import load_model
 from resolvent.models.phase1 import Phase1Config, Phase1IntegratedModel
 from resolvent.models.phase2 import Phase2Config
 from resolvent.training import TrainingConfig, TrainingInterrupted, resume, train
-from resolvent.training.record import read_run
+from resolvent.training.run_folder import read_run
 from resolvent.training.trainer import Trainer
 
 from .test_training_run import assert_same_run

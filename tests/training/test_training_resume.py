@@ -14,7 +14,7 @@ from resolvent.errors import CheckpointError, ConfigError
 from resolvent.runs import load_trained
 from resolvent.training import TrainingConfig, TrainingInterrupted, resume, train
 from resolvent.training.checkpoint import find_checkpoint
-from resolvent.training.record import read_run
+from resolvent.training.run_folder import read_run
 from resolvent.training.trainer import Trainer
 
 from .test_training_run import after_step, assert_same_run, metrics

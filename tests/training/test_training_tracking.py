@@ -21,7 +21,7 @@ from resolvent.training.diagnostics import gradient_norms, read_diagnostics
 from resolvent.training.tracking import tracker_options
 from resolvent.training.trainer import Trainer
 from tests.models.small import PHASE1, PHASE2, tokens
-from tests.training.test_training_finite import on_start, spoil_loss
+from tests.training.test_training_nonfinite import on_start, spoil_loss
 from tests.training.test_training_run import after_step, assert_same_run, metrics
 
 MakeConfig = Callable[..., TrainingConfig]

@@ -109,7 +109,7 @@ def documents_of(directory: Path, data: list[str] | None, text_field: str | None
     from resolvent.data import load_documents
     from resolvent.errors import CheckpointError
     from resolvent.training.corpus import split_corpus
-    from resolvent.training.record import read_run
+    from resolvent.training.run_folder import read_run
 
     if data is None and held_out:
         raise ConfigError("--held-out says what to read of a text: name it with --data")

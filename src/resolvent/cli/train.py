@@ -100,7 +100,7 @@ def train(
             if change:
                 config.model, config.preset = chosen, None
     from resolvent import training
-    from resolvent.training.record import has_begun
+    from resolvent.training.run_folder import has_begun
 
     console = _console(json_path)
     run_dir = resume or config.run_dir

@@ -30,7 +30,7 @@ from resolvent.training.checkpoint import find_checkpoint, load_trainer_state, l
 from resolvent.training.config import Tracker, TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus, text_name
 from resolvent.training.memory import check_memory
-from resolvent.training.record import beginning, check_new, new_run, read_result, read_run, write_run, write_steps
+from resolvent.training.run_folder import beginning, check_new, new_run, read_result, read_run, write_run, write_steps
 from resolvent.training.sharding import is_sharded, shard, whole_weights
 from resolvent.training.tracking import tracker_options
 from resolvent.training.trainer import Trainer, TrainingResult

@@ -37,12 +37,12 @@ from resolvent.training.checkpoint import (
 )
 from resolvent.training.config import FROM_RATE, TrainingConfig
 from resolvent.training.corpus import Corpus
-from resolvent.training.finite import NonFiniteError, offending_gradient, offending_weight
 from resolvent.training.interrupt import StopRequest, TrainingInterrupted
 from resolvent.training.metrics import FILE_NAME, History, MetricsLog, read_history
+from resolvent.training.nonfinite import NonFiniteError, offending_gradient, offending_weight
 from resolvent.training.optimizer import build_optimizer
 from resolvent.training.progress import TrainingDisplay, format_duration
-from resolvent.training.record import write_result
+from resolvent.training.run_folder import write_result
 from resolvent.training.sharding import is_sharded, whole_tensor, whole_weights
 from resolvent.training.tracking import Tracking
 
