@@ -1,4 +1,4 @@
-"""What growing from Phase 1 is worth: `python -m experiments.conversion`.
+"""Compare a converted Phase 1 model with one trained from scratch: `python -m experiments.conversion`.
 
 For every seed a Phase 1 model is trained and converted to Phase 2. Then both are trained on: for as many steps again,
 on the same batches, with the same schedule. Beside them a Phase 2 model of the same sizes is trained from fresh weights

@@ -1,4 +1,4 @@
-"""What several GPUs are worth: `python -m experiments.many_gpus --help`.
+"""Measure training on several GPUs against one: `python -m experiments.many_gpus --help`.
 
 `throughput` runs `resolvent train` with one process and with several, each with as many tokens a step as the one, and
 compares the tokens a second of their metrics. `sequence`, under torchrun, lets all processes read a sequence together:

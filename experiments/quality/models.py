@@ -31,7 +31,7 @@ the size."""
 
 @dataclass(frozen=True)
 class Size:
-    """What all entries of a comparison have in common.
+    """Sizes that all entries of a comparison share.
 
     Attributes:
         vocabulary: tokens.

@@ -1,6 +1,6 @@
 """Tables of runs.
 
-They show every model at its best learning rate, the learning rates beside each other, and what a mechanism is worth.
+They show every model at its best learning rate, the learning rates side by side, and the gain of each mechanism.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where to compute, and whether the same bits shall come of it every time."""
+"""Choice of the device, and deterministic algorithms on CUDA."""
 
 import os
 import threading

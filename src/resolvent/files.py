@@ -162,9 +162,10 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder that is not needed any more, under a name by which nobody takes a half of it for the whole.
+    """Rename a folder that is not needed any more to a partial name, and remove it.
 
-    What cannot be removed stays, which a warning says: nothing depends on it. `sweep` tries again.
+    If the process is killed meanwhile, the partial name marks the rest as incomplete. A folder that cannot be removed
+    stays, and a warning is logged: nothing depends on the folder. `sweep` tries again.
     """
     away = partial_name(path.with_name(f"{path.name.strip('.')}.{secrets.token_hex(4)}"))
     try:
@@ -300,7 +301,7 @@ def read_lines(path: Path, *, follow_links: bool = True) -> Iterator[bytes]:
 
 
 def steadily(read: Callable[[], T], *paths: Path) -> T:
-    """Return what `read` returns. Where it fails although another process replaced one of the files, read again."""
+    """Call `read` and return its result; call it again if it failed while another process replaced one of the files."""
     for _ in range(_MOST_ATTEMPTS):
         before = [_identity(path) for path in paths]
         try:
@@ -312,7 +313,7 @@ def steadily(read: Callable[[], T], *paths: Path) -> T:
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
-    """What changes with a file, or None where there is none."""
+    """Return numbers that change when the file is replaced or written; None if there is no file."""
     try:
         status = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""manifest.json: size and SHA-256 of a folder's files, so that damage is found before anything is made of it."""
+"""manifest.json: size and SHA-256 of a folder's files, to detect damage before a file is used."""
 
 import hashlib
 import json
@@ -91,12 +91,12 @@ def description(path: Path) -> dict[str, Any]:
 
 
 def _describe(length: int, digest: str) -> dict[str, Any]:
-    """The entry of a file."""
+    """Return the manifest entry of a file."""
     return {"bytes": length, "sha256": digest}
 
 
 def is_as_described(path: Path, entry: object) -> bool:
-    """Whether a file is the one that `description` described; one of another size is not read."""
+    """Return True if a file matches its manifest entry; a file of another size is not read."""
     try:
         return isinstance(entry, dict) and path.stat().st_size == entry.get("bytes") and description(path) == entry
     except OSError:
@@ -110,5 +110,5 @@ def sealed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_sealed(record: dict[str, Any]) -> bool:
-    """Whether a record is as `sealed` returned it."""
+    """Return True if a record still has the SHA-256 that `sealed` gave it."""
     return record == sealed({name: value for name, value in record.items() if name != "sha256"})

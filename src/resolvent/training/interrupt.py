@@ -1,4 +1,4 @@
-"""Signals that ask training to stop: finish the step, save, then stop."""
+"""Signals that stop training after the current step, with a checkpoint."""
 
 import signal
 import threading
@@ -16,10 +16,10 @@ HANGUP: int | None = getattr(signal, "SIGHUP", None)
 
 
 class TrainingInterrupted(BaseException):
-    """Training was asked to stop, and has saved itself. Like KeyboardInterrupt, this is not an error.
+    """A signal stopped training, after a checkpoint was saved. Like KeyboardInterrupt, this is not an error.
 
     Attributes:
-        signal_number: the signal that asked, such as `signal.SIGINT`.
+        signal_number: the signal, such as `signal.SIGINT`.
         run_dir: the run folder to resume.
         step: the step of its last checkpoint.
     """
@@ -42,7 +42,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def _handled(*numbers: int) -> list[int]:
-    """Return the signals that this thread can handle and that nobody has switched off, as `nohup` does SIGHUP."""
+    """Return the signals that this thread can handle and that are not ignored; `nohup` ignores SIGHUP."""
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
         return []
     return [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
@@ -67,8 +67,8 @@ def terminable() -> Iterator[None]:
 class StopRequest:
     """Keeps the first signal of `STOPPING` within a `with` block in `signal_number`.
 
-    A second SIGINT or SIGTERM acts as ever. A second SIGHUP does nothing: shells pass on the one that the terminal
-    sends, so that it often comes twice.
+    A second SIGINT or SIGTERM acts as without this block. A second SIGHUP does nothing: it often comes twice, since
+    shells pass on the SIGHUP of the terminal.
 
     Args:
         hang_up: called at a SIGHUP, after which nothing can be shown on the terminal.

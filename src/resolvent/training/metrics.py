@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, for every step and every validation."""
+"""metrics.jsonl: one JSON object per line, for every step and every validation."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ FILE_NAME = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What was measured in a training step.
+    """Measurements of a training step.
 
     Attributes:
         step: number of the step, from 1.
@@ -41,7 +41,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class ValidationMetrics:
-    """What a validation measured.
+    """Measurements of a validation.
 
     Attributes:
         step: number of the step after which the model was validated.

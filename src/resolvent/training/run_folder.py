@@ -1,4 +1,4 @@
-"""training.json: what a run was started with; and the lock and the manifest that make its folder a run."""
+"""Run folders: the configuration in training.json, the lock and the manifest."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -33,12 +33,12 @@ RESULT_FILE = "result.json"
 
 
 def has_begun(run_dir: Path) -> bool:
-    """Whether a folder is a run's that can be resumed: its manifest is written last."""
+    """Return True if the folder holds a run that can be resumed: the manifest is written last."""
     return (run_dir / RUN_FILE).exists() and (run_dir / MANIFEST).exists()
 
 
 def is_run(run_dir: Path) -> bool:
-    """Whether a folder's files say that a run began in it: files of these names may be of somebody else."""
+    """Return True if the contents of a folder's files show that a run began in it; their names alone do not."""
     try:
         listed, record = (read_json(run_dir / name) for name in (MANIFEST, RUN_FILE))
     except CheckpointError:
