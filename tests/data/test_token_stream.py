@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from resolvent.data import EOT, build_tokenizer, encode_documents, load_tokenizer
-from resolvent.data.pieces import pieces
+from resolvent.data.tokenization import pieces
 from resolvent.errors import DataError
 from resolvent.memory import Memory
 

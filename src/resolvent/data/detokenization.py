@@ -1,4 +1,4 @@
-"""Text of tokens in their place, behind the tokens before them.
+"""Decoding of tokens in the context of the tokens before them.
 
 Many decoders write a token differently when it stands alone: Metaspace and Unigram drop the space before a first token,
 WordPiece keeps its ##, and bytes form characters only together. So no token is decoded alone.
@@ -12,11 +12,11 @@ from resolvent.native import panics_are_errors
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _MOST_HELD = 16
-"""Largest number of tokens that are held back; a character has at most four bytes."""
+"""Largest number of tokens that are held back, since a character has at most four bytes."""
 
 
 class TextStream:
-    """Decoder of tokens that arrive one by one, each behind those before it.
+    """Decoder of tokens that arrive one by one, each in the context of earlier tokens.
 
     The pieces together are the text of all tokens without the text of the prompt. Bytes of an incomplete character are
     held back until the character is whole.
@@ -37,7 +37,7 @@ class TextStream:
         """Return the text that a token completes: "" where it is held back or adds nothing."""
         self._tokens.append(token)
         text, held = self._text(), len(self._tokens) - self._context
-        broken = text.endswith(_BROKEN)  # later bytes may make a character of its end
+        broken = text.endswith(_BROKEN)  # later bytes may complete its last character
         if broken and held < _MOST_HELD:
             return ""
         piece = text[self._shown : len(text) - broken]
@@ -47,7 +47,7 @@ class TextStream:
         return piece
 
     def rest(self) -> str:
-        """Return the text of the tokens that are still held back, at the end."""
+        """Return the text of the tokens that are held back at the end."""
         return self._text()[self._shown :]
 
     @panics_are_errors()
@@ -56,7 +56,7 @@ class TextStream:
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
-    """Decode tokens that arrive one by one, behind the tokens of a prompt; see ``TextStream``."""
+    """Decode tokens that arrive one by one after a prompt; see ``TextStream``."""
     stream = TextStream(tokenizer, prompt)
     pieces = (stream.push(token) for token in ids)
     yield from filter(None, pieces)
@@ -66,7 +66,7 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int
 
 @panics_are_errors()
 def added_texts(tokenizer: Tokenizer, before: int, candidates: Sequence[int]) -> list[str]:
-    """Return the text that each candidate adds behind a token; a character that it completes is included."""
+    """Return the text that each candidate adds after a token, with a character that the candidate completes."""
     known = tokenizer.decode([before], skip_special_tokens=False).rstrip(_BROKEN)
     texts = tokenizer.decode_batch([[before, token] for token in candidates], skip_special_tokens=False)
     return [text.removeprefix(known) for text in texts]

@@ -16,12 +16,11 @@ _MODEL_FILES = ("config.json", "model.safetensors")
 def files_below(folder: Path) -> tuple[list[Path], list[NotText]]:
     """Find the files below a folder, in sorted order.
 
-    Hidden files and folders are passed over, and so are caches: `__pycache__` and folders with a
-    `CACHEDIR.TAG`. Run folders, also of runs that are about to begin, folders of saved models and links to folders are
-    left out.
+    Hidden files, hidden folders and caches (`__pycache__` and folders with a `CACHEDIR.TAG`) are skipped without
+    notice. Run folders, folders of saved models and links to folders are left out and reported.
 
     Returns:
-        The files, and what was left out.
+        The files, and the paths that were left out.
 
     Raises:
         NotText: the folder itself is that of a run or a model.
@@ -45,7 +44,7 @@ def files_below(folder: Path) -> tuple[list[Path], list[NotText]]:
 
 
 def _output(folder: Path) -> str | None:
-    """Return what a folder of this library holds, or None."""
+    """Return the kind of a folder that this library wrote, or None."""
     if ((folder / MANIFEST).exists() and (folder / RUN_FILE).exists()) or partial_name(folder / MANIFEST).exists():
         return "the folder of a run"
     if all((folder / name).exists() for name in _MODEL_FILES):

@@ -118,8 +118,8 @@ class Reading:
 def read_documents(path: Path, reading: Reading) -> Iterator[str]:
     """Yield the documents of one file.
 
-    The content decides, and the name only where the rules say so. The file may be compressed with gzip, bzip2, xz or
-    zstd. It is UTF-8, or it has the byte order mark of UTF-8, UTF-16 or UTF-32. The first rule that applies:
+    The content decides the format, and the name where the rules say so. The file may be compressed with gzip, bzip2, xz
+    or zstd. It is UTF-8, or it has the byte order mark of UTF-8, UTF-16 or UTF-32. The first rule that applies:
 
     1. A name that ends in `.csv`, `.tsv` or `.tab` is a table, which is refused.
     2. A name that ends in `.jsonl` or `.ndjson` is JSON Lines: a document in the field `text_field` of each line.
@@ -129,8 +129,8 @@ def read_documents(path: Path, reading: Reading) -> Iterator[str]:
     4. A file that begins with `[` is a JSON array if its first value is an object that has the field: a document in the
        field of each object.
     5. Any other name that ends in `.json` is refused.
-    6. A file whose first line names a column as the field is named, and whose first five records have as many columns,
-       is a table, which is refused.
+    6. A file whose first line names a column like the field, and whose first five records have equally many columns, is
+       a table, which is refused.
     7. Anything else is plain text: lines that are exactly `<|endoftext|>` separate documents.
 
     The suffix of a compression does not count: `.jsonl.zst` is `.jsonl`. A binary file that begins with `PAR1` is
@@ -138,7 +138,7 @@ def read_documents(path: Path, reading: Reading) -> Iterator[str]:
 
     Args:
         path: the file.
-        reading: the state that this file adds to.
+        reading: the state of the text; it is updated.
 
     Raises:
         NotText: before the first document: the file is not text, or no regular file.
@@ -158,7 +158,7 @@ def read_documents(path: Path, reading: Reading) -> Iterator[str]:
 
 @contextmanager
 def faults_of(path: Path) -> Generator[None, None, None]:
-    """Turn the errors of all readers into one that names the file."""
+    """Convert the errors of all readers to a DataError that names the file."""
     try:
         yield
     except DataError:
@@ -172,7 +172,7 @@ def faults_of(path: Path) -> Generator[None, None, None]:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a regular file. To open or to read a pipe, a device or a socket may wait, or never end.
+    """Open a regular file. Reading a pipe, a device or a socket could block or never end.
 
     Raises:
         NotText: it is no regular file.
@@ -189,7 +189,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _is_parquet(file: BinaryIO, path: Path) -> bool:
-    """Return True for Parquet, damaged or not; the file is at its beginning again afterwards."""
+    """Return True for Parquet, damaged or not, and rewind the file."""
     if file.read(len(_PARQUET)) != _PARQUET:
         file.seek(0)
         return False
@@ -292,7 +292,7 @@ def _bounded_lines(chunks: Iterable[str], path: Path, reading: Reading) -> Itera
 
 
 def _separated(chunks: Iterable[str]) -> Iterator[str]:
-    """Cut text that comes in chunks at the lines that are exactly the separator."""
+    """Split text that comes in chunks at the lines that are exactly the separator."""
     document: list[str] = []
     lines: list[str] = []
     for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Read documents from one field of records: JSON Lines, a JSON array, Parquet. Other fields are not looked at."""
+"""Read documents from one field of records: JSON Lines, a JSON array, Parquet. Other fields are ignored."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from resolvent.errors import DataError
 from resolvent.files import shown
 
 SAMPLED_LINES = 100
-"""Lines that must be JSON objects in JSON Lines whose file name does not say so."""
+"""Lines that must be JSON objects if the file name does not name JSON Lines."""
 
 _BATCH_BYTES = 1 << 24
 _MOST_ROWS = 1024
@@ -21,7 +21,7 @@ _NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 class _Number:
-    """A number of JSON, not converted: Python refuses to convert thousands of digits."""
+    """A JSON number that stays a string: Python refuses to convert thousands of digits."""
 
     def __init__(self, literal: str) -> None:
         self.literal = literal
@@ -34,7 +34,7 @@ _DECODER = json.JSONDecoder(parse_int=_Number, parse_float=_Number, parse_consta
 
 
 def lines_of(chunks: Iterable[str]) -> Iterator[str]:
-    """Cut text that comes in chunks into lines, without their ends."""
+    """Split text that comes in chunks into lines without line ends."""
     rest: list[str] = []
     for chunk in chunks:
         first, *others = chunk.split("\n")
@@ -78,11 +78,11 @@ def json_lines(lines: Iterable[str], path: Path, text_field: str, count: Callabl
     """Yield the documents of JSON Lines.
 
     Args:
-        lines: of the file.
-        path: of the file, for errors.
+        lines: lines of the file.
+        path: path of the file, for errors.
         text_field: the field that holds the text.
-        count: called with the number of lone surrogates in a document. JSON can spell half of a surrogate pair, which
-            no encoding of text can hold; U+FFFD takes its place.
+        count: called with the number of lone surrogates in a document. JSON can express half of a surrogate pair, which
+            no encoding of text can hold; U+FFFD replaces it.
 
     Raises:
         DataError: a line that is no object with that field; it names the line.
@@ -126,17 +126,18 @@ def refuse_json(path: Path) -> NoReturn:
     raise NotText(
         path,
         "a JSON document that holds no list of texts",
-        "write an object a line, as `jq -c '.[]'` does for an array, and name the field with the text by --text-field",
+        "write one object per line, as `jq -c '.[]'` does for an array, and name the field with the text by "
+        "--text-field",
     )
 
 
 def parquet_documents(path: Path, text_field: str, decode: Callable[[bytes], str]) -> Iterator[str]:
-    """Yield the documents of a Parquet file, one a row, whatever Arrow type its strings have.
+    """Yield the documents of a Parquet file, one per row; the strings may have any Arrow type.
 
     Args:
         path: the file.
         text_field: the column that holds the text.
-        decode: turns its bytes into text: Arrow does not check that strings are valid UTF-8.
+        decode: decodes the bytes of a row: Arrow does not check that strings are valid UTF-8.
 
     Raises:
         DataError: no such column, a row without text, a damaged file, or pyarrow is not installed.
@@ -156,7 +157,7 @@ def parquet_documents(path: Path, text_field: str, decode: Callable[[bytes], str
                 f'{path}: needs a column "{text_field}" of strings, got columns {_cut(held)}; name the one with the '
                 "text by --text-field"
             )
-        # As a dictionary: a text that a small file repeats a million times takes memory once.
+        # As a dictionary: a text that is repeated a million times takes memory once.
         with parquet.ParquetFile(path, read_dictionary=[text_field], pre_buffer=False) as file:
             batches = file.iter_batches(batch_size=rows_at_once, columns=[text_field])
             values = (data for batch in batches for data in _values(batch.column(0)))
@@ -166,7 +167,7 @@ def parquet_documents(path: Path, text_field: str, decode: Callable[[bytes], str
                         f'{path}: the column "{text_field}" holds a null in row {row}; remove the rows without text'
                     )
                 yield decode(data)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter in the names of columns
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # UnicodeDecodeError: in the names of columns
         if isinstance(error, MemoryError):
             raise
         raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from error
@@ -184,7 +185,7 @@ def _holds_strings(kind: Any) -> bool:
 
 
 def _rows_at_once(metadata: Any) -> int:
-    """Return a number of rows that take some megabytes, by the sizes that the file states.
+    """Return the number of rows that take some megabytes, from the sizes in the file.
 
     The sizes of single columns are not read: pyarrow aborts the process where those of a damaged file contradict each
     other.
@@ -202,7 +203,7 @@ def _values(column: Any) -> Iterator[bytes | None]:
         return
     words = column.dictionary.cast(pyarrow.large_binary())
     for index in column.indices.to_pylist():
-        if index is not None and not 0 <= index < len(words):  # which pyarrow does not check
+        if index is not None and not 0 <= index < len(words):  # pyarrow does not check
             raise pyarrow.ArrowInvalid(f"text {index} of {len(words)}")
         yield None if index is None else words[index].as_py()
 
@@ -213,7 +214,7 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _after(text: str, position: int, mark: str) -> int:
-    """Return the position after a mark of JSON, which must come next."""
+    """Return the position after a JSON delimiter, which must come next."""
     at = _skip_space(text, position)
     if text[at : at + 1] != mark:
         raise json.JSONDecodeError(f"Expecting {mark!r}", text, at)
@@ -245,5 +246,5 @@ def _kind(value: object) -> str:
 
 
 def _cut(text: str, most: int = 500) -> str:
-    """Return a text for a message, cut after some lines."""
+    """Return a text for a message, truncated after `most` characters."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"

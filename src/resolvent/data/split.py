@@ -1,4 +1,4 @@
-"""The split of documents into a training and a held-out part."""
+"""Split of documents into a training and a held-out part."""
 
 import hashlib
 import logging
@@ -9,7 +9,7 @@ from itertools import accumulate
 from resolvent.errors import ConfigError, DataError
 
 _TOLERANCE = 0.2
-"""The part of its size by which the smaller part of a split may be off."""
+"""Tolerance of the size of the smaller part, as a fraction of the size."""
 
 logger = logging.getLogger(__name__)
 
@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 def split_documents(
     documents: list[str], validation_fraction: float = 0.1, seed: int = 0
 ) -> tuple[list[str], list[str]]:
-    """Split documents into a training and a held-out part, which has a given share of the bytes.
+    """Split documents into a training and a held-out part with a given share of the bytes.
 
-    1. A text that is larger than the held-out part has to be is cut: its end, the same share of it, is held out.
-    2. Of the other texts, whole ones are held out in the order of a hash of text and seed, up to the share.
-    3. If whole texts miss the share by more than a fifth of it, the text in which it is reached is cut, too.
+    1. A text larger than the target size of the smaller part is cut: the share is held out from the end of the text.
+    2. Other texts are held out whole, in the order of a hash of text and seed, up to the share.
+    3. If whole texts miss the share by more than a fifth of the share, the text at which it is reached is cut, too.
 
     A cut is at the start of a line if one is near. Equal documents are treated alike, and the result does not depend on
-    the order of the documents. If no cut brings the held-out part to within a fifth of the share, a warning says so
-    through logging. The rule reads the hash and the length of every text, and the letters of those that are cut.
+    the order of the documents. If no cut brings the held-out part to within a fifth of the share, a warning is logged.
+    The rule depends on the hash and the length of every text, and on the characters of those that are cut.
 
     Args:
         documents: the documents.
@@ -36,7 +36,7 @@ def split_documents(
         Training and held-out documents, each at least one and in the order given. A document that is cut is in both.
 
     Raises:
-        ConfigError: a fraction that leaves a side empty.
+        ConfigError: a fraction that is not between 0 and 1.
         DataError: no documents, or a single one too short to be cut.
     """
     if not 0 < validation_fraction < 1:
@@ -75,7 +75,7 @@ def _cuts(copies: Counter[str], sizes: dict[str, int], fraction: float, seed: in
     # 2. Whole texts. Those that are large and yet too short to be cut come last.
     order = sorted(sizes.keys() - cuts.keys(), key=lambda text: (text in large, _digest(text, seed)))
     sums = list(accumulate((sizes[text] for text in order), initial=0))
-    fewest = 0 if cuts else 1  # so that no part is empty
+    fewest = 0 if cuts else 1  # no part is empty
     counts = range(fewest, len(sums) - fewest)
     if not counts:
         raise DataError(
@@ -83,7 +83,7 @@ def _cuts(copies: Counter[str], sizes: dict[str, int], fraction: float, seed: in
             "give more text or several documents"
         )
     count = min(counts, key=lambda number: abs(sums[number] - wanted))
-    # 3. The text in which the share is reached.
+    # 3. The text at which the share is reached.
     last = bisect_right(sums, wanted) - 1
     if abs(sums[count] - wanted) > _TOLERANCE * smaller_part and 0 <= last < len(order):
         cut = _cut_position(order[last], 1 - (wanted - sums[last]) / sizes[order[last]])
@@ -102,9 +102,9 @@ def _held_bytes(copies: Counter[str], sizes: dict[str, int], cuts: dict[str, int
 
 
 def _cut_position(text: str, part: float) -> int | None:
-    """Return how many characters have a part of a text's bytes, or end the nearest line if that is near.
+    """Return the index of the character at a fraction of a text's bytes, moved to the start of a line that is near.
 
-    None if a side would have no text.
+    None if one side would be blank.
     """
     data = text.encode()
     middle = round(len(data) * part)

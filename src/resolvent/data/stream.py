@@ -9,15 +9,14 @@ from rich.progress import Progress
 from tokenizers import Tokenizer, pre_tokenizers
 
 from resolvent.data.corpus import EOT
-from resolvent.data.pieces import PIECE_CHARACTERS, pieces
-from resolvent.data.tokenization import bytes_tokenizer
+from resolvent.data.tokenization import PIECE_CHARACTERS, bytes_tokenizer, pieces
 from resolvent.errors import DataError
 from resolvent.memory import machine_memory
 from resolvent.native import LibraryPanic, call
 
 _BATCH_CHARACTERS = 1 << 21
 _BYTES_PER_CHARACTER = 200
-"""Most memory that the library takes while it encodes."""
+"""Upper bound of the memory that the tokenizers library takes to encode."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,12 +40,12 @@ class TokenStream:
 
     @property
     def num_predictions(self) -> int:
-        """T - 1: every token but the first is predicted, the separators that close a document too."""
+        """T - 1: every token but the first is predicted, including the separators at the ends of documents."""
         return len(self.tokens) - 1
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the text, which bits per byte are counted by."""
+        """Bytes of the text, the denominator of bits per byte."""
         return int(self.byte_lengths.sum())
 
 
@@ -59,7 +58,7 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer, *, progress: bo
         progress: show a progress bar on stderr.
 
     Raises:
-        DataError: no documents, a tokenizer that the two did not make, or one without tokens for the text.
+        DataError: no documents, a tokenizer from elsewhere, or one without tokens for the text.
     """
     if not documents:
         raise DataError("there are no documents to encode; give at least one")
@@ -77,7 +76,7 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer, *, progress: bo
 
 def _stream(documents: list[str], tokenizer: Tokenizer, separator: int, progress: bool) -> TokenStream:
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32)
-    tokens, starts = bytearray(), []  # which grows in its place: there are never two copies of the tokens
+    tokens, starts = bytearray(), []  # grows without a second copy of the tokens
     opening = dtype.type(separator).tobytes()
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
@@ -101,7 +100,7 @@ def _byte_length(text: str) -> int:
 
 
 def _encoded_pieces(documents: list[str], tokenizer: Tokenizer) -> Iterator[tuple[int, str, np.ndarray]]:
-    """Yield number of the document, piece of its text and its ids, in order, at least one piece per document."""
+    """Yield the index of a document, a piece of its text and the ids of the piece; at least one piece per document."""
     if tokenizer.to_str() == bytes_tokenizer().to_str():  # its ids are at hand
         for number, text in enumerate(documents):
             for start in range(0, len(text) or 1, PIECE_CHARACTERS):
@@ -127,14 +126,14 @@ def _refuse_too_long(text: str) -> None:
     """Refuse a piece that takes more memory to encode than is free."""
     if len(text) > _BATCH_CHARACTERS and (needed := len(text) * _BYTES_PER_CHARACTER) > machine_memory().available:
         raise DataError(
-            f"{len(text):,} characters from {text[:20]!r} on must be encoded at once, as there is no place to cut "
+            f"{len(text):,} characters from {text[:20]!r} on must be encoded at once, as there is no boundary to cut "
             f"them, which takes about {needed:,} bytes of memory, more than is free: break the text into lines, or "
             "take the tokenizer bytes"
         )
 
 
 def _pieces_are_exact(tokenizer: Tokenizer) -> bool:
-    """Whether nothing before the pre-tokenizer, nor the pre-tokenizer, looks across a line's end."""
+    """Return True if neither the normalizer nor the pre-tokenizer looks across the end of a line."""
     splitter = tokenizer.pre_tokenizer
     return (
         isinstance(splitter, pre_tokenizers.ByteLevel)

@@ -1,7 +1,8 @@
-"""Tokenizers: bytes, a BPE trained on the documents, GPT-2's, or one from a file."""
+"""Tokenizers: bytes, a BPE trained on the documents, the one of GPT-2, or one from a file."""
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from resolvent.data.corpus import EOT, package_folder
-from resolvent.data.pieces import pieces
 from resolvent.errors import ConfigError, DataError
 from resolvent.files import write_file, write_json
 from resolvent.manifest import read_checked
@@ -19,12 +19,13 @@ from resolvent.native import LibraryPanic, call, panics_are_errors
 
 FILE_NAME = "tokenizer.json"
 TOKENIZER_FILES = (FILE_NAME, "tokenizer_config.json", "generation_config.json")
-"""The tokenizer, and what tells Transformers how to use it."""
-_MOST_BYTES = 1 << 28  # ten times the largest there are
+"""Files of a tokenizer; the last two are for Transformers."""
+_MOST_BYTES = 1 << 28  # ten times the largest known tokenizer
 LONGEST_WORD = 256
-"""Most characters of a word that bpe is trained on; a longer word counts as several. Each merge scans every word that
-it occurs in, which takes hours where a megabyte of text is one word."""
+"""Longest word, in characters, that bpe is trained on; a longer word counts as several. Each merge scans every word in
+which it occurs: hours, if a megabyte of text were one word."""
 _LONGEST_PIECE = 1 << 20
+PIECE_CHARACTERS = 1 << 16
 GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -33,7 +34,13 @@ GPT2_SHA256 = {
 _PADDING_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")
 """Names of the padding token in foreign tokenizer files."""
 _LAST_BYTE = 0xFF
-"""A byte that no UTF-8 text holds: its token is free for padding."""
+"""A byte that occurs in no UTF-8 text, so that its token can serve as padding."""
+
+_BOUNDARY = re.compile(
+    r"(?<=\S)[ \n]"  # white space after another character
+    r"|(?<=[A-Za-z])(?=[!-@\[-`{-~])"  # between a letter and another character
+    r"|(?<=[0-9])(?=[!-/:-~])"  # between a digit and another character
+)
 
 _TRANSFORMERS_SETTINGS = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -45,7 +52,7 @@ _TRANSFORMERS_SETTINGS = {
 
 
 def build_tokenizer(spec: str | Path, train_documents: list[str], vocab_size: int = 8192) -> Tokenizer:
-    """Make a tokenizer that holds the token `<|endoftext|>` and never makes it out of text.
+    """Make a tokenizer with a token `<|endoftext|>` that it never encodes text as.
 
     `bpe` learns from words of at most 256 characters: of a longer word, every 256 characters count as one. Encoding
     does not cut words.
@@ -53,7 +60,7 @@ def build_tokenizer(spec: str | Path, train_documents: list[str], vocab_size: in
     Args:
         spec: `bytes` (ids 0..255 are the bytes, 256 is the separator), `bpe` (byte-level, trained on the
             documents), `gpt2` (50257 tokens, without a download), or the path of a Hugging Face tokenizers file.
-        train_documents: what `bpe` is trained on; of no effect otherwise.
+        train_documents: training text of `bpe`; of no effect otherwise.
         vocab_size: tokens of `bpe`, the separator included, fewer where the text yields no more; of no effect
             otherwise.
 
@@ -102,11 +109,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> Path:
-    """Write `tokenizer.json` into a folder, made where missing; a reader finds the old file or the new one whole.
+    """Write `tokenizer.json` into a folder, made if missing, atomically.
 
-    Two files beside it hold what Transformers needs and `tokenizer.json` has no place for: `<|endoftext|>` opens and
-    closes a text and is never made out of text, and batches are padded on the left, with a token of their own
-    (`padding_token`).
+    Two more files hold settings for Transformers that `tokenizer.json` cannot express: `<|endoftext|>` opens and closes
+    a text and is never encoded from text, and batches are padded on the left with `padding_token`.
 
     Returns:
         The path of the file.
@@ -122,10 +128,10 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> Path:
 
 
 def padding_token(tokenizer: Tokenizer) -> str:
-    """Return the token that Transformers pads batches with: one of the vocabulary that no text yields.
+    """Return the padding token for Transformers: a token of the vocabulary that no text yields.
 
-    Transformers' collators take every padding token out of the labels. `<|endoftext|>` would go with them, and a model
-    would never learn to end a text. So the padding token is the tokenizer file's own, or the token of the byte 0xFF,
+    Transformers' collators remove every padding token from the labels. With `<|endoftext|>` as padding, a model would
+    never learn to end a text. So the padding token is the tokenizer file's own, or the token of the byte 0xFF,
     which is in no UTF-8 text; `<|endoftext|>` only where the tokenizer has neither.
     """
     added = tokenizer.get_added_tokens_decoder().values()
@@ -137,7 +143,7 @@ def padding_token(tokenizer: Tokenizer) -> str:
 
 
 def bytes_tokenizer() -> Tokenizer:
-    """A byte-level BPE without merges, whose ids 0..255 are the bytes' values."""
+    """Return a byte-level BPE without merges, whose ids 0..255 are the values of the bytes."""
     alphabet = {letter: byte for byte, letter in enumerate(_byte_letters())}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     return _byte_level(tokenizer, use_regex=False)
@@ -184,7 +190,7 @@ def _training_pieces(documents: list[str]) -> Iterator[str]:
 
 @contextmanager
 def _until_the_end(texts: Iterator[str]) -> Iterator[Iterator[str]]:
-    """Yield texts that end with the block, for a call that may go on in the background after a signal."""
+    """Yield an iterator of texts that ends with the block: after a signal, the call may go on in the background."""
     over = threading.Event()
     try:
         yield takewhile(lambda _: not over.is_set(), texts)
@@ -220,9 +226,9 @@ def _byte_level(tokenizer: Tokenizer, use_regex: bool) -> Tokenizer:
 
 
 def _with_separator(tokenizer: Tokenizer) -> Tokenizer:
-    """Give the tokenizer its separator, as a token that the same words in a text do not make.
+    """Add the separator to a tokenizer, as a token that text is never encoded as.
 
-    The library does not save `encode_special_tokens`, so that a loaded tokenizer needs this, too.
+    The tokenizers library does not save `encode_special_tokens`, so that a loaded tokenizer needs this call, too.
     """
     tokenizer.add_special_tokens([EOT])
     tokenizer.encode_special_tokens = True
@@ -230,10 +236,27 @@ def _with_separator(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """The letters that stand for the bytes 0..255 in a byte-level vocabulary.
+    """Return the characters of the bytes 0..255 in a byte-level vocabulary.
 
-    A byte that prints in Latin-1 stands for itself; the others are, in order, the letters from U+0100 on.
+    A byte that is printable in Latin-1 keeps its character; the others have, in order, the characters from U+0100 on.
     """
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     others: Iterator[str] = iter(sorted(letter for letter in alphabet if ord(letter) > 0xFF))
     return [chr(byte) if chr(byte) in alphabet else next(others) for byte in range(256)]
+
+
+def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """Cut a text at boundaries of words, so that long documents take little memory and all cores.
+
+    A byte-level pre-tokenizer joins white space to what follows only, and neither a letter nor a digit to another kind
+    of character after it. So the tokens of the pieces, one after the other, are those of the text.
+
+    Args:
+        text: any text.
+        size: characters of a piece, more where no such boundary is near.
+    """
+    start = 0
+    while len(text) - start > size and (boundary := _BOUNDARY.search(text, start + size)):
+        yield text[start : boundary.start()]
+        start = boundary.start()
+    yield text[start:]

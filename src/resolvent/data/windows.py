@@ -1,4 +1,4 @@
-"""Windows of a token stream, laid end to end in batches that keep documents apart."""
+"""Windows of a token stream, packed into batches that keep documents apart."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from resolvent.errors import ConfigError, DataError
 
 
 class Batch(NamedTuple):
-    """Segments of text end to end, each to be read with a fresh state.
+    """Packed segments of text, each read from a fresh state.
 
     Attributes:
         input_ids: (1, T) int64.
@@ -25,14 +25,14 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on another device; nobody waits until a GPU has taken it."""
+        """Return the batch on another device; the copy to a GPU is asynchronous."""
         on_cuda = torch.device(device).type == "cuda"
         return Batch(*((x.pin_memory() if on_cuda else x).to(device, non_blocking=on_cuda) for x in self))
 
     def padded(self) -> "Batch":
-        """The batch with empty segments at its end, so that their number is a power of two above one.
+        """Return the batch with empty segments appended, so that the number of segments is a power of two above one.
 
-        What is recorded for a number of segments then serves nearly every batch.
+        A CUDA graph for one number of segments then serves nearly every batch.
         """
         segments = len(self.cu_seqlens) - 1
         empty = (1 << max(1, (segments - 1).bit_length())) - segments
@@ -40,12 +40,12 @@ class Batch(NamedTuple):
 
 
 class PackedBatches:
-    """Batches of windows for training, by the number of the step alone: `batches[step]`.
+    """Batches of windows for training, as a function of the step: `batches[step]`.
 
     An epoch cuts the stream, closed to a ring, into windows of `seq_len` predictions from a random position on
     and shuffles them. Position and order are functions of `(seed, epoch)`, so that a run resumes at any step
-    without a state. Batches take the windows of epoch after epoch, so that each window is used exactly once an epoch,
-    also where the batch size does not divide their number. Iteration does not end.
+    without a state. Batches take the windows of one epoch after another, so that each window is used exactly once per
+    epoch, even if the batch size does not divide their number. Iteration does not end.
 
     Args:
         stream: the documents.
@@ -77,12 +77,12 @@ class PackedBatches:
 
     @property
     def windows_per_epoch(self) -> int:
-        """Windows that fit into the stream; the rest of it, shorter than a window, is left out at a random place."""
+        """Windows that fit into the stream; the rest, shorter than a window, is left out at a random position."""
         return self.stream.num_predictions // self.seq_len
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches after which every window of the first epoch has been used."""
+        """Number of batches in which every window of the first epoch is used."""
         return -(-self.windows_per_epoch // self.batch_size)
 
     @property
@@ -91,7 +91,7 @@ class PackedBatches:
         return self.batch_size * self.seq_len
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step, counted from 0.
+        """Return the batch of a step, counted from 0.
 
         Raises:
             IndexError: a negative step.
@@ -106,30 +106,30 @@ class PackedBatches:
         return _batch(self.stream, positions, np.flatnonzero(opens_segment))
 
     def _window_starts(self, step: int) -> np.ndarray:
-        """(batch_size,) int64 positions in the stream."""
+        """Return (batch_size,) int64 positions in the stream."""
         numbers = step * self.batch_size + np.arange(self.batch_size)
         epochs, places = np.divmod(numbers, self.windows_per_epoch)
         return np.concatenate([self._windows_of(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
 
     def _windows_of(self, epoch: int) -> np.ndarray:
-        """The shuffled windows of an epoch, kept while it lasts: shuffling costs more than reading a batch."""
+        """Return the shuffled windows of an epoch, cached for the epoch: shuffling costs more than reading a batch."""
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._shuffled_windows(epoch))
         return self._epoch[1]
 
     def _shuffled_windows(self, epoch: int) -> np.ndarray:
-        """(windows_per_epoch,) int64 positions on the ring, less than a turn beyond its end."""
+        """Return (windows_per_epoch,) int64 positions on the ring, less than one turn beyond its end."""
         random = np.random.default_rng((self.seed, epoch))
         first = random.integers(self.stream.num_predictions)
         return first + self.seq_len * random.permutation(self.windows_per_epoch)
 
 
 def documents_as_windows(stream: TokenStream, max_tokens: int) -> Iterator[Batch]:
-    """Documents for evaluation, in order, each a segment from its opening to before its closing separator.
+    """Return the documents for evaluation, in order, each a segment from its opening to before its closing separator.
 
     Args:
         stream: the documents.
-        max_tokens: predictions of a batch at most. A longer document is cut there, and its parts are segments.
+        max_tokens: largest number of predictions of a batch. A longer document is cut, and its parts are segments.
 
     Returns:
         Batches that predict each token of the stream but the first exactly once.
@@ -150,7 +150,7 @@ def documents_as_windows(stream: TokenStream, max_tokens: int) -> Iterator[Batch
 
 
 def _batch(stream: TokenStream, positions: np.ndarray, segment_starts: np.ndarray) -> Batch:
-    """The tokens at the positions, the ones after them, and the bounds of segments counted from the first."""
+    """Return the tokens at the positions, the tokens after them, and the bounds of segments, counted from the first."""
 
     def tensor(ids: np.ndarray) -> Tensor:
         return torch.from_numpy(ids.astype(np.int64))
