@@ -60,7 +60,7 @@ def test_a_disk_that_fills_up(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(CheckpointError, match=r"No space left on device.*(make room|another one)"):
+        with pytest.raises(CheckpointError, match=r"No space left on device.*(free space|another one)"):
             train(minute_config(text, run))
     assert not list(tmp_path.rglob(partial_name(Path("*")).name))  # which would take room
     if has_begun(run):
@@ -106,7 +106,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_small_disk_that_fills_up(text: Path, expected: dict[str, object], small_disk: Path):
     run = small_disk / "run"
-    with pytest.raises(CheckpointError, match=r"No space left on device.*make room"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*free space"):
         train(minute_config(text, run))
     assert find_checkpoint(run)[0] is not None and not find_checkpoint(run)[1]
     subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)

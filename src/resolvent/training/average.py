@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 @dataclass
 class Average:
-    """Exponential average without the pull of its start at zero."""
+    """Exponential average, corrected for its start at zero."""
 
     decay: float = 0.95
     total: float = 0.0
     weight: float = 0.0
 
     def update(self, value: float) -> float:
-        """Take in a value and return the average."""
+        """Add a value and return the average."""
         self.total = self.decay * self.total + (1 - self.decay) * value
         self.weight = self.decay * self.weight + (1 - self.decay)
         return self.total / self.weight

@@ -1,7 +1,7 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, in a folder for each saved step.
+"""Checkpoints: one folder per saved step, from which a run resumes exactly.
 
-One process writes weights and optimiser state in two files; several that share the model out write a file each. The
-names of the tensors are the same, and either kind of run resumes from either.
+One process writes weights and optimiser state to two files; the processes of a sharded run write one file each. The
+names of the tensors are the same, and runs of both kinds resume from both.
 """
 
 import dataclasses
@@ -55,10 +55,10 @@ FORMAT_VERSION = 1
 OPTIMIZER_FILE = "optimizer.safetensors"
 TRAINER_STATE_FILE = "trainer.json"
 FOLDER = "checkpoints"
-"""Holds the checkpoints of a run folder."""
+"""Folder of the checkpoints in a run folder."""
 
 _MOST_SHARDS = 99_999
-"""As many as the names of their files have room for."""
+"""Largest number of shards that fits the names of their files."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -69,12 +69,12 @@ class TrainerState:
     The order of the data and dropout's randomness follow from the seed and `step`.
 
     Attributes:
-        step: steps taken.
-        processes: those that the run began with. They fix the batches of a step, however many go on with it.
+        step: number of steps taken.
+        processes: number of processes at the start of the run. It fixes the batches of a step, also for a resumed run.
         loss_average: the smoothed loss.
-        metrics_sha256: of the metrics written so far.
-        rewinds: times that the run went back because something was not finite.
-        validation_due: whether the validation after this step was put off: the run was stopped.
+        metrics_sha256: SHA-256 of the metrics written so far.
+        rewinds: number of times that the run went back after a value that is not finite.
+        validation_due: whether the run stopped before the validation of this step.
     """
 
     step: int
@@ -86,10 +86,10 @@ class TrainerState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainerState":
-        """The inverse of `dataclasses.asdict`.
+        """Return the state that `dataclasses.asdict` described.
 
         Raises:
-            KeyError, TypeError: values that it does not give.
+            KeyError, TypeError: a value is missing or has another type.
         """
         fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
         average = Average(**fields.pop("loss_average"))
@@ -103,12 +103,12 @@ class TrainerState:
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """The folder of a step's checkpoint."""
+    """Return the folder of a step's checkpoint."""
     return run_dir / FOLDER / f"step-{step:08d}"
 
 
 def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
-    """The newest checkpoint of a run that is whole, if there is one, and what is wrong with those after it.
+    """Return the newest whole checkpoint of a run, if there is one, and the faults of later ones.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole; a newer release wrote one; or their folder is a link.
@@ -132,20 +132,20 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
 def save_checkpoint(
     run_dir: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer, state: TrainerState, *, keep: int
 ) -> Path:
-    """Save a run's step, then remove all but the `keep` newest checkpoints up to it.
+    """Save a checkpoint of a step, then remove all but the `keep` newest checkpoints up to it.
 
-    Those of later steps are damaged, or the run would not be here; they stay until the run is there again. If the model
-    is sharded, all processes call this. What cannot be removed stays, which a warning says.
+    Checkpoints of later steps are damaged, since the run went back before them; they stay until the run reaches their
+    steps again. If the model is sharded, all processes call this. A warning is logged for what cannot be removed.
 
     Raises:
         OSError: the folder cannot be written.
         CheckpointError: the folder of the checkpoints is a link.
     """
     target = checkpoint_path(run_dir, state.step)
-    refuse_link(target.parent)  # in every process: none waits for one that stops here
+    refuse_link(target.parent)  # in every process, so that all stop here
     if is_sharded(model):
         _save_shards(target, model, optimizer, state)
-    elif not _is_whole(target):  # a run that is stopped right after it was resumed has this one already
+    elif not _is_whole(target):  # a run that stops right after resuming has it already
         own_directory(target.parent)
         with atomic_directory(target) as partial:
             write_weights(named_weights(model), partial)
@@ -157,7 +157,7 @@ def save_checkpoint(
 
 
 def _save_shards(target: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
-    """Let every process write its shards. The first makes the folder, and makes a checkpoint of it in the end."""
+    """Write the shards of every process; the first process makes the folder and completes the checkpoint."""
     first = dist.get_rank() == 0
     if first:
         own_directory(target.parent)
@@ -179,7 +179,7 @@ def _complete(partial: Path, model: IntegratedModel, state: TrainerState, **shar
 
 
 def _remove_old(target: Path, keep: int) -> None:
-    """Remove what is neither among the newest checkpoints up to one nor later, and what killed runs left."""
+    """Remove all but the newest `keep` checkpoints up to the target, and remains of killed runs; later ones stay."""
     checkpoints = _checkpoints(target.parent.parent)
     sweep(target.parent)
     for old in checkpoints[: max(0, checkpoints.index(target) + 1 - keep)]:
@@ -187,7 +187,7 @@ def _remove_old(target: Path, keep: int) -> None:
 
 
 def load_trainer_state(checkpoint: Path) -> TrainerState:
-    """Read where the run stood.
+    """Read the state of the trainer.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -200,12 +200,12 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
 
 
 def load_weights(checkpoint: Path, device: torch.device, *, sharded: bool, compile: bool = False) -> IntegratedModel:
-    """Make a checkpoint's model.
+    """Return the model of a checkpoint.
 
     Args:
         checkpoint: the checkpoint.
-        device: where to; of a sharded model, this process's.
-        sharded: share the model out between all processes, which all call this.
+        device: device of the model; of a sharded model, the device of this process.
+        sharded: shard the model over all processes, which all call this.
         compile: compile the blocks of a sharded model.
 
     Raises:
@@ -225,7 +225,7 @@ def load_weights(checkpoint: Path, device: torch.device, *, sharded: bool, compi
 
 
 def restore_weights(checkpoint: Path, model: IntegratedModel) -> None:
-    """Give a model the weights of a checkpoint of its own; where there are several processes, all call this.
+    """Load the weights of a checkpoint of the same run into its model; all processes call this.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -234,7 +234,7 @@ def restore_weights(checkpoint: Path, model: IntegratedModel) -> None:
 
 
 def load_optimizer(checkpoint: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Read the optimiser's state; if the model is sharded, all processes call this.
+    """Load the optimiser state; if the model is sharded, all processes call this.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another model.
@@ -261,7 +261,7 @@ def _read_trainer_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _shards(checkpoint: Path) -> int:
-    """The number of files that weights and optimiser state are shared out to; 0 if one process wrote them."""
+    """Return the number of files with shards; 0 if one process wrote the checkpoint."""
     shards = _read_trainer_state(checkpoint).get("shards", 0)
     if type(shards) is not int or not 0 <= shards <= _MOST_SHARDS:
         raise CheckpointError(f"{checkpoint / TRAINER_STATE_FILE} names {shown(shards)} shards: restore it from a copy")
@@ -269,13 +269,13 @@ def _shards(checkpoint: Path) -> int:
 
 
 def _files(checkpoint: Path) -> list[str]:
-    """What the manifest of a checkpoint lists."""
+    """Return the names of the files that the manifest of a checkpoint lists."""
     shards = _shards(checkpoint)
     return [CONFIG, TRAINER_STATE_FILE, *(shard_names(shards) if shards else (WEIGHTS, OPTIMIZER_FILE))]
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
-    """The folders of saved steps, in order."""
+    """Return the folders of saved steps, in order."""
     folder = run_dir / FOLDER
     refuse_link(folder)
     found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step-*"))

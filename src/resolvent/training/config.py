@@ -1,4 +1,4 @@
-"""What a training run is made of. No torch in here: the command line makes its options out of these fields."""
+"""Configuration of a training run, without torch: the command line makes its options from these fields."""
 
 import dataclasses
 import operator
@@ -24,38 +24,38 @@ RUN, TEXT, SIZE, OPTIMISER, REPORTS = "Run", "Model and text", "Size", "Optimise
 Tracker = Literal[
     "none", "tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"
 ]
-"""What a run's numbers can be sent to: what Accelerate knows."""
+"""Trackers that metrics can be sent to: those of Accelerate."""
 
 Texts = str | list[str] | None
 """Paths of one text or of several; None for the default one."""
 
 
 def setting(default: Any, group: str, help: str, **rules: Any) -> Any:
-    """A dataclass field with what the command line says of it and the rules that its value must obey.
+    """Return a dataclass field with its help for the command line and the rules for its value.
 
     Args:
         default: the default.
-        group: heading that it belongs to.
-        help: what it is for.
-        rules: `at_least`, `above`, `at_most`, `below`: bounds; `option`, `aliases`, `metavar`, `default_text`: how the
-            command line names and shows it.
+        group: heading of the option in the help.
+        help: text of the option in the help.
+        rules: `at_least`, `above`, `at_most`, `below`: bounds; `option`, `aliases`, `metavar`, `default_text`: names
+            and default of the option in the help.
     """
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **rules})
 
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """Everything that decides the outcome of a training run; `training.json` in the run folder keeps it.
+    """Configuration of a training run, which is saved in `training.json` in the run folder.
 
-    A `model` configuration may take the place of the preset (then None); its `vocab_size` is the tokenizer's. A saved
-    model, `start_from`, takes the place of all that describes a model, tokenizer included; these fields then keep their
-    defaults. Its rank schedule is behind it: it trains with all its channels.
+    A `model` configuration may replace the preset (then None); its `vocab_size` is set to that of the tokenizer. A
+    saved model, `start_from`, replaces all fields that describe the model and the tokenizer; these then keep their
+    defaults. A rank schedule of the saved model counts as finished: all its channels are trained.
     """
 
     out: str | None = setting(
         None, RUN, "Run folder for model and metrics; new or empty.", metavar="DIR", default_text="runs/PRESET"
     )
-    seed: int = setting(0, RUN, "Decides weights, order of the data and dropout.", at_least=0, at_most=MOST_SEED)
+    seed: int = setting(0, RUN, "Seed of weights, order of the data and dropout.", at_least=0, at_most=MOST_SEED)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", RUN, "auto: cuda where there is one.")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", RUN, "auto: bf16 on cuda, fp32 on the cpu.")
     deterministic: bool = setting(False, RUN, "The same seed gives the same bits on cuda, too; slower.")
@@ -66,7 +66,7 @@ class TrainingConfig:
     recompute: bool = setting(
         False,
         RUN,
-        "Compute blocks anew in the backward pass instead of keeping their insides: less memory, more time.",
+        "Activation checkpointing: recompute blocks in the backward pass, for less memory and more time.",
     )
 
     phase: int = setting(
@@ -136,21 +136,23 @@ class TrainingConfig:
     warmup_steps: int | None = setting(
         None, OPTIMISER, "Steps of warm-up.", at_least=0, default_text="a twentieth of --steps, at most 200"
     )
-    min_lr_ratio: float = setting(0.1, OPTIMISER, "Last learning rate over the highest.", at_least=0, at_most=1)
+    min_lr_ratio: float = setting(
+        0.1, OPTIMISER, "Last learning rate, as a part of the highest.", at_least=0, at_most=1
+    )
     weight_decay: float = setting(0.1, OPTIMISER, "AdamW's, on matrices only.", at_least=0)
-    beta1: float = setting(0.9, OPTIMISER, "AdamW's memory of gradients.", at_least=0, below=1)
-    beta2: float = setting(0.95, OPTIMISER, "AdamW's memory of their squares.", at_least=0, below=1)
+    beta1: float = setting(0.9, OPTIMISER, "AdamW's decay of the average of gradients.", at_least=0, below=1)
+    beta2: float = setting(0.95, OPTIMISER, "AdamW's decay of the average of squared gradients.", at_least=0, below=1)
     grad_clip: float = setting(1.0, OPTIMISER, "Largest gradient norm; 0 for any.", at_least=0)
     rewinds: int = setting(
         0, OPTIMISER, "Times to go back to a checkpoint and halve the rate when something is not finite.", at_least=0
     )
 
-    log_interval: int = setting(10, REPORTS, "Steps between two lines where output is no terminal.", at_least=1)
+    log_interval: int = setting(10, REPORTS, "Steps between two lines of output that is no terminal.", at_least=1)
     eval_interval: int = setting(250, REPORTS, "Steps between validations; 0 for one at the end only.", at_least=0)
     eval_tokens: int | None = setting(
         None,
         REPORTS,
-        "Tokens, from all over the held-out text, of a validation on the way; 0 for all.",
+        "Held-out tokens of a validation during the run, from all over the text; 0 for all.",
         at_least=0,
         default_text="a twentieth of those trained on between two validations, at most 65536",
     )
@@ -165,14 +167,14 @@ class TrainingConfig:
     tracker: Tracker = setting(  # noqa: RUF009  a Literal's values do not change
         "none",
         REPORTS,
-        "Where metrics and what happens inside the model go, beside metrics.jsonl.",
+        "Tracker of metrics and diagnostics of the model, beside metrics.jsonl.",
         metavar="none|tensorboard|wandb|...",
     )
     keep_checkpoints: int = setting(2, REPORTS, "Newest checkpoints to keep.", at_least=1)
 
     @property
     def run_dir(self) -> Path:
-        """The run folder, the default worked out."""
+        """Return the run folder, with the default resolved."""
         if self.out is not None:
             return Path(self.out)
         if self.start_from is not None:
@@ -182,34 +184,34 @@ class TrainingConfig:
 
     @property
     def warmup(self) -> int:
-        """Steps of warm-up, the default worked out."""
+        """Return the number of warm-up steps, with the default resolved."""
         return min(200, self.steps // 20) if self.warmup_steps is None else self.warmup_steps
 
     def window(self, n_seq: int) -> int:
-        """Tokens in a training window, the default worked out: what the model was configured for."""
+        """Return the tokens in a training window, by default the length that the model is configured for."""
         return n_seq if self.seq_len is None else self.seq_len
 
     def peak_learning_rate(self, d_model: int) -> float:
-        """Return the highest learning rate, the default worked out: the wider a model, the smaller are good steps.
+        """Return the peak learning rate, with the default resolved: wider models need smaller learning rates.
 
-        A saved model takes smaller ones than fresh weights, so that what it has learnt is not lost before the learning
-        rate falls.
+        The default of a saved model is below that of fresh weights, so that the model does not forget its training
+        before the learning rate falls.
         """
         if self.learning_rate is not None:
             return self.learning_rate
         return (FROM_RATE if self.start_from is not None else 1.0) * 0.5 / d_model
 
     def rate_factor(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0, as a part of the highest."""
+        """Return the learning rate of a step, counted from 0, as a fraction of the peak."""
         return learning_rate_factor(
             step, steps=self.steps, warmup=self.warmup, schedule=self.schedule, min_ratio=self.min_lr_ratio
         )
 
     def validation_tokens(self, tokens_per_step: int, *, final: bool) -> int:
-        """Return the held-out tokens of a validation, the default worked out; 0 for all of them.
+        """Return the number of held-out tokens of a validation, with the default resolved; 0 for all of them.
 
-        To predict a token takes a third of the time of training on it, and not more than all of it: by default
-        all validations of a run together take less than a tenth of its time.
+        Predicting a token takes between a third of the time of training on it and all of that time: by default, all
+        validations of a run together take less than a tenth of its time.
         """
         given = self.final_eval_tokens if final else self.eval_tokens
         if given is not None:
@@ -249,19 +251,19 @@ class TrainingConfig:
             raise ConfigError.of(self, faults)
 
     def named_texts(self) -> Iterator[tuple[str, list[str]]]:
-        """Yield the fields that name texts, with their paths; an empty list counts as an empty path."""
+        """Yield the fields that name texts, with their paths; an empty list gives one empty path."""
         for name in ("data", "validation_data"):
             paths = getattr(self, name)
             if isinstance(paths, str | list):
                 yield name, [paths] if isinstance(paths, str) else paths or [""]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field, for JSON; `from_dict` restores an equal object."""
+        """Return plain values by field, for JSON; `from_dict` restores an equal object."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The configuration that `to_dict` described.
+        """Return the configuration that `to_dict` described.
 
         Raises:
             ConfigError: names every field that does not exist.
@@ -281,13 +283,13 @@ class TrainingConfig:
 
 
 FROM_RATE = 0.25
-"""Peak learning rate of a run that starts from a saved model, as a part of that for fresh weights."""
+"""Peak learning rate of a run from a saved model, as a fraction of that for fresh weights."""
 
 _TRAINED_PER_VALIDATED = 20
 _MOST_EVAL_TOKENS = 65_536
 
 SAVED_WITH_A_MODEL = ("phase", "preset", "model", "tokenizer", "vocab_size")
-"""Fields that `start_from` takes the place of."""
+"""Fields that `start_from` replaces."""
 
 _BOUNDS = {
     "at_least": (operator.ge, ">="),
@@ -306,7 +308,7 @@ _NAMES: dict[Any, str] = {
 
 
 def _faults(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
-    """What is wrong with a field's value; a nested configuration checks itself."""
+    """Return the faults of a field's value; a nested configuration checks itself."""
     kind: Any = field.type
     rules = field.metadata
     if "help" not in rules:
@@ -329,6 +331,6 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, bool) and kind is bool
     if typing.get_origin(kind) is list:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    # Compared, not converted: an integer may be too large for a float.
+    # Compare, do not convert: an integer may be too large for a float.
     is_number = isinstance(value, int | float)
     return is_number and abs(value) <= sys.float_info.max if kind is float else isinstance(value, kind)

@@ -1,4 +1,4 @@
-"""The text of a run: read, split, encoded, and recognised again."""
+"""Text of a run: reading, split, encoding, and a fingerprint."""
 
 import hashlib
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of every token, those that separate documents included."""
+        """Return a hash of all tokens, including those that separate documents."""
         digest = hashlib.sha256()
         for stream in (self.train, self.validation):
             digest.update(f"{stream.tokens.dtype.str}{stream.tokens.shape}".encode())
@@ -34,7 +34,7 @@ def load_corpus(config: TrainingConfig, tokenizer: Tokenizer | None = None, *, p
 
     Args:
         config: names the text, how to split it and the tokenizer.
-        tokenizer: used in place of the configuration's (a resumed run's own).
+        tokenizer: replaces that of the configuration (the tokenizer of a resumed run).
         progress: show a progress bar while encoding.
 
     Raises:
@@ -51,7 +51,7 @@ def load_corpus(config: TrainingConfig, tokenizer: Tokenizer | None = None, *, p
 
 
 def split_corpus(config: TrainingConfig) -> tuple[list[str], list[str]]:
-    """Training and held-out documents. The split does not depend on the run's seed, so that runs can be compared."""
+    """Return training and held-out documents. Runs are comparable: the split does not depend on the seed of the run."""
     documents = load_documents(config.data, text_field=config.text_field)
     if config.validation_data is not None:
         return documents, load_documents(config.validation_data, text_field=config.text_field)
@@ -62,5 +62,5 @@ def split_corpus(config: TrainingConfig) -> tuple[list[str], list[str]]:
 
 
 def text_name(data: str | list[str] | None) -> str:
-    """Return the name of a text for messages: its path, or its paths."""
+    """Return the name of a text for messages: its path or paths."""
     return "the default corpus" if data is None else data if isinstance(data, str) else ", ".join(data)

@@ -27,7 +27,7 @@ class Diagnostics:
 
 @torch.no_grad()
 def read_diagnostics(model: IntegratedModel, tokens: Tensor) -> Diagnostics:
-    """Read a text without dropout and summarise what the layers compute.
+    """Read a text without dropout and summarise the computations of the layers.
 
     Args:
         model: the model.
@@ -36,8 +36,8 @@ def read_diagnostics(model: IntegratedModel, tokens: Tensor) -> Diagnostics:
     Returns:
         By layer, of a Phase 2 model: the decay rates Γ of all tokens; the strength of the SNR filter; and of the
         memories after the text their SNR, energy, the largest energy as a fraction of its bound, and the modes'
-        energies with the share that resonates. Of a Phase 1 model: the gates, their effective rank, and how near the
-        resolvent came to a pole.
+        energies with the share that resonates. Of a Phase 1 model: the gates, their effective rank, and the distance of
+        the resolvent from a pole.
     """
     model = inference_view(model)
     if isinstance(model, Phase2IntegratedModel):

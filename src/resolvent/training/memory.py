@@ -1,6 +1,6 @@
-"""An estimate of the memory that training takes, before it is taken.
+"""Estimate the memory of a training run before it starts.
 
-Without it, a run that does not fit is killed by the operating system, which says nothing.
+Otherwise, the operating system kills a run that does not fit, without a message.
 """
 
 import logging
@@ -17,9 +17,9 @@ from resolvent.training.config import TrainingConfig
 _BYTES_PER_PARAMETER = 16
 """Weight, gradient, and AdamW's two averages, in float32."""
 _KEPT_WHEN_RECOMPUTED = 11
-"""Numbers per token and unit of the width that a block keeps which is computed anew in the backward pass."""
+"""Numbers per token and unit of width that a block keeps under activation checkpointing."""
 _CERTAIN_PART = 2 / 3
-"""An estimate is right to within a factor of 1.5."""
+"""An estimate is within a factor of 1.5 of the memory taken."""
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ class Estimate:
     """Memory of a training step at its peak.
 
     Attributes:
-        parameters: bytes for weights, gradients and optimizer.
-        activations: bytes for what the forward pass keeps for the backward pass.
+        parameters: bytes of weights, gradients and optimiser state.
+        activations: bytes of the tensors that the forward pass saves for the backward pass.
     """
 
     parameters: int
@@ -38,11 +38,11 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Bytes of both."""
+        """Bytes of both parts."""
         return self.parameters + self.activations
 
     def times(self, copies: int) -> "Estimate":
-        """Return the memory of so many steps at once."""
+        """Return the memory of several processes that train at once."""
         return Estimate(copies * self.parameters, copies * self.activations)
 
 
@@ -54,14 +54,14 @@ def estimate_memory(
     A block keeps about `7 D + 31 H K + 4 F` numbers per token: D is the width of the model, H K that of the memory's
     heads (Phase 2 only) and F that of the feed-forward network. The backward pass works on one block more. With
     `recompute`, a block keeps `11 D` numbers, and the backward pass works on two whole blocks. Logits are computed in
-    chunks; the vocabulary counts through the parameters, which take 16 bytes each.
+    chunks, so that the vocabulary counts only through the parameters, of 16 bytes each.
 
     Args:
         model: the model.
         tokens: tokens of a batch.
         bytes_per_number: bytes of an activation: 4, or 2 under autocast.
-        recompute: whether blocks are computed anew in the backward pass.
-        shares: processes that share out weights, gradients and optimizer.
+        recompute: whether activation checkpointing is on.
+        shares: processes that weights, gradients and optimiser state are sharded over.
     """
     config = model.config
     heads = config.num_heads * config.head_dim if isinstance(config, Phase2Config) else 0
@@ -118,7 +118,7 @@ def _gib(size: int) -> str:
 
 
 def memory_of(device: torch.device) -> Memory:
-    """Return the memory of a device, that of the machine for the CPU."""
+    """Return the memory of a device; for the CPU, that of the machine."""
     if device.type == "cuda":
         available, total = torch.cuda.mem_get_info(device)
         return Memory(total, available)

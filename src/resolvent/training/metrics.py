@@ -22,7 +22,7 @@ class StepMetrics:
 
     Attributes:
         step: number of the step, from 1.
-        tokens: tokens trained on up to here.
+        tokens: tokens trained on since the start.
         loss: mean nats per token of this step's batches.
         bits_per_byte: the same in bits per byte.
         lr: learning rate.
@@ -48,7 +48,7 @@ class ValidationMetrics:
         loss: mean nats per token.
         bits_per_byte: the same in bits per byte.
         tokens: held-out tokens that were predicted.
-        final: whether the run had come to its end.
+        final: whether this was the last step of the run.
     """
 
     step: int
@@ -84,7 +84,7 @@ def read_history(run_dir: Path) -> History:
     history = History([], [])
     try:
         for line in read_lines(path):
-            record = json.loads(line) if line.endswith(b"\n") else {}  # a run that goes on writes the last one
+            record = json.loads(line) if line.endswith(b"\n") else {}  # a run in progress may be writing the last line
             if not isinstance(record, dict):
                 raise TypeError(f"got {shown(record)}")
             if "loss" in record:
@@ -104,18 +104,18 @@ def _validation(record: dict[str, Any]) -> ValidationMetrics:
 
 
 class MetricsLog:
-    """Appends to a run's metrics within a `with` block; each line is in the file as soon as it is written.
+    """Log of a run's metrics, open within a `with` block; each line is in the file as soon as it is written.
 
     Args:
         run_dir: the run folder.
         last_step: lines beyond this step are dropped first, and so is a final validation, since a resumed run
-            writes them again; a last line that was cut off when the run was killed goes with them.
-        enabled: whether this process writes; the others of a distributed run do not.
-        sha256: of the lines that are kept, where it is known.
+            writes them again; an incomplete last line of a killed run is dropped, too.
+        enabled: whether this process writes; one process of a distributed run does.
+        sha256: hash of the lines that are kept; None if it is not known.
         validated: whether a validation after the last step is kept, too.
 
     Raises:
-        CheckpointError: the lines that were there are not the run's, or the file is a link.
+        CheckpointError: the lines in the file are not those of the run, or the file is a link.
         OSError: the file cannot be written.
     """
 
@@ -135,12 +135,12 @@ class MetricsLog:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a file to go on with."""
+        """True if there is a file to continue."""
         return os.path.lexists(self._path)
 
     @property
     def sha256(self) -> str:
-        """Of everything written so far."""
+        """SHA-256 of all lines so far."""
         return self._digest.hexdigest()
 
     def __enter__(self) -> Self:
@@ -164,7 +164,7 @@ class MetricsLog:
             return
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         self._digest.update(line)
-        while line:  # a disk that is almost full takes a part
+        while line:  # on an almost full disk, a write may be partial
             line = line[self._file.write(line) :]
 
     def write_validation(self, step: int, score: LanguageScore, *, final: bool) -> None:

@@ -1,4 +1,4 @@
-"""Losses, gradients and weights that are no numbers any more."""
+"""Detection of losses, gradients and weights that are infinite or NaN."""
 
 import math
 
@@ -10,13 +10,13 @@ from resolvent.training.sharding import whole_tensor
 
 
 class NonFiniteError(ResolventError, ArithmeticError):
-    """A loss, a gradient or a weight became infinite or NaN; what was saved before is whole.
+    """Error of a loss, a gradient or a weight that is infinite or NaN; saved checkpoints are not affected.
 
     Args:
         step: the step, counted from one.
         name: the first tensor that is not finite.
-        event: what happened.
-        remedy: what to do about it.
+        event: description of the event.
+        remedy: advice to the user.
     """
 
     def __init__(self, step: int, name: str, event: str, remedy: str) -> None:
@@ -25,7 +25,7 @@ class NonFiniteError(ResolventError, ArithmeticError):
 
 
 def offending_gradient(model: nn.Module) -> str:
-    """Name the gradient that the backward pass met first among those without a finite norm."""
+    """Return the name of the gradient that the backward pass computed first among those without a finite norm."""
     # Parameters are named in the order of the forward pass.
     gradients = [(name, x.grad) for name, x in model.named_parameters() if x.grad is not None]
     for name, gradient in reversed(gradients):
@@ -35,11 +35,11 @@ def offending_gradient(model: nn.Module) -> str:
 
 
 def offending_weight(model: nn.Module) -> str | None:
-    """Name the first parameter that is not finite, None where all are."""
-    # Zero times what is not finite is NaN. A process's share of a parameter may be empty.
+    """Return the name of the first parameter that is not finite; None if all are finite."""
+    # Zero times a value that is not finite is NaN. The shard of a process may be empty.
     return next((name for name, x in model.named_parameters() if not _is_finite((0 * x.detach()).sum())), None)
 
 
 def _is_finite(total: Tensor) -> bool:
-    """Of a number that all processes compute together where the model is shared out between them."""
+    """Return True for a finite number, which all processes compute together if the model is sharded."""
     return math.isfinite(whole_tensor(total).item())

@@ -1,4 +1,4 @@
-"""AdamW over a model's parameters, with decay on matrices only, and its state as named tensors."""
+"""AdamW with weight decay on matrices only, and the optimiser state as named tensors."""
 
 from collections.abc import Mapping
 
@@ -9,11 +9,11 @@ from resolvent.errors import CheckpointError
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """Fused AdamW with a switch on its device.
+    """Fused AdamW with a switch on the device that skips steps.
 
     Attributes:
-        found_inf: float32 (); as long as it is 1, steps change neither weights nor averages. PyTorch's fused kernels
-            look at it, so that Python need not.
+        found_inf: float32 (); while it is 1, steps change neither weights nor averages. PyTorch's fused kernels read
+            it, without a synchronisation with the CPU.
     """
 
     found_inf: Tensor | None = None
@@ -22,10 +22,9 @@ class GuardedAdamW(torch.optim.AdamW):
 def build_optimizer(
     model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
 ) -> GuardedAdamW:
-    """AdamW with two parameter groups: matrices, which decay, and everything else, which does not.
+    """Return AdamW with two parameter groups: matrices with weight decay, all other parameters without.
 
-    Biases, norms, rates, hoppings and energies are quantities with a meaning of their own; pulling them to zero
-    changes what they say.
+    Zero is no neutral value of biases, norms, decay rates, hoppings and energies, so that they do not decay.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim >= 2]
@@ -35,7 +34,7 @@ def build_optimizer(
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state under names such as `blocks.0.ffn.weight/exp_avg`, for safetensors."""
+    """Return the optimiser state under names such as `blocks.0.ffn.weight/exp_avg`, for safetensors."""
     return {
         f"{name}/{key}": value.detach().contiguous()
         for name, parameter in model.named_parameters()
@@ -44,7 +43,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put the tensors of `optimizer_tensors` back. A parameter that never had a gradient has none.
+    """Load the tensors of `optimizer_tensors`. A parameter that never had a gradient has none.
 
     Raises:
         CheckpointError: names the tensors that belong to no parameter of the model, or have another shape.

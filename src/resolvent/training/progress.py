@@ -1,4 +1,4 @@
-"""What training shows: a live progress line in a terminal, plain lines at intervals elsewhere."""
+"""Progress of training: a live line in a terminal, plain lines at intervals elsewhere."""
 
 import time
 from collections.abc import Iterator
@@ -15,23 +15,23 @@ from resolvent.terminal import say
 from resolvent.training.average import Average
 
 _SECONDS_BETWEEN_LINES = 15.0
-"""Between two lines of a validation where output is no terminal."""
+"""Seconds between two lines of a validation if the output is no terminal."""
 
 
 def format_duration(seconds: float) -> str:
-    """Hours, minutes and seconds, such as 1:02:03 or 4:05."""
+    """Return hours, minutes and seconds, such as 1:02:03 or 4:05."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class TrainingDisplay:
-    """Shows a run's steps on a console, within a `with` block.
+    """Progress display of a run on a console, within a `with` block.
 
     Args:
-        console: where to; a terminal gets a progress bar, everything else a line every `log_interval` steps.
+        console: the console; a terminal shows a progress bar, other outputs a line every `log_interval` steps.
         steps: steps of the whole run.
-        first_step: steps done before.
+        first_step: steps before this process.
         log_interval: steps between two plain lines.
     """
 
@@ -61,7 +61,7 @@ class TrainingDisplay:
             self._bar.stop()
 
     def step(self, step: int, *, loss: float, bits_per_byte: float, lr: float, tokens: int, seconds: float) -> None:
-        """Show a finished step, with the smoothed loss; `tokens` and `seconds` are this step's own."""
+        """Show a finished step, with the smoothed loss; `tokens` and `seconds` are those of the step."""
         average_seconds = self._step_seconds.update(seconds)
         status = (
             f"loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  {tokens / average_seconds:,.0f} tokens/s  "
@@ -73,7 +73,7 @@ class TrainingDisplay:
 
     @contextmanager
     def validating(self, tokens: int) -> Iterator[Advance]:
-        """Show how far a validation is, and its remaining time, as the function that this yields is told of tokens."""
+        """Yield a function that takes a number of validated tokens and shows progress and remaining time."""
         task = self._validation
         self._bar.update(task, total=tokens, completed=0, status="", visible=True)
         done, started = 0, time.monotonic()
@@ -101,12 +101,12 @@ class TrainingDisplay:
         )
 
     def say(self, text: str) -> None:
-        """Show a line of text, as it is."""
+        """Show a line of text without markup."""
         with self._written():
             say(self.console, text)
 
     def hang_up(self) -> None:
-        """Note that the terminal may be gone; from now on, a line that cannot be written is left out."""
+        """Ignore errors of the output from now on: the terminal may be closed."""
         self._hung_up = True
 
     @contextmanager
@@ -116,10 +116,10 @@ class TrainingDisplay:
         except OSError:
             if not self._is_hung_up():
                 raise
-            self.console.quiet = True  # the run is saved all the same
+            self.console.quiet = True  # a closed terminal must not keep the run from saving
 
     def _is_hung_up(self) -> bool:
-        # A function of its own: Python runs the handler of a signal that came during the write when it is called.
+        # A separate function: Python runs a pending signal handler when a function is called.
         return self._hung_up
 
     def _position(self, step: int) -> str:

@@ -43,8 +43,8 @@ def train(config: TrainingConfig, *, overwrite: bool = False, console: Console |
 
     Args:
         config: the run.
-        overwrite: remove the run that is in the run folder, once the new one can begin.
-        console: where to show progress; None shows nothing.
+        overwrite: remove the run in the run folder before the new one begins.
+        console: console that shows progress; None shows nothing.
 
     Raises:
         ConfigError: faults of the configuration, a run folder that is in use, or more memory than there is.
@@ -76,7 +76,7 @@ def _train(config: TrainingConfig, overwrite: bool, console: Console | None) -> 
         _warn_of_what_is_not_trained(model)
     check_memory(model, config, accelerator.device, accelerator.num_processes)
     trainer = Trainer(config, accelerator, corpus, model, console)
-    accelerator.wait_for_everyone()  # nobody writes before everybody has found the folder empty
+    accelerator.wait_for_everyone()  # all processes find the folder empty before one writes
     first = accelerator.is_main_process
     with new_run(run_dir, overwrite=overwrite) if first else nullcontext() as held:
         with beginning(run_dir) if first else nullcontext():
@@ -84,7 +84,7 @@ def _train(config: TrainingConfig, overwrite: bool, console: Console | None) -> 
                 save_tokenizer(corpus.tokenizer, run_dir)
                 write_config(model, run_dir)
             if config.start_from is not None or accelerator.num_processes > 1:
-                trainer.save()  # resumes whatever becomes of the folder it started from, and by any number of processes
+                trainer.save()  # so that any number of processes can resume, also without the folder of --from
             if first:
                 write_run(run_dir, config, corpus.fingerprint, held)
         return trainer.run()
@@ -100,32 +100,32 @@ def resume(
     tracker: Tracker | None = None,
     console: Console | None = None,
 ) -> TrainingResult:
-    """Go on with a run from its last whole checkpoint, or from its beginning where there is none.
+    """Resume a run from its last whole checkpoint, or from its beginning if there is none.
 
-    A damaged checkpoint is passed over, which a warning says through logging. A run that is finished is not trained or
-    validated again: its result is the one that was saved.
+    A damaged checkpoint is skipped, and a warning is logged. A finished run is not trained or validated again: its
+    saved result is returned.
 
     On the CPU, the result is bit for bit that of a run that was never interrupted.
 
-    The text that the run folder names is read, which the console says. It goes nowhere unless its tokens are those that
-    the run began with. Neither the tokenizer nor the model that the run started from is read again.
+    The text that the run folder names is read, and the console shows its name. If its tokens differ from those at the
+    start of the run, the run does not resume. Neither the tokenizer nor the model of --from is read again.
 
     Args:
         run_dir: the run folder.
         steps: replaces the run's number of steps, now and whenever it is resumed later. The learning rate then follows
             the schedule of a run of that length, from the current step on.
         device: replaces the run's device.
-        data: where the run's text is now, if it has moved.
+        data: new path of the run's text, if it was moved.
         validation_data: the same for the text to validate on.
         tracker: replaces the run's tracker.
-        console: where to show progress; None shows nothing.
+        console: console that shows progress; None shows nothing.
 
     Raises:
         ConfigError: the tracker is unknown or not installed, fewer steps than the run has taken, or more memory than
             there is.
-        CheckpointError: no run to resume or one that another process is at, no whole checkpoint, changed data, or
-            processes that cannot share the batches of a step evenly.
-        DataError: text that cannot be read any more.
+        CheckpointError: no run to resume, another process trains it, no whole checkpoint, changed data, or a number of
+            processes that does not divide the batches of a step.
+        DataError: the text cannot be read.
         NonFiniteError: a loss, a gradient or a weight is not finite, and no rewind is left.
         TrainingInterrupted: SIGINT, SIGTERM or SIGHUP, after saving a checkpoint.
     """
@@ -156,7 +156,7 @@ def _resume(
         for fault in faults:
             logger.warning("Going back to %s: %s", checkpoint.name, fault)
     if checkpoint is None and config.start_from is not None:
-        # Its first checkpoint was there before the run could be resumed. Another folder's model is not read unasked.
+        # The first checkpoint existed before the run could be resumed. The folder of --from is not read again.
         raise CheckpointError(
             f"{run_dir} has lost its checkpoints. To begin it anew: resolvent train --from "
             f"{shell_word(config.start_from)}, with another --out"
@@ -188,7 +188,7 @@ def _resume(
     trainer = Trainer(config, accelerator, corpus, model, console)
     if config.steps != before.steps:
         say(console, _stretched(before, config, taken))
-        accelerator.wait_for_everyone()  # nobody writes before everybody has read
+        accelerator.wait_for_everyone()  # all processes read before one writes
         if accelerator.is_main_process:
             write_steps(run_dir, config.steps)
     if checkpoint is not None:
@@ -202,7 +202,7 @@ def _load(config: TrainingConfig, checkpoint: Path, accelerator: Accelerator) ->
 
 
 def _with_steps(config: TrainingConfig, steps: int | None, taken: int) -> TrainingConfig:
-    """Return the configuration of a run with another number of steps; None for its own."""
+    """Return a configuration with another number of steps; None keeps the number."""
     if steps is None:
         return config
     changed = dataclasses.replace(config, steps=steps)
@@ -213,7 +213,7 @@ def _with_steps(config: TrainingConfig, steps: int | None, taken: int) -> Traini
 
 
 def _stretched(before: TrainingConfig, after: TrainingConfig, taken: int) -> str:
-    """Say what another number of steps does to the learning rate."""
+    """Return a message: the effect of another number of steps on the learning rate."""
     text = f"Steps     {after.steps:,} instead of {before.steps:,}: the {after.schedule} schedule is stretched to them"
     if 0 < taken < after.steps:
         last, following = before.rate_factor(taken - 1), after.rate_factor(taken)
@@ -222,7 +222,7 @@ def _stretched(before: TrainingConfig, after: TrainingConfig, taken: int) -> str
 
 
 def _finished(config: TrainingConfig, checkpoint: Path, taken: int, accelerator: Accelerator) -> TrainingResult | None:
-    """Return the result of a run that has come to its end; None if its last validation is missing."""
+    """Return the result of a finished run; None if the run is not finished or its last validation is missing."""
     run_dir = config.run_dir
     score = read_result(run_dir, config.steps) if taken == config.steps else None
     if score is None:
@@ -230,13 +230,13 @@ def _finished(config: TrainingConfig, checkpoint: Path, taken: int, accelerator:
     model = _load(config, checkpoint, accelerator)
     weights = whole_weights(model) if is_sharded(model) else named_weights(model)
     if accelerator.is_main_process:
-        write_weights(weights, run_dir)  # somebody may have damaged those that are there
+        write_weights(weights, run_dir)  # those in the folder may be damaged
     accelerator.wait_for_everyone()
     return TrainingResult(run_dir, model.eval(), load_tokenizer(run_dir), score)
 
 
 def _warn_of_what_is_not_trained(model: IntegratedModel) -> None:
-    """Say so where no window is long enough for a consolidation to change what it predicts."""
+    """Warn if no window is long enough for a consolidation to affect a prediction."""
     wanted = model.config
     if not isinstance(wanted, Phase2Config) or not (wanted.snr_enabled or wanted.resonance_enabled):
         return
@@ -251,9 +251,9 @@ def _warn_of_what_is_not_trained(model: IntegratedModel) -> None:
 
 
 def _saved_tokenizer(config: TrainingConfig) -> Tokenizer | None:
-    """The tokenizer of the model to start from; None for the configuration's own.
+    """Return the tokenizer of the model to start from; None for that of the configuration.
 
-    What no run can start from, a missing model or an unknown preset, shall not wait for the data.
+    A missing model or an unknown preset raises here, before the data are read.
     """
     if config.start_from is not None:
         return load_trained(Path(config.start_from), "cpu")[1]
@@ -267,12 +267,12 @@ def _model_config(config: TrainingConfig) -> Phase1Config | Phase2Config:
 
 
 def _for_windows(model_config: Any, config: TrainingConfig) -> Any:
-    """A model's configuration with the length of the run's windows: what reads a model later learns it from there."""
+    """Return a model configuration with the window length of the run as its `n_seq`, which later readers use."""
     return dataclasses.replace(model_config, n_seq=config.window(model_config.n_seq))
 
 
 def _initial_model(config: TrainingConfig, corpus: Corpus, accelerator: Accelerator) -> IntegratedModel:
-    """A saved model, or fresh weights from the seed, the same whatever the number of processes."""
+    """Return a saved model, or fresh weights, which depend on the seed and not on the number of processes."""
     sharded = _shares_model(config, accelerator)
     if config.start_from is not None:
         model = load_trained(Path(config.start_from), "cpu")[0]
@@ -281,25 +281,25 @@ def _initial_model(config: TrainingConfig, corpus: Corpus, accelerator: Accelera
         torch.manual_seed(config.seed)
         vocab_size = corpus.tokenizer.get_vocab_size()
         create = PHASES[config.phase].create
-        # Where the model is shared out, the first process alone draws its weights.
-        place = torch.device("meta" if sharded and not accelerator.is_main_process else "cpu")
-        with place:
-            model = create(config=_model_config(config), vocab_size=vocab_size, device=place)
+        # If the model is sharded, only the first process draws its weights.
+        initial_device = torch.device("meta" if sharded and not accelerator.is_main_process else "cpu")
+        with initial_device:
+            model = create(config=_model_config(config), vocab_size=vocab_size, device=initial_device)
     if sharded:
         return shard(model, accelerator.device, compile=config.compile)
     return model.to(accelerator.device)
 
 
 def _shares_model(config: TrainingConfig, accelerator: Accelerator) -> bool:
-    """Whether each process shall hold a share of the model only."""
+    """Return True if the model is sharded over the processes."""
     return config.parallel == "fsdp" and accelerator.num_processes > 1
 
 
 def _accelerator(config: TrainingConfig) -> Accelerator:
-    """Device, precision and processes of a run.
+    """Return the accelerator of a run: device, precision and processes.
 
     Raises:
-        ConfigError: Accelerate was told to shard the model in a way of its own.
+        ConfigError: Accelerate is configured to shard the model itself.
     """
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ConfigError("accelerate launch was told to use FSDP: leave that to --parallel fsdp, and launch without")
@@ -309,7 +309,7 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
         # Accelerate keeps the settings of a process's first Accelerator and refuses others.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    whole = config.compile and config.parallel != "fsdp"  # the blocks of a sharded model are compiled one by one
+    whole = config.compile and config.parallel != "fsdp"  # a sharded model is compiled block by block
     compiler = TorchDynamoPlugin(backend=DynamoBackend.INDUCTOR if whole else DynamoBackend.NO)
     return Accelerator(
         cpu=device.type == "cpu",
@@ -321,12 +321,12 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def _console(console: Console | None, accelerator: Accelerator) -> Console:
-    """The console of the first process; all others are silent."""
+    """Return the console in the first process and a silent one in all others."""
     return console if console is not None and accelerator.is_main_process else Console(quiet=True)
 
 
 def _absolute(path: str | None) -> str | None:
-    """So that a run can be resumed from any working directory."""
+    """Return an absolute path, so that a run can be resumed from any working directory."""
     return str(Path(path).resolve()) if path else path
 
 

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 STEPS_FILE = "steps.json"
-"""Holds the number of steps where it is no longer the one that the run was started with."""
+"""File of the number of steps, if it was changed after the start of the run."""
 RESULT_FILE = "result.json"
-"""Holds the score of a run that has come to its end."""
+"""File of the score of a finished run."""
 
 
 def has_begun(run_dir: Path) -> bool:
@@ -48,11 +48,11 @@ def is_run(run_dir: Path) -> bool:
 
 
 def check_new(run_dir: Path, *, overwrite: bool = False) -> None:
-    """Refuse a folder in which no run can begin.
+    """Check that a run can begin in a folder.
 
     Args:
         run_dir: the folder.
-        overwrite: allow the folder of a run, whose place the new one takes.
+        overwrite: allow the folder of a run, which the new one replaces.
 
     Raises:
         ConfigError: the folder is in use.
@@ -79,14 +79,14 @@ def check_new(run_dir: Path, *, overwrite: bool = False) -> None:
 
 @contextmanager
 def new_run(run_dir: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
-    """Hold a run folder, made where missing, against other processes, before its run begins and while it lasts.
+    """Lock a run folder, made if missing, against other processes, before and during its run.
 
     Args:
         run_dir: the folder.
-        overwrite: remove the run that is there.
+        overwrite: remove the run in the folder.
 
     Yields:
-        The file that the lock is on, for `write_run`.
+        The locked file, for `write_run`.
 
     Raises:
         ConfigError: the folder is in use.
@@ -100,7 +100,7 @@ def new_run(run_dir: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
     replaced = overwrite and has_begun(run_dir)
     with (
         locked(run_dir / MANIFEST) if replaced else nullcontext(),
-        locked(partial_name(run_dir / MANIFEST)) as held,  # which becomes the manifest, and stays locked
+        locked(partial_name(run_dir / MANIFEST)) as held,  # becomes the manifest, and stays locked
     ):
         if replaced:
             _clear(run_dir)
@@ -109,9 +109,9 @@ def new_run(run_dir: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
 
 @contextmanager
 def beginning(run_dir: Path) -> Iterator[None]:
-    """Begin a run in a folder that is held: the block fills it and ends with `write_run`.
+    """Begin a run in a locked folder: the block fills the folder and ends with `write_run`.
 
-    If the block fails, nothing is left of it; if the process is killed, the next beginning clears the folder.
+    If the block fails, its files are removed; if the process is killed, the next run clears the folder.
 
     Raises:
         ConfigError: the folder is in use.
@@ -127,20 +127,20 @@ def beginning(run_dir: Path) -> Iterator[None]:
         _clear(run_dir)
         yield
     except BaseException as error:
-        with suppress(OSError, CheckpointError):  # what stays keeps its mark, which the next beginning finds
+        with suppress(OSError, CheckpointError):  # a folder that is not empty keeps its mark for the next run
             _clear(run_dir)
             mark.unlink(missing_ok=True)
             run_dir.rmdir()
         if isinstance(error, OSError):
-            remedy = "make room on its disk, or choose another one with --out"
+            remedy = "free space on its disk, or choose another one with --out"
             raise CheckpointError(f"cannot begin a run in {run_dir}: {error}; {remedy}") from error
         raise
 
 
 def _clear(run_dir: Path) -> None:
-    """Remove what a run writes, and nothing else; links are removed, not followed.
+    """Remove the files of a run, and no others; links are removed, not followed.
 
-    The manifest goes first: a folder without it is no run, so that no half of one remains if the process is killed.
+    The manifest is removed first: if the process is killed, the rest is no run.
 
     Raises:
         CheckpointError: something cannot be removed.
@@ -160,9 +160,9 @@ def _clear(run_dir: Path) -> None:
 
 
 def write_run(run_dir: Path, config: TrainingConfig, fingerprint: str, held: BinaryIO | None) -> None:
-    """Record a run's configuration and the fingerprint of its data; from here on the run can be resumed.
+    """Write the configuration of a run and the fingerprint of its data; the run can then be resumed.
 
-    Model configuration and tokenizer must be there already; `held` is the file that `new_run` holds.
+    Model configuration and tokenizer must be in the folder; `held` is the file that `new_run` yields.
     """
     record = {"format_version": FORMAT_VERSION, "version": __version__}
     write_json(run_dir / RUN_FILE, {**record, "data_fingerprint": fingerprint, "training": config.to_dict()})
@@ -170,7 +170,7 @@ def write_run(run_dir: Path, config: TrainingConfig, fingerprint: str, held: Bin
 
 
 def write_steps(run_dir: Path, steps: int) -> None:
-    """Record that a run has another number of steps than the one that it was started with.
+    """Write a new number of steps of a run.
 
     Raises:
         OSError: the folder cannot be written.
@@ -217,7 +217,7 @@ def _read_steps(run_dir: Path, started_with: int) -> int:
 
 
 def write_result(run_dir: Path, step: int, score: "LanguageScore") -> None:
-    """Record that a run has come to its end, and the score of its last validation.
+    """Write the score of the last validation of a finished run.
 
     Raises:
         OSError: the folder cannot be written.
@@ -229,7 +229,7 @@ def write_result(run_dir: Path, step: int, score: "LanguageScore") -> None:
 
 
 def read_result(run_dir: Path, last_step: int) -> "LanguageScore | None":
-    """Return the score of a run that has come to its end; None if it has to be measured (again).
+    """Return the score of a finished run; None if it has to be measured (again).
 
     Args:
         run_dir: the run folder.
@@ -244,7 +244,7 @@ def read_result(run_dir: Path, last_step: int) -> "LanguageScore | None":
     path = run_dir / RESULT_FILE
     try:
         record = read_json(path)
-    except CheckpointError:  # there is none, or a damaged one: the validation is made again
+    except CheckpointError:  # missing or damaged: the validation is repeated
         return None
     check_version(path, record.get("format_version"), 1)
     whole = is_sealed(record) and record.get("step") == last_step

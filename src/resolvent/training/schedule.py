@@ -1,19 +1,19 @@
-"""The learning rate of every step, as a part of the peak."""
+"""Learning rate of every step, as a fraction of the peak."""
 
 import math
 
-WSD_DECAY_PART = 0.2  # the last fifth of a warm-up-stable-decay run goes down
+WSD_DECAY_PART = 0.2  # in the last fifth of a warm-up-stable-decay run, the learning rate falls
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup: int, schedule: str, min_ratio: float) -> float:
-    """The learning rate of a step divided by the peak.
+    """Return the learning rate of a step divided by the peak.
 
     Args:
         step: number of the step, from 0 to `steps - 1`.
         steps: number of steps of the whole run.
         warmup: steps of linear warm-up; step `warmup - 1` is the first at the peak.
         schedule: `cosine`, `wsd` or `constant`.
-        min_ratio: what the last step has (`cosine`, `wsd`).
+        min_ratio: ratio of the last step (`cosine`, `wsd`).
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -25,6 +25,6 @@ def learning_rate_factor(step: int, *, steps: int, warmup: int, schedule: str, m
     if schedule == "cosine":
         height = (1 + math.cos(math.pi * progress)) / 2
     else:
-        # 1 - sqrt falls faster than a line at first, which anneals better (Hägele et al., 2024).
+        # 1 - sqrt first falls faster than a line, which gives a lower loss (Hägele et al., 2024).
         height = 1 - math.sqrt(progress)
     return min_ratio + (1 - min_ratio) * height

@@ -1,10 +1,10 @@
-"""A model whose parameters, gradients and optimiser state are shared out between processes (FSDP2), block by block.
+"""Sharding of parameters, gradients and optimiser state over processes (FSDP2), block by block.
 
-A parameter is whole only while its block computes. What a process holds are torch's DTensors, sharded in their first
-dimension; they go to and from safetensors files through torch.distributed.checkpoint, which reads the shards of any
-number of processes into those of any other. Its own format would be a pickle.
+A parameter is whole only while its block computes. A process holds torch's DTensors, sharded in their first dimension.
+torch.distributed.checkpoint writes them to safetensors files and reads the shards of any number of processes into those
+of any other; its own format would be a pickle.
 
-FSDP2 knows no scalar parameters: here they are vectors of one, and scalars again in every file.
+FSDP2 supports no scalar parameters: a sharded model has vectors of one element instead, and every file has scalars.
 """
 
 import warnings
@@ -33,17 +33,17 @@ from resolvent.models.storage import named_weights
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model holds its process's shards only."""
+    """Return True if a model holds only the shards of its process."""
     return isinstance(model, FSDPModule)
 
 
 def shard(model: IntegratedModel, device: torch.device, *, compile: bool = False) -> IntegratedModel:
-    """The same model, shared out between all processes, which all call this.
+    """Return the model, sharded over all processes; all processes call this.
 
     Args:
-        model: the whole model in the first process, which sends the others their shards; of theirs, only the
-            configuration counts, so that it may be on the meta device. It is of no use afterwards.
-        device: this process's.
+        model: the whole model in the first process, which sends the other processes their shards. In these, only the
+            configuration is used, so that the model may be on the meta device. Do not use it afterwards.
+        device: the device of this process.
         compile: compile the blocks with torch.compile.
     """
     whole: dict[str, Any] = {}
@@ -56,19 +56,19 @@ def shard(model: IntegratedModel, device: torch.device, *, compile: bool = False
 
 
 def empty_shards(model: IntegratedModel, device: torch.device, *, compile: bool = False) -> IntegratedModel:
-    """A sharded model of another's configuration, whose weights will be loaded; arguments as of `shard`."""
+    """Return a sharded model with the configuration of another and uninitialised weights; arguments as of `shard`."""
     model = _without_memory(model)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.ndim == 0:
                 setattr(module, name, nn.Parameter(_as_vector(parameter)))
-    # Nobody writes into what a block returns.
+    # No operation writes into the output of a block.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in cast(Iterable[Block], model.blocks):
         fully_shard(block, mesh=mesh)
         if compile:
-            block.compute = torch.compile(block.compute)  # FSDP's hooks stay outside
+            block.compute = torch.compile(block.compute)  # the hooks of FSDP stay outside the compiled code
     fully_shard(model, mesh=mesh)
     tied = model.tied
     model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
@@ -78,14 +78,14 @@ def empty_shards(model: IntegratedModel, device: torch.device, *, compile: bool 
 
 
 def whole_tensor(x: Tensor) -> Tensor:
-    """What a sharded tensor is as a whole; all processes call this. Another tensor as it is."""
+    """Gather a sharded tensor; all processes call this. A tensor that is not sharded is returned unchanged."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def whole_weights(model: IntegratedModel) -> dict[str, Tensor]:
-    """All weights of a sharded model, on the CPU, in the first process, and nothing in the others; all call this.
+    """Gather all weights of a sharded model on the CPU of the first process; all processes call this.
 
-    They are put together one by one: no device ever holds more than one that is whole.
+    The other processes return nothing. Weights are gathered one by one: a device holds at most one whole weight.
     """
     weights = {}
     scalars = _scalars(model)
@@ -97,17 +97,17 @@ def whole_weights(model: IntegratedModel) -> dict[str, Tensor]:
 
 
 def shard_names(shards: int) -> list[str]:
-    """The files that as many processes write."""
+    """Return the names of the files that a number of processes write."""
     return [f"shard-{number:05d}-model-00001-of-00001.safetensors" for number in range(1, shards + 1)]
 
 
 def write_shards(folder: Path, model: IntegratedModel, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file of named tensors from each process, which all call this.
+    """Write one file of named tensors per process; all processes call this.
 
     Args:
-        folder: where to.
+        folder: the folder to write to.
         model: the sharded model that the tensors belong to.
-        tensors: of the parameter `name`, itself under `name` and what belongs to it under `name/...`.
+        tensors: the parameter `name` under `name`, and its optimiser state under `name/...`.
 
     Raises:
         OSError: one of the processes cannot write.
@@ -126,12 +126,12 @@ def write_shards(folder: Path, model: IntegratedModel, tensors: Mapping[str, Ten
 
 
 def read_shards(folder: Path, model: IntegratedModel, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors, whole or sharded, from files that one process wrote or any number.
+    """Read whole or sharded tensors from files that any number of processes wrote.
 
-    Arguments are as of `write_shards`. Where there are several processes, all call this.
+    Arguments are as of `write_shards`. All processes of a run call this.
 
     Raises:
-        CheckpointError: the files cannot be read, lack a tensor or have it in another shape.
+        CheckpointError: the files cannot be read, lack a tensor or hold it in another shape.
     """
     scalars = _scalars(model)
     wanted = {name: _scalar_like(x) if name.partition("/")[0] in scalars else x for name, x in tensors.items()}
@@ -141,7 +141,7 @@ def read_shards(folder: Path, model: IntegratedModel, tensors: Mapping[str, Tens
             raise CheckpointError(f"{name} in {folder} has the shape {found.get(name)}, not {tuple(x.shape)}")
     try:
         reader = dcp.HuggingFaceStorageReader(str(folder))
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that a single process is a single one
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # a single process is intended
             dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(f"cannot read the checkpoint {folder}: {error}") from error
@@ -154,13 +154,13 @@ def read_shards(folder: Path, model: IntegratedModel, tensors: Mapping[str, Tens
 
 
 def stored_shapes(folder: Path) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors in a folder's safetensors files, as if they were whole.
+    """Return names and whole shapes of the tensors in the safetensors files of a folder.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
     try:
-        for path in folder.glob("*.safetensors"):  # torch opens all of them, and would wait for a pipe's other end
+        for path in folder.glob("*.safetensors"):  # torch opens all of them, and would block on a pipe
             open_regular(path).close()
         stored = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except OSError as error:
@@ -171,13 +171,13 @@ def stored_shapes(folder: Path) -> dict[str, torch.Size]:
 
 
 def _without_memory(model: IntegratedModel) -> IntegratedModel:
-    """A whole model of the same configuration on the meta device."""
+    """Return a whole model of the same configuration on the meta device."""
     with torch.device("meta"):
         return PHASES[phase_of(model)].model(model.config, init=False)
 
 
 def _scalars(model: IntegratedModel) -> set[str]:
-    """The parameters that are scalars in a whole model."""
+    """Return the names of the parameters that are scalars in a whole model."""
     return {name for name, parameter in _without_memory(model).named_parameters() if parameter.ndim == 0}
 
 

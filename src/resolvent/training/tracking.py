@@ -1,4 +1,4 @@
-"""Trackers: a run's numbers for TensorBoard, Weights & Biases and the others that Accelerate knows."""
+"""Trackers: metrics of a run for TensorBoard, Weights & Biases and the other trackers of Accelerate."""
 
 import json
 import os
@@ -22,22 +22,22 @@ TENSORBOARD_DIR = "tensorboard"
 ID_FILE = "tracker.json"
 
 _FOLDERS = {"tensorboard": TENSORBOARD_DIR, "wandb": "wandb", "aim": ".aim"}
-"""What trackers make in the run folder."""
+"""Files and folders that trackers write into the run folder."""
 _ID = re.compile("[0-9a-f]{32}")
 
 
 class Tracking:
-    """Hands a run's numbers on within a `with` block; with the tracker `none`, it does nothing.
+    """Tracking of a run within a `with` block; with the tracker `none`, it does nothing.
 
-    A resumed run goes on with what it tracked before in TensorBoard, where what lies beyond its checkpoint is dropped,
-    and in Weights & Biases. In the others it becomes a new entry, and they get no distributions. Trackers other than
-    TensorBoard cannot drop what they were told: a run that goes back tells them nothing until it is where it was.
+    A resumed run continues its entry in TensorBoard, where values after its checkpoint are dropped, and in Weights &
+    Biases. In other trackers it becomes a new entry, without distributions. Only TensorBoard can drop values: after a
+    rewind, other trackers skip the steps that were logged before.
 
     Args:
-        accelerator: of the run; it knows the tracker, see `tracker_options`.
-        config: the run.
-        step: the steps taken before.
-        probe: tokens that the model reads when it is looked into, int64 (N,).
+        accelerator: accelerator of the run, made with `tracker_options`.
+        config: configuration of the run.
+        step: number of steps before this process.
+        probe: tokens that the model reads for its diagnostics, int64 (N,).
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainingConfig, step: int, probe: Tensor) -> None:
@@ -54,7 +54,7 @@ class Tracking:
         if self._name == "tensorboard":
             options = {self._name: {"purge_step": self._step + 1}}
             self._accelerator.init_trackers(TENSORBOARD_DIR, init_kwargs=options)
-            text = "\n".join(f"    {name}: {value}" for name, value in settings.items())  # four blanks: as it is
+            text = "\n".join(f"    {name}: {value}" for name, value in settings.items())  # four blanks: preformatted
             self._writes(lambda writer: writer.add_text("configuration", text, self._step))
         else:
             options = {self._name: self._same_run()} if self._name == "wandb" else {}
@@ -67,32 +67,32 @@ class Tracking:
         self._accelerator.trackers = []
 
     def log(self, step: int, group: str, values: dict[str, float]) -> None:
-        """Hand on some numbers of a step."""
+        """Log values of a step."""
         if self._name != "none":
             self._tell(step, {f"{group}/{name}": value for name, value in values.items()})
 
     def go_back(self, step: int, rewinds: int) -> None:
-        """Hand on that the run went back to a step, and how often it has; call it in every process."""
+        """Log a rewind to a step, with the number of rewinds; call it in every process."""
         if self._name == "none":
             return
         if self._name == "tensorboard":
-            # In the same file: TensorBoard reads files in order of name, which within a second is not that of writing.
+            # The same file: TensorBoard reads files by name, which within a second is not the order of writing.
             from tensorboard.compat.proto import event_pb2
 
-            events: Any = event_pb2  # whose classes are made on import: the type checker sees none
-            begins = events.SessionLog(status=events.SessionLog.START)  # drops what lies beyond
+            events: Any = event_pb2  # made on import: the type checker sees no classes
+            begins = events.SessionLog(status=events.SessionLog.START)  # drops values beyond the step
             restart = events.Event(step=step + 1, session_log=begins)
             self._writes(lambda writer: writer.file_writer.add_event(restart))
             self._told = step
         self._tell(max(step + 1, self._told), {"training/rewinds": rewinds})
 
     def log_gradients(self, step: int, model: IntegratedModel) -> None:
-        """Hand on the norms of the gradients that the model's parameters hold; call it in every process."""
+        """Log the norms of the gradients in the parameters; call it in every process."""
         if self._name != "none":
             self._tell(step, gradient_norms(model))
 
     def log_diagnostics(self, step: int, model: IntegratedModel) -> None:
-        """Let the model read the probe, and track its diagnostics; call it in every process."""
+        """Log the diagnostics of the model on the probe; call it in every process."""
         if self._name == "none":
             return
         diagnostics = read_diagnostics(model, self._probe.to(self._accelerator.device))
@@ -107,18 +107,18 @@ class Tracking:
             self._tell(step, {name: wandb.Histogram(values.numpy()) for name, values in histograms.items()})
 
     def _tell(self, step: int, values: dict[str, Any]) -> None:
-        """Hand values on, but for a step before the last one that the tracker was told of."""
+        """Log values, except those of a step before the last logged one."""
         if step >= self._told:
             self._told = step
             self._accelerator.log(values, step=step)
 
     def _writes(self, write: Any) -> None:
-        """Use TensorBoard's writer, which the first process alone has."""
+        """Call a function with TensorBoard's writer, which only the first process has."""
         if self._accelerator.is_main_process:
             write(self._accelerator.get_tracker(self._name, unwrap=True))
 
     def _same_run(self) -> dict[str, Any]:
-        """What makes Weights & Biases go on with a run that it knows: an identity that the run folder keeps."""
+        """Return options that make Weights & Biases continue an entry: its id, which the run folder keeps."""
         path = self._config.run_dir / ID_FILE
         if self._accelerator.is_main_process and not os.path.lexists(path):
             write_json(path, {"id": uuid.uuid4().hex})
@@ -130,10 +130,10 @@ class Tracking:
 
 
 def tracker_options(config: TrainingConfig) -> dict[str, Any]:
-    """What an Accelerator must be told of the run's tracker.
+    """Return the options of an Accelerator for the tracker of a run.
 
     Raises:
-        ConfigError: the tracker's package is not installed, which Accelerate would pass over.
+        ConfigError: the tracker's package is not installed, which Accelerate would ignore.
     """
     if config.tracker == "none":
         return {}
@@ -144,7 +144,7 @@ def tracker_options(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Plain values by dotted name."""
+    """Return plain values by dotted name."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):

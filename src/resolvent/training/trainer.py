@@ -49,11 +49,11 @@ from resolvent.training.tracking import Tracking
 logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 1024
-"""Held-out tokens, document after document, that the model reads when a tracker is told what happens inside."""
+"""Held-out tokens, document after document, that the model reads for the diagnostics of a tracker."""
 
 
 REWIND_FACTOR = 0.5
-"""What every rewind multiplies the learning rate by."""
+"""Factor of the learning rate at every rewind."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,9 +62,9 @@ class TrainingResult:
 
     Attributes:
         run_dir: the run folder, which `load_model` and `load_tokenizer` read.
-        model: the trained model, in evaluation mode; of a sharded one, what this process holds.
+        model: the trained model, in evaluation mode; of a sharded one, the shards of this process.
         tokenizer: its tokenizer.
-        validation: its score on held-out text, as much of it as `final_eval_tokens` says.
+        validation: its score on `final_eval_tokens` tokens of held-out text.
     """
 
     run_dir: Path
@@ -87,19 +87,19 @@ class TrainingResult:
 
 
 class _StoppedInValidation(Exception):
-    """A process was asked to stop while a validation ran."""
+    """Signal that a process was asked to stop during a validation."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that was taken, and is yet to be reported.
+    """A step that was taken and is not reported yet.
 
     Attributes:
-        number: counted from one.
-        lr: its learning rate.
-        started: when, by ``time.perf_counter``.
-        numbers: gives its loss, its gradient's norm before clipping, and above zero if a process was asked to stop
-            before it, when they have been computed.
+        number: number of the step, from one.
+        lr: learning rate.
+        started: start of the step, by ``time.perf_counter``.
+        numbers: waits for three values and returns them: the loss, the norm of the gradient before clipping, and a
+            number above zero if a process was asked to stop before the step.
     """
 
     number: int
@@ -109,7 +109,7 @@ class _Step:
 
 
 def _on_its_way(x: torch.Tensor) -> Callable[[], list[float]]:
-    """Begin to bring a tensor to the CPU; what is returned waits for its values."""
+    """Start the copy of a tensor to the CPU; return a function that waits for its values."""
     if x.device.type != "cuda":
         return x.tolist
     there = x.to("cpu", non_blocking=True)
@@ -126,15 +126,15 @@ def _on_its_way(x: torch.Tensor) -> Callable[[], list[float]]:
 class Trainer:
     """A run in progress.
 
-    On a GPU a step is reported while the next one is computed: a GPU that waited for Python to look at every loss
-    would stand idle for a third of the time. Whether a step's loss and gradient are finite, the optimizer sees itself.
+    On a GPU a step is reported while the next one is computed: with a synchronisation at every step, the GPU would be
+    idle for a third of the time. The optimiser itself skips a step whose loss or gradient is not finite.
 
     Args:
-        config: the run, validated.
+        config: a valid configuration.
         accelerator: device, precision and processes.
-        corpus: its text.
-        model: its model, on the accelerator's device, or sharded.
-        console: where to show progress.
+        corpus: text of the run.
+        model: model of the run, on the accelerator's device, or sharded.
+        console: console that shows progress.
     """
 
     def __init__(
@@ -179,16 +179,16 @@ class Trainer:
 
     @property
     def batches_per_step(self) -> int:
-        """Batches of a step, of all processes together."""
+        """Number of batches of a step, over all processes."""
         return self.config.accumulation * self.state.processes
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of a step, of all processes together."""
+        """Number of tokens of a step, over all processes."""
         return self.batches.tokens_per_batch * self.batches_per_step
 
     def restore(self, checkpoint: Path) -> None:
-        """Take over a checkpoint's optimiser state and trainer state; its weights are those of the model already."""
+        """Load the optimiser state and the trainer state of a checkpoint; the model has its weights already."""
         self.state = load_trainer_state(checkpoint)
         if self.batches_per_step % self.accelerator.num_processes:
             raise CheckpointError(
@@ -201,7 +201,7 @@ class Trainer:
         """Train until the last step, save the model, and validate it.
 
         Raises:
-            CheckpointError: the run folder cannot be written; its checkpoints are those of before.
+            CheckpointError: the run folder cannot be written; its earlier checkpoints are unchanged.
             NonFiniteError: a loss, a gradient or a weight is not finite, and no rewind is left.
             TrainingInterrupted: SIGINT or SIGTERM, after saving a checkpoint.
         """
@@ -209,7 +209,7 @@ class Trainer:
             return self._run()
         except OSError as error:
             raise CheckpointError(
-                f"{error}. What was saved before is whole: make the folder writable or make room on its disk, then go "
+                f"{error}. Earlier checkpoints are whole: make the folder writable or free space on its disk, then go "
                 f"on with --resume {shell_word(self.run_dir)}"
             ) from error
 
@@ -219,8 +219,8 @@ class Trainer:
         self.display = self._new_display()
         self._introduce()
         with self._metrics_log() as self.metrics, self._tracking() as self.tracking, self.display:
-            # The run may have been killed in here, with its checkpoint whole and its weights not there; and a rewind
-            # needs a beginning to go back to.
+            # A run that was killed here may lack its weights, though its checkpoint is whole; and a rewind needs a first
+            # checkpoint.
             if self.state.step or self.config.rewinds:
                 self.save()
             with StopRequest(self.display.hang_up) as stop:
@@ -236,21 +236,19 @@ class Trainer:
                 self.metrics.sync()
                 write_result(self.run_dir, self.state.step, score)
         self.display.say(f"Done in {format_duration(time.perf_counter() - started)}; the model is in {self.run_dir}")
-        self.accelerator.unwrap_model(
-            self.model, keep_fp32_wrapper=False, keep_torch_compile=False
-        )  # takes autocast off
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)  # removes autocast
         return TrainingResult(self.run_dir, self.raw_model.eval(), self.corpus.tokenizer, score)
 
     def _step(self, stop: StopRequest) -> None:
-        """Update the weights once, along the gradient of the mean loss over this step's batches."""
+        """Update the weights with the gradient of the mean loss over the batches of the step."""
         config, step, started = self.config, self.state.step, time.perf_counter()
         lr = self.peak_learning_rate * config.rate_factor(step) * REWIND_FACTOR**self.state.rewinds
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if config.start_from is None:  # fewer channels of a saved model would be another function
+        if config.start_from is None:  # with fewer channels, a saved model would be another function
             self.raw_model.update_rank_schedule(step)
         checked = self._is_checked(step + 1)
-        if checked:  # trackers are told of its gradients, and of no step before it after that
+        if checked:  # trackers log its gradients, and no earlier step afterwards
             self._report_all_but(0)
         loss, stopping = self._over_processes(self._gradient(step), stop)
         if checked:
@@ -264,7 +262,7 @@ class Trainer:
         self._report_all_but(self.lag)
 
     def _gradient(self, step: int) -> torch.Tensor:
-        """Leave the gradient in the parameters; the mean loss of this process's batches, on the device."""
+        """Compute the gradient into the parameters; return the mean loss of this process's batches, on the device."""
         accelerator, config = self.accelerator, self.config
         mine = range(accelerator.process_index, self.batches_per_step, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = len(mine)
@@ -284,22 +282,22 @@ class Trainer:
         return loss_sum / len(mine)
 
     def _over_processes(self, loss: torch.Tensor, stop: StopRequest) -> torch.Tensor:
-        """The mean loss of all processes, and above zero if any of them was asked to stop: (2,) on the device."""
+        """Return (2,) on the device: the mean loss of all processes, and a number above zero if any is to stop."""
         asked = torch.full_like(loss, stop.signal_number is not None)
         return self.accelerator.reduce(torch.stack([loss, asked]), reduction="mean")
 
     def _clip(self) -> torch.Tensor:
-        """Clip the gradient; its norm before that, on the device."""
+        """Clip the gradient; return its norm before clipping, on the device."""
         parameters = [x for x in self.raw_model.parameters() if x.grad is not None]
         norm = get_total_norm([x.grad for x in parameters if x.grad is not None])
         clip_grads_with_norm_(parameters, self.config.grad_clip or math.inf, norm)
         return whole_tensor(norm)
 
     def _report_all_but(self, count: int) -> None:
-        """Report the steps that were taken, but for the last ``count``.
+        """Report the steps that were taken, except the last ``count``.
 
         Raises:
-            NonFiniteError: a loss or a gradient's norm is not finite; that step and those after it changed nothing.
+            NonFiniteError: a loss or the norm of a gradient is not finite; this step and later ones changed nothing.
         """
         while len(self.taken) > count:
             step = self.taken.popleft()
@@ -312,7 +310,7 @@ class Trainer:
             self._report(step.number, loss, grad_norm, step.lr, seconds)
 
     def _failed(self, step: int, loss: float, grad_norm: float) -> NonFiniteError:
-        """The error of a step, whose gradient is computed once more: it may have been overwritten since."""
+        """Return the error of a step, whose gradient is computed again: it may have been overwritten."""
         self.taken.clear()
         name = "the loss"
         if math.isfinite(loss):
@@ -323,21 +321,21 @@ class Trainer:
         return self._not_finite(step, name, event)
 
     def _move_gradients(self) -> None:
-        """Move the gradients out of a graph's memory, which its next replay writes anew, so that they can be summed."""
+        """Copy the gradients, which are to be summed, out of the memory that the next replay of a graph overwrites."""
         for parameter in self.raw_model.parameters():
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Mean nats a token, and what the model asks to be added."""
+        """Return the loss in nats per token, and the penalty of the model."""
         options = {"return_penalty": True} if self.raw_model.penalised else {}
         if self.replayed:
-            torch.compiler.cudagraph_mark_step_begin()  # nobody reads what the last one left any more
-            # Nobody looks at the offsets, and the number of segments says which graph is replayed.
+            torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last replay are not used any more
+            # No code reads the offsets on the CPU, and the number of segments selects the graph.
             input_ids, labels, cu_seqlens = batch.padded().to(self.device)
-            torch._dynamo.mark_dynamic(cu_seqlens, 0)  # compiled once for every number
+            torch._dynamo.mark_dynamic(cu_seqlens, 0)  # compiled once, for any number of segments
         else:
-            # The offsets stay on the CPU, where the model looks at them without waiting for the device.
+            # The offsets stay on the CPU, where the model reads them without waiting for the device.
             input_ids, labels, _ = batch.to(self.device)
             cu_seqlens = batch.cu_seqlens
         output = self.model(input_ids, labels=labels, cu_seqlens=cu_seqlens, **options)
@@ -374,7 +372,7 @@ class Trainer:
         )
 
     def _rewind(self, fault: NonFiniteError) -> None:
-        """Go back to the last whole checkpoint, and on with a lower learning rate, as often as the run allows."""
+        """Go back to the last whole checkpoint, with a lower learning rate, if a rewind is left."""
         rewinds = self.state.rewinds + 1
         if rewinds > self.config.rewinds:
             raise fault
@@ -388,7 +386,7 @@ class Trainer:
         self.state.rewinds, self.state.validation_due = rewinds, False
         self.metrics.go_back(self.state.step)
         self.tracking.go_back(self.state.step, rewinds)
-        # The record belongs to the first step that is taken again: a run that is resumed before it gets here anew.
+        # The record is one of the first repeated step: a run that resumes before that step writes the record again.
         first, factor = self.state.step + 1, REWIND_FACTOR**rewinds
         self.metrics.write(step=first, rewinds=rewinds, failed_step=fault.step, not_finite=fault.name, lr_factor=factor)
         if self.accelerator.is_main_process:
@@ -397,18 +395,18 @@ class Trainer:
             logger.warning("Rewind %d of %d, to %s: %s", rewinds, self.config.rewinds, place, event)
 
     def _after_step(self, stop: StopRequest) -> None:
-        """Validate and save where it is due, and stop where it was asked for.
+        """Validate and save at their intervals, and stop if a signal asked for it.
 
         Raises:
-            NonFiniteError: a weight that would be validated or saved is not finite, or the validation's loss.
-            TrainingInterrupted: it was asked for.
+            NonFiniteError: a weight before a validation or a checkpoint is not finite, or the loss of a validation.
+            TrainingInterrupted: a signal asked to stop.
         """
         config, step, state = self.config, self.state.step, self.state
         state.validation_due = self._is_checked(step) and step < config.steps
         saving = _is_due(step, config.checkpoint_interval) or step == config.steps
         if state.validation_due or saving:
             self._report_all_but(0)
-        # A signal may reach several processes at different steps; they stop when all of them have been told.
+        # A signal may reach processes at different steps; they stop when all of them received it.
         asked = self.stopping if self.accelerator.num_processes > 1 else stop.signal_number is not None
         stopping = asked and step < config.steps
         if (state.validation_due or saving) and (name := offending_weight(self.raw_model)):
@@ -428,7 +426,7 @@ class Trainer:
             raise TrainingInterrupted(stop.signal_number or signal.SIGTERM, self.run_dir, step)
 
     def _validate(self, stop: StopRequest | None = None, *, final: bool = False) -> LanguageScore:
-        """Score held-out text, shared out between the processes.
+        """Score held-out text, divided among the processes.
 
         Raises:
             NonFiniteError: the loss is not finite.
@@ -446,20 +444,20 @@ class Trainer:
         score = LanguageScore.from_totals(total, sample.num_predictions, sample.num_bytes)
         self.metrics.write_validation(self.state.step, score, final=final)
         self.tracking.log(self.state.step, "validation", dict(loss=score.loss, bits_per_byte=score.bits_per_byte))
-        if not self.sharded:  # no process holds the blocks to look into
+        if not self.sharded:  # no process holds whole blocks for diagnostics
             with evaluating(self.raw_model):
                 self.tracking.log_diagnostics(self.state.step, self.raw_model)
         self.display.validation(self.state.step, score)
         return score
 
     def _nats_of_share(self, shares: list[list[np.ndarray]], stop: StopRequest | None) -> torch.Tensor:
-        """Nats of the tokens that fall to this process. All processes take as many rounds, so that all can stop."""
+        """Return the nats of this process's tokens. All processes take equally many rounds, so that all can stop."""
         accelerator = self.accelerator
         mine = shares[accelerator.process_index]
-        model = accelerator.unwrap_model(self.model, keep_torch_compile=False)  # pieces come in many shapes
+        model = accelerator.unwrap_model(self.model, keep_torch_compile=False)  # pieces have many shapes
         sizes = dict(batch_tokens=max(self.batches.tokens_per_batch, 4096), piece_tokens=512)
         calls = [calls_of_model(share, **sizes) for share in shares]
-        # Blocks that are compiled one by one are called with many shapes, too.
+        # Blocks that are compiled one by one see many shapes, too.
         eager = torch.compiler.set_stance("force_eager") if self.sharded and self.config.compile else nullcontext()
         with eager, evaluating(model), self.display.validating(sum(map(len, mine)) - len(mine)) as show:
 
@@ -470,20 +468,20 @@ class Trainer:
 
             nats = sum_of_nats(model, mine, **sizes, advance=advance)
             for _ in range(max(calls) - calls[accelerator.process_index]):
-                if self.sharded:  # every call takes all processes, also those that have read their share
+                if self.sharded:  # every call needs all processes, also those that have read their share
                     self._call_idly()
                 advance(0)
         return torch.tensor(nats, dtype=torch.float64, device=self.device)
 
     def _is_asked_to_stop(self, stop: StopRequest) -> bool:
-        """Whether a process was asked to stop; all processes call this together."""
+        """Return True if any process was asked to stop; all processes call this."""
         asked = stop.signal_number is not None
         if self.accelerator.num_processes == 1:
             return asked
         return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.device)).item())
 
     def _is_checked(self, step: int) -> bool:
-        """Whether the model is validated and looked into after a step."""
+        """Return True if a validation and diagnostics follow a step."""
         return _is_due(step, self.config.eval_interval) or step == self.config.steps
 
     def _call_idly(self) -> None:
@@ -492,9 +490,9 @@ class Trainer:
             self.model(token)
 
     def save(self) -> None:
-        """Write a checkpoint, and the weights into the run folder, which so is ready for use at any time.
+        """Write a checkpoint, and the weights into the run folder, so that its model can be used at any time.
 
-        All processes call this. Only those that hold a share of the model have something to do beside the first.
+        All processes call this. If the model is not sharded, only the first one writes.
 
         Raises:
             OSError: the folder cannot be written.
@@ -508,7 +506,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
-        """Save, after the metrics."""
+        """Write the metrics to disk, then save a checkpoint."""
         if self.accelerator.is_main_process:
             self.metrics.sync()
             self.state.metrics_sha256 = self.metrics.sha256
@@ -519,7 +517,7 @@ class Trainer:
         step, validated = state.step, not state.validation_due
         log = MetricsLog(self.run_dir, step, writes, state.metrics_sha256, validated=validated)
         if writes and step and not log.exists:
-            logger.warning("%s is missing: it begins anew after step %d", self.run_dir / FILE_NAME, step)
+            logger.warning("%s is missing: a new one begins after step %d", self.run_dir / FILE_NAME, step)
             log = MetricsLog(self.run_dir, step)
         return log
 
@@ -529,7 +527,7 @@ class Trainer:
         return Tracking(self.accelerator, self.config, self.state.step, probe)
 
     def _introduce(self) -> None:
-        """Say what is trained on what."""
+        """Show the model, the text and the settings of the run."""
         config, train, held_out = self.config, self.corpus.train, self.corpus.validation
         precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
         epochs = config.steps * self.tokens_per_step / train.num_predictions
@@ -564,10 +562,10 @@ class Trainer:
 def replays_steps(config: TrainingConfig, accelerator: Accelerator, model: IntegratedModel) -> bool:
     """Return True if a run's forward and backward passes are replayed from CUDA graphs.
 
-    They are where a whole model is compiled and nobody waits for offsets of documents that are on the device.
+    This needs a compiled whole model whose code does not read the offsets of documents on the CPU.
 
-    Not where there are several processes: DDP cuts the model into pieces and sends gradients while the backward pass
-    goes on, which PyTorch's recorded graphs are not known to bear.
+    With several processes, CUDA graphs are off: DDP cuts the model into pieces and sends gradients during the backward
+    pass, which is not known to work with PyTorch's CUDA graphs.
     """
     whole = config.compile and config.parallel != "fsdp" and accelerator.num_processes == 1
     return whole and accelerator.device.type == "cuda" and not model.reads_offsets
