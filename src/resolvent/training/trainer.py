@@ -219,7 +219,7 @@ class Trainer:
         self.display = self._new_display()
         self._introduce()
         with self._metrics_log() as self.metrics, self._tracking() as self.tracking, self.display:
-            # A run that was killed here may lack its weights, though its checkpoint is whole; and a rewind needs a first
+            # A run that was killed here may lack its weights, although its checkpoint is whole; a rewind needs a first
             # checkpoint.
             if self.state.step or self.config.rewinds:
                 self.save()
