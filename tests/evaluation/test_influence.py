@@ -167,7 +167,7 @@ def test_wrong_numbers_are_errors(option: str):
 
 def test_text_that_will_not_do_is_an_error():
     model = PHASE2.model(vocab_size=257)
-    with pytest.raises(DataError, match="the text has 4 tokens, and 9 in a row are needed"):
+    with pytest.raises(DataError, match="the text has 4 tokens, and a sequence needs 9"):
         measure_influence(model, encode_documents(["text"], BYTES), length=8)
     with pytest.raises(DataError, match="repeats one token, 97"):
         measure_influence(model, encode_documents(["aaaa"], BYTES), length=3)

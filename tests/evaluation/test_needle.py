@@ -77,7 +77,7 @@ def test_a_model_that_remembers_as_far_as_it_reaches_is_found_out(stream: TokenS
     for row in scores.rows:
         if row.distance <= 64:
             assert (row.first.mean, row.beaten.mean, row.exact.mean) == (1, 1, 1)
-        else:  # it knows nothing: all candidates are equally likely
+        else:  # a uniform guess: all candidates are equally likely
             assert (row.first.mean, row.beaten.mean, row.exact.mean) == (pytest.approx(1 / 8), 0.5, 0)
 
 
@@ -145,5 +145,5 @@ def test_wrong_numbers_are_errors(stream: TokenStream, tokenizer: Tokenizer, opt
 
 
 def test_a_short_text_is_an_error_that_says_how_short(stream: TokenStream, tokenizer: Tokenizer):
-    with pytest.raises(DataError, match="the text has 2,700 tokens, and 65,663 in a row are needed"):
+    with pytest.raises(DataError, match="the text has 2,700 tokens, and a sequence needs 65,663"):
         evaluate_needle(PHASE2.model(vocab_size=257), stream, tokenizer)

@@ -24,7 +24,7 @@ INFLUENCES = Influences(256, 1, 1, [Influence(1, 1, SOME, SOME), Influence(2, 2,
 @pytest.mark.parametrize(
     ("draw", "scores", "words"),
     [
-        (plot_positions, POSITIONS, ["tokens read before", "windows of 256", "gain (nats a token)"]),
+        (plot_positions, POSITIONS, ["tokens read before", "windows of 256", "gain (nats per token)"]),
         (plot_needle, NEEDLE, ["tokens between fact and question", "ranked first of 32", "written exactly"]),
         (plot_influence, INFLUENCES, ["tokens before the predicted one", "gradient norm", "divergence if replaced"]),
     ],

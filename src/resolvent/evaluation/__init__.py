@@ -1,4 +1,4 @@
-"""Measuring what a model has learnt: how well it predicts, what it remembers, and how far back it looks."""
+"""Measures of trained models: loss on text, recall of a fact, and the influence of early tokens."""
 
 from resolvent.evaluation.influence import Influences, measure_influence
 from resolvent.evaluation.language import LanguageScore, evaluate_documents

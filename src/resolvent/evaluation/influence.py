@@ -1,13 +1,13 @@
-r"""How far back a model looks: what early tokens do to the prediction of the last one.
+r"""Influence of earlier tokens on the prediction of the last token.
 
-Two measures, both exact. The gradient of the last loss in a token's embedding says what a small change of it would do.
-It is found in memory that hardly grows with the length: a walk forwards keeps the states at the ends of pieces, and a
-walk backwards reads each piece again and takes the gradient in its first state on to the piece before,
+Two measures, both exact. The first is the gradient of the last loss with respect to a token's embedding. Its memory
+hardly grows with the length: a forward pass keeps the states at the ends of pieces, and a backward pass reads each
+piece again and passes the gradient of its first state to the piece before,
 
     ∂loss/∂s_j = (∂s_{j+1}/∂s_j)ᵀ ∂loss/∂s_{j+1},        ∂loss/∂e_t = (∂s_{j+1}/∂e_t)ᵀ ∂loss/∂s_{j+1}.
 
-And the token is replaced by another, all that follows is read again, and the last predictions are compared by their
-Kullback-Leibler divergence.
+The second is the Kullback-Leibler divergence between the last predictions with the token and with another in its
+position, after all later tokens are read again.
 
 Shapes: B sequences, N tokens, D model width, K replacements.
 """
@@ -36,13 +36,13 @@ from resolvent.seeds import check_seed
 
 @dataclass(frozen=True)
 class Influence:
-    """What the tokens between `first` and `last` places before the predicted one do to its prediction.
+    """Influence of the tokens in a bucket of distances on the prediction of the last token.
 
     Attributes:
         first, last: the bucket of distances; the last token that is read has distance 1.
-        gradient: mean norm, over the bucket's tokens, of the gradient of the last loss in a token's embedding.
-        divergence: mean nats, over tokens drawn from the bucket, between the predictions with the token and with
-            another in its place.
+        gradient: mean over the tokens of the bucket: norm of the gradient of the last loss in a token's embedding.
+        divergence: mean over tokens drawn from the bucket: nats between the predictions with the token and with
+            another one.
     """
 
     first: int
@@ -61,9 +61,9 @@ class Influences:
 
     Attributes:
         training_length: tokens of the sequences that the model was trained on.
-        sequences: texts read.
-        replacements: tokens replaced in a bucket of every text.
-        rows: a figure for every bucket.
+        sequences: number of texts.
+        replacements: tokens replaced per bucket of every text.
+        rows: influence per bucket.
     """
 
     training_length: int
@@ -94,12 +94,12 @@ def measure_influence(
 
     Args:
         model: the model; it keeps its mode, dropout is off, and its parameters get no gradients.
-        stream: the text; a sequence is the separator of documents and `length + 1` tokens in a row of it, the last of
-            which is predicted.
+        stream: the text; a sequence is the separator of documents and `length + 1` consecutive tokens, of which the
+            last one is predicted.
         length: longest distance in tokens.
-        sequences: places in the text.
-        replacements: tokens of a bucket that are replaced, one at a time, each by another of the same sequence.
-        seed: of places and replacements.
+        sequences: number of positions in the text.
+        replacements: tokens per bucket that are replaced, one at a time, each by another of the same sequence.
+        seed: seed of positions and replacements.
         batch_tokens: most tokens in one call of the model.
         progress: show a progress bar on stderr.
 
@@ -117,19 +117,21 @@ def measure_influence(
     buckets = doubling_buckets(length)
     device = next(model.parameters()).device
     gradients, divergences = [], []
-    replaced = sum(replacements * bucket.last for bucket in buckets)  # about: they start somewhere in their buckets
+    replaced = sum(
+        replacements * bucket.last for bucket in buckets
+    )  # about: a replaced token may be anywhere in its bucket
     with progress_bar("Reading", sequences * (5 * length + replaced), progress) as advance:
         for text in texts:
             tokens = torch.from_numpy(np.insert(text, 0, separator_of(stream))).to(device)
             pieces = input_gradients(model, tokens[None], piece_tokens=batch_tokens, advance=advance)
-            # From the last token backwards, but for the separator.
+            # From the last token backwards, without the separator.
             norms = torch.cat([piece[0].norm(dim=-1).flip(0) for piece in pieces])[:-1].double().cpu().numpy()
             gradients.append([norms[bucket.first - 1 : bucket.last].mean() for bucket in buckets])
             distances = np.concatenate([random.integers(b.first, b.last + 1, replacements) for b in buckets])
-            places = len(tokens) - 1 - distances
-            others = np.array([_other_token(text, int(tokens[place]), random) for place in places])
+            indices = len(tokens) - 1 - distances
+            others = np.array([_other_token(text, int(tokens[index]), random) for index in indices])
             nats = replacement_divergences(
-                model, tokens[:-1], places, others, batch_tokens=batch_tokens, advance=advance
+                model, tokens[:-1], indices, others, batch_tokens=batch_tokens, advance=advance
             )
             divergences.append(nats.cpu().numpy().reshape(len(buckets), replacements).mean(axis=1))
     columns = [zip(*samples, strict=True) for samples in (gradients, divergences)]
@@ -142,13 +144,13 @@ def measure_influence(
 def input_gradients(
     model: IntegratedModel, tokens: Tensor, *, piece_tokens: int, advance: Advance = lambda _: None
 ) -> Iterator[Tensor]:
-    """Gradient of the last token's loss in the embedding of every token before it, in memory for one piece.
+    """Yield the gradient of the last token's loss in every earlier embedding, with activations of one piece at a time.
 
     Args:
         model: the model; it keeps its mode, dropout is off, and its parameters get no gradients.
         tokens: int64 (B, N + 1); the last one is predicted.
-        piece_tokens: tokens B P of a piece.
-        advance: told of the tokens read, those of the walk backwards three times.
+        piece_tokens: number of tokens B P of a piece.
+        advance: called with the number of tokens read; those of the backward pass count three times.
 
     Yields:
         Gradients (B, P, D) of a piece, from the last piece to the first.
@@ -176,9 +178,9 @@ def _backwards(
     upstream: list[Tensor | None] | None,
     target: Tensor,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The gradients in a piece's embeddings and, tensor by tensor, in its first state.
+    """Return the gradients in a piece's embeddings and, tensor by tensor, in its first state.
 
-    ``upstream`` are the gradients in its last state; None for the last piece, whose last loss is that of ``target``.
+    ``upstream`` are the gradients in its last state; None for the last piece, whose loss is that of ``target``.
     """
     with torch.enable_grad():
         start = None if state is None else state.map(_leaf)
@@ -201,35 +203,35 @@ def _backwards(
 def replacement_divergences(
     model: IntegratedModel,
     tokens: Tensor,
-    places: np.ndarray,
+    indices: np.ndarray,
     others: np.ndarray,
     *,
     batch_tokens: int,
     advance: Advance = lambda _: None,
 ) -> Tensor:
-    """How far the prediction after the last token moves when a token is replaced.
+    """Return the divergence of the prediction after the last token when an earlier token is replaced.
 
-    The text is read once, and every variant from its replaced token on: there it sets out with a copy of the state.
+    The text is read once; every variant is read from its replaced token on, with a copy of the state there.
 
     Args:
         model: the model; it keeps its mode, and dropout is off.
         tokens: int64 (N,).
-        places: of the tokens that are replaced, one at a time, (K,).
-        others: what takes their place, (K,).
+        indices: positions of the tokens that are replaced, one at a time, (K,).
+        others: tokens that replace them, (K,).
         batch_tokens: most tokens in one call of the model.
-        advance: told of the tokens read.
+        advance: called with the number of tokens read.
 
     Returns:
         Kullback-Leibler divergence of each variant's prediction from the original's, nats, float64 (K,).
     """
-    order = np.argsort(places, kind="stable")
-    cuts = np.unique([0, *places, len(tokens)])
+    order = np.argsort(indices, kind="stable")
+    cuts = np.unique([0, *indices, len(tokens)])
     substitutes = torch.from_numpy(others[order]).to(tokens)
     hidden, state = None, None
     model = inference_view(model)
     with torch.inference_mode():
         for start, end in itertools.pairwise(cuts.tolist()):
-            before, rows = (1 + int(np.searchsorted(places[order], start, side)) for side in ("left", "right"))
+            before, rows = (1 + int(np.searchsorted(indices[order], start, side)) for side in ("left", "right"))
             if state is not None:
                 state = state[[*range(before), *[0] * (rows - before)]]
             stretch = tokens[start:end].repeat(rows, 1)
@@ -244,13 +246,13 @@ def replacement_divergences(
 
 
 def _other_token(text: np.ndarray, token: int, random: np.random.Generator) -> int:
-    """A token of the text, drawn by its frequency there, but for the one given."""
+    """Return a token drawn by its frequency in the text, other than the given one."""
     others = text[text != token]
     if not len(others):
-        raise DataError(f"the text repeats one token, {token}, which nothing of it can replace: give other text")
+        raise DataError(f"the text repeats one token, {token}, and no other token could replace it: give other text")
     return int(random.choice(others))
 
 
 def _leaf(x: Tensor) -> Tensor:
-    """Where a gradient is to arrive, if x can have one."""
+    """Return x as a leaf that collects its gradient, if x can have one."""
     return x.detach().requires_grad_(x.is_floating_point() or x.is_complex())

@@ -1,4 +1,4 @@
-"""How well a model predicts text: loss, perplexity and bits per byte over whole documents."""
+"""Loss, perplexity and bits per byte of a model over whole documents."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,17 +16,17 @@ from resolvent.evaluation.scoring import Advance, progress_bar, rectangle, side_
 from resolvent.models.inference import inference_view
 
 _STRETCH_TOKENS = 2048
-"""Longest stretch of a sample: longer ones come from fewer places, shorter ones have more tokens with little before."""
+"""Longest stretch of a sample: longer ones sample fewer positions, shorter ones more tokens of little context."""
 
 
 @dataclass(frozen=True)
 class LanguageScore:
-    """What a model makes of a text.
+    """Score of a model on a text.
 
     Attributes:
-        loss: mean nats a token; the tokens of a document are followed by the end of text, which counts as one.
-        perplexity: `exp(loss)`, or `exp(700)`, near the largest float, where it is more.
-        bits_per_byte: all bits divided by the bytes of the text, which compares models whatever their tokenizer.
+        loss: mean negative log-likelihood in nats per token; the end of text after a document counts as a token.
+        perplexity: `exp(loss)`, at most `exp(700)`, near the largest float.
+        bits_per_byte: all bits divided by the bytes of the text, which is comparable across tokenizers.
         tokens: number of predicted tokens.
     """
 
@@ -37,7 +37,7 @@ class LanguageScore:
 
     @classmethod
     def from_totals(cls, nats: float, tokens: int, num_bytes: int) -> "LanguageScore":
-        """Score from sums over all documents.
+        """Return the score from sums over all documents.
 
         Raises:
             DataError: there is no text.
@@ -53,7 +53,7 @@ class LanguageScore:
 
 @dataclass(frozen=True)
 class Stretches:
-    """Parts of a text, each to be read from a fresh state.
+    """Parts of a text, each read from a fresh state.
 
     Attributes:
         sequences: tokens of each part; all but the first of a part are predicted.
@@ -81,15 +81,15 @@ def evaluate_documents(
 ) -> LanguageScore:
     """Score documents, each read from its first token to its end of text, or a sample of them.
 
-    Documents of similar length go through the model side by side, in pieces, with the model's state handed from a
-    piece to the next. So a document may be of any length, and neither size below changes the result.
+    Documents of similar length are read side by side, in pieces, with the state of the model carried from one piece to
+    the next. So a document may have any length, and neither size below changes the result.
 
     Args:
         model: a model with the streaming interface; it keeps its mode, and dropout is off (see ``inference_view``).
         documents: texts, or a stream that `encode_documents` made of them.
         tokenizer: encodes the texts; not needed for a stream.
         max_tokens: number of tokens to predict, as `sample_stretches` chooses them; 0 for all.
-        batch_tokens: most tokens in one call of the model: the memory that this takes.
+        batch_tokens: most tokens in one call of the model, which decides the memory.
         piece_tokens: longest piece of a document.
         progress: show a progress bar with the remaining time on stderr.
 
@@ -111,7 +111,7 @@ def evaluate_documents(
 
 
 def document_tokens(stream: TokenStream) -> list[np.ndarray]:
-    """The documents of a stream, each with the end-of-text tokens that open and close it."""
+    """Return the documents of a stream, each with the end-of-text tokens that open and close it."""
     ends = np.append(stream.starts[1:], len(stream.tokens) - 1)
     return [stream.tokens[start : end + 1] for start, end in zip(stream.starts, ends, strict=True)]
 
@@ -122,8 +122,8 @@ def sample_stretches(stream: TokenStream, max_tokens: int) -> Stretches:
     The sample is systematic: the documents, end to end and closed to a ring, give stretches of equal length at equal
     distances, from a position that is drawn once. So every token is in the sample with the same probability, whatever
     the lengths of the documents, and the same budget always gives the same sample. A stretch ends where a document
-    ends, and begins with a fresh state: the first tokens of a stretch within a document are predicted from less than
-    in a reading of the whole document. The bytes of a cut document are counted in proportion to its tokens.
+    ends, and begins with a fresh state: the first tokens of a stretch within a document have less context than in the
+    whole document. The bytes of a cut document are counted in proportion to its tokens.
 
     Args:
         stream: the documents.
@@ -137,7 +137,10 @@ def sample_stretches(stream: TokenStream, max_tokens: int) -> Stretches:
     chosen, left_out = number * max_tokens // count, number * (total - max_tokens) // count
     starts = (np.random.default_rng(0).integers(total) + chosen + left_out)[:-1] % total
     ends = starts + np.diff(chosen)
-    spans = [*zip(starts, np.minimum(ends, total), strict=True), (0, max(0, *(ends - total)))]  # one may pass the end
+    spans = [
+        *zip(starts, np.minimum(ends, total), strict=True),
+        (0, max(0, *(ends - total))),
+    ]  # one stretch may pass the end
     bounds = np.append(stream.starts, total)
     sequences: list[np.ndarray] = []
     for low, high in spans:
@@ -155,7 +158,7 @@ def sum_of_nats(
     piece_tokens: int,
     advance: Advance | None = None,
 ) -> float:
-    """Return the negative log-likelihood, in nats, of all tokens of sequences but the first of each.
+    """Return the negative log-likelihood, in nats, of all tokens of sequences except the first of each.
 
     Args:
         model: a model with the streaming interface; its mode is the caller's choice.
@@ -165,12 +168,14 @@ def sum_of_nats(
         advance: called after every call of the model with the number of tokens that it predicted.
     """
     device = next(model.parameters()).device
-    # Not inference_mode: the buffers that FSDP makes in a first forward pass serve training afterwards.
+    # Not inference_mode: FSDP makes buffers in the first forward pass, which training uses afterwards.
     with torch.no_grad():
         total = torch.zeros((), dtype=torch.float64, device=device)
         for lanes in _batches(sequences, batch_tokens, piece_tokens):
             state = None
-            for pieces in side_by_side(lanes, piece_tokens):  # lanes of falling length leave the batch as they end
+            for pieces in side_by_side(
+                lanes, piece_tokens
+            ):  # lanes are sorted by falling length and leave the batch as they end
                 if state is not None:
                     state = state[: len(pieces)]
                 inputs, labels = rectangle(pieces)
@@ -183,12 +188,12 @@ def sum_of_nats(
 
 
 def calls_of_model(sequences: Sequence[np.ndarray], *, batch_tokens: int, piece_tokens: int) -> int:
-    """How often `sum_of_nats` calls the model."""
+    """Return the number of calls of the model by `sum_of_nats`."""
     return sum(-(-(len(lanes[0]) - 1) // piece_tokens) for lanes in _batches(sequences, batch_tokens, piece_tokens))
 
 
 def _batches(sequences: Sequence[np.ndarray], batch_tokens: int, piece_tokens: int) -> Iterator[list[np.ndarray]]:
-    """Groups of sequences, longest first, such that no piece of a group exceeds the token budget."""
+    """Yield groups of sequences, longest first, such that no piece of a group exceeds the token budget."""
     ordered = sorted(sequences, key=len, reverse=True)
     while ordered:
         widest_piece = min(len(ordered[0]) - 1, piece_tokens)

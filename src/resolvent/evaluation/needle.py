@@ -1,4 +1,4 @@
-"""What a model remembers: a fact hidden in text, asked for after more and more of other text."""
+"""Recall of a fact hidden in text, by the distance between the fact and the question."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -41,14 +41,14 @@ PASS_KEYS = range(10_000, 100_000)
 
 @dataclass(frozen=True)
 class NeedleScore:
-    """How well a fact is remembered over a distance.
+    """Recall of a fact over a distance.
 
     Attributes:
         distance: tokens of other text between the fact and the question.
         first: share of the samples in which the true key is likelier than every other candidate.
-        beaten: share of the other candidates whose likelihood has risen less than the true key's since before the fact
-            was told; by chance one half. A model's liking for some keys, whatever it has read, cancels.
-        exact: share of the samples in which the likeliest token, one after the other, writes the key.
+        beaten: share of the other candidates whose log-likelihood rose less than that of the true key since before the
+            fact; by chance one half. The prior preference of a model for some keys cancels.
+        exact: share of the samples in which greedy decoding writes the key.
     """
 
     distance: int
@@ -63,9 +63,9 @@ class NeedleScores:
 
     Attributes:
         training_length: tokens of the sequences that the model was trained on.
-        samples: places in the text, each with a key of its own.
-        candidates: keys of which one is true.
-        rows: a score for every distance.
+        samples: number of positions in the text, each with its own key.
+        candidates: number of keys, one of them true.
+        rows: score per distance.
     """
 
     training_length: int
@@ -78,7 +78,7 @@ class NeedleScores:
 
     @property
     def chance(self) -> float:
-        """How often a guess is the true key."""
+        """Probability that a random guess is the true key."""
         return 1 / self.candidates
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,9 +91,9 @@ class _Haystack:
     """Samples, read side by side.
 
     Attributes:
-        leads: what comes before the fact in every sample.
-        facts: of every sample.
-        filler: what comes after it, int64 (B, longest distance).
+        leads: tokens before the fact, per sample.
+        facts: tokens of the fact, per sample.
+        filler: tokens after the fact, int64 (B, longest distance).
         question: int64 (Q,).
         answers: candidates of every sample, the true one first.
     """
@@ -109,7 +109,7 @@ class _Haystack:
 
     @property
     def answers_read(self) -> int:
-        """Tokens that one question to all samples takes."""
+        """Number of tokens of one question to all samples."""
         return sum(len(self.question) + sum(map(len, answers)) for answers in self.answers)
 
 
@@ -125,21 +125,21 @@ def evaluate_needle(
     batch_tokens: int = 4096,
     progress: bool = False,
 ) -> NeedleScores:
-    """Tell a model a pass key in the midst of a text, let it read on, and ask for the key at doubling distances.
+    """Measure recall of a pass key within a text at doubling distances.
 
-    A sample is read once: at every distance the question is put to a copy of the state. So all distances share their
-    samples, and memory does not grow with them. A text begins with the separator of documents, then come 0 to 127 of
-    its tokens, the fact, and as many more tokens as the distance asks for, which go on where the text broke off.
+    A sample is read once: at every distance the question follows a copy of the state. So all distances share their
+    samples, and memory does not grow with their number. A sample is the separator of documents, 0 to 127 tokens of the
+    text, the fact, and the next tokens of the text up to the distance.
 
     Args:
         model: the model; it keeps its mode, and dropout is off.
         stream: the text around the fact.
         tokenizer: its tokenizer.
         length: longest distance in tokens, at least 16, the shortest.
-        samples: places in the text, each with a key of its own.
-        candidates: random keys of the same form among which the true one is ranked, itself included.
-        seed: of places and keys.
-        batch_tokens: most tokens in one call of the model, but for questions.
+        samples: number of positions in the text, each with its own key.
+        candidates: number of keys of the same form that are ranked, including the true one.
+        seed: seed of positions and keys.
+        batch_tokens: most tokens in one call of the model, except for questions.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -215,12 +215,12 @@ def _ask_along(
 
 
 def _ask(model: IntegratedModel, haystack: _Haystack, state: ModelState) -> tuple[np.ndarray, np.ndarray]:
-    """Nats of every sample's candidates (B, C), and whether the first of them would be written exactly (B,)."""
+    """Return the nats of every sample's candidates (B, C), and whether greedy decoding writes the first one (B,)."""
     device, question = state.device, haystack.question
     _, state = read(model, question[:-1].expand(len(haystack.answers), -1).to(device), state)
     nats, exact = [], []
     for row, answers in enumerate(haystack.answers):
-        # The question's last token opens every candidate, so that a candidate's first token is predicted with the rest.
+        # The last token of the question begins every row, so that the first token of a candidate is predicted, too.
         inputs, labels = rectangle([np.append(question[-1], answer) for answer in answers])
         hidden, _ = read(model, inputs.to(device), state[[row]].repeat(len(answers)))
         scores = score_tokens(model, hidden, labels.to(device))
@@ -230,7 +230,7 @@ def _ask(model: IntegratedModel, haystack: _Haystack, state: ModelState) -> tupl
 
 
 def _read_ragged(model: IntegratedModel, rows: list[np.ndarray], state: ModelState | None) -> ModelState:
-    """The state after token sequences of different lengths."""
+    """Return the state after token sequences of different lengths."""
     device = next(model.parameters()).device
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     mask = torch.zeros_like(tokens)
@@ -241,10 +241,10 @@ def _read_ragged(model: IntegratedModel, rows: list[np.ndarray], state: ModelSta
 
 
 def rank(nats: np.ndarray) -> tuple[float, float]:
-    """Compare the first of some candidates with the others.
+    """Compare the first candidate with the others.
 
-    Returns whether its nats are the fewest, and the share of the others that have more. A tie counts as what a coin
-    would make of it.
+    Returns whether its nats are the fewest, and the share of the others that have more. A tie counts as its expectation
+    under a random order.
     """
     true, others = nats[0], nats[1:]
     if not np.isfinite(nats).all():

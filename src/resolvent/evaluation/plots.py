@@ -1,4 +1,4 @@
-"""Pictures of what was measured, by matplotlib, which is an optional extra."""
+"""Plots of measurements, by matplotlib, which is an optional extra."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".pdf", ".svg")
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73")  # told apart by colour-blind readers, too
+_COLOURS = ("#0072b2", "#d55e00", "#009e73")  # distinct for colour-blind readers, too
 _MARKS = ("o", "x", "^")
-_LINES = ("-", "--", ":")  # where curves coincide, both are seen
+_LINES = ("-", "--", ":")  # both of two equal curves stay visible
 
 
 def check_format(path: Path) -> None:
@@ -50,26 +50,26 @@ def check_plot(path: Path) -> None:
 
 
 def plot_positions(scores: PositionScores, path: Path) -> None:
-    """Loss by position, read with everything before it and in windows, and by how much the first is better."""
+    """Plot the loss by position, with the carried state and in windows, and the gain of the carried state."""
     rows = scores.rows
-    places = _places([row.bucket for row in rows])
+    centres = _centres([row.bucket for row in rows])
     figure = _figure(2, "tokens read before", scores.training_length)
     above, below = figure.axes
-    _curve(above, places, [row.loss for row in rows], "everything read before", 0)
-    _curve(above, places, [row.windows_loss for row in rows], f"windows of {scores.training_length:,}", 1)
-    _curve(below, places, [row.gain for row in rows], None, 2)
+    _curve(above, centres, [row.loss for row in rows], "everything read before", 0)
+    _curve(above, centres, [row.windows_loss for row in rows], f"windows of {scores.training_length:,}", 1)
+    _curve(below, centres, [row.gain for row in rows], None, 2)
     below.axhline(0, color="0.3", linewidth=1)
-    _finish(figure, ["loss (nats a token)", "gain (nats a token)"], path)
+    _finish(figure, ["loss (nats per token)", "gain (nats per token)"], path)
 
 
 def plot_needle(scores: NeedleScores, path: Path) -> None:
-    """Shares by distance, and what chance would give."""
-    rows, places = scores.rows, [row.distance for row in scores.rows]
+    """Plot recall by distance, and its level by chance."""
+    rows, centres = scores.rows, [row.distance for row in scores.rows]
     figure = _figure(1, "tokens between fact and question", scores.training_length)
     (axes,) = figure.axes
-    _curve(axes, places, [row.first for row in rows], f"ranked first of {scores.candidates}", 0)
-    _curve(axes, places, [row.beaten for row in rows], "candidates beaten", 1)
-    _curve(axes, places, [row.exact for row in rows], "written exactly", 2)
+    _curve(axes, centres, [row.first for row in rows], f"ranked first of {scores.candidates}", 0)
+    _curve(axes, centres, [row.beaten for row in rows], "candidates beaten", 1)
+    _curve(axes, centres, [row.exact for row in rows], "written exactly", 2)
     for chance, colour in ((scores.chance, _COLOURS[0]), (0.5, _COLOURS[1])):
         axes.axhline(chance, color=colour, linewidth=0.5)
     axes.set_ylim(-0.03, 1.03)
@@ -77,25 +77,25 @@ def plot_needle(scores: NeedleScores, path: Path) -> None:
 
 
 def plot_influence(influences: Influences, path: Path) -> None:
-    """Gradient and divergence by distance, both axes logarithmic."""
+    """Plot gradient and divergence by distance on logarithmic axes."""
     rows = influences.rows
-    places = _places([row.bucket for row in rows])
+    centres = _centres([row.bucket for row in rows])
     figure = _figure(2, "tokens before the predicted one", influences.training_length)
     above, below = figure.axes
-    _curve(above, places, [row.gradient for row in rows], None, 0)
-    _curve(below, places, [row.divergence for row in rows], None, 1)
+    _curve(above, centres, [row.gradient for row in rows], None, 0)
+    _curve(below, centres, [row.divergence for row in rows], None, 1)
     for axes in figure.axes:
         axes.set_yscale("log", nonpositive="mask")
     _finish(figure, ["gradient norm", "divergence if replaced (nats)"], path)
 
 
-def _places(buckets: Sequence[Bucket]) -> list[float]:
-    """The middle of every bucket on a logarithmic axis."""
+def _centres(buckets: Sequence[Bucket]) -> list[float]:
+    """Return the middle of every bucket on a logarithmic axis."""
     return [float(np.sqrt(bucket.first * bucket.last)) for bucket in buckets]
 
 
 def _figure(panels: int, label: str, training_length: int) -> Figure:
-    """Panels above one another over a logarithmic axis of tokens, on which the training length is marked."""
+    """Return stacked panels over a logarithmic axis of tokens, with a mark at the training length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1.2 + 3 * panels), layout="constrained")
@@ -108,12 +108,12 @@ def _figure(panels: int, label: str, training_length: int) -> Figure:
     return figure
 
 
-def _curve(axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], label: str | None, style: int) -> None:
-    """Means with one standard error on either side."""
+def _curve(axes: Axes, centres: Sequence[float], estimates: Sequence[Estimate], label: str | None, style: int) -> None:
+    """Draw means with one standard error on either side."""
     means = [estimate.mean for estimate in estimates]
     errors = [estimate.standard_error or 0.0 for estimate in estimates]
     look = dict(color=_COLOURS[style], marker=_MARKS[style], linestyle=_LINES[style], markersize=4, capsize=2)
-    axes.errorbar(places, means, errors, label=label, **look)
+    axes.errorbar(centres, means, errors, label=label, **look)
 
 
 def _finish(figure: Figure, labels: Sequence[str], path: Path) -> None:

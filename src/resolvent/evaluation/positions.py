@@ -1,4 +1,4 @@
-"""How well a model predicts the tokens of long texts, by how many it has read before."""
+"""Loss of a model on long texts, by the number of tokens read before."""
 
 import dataclasses
 import itertools
@@ -23,17 +23,17 @@ from resolvent.models.inference import inference_view
 
 @dataclass(frozen=True)
 class PositionScore:
-    """What a model makes of the tokens before which it has read between `first` and `last` others.
+    """Scores of a bucket of positions.
 
     Attributes:
-        first, last: the bucket.
-        sequences: how many reach it.
-        tokens: predicted in it.
-        loss: nats a token, everything before it read.
-        bits_per_byte: the same in bits a byte of text; None where the tokenizer does not tell a token's bytes.
-        windows_loss: nats of the same tokens, read in windows of the training length.
-        windows_bits_per_byte: the same in bits a byte of text.
-        gain: nats a token by which reading everything is better than the windows.
+        first, last: bounds of the number of tokens read before.
+        sequences: number of sequences that reach the bucket.
+        tokens: number of predicted tokens.
+        loss: nats per token, with the state carried from the beginning.
+        bits_per_byte: the same in bits per byte of text; None if the tokenizer does not define a token's bytes.
+        windows_loss: nats per token of the same tokens, read in windows of the training length.
+        windows_bits_per_byte: the same in bits per byte of text.
+        gain: nats per token that the carried state saves against the windows.
     """
 
     first: int
@@ -52,7 +52,7 @@ class PositionScore:
 
     @property
     def perplexity(self) -> float:
-        """`exp(loss)`, or `exp(700)`, near the largest float, where it is more."""
+        """`exp(loss)`, at most `exp(700)`, near the largest float."""
         return math.exp(min(self.loss.mean, 700.0))
 
 
@@ -62,7 +62,7 @@ class PositionScores:
 
     Attributes:
         training_length: tokens of the windows.
-        rows: a score for every bucket.
+        rows: scores per bucket.
     """
 
     training_length: int
@@ -88,18 +88,17 @@ def evaluate_positions(
     batch_tokens: int = 4096,
     progress: bool = False,
 ) -> PositionScores:
-    """Score tokens by their position, read with everything before them and in windows of the training length.
+    """Score tokens by their position, with the state carried from the beginning and in windows of the training length.
 
-    The windows overlap by half, and only their second halves count, so that but for a text's beginning a token of the
-    windows is predicted from at least half the training length, too: what is left between the two is what lies further
-    back.
+    The windows overlap by half, and only their second halves count. So a token of the windows has a context of at least
+    half the training length, except at the beginning of a text, and the difference is due to earlier tokens.
 
     Args:
-        model: the model, which keeps its mode, dropout being off; its configuration's `n_seq` is the training length.
+        model: the model; it keeps its mode, dropout is off, and `n_seq` of its configuration is the training length.
         stream: the text.
         tokenizer: its tokenizer.
-        length: most tokens that are read in a row.
-        sequences: how many texts to read: the longest documents, each from its beginning.
+        length: most tokens per sequence.
+        sequences: number of texts: the longest documents, each from its beginning.
         joined: read on from document to document, in sequences of `length` tokens.
         batch_tokens: most tokens in one call of the model.
         progress: show a progress bar on stderr.
@@ -132,11 +131,11 @@ def sequence_nats(
     piece_tokens: int = 512,
     advance: Advance = lambda _: None,
 ) -> list[np.ndarray]:
-    """Return the negative log-likelihood in nats of every token but the first of each sequence.
+    """Return the negative log-likelihood in nats of every token except the first of each sequence.
 
     The values are float64, in the order given; the model is in evaluation mode.
 
-    Sequences are read side by side in pieces, with the state handed on.
+    Sequences are read side by side in pieces, with the state carried along.
     """
     device = next(model.parameters()).device
     piece_tokens = min(piece_tokens, batch_tokens)
@@ -158,23 +157,22 @@ def sequence_nats(
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
-    """Bytes of text that every token stands for, int64 (vocabulary,), none for the separator of documents.
+    """Return the number of bytes of every token, int64 (vocabulary,), 0 for the separator of documents.
 
-    None where they cannot be told: without a byte-level decoder, or behind a normalizer, a token's bytes depend on its
-    place in the text.
+    None if they depend on the context of a token: without a byte-level decoder, or with a normalizer.
     """
     if not isinstance(tokenizer.decoder, decoders.ByteLevel) or tokenizer.normalizer is not None:
         return None
     added = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
     sizes = np.zeros(tokenizer.get_vocab_size(), np.int64)
-    for letters, number in tokenizer.get_vocab().items():  # a letter a byte
+    for letters, number in tokenizer.get_vocab().items():  # one letter per byte
         sizes[number] = len(added[number].encode()) if number in added else len(letters)
     sizes[tokenizer.token_to_id(EOT)] = 0
     return sizes
 
 
 def long_texts(stream: TokenStream, length: int, sequences: int, joined: bool) -> list[np.ndarray]:
-    """Token sequences of up to `length + 1` tokens, the longest first."""
+    """Return token sequences of up to `length + 1` tokens, the longest first."""
     for name, value in (("length", length), ("sequences", sequences)):
         if value < 1:
             raise ConfigError(f"{name} must be >= 1, got {value}")
@@ -188,14 +186,14 @@ def long_texts(stream: TokenStream, length: int, sequences: int, joined: bool) -
 
 
 def _windows(text: np.ndarray, width: int) -> list[np.ndarray]:
-    """Windows of `width` predictions, each half a window after the one before."""
+    """Return windows of `width` predictions, each half a window after the one before."""
     step = max(1, width // 2)
     starts = range(0, max(1, len(text) - 1 - (width - step)), step)
     return [text[start : start + width + 1] for start in starts]
 
 
 def _join_windows(nats: list[np.ndarray], width: int) -> np.ndarray:
-    """The first window's nats, and of each later one those of what the one before did not reach."""
+    """Return the nats of the first window and, of each later window, those of tokens beyond the window before."""
     overlap = width - max(1, width // 2)
     return np.concatenate([nats[0], *(window[overlap:] for window in nats[1:])])
 

@@ -1,4 +1,4 @@
-"""Reading long texts: piece after piece, the model's state handed on.
+"""Scoring of long texts, piece by piece, with the state of the model carried along.
 
 Shapes: B sequences, N tokens, D model width.
 """
@@ -24,15 +24,15 @@ _LOGITS_BYTES = 2**27
 """Memory for the logits that are held at once."""
 
 Advance = Callable[[int], None]
-"""Told how many tokens were read."""
+"""Callback with the number of tokens read."""
 
 
 class TokenScores(NamedTuple):
-    """How well tokens were predicted.
+    """Scores of predicted tokens.
 
     Attributes:
-        nats: negative log-likelihood, float (B, N), zero at places that do not count.
-        likeliest: whether no other token was likelier, bool (B, N), true at places that do not count.
+        nats: negative log-likelihood, float (B, N), zero at ignored positions.
+        likeliest: whether no other token was likelier, bool (B, N), true at ignored positions.
     """
 
     nats: Tensor
@@ -41,7 +41,7 @@ class TokenScores(NamedTuple):
 
 @contextmanager
 def progress_bar(title: str, tokens: int, show: bool) -> Iterator[Advance]:
-    """A bar on stderr with the time that is left, moved on by the function that this yields."""
+    """Show a progress bar with the remaining time on stderr; yield the function that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -53,17 +53,17 @@ def progress_bar(title: str, tokens: int, show: bool) -> Iterator[Advance]:
 def read(
     model: IntegratedModel, tokens: Tensor, state: Any = None, attention_mask: Tensor | None = None
 ) -> tuple[Tensor, Any]:
-    """Final hidden states (B, N, D) of tokens (B, N), and the state after them."""
+    """Return final hidden states (B, N, D) of tokens (B, N), and the state after them."""
     return model.hidden_states(tokens, state=state, attention_mask=attention_mask)
 
 
 def score_tokens(model: IntegratedModel, hidden: Tensor, labels: Tensor) -> TokenScores:
-    """Score the tokens that follow, a chunk of logits at a time.
+    """Score the next tokens, one chunk of logits at a time.
 
     Args:
-        model: whose head predicts.
+        model: the model whose head is used.
         hidden: final hidden states (B, N, D).
-        labels: the token that follows each, int64 (B, N), or -100 where none counts.
+        labels: next tokens, int64 (B, N), or -100 at ignored positions.
     """
     chunk = max(1, _LOGITS_BYTES // (4 * model.vocab_size))
     nats, likeliest = [], []
@@ -75,9 +75,9 @@ def score_tokens(model: IntegratedModel, hidden: Tensor, labels: Tensor) -> Toke
 
 
 def rectangle(pieces: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Return inputs (B, N) and labels of pieces of N + 1 tokens and less.
+    """Return inputs (B, N) and labels of pieces of at most N + 1 tokens.
 
-    Inputs are padded with token 0, labels with one that does not count.
+    Inputs are padded with token 0, labels with -100.
     """
     inputs = torch.zeros(len(pieces), max(map(len, pieces)) - 1, dtype=torch.int64)
     labels = torch.full_like(inputs, IGNORED)
@@ -89,21 +89,21 @@ def rectangle(pieces: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 def side_by_side(lanes: Sequence[np.ndarray], piece_tokens: int) -> Iterator[list[np.ndarray]]:
-    """Yield pieces of sequences of falling length, which drop out from behind as they end.
+    """Yield pieces of sequences of falling length; sequences leave the end of the list as they end.
 
-    A piece has a token to set out from and up to `piece_tokens` to predict.
+    A piece has one token of context and up to `piece_tokens` tokens to predict.
     """
     for start in range(0, len(lanes[0]) - 1, piece_tokens):
         yield [lane[start : start + piece_tokens + 1] for lane in lanes if len(lane) - 1 > start]
 
 
 def separator_of(stream: TokenStream) -> int:
-    """The token that opens and closes documents."""
+    """Return the token that opens and closes documents."""
     return int(stream.tokens[0])
 
 
 def excerpts(stream: TokenStream, count: int, length: int, random: np.random.Generator) -> np.ndarray:
-    """Stretches from all over a text, its documents joined without separators, as they may overlap: (count, length).
+    """Return stretches of a text, its documents joined without separators, (count, length); they may overlap.
 
     Raises:
         DataError: the text is too short.
@@ -113,7 +113,7 @@ def excerpts(stream: TokenStream, count: int, length: int, random: np.random.Gen
     text = stream.tokens[is_text].astype(np.int64)
     if len(text) < length:
         raise DataError(
-            f"the text has {len(text):,} tokens, and {length:,} in a row are needed: give more text or a lesser length"
+            f"the text has {len(text):,} tokens, and a sequence needs {length:,}: give more text or a lesser length"
         )
     starts = random.integers(len(text) - length + 1, size=count)
     return np.stack([text[start : start + length] for start in starts])

@@ -1,4 +1,4 @@
-"""Figures with their standard errors, over buckets that double."""
+"""Means with standard errors, over buckets that double."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Estimate:
 
     Attributes:
         mean: the mean.
-        standard_error: of the mean; None where a single sample tells nothing of it.
+        standard_error: of the mean; None for a single sample.
     """
 
     mean: float
@@ -29,8 +29,8 @@ class Estimate:
     def of(cls, sums: Sequence[float], counts: Sequence[int] | None = None) -> Estimate:
         """Estimate from the sum and the count of every sample; without counts, from single values.
 
-        The error is that of a ratio of sums: samples may differ in their counts, and what a sample sums up need not be
-        independent.
+        The error is that of a ratio of sums: samples may differ in their counts, and the values within a sample need
+        not be independent.
 
         Raises:
             ResolventError: a value is not finite.
@@ -48,7 +48,7 @@ class Estimate:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's: 1 where y rises whenever x does, -1 where it falls, 0 also where one of them is constant."""
+    """Return Spearman's rank correlation; 0 if one of the two is constant."""
     ranks = np.stack([_ranks(np.asarray(values, np.float64)) for values in (x, y)])
     if (ranks == ranks[:, :1]).all(axis=1).any():
         return 0.0
@@ -56,13 +56,13 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """From one on; equal values have the mean of their places."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[place]
+    """Return ranks from one on; equal values have their mean rank."""
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[index]
 
 
 class Bucket(NamedTuple):
-    """Whole numbers from the first to the last one."""
+    """Bucket of whole numbers from `first` to `last`."""
 
     first: int
     last: int
@@ -76,13 +76,13 @@ class Bucket(NamedTuple):
 
 
 def doubling_buckets(last: int) -> list[Bucket]:
-    """The buckets 1, 2, 3 to 4, 5 to 8 and so on; the last one ends with `last`."""
+    """Return the buckets 1, 2, 3 to 4, 5 to 8 and so on; the last one ends with `last`."""
     ends = doubling(1, last)
     return [Bucket(1, 1), *(Bucket(before + 1, end) for before, end in itertools.pairwise(ends))]
 
 
 def doubling(first: int, last: int) -> list[int]:
-    """`first`, twice as much and so on; the last one is `last`.
+    """Return `first`, twice `first` and so on, up to `last`.
 
     Raises:
         ConfigError: the first is below one or above the last.

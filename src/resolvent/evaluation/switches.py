@@ -1,4 +1,4 @@
-"""Parts of a Phase 2 model switched off for a while."""
+"""Temporary removal of parts of a Phase 2 model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +10,11 @@ from resolvent.models.phase2.block import blocks_of
 
 @contextmanager
 def switched_off(model: Phase2IntegratedModel, mechanism: str) -> Iterator[None]:
-    """Run a model without ``snr_filter`` or ``resonance`` in all blocks, and put them back afterwards.
+    """Run a model without ``snr_filter`` or ``resonance`` in all blocks, and restore them afterwards.
 
     Args:
         model: the model.
-        mechanism: name of the block's attribute, ``snr_filter`` or ``resonance``.
+        mechanism: attribute of the blocks, ``snr_filter`` or ``resonance``.
 
     Raises:
         ConfigError: no part of that name can be switched off.

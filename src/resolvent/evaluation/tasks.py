@@ -10,22 +10,22 @@ from resolvent.errors import ConfigError
 def evaluate_tasks(
     directory: Path, tokenizer: Path, tasks: Sequence[str], *, task_path: Path | None = None, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Let the harness measure a model, which it loads as one of Transformers.
+    """Evaluate a model with the harness, which loads the model through Transformers.
 
     Args:
-        directory: what `save_model` or `save_pretrained` wrote.
+        directory: a folder that `save_model` or `save_pretrained` wrote.
         tokenizer: the folder of its tokenizer.
         tasks: names of tasks, of the harness or in `task_path`.
-        task_path: folder with tasks of one's own, as YAML files.
+        task_path: folder with YAML files of further tasks.
         device: `cpu` or `cuda`.
 
     Returns:
-        The harness's results; its `make_table` makes a table of them.
+        The results of the harness, for its `make_table`.
 
     Raises:
         ConfigError: the harness is not installed, a task is unknown, or the folder names another model.
     """
-    # Transformers would load, from anywhere, the model that this file names.
+    # Transformers would load the model that this file names, from any source.
     if (adapter := directory / "adapter_config.json").exists():
         raise ConfigError(f"{adapter} has another model loaded than the one in {directory}: remove it")
     try:
@@ -33,7 +33,7 @@ def evaluate_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(f"tasks need the LM Evaluation Harness ({error}): pip install 'resolvent[eval]'") from error
-    import resolvent.hf  # noqa: F401  from here on Transformers knows the models
+    import resolvent.hf  # noqa: F401  registers the models with Transformers
 
     manager = TaskManager(include_path=None if task_path is None else str(task_path))
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
