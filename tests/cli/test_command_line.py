@@ -104,7 +104,7 @@ def test_train_says_what_it_does_and_what_comes_next(
         "validation: loss",
     ):
         assert part in outcome.out
-    assert outcome.out.splitlines()[-1].startswith(f"Let it write: resolvent generate {tmp_path / 'run'}")
+    assert outcome.out.splitlines()[-1].startswith(f"Generate text: resolvent generate {tmp_path / 'run'}")
 
 
 def test_a_checkpoint_can_be_used_like_its_run(resolvent: Resolvent, run_dir: Path, text_file: Path):

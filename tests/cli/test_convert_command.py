@@ -62,7 +62,7 @@ def test_a_converted_model_writes_and_is_trained_on(
     resolvent: Resolvent, phase1_run: Path, tmp_path: Path, text_file: Path
 ):
     out, run = tmp_path / "out", tmp_path / "run"
-    assert f"Train it on: resolvent train --from {out}" in resolvent("convert", phase1_run, out).out
+    assert f"Train it further: resolvent train --from {out}" in resolvent("convert", phase1_run, out).out
     written = [resolvent("generate", d, "--prompt", "Rhyme", "--temperature", 0) for d in (phase1_run, out)]
     assert written[0].code == 0 and written[0] == written[1]
     options = ["--data", text_file, "--out", run, "--steps", 30, "--seq-len", 64, "--batch-size", 2, "--device", "cpu"]

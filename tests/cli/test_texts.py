@@ -90,7 +90,7 @@ def test_evaluate_reads_every_text_that_is_named(resolvent: Resolvent, run_dir: 
 def test_field_without_a_text_is_refused(resolvent: Resolvent, run_dir: Path, measure: str):
     outcome = resolvent("evaluate", measure, run_dir, "--text-field", "body")
     assert outcome.code == 1
-    assert outcome.err == "Error: --text-field says what to read of a text: name it with --data\n"
+    assert outcome.err == "Error: --text-field selects a field of a text: name the text with --data\n"
 
 
 def test_positions_read_every_text_that_is_named(

@@ -12,13 +12,13 @@ from resolvent.native import panics_are_errors
 
 
 def main() -> None:
-    """Run the command line. Errors are one line on stderr: exit code 1, or 2 where the command is at fault."""
-    # OpenMP's threads wait for each other by spinning, for milliseconds at a time. Where another process holds a core,
-    # that cuts training to a thirtieth of its speed; with a short spin it loses nothing. Read when torch is loaded.
+    """Run the command line. Errors are one line on stderr, with exit code 1, or 2 for a wrong command line."""
+    # OpenMP's threads wait for each other by spinning, for milliseconds at a time. If another process uses a core, this
+    # cuts the speed of training to a thirtieth; a short spin costs nothing. OpenMP reads it when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         _run()
-    except KeyboardInterrupt:  # Typer sees to one within a command
+    except KeyboardInterrupt:  # Typer handles one within a command
         sys.exit(128 + signal.SIGINT)
     finally:
         _flush()
@@ -34,7 +34,7 @@ def _run() -> None:
     if os.environ.get("NO_COLOR"):
         from typer import rich_utils
 
-        rich_utils.COLOR_SYSTEM = None  # of help and usage errors; Rich alone would leave bold type
+        rich_utils.COLOR_SYSTEM = None  # of help and usage errors; Rich alone would keep bold type
     try:
         with panics_are_errors():
             app(prog_name="resolvent")
@@ -47,7 +47,7 @@ def _run() -> None:
 
 
 class _WarningHandler(logging.Handler):
-    """Shows warnings on standard error, of which a terminal obeys none."""
+    """Handler that prints warnings on standard error, with control characters escaped."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -66,7 +66,7 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def _flush() -> None:
-    """Write what is still to be written: an error would show as a traceback when Python ends."""
+    """Flush standard output: an error at the exit of Python would print a traceback."""
     from resolvent.terminal import discard_output
 
     try:
@@ -74,13 +74,13 @@ def _flush() -> None:
             sys.stdout.flush()
     except OSError as error:
         discard_output()
-        if not isinstance(error, BrokenPipeError):  # a reader who has seen enough is no error
+        if not isinstance(error, BrokenPipeError):  # a reader may close the pipe early
             print(f"Error: cannot write to standard output: {error}", file=sys.stderr)
         sys.exit(1)
 
 
 def _explain(error: BaseException) -> str:
-    """What a user can act on. Torch's own error is recognised by name: it need not have been imported."""
+    """Return the message of an error. The error of torch is recognised by name, without importing torch."""
     if isinstance(error, ResolventError | OSError):
         return str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -1,4 +1,4 @@
-"""The commands, put together. Heavy imports wait inside them, so that `--help` is quick."""
+"""The application of all commands. Heavy imports are inside the commands, so that `--help` is quick."""
 
 import os
 import sys
@@ -18,11 +18,11 @@ from resolvent.cli.inspect import inspect
 from resolvent.cli.presets import presets
 from resolvent.cli.train import train
 
-_UsageError: Any = typer.BadParameter.__mro__[1]  # of Click, or of the copy of it that newer versions of Typer hold
+_UsageError: Any = typer.BadParameter.__mro__[1]  # of Click, or of its copy in newer versions of Typer
 
 
 class Commands(Group):
-    """All commands. The error of a --json without a FILE names the remedy, and no error of usage moves a terminal."""
+    """All commands, with a remedy for --json without a FILE, and usage errors without control characters."""
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         with _printable_errors():
@@ -35,16 +35,16 @@ class Commands(Group):
     def _invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except Exception as error:  # Typer has no public name for the error of a missing value
+        except Exception as error:  # Typer has no public name of the error of a missing value
             if getattr(error, "option_name", None) == "--json":
-                told = "needs a FILE, or - for standard output."
-                raise typer.BadParameter(told, getattr(error, "ctx", None) or ctx, param_hint="--json") from error
+                remedy = "needs a FILE, or - for standard output."
+                raise typer.BadParameter(remedy, getattr(error, "ctx", None) or ctx, param_hint="--json") from error
             raise
 
 
 @contextmanager
 def _printable_errors() -> Iterator[None]:
-    """Escape the control characters of arguments in errors of usage, on a terminal."""
+    """Escape control characters of arguments in usage errors on a terminal."""
     try:
         yield
     except _UsageError as error:
@@ -82,6 +82,6 @@ def options(
         bool, typer.Option("--debug", help="Show tracebacks, as the variable RESOLVENT_DEBUG=1 does.")
     ] = False,
 ) -> None:
-    """Language models that read in linear time: train them, measure them, let them write."""
+    """Train, measure and run linear-time language models."""
     if debug:
         os.environ["RESOLVENT_DEBUG"] = "1"

@@ -20,15 +20,15 @@ def benchmark(
         typer.Option(metavar="SECTION[,SECTION]", help="Of operators, training, memory, decoding.", show_default="all"),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny sizes, whose figures mean nothing: does it run?")
+        bool, typer.Option("--quick", help="Tiny sizes, to check that it runs; the figures mean nothing.")
     ] = False,
     json_path: JsonFile = None,
     eager: Annotated[
-        bool, typer.Option("--eager", help="Train our model without compiling it; the peer is compiled all the same.")
+        bool, typer.Option("--eager", help="Train our model without compiling it; the peer is compiled anyway.")
     ] = False,
     device: Device = "auto",
 ) -> None:
-    """Measure speed and memory beside peers, after checking that what is measured is right.
+    """Measure speed and memory beside peers, after checking the results for correctness.
 
     Peers are attention (PyTorch's SDPA), a Transformer of the same size with a compiled training step and a CUDA-graph
     decoder, and flash-linear-attention where it is installed. On CUDA it takes minutes, most of them for compilation;
@@ -37,9 +37,9 @@ def benchmark(
     Reading the tables: [bold]times better[/bold] compares with the best peer, [bold]% of limit[/bold] with the time
     that the bytes (MB) or the arithmetic (GFLOP) would take at the speed of a large copy or a large product of matrices
     in the same run, [bold]error[/bold] with a float64 reference. In a target such as "<= 0.055 (0.09)" the second
-    figure would do. Targets are for one H100.
+    figure is acceptable. Targets are for one H100.
 
-    Figures that could not be measured are listed, and the exit code is 1. A target that is missed is no failure.
+    Figures that could not be measured are listed, and the exit code is 1. A missed target is no failure.
 
     Example: [bold]resolvent benchmark --only operators,training --json figures.json[/bold]
     """

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STDOUT = Path("-")
-"""The FILE of --json that stands for standard output."""
+"""FILE of --json for standard output."""
 
 _WIDTH = 10_000
-"""Columns of the output where it is no terminal and COLUMNS is not set: nothing is folded."""
+"""Width of output that is no terminal, if COLUMNS is not set: nothing is folded."""
 _LEAST_TEXT = 12
-"""Columns below which a table does not fold text."""
+"""Smallest width at which a table folds text."""
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> "Console":
-    """Return a console that shows text as it is, without markup and emoji codes, and without colours under NO_COLOR."""
+    """Return a console without markup and emoji codes, and without colours under NO_COLOR."""
     from rich.console import Console
 
     color_system = None if os.environ.get("NO_COLOR") else "auto"
@@ -32,7 +32,7 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> "Console":
 
 
 def report_console(json_path: Path | None) -> "Console":
-    """Return the console for results: standard output, or none where JSON takes their place there."""
+    """Return the console for results: standard output, or a silent one if JSON goes there."""
     console = make_console(quiet=json_path == STDOUT)
     if not console.is_terminal and not os.environ.get("COLUMNS"):
         console.width = _WIDTH
@@ -40,12 +40,12 @@ def report_console(json_path: Path | None) -> "Console":
 
 
 def progress_console(json_path: Path | None) -> "Console":
-    """Return the console for progress: standard output, or standard error where JSON goes to the former."""
+    """Return the console for progress: standard output, or standard error if JSON goes to standard output."""
     return make_console(stderr=json_path == STDOUT)
 
 
 def status(text: str) -> AbstractContextManager[object]:
-    """Show on standard error, if that is a terminal, what a command is at."""
+    """Show a status on standard error if that is a terminal."""
     from rich.text import Text
 
     console = make_console(stderr=True)
@@ -54,9 +54,9 @@ def status(text: str) -> AbstractContextManager[object]:
 
 
 def write_result(json_path: Path | None, values: Any) -> None:
-    """Write figures where --json says, before they are shown: on one line of standard output, or into a file.
+    """Write the figures of --json, before the tables: on one line of standard output, or into a file.
 
-    JSON has no infinities and no NaN: they are written as null.
+    Infinities and NaN, which JSON lacks, are written as null.
     """
     from resolvent.files import write_output
 
@@ -67,7 +67,7 @@ def write_result(json_path: Path | None, values: Any) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Replace floats that JSON has no number for."""
+    """Replace infinities and NaN, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -83,17 +83,17 @@ def show_table(
     text: Sequence[str] = (),
     styles: Mapping[str, str] | None = None,
 ) -> None:
-    """Print a table in which no figure is ever cut.
+    """Print a table without truncating figures.
 
-    Where the console is too narrow, headings break at blanks and ± begins a line; then text folds; what is wider still
-    runs over the edge.
+    If the console is too narrow, headings break at blanks and ± begins a line; then text folds; a table that is still
+    too wide exceeds the console.
 
     Args:
-        console: where to.
-        columns: their headings.
-        rows: a cell for every column.
-        text: headings of the columns that hold text, on the left; the others hold figures, on the right.
-        styles: styles of cells by what stands in them.
+        console: the console.
+        columns: headings of the columns.
+        rows: one cell per column.
+        text: headings of columns with text, aligned left; figures are aligned right.
+        styles: styles of cells by their content.
     """
     cells = [[plain(cell, console.encoding).expandtabs() for cell in row] for row in (columns, *rows)]
     foldable = [heading in text for heading in columns]
@@ -110,7 +110,7 @@ def show_table(
 
 
 def _width(cells: Sequence[Sequence[str]], foldable: Sequence[bool], *, folded: bool) -> int:
-    """Return the columns that a table takes, with its text folded as far as that goes or not at all."""
+    """Return the width of a table, with its text folded as far as possible or not at all."""
     from rich.cells import cell_len
 
     widths = [

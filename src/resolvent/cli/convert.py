@@ -28,12 +28,12 @@ def convert(
     keep_tensor_train: Annotated[
         bool, typer.Option("--keep-tensor-train", help="Keep a token embedding that is one; otherwise make it a table.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Decides the new weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the new weights.")] = 0,
     json_path: JsonFile = None,
 ) -> None:
-    """Turn a Phase 1 model into a Phase 2 model that computes the same.
+    """Convert a Phase 1 model to a Phase 2 model with the same logits.
 
-    Prints what became of every tensor. What is new in Phase 2 starts at zero, and training can use it.
+    Prints a report of every tensor. The new parts of Phase 2 start at zero and are trainable.
 
     Example: [bold]resolvent convert runs/phase1-tiny runs/converted[/bold]
     """
@@ -65,7 +65,7 @@ def convert(
     write_result(json_path, report.to_dict())
     console = report_console(json_path)
     _show(report, console)
-    say(console, f"Train it on: resolvent train --from {shell_word(out)}")
+    say(console, f"Train it further: resolvent train --from {shell_word(out)}")
 
 
 def _config(phase1: "Phase1Config", assignments: list[str], keep_tensor_train: bool) -> "Phase2Config":

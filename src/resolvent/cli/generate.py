@@ -12,30 +12,33 @@ from resolvent.seeds import MOST_SEED
 
 def generate(
     directory: Directory,
-    prompt: Annotated[str, typer.Option(help="Text to go on from.", show_default="the beginning of a text")] = "",
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default="the beginning of a text")] = "",
     prompt_file: Annotated[
         typer.FileBinaryRead | None,
-        typer.Option(
-            metavar="FILE", help="File with the text to go on from; - for standard input.", show_default=False
-        ),
+        typer.Option(metavar="FILE", help="File with the text to continue; - for standard input.", show_default=False),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="Most tokens to write.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Most tokens to generate.")] = 256,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=MOST_SEED, help="Makes the text repeatable.", show_default="random")
+        int | None, typer.Option(min=0, max=MOST_SEED, help="Seed of the text.", show_default="random")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Lower is safer; 0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the K likeliest.", show_default="all")] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Sample from the K likeliest tokens.", show_default="all")
+    ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Choose among the likeliest that hold this probability.", show_default="all")
+        float | None,
+        typer.Option(help="Sample from the likeliest tokens with this total probability.", show_default="all"),
     ] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Print the text while it is written.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text during generation.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Let a trained model write.
+    """Generate text with a trained model.
 
-    Prints the prompt and what follows, until the model ends the text or --max-new-tokens are written. A prompt may have
-    any length and hold any bytes: what is no UTF-8 becomes U+FFFD. A terminal shows control
-    characters as escapes; files and pipes get them as they are.
+    Prints the prompt and the generated text, until the model ends the text or --max-new-tokens are generated. A prompt
+    may have any length and hold any bytes: invalid UTF-8 becomes U+FFFD. A terminal shows control characters as
+    escapes; files and pipes get them unchanged.
 
     Example: [bold]resolvent generate runs/tiny --prompt "My fellow" --max-new-tokens 200 --seed 1 --stream[/bold]
     """
@@ -54,7 +57,7 @@ def generate(
 
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    # What the shell passed as bytes, or what the file holds, as text.
+    # The bytes of the shell or of the file, as text.
     read = prompt_file.read() if prompt_file is not None else prompt.encode("utf-8", "surrogateescape")
     prompt = read.decode("utf-8", "replace")
     end = tokenizer.token_to_id(EOT)
@@ -78,7 +81,7 @@ def generate(
 
 
 def _print(text: str) -> None:
-    """Write text as UTF-8, whatever the terminal claims to be, and at once; a terminal obeys none of it."""
+    """Write text as UTF-8 and flush; control characters are escaped on a terminal."""
     from resolvent.terminal import for_terminal
 
     sys.stdout.buffer.write(for_terminal(text, sys.stdout).encode())

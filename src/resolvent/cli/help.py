@@ -1,4 +1,4 @@
-"""Help texts that flow. Typer would keep the line breaks of the docstrings, whatever the terminal's width."""
+"""Help texts without the line breaks of docstrings, which Typer would keep at any width of the terminal."""
 
 import inspect
 from collections.abc import Callable
@@ -26,21 +26,21 @@ class Group(_FoldedHelp, TyperGroup):
 
 
 def flowing(command: Callable[..., Any]) -> str:
-    """Return the docstring of a command with a line for every paragraph."""
+    """Return the docstring of a command with one line per paragraph."""
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def add_command(app: typer.Typer, command: Callable[..., Any]) -> None:
-    """Register a function as a command of its name, with its docstring as help."""
+    """Register a function as a command, with its docstring as help."""
     app.command(cls=Command, help=flowing(command), no_args_is_help=False)(command)
 
 
 def _fold_names() -> None:
-    """Let names of options that are too long for a narrow terminal go on in the next line.
+    """Fold names of options that are too long for a narrow terminal.
 
-    Typer's tables would end them with an ellipsis. All names pass its highlighter. Where a later Typer has none, help
-    is as that Typer writes it.
+    Typer's tables would end them with an ellipsis. All names pass through its highlighter. If a later Typer has none,
+    its help is not changed.
     """
     from rich.highlighter import RegexHighlighter
     from rich.text import Text

@@ -32,7 +32,7 @@ def inspect(
     ] = None,
     text_field: TextField = None,
     held_out: HeldOut = False,
-    length: Annotated[int, typer.Option(min=2, max=8192, help="Most tokens of it to read.")] = 500,
+    length: Annotated[int, typer.Option(min=2, max=8192, help="Most tokens to read.")] = 500,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", dir_okay=False, help="Page to write.", show_default="inspection.html in DIR"),
@@ -40,10 +40,10 @@ def inspect(
     json_path: JsonFile = None,
     device: Device = "auto",
 ) -> None:
-    """Look inside a model while it reads a text.
+    """Write a page that shows the inside of a model on a text.
 
-    Writes one HTML page, which opens in any browser and needs no network: how the model learned, what surprised it,
-    what it remembers and for how long, what its last prediction rests on. Every picture says how to read it.
+    The HTML page opens in any browser and needs no network. It shows learning curves, the loss of every token, the
+    memories and their decay, and the influence of every token on the last prediction. Every picture has an explanation.
 
     Example: [bold]resolvent inspect runs/tiny --text "My fellow citizens" --out page.html[/bold]
     """
@@ -63,7 +63,7 @@ def inspect(
 
     if text is None and file is None:
         text = documents_of(directory, data, text_field, held_out)[0]
-    else:  # what the shell passed as bytes, or what the file holds, as text
+    else:  # the bytes of the shell or of the file, as text
         read = file.read() if file is not None else str(text).encode("utf-8", "surrogateescape")
         text = read.decode("utf-8", "replace")
     metrics = run_dir / FILE_NAME
@@ -83,5 +83,5 @@ def inspect(
     else:
         write_output(out, page)
     write_result(json_path, inspection.to_dict())
-    told = f"{out}: {len(inspection.tokens):,} tokens, {len(page) / 1e6:.1f} MB; open it in a browser"
-    say(progress_console(json_path), told)
+    message = f"{out}: {len(inspection.tokens):,} tokens, {len(page) / 1e6:.1f} MB; open it in a browser"
+    say(progress_console(json_path), message)

@@ -1,4 +1,4 @@
-"""Parameters that several commands have in common, and what they stand for."""
+"""Parameters that several commands share, and their values."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ Text = Annotated[
         "--data",
         metavar="PATH",
         help="File or folder with text, JSON Lines or Parquet (repeatable).",
-        show_default="what the run held out of the default corpus",
+        show_default="the held-out part of the default corpus",
     ),
 ]
 TextField = Annotated[
@@ -38,12 +38,12 @@ TextField = Annotated[
         show_default="text; with --held-out, the run's",
     ),
 ]
-HeldOut = Annotated[bool, typer.Option("--held-out", help="Of --data, read only what the run held out.")]
+HeldOut = Annotated[bool, typer.Option("--held-out", help="Read only the part of --data that the run held out.")]
 
 
 @contextmanager
 def wrong_usage(option: str | None = None) -> Iterator[None]:
-    """Blame the command line for a ConfigError within the block, which checks the values of options."""
+    """Convert a ConfigError within the block, which checks options, to a usage error."""
     try:
         yield
     except ConfigError as error:
@@ -51,10 +51,10 @@ def wrong_usage(option: str | None = None) -> Iterator[None]:
 
 
 def check_output(path: Path, option: str) -> None:
-    """Refuse, before anything is computed, a file that cannot be written.
+    """Check, before anything is computed, that a file can be written.
 
     Raises:
-        typer.BadParameter: it is a folder, a link in a circle, or in no folder.
+        typer.BadParameter: the path is a folder, a link in a circle, or in no folder.
     """
     from resolvent.files import output_path
 
@@ -89,20 +89,19 @@ BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens at once; fewer nee
 
 
 def documents_of(directory: Path, data: list[str] | None, text_field: str | None, held_out: bool) -> list[str]:
-    """Return the documents of a text, or what a run held out.
+    """Return the documents of a text, or the held-out documents of a run.
 
-    A file that only the run folder names is not read: whoever made the folder could have the user's own files shown,
-    in a page or a table.
+    A file that only the run folder names is not read: a run folder from elsewhere could name private files of the user.
 
     Args:
         directory: a run folder, or a checkpoint in it.
-        data: paths of texts; None for what the run held out of the default corpus, if it learned from that.
+        data: paths of texts; None for the held-out part of the default corpus, if the run was trained on it.
         text_field: the field of records in `data` that holds their text; None for "text"; with `held_out`, the run's.
-        held_out: of `data`, only what the run held out.
+        held_out: return only the part of `data` that the run held out.
 
     Raises:
-        ConfigError: `held_out`, but there is no text or no run that held something out of a text; or a field, but no
-            text.
+        ConfigError: `held_out` without a text, or with a run that held nothing out of its text; or a field without
+            a text.
         CheckpointError: no text is named.
         DataError: text that cannot be used.
     """
@@ -112,9 +111,9 @@ def documents_of(directory: Path, data: list[str] | None, text_field: str | None
     from resolvent.training.run_folder import read_run
 
     if data is None and held_out:
-        raise ConfigError("--held-out says what to read of a text: name it with --data")
+        raise ConfigError("--held-out selects a part of a text: name the text with --data")
     if data is None and text_field is not None:
-        raise ConfigError("--text-field says what to read of a text: name it with --data")
+        raise ConfigError("--text-field selects a field of a text: name the text with --data")
     if data is not None and not held_out:
         return load_documents(data, text_field="text" if text_field is None else text_field)
     run_dir = run_of(directory)
@@ -130,10 +129,10 @@ def documents_of(directory: Path, data: list[str] | None, text_field: str | None
 
 
 def _check_is_default(config: "TrainingConfig", run_dir: Path) -> None:
-    """Check that a run held its text out of the default corpus, which needs no path.
+    """Check that a run was trained on the default corpus, which needs no path.
 
     Raises:
-        CheckpointError: it names a path; the error has the options that name it.
+        CheckpointError: the run names a path; the message has the options that name it.
     """
     from resolvent.errors import CheckpointError
 

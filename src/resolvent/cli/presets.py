@@ -12,9 +12,9 @@ def presets(
     phase: Annotated[int, typer.Option(min=1, max=2, help="Phase whose presets to list.")] = 2,
     json_path: JsonFile = None,
 ) -> None:
-    """List the models that --preset knows.
+    """List the presets.
 
-    Parameters are counted with the vocabulary shown; `resolvent train` gives a model its tokenizer's.
+    Parameters are counted with the vocabulary shown; `resolvent train` uses that of the tokenizer.
 
     Example: [bold]resolvent presets[/bold]
     """

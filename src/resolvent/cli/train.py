@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from resolvent.training import TrainingResult
 
 _MOVABLE = ("data", "validation_data")
-"""Settings of a run that may be given again when it resumes: where its text is now."""
+"""Settings of a run that may be given again when it resumes: the paths of its text."""
 
 
 def _with_settings(command: Any) -> Any:
@@ -43,7 +43,7 @@ def _with_settings(command: Any) -> Any:
                 metavar=rules.get("metavar"),
                 show_default=rules.get("default_text", True),
             )
-            if list[str] in typing.get_args(kind):  # several paths, each with an option of its own
+            if list[str] in typing.get_args(kind):  # several paths, one option per path
                 kind = list[str] | None
             keyword = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default)
             parameters.append(keyword.replace(annotation=Annotated[kind, option]))
@@ -64,7 +64,7 @@ def _names(field: dataclasses.Field[Any]) -> list[str]:
 def train(
     context: typer.Context,
     resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Go on with the run in DIR.", rich_help_panel=RUN)
+        Path | None, typer.Option(metavar="DIR", help="Resume the run in DIR.", rich_help_panel=RUN)
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in the run folder.", rich_help_panel=RUN)
@@ -78,8 +78,8 @@ def train(
 ) -> None:
     """Train a model on text.
 
-    Ctrl-C saves a checkpoint, and --resume goes on from there as if nothing had happened. If the text has moved, --data
-    beside it says where to; --steps beside it gives the run another number of steps.
+    Ctrl-C saves a checkpoint, and --resume continues from it exactly. Beside --resume, --data names the new path of a
+    text that was moved, and --steps changes the number of steps.
 
     Example: [bold]resolvent train --data novel.txt --tokenizer bpe --vocab-size 2048 --out runs/novel[/bold]
     """
@@ -125,13 +125,13 @@ def train(
         except OSError:  # the terminal was closed
             discard_output()
         raise typer.Exit(128 + number) from None
-    if int(os.environ.get("RANK", "0")) == 0:  # of the processes that torchrun started, one speaks
+    if int(os.environ.get("RANK", "0")) == 0:  # one of the processes that torchrun started prints
         write_result(json_path, _summary(result))
-        say(console, f"Let it write: resolvent generate {shell_word(result.run_dir)} --prompt 'The' --stream")
+        say(console, f"Generate text: resolvent generate {shell_word(result.run_dir)} --prompt 'The' --stream")
 
 
 def _console(json_path: Path | None) -> "Console":
-    """Return the console for progress. When its reader goes, the run saves itself and stops, as after SIGTERM."""
+    """Return the console for progress. If its reader closes, the run saves a checkpoint and stops, as after SIGTERM."""
     console = progress_console(json_path)
 
     def stop() -> None:
@@ -153,7 +153,7 @@ def _summary(result: "TrainingResult") -> dict[str, Any]:
 
 
 def _refuse(context: typer.Context, settled: Iterable[str], beside: str, reason: str) -> None:
-    """Name all options that were given beside one that has settled them."""
+    """Refuse options that another option excludes, and name them all."""
     names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     if given := [names[name] for name in settled if _is_given(context, name)]:
         raise typer.BadParameter(f"{reason}; leave out {', '.join(given)}", param_hint=beside)
@@ -175,7 +175,7 @@ def _chosen_model(phase: int, preset: str, assignments: list[str]) -> "Phase1Con
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """Fields of a configuration, each given as FIELD=VALUE."""
+    """Return fields of a configuration, each given as FIELD=VALUE."""
     values = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
@@ -188,7 +188,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
 
 
 def _parse(value: str) -> Any:
-    """A number, true, false or null as in JSON; anything else is text."""
+    """Return a number, true, false or null as in JSON; anything else is text."""
     try:
         return json.loads(value)
     except json.JSONDecodeError:

@@ -11,7 +11,7 @@ DEFAULT = "language"
 
 
 class Measures(Group):
-    """`resolvent evaluate DIR ...` is `resolvent evaluate language DIR ...`."""
+    """Group in which `resolvent evaluate DIR ...` is `resolvent evaluate language DIR ...`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, *ctx.help_option_names):
@@ -24,11 +24,11 @@ class Measures(Group):
 
 
 def evaluate() -> None:
-    """Measure what a model has learnt.
+    """Measure a trained model.
 
-    Without the name of a measure it is [bold]language[/bold]: how well the model predicts text. The other three go far
-    beyond the length that it was trained on, by default to 65,536 tokens. All print a table and write its figures with
-    --json FILE; the other three draw them with --plot FILE. Each explains its figures with --help.
+    The default measure is [bold]language[/bold], the loss on text. The other three go far beyond the training length,
+    by default to 65,536 tokens. All print a table and write its figures with --json FILE; the other three draw them
+    with --plot FILE. Each explains its figures with --help.
 
     Example: [bold]resolvent evaluate runs/tiny --data novel.txt[/bold]
 

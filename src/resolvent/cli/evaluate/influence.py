@@ -14,20 +14,20 @@ def influence(
     text_field: TextField = None,
     held_out: HeldOut = False,
     length: Annotated[int, typer.Option(min=1, help="Longest distance in tokens.")] = 65536,
-    sequences: Annotated[int, typer.Option(min=1, help="Places in the text.")] = 4,
-    replacements: Annotated[int, typer.Option(min=1, help="Tokens to replace in a bucket of each.")] = 4,
+    sequences: Annotated[int, typer.Option(min=1, help="Positions in the text.")] = 4,
+    replacements: Annotated[int, typer.Option(min=1, help="Tokens to replace per bucket of each.")] = 4,
     seed: Seed = 0,
     json_path: JsonFile = None,
     plot_path: PlotFile = None,
     batch_tokens: BatchTokens = 4096,
     device: Device = "auto",
 ) -> None:
-    """Measure what tokens far back do to the prediction of the last one.
+    """Measure the influence of early tokens on the prediction of the last token.
 
-    [bold]gradient[/bold] is the norm of the gradient of the last loss in a token's embedding, on average over the
-    tokens of a bucket of distances: what a small change would do. [bold]divergence[/bold] is how far the last
-    prediction moves, in nats, when a token is replaced by another and all that follows is read again. Both are exact
-    over the whole length, through all states. ± is one standard error over the places in the text.
+    [bold]gradient[/bold] is the norm of the gradient of the last loss in a token's embedding, averaged over the tokens
+    of a bucket of distances. [bold]divergence[/bold] is the Kullback-Leibler divergence of the last prediction, in
+    nats, when a token is replaced by another and all later tokens are read again. Both are exact over the whole length,
+    through all states. ± is one standard error over the positions in the text.
 
     Example: [bold]resolvent evaluate influence runs/tiny --length 4096 --plot influence.png[/bold]
     """

@@ -21,17 +21,17 @@ def language(
     text_field: TextField = None,
     held_out: HeldOut = False,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-evaluation-harness instead of a text, with commas between.")
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness instead of a text, separated by commas.")
     ] = None,
-    task_path: Annotated[Path | None, typer.Option(help="Folder with YAML tasks of your own.")] = None,
+    task_path: Annotated[Path | None, typer.Option(help="Folder with your own YAML tasks.")] = None,
     json_path: JsonFile = None,
     batch_tokens: BatchTokens = 4096,
     device: Device = "auto",
 ) -> None:
-    """Measure how well a model predicts text.
+    """Measure the loss of a model on text.
 
-    Prints loss, perplexity and bits per byte; each document is read whole, from its beginning. Bits per byte compare
-    models whatever their tokenizers; a model that knows nothing has eight.
+    Prints loss, perplexity and bits per byte; each document is read whole, from its beginning. Bits per byte are
+    comparable across tokenizers; a uniform guess has eight.
 
     Example: [bold]resolvent evaluate runs/tiny --data novel.txt --json score.json[/bold]
     """
@@ -63,9 +63,9 @@ def _evaluate_tasks(
     from resolvent.device import pick_device
     from resolvent.evaluation.tasks import evaluate_tasks
 
-    place = str(pick_device(device))
-    with redirect_stdout(sys.stderr):  # what the harness prints on its way is no result
-        results = evaluate_tasks(directory, run_of(directory), tasks, task_path=task_path, device=place)
+    device_name = str(pick_device(device))
+    with redirect_stdout(sys.stderr):  # the harness prints progress, too
+        results = evaluate_tasks(directory, run_of(directory), tasks, task_path=task_path, device=device_name)
     try:
         write_result(json_path, results["results"])
     finally:

@@ -14,21 +14,21 @@ def needle(
     text_field: TextField = None,
     held_out: HeldOut = False,
     length: Annotated[int, typer.Option(min=16, help="Longest distance in tokens.")] = 65536,
-    samples: Annotated[int, typer.Option(min=1, help="Places in the text, each with a key of its own.")] = 32,
-    candidates: Annotated[int, typer.Option(min=2, help="Keys of which one is true.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Positions in the text, each with its own key.")] = 32,
+    candidates: Annotated[int, typer.Option(min=2, help="Number of keys, one of them true.")] = 32,
     seed: Seed = 0,
     json_path: JsonFile = None,
     plot_path: PlotFile = None,
     batch_tokens: BatchTokens = 4096,
     device: Device = "auto",
 ) -> None:
-    """Measure whether a model remembers a fact over a distance.
+    """Measure recall of a fact over a distance.
 
-    A pass key is told in the midst of real text and asked for after 16, 32, ... 65,536 tokens more of it. So that small
-    models can be measured, too, the true key is ranked among random ones by its likelihood: [bold]first[/bold] is how
-    often it is the likeliest, [bold]beaten[/bold] the share of the others whose likelihood has risen less since before
-    the key was told. [bold]exact[/bold] is how often the model, always taking the likeliest token, writes it. ± is one
-    standard error.
+    A pass key is inserted into real text, and the question follows after 16, 32, ... 65,536 more tokens. To measure
+    small models, too, the true key is ranked among random ones by likelihood: [bold]first[/bold] is the share of
+    samples in which it is the likeliest, [bold]beaten[/bold] the share of the other keys whose likelihood rose less
+    since before the fact. [bold]exact[/bold] is the share in which greedy decoding writes the key. ± is one standard
+    error.
 
     Example: [bold]resolvent evaluate needle runs/tiny --length 4096 --samples 100 --json needle.json[/bold]
     """
@@ -42,7 +42,7 @@ def needle(
         for row in scores.rows
     ]
     chance = ("by chance", f"{scores.chance:.1%}", "50.0%", "")
-    title = f"{directory}, a pass key among {candidates:,} in {samples:,} places"
+    title = f"{directory}, a pass key among {candidates:,} in {samples:,} positions"
     try:
         write(scores, options, directory, data, held_out, json_path)
         if plot_path is not None:

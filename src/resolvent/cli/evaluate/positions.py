@@ -13,19 +13,19 @@ def positions(
     data: Text = None,
     text_field: TextField = None,
     held_out: HeldOut = False,
-    length: Annotated[int, typer.Option(min=1, help="Most tokens to read in a row.")] = 65536,
-    sequences: Annotated[int, typer.Option(min=1, help="How many texts to read, the longest documents first.")] = 16,
+    length: Annotated[int, typer.Option(min=1, help="Most tokens per text.")] = 65536,
+    sequences: Annotated[int, typer.Option(min=1, help="Number of texts, the longest documents first.")] = 16,
     joined: Joined = False,
     json_path: JsonFile = None,
     plot_path: PlotFile = None,
     batch_tokens: BatchTokens = 4096,
     device: Device = "auto",
 ) -> None:
-    """Measure how well a model predicts the 1st, 2nd, ... 65,536th token.
+    """Measure the loss of the 1st, 2nd, ... 65,536th token.
 
-    Texts are read from their beginning with the state carried along. Beside it, the same tokens are read in windows of
-    the training length, each with a fresh state: [bold]gain[/bold] is the loss that the carried state saves, in nats
-    per token. Where it is positive the far past helps, where it is negative it harms. ± is one standard error.
+    Texts are read from their beginning with the state carried along. The same tokens are also read in windows of the
+    training length, each with a fresh state: [bold]gain[/bold] is the loss that the carried state saves, in nats per
+    token. A positive gain means that the far context helps. ± is one standard error.
 
     Example: [bold]resolvent evaluate positions runs/tiny --length 16384 --plot positions.png[/bold]
     """

@@ -1,4 +1,4 @@
-"""Options, figures and tables that the measures have in common."""
+"""Options, figures and tables that all measures share."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _check_plot(path: Path | None) -> Path | None:
-    """Refuse, before anything is measured, a plot that cannot be drawn."""
+    """Check, before anything is measured, that a plot can be drawn."""
     if path is not None:
         check_output(path, "--plot")
         from resolvent.evaluation.plots import check_format, check_plot
@@ -32,10 +32,11 @@ def _check_plot(path: Path | None) -> Path | None:
     return path
 
 
-Joined = Annotated[bool, typer.Option("--joined", help="Read on from document to document, where documents are short.")]
-Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Makes the choice of places repeatable.")]
+Joined = Annotated[bool, typer.Option("--joined", help="Join documents, for texts of short documents.")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the choice of positions.")]
 PlotFile = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", callback=_check_plot, help="Draw them, as .png, .pdf or .svg.")
+    Path | None,
+    typer.Option("--plot", metavar="FILE", callback=_check_plot, help="Draw the figures, as .png, .pdf or .svg."),
 ]
 
 
@@ -58,14 +59,14 @@ def write(
     held_out: bool,
     json_path: Path | None,
 ) -> None:
-    """Write figures, and what they were measured with, where --json says."""
+    """Write figures and settings into the file of --json."""
     text = {"data": data[0] if data is not None and len(data) == 1 else data, "held_out": held_out or data is None}
     settings = options | {"model": str(directory), **text}
     write_result(json_path, {"settings": settings, **scores.to_dict()})
 
 
 def show(json_path: Path | None, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table of figures, unless --json takes its place."""
+    """Print a table of figures, unless --json writes to standard output."""
     console = report_console(json_path)
     say(console, title)
     show_table(console, columns, rows)
