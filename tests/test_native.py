@@ -28,7 +28,7 @@ def panicking(tmp_path):
 
 def test_panic_is_one_error(panicking):
     with pytest.raises(
-        DataError, match=r"the tokenizer's library gave up \(.*retry-limit-in-match over\): use another tokenizer"
+        DataError, match=r"the tokenizers library failed \(.*retry-limit-in-match over\): use another tokenizer"
     ):
         encode_documents(["fine", ENDLESS], panicking)
     assert encode_documents(["fine"], panicking).num_predictions == 5
@@ -36,7 +36,7 @@ def test_panic_is_one_error(panicking):
 
 def test_panic_while_training_is_one_error(panicking, monkeypatch):
     monkeypatch.setattr("resolvent.data.tokenization._short_words", lambda: panicking.pre_tokenizer)
-    with pytest.raises(DataError, match=r"library gave up \(.*retry-limit"):
+    with pytest.raises(DataError, match=r"library failed \(.*retry-limit"):
         build_tokenizer("bpe", [ENDLESS] * 2)
 
 

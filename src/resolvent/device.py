@@ -12,10 +12,10 @@ from resolvent.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `auto` (CUDA where there is one), `cpu` or `cuda` stands for.
+    """Return the device of a name: `auto` (CUDA if there is a device), `cpu` or `cuda`.
 
     Raises:
-        ConfigError: CUDA is asked for where there is none, or the name is another.
+        ConfigError: there is no CUDA device, or the name is unknown.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device must be auto, cpu or cuda, got {name!r}")
@@ -27,11 +27,11 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def deterministic(wanted: bool = True) -> Iterator[None]:
-    """Let CUDA give the same bits for the same inputs as long as the block lasts; the CPU always does.
+    """Make CUDA deterministic within the block, bit for bit; the CPU always is.
 
-    The operators' kernels add up in a fixed order anyway; this is for PyTorch's own. The setting is one of the process:
-    where blocks of several threads overlap, it holds for all of them until the last one ends. cuBLAS looks at its
-    workspace when a process first uses it: begin here.
+    The kernels of the operators sum in a fixed order anyway; this is for those of PyTorch. The setting is global: where
+    blocks of several threads overlap, it holds for all of them until the last one ends. cuBLAS reads its workspace
+    setting at its first use in a process, so that the block has to begin before that.
 
     Args:
         wanted: False changes nothing.
@@ -48,7 +48,7 @@ def deterministic(wanted: bool = True) -> Iterator[None]:
 
 
 class _Deterministic:
-    """PyTorch's settings for deterministic algorithms, on while any block wants them."""
+    """Reference count of blocks for which PyTorch's deterministic algorithms are on."""
 
     def __init__(self) -> None:
         self._memory: Any = torch.utils.deterministic

@@ -1,18 +1,18 @@
-"""The errors a user can cause. The command line shows each as one line."""
+"""Errors that a user can cause. The command line shows each as one line."""
 
 from typing import Self
 
 
 class ResolventError(Exception):
-    """Base of all errors that name a thing, its value and the remedy."""
+    """Base of all errors; a message names the thing, its value and the remedy."""
 
 
 class ConfigError(ResolventError, ValueError):
-    """A configuration holds wrong values; the message lists every one of them."""
+    """A configuration with wrong values; the message lists all of them."""
 
     @classmethod
     def of(cls, config: object, faults: list[str]) -> Self:
-        """The error of a configuration with these faults, at least one."""
+        """Return the error of a configuration with at least one fault."""
         if len(faults) == 1:
             return cls(faults[0])
         return cls("\n  - ".join([f"{type(config).__name__} has {len(faults)} faults:", *faults]))
@@ -27,4 +27,4 @@ class CheckpointError(ResolventError, RuntimeError):
 
 
 class VersionError(CheckpointError):
-    """A saved file that a newer release wrote. It is not damaged: nothing may take its place."""
+    """A saved file that a newer release wrote. It is not damaged and must not be replaced."""

@@ -1,8 +1,8 @@
-"""Read and write files and folders: whole or not at all, and never through a link that somebody else has made.
+"""Read and write files and folders, atomically and never through a foreign link.
 
-Two kinds of names. A name that this library makes inside a folder may be taken by a link already, in a folder from
-elsewhere: `atomic_file`, `atomic_directory`, `own_directory` and `locked` never write through it. A path that the user
-named may be a link of the user's: `atomic_output` writes its target.
+There are two kinds of names. A name that this library chooses inside a folder may be a link in a folder from elsewhere:
+`atomic_file`, `atomic_directory`, `own_directory` and `locked` never write through it. A path that the user named may
+be a link of the user: `atomic_output` writes its target.
 """
 
 import errno
@@ -23,11 +23,11 @@ from resolvent.errors import CheckpointError, VersionError
 T = TypeVar("T")
 
 _MOST_JSON_BYTES = 1 << 20
-_MOST_JSON_BRACKETS = 500  # so that no reader of the values runs out of stack, which Python has about 1000 frames of
+_MOST_JSON_BRACKETS = 500  # keeps recursive readers of the values within about 1000 frames of Python's stack
 _MOST_LINE_BYTES = 1 << 16
 _MOST_ATTEMPTS = 20
 
-# Windows, where a model can be used at least, has neither.
+# Windows has neither; models can be used there, not trained.
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 
@@ -35,18 +35,18 @@ logger = logging.getLogger(__name__)
 
 
 def partial_name(target: Path) -> Path:
-    """The name of a file or folder that is not yet complete."""
+    """Return the name of a file or folder that is not complete yet."""
     return target.with_name(f".{target.name}.partial")
 
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """Fill the folder this yields. It takes the place of `target` when the block succeeds and all is on disk.
+    """Yield a folder to fill, which replaces `target` when the block succeeds and all files are on disk.
 
-    The folder around `target` must be there.
+    The folder around `target` must exist.
     """
     partial = partial_name(target)
-    if os.path.lexists(partial):  # what a run that was killed left behind
+    if os.path.lexists(partial):  # remains of a killed run
         discard(partial)
     partial.mkdir()
     try:
@@ -57,19 +57,19 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             discard(target)
         partial.rename(target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+        shutil.rmtree(partial, ignore_errors=True)  # frees space on a full disk
         raise
     _sync(target.parent)
 
 
 @contextmanager
 def atomic_file(target: Path, held: BinaryIO | None = None) -> Iterator[BinaryIO]:
-    """Write the file this yields. It takes the place of `target` when the block succeeds and it is on disk.
+    """Yield a file to write, which replaces `target` when the block succeeds and the file is on disk.
 
-    A link in the place of `target` is replaced; what it leads to is not touched, see `atomic_output`.
+    If `target` is a link, the link is replaced and its target is not changed; see `atomic_output`.
 
     Args:
-        target: a name that this library makes.
+        target: a name that this library chooses.
         held: the file, if `locked` has opened it under its partial name.
     """
     partial = partial_name(target)
@@ -80,24 +80,23 @@ def atomic_file(target: Path, held: BinaryIO | None = None) -> Iterator[BinaryIO
         with _completed(held, partial, target):
             yield held
         return
-    partial.unlink(missing_ok=True)  # what a killed process left behind, or a link of somebody else's
+    partial.unlink(missing_ok=True)  # remains of a killed process, or a foreign link
     with _create(partial) as file, _completed(file, partial, target):
         yield file
 
 
 @contextmanager
 def atomic_output(path: Path) -> Iterator[BinaryIO]:
-    """Write the file this yields to a path that the user named.
+    """Yield a file to write to a path that the user named.
 
-    A regular file appears whole or not at all. Of a link, the target is written. A pipe or a device is written to as
-    it is.
+    A regular file is replaced atomically. Through a link, the target is written. A pipe or a device is opened directly.
     """
     if path.exists() and not path.is_file():
         with open(path, "wb") as file:
             yield file
         return
     target = output_path(path)
-    # A name of its own: nothing keeps another process from writing to the same path.
+    # A unique name: another process may write to the same path.
     partial = partial_name(target.with_name(f"{target.name}.{secrets.token_hex(4)}"))
     with _create(partial) as file, _completed(file, partial, target):
         yield file
@@ -105,7 +104,7 @@ def atomic_output(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _completed(file: BinaryIO, partial: Path, target: Path) -> Iterator[None]:
-    """Give a file its name when the block succeeds and the file is on disk; else remove it."""
+    """Rename a file to its target when the block succeeds and the file is on disk; otherwise remove it."""
     try:
         yield
         file.flush()
@@ -118,10 +117,10 @@ def _completed(file: BinaryIO, partial: Path, target: Path) -> Iterator[None]:
 
 
 def output_path(path: Path) -> Path:
-    """Return the file that a path which the user named leads to, through all links; the file may be missing.
+    """Return the target of a path that the user named, through all links; it may be missing.
 
     Raises:
-        OSError: the links lead back to where they began.
+        OSError: the links form a circle.
     """
     with suppress(FileNotFoundError):
         path.stat()
@@ -129,11 +128,11 @@ def output_path(path: Path) -> Path:
 
 
 def own_directory(path: Path) -> Path:
-    """Return a folder inside a folder of ours, made where missing.
+    """Make a folder with a name of this library, if missing, and return its path.
 
     Raises:
-        CheckpointError: its name is taken by a link.
-        OSError: it cannot be made, or its name is taken by a file.
+        CheckpointError: the name is a link.
+        OSError: the folder cannot be made, or the name is a file.
     """
     refuse_link(path)
     path.mkdir(exist_ok=True)
@@ -141,10 +140,10 @@ def own_directory(path: Path) -> Path:
 
 
 def refuse_link(path: Path) -> None:
-    """Check that a name of ours is not taken by a link.
+    """Check that a name of this library is not a link.
 
     Raises:
-        CheckpointError: it is.
+        CheckpointError: the name is a link.
     """
     if path.is_symlink():
         raise CheckpointError(
@@ -154,7 +153,7 @@ def refuse_link(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with all that is in it, or a link, whose target stays. Nothing to remove is no error."""
+    """Remove a file, a folder with its contents, or a link without its target. A missing path is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -176,7 +175,7 @@ def discard(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what is not complete in a folder of ours; what cannot be removed stays, which a warning says."""
+    """Remove incomplete files and folders from a folder; a warning is logged for those that cannot be removed."""
     for path in folder.glob(partial_name(Path("*")).name):
         try:
             remove(path)
@@ -190,13 +189,13 @@ def _warn_of_remains(path: Path, error: OSError) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[BinaryIO]:
-    """Hold a file, made where missing, as long as the block lasts; the lock follows it when it is renamed.
+    """Lock a file, made if missing, within the block; the lock stays when the file is renamed.
 
     Yields:
         The file, for `atomic_file`.
 
     Raises:
-        CheckpointError: another process holds it, the folder cannot be written, or the file is a link.
+        CheckpointError: another process holds the lock, the folder cannot be written, or the file is a link.
     """
     import fcntl  # Windows does not have it
 
@@ -211,7 +210,7 @@ def locked(path: Path) -> Iterator[BinaryIO]:
     with open(descriptor, "r+b") as file:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = os.fstat(descriptor).st_nlink > 0  # else the process that held it has removed it
+            free = os.fstat(descriptor).st_nlink > 0  # otherwise the process that held the lock has removed the file
         except BlockingIOError:
             free = False
         if not free:
@@ -222,24 +221,24 @@ def locked(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_file(path: Path, content: bytes, held: BinaryIO | None = None) -> None:
-    """Write a file of ours, as `atomic_file` does."""
+    """Write a file by `atomic_file`."""
     with atomic_file(path, held) as file:
         file.write(content)
 
 
 def write_json(path: Path, value: dict[str, Any], held: BinaryIO | None = None) -> None:
-    """Write a JSON object to a file of ours, as `atomic_file` does."""
+    """Write a JSON object to a file by `atomic_file`."""
     write_file(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode(), held)
 
 
 def write_output(path: Path, content: bytes) -> None:
-    """Write a file that the user named, as `atomic_output` does."""
+    """Write a file that the user named by `atomic_output`."""
     with atomic_output(path) as file:
         file.write(content)
 
 
 def append_to(path: Path) -> FileIO:
-    """Open a file of ours for appending; each write reaches the file at once.
+    """Open a file with a name of this library for appending, without a buffer.
 
     Raises:
         CheckpointError: the file is a link.
@@ -250,14 +249,14 @@ def append_to(path: Path) -> FileIO:
 
 
 def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
-    """Open a file for reading, without ever waiting for the other end of a pipe.
+    """Open a regular file for reading; a pipe is refused without waiting for its other end.
 
     Args:
         path: the file.
-        follow_links: whether it may be a link. Files of models may: hubs keep them so.
+        follow_links: whether the path may be a link, as files of models in the caches of hubs are.
 
     Raises:
-        CheckpointError: it may not, and is one.
+        CheckpointError: the path is a link and must not be one.
         OSError: the file cannot be read, or is a pipe, a device or a folder.
     """
     if not follow_links:
@@ -271,10 +270,10 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
 
 
 def read_bytes(path: Path, most_bytes: int, *, follow_links: bool = True) -> bytes:
-    """Read a file that may have so many bytes.
+    """Read a file of at most `most_bytes` bytes.
 
     Raises:
-        ValueError: it has more.
+        ValueError: the file has more bytes.
         CheckpointError, OSError: as `open_regular` does.
     """
     content = bytearray()
@@ -287,7 +286,7 @@ def read_bytes(path: Path, most_bytes: int, *, follow_links: bool = True) -> byt
 
 
 def read_lines(path: Path, *, follow_links: bool = True) -> Iterator[bytes]:
-    """Read a file line by line, with their ends.
+    """Yield the lines of a file, with their ends.
 
     Raises:
         ValueError: a line is longer than 64 kB.
@@ -344,11 +343,11 @@ def read_json(path: Path, read: Callable[[Path, int], bytes] = read_bytes) -> di
 
 
 def check_version(path: Path | str, found: object, known: int) -> None:
-    """Refuse a file of a format version that this release does not know: it knows all up to ``known``.
+    """Check the format version of a file, which must be between 1 and ``known``.
 
     Raises:
         VersionError: the version is a later one.
-        CheckpointError: it is none that ever was.
+        CheckpointError: the version is no positive integer.
     """
     if type(found) is int and found > known:
         raise VersionError(
@@ -356,17 +355,17 @@ def check_version(path: Path | str, found: object, known: int) -> None:
             "file, update resolvent"
         )
     if type(found) is not int or found < 1:
-        raise CheckpointError(f"{path} has format version {shown(found)}, which never was: restore it from a copy")
+        raise CheckpointError(f"{path} has format version {shown(found)}, which does not exist: restore it from a copy")
 
 
 def shown(value: object) -> str:
-    """A value for a message: its repr, but not pages of it."""
+    """Return a value for a message: its repr, truncated after 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
 
 
 def _create(path: Path) -> BinaryIO:
-    """Make a file under a name that is free, by no means through a link."""
+    """Create a file under a free name, never through a link."""
     return open(path, "xb", opener=lambda name, mode: os.open(name, mode | _NOFOLLOW, 0o666))
 
 

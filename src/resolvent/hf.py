@@ -1,4 +1,4 @@
-"""``import resolvent.hf`` makes the models known to Transformers."""
+"""Register the models with Transformers, by ``import resolvent.hf``."""
 
 from .models.hf import (
     Phase1ForCausalLM,

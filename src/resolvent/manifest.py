@@ -12,27 +12,27 @@ from resolvent.files import check_version, open_regular, read_bytes, read_json, 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 RUN_FILE = "training.json"
-"""The file that says what a run was started with; with a manifest, it marks a run folder."""
+"""File of the configuration of a run; with a manifest, it marks a run folder."""
 
 
 def write_manifest(folder: Path, names: Iterable[str], held: BinaryIO | None = None) -> None:
-    """Describe files of a folder as they are; `held` as of `atomic_file`."""
+    """Write the manifest of files in a folder; `held` as of `atomic_file`."""
     files = {name: description(folder / name) for name in sorted(names)}
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": files}, held)
 
 
 def check_files(folder: Path, names: Iterable[str]) -> None:
-    """Compare files of a folder, each of which must be listed, with its manifest.
+    """Compare files of a folder with its manifest, which must list each of them.
 
     Raises:
-        CheckpointError: names the first file that is missing, changed or not listed; or there is no sound manifest.
+        CheckpointError: names the first file that is missing, changed or not listed; or the manifest is unsound.
     """
     names = list(names)
     steadily(lambda: _check_files(folder, names), *(folder / name for name in (MANIFEST, *names)))
 
 
 def read_checked(path: Path, most_bytes: int) -> bytes:
-    """Read a file and compare it with the manifest beside it; a folder that was put together by hand has none.
+    """Read a file and compare it with the manifest beside it, if there is one.
 
     Raises:
         CheckpointError: the file has changed, or the manifest is damaged.
@@ -104,7 +104,7 @@ def is_as_described(path: Path, entry: object) -> bool:
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record of plain values with its own SHA-256, for what changes after a manifest is written."""
+    """Return a record with its own SHA-256, for files that change after the manifest is written."""
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     return {**record, "sha256": digest}
 

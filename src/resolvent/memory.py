@@ -23,7 +23,7 @@ class Memory:
 
 
 def machine_memory() -> Memory:
-    """Return the memory of the machine, or less where a limit of this process is lower.
+    """Return the memory of the machine, or a lower limit of this process.
 
     The limits are those of `ulimit` and of control groups, which containers and batch systems set.
     """

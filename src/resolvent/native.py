@@ -1,4 +1,4 @@
-"""Calls of native libraries: signals interrupt them, and their panics are exceptions."""
+"""Calls of native libraries that signals interrupt and whose panics become exceptions."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from resolvent.errors import DataError
 T = TypeVar("T")
 
 _PATIENCE = 0.1
-"""Seconds between two looks for signals: on Windows, an endless wait cannot be interrupted."""
+"""Seconds between two checks for signals: on Windows, an endless wait cannot be interrupted."""
 
 
 class LibraryPanic(DataError):
@@ -19,21 +19,21 @@ class LibraryPanic(DataError):
 
 @contextmanager
 def panics_are_errors() -> Iterator[None]:
-    """Turn a panic of a Rust library, which is a BaseException, into an error.
+    """Convert a panic of a Rust library, which is a BaseException, to an error.
 
     Raises:
-        LibraryPanic: in the place of a panic.
+        LibraryPanic: the library panicked.
     """
     try:
         yield
     except BaseException as panic:
         if type(panic).__name__ != "PanicException":
             raise
-        raise LibraryPanic(f"the tokenizer's library gave up ({panic}): use another tokenizer") from panic
+        raise LibraryPanic(f"the tokenizers library failed ({panic}): use another tokenizer") from panic
 
 
 def call(function: Callable[[], T]) -> T:
-    """Call a library in another thread, so that this one receives signals however long the call takes.
+    """Call a library in another thread, so that this thread receives signals during a long call.
 
     A signal whose handler raises an exception ends the wait. The library cannot be stopped: the call goes on in the
     background until it returns or the process exits.
@@ -42,7 +42,7 @@ def call(function: Callable[[], T]) -> T:
         function: makes the call.
 
     Returns:
-        What the call returned.
+        The result of the call.
 
     Raises:
         LibraryPanic: the library panicked.

@@ -1,10 +1,10 @@
-"""One long sequence, several processes: each reads a stretch of it, and only the models' states travel.
+"""Sequence parallelism: each process reads a stretch of a sequence and sends only states to the next process.
 
-A block of a process needs, of all that came before its stretch, the state in which the same block of the process before
-left off. So every block receives it, computes, and sends its own on, and while one process is at a block, the one
-before is at the next: a wave that is late by one block from process to process. P processes take ``(L + P - 1) / L`` of
-the ideal time for L blocks, forward and backward, whatever the length, with consolidation and without. The gradients of
-the states travel back the same way, so that the gradient is that of the whole sequence.
+A block needs of the earlier stretches only the final state of the same block in the process before. So every block
+receives a state, computes, and sends its final state, as a pipeline in which each process is one block behind the
+process before it. P processes take ``(L + P - 1) / L`` of the ideal time for L blocks, forward and backward, for any
+length, with and without consolidation. The gradients of the states are sent in the opposite direction, so that the
+gradient is that of the whole sequence.
 
 Shapes: B sequences, N tokens of a stretch, V vocabulary.
 """
@@ -24,10 +24,10 @@ from .ops import IGNORED
 
 
 class SequenceParallel(nn.Module):
-    """A model that reads one stretch of every sequence in each process of a group.
+    """Model that reads one stretch of every sequence in each process of a group.
 
-    Every process calls it, and ``backward``, equally often. Each has all the weights; after ``backward``,
-    ``sum_gradients`` leaves the whole gradient in them.
+    All processes call the model and ``backward`` equally often. Each has all weights; after ``backward``,
+    ``sum_gradients`` sums the gradients of all processes.
 
     Args:
         model: the model, the same in all processes.
@@ -40,7 +40,7 @@ class SequenceParallel(nn.Module):
         self._chain = _Chain(group)
 
     def stretch(self, x: Tensor) -> Tensor:
-        """This process's stretch of whole sequences (B, ...), as equal in length as can be."""
+        """Return the stretch of this process of whole sequences (B, ...); stretches are as equal as possible."""
         return x.tensor_split(self._chain.size, dim=1)[self._chain.rank]
 
     def forward(
@@ -51,13 +51,13 @@ class SequenceParallel(nn.Module):
         state: Any = None,
         return_state: bool = False,
     ) -> Any:
-        """What the model makes of this process's stretch.
+        """Return logits or loss of the stretch of this process.
 
         Args:
             input_ids: tokens, integer (B, N); N may differ from process to process.
-            labels: the token that follows each, int64 (B, N), or -100 at places that do not count.
-            state: what the sequences have read before the first stretch; the first process's counts.
-            return_state: also return the state after the stretch; the last process's is that of the whole.
+            labels: next tokens, int64 (B, N), or -100 at ignored positions.
+            state: state of the sequences before the first stretch; only that of the first process is used.
+            return_state: also return the state after the stretch; in the last process, that of the whole sequences.
 
         Returns:
             logits (B, N, V), or, given labels, the mean nats of all stretches, the same number in every process.
@@ -77,7 +77,7 @@ class SequenceParallel(nn.Module):
         return (output, after) if return_state else output
 
     def sum_gradients(self) -> None:
-        """Add up the parameters' gradients over the processes."""
+        """Sum the gradients of the parameters over the processes."""
         self._chain.settle()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -88,7 +88,7 @@ class SequenceParallel(nn.Module):
             cast(dist.Work, work).wait()
 
     def _state_before(self, input_ids: Tensor, state: ModelState | None) -> ModelState | None:
-        """The state before this process's stretch: its position, and room for what the process before will send."""
+        """Return the state before the stretch: its position, and tensors to receive the state of the process before."""
         chain, device = self._chain, input_ids.device
         position = torch.zeros(len(input_ids), dtype=torch.long) if state is None else state.position
         position = chain.from_first(position.to(device)).cpu()
@@ -96,21 +96,21 @@ class SequenceParallel(nn.Module):
         if chain.first:
             return state
         with torch.no_grad():
-            _, room = self.model.hidden_states(input_ids[:, :1])
-        return replace(room, position=position + sum(lengths[: chain.rank]))
+            _, empty = self.model.hidden_states(input_ids[:, :1])
+        return replace(empty, position=position + sum(lengths[: chain.rank]))
 
     @contextmanager
     def _linked_blocks(self, before: ModelState | None) -> Iterator[None]:
-        """Let every block receive its state and send it on."""
+        """Make every block receive its state and send its final state."""
         chain = self._chain
         anchor = torch.zeros((), requires_grad=True)
         layer_type = before.layer_type if before is not None else ()
 
         def receive(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             x, *others = inputs
-            place = next(i for i, value in enumerate(others) if isinstance(value, layer_type))
-            x, *tensors = _Receive.apply(chain, _tensors(others[place]), anchor, x)
-            others[place] = _with_tensors(others[place], tensors)
+            index = next(i for i, value in enumerate(others) if isinstance(value, layer_type))
+            x, *tensors = _Receive.apply(chain, _tensors(others[index]), anchor, x)
+            others[index] = _with_tensors(others[index], tensors)
             return (x, *others)
 
         def send(block: nn.Module, inputs: tuple[Any, ...], record: Any) -> Any:
@@ -126,12 +126,12 @@ class SequenceParallel(nn.Module):
 
     def _mean_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         mine = self.model.loss(hidden, labels, "sum") / self._chain.sum((labels != IGNORED).sum()).clamp(min=1)
-        # The number is everybody's, the gradient that of this process's part.
+        # The value is that of all processes, the gradient that of this process.
         return mine + (self._chain.sum(mine.detach()) - mine.detach())
 
 
 class _Chain:
-    """Processes in a row, each of which hears from the one before and speaks to the one after."""
+    """Chain of processes, each of which receives from the one before and sends to the one after."""
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group = group
@@ -140,48 +140,48 @@ class _Chain:
         self._on_the_way: list[tuple[Any, Tensor]] = []
 
     def send(self, tensors: Sequence[Tensor], step: int) -> None:
-        """Send tensors to the process ``step`` places on, without waiting for it."""
+        """Send tensors asynchronously to the process ``step`` ranks later."""
         packed = torch.cat([_bytes(x) for x in tensors])
         work = dist.isend(packed, group=self.group, group_dst=self.rank + step)
         self._on_the_way.append((work, packed))
 
     def receive(self, like: Sequence[Tensor], device: torch.device, step: int) -> list[Tensor]:
-        """Wait for tensors of the shapes and dtypes of others from the process ``step`` places on."""
+        """Receive tensors with the shapes and dtypes of others from the process ``step`` ranks later."""
         sizes = [x.numel() * x.element_size() for x in like]
         packed = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
         dist.recv(packed, group=self.group, group_src=self.rank + step)
         return [_from_bytes(part, x) for part, x in zip(packed.split(sizes), like, strict=True)]
 
     def settle(self) -> None:
-        """Wait until everything that was sent has arrived."""
+        """Wait until all sent tensors have arrived."""
         for work, _ in self._on_the_way:
             work.wait()
         self._on_the_way.clear()
 
     def from_first(self, x: Tensor) -> Tensor:
-        """The first process's tensor."""
+        """Return the tensor of the first process."""
         x = x.clone()
         dist.broadcast(x, group=self.group, group_src=0)
         return x
 
     def gather(self, x: Tensor) -> list[int]:
-        """Every process's number."""
+        """Return the numbers of all processes."""
         numbers = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(numbers, x, group=self.group)
         return [int(number) for number in numbers]
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Return the sum over all processes."""
         x = x.clone()
         dist.all_reduce(x, group=self.group)
         return x
 
 
 class _Receive(torch.autograd.Function):
-    """The state of a block, from the process before, to which its gradient goes.
+    """Receive the state of a block from the process before, and send its gradient back.
 
-    What enters the block passes through, so that gradients leave in the order of the blocks. So does an ``anchor`` that
-    wants a gradient: every process must record the passage, whether or not it trains anything before it.
+    The input of the block passes through, so that gradients are sent in the order of the blocks. So does an ``anchor``
+    that requires a gradient: every process must record the operation, even without trainable inputs.
     """
 
     @staticmethod
@@ -197,7 +197,7 @@ class _Receive(torch.autograd.Function):
 
 
 class _Send(torch.autograd.Function):
-    """Sends the state of a block to the process after, from which its gradient comes; x passes through."""
+    """Send the state of a block to the process after, and receive its gradient; x passes through."""
 
     @staticmethod
     def forward(ctx: Any, chain: _Chain, anchor: Tensor, x: Tensor, *state: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def _tensors(layer: Any) -> list[Tensor]:
 
 
 def _with_tensors(layer: Any, tensors: Sequence[Tensor]) -> Any:
-    """The same structure with other tensors."""
+    """Return the same structure with other tensors."""
     new = iter(tensors)
     return map_tensors(layer, lambda _: next(new))
 
@@ -227,6 +227,6 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _from_bytes(part: Tensor, like: Tensor) -> Tensor:
-    """Inverse of ``_bytes``; a copy, which is aligned."""
+    """Return the inverse of ``_bytes``, as an aligned copy."""
     x = part.clone().view(like.dtype.to_real())
     return torch.view_as_complex(x.view(*like.shape, 2)) if like.is_complex() else x.view(like.shape)

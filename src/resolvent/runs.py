@@ -1,7 +1,7 @@
-"""Folders of trained models: a model with its tokenizer, and the files that make a folder a run.
+"""Folders of trained models: loading of model and tokenizer, and the files of a run.
 
-The module imports nothing of `resolvent.training`. Heavy imports wait inside the functions,
-so that `resolvent --help` is quick.
+The module does not import `resolvent.training`. Heavy imports are inside the functions, so that `resolvent --help` is
+quick.
 """
 
 from pathlib import Path
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from resolvent.models import IntegratedModel
 
 _MOST_PADDING = 1024
-"""Rows by which a model's table may be longer than its tokenizer, where it was padded to a round number."""
+"""Largest number of padding rows of a model's table beyond the size of its tokenizer."""
 
 
 def fixed_files() -> tuple[str, ...]:
-    """Names of the files that the manifest of a run lists: those that never change.
+    """Return the names of the files in the manifest of a run: those that never change.
 
     Weights carry checksums, and checkpoints have manifests of their own.
     """
@@ -30,18 +30,18 @@ def fixed_files() -> tuple[str, ...]:
 
 
 def run_of(directory: Path) -> Path:
-    """Return the run folder that a directory is, or that its checkpoint belongs to."""
+    """Return the run folder of a directory, which is a run folder or a checkpoint in one."""
     return directory.parent.parent if directory.parent.name == "checkpoints" else directory
 
 
 def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokenizer]":
     """Load a model and its tokenizer.
 
-    A table that was padded (`resize_token_embeddings`) is cut to the tokenizer's length: the model gives no probability
-    to ids that are no tokens.
+    A padded table (`resize_token_embeddings`) is cut to the size of the tokenizer, so that ids without a token have no
+    probability.
 
     Args:
-        directory: a run folder, one of its checkpoints, or what `resolvent convert` wrote.
+        directory: a run folder, one of its checkpoints, or an output folder of `resolvent convert`.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
@@ -76,7 +76,7 @@ def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokeni
             f"{run_of(directory)} itself"
         ) from error
     tokenizer = load_tokenizer(run_of(directory))
-    if (run_of(directory) / RUN_FILE).exists():  # a run has a manifest; a folder put together by hand has none
+    if (run_of(directory) / RUN_FILE).exists():  # a run has a manifest; a folder of another origin has none
         check_files(run_of(directory), fixed_files())
     count, rows = tokenizer.get_vocab_size(), model.vocab_size
     misfit = f"the tokenizer in {run_of(directory)} has {count} tokens, the model {rows}"

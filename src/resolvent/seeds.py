@@ -1,4 +1,4 @@
-"""The seeds that every command and function takes: what PyTorch and NumPy both take. No torch in here."""
+"""Range of seeds that both PyTorch and NumPy accept, without importing torch."""
 
 from resolvent.errors import ConfigError
 from resolvent.files import shown

@@ -1,4 +1,4 @@
-"""Named tensors in safetensors files that carry the SHA-256 of what they hold."""
+"""Named tensors in safetensors files with a SHA-256 of the tensors."""
 
 import hashlib
 import json
@@ -19,21 +19,21 @@ from resolvent.files import atomic_file, check_version, open_regular
 FORMAT_VERSION = 1
 
 _MOST_HEADER_BYTES = 1 << 25
-"""Names, shapes and places of 200,000 tensors."""
+"""Size of the names, shapes and offsets of 200,000 tensors."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors from any device to a file that appears whole or not at all.
+    """Write tensors from any device to a file, atomically.
 
     Raises:
         OSError: the file cannot be written.
     """
     stored = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    # Not the library's `save_file`, whose temporary file has another name each time and stays when a run is killed.
+    # Not `save_file` of safetensors: its temporary file has a random name, and stays if the run is killed.
     content = memoryview(save(stored, metadata=_metadata(stored)))
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(bytes(content[8:end]))
-    # The library writes metadata in any order; equal tensors shall make equal files.
+    # The library writes metadata in any order; equal tensors must give equal files.
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     sorted_header = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
     with atomic_file(path) as file:
@@ -42,7 +42,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read tensors, to the CPU. A file of another library's, without our metadata, is taken as it is.
+    """Read tensors to the CPU. A file without the metadata of this library is not checked.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another format version.
@@ -54,10 +54,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 class TensorFile:
     """Safetensors file within a `with` block.
 
-    Names, metadata and tensors are those of one file, even where another process gives its name to a new one meanwhile.
+    Names, metadata and tensors are those of one file, even if another process replaces the file meanwhile.
 
     Attributes:
-        shapes: of the tensors, by name, known before any of them is read.
+        shapes: shapes of the tensors, by name, from the header.
 
     Raises:
         CheckpointError: the file is missing, or its header is damaged or longer than 32 MiB.
@@ -75,11 +75,11 @@ class TensorFile:
                 length = int.from_bytes(file.read(8), "little")
                 if length > _MOST_HEADER_BYTES:
                     raise SafetensorError(f"its header has {length:,} bytes, more than {_MOST_HEADER_BYTES:,}")
-                # The library opens by name, and twice. On Windows, the name of an open file cannot get to another one.
+                # The library opens the file by name, twice. On Windows, an open file cannot be replaced.
                 name = str(self._path) if sys.platform == "win32" else f"/dev/fd/{file.fileno()}"
                 self._tensors: Any = self._stack.enter_context(safe_open(name, framework="pt"))
                 self.shapes = {name: torch.Size(self._tensors.get_slice(name).get_shape()) for name in self._names()}
-            except (OSError, RuntimeError, SafetensorError) as error:  # torch raises the second where memory is short
+            except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if memory is short
                 raise CheckpointError(f"cannot read {self._path}: {error}") from error
             self._stack = self._stack.pop_all()
         return self
@@ -114,7 +114,7 @@ class TensorFile:
 
 
 def _metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What a file says of its tensors; `format` is for other libraries."""
+    """Return the metadata of a file; `format` is for other libraries."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]

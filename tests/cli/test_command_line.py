@@ -317,7 +317,7 @@ def test_a_panic_is_a_line(resolvent: Resolvent, run_dir: Path, monkeypatch: pyt
     monkeypatch.setattr("resolvent.data.load_tokenizer", fail)
     outcome = resolvent("generate", run_dir)
     assert outcome.code == 1
-    assert outcome.err == "Error: the tokenizer's library gave up (a regex broke): use another tokenizer\n"
+    assert outcome.err == "Error: the tokenizers library failed (a regex broke): use another tokenizer\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -172,7 +172,7 @@ def test_panic_of_a_library_is_one_error(resolvent: Resolvent, run_dir: Path, tm
     assert outcome.code == 1
     last = outcome.err.splitlines()[-1]
     assert last == (
-        "Error: the tokenizer's library gave up (Onig: Regex search error: retry-limit-in-match over): use another "
+        "Error: the tokenizers library failed (Onig: Regex search error: retry-limit-in-match over): use another "
         "tokenizer"
     )
     assert "Traceback" not in outcome.err

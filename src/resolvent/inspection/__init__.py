@@ -1,4 +1,4 @@
-"""Looking into a model: what it does with a text, token by token, as plain values and as a page to look at."""
+"""Inspection of a model on a text, token by token, as plain values and as a page."""
 
 from resolvent.inspection.inspection import Inspection, inspect_model
 from resolvent.inspection.page import render_page

@@ -1,6 +1,6 @@
-"""What the inspection page shows, as plain values.
+"""Contents of the inspection page, as plain values.
 
-Shapes: N tokens of the text, P places at which the memories are looked at, H heads, K modes of a memory.
+Shapes: N tokens of the text, P positions at which the memories are recorded, H heads, K modes of a memory.
 """
 
 import dataclasses
@@ -28,20 +28,20 @@ from resolvent.ops.consolidation import signal_to_noise
 from resolvent.ops.precision import at_least_float32
 
 SNR_EDGES = np.geomspace(1e-3, 32, 46)
-"""Bins of the SNR; the outermost take what is beyond them."""
+"""Edges of the bins of the SNR; values beyond them count in the outermost bins."""
 
 _MOST_POINTS = 1000
-"""Points of a learning curve; a longer run is averaged over stretches of steps."""
+"""Most points of a learning curve; a longer run is averaged over intervals of steps."""
 
 Row = list[float]
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Learning curves, from the run's metrics.
+    """Learning curves, from the metrics of a run.
 
     Attributes:
-        step, bits_per_byte, grad_norm, lr: of the training steps, or of stretches of them.
+        step, bits_per_byte, grad_norm, lr: of the training steps, or means over intervals of steps.
         validation_step, validation_bits_per_byte: of the validations.
     """
 
@@ -66,10 +66,10 @@ class Memory:
     """A layer's memory.
 
     Attributes:
-        energy, bound: ``||S||²`` and what it cannot exceed, (H, P).
+        energy, bound: ``||S||²`` and its upper bound, (H, P).
         snr: share of the components in each bin of ``SNR_EDGES`` after the text, (H, bins).
         signal: share of the components above the SNR threshold, (H,); None without an SNR filter.
-        strength: how strongly the SNR filter acts on each head, from 0 to 1, (H,); None without one.
+        strength: strength of the SNR filter, from 0 to 1, (H,); None without an SNR filter.
         modes: None without resonance.
     """
 
@@ -86,10 +86,10 @@ class Layer:
     """A layer at every token.
 
     Attributes:
-        real, imaginary: of the resolvent's g, (H, N).
-        resolvent_bound: what ``|g|`` cannot exceed, (H, N).
-        gamma: decay rates, (H, N); None where nothing dissipates.
-        memory: None without one.
+        real, imaginary: parts of the resolvent's g, (H, N).
+        resolvent_bound: upper bound of ``|g|``, (H, N).
+        gamma: decay rates, (H, N); None without dissipation.
+        memory: None without a memory.
     """
 
     real: list[Row]
@@ -101,23 +101,23 @@ class Layer:
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """A model and what it does with a text.
+    """Inspection of a model on a text.
 
     Attributes:
-        name: of the model.
-        version: of this package.
-        facts: what kind of model it is, by name.
+        name: name of the model.
+        version: version of this package.
+        facts: properties of the model, by name.
         curves: None without metrics.
-        tokens: of the text, (N,); empty where a token is a part of a character that a later one completes.
-        nats: loss of every token but the first.
-        expected: the likeliest tokens for every place but the first, each with its probability.
+        tokens: text of the tokens, (N,); empty for a part of a character that a later token completes.
+        nats: loss of every token except the first.
+        expected: the likeliest tokens at every position except the first, each with its probability.
         influence: norm of the gradient of the last token's loss in every earlier token's embedding, (N - 1,).
-        places: of the tokens after which the memories are looked at, (P,).
-        layers: what they did.
+        places: indices of the tokens after which the memories are recorded, (P,).
+        layers: the layers at every token.
         snr_edges: bins of the SNR.
-        snr_threshold, resonance_threshold: None without the mechanism.
+        snr_threshold, resonance_threshold: thresholds; None without the mechanism.
         consolidation_interval: tokens between two consolidations; None without any.
-        dt: time that a token takes, in which the memories lose ``1 - exp(-Γ dt)``.
+        dt: time per token, in which a memory decays by ``1 - exp(-Γ dt)``.
     """
 
     name: str
@@ -153,24 +153,24 @@ def inspect_model(
     name: str = "model",
     metrics: Path | None = None,
 ) -> Inspection:
-    """Read a text and note what happens inside.
+    """Read a text and record the computations inside a model.
 
     Args:
         model: the model; it keeps its mode, dropout is off, and its parameters get no gradients.
         tokenizer: its tokenizer.
-        text: read from its beginning.
-        length: most tokens to read, the one that opens a text included.
-        name: of the model.
-        metrics: a run's metrics.jsonl, for the learning curves.
+        text: the text, which is read from its beginning.
+        length: most tokens to read, including the one that opens a text.
+        name: name of the model.
+        metrics: metrics.jsonl of a run, for the learning curves.
 
     Raises:
         CheckpointError: the metrics are damaged.
         DataError: there is no text.
-        ResolventError: what the model computes is not finite.
+        ResolventError: a value of the model is not finite.
     """
     ids = torch.from_numpy(encode_documents([text], tokenizer).tokens[:-1][:length].astype(np.int64))
     if len(ids) < 2:
-        raise DataError("there is no text to look into: it is empty, or cut to nothing by the length")
+        raise DataError("there is no text to inspect: it is empty, or the length leaves no token of it")
     ids = ids.to(next(model.parameters()).device)
     seen = trace_text(model, ids)
     nats, expected = _predictions(model, tokenizer, seen.hidden, ids)
@@ -196,19 +196,19 @@ def inspect_model(
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """The text that each token adds."""
+    """Return the text that each token adds."""
     stream = TextStream(tokenizer)
     return [stream.push(token) for token in ids]
 
 
 def read_curves(path: Path) -> Curves:
-    """Learning curves out of a run's metrics.
+    """Return the learning curves of a run.
 
     Raises:
         CheckpointError: the file cannot be read, or holds a line that is no record.
     """
     try:
-        # The last line is cut off while a run writes it.
+        # A run in progress may have written a part of the last line.
         records: list[dict[str, float]] = [json.loads(line) for line in read_lines(path) if line.endswith(b"\n")]
         if not all(isinstance(record, dict) for record in records):
             raise TypeError("a line that is no record")
@@ -230,7 +230,7 @@ def _column(records: list[dict[str, float]], key: str) -> np.ndarray:
 
 
 def _thinned(values: np.ndarray) -> Row:
-    """Means over stretches, all of about the same length, so that few enough remain."""
+    """Return means over intervals of about equal length."""
     stretches = np.array_split(values, min(len(values), _MOST_POINTS) or 1)
     return [_short(stretch.mean()) for stretch in stretches if len(stretch)]
 
@@ -255,7 +255,7 @@ def _predictions(
         log_p = at_least_float32(model.lm_head(hidden[:-1])).log_softmax(dim=-1)
     nats = -log_p.gather(1, ids[1:, None]).squeeze(1)
     best = log_p.topk(min(3, model.vocab_size))
-    rows = zip(ids.tolist(), best.indices.tolist(), strict=False)  # no token is expected behind the last
+    rows = zip(ids.tolist(), best.indices.tolist(), strict=False)  # no prediction after the last token is shown
     words = [added_texts(tokenizer, before, row) for before, row in rows]
     chances = _numbers(best.values.exp())
     return _numbers(nats), [list(zip(*pair, strict=True)) for pair in zip(words, chances, strict=True)]
@@ -297,10 +297,10 @@ def _memory(seen: MemoryTrace, block: Phase2Block) -> Memory:
 
 
 def _numbers(values: Tensor) -> Any:
-    """Plain numbers, in nested lists of the tensor's shape, short enough for a page.
+    """Return rounded numbers, in nested lists of the tensor's shape.
 
     Raises:
-        ResolventError: one is not finite.
+        ResolventError: a number is not finite.
     """
     if not values.isfinite().all():
         raise ResolventError("the model computes numbers that are not finite: its weights are damaged or diverged")

@@ -1,4 +1,4 @@
-"""The inspection page: one HTML file that needs nothing else."""
+"""Inspection page: a single HTML file without other resources."""
 
 import json
 from importlib import resources
@@ -7,9 +7,9 @@ from resolvent.inspection.inspection import Inspection
 
 
 def render_page(inspection: Inspection) -> str:
-    """The page, with its style, its script and its data inside."""
+    """Return the page, with style, script and data inside."""
     parts = {name: _asset(f"page.{name}") for name in ("css", "js")}
-    # No text that a model has read shall end the element that holds it.
+    # Escape < so that a text cannot end the element that holds it.
     parts["data"] = json.dumps(inspection.to_dict(), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     head, *rest = _asset("page.html").split("{{")
     return head + "".join(parts[name] + text for name, text in (part.split("}}", 1) for part in rest))

