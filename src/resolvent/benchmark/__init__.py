@@ -1,7 +1,7 @@
-"""How fast, and in how little memory: the figures that `resolvent benchmark` shows.
+"""Speed and memory: the figures of `resolvent benchmark`.
 
-Nothing is timed that does not first agree with a float64 reference. Peers are measured in the same run, at their best,
-and every figure stands beside what the machine could do: a large copy and a large product of matrices.
+An entry is timed only after its result agrees with a float64 reference. Peers are measured in the same run, in their
+fastest form, and every figure is compared with the limits of the machine: a large copy and a large matrix product.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ __all__ = ["SECTIONS", "Report", "Row", "Target", "WrongResultError", "run"]
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     module.SECTION: module.measure for module in (operators, training, memory, decoding)
 }
-"""What can be measured, in this order."""
+"""Sections of the benchmark, in order."""
 
 
 def run(
@@ -30,14 +30,14 @@ def run(
     compiled: bool = True,
     console: Console | None = None,
 ) -> Report:
-    """Measure.
+    """Run the benchmark.
 
     Args:
         sections: keys of ``SECTIONS``.
-        device: where to compute; it decides on sizes, dtype and peers.
-        quick: tiny sizes, whose figures mean nothing: does it run?
-        compiled: compile our model where the peer is compiled.
-        console: where to say what is going on; None says nothing.
+        device: the device, which decides sizes, dtype and peers.
+        quick: tiny sizes, to check that it runs; the figures mean nothing.
+        compiled: compile our model wherever the peer is compiled.
+        console: console that shows progress; None shows nothing.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = 512 if quick else 8192 if device.type == "cuda" else 2048

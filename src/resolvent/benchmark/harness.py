@@ -1,4 +1,4 @@
-"""A benchmark in progress: entries measured one after the other, with their failures."""
+"""Harness of a benchmark: entries measured one after the other, with their failures."""
 
 import dataclasses
 import gc
@@ -22,21 +22,21 @@ from resolvent.terminal import say
 Scale = Literal["cuda", "cpu", "quick"]
 Check = Callable[[float], None]
 _NOTABLE_SHARE = 0.05
-"""Share of the CPU, taken by other processes, that spoils a measurement."""
+"""Share of the CPU used by other processes above which a measurement is unreliable."""
 
 
 class WrongResultError(ResolventError, ArithmeticError):
-    """What is to be timed computes something else than its reference."""
+    """Error of an entry whose result differs from its reference."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a contest gave: figures of all who could be measured, and why the others could not.
+    """Outcome of a comparison: the figures of the entries, and the errors of entries without a figure.
 
     Attributes:
-        figures: whatever each entry's measurement returned; ours under ``ours``.
-        error: ours, relative to the reference.
-        failures: a line for each of the others.
+        figures: result of each entry's measurement; ours under ``ours``.
+        error: our relative error to the reference.
+        failures: one line per entry without a figure.
     """
 
     figures: dict[str, Any]
@@ -44,31 +44,31 @@ class Outcome:
     failures: dict[str, str]
 
     def part(self, index: int) -> "Outcome":
-        """The same for one of several figures that each measurement returned together."""
+        """Return the outcome of one figure, if each measurement returned several."""
         return dataclasses.replace(self, figures={name: figure[index] for name, figure in self.figures.items()})
 
     @property
     def ours(self) -> Any:
-        """Our figure, or None."""
+        """Our figure; None if there is none."""
         return self.figures.get("ours")
 
     @property
     def peers(self) -> dict[str, Any]:
-        """The others' figures."""
+        """Figures of the peers."""
         return {name: figure for name, figure in self.figures.items() if name != "ours"}
 
 
 @dataclass
 class Bench:
-    """What all sections share.
+    """State that all sections share.
 
     Attributes:
-        device: where to compute.
-        scale: whose sizes to take.
-        ceilings: what the machine can do.
-        compiled: whether our model is compiled where the peers are.
-        console: where to say what is going on.
-        rows: what was found so far.
+        device: the device.
+        scale: name of the set of sizes.
+        ceilings: limits of the machine.
+        compiled: whether our model is compiled wherever the peers are.
+        console: console that shows progress.
+        rows: results so far.
     """
 
     device: torch.device
@@ -81,7 +81,7 @@ class Bench:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in: half precision on CUDA, float32 elsewhere."""
+        """Dtype of the computation: half precision on CUDA, float32 elsewhere."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def say(self, message: str) -> None:
@@ -98,10 +98,10 @@ class Bench:
         """Measure ours and the peers, one after the other.
 
         Args:
-            name: what is measured.
-            ours: measures ours. Before it does, it calls what it is given with the relative error of what it is about
-                to measure, which raises a ``WrongResultError`` unless that is at most ``tolerance``.
-            peers: each measures a peer.
+            name: name of the measurement.
+            ours: measures ours. It first calls its argument with the relative error of its result, which raises a
+                ``WrongResultError`` if the error is above ``tolerance``.
+            peers: functions that measure the peers.
             tolerance: see ``ours``.
         """
         figures, failures, errors = {}, {}, []
@@ -135,15 +135,15 @@ class Bench:
         work: Work | None = None,
         seconds: float | None = None,
     ) -> Row:
-        """A row of the report.
+        """Add a row to the report.
 
         Args:
             section: see ``Row``.
             name: see ``Row``.
             unit: see ``Row``.
-            outcome: of the contest, with one figure for each entry.
+            outcome: of the comparison, with one figure per entry.
             target: see ``Row``.
-            work: what a call has to do at least.
+            work: least work of a call.
             seconds: time of a call of ours; needed with ``work`` unless the unit is ms.
         """
         if unit == "ms" and outcome.ours is not None:
@@ -154,12 +154,12 @@ class Bench:
         return self.rows[-1]
 
     def add_figure(self, section: str, name: str, unit: str, figure: float, target: Target | None = None) -> None:
-        """A row of a figure that stands alone."""
+        """Add a row of a figure without peers."""
         self.rows.append(Row(section, name, unit, figure, target=target))
 
     @contextmanager
     def _watching_others(self, name: str) -> Iterator[None]:
-        """Say so where other processes slow a measurement on the CPU."""
+        """Warn if other processes slow down a measurement on the CPU."""
         started, others = time.perf_counter(), cpu_seconds_of_others()
         yield
         share = (cpu_seconds_of_others() - others) / (time.perf_counter() - started) / (os.cpu_count() or 1)
@@ -167,7 +167,7 @@ class Bench:
             self.say(f"{name}: other processes used {share:.0%} of the CPU meanwhile: measure again when it is idle")
 
     def _clear(self) -> None:
-        """Nobody shall pay for what the one before left behind."""
+        """Free the memory and the caches of the entry before."""
         gc.collect()
         if self.device.type == "cuda":
             torch.compiler.reset()
@@ -176,7 +176,7 @@ class Bench:
 
 
 def cpu_seconds_of_others() -> float:
-    """Return the time that the processors spent so far on anything but this process and its finished children."""
+    """Return the time that the processors spent so far outside this process and its finished children."""
     machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
     busy = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)
     return busy - own.user - own.system - own.children_user - own.children_system

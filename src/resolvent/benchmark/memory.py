@@ -1,7 +1,7 @@
-"""Memory at the peak of a training step, beside what the configuration is meant for.
+"""Peak memory of a training step, beside the memory that the configuration is meant for.
 
-As `resolvent train` steps: its optimizer, with dropout, without compilation; bfloat16 autocast on CUDA. The second step
-counts, when the optimizer's averages lie beside the activations. Without CUDA, it is that of a process.
+A step as in `resolvent train`: its optimiser, with dropout, without compilation; bfloat16 autocast on CUDA. The second
+step is measured, with the averages of the optimiser. Without CUDA, the figure is the memory of a process.
 """
 
 import multiprocessing
@@ -28,12 +28,12 @@ SECTION = "memory"
 
 @dataclass(frozen=True)
 class Case:
-    """A training step of the length that the configuration is for.
+    """Case of a training step at the length of the configuration.
 
     Attributes:
         source: a preset of Phase 2, or the GB of a GPU for which Phase 1 has a configuration.
         batch: sequences.
-        recompute: whether blocks are computed anew in the backward pass.
+        recompute: whether activation checkpointing is on.
     """
 
     source: str | float
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def target(self) -> Target:
-        """The memory that the configuration names; for Phase 2, half of it is the goal."""
+        """Target: the memory that the configuration names; for Phase 2, the goal is half of it."""
         limit = self.config.target_vram_gb
         return Target(limit / 2, limit) if isinstance(self.source, str) else Target(limit)
 
@@ -81,7 +81,7 @@ def measure(bench: Bench) -> None:
 
 
 def training_peak(case: Case, device: str) -> float:
-    """GiB at the peak of two training steps; on the CPU beyond what the process held before."""
+    """Return the peak GiB of two training steps; on the CPU without the memory that the process held before."""
     before = 0 if device == "cuda" else peak_resident_bytes()
     model = _create(case.config).to(device).train()
     if case.recompute:
@@ -108,15 +108,15 @@ def _create(config: Phase1Config | Phase2Config) -> IntegratedModel:
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process of its own: one remembers its highest peak only."""
+    """Return the result of a function in a new process, since a process keeps only its highest peak."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has held so far."""
+    """Return the peak memory of this process."""
     status = Path("/proc/self/status")
-    if status.exists():  # the other way, a process begins with the peak of the one that started it
+    if status.exists():  # a forked process would begin with the peak of its parent
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
         assert found is not None
         return int(found[1]) * 1024

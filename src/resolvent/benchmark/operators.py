@@ -1,4 +1,4 @@
-"""The operators: the dissipative memory, the resolvent's diagonal, the loss.
+"""Speed of the operators: dissipative memory, diagonal of the resolvent, and loss.
 
 Shapes: B batch, N sequence, H heads, K key and value width, T tokens, D width, V vocabulary.
 """
@@ -60,9 +60,9 @@ def needs(case: "MemoryCase | ResolventCase") -> str:
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """A call of ``dissipative_memory``.
+    """Case of a call of ``dissipative_memory``.
 
-    ``checked`` tokens of it, a consolidation among them, are compared with the reference.
+    ``checked`` tokens, including a consolidation, are compared with the reference.
     """
 
     batch: int
@@ -133,7 +133,7 @@ def measure_memory(bench: Bench, case: MemoryCase) -> Row:
 
 
 def memory_operator(case: MemoryCase, device: torch.device) -> Callable[..., Tensor]:
-    """The public operator: (q, k, v, decay, eta[, strength, sharpness, bias]) -> read-out."""
+    """Return the public operator: (q, k, v, decay, eta[, strength, sharpness, bias]) -> read-out."""
     consolidation = _consolidation(case, device) if case.consolidated else None
 
     def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, eta: Tensor, *parameters: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def memory_operator(case: MemoryCase, device: torch.device) -> Callable[..., Ten
 
 
 def memory_inputs(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """q, k of unit length, v, a decay from half a token to hundreds of tokens, η, and the filters' parameters."""
+    """Return L2-normalised q and k, v, decays over 0.5 to hundreds of tokens, η, and the filters' parameters."""
     q, k, v = torch.randn(3, case.batch, case.length, case.heads, case.width, device=device)
     q, k, v = (x.to(dtype) for x in (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v))
     slowest_to_fastest = torch.logspace(-2.5, 0.0, case.heads, device=device)
@@ -156,9 +156,9 @@ def memory_inputs(case: MemoryCase, device: torch.device, dtype: torch.dtype) ->
 
 
 def memory_error(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> float:
-    """Relative error of the read-out, and of the gradients where they are timed, to the definition in float64.
+    """Return the relative error of the read-out, and of timed gradients, to the definition in float64.
 
-    Batch and heads are those that are timed: how many there are decides on the way it is computed.
+    Batch and heads are those of the timed call, since their number selects the implementation.
     """
     short = dataclasses.replace(case, length=min(case.length, case.checked))
     return _error(
@@ -189,7 +189,7 @@ def _memory_reference(case: MemoryCase) -> Callable[..., Tensor]:
 
 
 def _consolidation(case: MemoryCase, device: torch.device) -> Consolidation:
-    """Both mechanisms, with the defaults of a model."""
+    """Return both mechanisms with the defaults of a model."""
     config = Phase2Config()
     snr = SNRMemoryFilter(
         case.heads, config.snr_threshold, config.snr_gamma_boost, config.snr_eta_boost, config.snr_temperature
@@ -212,7 +212,7 @@ def _with(consolidation: Consolidation | None, parameters: tuple[Tensor, ...]) -
 
 @dataclass(frozen=True)
 class ResolventCase:
-    """A call of ``resolvent_diagonal``; ``checked`` sites of it are compared with the recurrence in complex128."""
+    """Case of a call of ``resolvent_diagonal``; ``checked`` sites are compared with the recurrence in complex128."""
 
     batch: int
     length: int
@@ -261,14 +261,14 @@ def measure_resolvent(bench: Bench, case: ResolventCase) -> None:
 
 
 def resolvent_inputs(case: ResolventCase, device: torch.device) -> list[Tensor]:
-    """A potential around zero, decays from strong to weak, and hoppings of one."""
+    """Return a potential around zero, decays from strong to weak, and hoppings of one."""
     shape = (case.batch, case.length, case.heads)
     imaginary = -(0.1 + torch.rand(shape, device=device))
     return [torch.complex(torch.randn(shape, device=device), imaginary), torch.ones(case.heads, device=device)]
 
 
 def resolvent_error(case: ResolventCase, device: torch.device) -> float:
-    """Relative error to the dense inverse, and to the recurrence on a longer chain; with gradients if timed."""
+    """Return the relative error to the dense inverse and, on a longer chain, the recurrence; with timed gradients."""
 
     def operator(alpha: Tensor, coupling: Tensor) -> Tensor:
         return resolvent_diagonal(alpha, coupling)[0]
@@ -284,7 +284,7 @@ def resolvent_error(case: ResolventCase, device: torch.device) -> float:
 
 
 def _recurrence(alpha: Tensor, coupling: Tensor) -> Tensor:
-    """The causal form, site by site."""
+    """Compute the causal form, site by site."""
     state, sites = torch.zeros_like(alpha[:, 0]), []
     for site in alpha.unbind(1):
         state = resolvent_step(site, coupling, state)
@@ -297,7 +297,7 @@ def _recurrence(alpha: Tensor, coupling: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LossCase:
-    """A head and its cross-entropy, forward and backward; ``checked`` tokens of it are compared with the reference."""
+    """Case of a head with cross-entropy, forward and backward; ``checked`` tokens are compared with the reference."""
 
     tokens: int
     width: int
@@ -357,18 +357,18 @@ def measure_loss(bench: Bench, case: LossCase) -> None:
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The plain loss, which holds all logits."""
+    """Return the plain loss, which holds all logits."""
     return F.cross_entropy((hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)), labels)
 
 
 def loss_inputs(case: LossCase, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states and a head with logits of standard deviation 2, as float32, and labels."""
+    """Return float32 hidden states and a head with logits of standard deviation 2, and labels."""
     hidden = torch.randn(case.tokens, case.width, device=device)
     weight = torch.randn(case.vocabulary, case.width, device=device) * 2 * case.width**-0.5
     return hidden, weight, torch.randint(case.vocabulary, (case.tokens,), device=device)
 
 
-# ------------------------------------------------------------------------------------------------------ what they share
+# --------------------------------------------------------------------------------------------------- shared functions
 
 
 def _timed(bench: Bench, make_job: Callable[[], Job], num_bytes: float) -> Callable[[], float]:
@@ -376,7 +376,7 @@ def _timed(bench: Bench, make_job: Callable[[], Job], num_bytes: float) -> Calla
 
 
 def _checked(error: Callable[[], float], measure: Callable[[], float]) -> Callable[[Check], float]:
-    """Measure ours after its error was found to be small."""
+    """Measure our operator after a check of its error."""
 
     def run(check: Check) -> float:
         check(error())
@@ -386,7 +386,7 @@ def _checked(error: Callable[[], float], measure: Callable[[], float]) -> Callab
 
 
 def _job(backward: bool, operator: Callable[..., Tensor], inputs: Any) -> Job:
-    """The operator on inputs of its own, with their gradients if asked for."""
+    """Return a job: the operator on new inputs, with or without gradients."""
     if not backward:
 
         def forward() -> Tensor:
@@ -413,7 +413,7 @@ def _exact(inputs: list[Tensor]) -> list[Tensor]:
 def _error(
     backward: bool, operator: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Tensor]
 ) -> float:
-    """Relative error of the output, or the greatest of it and those of all gradients."""
+    """Return the relative error of the output, or the largest one of output and gradients."""
     leaves = [x.detach().requires_grad_(backward) for x in inputs]
     exact_leaves = [x.requires_grad_(backward) for x in _exact(inputs)]
     output, exact = operator(*leaves), reference(*exact_leaves)

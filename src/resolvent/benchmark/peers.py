@@ -1,4 +1,4 @@
-"""A Transformer of the same size as a preset, to measure beside it."""
+"""Transformer of the same size as a preset, as a peer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from resolvent.ops.precision import for_products
 
 @dataclass
 class KVCache:
-    """The keys and values of all tokens read, in memory that is taken once.
+    """Cache of the keys and values of all tokens read, allocated once.
 
     Attributes:
         keys: (layers, B, H, capacity, head_dim), filled up to `length`; `values` likewise.
-        length: number of tokens read. Setting it back forgets the tokens after.
+        length: number of tokens read. A lower value drops the tokens after it.
     """
 
     keys: Tensor
@@ -43,10 +43,10 @@ class KVCache:
 
 @dataclass
 class RingCache:
-    """The keys and values of the last tokens, as many as fit; the newest takes the place of the oldest.
+    """Ring buffer of the keys and values of the last tokens.
 
-    All shapes are constant and the number of tokens read lies on the device, so that a CUDA graph can read a token.
-    Every place counts: a query sees all of them, and the cache is full once its own token is stored.
+    All shapes are constant, and the number of tokens read is on the device, so that a CUDA graph can read a token. A
+    query attends to all slots, so that the cache has to be full once its own token is stored.
 
     Attributes:
         keys: of every layer, (B, H, capacity, head_dim); `values` likewise.
@@ -60,9 +60,9 @@ class RingCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's key and value (B, H, 1, head_dim) of one new token, and return those of all tokens."""
         all_keys, all_values = self.keys[layer], self.values[layer]
-        place = (self.length % all_keys.size(-2)).view(1)
-        all_keys[:, :, place] = keys
-        all_values[:, :, place] = values
+        slot = (self.length % all_keys.size(-2)).view(1)
+        all_keys[:, :, slot] = keys
+        all_values[:, :, slot] = values
         return all_keys, all_values
 
     def advance(self, count: int) -> None:
@@ -74,7 +74,7 @@ Cache: TypeAlias = KVCache | RingCache
 
 
 class GPT(nn.Module):
-    """A decoder-only Transformer: pre-norm, rotary positions, GELU feed-forward, untied head, no biases.
+    """Decoder-only Transformer: pre-norm, rotary positions, GELU feed-forward, untied head, no biases.
 
     Args:
         vocab_size: number of tokens V.
@@ -101,11 +101,11 @@ class GPT(nn.Module):
 
     @classmethod
     def like(cls, config: Phase2Config) -> GPT:
-        """The Transformer with the sizes of a configuration."""
+        """Return the Transformer with the sizes of a configuration."""
         return cls(config.vocab_size, config.d_model, config.n_layers, config.num_heads, config.ffn_dim)
 
     def _initialize(self) -> None:
-        """GPT-2's initialisation: what adds to the residual stream shrinks with the depth."""
+        """Initialise as GPT-2: outputs to the residual stream are scaled down with the depth."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 into_stream = name.endswith(("attention_out.weight", "ffn_out.weight"))
@@ -115,12 +115,12 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def new_ring(self, cache: KVCache) -> RingCache:
-        """A ring that holds what a cache holds, for as many tokens as that has room for."""
+        """Return a ring buffer with the contents and the capacity of a cache."""
         keys, values = ([layer.clone() for layer in x] for x in (cache.keys, cache.values))
         return RingCache(keys, values, torch.tensor(cache.length, device=cache.keys.device))
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for `capacity` tokens a sequence."""
+        """Return an empty cache for `capacity` tokens per sequence."""
         weight = self.lm_head.weight
         shape = (len(self.blocks), batch_size, self.num_heads, capacity, self.head_dim)
         return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
@@ -128,15 +128,15 @@ class GPT(nn.Module):
     def forward(self, input_ids: Tensor, cache: Cache | None = None, *, labels: Tensor | None = None) -> Tensor:
         """Return the logits (B, N, V) of the tokens (B, N) int64 that follow those in the cache.
 
-        The cache then holds them too. Given labels (B, N) int64, return their mean nats instead, computed as our models
-        do.
+        The tokens are added to the cache. Given labels (B, N) int64, return their mean nats instead, computed as in our
+        models.
         """
         N, device = input_ids.size(1), input_ids.device
         rotation = rotations(cache.length if cache else 0, N, self.head_dim, device)
         mask = None
         if isinstance(cache, KVCache) and cache.length and N > 1:
             mask = torch.ones(N, cache.length + N, dtype=torch.bool, device=device).tril(cache.length)
-        x = for_products(self.token_embedding(input_ids))  # a stream of half the bytes, as ours
+        x = for_products(self.token_embedding(input_ids))  # a half-precision stream, as in our models
         for block in self.blocks:
             x = block(x, rotation, mask, cache)
         if cache:
@@ -148,7 +148,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each with its norm before and its residual around it."""
+    """Attention and feed-forward, each with pre-norm and residual."""
 
     def __init__(self, layer: int, d_model: int, num_heads: int, ffn_dim: int) -> None:
         super().__init__()
@@ -168,21 +168,21 @@ class Block(nn.Module):
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache:
             k, v = cache.append(self.layer, k, v)
-        # Queries and keys start together unless tokens were read before; a single query may see every key.
+        # Without a context, queries and keys have the same positions; a single query attends to every key.
         is_causal = q.size(-2) == k.size(-2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return y.transpose(1, 2).flatten(-2)
 
 
 def rotations(start: int | Tensor, length: int, head_dim: int, device: torch.device) -> Tensor:
-    """Cosines and sines (2, length, head_dim / 2) that rotary position embedding turns the pairs by."""
+    """Return cosines and sines (2, length, head_dim / 2) of rotary position embedding."""
     frequencies = 10_000.0 ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
     angles = torch.outer(start + torch.arange(length, device=device), frequencies)
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair (i, i + head_dim / 2) of x (B, H, N, head_dim) by its token's angles."""
+    """Rotate each pair (i, i + head_dim / 2) of x (B, H, N, head_dim) by the angles of its token."""
     cos, sin = rotation.to(x.dtype)
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)

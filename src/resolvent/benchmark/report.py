@@ -1,4 +1,4 @@
-"""What a benchmark found: rows, their table, and the same as JSON."""
+"""Report of a benchmark: rows, tables and JSON."""
 
 import dataclasses
 import platform
@@ -15,12 +15,12 @@ SMALLER_IS_BETTER = {"ms": True, "GiB": True, "tokens/s": False}
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure ought to be.
+    """Target of a figure.
 
     Attributes:
         goal: the figure to reach.
-        least: a figure that still will do; None where only the goal does.
-        at_most: whether the figure may be no more, or else no less, than these.
+        least: an acceptable figure; None if only the goal is acceptable.
+        at_most: whether these are upper bounds; otherwise they are lower bounds.
     """
 
     goal: float
@@ -41,19 +41,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of ours beside those of peers.
+    """Figure of ours beside those of peers.
 
     Attributes:
-        section: which part of the benchmark it belongs to.
-        name: what was measured.
-        unit: of all figures.
-        ours: None where it could not be measured; ``failures`` then says why.
-        peers: the figure of every peer that could be measured.
-        target: what ours ought to be.
-        work: what a call has to do at least.
-        fraction: least time for that work over ours.
-        error: of ours, relative to a float64 reference, found before anything was timed.
-        failures: why an entry has no figure.
+        section: section of the benchmark.
+        name: name of the measurement.
+        unit: unit of all figures.
+        ours: our figure; None if it could not be measured, with the reason in ``failures``.
+        peers: figures of all peers that could be measured.
+        target: target of our figure.
+        work: least work of a call.
+        fraction: least time for that work over our time.
+        error: our relative error to a float64 reference, computed before the timing.
+        failures: reasons of entries without a figure.
     """
 
     section: str
@@ -69,7 +69,7 @@ class Row:
 
     @property
     def times_better(self) -> float | None:
-        """How many times better than the best peer; None without one."""
+        """Factor by which we are better than the best peer; None without peers."""
         if self.ours is None or not self.peers:
             return None
         if SMALLER_IS_BETTER[self.unit]:
@@ -86,13 +86,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a run found.
+    """Results of a run.
 
     Attributes:
-        scale: whose sizes were measured: ``cuda``, ``cpu`` or ``quick``.
-        device: name of what computed.
-        ceilings: what a large copy and a large product reached in this run.
-        rows: in the order of their measurement.
+        scale: set of sizes: ``cuda``, ``cpu`` or ``quick``.
+        device: name of the device.
+        ceilings: speed of a large copy and a large product in this run.
+        rows: results in order.
     """
 
     scale: str
@@ -102,7 +102,7 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """A line for every figure that is missing."""
+        """One line per missing figure."""
         return [f"{row.section}, {row.name}, {who}: {why}" for row in self.rows for who, why in row.failures.items()]
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Report:
 
 
 class Table(NamedTuple):
-    """The rows of a section as cells, without the columns that would be empty."""
+    """Return the rows of a section as cells, without empty columns."""
 
     title: str
     columns: list[str]
@@ -177,5 +177,5 @@ def _cells(row: Row) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Three digits, or all digits before the point."""
+    """Format a number with three digits, or all digits before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

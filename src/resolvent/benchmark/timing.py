@@ -1,4 +1,4 @@
-"""How long something takes: medians after a warm-up, over inputs that do not stay in the cache."""
+"""Timing: medians after a warm-up, over inputs that exceed the cache."""
 
 import ctypes
 import itertools
@@ -16,22 +16,22 @@ from torch import Tensor
 Job = Callable[[], Any]
 
 _SECONDS = 0.3
-"""Time that one measurement takes, about."""
+"""Approximate duration of a measurement."""
 _GRAPH_BELOW_MS = 10.0
-"""Jobs that take less as Python launches them are launched from a CUDA graph: gaps between kernels would count."""
+"""Jobs below this time are launched from a CUDA graph: otherwise, gaps between kernels would count."""
 _GRAPH_MS = 2.0
-"""Work in a graph, beside which its own launch is short."""
+"""Duration of a graph, so that its launch is negligible."""
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 _KEEP_FREED_MEMORY = {_M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 2**28, _M_MMAP_MAX: 0}
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The most that a machine does: what a large copy and a large product of matrices reach.
+    """Limits of a machine: the speed of a large copy and a large matrix product.
 
     Attributes:
         bytes_per_second: bytes read plus bytes written.
-        flops_per_second: in the dtype that is measured.
+        flops_per_second: in the dtype of the measurement.
     """
 
     bytes_per_second: float
@@ -40,13 +40,13 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Work:
-    """What a call has to do at least: each input read once, each output written once."""
+    """Least work of a call: each input read once, each output written once."""
 
     num_bytes: float = 0.0
     flops: float = 0.0
 
     def fraction(self, seconds: float, ceilings: Ceilings) -> float:
-        """Least time under the ceilings over the time it took."""
+        """Return the least time under the ceilings, divided by the time taken."""
         least = max(self.num_bytes / ceilings.bytes_per_second, self.flops / ceilings.flops_per_second)
         return least / seconds
 
@@ -71,10 +71,10 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, size: int) -> Cei
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory that tensors free, in this process.
+    """Make glibc keep freed memory in this process.
 
-    By default glibc returns every large tensor to the kernel, and a step on the CPU measures how fast the kernel hands
-    out pages. Other C libraries are left as they are.
+    By default glibc returns every large tensor to the kernel, so that a step on the CPU would measure the allocation of
+    pages. Other C libraries are not changed.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -85,13 +85,13 @@ def keep_freed_memory() -> None:
 
 
 def milliseconds(make_job: Callable[[], Job], num_bytes: float, device: torch.device) -> float:
-    """Median time of a job.
+    """Return the median time of a job.
 
     Args:
-        make_job: makes the job with inputs of its own. It is called as often as it takes for all inputs and outputs
-            together to fill the cache twice, and the jobs take turns.
-        num_bytes: what a job reads and writes.
-        device: where it computes.
+        make_job: makes a job with new inputs. It is called until inputs and outputs of all jobs fill the cache twice,
+            and the jobs are run in turn.
+        num_bytes: bytes that a job reads and writes.
+        device: the device.
     """
     jobs = [make_job() for _ in range(_sets(num_bytes, device))]
     for job in jobs:  # compiles, tunes and fills caches
@@ -130,21 +130,21 @@ def _seconds(job: Job) -> float:
 
 
 def _graph_ms(jobs: list[Job], turns: int) -> float:
-    """Median time of a job that is replayed in a CUDA graph with the others."""
+    """Return the median time of a job in a CUDA graph of all jobs."""
     graph = capture(jobs, turns)
     replay = _median_ms([graph.replay], max(10, round(1000 * _SECONDS / _GRAPH_MS)), torch.device("cuda"))
     return replay / (turns * len(jobs))
 
 
 def capture(jobs: list[Job], turns: int = 1) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of all jobs, ``turns`` times in a row, after a warm-up on the stream that is captured."""
+    """Return a CUDA graph of ``turns`` passes over all jobs, after a warm-up on the captured stream."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for job in jobs * 2:
             job()
     torch.cuda.current_stream().wait_stream(stream)
-    # Results of a whole turn stay alive: memory that one job just left would be in the cache for the next.
+    # Keep the results of a pass: freed memory of one job would be in the cache for the next.
     kept: deque[Any] = deque(maxlen=len(jobs))
     with torch.cuda.graph(graph, stream=stream):
         for job in jobs * turns:
@@ -158,12 +158,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def relative_error(found: list[Tensor], exact: list[Tensor]) -> float:
-    """``|found - exact| / |exact|`` of several tensors as one, in float64; NaN where anything is."""
+    """Return ``|found - exact| / |exact|`` over several tensors, in float64; NaN if any value is NaN."""
     pairs = [(a.detach().to(b.device, b.dtype), b.detach()) for a, b in zip(found, exact, strict=True)]
     difference = sum((a - b).abs().square().sum().item() for a, b in pairs)
     return (difference / sum(b.abs().square().sum().item() for _, b in pairs)) ** 0.5
 
 
 def greatest(errors: list[float]) -> float:
-    """The greatest of some errors; NaN where one is."""
+    """Return the largest of some errors; NaN if one is NaN."""
     return torch.tensor(errors, dtype=torch.float64).max().item()

@@ -1,12 +1,12 @@
-"""Training steps of a preset beside a Transformer of the same size: tokens a second, and memory.
+"""Training steps of a preset beside a Transformer of the same size: tokens per second, and memory.
 
-Forward, backward, gradient clipping and fused AdamW; under bfloat16 autocast on CUDA, the residual streams of both
-models included, in float32 elsewhere; without dropout. Where the sizes are those of a GPU, both models are compiled,
-each as a whole, and all of a step is replayed from one CUDA graph; the peak of memory is that of a step before it was
-captured. On the CPU the peak is that of a process of its own, on its second step.
+A step is forward, backward, gradient clipping and fused AdamW, without dropout; on CUDA under bfloat16 autocast,
+including the residual streams of both models, elsewhere in float32. For the sizes of a GPU, both models are compiled as
+a whole, and a step is replayed from one CUDA graph; the peak of memory is that of a step before the capture. On the CPU
+the peak is that of the second step of a new process.
 
 The Transformer is pre-norm with rotary positions, SDPA, GELU and an untied head. It is measured with our loss, which
-holds a chunk of the logits, and with the plain one.
+holds a chunk of the logits at a time, and with the plain one.
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel, get_pha
 SECTION = "training"
 _OURS, _CHUNKED, _PLAIN = "ours", "GPT", "GPT, plain loss"
 _MOST_CHECKED_ON_CPU = 1024
-"""Tokens of a sequence on which a step is checked on the CPU, whose memory is small for float64."""
+"""Length of a checked sequence on the CPU, to limit the memory of float64."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Training steps of a size.
+    """Case of training steps of a size.
 
     Attributes:
-        target: in tokens a second.
-        speedup: target for our speed over the Transformer's.
+        target: in tokens per second.
+        speedup: target of our speed over that of the Transformer.
     """
 
     preset: str
@@ -65,7 +65,7 @@ CASES = {
 
 
 def measure(bench: Bench) -> None:
-    """Measure every case of this scale. After the first, the Transformer goes on with the faster of its losses."""
+    """Measure every case of this scale. After the first, the Transformer uses the faster of its losses."""
     losses = [_CHUNKED, _PLAIN]
     for case in CASES[bench.scale]:
         outcome = _contest(bench, case, losses)
@@ -107,10 +107,10 @@ def _compare_process_peaks(bench: Bench, case: Case, losses: list[str]) -> Outco
 
 
 def process_peak(case: Case, name: str) -> float:
-    """Return the GiB that two steps of a model take at their peak, beyond what this process held before.
+    """Return the peak GiB of two steps of a model, without the memory that this process held before.
 
-    A process remembers only its highest peak: call this function in a fresh one. The second step holds the averages of
-    the optimizer beside the activations.
+    Call this function in a new process, since a process keeps only its highest peak. The second step holds the averages
+    of the optimiser beside the activations.
 
     Args:
         case: size of the step.
@@ -129,7 +129,7 @@ def process_peak(case: Case, name: str) -> float:
 
 
 def configuration(preset: str) -> Phase2Config:
-    """The preset without dropout, which the Transformer has not either."""
+    """Return the preset without dropout; the Transformer has none, either."""
     return dataclasses.replace(get_phase2_preset(preset), dropout=0.0)
 
 
@@ -138,10 +138,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Step:
-    """A model with its optimizer, which takes a step along the gradient of a loss.
+    """Model with its optimiser and a loss.
 
     Args:
-        model: on its device.
+        model: the model, on its device.
         loss: (input_ids, labels) -> mean nats.
         autocast: whether to compute in bfloat16.
     """
@@ -149,12 +149,12 @@ class Step:
     def __init__(self, model: nn.Module, loss: Loss, autocast: bool) -> None:
         self.parameters, self.loss = list(model.parameters()), loss
         kind = self.parameters[0].device.type
-        # Weights that autocast keeps do not live as long as a graph that reads them.
+        # Weights in the cache of autocast are freed before a graph that reads them.
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=autocast, cache_enabled=False)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True, capturable=kind == "cuda")
 
     def gradient(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Leave the gradient in the parameters; the loss."""
+        """Compute the gradient into the parameters; return the loss."""
         with self.autocast:
             loss = self.loss(input_ids, labels)
         loss.backward()
@@ -168,10 +168,10 @@ class Step:
 
 
 def new_model(preset: str, device: torch.device, backend: str = "auto") -> Phase2IntegratedModel:
-    """A model with random weights, fit to be compared in half precision.
+    """Return a model with random weights for comparisons in half precision.
 
-    Noise lets every part have its say, also those that start at zero; tokens are as large as what the blocks add to
-    them, lest the first norm amplify the rounding of small ones.
+    Noise gives every part an effect, also those that start at zero; embeddings are as large as the outputs of the
+    blocks, since the first norm would amplify the rounding of small ones.
     """
     torch.manual_seed(0)
     model = Phase2IntegratedModel(dataclasses.replace(configuration(preset), backend=backend))
@@ -184,12 +184,12 @@ def new_model(preset: str, device: torch.device, backend: str = "auto") -> Phase
 
 
 def step_error(step: Step, case: Case, device: torch.device) -> float:
-    """Relative error of the loss and gradient of a step of ``new_model`` to the torch operators in float64."""
+    """Return the relative error of loss and gradient of ``new_model`` to the torch operators in float64."""
     ids, labels = batch(case, device)
     loss = step.gradient(ids, labels)
     exact = new_model(case.preset, device, backend="torch").double()
     exact_loss = torch.zeros((), dtype=torch.float64, device=device)
-    for i in range(case.batch):  # one sequence at a time: float64 needs memory
+    for i in range(case.batch):  # one sequence at a time, to limit the memory of float64
         part = exact(ids[i : i + 1], labels=labels[i : i + 1]) / case.batch
         part.backward()
         exact_loss += part.detach()
@@ -204,7 +204,7 @@ def step_error(step: Step, case: Case, device: torch.device) -> float:
 
 
 def batch(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random tokens and labels, (B, N)."""
+    """Return random tokens and labels, (B, N)."""
     vocabulary = configuration(case.preset).vocab_size
     ids = torch.randint(vocabulary, (case.batch, case.length + 1), device=device)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -232,10 +232,10 @@ def new_transformer(preset: str, device: torch.device, name: str) -> tuple[GPT, 
 
 
 def speed_and_memory(step: Step, case: Case, device: torch.device) -> tuple[float, float]:
-    """Tokens a second, and GiB at the peak (zero but on CUDA)."""
+    """Return tokens per second, and peak GiB (zero except on CUDA)."""
     memory, jobs = 0.0, [_on(step, batch(case, device)) for _ in range(2)]
     if device.type == "cuda":
-        for job in jobs:  # the first compiles, and makes the optimizer's averages
+        for job in jobs:  # the first step compiles, and makes the averages of the optimiser
             torch.cuda.reset_peak_memory_stats()
             job()
         memory = torch.cuda.max_memory_allocated() / 2**30
@@ -250,7 +250,7 @@ def _on(step: Step, tokens: tuple[Tensor, Tensor]) -> Callable[[], None]:
 
 
 def multiplied_parameters(preset: str) -> int:
-    """Parameters of matrices that every token is multiplied by."""
+    """Return the number of parameters in matrices that every token is multiplied by."""
     with torch.device("meta"):
         model = Phase2IntegratedModel(configuration(preset), init=False)
     looked_up = set(model.token_embedding.parameters())
