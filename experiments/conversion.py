@@ -1,11 +1,11 @@
 """Compare a converted Phase 1 model with one trained from scratch: `python -m experiments.conversion`.
 
-For every seed a Phase 1 model is trained and converted to Phase 2. Then both are trained on: for as many steps again,
-on the same batches, with the same schedule. Beside them a Phase 2 model of the same sizes is trained from fresh weights
-on as many tokens as either had in all, all of them with the learning rate of fresh weights. Each is validated on the
-same held-out documents, which are read whole.
+For every seed a Phase 1 model is trained and converted to Phase 2. Then both are trained for the same number of steps
+again, on the same batches, with the same schedule. A Phase 2 model of the same sizes is trained from fresh weights on
+the total number of tokens. All use the learning rate of fresh weights, and all are validated on the same held-out
+documents, which are read whole.
 
-Everything is a run folder below --out: what is finished is not trained again, and what was interrupted goes on.
+Every training is a run folder below --out: finished runs are not repeated, and interrupted runs resume.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ from resolvent.training.corpus import load_corpus
 from resolvent.training.metrics import FILE_NAME
 from resolvent.training.run_folder import read_run
 
-SECOND_HALF = 1_000_000  # added to the seed of a run that goes on, which else would read the first half's batches again
+SECOND_HALF = (
+    1_000_000  # added to the seed of the second half, which otherwise would read the batches of the first half again
+)
 
 console = Console(stderr=True)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared.
+    """Settings of a comparison.
 
     Attributes:
         model: the Phase 1 model.
@@ -58,12 +60,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Model:
-    """A model at the end of its training.
+    """Model at the end of its training.
 
     Attributes:
         bits_per_byte: of the held-out text.
-        parameters: their number.
-        tokens: what all of its training read.
+        parameters: number of parameters.
+        tokens: number of training tokens in total.
     """
 
     bits_per_byte: float
@@ -73,7 +75,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The models of a seed.
+    """Models of a seed.
 
     Attributes:
         phase1: the model that is converted.
@@ -110,7 +112,9 @@ def measure(plan: Plan, seed: int) -> Outcome:
         return TrainingConfig(out=str(folder / name), seed=seed, data=data, **size, **reports, **model)
 
     first = run("phase1", plan.steps, seed, phase=1, preset=None, model=plan.model)
-    own = {name: getattr(Phase2Config(), name) for name in ("embedding_scale", "ffn_gated")}  # what needs no conversion
+    own = {
+        name: getattr(Phase2Config(), name) for name in ("embedding_scale", "ffn_gated")
+    }  # the runs that need no conversion
     fresh = run("phase2", 2 * plan.steps, seed, preset=None, model=Phase2Config.from_phase1(plan.model, **own))
     go_on = [
         run(f"{source}-continued", plan.steps, seed + SECOND_HALF, start_from=str(folder / source))
@@ -125,7 +129,7 @@ def measure(plan: Plan, seed: int) -> Outcome:
 
 
 def finished(config: TrainingConfig, tokens_before: int = 0) -> Model:
-    """The model that a run ends with; what was done of the run before is not done again."""
+    """Return the final model of a run, which is resumed if it exists."""
     run_dir = config.run_dir
     if not (run_dir / RUN_FILE).exists():
         say(f"training {run_dir}")
@@ -142,13 +146,13 @@ def finished(config: TrainingConfig, tokens_before: int = 0) -> Model:
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; a validation at the end is the last."""
+    """Return the records of a run's metrics; the final validation is the last one."""
     lines = (run_dir / FILE_NAME).read_text(encoding="utf-8").splitlines() if (run_dir / FILE_NAME).exists() else []
     return [json.loads(line) for line in lines] or [{}]
 
 
 def convert(run: TrainingConfig, out: Path, seed: int) -> Model:
-    """Convert a finished run's model, and validate it as it is."""
+    """Convert the model of a finished run, and validate it without further training."""
     source, tokenizer = load_trained(run.run_dir, "cpu")
     torch.manual_seed(seed)
     model = convert_phase1_to_phase2(source)
@@ -166,7 +170,7 @@ def say(message: str) -> None:
 
 
 def average(values: list[float], signed: bool = False) -> str:
-    """Mean ± standard error, which takes two values."""
+    """Format mean ± standard error; the error needs two values."""
     mean = f"{statistics.mean(values):{'+' if signed else ''}.4f}"
     if len(values) < 2:
         return mean
@@ -174,7 +178,7 @@ def average(values: list[float], signed: bool = False) -> str:
 
 
 def as_markdown(outcomes: dict[int, Outcome]) -> str:
-    """A table of bits per byte by seed, with averages, and the differences that matter."""
+    """Return a table of bits per byte by seed, with averages and paired differences."""
 
     def column(name: str, value: Callable[[Model], Any]) -> list[Any]:
         return [value(getattr(outcome, name)) for outcome in outcomes.values()]
@@ -209,7 +213,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/conversion"),
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
 ) -> None:
-    """Compare a converted model that is trained on with Phase 1 trained on and with Phase 2 from fresh weights."""
+    """Compare a converted model, trained further, with Phase 1 trained further and Phase 2 from fresh weights."""
     plan = Plan(get_phase1_preset(preset), steps, out, data, eval_tokens)
     outcomes = {seed: measure(plan, seed) for seed in range(seeds)}
     print(as_markdown(outcomes))

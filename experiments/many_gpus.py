@@ -1,8 +1,8 @@
 """Measure training on several GPUs against one: `python -m experiments.many_gpus --help`.
 
-`throughput` runs `resolvent train` with one process and with several, each with as many tokens a step as the one, and
-compares the tokens a second of their metrics. `sequence`, under torchrun, lets all processes read a sequence together:
-first a short one, which the first process also reads alone and compares; then they train two steps on a long one.
+`throughput` runs `resolvent train` with one process and with several, with equal tokens per step and process, and
+compares the tokens per second of their metrics. `sequence`, under torchrun, reads one sequence with all processes:
+first a short one, which is compared with a reading by the first process alone; then two training steps on a long one.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ app = typer.Typer(help=__doc__, add_completion=False)
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def throughput(
     context: typer.Context,
-    processes: Annotated[int, typer.Option(help="How many to compare with one.")] = 2,
+    processes: Annotated[int, typer.Option(help="Number of processes to compare with one.")] = 2,
     steps: Annotated[int, typer.Option(help=f"Steps of a run; the first {WARM_UP} do not count.")] = 60,
 ) -> None:
-    """Tokens a second of one process and of several; all other options go to `resolvent train`."""
+    """Measure tokens per second of one process and of several; all other options go to `resolvent train`."""
     alone = tokens_per_second(1, steps, context.args)
     together = tokens_per_second(processes, steps, context.args)
     print(f"1 process: {alone:,.0f} tokens/s")
@@ -48,13 +48,15 @@ def throughput(
 
 
 def tokens_per_second(processes: int, steps: int, options: list[str]) -> float:
-    """The median over the steps of a run."""
+    """Return the median over the steps of a run."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         train = ["-m", "resolvent", "train", "--out", str(run), "--steps", str(steps)]
         reports = ["--eval-interval", "0", "--final-eval-tokens", "1", "--checkpoint-interval", "0"]
-        subprocess.run([*launch, *train, *reports, *options], check=True, stdout=2)  # theirs beside our errors
+        subprocess.run(
+            [*launch, *train, *reports, *options], check=True, stdout=2
+        )  # torchrun prints its own beside our errors
         records = [json.loads(line) for line in (run / FILE_NAME).read_text().splitlines()]
     speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
     return statistics.median(speeds[WARM_UP:])
@@ -66,17 +68,17 @@ def sequence(
     tokens: Annotated[int, typer.Option(help="Length of the sequence that is trained on.")] = 1 << 20,
     check_tokens: Annotated[int, typer.Option(help="Length of the one that is compared.")] = 1 << 14,
 ) -> None:
-    """One sequence, shared out between the processes that torchrun started."""
+    """Read one sequence with all processes that torchrun started."""
     device = begin()
     say(f"{dist.get_world_size()} processes on {device.type}, {preset}, float32")
     compare(preset, check_tokens, device)
-    say(f"training on one sequence of {tokens:,} tokens, blocks computed anew in the backward pass")
+    say(f"training on one sequence of {tokens:,} tokens, blocks recomputed in the backward pass")
     train(preset, tokens, device)
     dist.destroy_process_group()
 
 
 def begin() -> torch.device:
-    """Join the processes; this one's device."""
+    """Join the process group; return the device of this process."""
     if not torch.cuda.is_available():
         dist.init_process_group("gloo")
         return torch.device("cpu")
@@ -91,7 +93,7 @@ def say(text: str) -> None:
 
 
 def compare(preset: str, tokens: int, device: torch.device) -> None:
-    """How far loss and gradient of all are from those of the first process alone, and how much faster they come."""
+    """Compare loss, gradient and time of all processes with those of the first process alone."""
     model, ids, labels = make(preset, tokens, device)
     parallel = SequenceParallel(model)
 
@@ -120,7 +122,7 @@ def compare(preset: str, tokens: int, device: torch.device) -> None:
 
 
 def timed(model: Any, run: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """The result of a run, and the least seconds that it took."""
+    """Return the result of a run, and the least seconds of several runs."""
     seconds = []
     for _ in range(4):
         model.zero_grad()
@@ -133,7 +135,7 @@ def timed(model: Any, run: Callable[[], Tensor]) -> tuple[Tensor, float]:
 
 
 def train(preset: str, tokens: int, device: torch.device) -> None:
-    """Two steps on one sequence: the second is the first without what happens only once."""
+    """Train two steps on one sequence; the first includes one-time preparations."""
     model, ids, labels = make(preset, tokens, device)
     model.recompute_blocks()
     optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
@@ -158,13 +160,13 @@ def train(preset: str, tokens: int, device: torch.device) -> None:
 
 
 def make(preset: str, tokens: int, device: torch.device) -> tuple[Any, Tensor, Tensor]:
-    """A model, the same everywhere, and random text with its labels."""
+    """Return a model, equal in all processes, and random tokens with labels."""
     torch.manual_seed(0)
     config = dataclasses.replace(get_phase2_preset(preset), dropout=0.0)
     model = create_phase2_model(config, device=device).train()
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.any():  # what starts at zero hides what depends on it
+            if not parameter.any():  # weights that start at zero would hide their inputs
                 parameter.copy_(torch.randn(parameter.shape) * 0.02)
     text = torch.randint(0, config.vocab_size, (1, tokens + 1)).to(device)
     return model, text[:, :-1], text[:, 1:]

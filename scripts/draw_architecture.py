@@ -1,9 +1,9 @@
-"""Draw the packages of `resolvent` and who imports whom, for docs/architecture.md.
+"""Draw the packages of `resolvent` and their imports, for docs/architecture.md.
 
 Usage: python scripts/draw_architecture.py docs/images/architecture.svg
 
-A package stands above all that it imports, and right below the lowest that imports it. An arrow is left out where a
-longer way says the same. The picture follows the reader's light or dark mode.
+A package is above all packages that it imports, and right below the lowest package that imports it. An arrow that a
+longer path of arrows implies is left out. The picture follows the reader's light or dark mode.
 """
 
 import sys
@@ -61,7 +61,7 @@ def imports_between_packages(graph: grimp.ImportGraph) -> dict[str, set[str]]:
 
 
 def rows_of(imports: dict[str, set[str]]) -> list[list[str]]:
-    """Return packages by height, the highest first: each above all that it imports, right below who imports it.
+    """Return packages by height, the highest first: each above all that it imports, right below its importers.
 
     Raises:
         ValueError: packages import each other in a circle.

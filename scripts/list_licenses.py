@@ -35,7 +35,7 @@ def rows() -> list[str]:
 
 
 def run_time_packages(name: str) -> list[Distribution]:
-    """What a package needs, directly or not, without its extras and without an accelerator's libraries."""
+    """Return the direct and indirect dependencies of a package, without extras and accelerator libraries."""
     found: dict[str, Distribution] = {}
     open_names = needs(distribution(name))
     while open_names:

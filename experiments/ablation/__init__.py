@@ -1,1 +1,1 @@
-"""Ablation of what diagnostics single out: decay rates, SNR filter and resonance of a trained Phase 2 model."""
+"""Ablation of decay rates, SNR filter and resonance of a trained Phase 2 model."""

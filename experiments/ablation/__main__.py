@@ -1,4 +1,4 @@
-"""Command `python -m experiments.ablation DIR`: what the mechanisms of Phase 2 are worth to a model."""
+"""Command `python -m experiments.ablation DIR`: effect of the mechanisms of Phase 2 on the loss of a model."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class _Part(NamedTuple):
-    """A table and what its figures say."""
+    """Table and a summary of its figures."""
 
     title: str
     columns: tuple[str, ...]
@@ -47,20 +47,19 @@ def ablation(
     horizon: Annotated[
         int | None, typer.Option(min=1, help="Tokens to predict after that.", show_default="one consolidation interval")
     ] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="Most texts to read; more of them say more.")] = 16,
+    sequences: Annotated[int, typer.Option(min=1, help="Most texts to read; more texts give smaller errors.")] = 16,
     joined: Joined = False,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the random components and tokens.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the random components and tokens.")] = 0,
     json_path: JsonFile = None,
     batch_tokens: BatchTokens = 4096,
     device: Device = "auto",
 ) -> None:
-    """Measure what a model's decay rates, SNR filter and resonance do for it.
+    """Measure the effect of decay rates, SNR filter and resonance on the loss.
 
-    Texts are read up to a boundary between two consolidations. There a part of the memory is erased: a head's, what
-    slow or fast heads wrote long ago, what the SNR filter keeps or drops, modes that resonate or do not.
-    [bold]cost[/bold] is what that adds to the loss of the tokens that follow, in nats per token. In the table on
-    classes of tokens, Γ is replaced by its mean instead, and the whole text is read again. ± is one standard error over
-    the texts.
+    Texts are read up to a boundary between two consolidations. There a part of the memory is erased: that of a head,
+    old writes of slow or fast heads, components that the SNR filter keeps or drops, modes that resonate or do not.
+    [bold]cost[/bold] is the increase of the loss of the next tokens, in nats per token. In the table on classes of
+    tokens, Γ is replaced by its mean instead, and the whole text is read again. ± is one standard error over the texts.
 
     Example: [bold]python -m experiments.ablation runs/tiny --sequences 64 --joined[/bold]
     """
@@ -92,7 +91,7 @@ def _show(found: "Mechanisms", directory: Path, json_path: Path | None) -> None:
 
 
 def _parts(found: "Mechanisms") -> "Iterator[_Part | str]":
-    """The tables, and lines in the place of those that the model has nothing for."""
+    """Yield the tables, and lines instead of tables for which the model lacks the mechanism."""
     yield _heads(found)
     yield _half_lives(found.half_lives) if found.half_lives else "The model has a single head: none is slow or fast."
     decays = found.token_decay
@@ -112,7 +111,7 @@ def _heads(found: "Mechanisms") -> _Part:
         ("layer", "head", "Γ dt", "half-life (tokens)", "cost"),
         rows,
         f"Erasing all memories costs {_signed(found.erased)} nats per token. Of single heads, head {most.head} of "
-        f"layer {most.layer} is missed most, by {_signed(most.cost)}. Half-life and cost have a rank correlation of "
+        f"layer {most.layer} costs most, {_signed(most.cost)}. Half-life and cost have a rank correlation of "
         f"{found.correlation:+.2f}.",
     )
 
@@ -136,7 +135,7 @@ def _half_lives(found: "HalfLives") -> _Part:
 
 
 def _reach(kept: Sequence[int], costs: "Sequence[Estimate]") -> str:
-    """With how many tokens kept a cost can still be told from zero, which what the table rounds to zero is, too."""
+    """Describe the numbers of kept tokens at which a cost differs from zero, also after rounding in the table."""
     felt = [n for n, cost in zip(kept, costs, strict=True) if cost.mean >= 5e-5 and _is_clear(cost)]
     return f"with {', '.join(f'{n:,}' for n in felt)} tokens kept" if felt else "never"
 
@@ -171,7 +170,7 @@ def _selection(found: "Selection") -> _Part:
     kept, dropped, *_, as_many = found.rows
     strengths = _flat(found.strength)
     return _Part(
-        "Erasing what the SNR filter keeps (p > 1/2) and what it drops",
+        "Erasing the components that the SNR filter keeps (p > 1/2) and those that it drops",
         ("components", "share", "energy", "cost", "cost / energy"),
         [_removed_row(row) for row in found.rows],
         f"Erasing what the filter keeps costs {_signed(kept.cost)} nats per token, what it drops "
@@ -188,7 +187,7 @@ def _occupancy(found: "Occupancy") -> _Part:
         "Erasing modes by their energy",
         ("modes", "share", "energy", "gate", "cost", "cost / energy"),
         [_modes_row(row) for row in (*found.gated, *found.groups)],
-        f"Erasing the modes whose gate is above 1/2, {above.share:.1%} of all, costs {_signed(above.cost)} nats a "
+        f"Erasing the modes whose gate is above 1/2, {above.share:.1%} of all, costs {_signed(above.cost)} nats per "
         f"token, the others {_signed(below.cost)}. Energy and cost of the groups have a rank correlation of "
         f"{found.correlation:+.2f}, within single texts of {_signed(found.correlation_by_text)}. To read without the "
         f"resonance costs {_signed(found.off)}.",
@@ -215,7 +214,7 @@ def _signed(estimate: "Estimate") -> str:
 
 
 def _is_clear(estimate: "Estimate") -> bool:
-    """Whether it is two standard errors away from zero."""
+    """Return True if an estimate is two standard errors away from zero."""
     return estimate.standard_error is not None and abs(estimate.mean) > 2 * estimate.standard_error
 
 

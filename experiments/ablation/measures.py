@@ -1,8 +1,8 @@
-"""Cost of losing what the diagnostics single out: decay rates, the SNR filter, resonance.
+"""Cost of removing parts of the memory, selected by decay rate, SNR filter or resonance.
 
-Texts are read up to the boundary between two consolidations. There the memory is edited, and what follows is predicted
-with the edited state and with the one that the model made (see ``state_editing``). What a model loses at no cost, it
-did not use.
+Texts are read up to the boundary between two consolidations. There the memory is edited, and the next tokens are
+predicted with the edited and with the original state (see ``state_editing``). A part that can be removed at no cost was
+not used.
 
 Shapes: B texts, N tokens of each, L layers, H heads, K = V head width, G groups of modes.
 """
@@ -35,19 +35,19 @@ from resolvent.ops.consolidation import modes, signal_to_noise
 from resolvent.seeds import check_seed
 
 DISTANCES = (4, 16, 64, 256)
-"""Tokens before the boundary of which slow and fast heads keep what these wrote."""
+"""Numbers of last tokens before the boundary whose writes slow and fast heads keep."""
 MODE_GROUPS = 8
-"""Groups into which the modes of a memory fall by their energy."""
+"""Number of groups of modes by energy."""
 
 
 @dataclass(frozen=True)
 class HeadDecay:
-    """How a head forgets, and what its memory is worth.
+    """Half-life of a head, and cost of erasing its memory.
 
     Attributes:
         layer, head: counted from one.
         decay: mean Γ dt over all tokens.
-        cost: nats a token that erasing its memory at the boundary adds.
+        cost: nats per token of erasing its memory at the boundary.
     """
 
     layer: int
@@ -57,18 +57,18 @@ class HeadDecay:
 
     @property
     def half_life(self) -> float:
-        """Tokens after which half of what was written is left."""
+        """Tokens after which half of a write is left."""
         return math.log(2) / self.decay
 
 
 @dataclass(frozen=True)
 class Recency:
-    """What it costs to erase all that the slow, or the fast heads wrote before the last tokens.
+    """Cost of erasing all writes of the slow, or of the fast heads before the last tokens.
 
     Attributes:
-        kept: how many tokens those are.
-        slow, fast: nats a token.
-        difference: slow less fast.
+        kept: number of last tokens whose writes are kept.
+        slow, fast: nats per token.
+        difference: slow minus fast.
     """
 
     kept: int
@@ -79,7 +79,7 @@ class Recency:
 
 @dataclass(frozen=True)
 class HalfLives:
-    """Costs that tell whether a long half-life means a long memory.
+    """Costs of old writes in slow and in fast heads.
 
     Heads of all layers are halved by their half-life; of an odd number the middle one belongs to neither half.
 
@@ -96,15 +96,15 @@ class HalfLives:
 
 @dataclass(frozen=True)
 class ClassDecay:
-    """How Γ depends on a class of tokens, and what the model makes of that.
+    """Γ of a class of tokens, and the cost of replacing it.
 
     Attributes:
         name: of the class.
-        tokens: how many of the texts' are of it.
+        tokens: number of tokens of the class.
         relative: Γ of these tokens in units of the head's mean, by layer and head.
-        cost: nats a token, over the whole texts, where Γ of these tokens is replaced by the head's mean.
-        random: the same where Γ of as many tokens of a text, drawn from all of it, is.
-        difference: cost less random.
+        cost: nats per token, over the whole texts, with Γ of these tokens replaced by the head's mean.
+        random: the same for as many random tokens of the text.
+        difference: cost minus random.
     """
 
     name: str
@@ -120,7 +120,7 @@ class TokenDecay:
     """Γ by class of token.
 
     Attributes:
-        everywhere: nats a token where Γ of all tokens is replaced by the head's mean.
+        everywhere: nats per token with Γ of all tokens replaced by the head's mean.
         rows: the classes that the texts have.
     """
 
@@ -130,13 +130,13 @@ class TokenDecay:
 
 @dataclass(frozen=True)
 class Removed:
-    """What it costs to remove a part of every memory.
+    """Cost of removing a part of every memory.
 
     Attributes:
         name: of the part.
         share: of the components, or modes, that it has, on average over texts and heads.
         energy: its share of ``||S||²``, on average over texts and heads.
-        cost: nats a token.
+        cost: nats per token.
     """
 
     name: str
@@ -146,20 +146,20 @@ class Removed:
 
     @property
     def cost_per_energy(self) -> float | None:
-        """Nats for the whole energy, if all of it were worth as much; None for a part without energy."""
+        """Cost per share of the energy; None for a part without energy."""
         return self.cost.mean / self.energy if self.energy > 0 else None
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Whether the components that the SNR filter keeps are the ones that count.
+    """Cost of the components that the SNR filter keeps, against dropped and random ones.
 
     Attributes:
-        strength: how strongly the filter acts, by layer and head, from 0 to 1.
-        off: nats a token, over the whole texts, without the filter.
-        rows: what it keeps, what it drops, random components with as much energy as either, and as many as it keeps.
-        kept_over_random, dropped_over_random: nats a token that either costs more than random components with as much
-            energy.
+        strength: strength of the filter, by layer and head, from 0 to 1.
+        off: nats per token, over the whole texts, without the filter.
+        rows: kept and dropped components, random ones with the energy of either, and random ones as many as the kept.
+        kept_over_random, dropped_over_random: cost of either minus that of random components with the same energy, in
+            nats per token.
     """
 
     strength: list[list[float]]
@@ -171,10 +171,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class Modes(Removed):
-    """What it costs to remove some modes of every memory.
+    """Cost of removing some modes of every memory.
 
     Attributes:
-        gate: mean factor σ of these modes; None where there are none.
+        gate: mean factor σ of these modes; None without modes.
     """
 
     gate: float | None
@@ -182,12 +182,12 @@ class Modes(Removed):
 
 @dataclass(frozen=True)
 class Occupancy:
-    """Whether the modes that the resonance keeps ringing are the ones that count.
+    """Cost of the modes that the resonance keeps, against the others.
 
     Attributes:
-        off: nats a token, over the whole texts, without the resonance.
-        gated: the modes whose gate is above, and up to, one half.
-        groups: as many modes each, from the least energy to the most.
+        off: nats per token, over the whole texts, without the resonance.
+        gated: the modes with a gate above, and up to, one half.
+        groups: groups of equally many modes, from the least energy to the most.
         correlation: rank correlation of a group's energy with the mean cost of removing it.
         correlation_by_text: the same within every text.
     """
@@ -201,18 +201,18 @@ class Occupancy:
 
 @dataclass(frozen=True, repr=False)
 class Mechanisms:
-    """What the mechanisms of a model are worth to it. What a model does not have is None.
+    """Costs of removing the mechanisms of a model; None for a mechanism that the model lacks.
 
     Attributes:
         length: tokens read before the boundary.
-        horizon: tokens predicted after it, over which costs are taken unless they say otherwise.
+        horizon: tokens predicted after it, over which costs are taken unless noted otherwise.
         sequences: texts.
-        loss: nats a token of the horizon.
-        erased: nats a token that erasing every memory at the boundary adds.
+        loss: nats per token of the horizon.
+        erased: nats per token of erasing every memory at the boundary.
         heads: by layer and head.
         correlation: rank correlation of half-life and cost over the heads.
-        half_lives: what slow and fast heads remember; None of a single head.
-        token_decay: Γ by class of token; None where it is the same for all.
+        half_lives: costs of slow and fast heads; None for a single head.
+        token_decay: Γ by class of token; None if Γ does not depend on the token.
         selection: the SNR filter.
         occupancy: the resonance.
     """
@@ -254,17 +254,17 @@ def evaluate_mechanisms(
     batch_tokens: int = 4096,
     progress: bool = False,
 ) -> Mechanisms:
-    """Measure what it costs a model to lose what its decay rates, its SNR filter and its resonance single out.
+    """Measure the cost of removing parts of the memory by decay rate, SNR filter and resonance.
 
     Args:
         model: a Phase 2 model; it keeps its mode and its parts, and dropout is off.
         stream: the text.
-        tokenizer: its tokenizer, which tells the classes of tokens.
+        tokenizer: its tokenizer, which decides the classes of tokens.
         length: tokens read before the boundary, a multiple of the consolidation interval.
         horizon: tokens predicted after it; None for one interval.
         sequences: most texts to read: documents that are long enough, each from its beginning.
-        joined: read on from document to document.
-        seed: of random components and random tokens.
+        joined: join the documents.
+        seed: seed of random components and random tokens.
         batch_tokens: most tokens in one call of the model.
         progress: show a progress bar on stderr.
 
@@ -307,7 +307,7 @@ def evaluate_mechanisms(
 
 
 def head_decays(reading: Reading) -> list[HeadDecay]:
-    """Decay rate of every head, and what erasing its memory costs."""
+    """Return the decay rate of every head, and the cost of erasing its memory."""
     decays, heads = mean_decays(reading), []
     for layer, head in np.ndindex(*decays.shape):
         alone = torch.zeros_like(decays, dtype=torch.bool)
@@ -318,7 +318,7 @@ def head_decays(reading: Reading) -> list[HeadDecay]:
 
 
 def half_lives(reading: Reading) -> HalfLives:
-    """What slow and fast heads remember, by how much of the past they are left."""
+    """Return the costs of erasing old writes of slow and fast heads."""
     decays = mean_decays(reading)
     ordered = decays.flatten().sort().values
     half = len(ordered) // 2
@@ -333,29 +333,29 @@ def half_lives(reading: Reading) -> HalfLives:
 
 
 def mean_decays(reading: Reading) -> Tensor:
-    """Mean Γ dt of every head over all tokens, float64 on the CPU (L, H)."""
+    """Return the mean Γ dt of every head over all tokens, float64 on the CPU (L, H)."""
     return reading.gamma_means.cpu() * reading.model.config.hebbian_dt
 
 
 def token_decay(reading: Reading, classes: np.ndarray, random: np.random.Generator) -> TokenDecay:
-    """Γ by the classes of the tokens (B, N), and what it costs to replace it by its mean."""
+    """Return Γ by the classes of the tokens (B, N), and the cost of replacing it by its mean."""
 
-    def cost(places: np.ndarray) -> Cost:
-        with mean_gamma_at(reading, torch.from_numpy(places).to(reading.inputs.device)):
+    def cost(chosen: np.ndarray) -> Cost:
+        with mean_gamma_at(reading, torch.from_numpy(chosen).to(reading.inputs.device)):
             return reading.cost_of_rereading()
 
     rows = []
     for number in np.unique(classes).tolist():
-        places = classes == number
-        others = np.zeros_like(places)
-        for row, count in zip(others, places.sum(axis=1), strict=True):
+        chosen = classes == number
+        others = np.zeros_like(chosen)
+        for row, count in zip(others, chosen.sum(axis=1), strict=True):
             row[random.permutation(len(row))[:count]] = True
-        at_class, at_random = cost(places), cost(others)
+        at_class, at_random = cost(chosen), cost(others)
         rows.append(
             ClassDecay(
                 name=TOKEN_CLASSES[number],
-                tokens=int(places.sum()),
-                relative=_relative_gamma(reading, places),
+                tokens=int(chosen.sum()),
+                relative=_relative_gamma(reading, chosen),
                 cost=at_class.estimate,
                 random=at_random.estimate,
                 difference=(at_class - at_random).estimate,
@@ -365,7 +365,7 @@ def token_decay(reading: Reading, classes: np.ndarray, random: np.random.Generat
 
 
 def selection(reading: Reading, random: np.random.Generator) -> Selection:
-    """What it costs to lose the components that the SNR filter keeps, drops, and random ones of as much energy."""
+    """Return the costs of the components that the SNR filter keeps and drops, and of random ones of equal energy."""
     memories, kept = reading.memories, kept_components(reading)
     total, above = _energies(memories), _energies(memories, kept)
     parts = {
@@ -394,13 +394,13 @@ def selection(reading: Reading, random: np.random.Generator) -> Selection:
 
 
 def kept_components(reading: Reading) -> list[Tensor]:
-    """Where the SNR filter's p is above one half, bool (B, H, K, V) a layer."""
+    """Return the mask of components with p of the SNR filter above one half, bool (B, H, K, V) per layer."""
     pairs = zip(reading.memories, _filters(reading), strict=True)
     return [signal_to_noise(memory) > snr.threshold for memory, snr in pairs]
 
 
 def random_components(memories: Sequence[Tensor], energies: Tensor, random: np.random.Generator) -> list[Tensor]:
-    """Components in random order, as many as come closest to an energy (L, B, H), bool (B, H, K, V) a layer."""
+    """Return random components with about an energy (L, B, H), bool (B, H, K, V) per layer."""
     masks = []
     for memory, energy in zip(memories, energies, strict=True):
         squares = memory.flatten(-2).double().square()
@@ -413,14 +413,14 @@ def random_components(memories: Sequence[Tensor], energies: Tensor, random: np.r
 
 
 def shuffled(masks: Sequence[Tensor], random: np.random.Generator) -> list[Tensor]:
-    """As many components of every head as masks (B, H, K, V) choose, at random."""
+    """Return random components, as many per head as masks (B, H, K, V) select."""
     flat = (mask.flatten(-2).cpu().numpy() for mask in masks)
     mixed = (torch.from_numpy(random.permuted(mask, axis=-1)) for mask in flat)
     return [mask.view(like.shape).to(like.device) for mask, like in zip(mixed, masks, strict=True)]
 
 
 def occupancy(reading: Reading) -> Occupancy:
-    """What it costs to lose the modes that resonate, those that do not, and groups of modes by their energy."""
+    """Return the costs of modes that resonate, of those that do not, and of groups by energy."""
     energies, gates = mode_occupancy(reading)
     total = energies.sum(-1)
     count = min(MODE_GROUPS, energies.shape[-1])
@@ -434,7 +434,7 @@ def occupancy(reading: Reading) -> Occupancy:
 
     gated = [remove("gate above 1/2", gates > 0.5)[0], remove("gate up to 1/2", gates <= 0.5)[0]]
     groups, costs = zip(*(remove(f"{n + 1} of {count} by energy", group == n) for n in range(count)), strict=True)
-    # The energy of every group in a text, on average over layers and heads, beside its cost there.
+    # The energy of every group in a text, averaged over layers and heads, and its cost in the text.
     shares = torch.stack([(energies * (group == n)).sum(-1).mean(dim=(0, 2)) for n in range(count)], dim=-1)
     by_text = zip(shares.tolist(), np.stack([cost.by_text for cost in costs], axis=-1), strict=True)
     with switched_off(reading.model, "resonance"):
@@ -449,14 +449,14 @@ def occupancy(reading: Reading) -> Occupancy:
 
 
 def mode_occupancy(reading: Reading) -> tuple[Tensor, Tensor]:
-    """Energies of the modes relative to their mean, and their gates, each (L, B, H, K)."""
+    """Return the energies of the modes relative to their mean, and their gates, each (L, B, H, K)."""
     pairs = zip(_resonances(reading), reading.memories, strict=True)
     found = [resonance.statistics(memory) for resonance, memory in pairs]
     return torch.stack([layer["diag_energy"] for layer in found]), torch.stack([layer["gate"] for layer in found])
 
 
 def without_modes(reading: Reading, mask: Tensor) -> list[Tensor]:
-    """The memories at the boundary without some modes (L, B, H, K): (B, H, K, V) a layer."""
+    """Return the memories at the boundary without some modes (L, B, H, K): (B, H, K, V) per layer."""
     left = []
     for resonance, memory, removed in zip(_resonances(reading), reading.memories, mask, strict=True):
         basis = resonance.basis.value.to(memory.dtype)
@@ -473,35 +473,35 @@ def _resonances(reading: Reading) -> list[MemoryResonanceLayer]:
 
 
 def _replaced(memories: Sequence[Tensor], others: Sequence[Tensor], heads: Tensor) -> list[Tensor]:
-    """Memories with those of some heads (L, H) taken from others."""
+    """Return memories with those of some heads (L, H) replaced by others."""
     layers = zip(memories, others, heads.to(memories[0].device), strict=True)
     return [torch.where(chosen[:, None, None], other, memory) for memory, other, chosen in layers]
 
 
-def _relative_gamma(reading: Reading, places: np.ndarray) -> list[list[float]]:
-    """Mean Γ at some tokens (B, N) in units of the mean at all, by layer and head."""
-    here = torch.from_numpy(places).to(reading.inputs.device)
-    at_places = torch.stack([gamma[here].double().mean(dim=0) for gamma in reading.gamma])
-    return (at_places / reading.gamma_means).tolist()
+def _relative_gamma(reading: Reading, chosen: np.ndarray) -> list[list[float]]:
+    """Return the mean Γ at some tokens (B, N) in units of the mean over all tokens, by layer and head."""
+    here = torch.from_numpy(chosen).to(reading.inputs.device)
+    at_chosen = torch.stack([gamma[here].double().mean(dim=0) for gamma in reading.gamma])
+    return (at_chosen / reading.gamma_means).tolist()
 
 
 def _energies(memories: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> Tensor:
-    """``||S||²`` of the components that are chosen, float64 (L, B, H)."""
+    """Return ``||S||²`` of the selected components, float64 (L, B, H)."""
     squares = [memory.double().square() for memory in memories]
     chosen = squares if masks is None else [x * mask for x, mask in zip(squares, masks, strict=True)]
     return torch.stack([x.sum(dim=(-2, -1)) for x in chosen])
 
 
 def _share(part: Tensor, total: Tensor) -> float:
-    """Mean share over layers, texts and heads (L, B, H); an empty memory has none."""
+    """Return the mean share over layers, texts and heads (L, B, H); an empty memory does not count."""
     return torch.where(total > 0, part / total, 0).double().mean().item()
 
 
 def _texts(stream: TokenStream, length: int, horizon: int, interval: int, sequences: int, joined: bool) -> np.ndarray:
-    """Tokens of texts (B, length + horizon + 1).
+    """Return the tokens of texts (B, length + horizon + 1).
 
     Raises:
-        ConfigError: no boundary lies there, or a number is below one.
+        ConfigError: the length ends at no boundary, or a number is below one.
         DataError: no text is long enough.
     """
     if length < 1 or length % interval:
@@ -515,7 +515,7 @@ def _texts(stream: TokenStream, length: int, horizon: int, interval: int, sequen
     if not texts:
         raise DataError(
             f"no text has the {wanted + 1:,} tokens that length and horizon need: give more text, a lesser --length"
-            + ("" if joined else ", or --joined, which reads on from document to document")
+            + ("" if joined else ", or --joined, which joins the documents")
         )
     return np.stack(texts).astype(np.int64)
 
@@ -523,7 +523,7 @@ def _texts(stream: TokenStream, length: int, horizon: int, interval: int, sequen
 def _tokens_to_read(
     config: Phase2Config, texts: np.ndarray, horizon: int, distances: Sequence[int], classes: np.ndarray | None
 ) -> int:
-    """Tokens that all readings together have."""
+    """Return the number of tokens of all readings."""
     heads = config.n_layers * config.num_heads
     edits = 1 + heads + 2 * (1 + len(distances)) * (heads > 1) + 5 * config.snr_enabled
     edits += (2 + min(MODE_GROUPS, config.head_dim)) * config.resonance_enabled

@@ -1,6 +1,6 @@
-"""Texts read up to a boundary, and on from there with the model's state as it is and as somebody edited it.
+"""Readings of texts that continue from a boundary with the original or with an edited state.
 
-What an edit costs is the loss that it adds, in nats a token, text by text: nothing but the edit differs between the two
+The cost of an edit is the increase of the loss, in nats per token, text by text: only the edit differs between the two
 readings.
 
 Shapes: B texts, N tokens of each, L layers, D model width, H heads, K = V head width.
@@ -33,7 +33,7 @@ class MemoryInput(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Nats a token that an edit adds, of every text, float64 (B,)."""
+    """Increase of the loss by an edit, nats per token of every text, float64 (B,)."""
 
     by_text: np.ndarray
 
@@ -47,19 +47,19 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """Texts as a model read them.
+    """Reading of texts by a model.
 
     Attributes:
         model: the model.
         inputs: the tokens, int64 (B, N), on the model's device.
-        labels: the token that follows each, int64 (B, N).
-        length: tokens before the boundary; those behind it are the horizon.
+        labels: next tokens, int64 (B, N).
+        length: tokens before the boundary; those after it are the horizon.
         states: the state some tokens before the boundary, by their number; that at the boundary is ``states[0]``.
-        gamma: Γ of every token, a tensor (B, N, H) a layer.
-        recent: what the memory layers were given between the first of these states and the boundary.
+        gamma: Γ of every token, a tensor (B, N, H) per layer.
+        recent: inputs of the memory layers between the first of these states and the boundary.
         nats: of every label, float64 (B, N).
         batch_tokens: most tokens in one call of the model.
-        advance: told of the tokens read.
+        advance: called with the number of tokens read.
     """
 
     model: Phase2IntegratedModel
@@ -80,7 +80,7 @@ class Reading:
 
     @property
     def memories(self) -> list[Tensor]:
-        """The memories S at the boundary, (B, H, K, V) a layer."""
+        """Memories S at the boundary, (B, H, K, V) per layer."""
         return [layer.memory.memory for layer in self.state.layers]
 
     @property
@@ -93,9 +93,9 @@ class Reading:
         return torch.stack([gamma.double().mean(dim=(0, 1)) for gamma in self.gamma])
 
     def cost_of_memories(self, memories: Sequence[Tensor]) -> Cost:
-        """What it costs, over the horizon, to go on with other memories, (B, H, K, V) a layer.
+        """Return the cost over the horizon of continuing with other memories, (B, H, K, V) per layer.
 
-        The rest of the state stays. ``writes`` and ``forgetting`` need no edit: at a boundary both are zero, and
+        The rest of the state is unchanged. ``writes`` and ``forgetting`` need no edit: at a boundary both are zero, and
         without consolidation nothing reads them.
         """
         state = with_memories(self.state, memories)
@@ -106,7 +106,7 @@ class Reading:
         return Cost((nats - self.nats[:, stretch]).mean(dim=1).cpu().numpy())
 
     def cost_of_rereading(self) -> Cost:
-        """What it costs, over all tokens, to read the texts again with the model as it is by now: with hooks, say."""
+        """Return the cost over all tokens of reading the texts again with a changed model, for example with hooks."""
         parts, state = [], None
         for start, end in itertools.pairwise(_cuts(self.length, self.states, self.inputs.shape[1])):
             piece = slice(start, end)
@@ -117,16 +117,16 @@ class Reading:
         return Cost((torch.cat(parts, dim=1) - self.nats).mean(dim=1).cpu().numpy())
 
     def recent_memories(self, distance: int) -> list[Tensor]:
-        """What the memories would hold at the boundary if they had been empty ``distance`` tokens before it.
+        """Return the memories at the boundary that begin empty ``distance`` tokens before it.
 
-        Every memory layer is given once more what it was given then, so that this is what those tokens wrote, and
-        nothing else that the model did has changed. Consolidations stay where they were, and look at what is there.
+        Every memory layer gets the same inputs again, so that the result is the writes of those tokens, and the rest of
+        the model is unchanged. Consolidations stay at their positions and act on these memories.
 
         Args:
             distance: one of those of ``states``.
 
         Returns:
-            (B, H, K, V) a layer.
+            (B, H, K, V) per layer.
         """
         if not distance:
             return [torch.zeros_like(memory) for memory in self.memories]
@@ -136,7 +136,7 @@ class Reading:
             output = block.hebbian(
                 given.x[:, -distance:],
                 given.gamma[:, -distance:],
-                # Γ̄ stays: it is no memory of what was written, but how much the interval has forgotten so far.
+                # Γ̄ stays: it is no content, but the sum of Γ dt in the interval so far.
                 layer.memory._replace(memory=empty, writes=empty),
                 layer.conv_tail,
                 before.position,
@@ -166,7 +166,7 @@ def read_texts(
         length: tokens before the boundary, less than N.
         distances: before the boundary, where states are kept, too; less than ``length``.
         batch_tokens: most tokens in one call of the model.
-        advance: told of the tokens read.
+        advance: called with the number of tokens read.
     """
     tokens = torch.from_numpy(texts.astype(np.int64)).to(next(model.parameters()).device)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
@@ -230,17 +230,17 @@ def read_nats(
 
 
 def with_memories(state: Phase2State, memories: Sequence[Tensor]) -> Phase2State:
-    """A copy of a state with other memories S, (B, H, K, V) a layer."""
+    """Return a copy of a state with other memories S, (B, H, K, V) per layer."""
     layers = zip(state.layers, memories, strict=True)
     edited = (layer._replace(memory=layer.memory._replace(memory=memory)) for layer, memory in layers)
     return Phase2State(state.position, tuple(edited))
 
 
 @contextmanager
-def mean_gamma_at(reading: Reading, places: Tensor) -> Iterator[None]:
-    """Where the texts are read from their beginning, replace Γ at some tokens (B, N) by the mean of every head.
+def mean_gamma_at(reading: Reading, chosen: Tensor) -> Iterator[None]:
+    """Replace Γ at some tokens (B, N) by the mean of every head, while texts are read from their beginning.
 
-    It is the Γ of both the Hamiltonian and the memory.
+    This is the Γ of both the Hamiltonian and the memory.
     """
 
     def hook(mean: Tensor) -> Callable[..., Any]:
@@ -249,7 +249,7 @@ def mean_gamma_at(reading: Reading, places: Tensor) -> Iterator[None]:
         def replace(_module: nn.Module, _arguments: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             nonlocal read_before
             potential, gamma = output
-            here = places[:, read_before : read_before + gamma.shape[1], None]
+            here = chosen[:, read_before : read_before + gamma.shape[1], None]
             read_before += gamma.shape[1]
             return potential, torch.where(here, mean.to(gamma), gamma)
 
@@ -265,5 +265,5 @@ def mean_gamma_at(reading: Reading, places: Tensor) -> Iterator[None]:
 
 
 def _cuts(length: int, distances: Iterable[int], end: int) -> list[int]:
-    """Where a text is cut to be read: at its ends, at the boundary, and at distances before it."""
+    """Return the positions of the cuts of a text: its ends, the boundary, and distances before it."""
     return sorted({0, length, end, *(length - distance for distance in distances)})

@@ -1,4 +1,4 @@
-"""What kind of text every token is: the start of a word, the inside of one, punctuation, ..."""
+"""Classes of tokens by their text: start of a word, inside of a word, punctuation, ..."""
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -15,43 +15,44 @@ TOKEN_CLASSES = (
     "part of a character",
     "end of text",
 )
-"""What a token's first character that is no space says of it. A letter that no letter comes before, in the token or at
-the end of the one before it, starts a word. Bytes that are no character by themselves are parts of one."""
+"""Names of the classes. The first character of a token that is no space decides its class. A letter without a letter
+before it, in the token or at the end of the token before, starts a word. Bytes that form no character are parts of one.
+"""
 
 _NUMBERS = {name: number for number, name in enumerate(TOKEN_CLASSES)}
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 def token_texts(tokenizer: Tokenizer, ids: np.ndarray) -> dict[int, str]:
-    """The text that each id stands for amid a text, its spaces included."""
+    """Return the text of each id within a text, including its spaces."""
     separator = tokenizer.token_to_id(EOT)
     assert separator is not None, f"the tokenizer has no {EOT}"
     numbers = np.unique(ids).tolist()
-    # Behind another token: some decoders drop the space that a text begins with.
+    # After another token: some decoders drop the space at the beginning of a text.
     texts = tokenizer.decode_batch([[separator, number] for number in numbers], skip_special_tokens=False)
     return {number: text.removeprefix(EOT) for number, text in zip(numbers, texts, strict=True)}
 
 
 def token_classes(tokenizer: Tokenizer, tokens: np.ndarray) -> np.ndarray:
-    """Index into ``TOKEN_CLASSES`` of every token of texts (B, N), int64 (B, N).
+    """Return the index into ``TOKEN_CLASSES`` of every token of texts (B, N), int64 (B, N).
 
     Args:
-        tokenizer: any whose decoder knows the text of a token, as `build_tokenizer` and `load_tokenizer` make it.
+        tokenizer: a tokenizer of `build_tokenizer` or `load_tokenizer`.
         tokens: ids (B, N); the token before the first one counts as no letter.
     """
     separator, texts = tokenizer.token_to_id(EOT), token_texts(tokenizer, tokens)
     classes = np.empty(tokens.shape, np.int64)
     for row, ids in enumerate(tokens.tolist()):
         before = ""
-        for place, number in enumerate(ids):
+        for column, number in enumerate(ids):
             text = "" if number == separator else texts[number]
-            classes[row, place] = _NUMBERS["end of text" if number == separator else _class_of(text, before)]
+            classes[row, column] = _NUMBERS["end of text" if number == separator else _class_of(text, before)]
             before = text
     return classes
 
 
 def _class_of(text: str, before: str) -> str:
-    """Class of a token, given the text of the token before it."""
+    """Return the class of a token, given the text of the token before it."""
     first = text.strip()[:1]
     if not first:
         return "line break" if "\n" in text or "\r" in text else "space"

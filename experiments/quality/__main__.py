@@ -44,7 +44,7 @@ def tokens(
     tokenizer: Annotated[str, typer.Option(help="bpe, gpt2, bytes or characters.")] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Tokens of bpe.")] = 16384,
 ) -> None:
-    """Turn text into tokens once, in a file to carry along."""
+    """Encode text into a file of tokens."""
     if tokenizer == "characters":
         text = language.Text.of_characters(corpus)
     else:
@@ -55,7 +55,7 @@ def tokens(
 
 @app.command("language")
 def learn_language(
-    text: Annotated[Path, typer.Option(help="What `tokens` wrote.")],
+    text: Annotated[Path, typer.Option(help="Output file of `tokens`.")],
     out: Out,
     plan: Annotated[
         str, typer.Option(help=f"{', '.join(language.PLANS)}: what the options below start from.")
@@ -99,7 +99,7 @@ def learn_language(
 
 @app.command("needle")
 def learn_needle(
-    text: Annotated[Path, typer.Option(help="What `tokens` wrote, with a tokenizer.")],
+    text: Annotated[Path, typer.Option(help="Output file of `tokens`, with a tokenizer.")],
     out: Out = Path("experiments/quality/results/needle.jsonl"),
     plan: Annotated[str, typer.Option(help=", ".join(language.PLANS))] = "corpus",
     names: Annotated[str, typer.Option("--models", help=Models.__metadata__[0].help)] = "peers",
@@ -114,7 +114,7 @@ def learn_needle(
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help=Compile.__metadata__[0].help)] = True,
     capture: Capture = True,
 ) -> None:
-    """Train models on text that asks for facts, and ask them over longer and longer distances."""
+    """Train models on text with questions about facts, and test recall over growing distances."""
     clock, corpus, device = Clock.of(budget_seconds), language.Text.load(text), pick_device()
     if not corpus.tokenizer:
         raise typer.BadParameter(f"{text} holds characters: questions take a tokenizer")
@@ -178,7 +178,7 @@ def draw_report(
     paths: Annotated[list[Path], typer.Argument(help="Files of runs.")],
     out: Annotated[Path, typer.Option(help="Picture to write: .svg, .png or .pdf.")],
 ) -> None:
-    """Draw what the runs say: losses, what mechanisms are worth, recall by the size of the state and by distance."""
+    """Plot the runs: losses, gains of mechanisms, recall by the size of the state and by distance."""
     from experiments.quality import plots  # needs matplotlib
 
     plots.plot(_runs(paths), out)
@@ -186,7 +186,7 @@ def draw_report(
 
 
 def _runs(paths: Sequence[Path]) -> list[results.Record]:
-    """Of all files, each run once."""
+    """Return the records of all files, each run once."""
     return list({results.key(record): record for record in results.read(paths)}.values())
 
 
@@ -195,15 +195,15 @@ def _runs(paths: Sequence[Path]) -> list[results.Record]:
 
 @dataclasses.dataclass(frozen=True)
 class Jobs:
-    """Runs that are wanted of every model.
+    """Runs that are requested of every model.
 
     Attributes:
         out: file of runs.
-        settings: what they have in common.
+        settings: settings that all runs share.
         rates: learning rates, or ``best``.
         seeds: of each learning rate.
-        score: by which learning rates are compared.
-        smallest: whether less of it is better.
+        score: name of the score that learning rates are compared by.
+        smallest: whether a lower score is better.
     """
 
     out: Path
@@ -214,7 +214,7 @@ class Jobs:
     smallest: bool
 
     def of(self, name: str) -> list[results.Record]:
-        """The runs of a model that are yet to be made; the first seed of each learning rate comes first."""
+        """Return the missing runs of a model; the first seed of each learning rate comes first."""
         done = [record for record in results.read([self.out]) if record["model"] == name]
         ours = [record for record in done if record["settings"] == self.settings]
         rates = [float(rate) for rate in self.rates.split(",")] if self.rates != "best" else [self._best(name, ours)]
@@ -227,7 +227,7 @@ class Jobs:
         return [record for record in wanted if results.key(record) not in keys]
 
     def _best(self, name: str, runs: list[results.Record]) -> float:
-        # A variant that has no runs yet takes the learning rate of what it is a variant of.
+        # A variant without runs takes the learning rate of its base model.
         kin = runs or [
             record
             for record in results.read([self.out])
@@ -246,10 +246,10 @@ def run_all(
     clock: Clock,
     keep: Callable[[Any, results.Record], None] = lambda found, record: None,
 ) -> None:
-    """Make a model's missing runs, and write each as soon as it is there.
+    """Make the missing runs of a model, and write each as soon as it ends.
 
     Raises:
-        OutOfTimeError: the budget does not suffice for the next.
+        OutOfTimeError: the budget does not suffice for the next run.
     """
     wanted = jobs.of(name)
     if not wanted:
@@ -271,7 +271,7 @@ def run_all(
 
 @contextmanager
 def until(clock: Clock) -> Iterator[None]:
-    """Stop without an error where the budget ends; a second call goes on."""
+    """Stop without an error at the end of the budget; a second call continues."""
     try:
         yield
     except OutOfTimeError:
@@ -279,12 +279,12 @@ def until(clock: Clock) -> Iterator[None]:
 
 
 def expand(names: str) -> list[str]:
-    """The models that a list of names and groups stands for, each once."""
+    """Return the models of a list of names and groups, each once."""
     return list(dict.fromkeys(model for name in names.split(",") for model in GROUPS.get(name, (name,))))
 
 
 def planned(plan: str, **given: Any) -> language.Plan:
-    """The plan of that name with what was given, and is not None, in the place of its own."""
+    """Return the plan of a name, with its fields replaced by options that are not None."""
     return dataclasses.replace(language.PLANS[plan], **{name: x for name, x in given.items() if x is not None})
 
 

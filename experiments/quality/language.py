@@ -1,4 +1,4 @@
-"""Learning to predict text: the same tokens in the same order for every model."""
+"""Language modelling with the same tokens in the same order for every model."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Text:
         return cls(ids[:cut], [ids[cut:]], len(text[cut:].encode()), len(alphabet), "")
 
     def save(self, path: Path) -> None:
-        """Write a file to carry along."""
+        """Write the tokens to a file."""
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
@@ -111,7 +111,7 @@ class Text:
 
     @classmethod
     def load(cls, path: Path) -> Text:
-        """Read what ``save`` wrote."""
+        """Read a file of ``save``."""
         with np.load(path) as stored:
             ends = stored["lengths"].cumsum()[:-1]
             num_bytes, vocabulary = stored["numbers"].tolist()
@@ -162,7 +162,7 @@ def window_starts(tokens: int, length: int, batch: int, steps: int, seed: int) -
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs of a comparison have in common.
+    """Settings that all runs of a comparison share.
 
     Attributes:
         width, layers, parameters, length, dropout: see ``models.Size``.
@@ -224,17 +224,17 @@ class Experiment:
 
     @cached_property
     def seconds(self) -> float:
-        """About what a run takes, with its validations."""
+        """Approximate duration of a run, with its validations."""
         training = self.trainer.seconds([0] * self.plan.steps)
         started = time.perf_counter()
-        for _ in range(2):  # the first prepares what is prepared once
+        for _ in range(2):  # the first one includes one-time preparations
             started = time.perf_counter()
             self._validate()
         validations = self.plan.evaluations + 3 * bool(self.plan.extrapolate)
         return training + validations * (time.perf_counter() - started)
 
     def run(self, learning_rate: float, seed: int, clock: Clock) -> dict[str, Any]:
-        """Train and validate; what was found.
+        """Train and validate; return the results.
 
         Raises:
             OutOfTimeError: the run would not end in time.
@@ -283,22 +283,22 @@ class Experiment:
             save_tokenizer(Tokenizer.from_str(self.text.tokenizer), folder)
 
     def _draw(self, seed: int) -> None:
-        """Lay down on the device what the steps of a run read."""
+        """Copy the inputs of all steps of a run to the device."""
         plan = self.plan
         starts = window_starts(len(self.stream), plan.length, plan.batch, plan.steps, seed)
         self.starts.copy_(torch.from_numpy(starts))
 
     def _window(self, step: Tensor) -> Tensor:
         """The tokens that a step reads and predicts, int64 (B, N + 1)."""
-        places = self.starts.index_select(0, step).view(-1, 1)
-        return self.stream[places + torch.arange(self.plan.length + 1, device=self.device)].long()
+        starts = self.starts.index_select(0, step).view(-1, 1)
+        return self.stream[starts + torch.arange(self.plan.length + 1, device=self.device)].long()
 
     def _loss(self, step: Tensor) -> Tensor:
         window = self._window(step)
         return self.entry.model(window[:, :-1].contiguous(), labels=window[:, 1:].contiguous())
 
     def _validate(self) -> Tensor:
-        """Nats of every held-out token, float64 (W, N) on the CPU, NaN where there is none."""
+        """Return the nats of every held-out token, float64 (W, N) on the CPU, NaN at padding."""
         ids, labels = self.windows
         return self._nats(ids, labels, batch=max(1, 4 * self.plan.batch))
 
@@ -316,7 +316,7 @@ class Experiment:
         }
 
     def _without_each(self, measure: Callable[[], T]) -> dict[str, T]:
-        """What is measured while a Phase 2 model does without each of its mechanisms, by name; of a peer, nothing."""
+        """Return a measurement of a Phase 2 model with each of its mechanisms off, by name; empty for a peer."""
         model, found = self.entry.model, {}
         if isinstance(model, Phase2IntegratedModel):
             for name, switch in mechanisms_of(self.entry.name).items():
@@ -363,7 +363,7 @@ def by_position(nats: Tensor) -> dict[str, float]:
 
 
 def evaluation_steps(steps: int, count: int) -> list[int]:
-    """Where a run is validated: evenly, its end included."""
+    """Return the steps of the validations: evenly spread, including the end."""
     return sorted({round(steps * (i + 1) / count) for i in range(count)} - {0})
 
 
@@ -372,5 +372,5 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def settings(plan: Plan, text: Text) -> dict[str, Any]:
-    """What a run must have in common with another to be compared with it."""
+    """Return the settings that comparable runs share."""
     return {"task": "language", **dataclasses.asdict(plan), "vocabulary": text.vocabulary, "corpus": len(text.train)}

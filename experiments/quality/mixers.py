@@ -1,6 +1,6 @@
 """Token mixers of the peers: (B, N, D) -> (B, N, D), causal, without norm and residual around them.
 
-Each has ``state_bytes(length)``: what it remembers of a sequence of so many tokens, in float32.
+Each has ``state_bytes(length)``: the bytes of its state after a sequence of a length, in float32.
 
 Shapes: B batch, N sequence, D model width, H heads, K key width, V value width.
 """
@@ -24,12 +24,12 @@ FLOAT_BYTES = 4
 
 
 class Mixer(nn.Module):
-    """What mixes tokens. ``out_proj`` is what adds to the residual stream."""
+    """Token mixer. ``out_proj`` projects to the residual stream."""
 
     out_proj: nn.Linear
 
     def reset(self, generator: torch.Generator) -> None:
-        """Draw what is no matrix of a linear map, or leave it where it starts; on the CPU, whatever the device."""
+        """Initialise parameters other than matrices of linear maps, with random numbers of the CPU."""
 
     def state_bytes(self, length: int) -> int:
         raise NotImplementedError
@@ -70,7 +70,7 @@ class GLA(Mixer):
 
     GATE_RANK, GATE_NORMALIZER = 16, 16
     FASTEST_DECAY = -2.4
-    """Of a token, in nats: what the core can split at the middle of a chunk without leaving the range of float32."""
+    """Largest log decay of a token such that the factors of a chunk stay within the range of float32."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The entries by name, made equal in parameters by the width of their feed-forward parts."""
+"""Entries by name, equal in parameters through the width of their feed-forward parts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class PeerModel(nn.Module):
         size: its sizes.
         mixer: makes a block's mixer.
         hidden: width of the feed-forward parts; 0 for none.
-        embedding_factor: what tokens' vectors are multiplied by; sqrt(width), as in Phase 2, if None.
+        embedding_factor: factor of the embeddings; sqrt(width), as in Phase 2, if None.
     """
 
     def __init__(
@@ -100,14 +100,14 @@ class PeerModel(nn.Module):
         self.lm_head.weight = self.token_embedding.weight
 
     def hidden_states(self, input_ids: Tensor) -> tuple[Tensor, None]:
-        """Final hidden states (B, N, D) of tokens (B, N); no state, in the place where Phase 2 has one."""
+        """Return final hidden states (B, N, D) of tokens (B, N), and None for the state of Phase 2."""
         x = self.dropout(self.token_embedding(input_ids) * self.embedding_factor)
         for block in self.blocks:
             x = block(x)
         return self.ln_f(x), None
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Mean nats of labels (B, N) after tokens (B, N)."""
+        """Return the mean nats of labels (B, N) after tokens (B, N)."""
         hidden, _ = self.hidden_states(input_ids)
         return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
 
@@ -137,13 +137,13 @@ class PeerModel(nn.Module):
 
 @dataclass(frozen=True)
 class Entry:
-    """A model that can start anew.
+    """Model that can be initialised again.
 
     Attributes:
-        name: what it is called.
+        name: name of the entry.
         model: has ``hidden_states`` and ``forward(input_ids, labels=...)``.
         reset: draws fresh weights in place, from a seed.
-        state_bytes: what it remembers at the end of a training sequence, in float32.
+        state_bytes: size of its state at the end of a training sequence, in float32.
     """
 
     name: str
@@ -153,7 +153,7 @@ class Entry:
 
     @property
     def parameters(self) -> int:
-        """Parameters, those that are held at zero left out."""
+        """Number of parameters, without those that are held at zero."""
         return count_parameters(self.model)
 
 
@@ -216,7 +216,7 @@ def _phase2(name: str, size: Size) -> Callable[[int], Entry]:
 
 
 def phase2_state_bytes(model: Phase2IntegratedModel) -> int:
-    """What a sequence's future depends on, in bytes: what only the SNR filter reads counts where there is one."""
+    """Return the bytes of the state of a sequence; tensors for the SNR filter count if there is one."""
     return sum(_block_state_bytes(block) for block in model.blocks if isinstance(block, Phase2Block))
 
 

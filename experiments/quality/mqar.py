@@ -1,12 +1,12 @@
 """Multi-query associative recall (Arora et al., 2024), with Zoology's task and protocol.
 
-A sequence starts with pairs of a key and a value, all different. Behind them every key comes once more, at places that
-a power law draws, and is to be followed by its value. What stands between is random, keys and values among it.
+A sequence starts with pairs of a key and a value, all different. After them every key occurs once more, at positions
+drawn from a power law, and its value has to be predicted. All other tokens are random and may be keys or values.
 
 A model has two layers: a gated short convolution, and the mixer that is measured. There is no feed-forward part, the
 head is the embedding's table, products are in float32. Batches are of one length and number of pairs, and come in
-another order each pass; the learning rate falls from its peak to zero in a cosine, a step each pass, without warm-up
-and clipping. Only places with an answer are predicted, so only their logits are computed.
+another order each pass; the learning rate falls from its peak to zero in a cosine, one step per pass, without warm-up
+and clipping. Only positions with an answer are predicted, so only their logits are computed.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ class Slice:
 
 @dataclass(frozen=True)
 class Recall:
-    """Sequences and what they ask for.
+    """Sequences with their queries and answers.
 
     Attributes:
         inputs: tokens, int32 (E, N).
-        places: where the keys come again, in the order of the pairs, int64 (E, P).
+        positions: where the keys come again, in the order of the pairs, int64 (E, P).
         answers: the tokens that should follow there, int64 (E, P).
     """
 
     inputs: Tensor
-    places: Tensor
+    positions: Tensor
     answers: Tensor
 
 
@@ -105,11 +105,11 @@ def generate(part: Slice, vocabulary: int, generator: torch.Generator) -> Recall
     keys = 1 + distinct(torch.ones(half - 1, device=device))
     values = half + distinct(torch.ones(vocabulary - half, device=device))
     ranks = torch.arange(1, (length - context) // 2 + 1, device=device, dtype=torch.float64)
-    places = context + 2 * distinct(ranks ** (POWER - 1))
+    positions = context + 2 * distinct(ranks ** (POWER - 1))
     inputs = torch.randint(vocabulary, (count, length), generator=generator, device=device)
     inputs[:, 0:context:2], inputs[:, 1:context:2] = keys, values
-    inputs.scatter_(1, places, keys)
-    return Recall(inputs.int(), places, values)
+    inputs.scatter_(1, positions, keys)
+    return Recall(inputs.int(), positions, values)
 
 
 # ------------------------------------------------------------------------------------------------------ the models
@@ -138,13 +138,13 @@ class ConvolvedEmbedding(nn.Embedding):
 
     @torch.no_grad()
     def reset_layer(self, generator: torch.Generator) -> None:
-        """Draw what models do not know of."""
+        """Initialise the parameters that the models do not initialise."""
         reset_conv(self.conv_weight, generator)
         self.norm.weight.fill_(1.0)
 
 
 class NoFeedForward(nn.Module):
-    """In the place of a feed-forward part: adds nothing."""
+    """Feed-forward part that adds nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
@@ -202,7 +202,7 @@ def build(name: str, width: int, heads: int, vocabulary: int, device: torch.devi
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs of a comparison have in common.
+    """Settings that all runs of a comparison share.
 
     Attributes:
         epochs: passes over the training sequences; the paper has 32.
@@ -261,11 +261,11 @@ class Experiment:
 
     @cached_property
     def seconds(self) -> float:
-        """About what a run takes, but for its test."""
+        """Approximate duration of a run, without its test."""
         return self.trainer.seconds(self.plan.order(0)[0])
 
     def run(self, learning_rate: float, seed: int, clock: Clock) -> dict[str, Any]:
-        """Train and test; what was found.
+        """Train and test; return the results.
 
         Raises:
             OutOfTimeError: the run would not end in time.
@@ -294,27 +294,29 @@ class Experiment:
     def _loss(self, step: Tensor, recall: Recall) -> Tensor:
         number = self.numbers.index_select(0, step)
         rows = number * self.plan.batch + torch.arange(self.plan.batch, device=number.device)
-        inputs, places, answers = (x.index_select(0, rows) for x in (recall.inputs, recall.places, recall.answers))
-        hidden = hidden_at(self.entry.model, inputs.long(), places)
+        inputs, positions, answers = (
+            x.index_select(0, rows) for x in (recall.inputs, recall.positions, recall.answers)
+        )
+        hidden = hidden_at(self.entry.model, inputs.long(), positions)
         return linear_cross_entropy(hidden.flatten(0, 1), self.entry.model.lm_head.weight, answers.flatten())
 
     @torch.no_grad()
     def _accuracy(self, recall: Recall) -> float:
         """Part of the queries whose likeliest answer is right; none where the model is not finite."""
         model, right = self.entry.model.eval(), 0
-        batches = (x.split(max(1, self.plan.batch // 2)) for x in (recall.inputs, recall.places, recall.answers))
+        batches = (x.split(max(1, self.plan.batch // 2)) for x in (recall.inputs, recall.positions, recall.answers))
         with self.trainer.evaluating(), torch.compiler.set_stance("force_eager"):
-            for inputs, places, answers in zip(*batches, strict=True):
-                logits = model.lm_head(hidden_at(model, inputs.long(), places))
+            for inputs, positions, answers in zip(*batches, strict=True):
+                logits = model.lm_head(hidden_at(model, inputs.long(), positions))
                 right += ((logits.argmax(-1) == answers) & logits.isfinite().all(-1)).sum()
         model.train()
         return int(right) / recall.answers.numel()
 
 
-def hidden_at(model: Any, input_ids: Tensor, places: Tensor) -> Tensor:
-    """Final hidden states (B, P, D) of tokens (B, N) at places (B, P)."""
+def hidden_at(model: Any, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """Final hidden states (B, P, D) of tokens (B, N) at positions (B, P)."""
     hidden, _ = model.hidden_states(input_ids)
-    return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def draw(plan: Plan, device: torch.device) -> tuple[list[Recall], list[Recall]]:
@@ -336,7 +338,7 @@ def draw(plan: Plan, device: torch.device) -> tuple[list[Recall], list[Recall]]:
 
 
 def settings(plan: Plan, width: int, heads: int) -> dict[str, Any]:
-    """What a run must have in common with another to be compared with it."""
+    """Return the settings that comparable runs share."""
     test = [str(part) for part in plan.test]
     return {"task": "mqar", "epochs": plan.epochs, "batch": plan.batch, "part": plan.part, "width": width} | {
         "heads": heads,

@@ -1,4 +1,4 @@
-"""Recall over a distance: models learn from text that asks them for facts, and are asked over up to 64 times as far.
+"""Recall over a distance: training on text with facts and questions, and tests up to 64 times as far.
 
 The text, the entries and the training are those of ``language``. But in every sequence stretches of the text are
 overwritten: by facts, each of which is asked for and answered after more of the text, before the next one is told.
@@ -48,7 +48,7 @@ _TRAINING, _TEST = 1, 2  # what keeps their random numbers apart
 
 @dataclass(frozen=True)
 class Phrases:
-    """What is written into the text, as tokens: of the keys that take as many tokens as most do.
+    """Facts and questions as tokens, for all keys of the most common length in tokens.
 
     Attributes:
         facts: int64 (K, F).
@@ -83,11 +83,11 @@ class Phrases:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a trained model is asked.
+    """Test of a trained model.
 
     Attributes:
         longest: no distance has more tokens.
-        samples: keys, each with a place in the held-out text, the same ones for all distances and models.
+        samples: keys, each with a position in the held-out text, the same for all distances and models.
     """
 
     longest: int = 65536
@@ -117,7 +117,8 @@ class Probe:
 def draw_distances(rows: int, tokens: int, random: np.random.Generator) -> NDArray[np.int64]:
     """Return distances (rows, Q) that take up to ``tokens`` together, in random order.
 
-    They are drawn one after the other, log-uniform, from the nearest to the farthest that leaves the others room.
+    They are drawn one after the other, log-uniform, from the nearest to the farthest that leaves enough tokens for the
+    others.
     """
     left, drawn = np.full(rows, tokens), np.empty((rows, QUESTIONS), np.int64)
     for i in range(QUESTIONS):
@@ -130,7 +131,7 @@ def draw_distances(rows: int, tokens: int, random: np.random.Generator) -> NDArr
 def draw_step(
     phrases: Phrases, batch: int, length: int, seed: int, step: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """What is written over the windows of a step, whoever reads them: places in the windows and tokens, (B, Q (F + W)).
+    """Return the tokens that replace text in the windows of a step, and their positions, (B, Q (F + W)).
 
     Raises:
         ValueError: the questions do not fit in the windows.
@@ -148,9 +149,9 @@ def draw_step(
     facts = ends - distances[..., None] - phrases.tokens + np.arange(fact)
     questions = ends + np.arange(fact - phrases.tokens, 0)
     keys = random.integers(len(phrases.facts), size=distances.shape)
-    places = np.concatenate([facts, questions], axis=-1)
+    positions = np.concatenate([facts, questions], axis=-1)
     tokens = np.concatenate([phrases.facts[keys], phrases.questions[keys]], axis=-1)
-    return places.reshape(batch, -1), tokens.reshape(batch, -1)
+    return positions.reshape(batch, -1), tokens.reshape(batch, -1)
 
 
 # ----------------------------------------------------------------------------------------------------------- a run
@@ -173,22 +174,22 @@ class Experiment(language.Experiment):
         self.held_out = np.concatenate(text.validation).astype(np.int64)
         device = next(entry.model.parameters()).device
         shape = (plan.steps, plan.batch, QUESTIONS * phrases.tokens)
-        self.places, self.written = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+        self.positions, self.written = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
         super().__init__(entry, text, plan, mode)
 
     @cached_property
     def seconds(self) -> float:
-        """About what a run takes, with its validations and its test."""
+        """Approximate duration of a run, with its validations and its test."""
         longest = self.probe.sequences(self.phrases, self.held_out, self.probe.distances[-1])[:1]
         started = time.perf_counter()
-        for _ in range(2):  # the first prepares what is prepared once
+        for _ in range(2):  # the first one includes one-time preparations
             started = time.perf_counter()
             self._ask(longest)
         # A distance costs at most a quarter of the next one.
         return super().seconds + 4 / 3 * self.probe.samples * (time.perf_counter() - started)
 
     def run(self, learning_rate: float, seed: int, clock: Clock) -> dict[str, Any]:
-        """Train, validate and test; what was found.
+        """Train, validate and test; return the results.
 
         Raises:
             OutOfTimeError: the run would not end in time.
@@ -205,12 +206,12 @@ class Experiment(language.Experiment):
         super()._draw(seed)
         plan = self.plan
         steps = [draw_step(self.phrases, plan.batch, plan.length, seed, step) for step in range(plan.steps)]
-        for kept, drawn in zip((self.places, self.written), zip(*steps, strict=True), strict=True):
+        for kept, drawn in zip((self.positions, self.written), zip(*steps, strict=True), strict=True):
             kept.copy_(torch.from_numpy(np.stack(drawn)))
 
     def _window(self, step: Tensor) -> Tensor:
-        places, written = (x.index_select(0, step).squeeze(0) for x in (self.places, self.written))
-        return super()._window(step).scatter(1, places, written)
+        positions, written = (x.index_select(0, step).squeeze(0) for x in (self.positions, self.written))
+        return super()._window(step).scatter(1, positions, written)
 
     def _recall(self, distances: Sequence[int]) -> dict[str, dict[str, float | None]]:
         """Scores by distance."""
@@ -254,5 +255,5 @@ def summary(nats: Tensor, exact: Tensor) -> dict[str, float | None]:
 
 
 def settings(plan: Plan, text: Text, probe: Probe) -> dict[str, Any]:
-    """What a run must have in common with another to be compared with it."""
+    """Return the settings that comparable runs share."""
     return language.settings(plan, text) | {"task": "needle", "questions": QUESTIONS} | asdict(probe)

@@ -1,8 +1,4 @@
-"""Pictures of runs.
-
-They show how well models predict, what mechanisms are worth, and recall against the size of the state and against
-distance.
-"""
+"""Plots of runs: losses, gains of mechanisms, and recall against the size of the state and against distance."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from experiments.quality.report import Row, differences, losses, needles, recalls, standard_error
 from experiments.quality.results import Record
 
-_OURS, _OTHERS = "#d55e00", "#0072b2"  # told apart by colour-blind readers, too
+_OURS, _OTHERS = "#d55e00", "#0072b2"  # distinct for colour-blind readers, too
 _PANEL = (5.0, 3.4)  # inches
 
 
@@ -49,14 +45,14 @@ Draw = Callable[[Axes], None]
 def _language(records: Sequence[Record]) -> Draw | None:
     """Models of the setting with the most of them that are no variants of Phase 2."""
     rows = max(losses(records), key=len, default=[])
-    return (lambda axes: _dots(axes, rows, "held-out loss, nats a token")) if rows else None
+    return (lambda axes: _dots(axes, rows, "held-out loss, nats per token")) if rows else None
 
 
 def _mechanisms(records: Sequence[Record]) -> Draw | None:
     rows = max(differences(records), key=len, default=[])
 
     def draw(axes: Axes) -> None:
-        _dots(axes, rows, "what leaving it out costs, nats a token")
+        _dots(axes, rows, "cost of leaving it out, nats per token")
         axes.axvline(0.0, color="0.3", linewidth=1)
 
     return draw if rows else None
@@ -104,10 +100,10 @@ def _look(model: str, number: int) -> dict[str, Any]:
 def _dots(axes: Axes, rows: Sequence[Row], label: str) -> None:
     """A row for every name, the smallest mean on top."""
     rows = sorted(rows, key=lambda row: statistics.mean(row.values), reverse=True)
-    for place, row in enumerate(rows):
+    for height, row in enumerate(rows):
         colour = _OURS if row.name == "phase2" else _OTHERS
         axes.errorbar(
-            statistics.mean(row.values), place, xerr=standard_error(row.values), fmt="o", color=colour, capsize=3
+            statistics.mean(row.values), height, xerr=standard_error(row.values), fmt="o", color=colour, capsize=3
         )
     axes.set_yticks(range(len(rows)), [_name(row.name) for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)

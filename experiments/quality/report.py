@@ -18,14 +18,14 @@ from resolvent.evaluation.statistics import Estimate
 
 
 class Row(NamedTuple):
-    """Something with a name, and its values over seeds."""
+    """Values over seeds, with a name."""
 
     name: str
     values: list[float]
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """All that can be said of the runs, for each setting by itself."""
+    """Return all tables of the runs, for each setting by itself."""
     found = []
     for runs in _by_setting(records):
         found += _TABLES[runs[0]["settings"]["task"]](runs)
@@ -35,7 +35,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
 
 
 def average(values: Sequence[float], digits: int = 4, signed: bool = False) -> str:
-    """Mean ± standard error, which takes two values."""
+    """Format mean ± standard error; the error needs two values."""
     if not values:
         return "-"
     mean = f"{statistics.mean(values):{'+' if signed else ''}.{digits}f}"
@@ -43,7 +43,7 @@ def average(values: Sequence[float], digits: int = 4, signed: bool = False) -> s
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; zero where a single value says nothing of it."""
+    """Return the standard error of the mean; zero for a single value."""
     return Estimate.of(values).standard_error or 0.0
 
 
@@ -247,7 +247,7 @@ def _recall_curve(records: list[Record]) -> Table:
 
 
 class Needle(NamedTuple):
-    """What a model at its best learning rate recalls.
+    """Recall of a model at its best learning rate.
 
     Attributes:
         name: of the model.
@@ -264,7 +264,7 @@ class Needle(NamedTuple):
 
 
 def needles(records: Sequence[Record]) -> list[list[Needle]]:
-    """For each setting, what every model recalls."""
+    """Return the recall of every model, for each setting."""
     found = []
     for runs in _by_setting(_of_task(records, "needle")):
         best = [(name, _at_best(of, "loss", smallest=True)[1]) for name, of in _by_model(runs).items()]
@@ -299,7 +299,7 @@ def _needle(records: list[Record]) -> list[Table]:
 
 
 def _needle_without(runs: list[Record]) -> list[Table]:
-    """What a model answers once a mechanism that it was trained with is switched off, seed by seed."""
+    """Return a table of answers with a mechanism switched off after training, seed by seed."""
     runs = [run for run in _at_best(runs, "loss", smallest=True)[1] if run.get("needle_without")]
     if not runs:
         return []

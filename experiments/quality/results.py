@@ -31,7 +31,7 @@ def append(path: Path, record: Record) -> None:
 
 
 def key(record: Record) -> tuple[str, str, str, int]:
-    """What tells runs apart."""
+    """Return the identity of a run."""
     return setting(record), record["model"], f"{record['learning_rate']:.3g}", record["seed"]
 
 
@@ -46,7 +46,7 @@ def best_learning_rate(records: Iterable[Record], score: str, smallest: bool) ->
     Args:
         records: runs of one model under the same settings.
         score: the name of what is compared.
-        smallest: whether less is better.
+        smallest: whether a lower score is better.
     """
     by_rate: dict[float, list[Record]] = {}
     for record in records:

@@ -22,10 +22,10 @@ Loss = Callable[[Tensor], Tensor]
 """The mean nats of a step's batch, given the step's number, int64 (1,)."""
 
 CHECK_EVERY = 50
-"""Steps between two looks at the clock and the loss, for which the device is waited for."""
+"""Steps between two checks of the clock and the loss, which synchronise with the device."""
 _WARM_UPS = 3
 _LEAST_ERROR = 1e-3
-"""What a compiled gradient may be off in any case; else at most twice the error of the eager one."""
+"""Error of a compiled gradient that is always accepted; a larger one may be twice that of the eager gradient."""
 
 
 def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -64,7 +64,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Mode:
-    """How steps run.
+    """Mode of the steps.
 
     Attributes:
         compiled: whether each block is compiled, as one graph.
@@ -143,7 +143,7 @@ class Trainer:
         return sum(cost[kind] for kind in kinds)
 
     def start(self, rates: Tensor) -> None:
-        """Forget all that the optimiser knows, and take these learning rates; the weights are the caller's."""
+        """Reset the optimiser, and set the learning rates; the caller resets the weights."""
         for state in self.optimizer.state.values():
             for value in state.values():
                 value.zero_()

@@ -33,10 +33,10 @@ from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
 
 @dataclass(frozen=True)
 class Switch:
-    """How something is switched off.
+    """Switch of a mechanism.
 
     Attributes:
-        does: what it does while it is on.
+        does: its effect while it is on.
         config: fields of the configuration that switch it off.
         zeros: endings of names of parameters that are held at zero.
         part: name of what blocks can do without once they are trained.
@@ -73,19 +73,19 @@ MECHANISMS = {
     "zeta-init": Switch("zeta spectrum of the potential", {"use_zeta_init": False}),
     "positions": Switch("zeta positions", zeros=("position_embedding.gain",)),
 }
-"""What the report names."""
+"""Mechanisms that the report names."""
 
 OPTIONS = {
     "adaptive-decay": Switch("Γ depends on the token", {"adaptive_decay": False}),
     "conv": Switch("short convolution before q, k, v", {"conv_size": 1}),
     "norm": Switch("norm of the read-out", {"output_norm": False}),
     "gate": Switch("gate of the read-out", {"output_gate": False}),
-    "gated-ffn": Switch("SwiGLU in place of Linear, GELU, Linear", {"ffn_gated": False}),
+    "gated-ffn": Switch("SwiGLU instead of Linear, GELU, Linear", {"ffn_gated": False}),
     "scale": Switch("tokens enter at the size of what blocks add", {"embedding_scale": 1.0}),
     "snr-training": Switch("the SNR filter's strength is trained", {"snr_trained": False}),
-    "reach": Switch("a least decay of 0.01 % a token, in place of 1 %", {"base_decay": 0.01}),
+    "reach": Switch("a least decay of 0.01 % per token, instead of 1 %", {"base_decay": 0.01}),
 }
-"""What is ours, or has other grounds."""
+"""Further switches, which the report does not name."""
 
 ABLATION = ("phase2", *(f"phase2/no-{name}" for name in MECHANISMS), "phase2/bare", "phase2/original")
 
@@ -141,7 +141,7 @@ def _ending(model: Phase2IntegratedModel, endings: tuple[str, ...]) -> list[nn.P
 
 
 def mechanisms_of(name: str) -> dict[str, Switch]:
-    """What is on in the variant of a name and can be switched off once it is trained, by name."""
+    """Return the mechanisms that are on in a variant and can be switched off after training, by name."""
     variant = parse_variant(name)
     on = {key: switch for key, switch in MECHANISMS.items() if not switch.config.keys() & variant.config.keys()}
     return {key: switch for key, switch in on.items() if switch.part or set(switch.zeros) - set(variant.zeros)}

@@ -58,7 +58,7 @@ def test_command_prints_tables_and_writes_what_the_library_finds(ablation: Calla
     assert [len(part.splitlines()) for part in parts] == [3 + count for count in rows]  # title, headings, and in words
     assert f"Erasing all memories costs {found.erased.mean:+.4f} ± {found.erased.standard_error:.4f} nats" in parts[0]
     most = max(found.heads, key=lambda head: head.cost.mean)
-    assert f"head {most.head} of layer {most.layer} is missed most, by {most.cost.mean:+.4f}" in parts[0]
+    assert f"head {most.head} of layer {most.layer} costs most, {most.cost.mean:+.4f}" in parts[0]
 
 
 def test_json_can_take_the_place_of_the_tables(ablation: Callable[..., Outcome]):

@@ -18,14 +18,15 @@ def recall(length: int, pairs: int, examples: int, vocabulary: int = 64) -> mqar
 
 def test_every_answer_follows_from_its_key():
     task = recall(64, 8, 200)
-    assert task.inputs.shape == (200, 64) and task.places.shape == task.answers.shape == (200, 8)
-    for tokens, places, answers in zip(task.inputs.tolist(), task.places.tolist(), task.answers.tolist(), strict=True):
+    assert task.inputs.shape == (200, 64) and task.positions.shape == task.answers.shape == (200, 8)
+    columns = (task.inputs.tolist(), task.positions.tolist(), task.answers.tolist())
+    for tokens, positions, answers in zip(*columns, strict=True):
         keys, values = tokens[0:16:2], tokens[1:16:2]
         assert len(set(keys)) == len(set(values)) == 8
         assert all(1 <= key < 32 for key in keys) and all(32 <= value < 64 for value in values)
-        assert len(set(places)) == 8 and all(16 <= place < 64 and place % 2 == 0 for place in places)
+        assert len(set(positions)) == 8 and all(16 <= p < 64 and p % 2 == 0 for p in positions)
         meaning = dict(zip(keys, values, strict=True))
-        assert [meaning[tokens[place]] for place in places] == answers
+        assert [meaning[tokens[p]] for p in positions] == answers
 
 
 def test_distributions():
@@ -37,10 +38,10 @@ def test_distributions():
     ranks = torch.arange(1, 15, dtype=torch.float64)
     p = ranks ** (0.01 - 1)
     p /= p.sum()
-    first = torch.bincount((task.places[:, 0] - 4) // 2, minlength=14) / 40_000
+    first = torch.bincount((task.positions[:, 0] - 4) // 2, minlength=14) / 40_000
     assert (first - p).abs().max() < 0.01
     second = p * (p / (1 - p)).sum() - p * p / (1 - p)  # drawn after another one, without replacement
-    found = torch.bincount((task.places[:, 1] - 4) // 2, minlength=14) / 40_000
+    found = torch.bincount((task.positions[:, 1] - 4) // 2, minlength=14) / 40_000
     assert (found - second).abs().max() < 0.01
     between = task.inputs[:, 5::2].flatten()
     assert (torch.bincount(between, minlength=64) / len(between) - 1 / 64).abs().max() < 0.002
@@ -82,7 +83,9 @@ def test_every_model_learns_from_the_places_asked_for(name: str):
     hidden = entry.model.hidden_states(task.inputs[:16].long())[0]
     logits = entry.model.lm_head(hidden)
     nats = [
-        logits[i, p].log_softmax(-1)[a] for i in range(16) for p, a in zip(task.places[i], task.answers[i], strict=True)
+        logits[i, p].log_softmax(-1)[a]
+        for i in range(16)
+        for p, a in zip(task.positions[i], task.answers[i], strict=True)
     ]
     assert loss.item() == pytest.approx(-torch.stack(nats).mean().item(), rel=1e-4)
     record = experiment.run(3e-3, 0, FOREVER)

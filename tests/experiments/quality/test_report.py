@@ -138,10 +138,10 @@ def test_pictures_show_what_tables_say(tmp_path: Path):
         return (tmp_path / "runs.svg").read_text()
 
     picture = drawn(RUNS + RECALLED)
-    for text in ("Phase 2", "GLA", "SNR filter", "what leaving it out costs", "held-out loss", "state, KB"):
+    for text in ("Phase 2", "GLA", "SNR filter", "cost of leaving it out", "held-out loss", "state, KB"):
         assert text in picture
     assert picture == drawn(RUNS + RECALLED)
-    assert "what leaving it out costs" not in drawn(RECALLED)
+    assert "cost of leaving it out" not in drawn(RECALLED)
     with pytest.raises(ValueError, match="no runs"):
         plot(RUNS[-1:], tmp_path / "none.svg")
 
