@@ -51,7 +51,7 @@ def test_the_licences_listed_are_of_the_pinned_versions(listed: dict[str, tuple[
     assert not [name for name, (_, licence) in listed.items() if re.search(r"\bA?GPL", licence)]
 
 
-def test_the_changelog_knows_this_version():
+def test_changelog_has_this_version():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     versions = re.findall(r"^## \[(\S+)\]", text, re.MULTILINE)
     assert versions[0] == "Unreleased"
@@ -60,7 +60,7 @@ def test_the_changelog_knows_this_version():
 
 
 @pytest.mark.slow
-def test_the_wheel_works_where_only_its_dependencies_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wheel_works_with_only_its_dependencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Installed from the wheel alone, without network, in a fresh environment.
 
     Its dependencies are those of this environment, found through a path file: it is shown that the wheel is complete

@@ -103,7 +103,7 @@ def test_the_tutorial_can_be_followed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
         if "://" not in target:
             path, _, section = target.partition("#")

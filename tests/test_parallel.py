@@ -130,7 +130,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(("processes", "recompute", "frozen"), [(2, False, False), (3, True, True)])
-def test_stretches_are_the_whole(processes: int, recompute: bool, frozen: bool):
+def test_stretches_equal_the_whole_sequence(processes: int, recompute: bool, frozen: bool):
     for found in together(processes, largest_differences, recompute, frozen):
         assert len(found) == len(MODELS)
         for name, distances in zip(MODELS, found, strict=True):
@@ -138,7 +138,7 @@ def test_stretches_are_the_whole(processes: int, recompute: bool, frozen: bool):
                 assert largest < 1e-12, (name, what)
 
 
-def test_stretches_are_as_near_the_truth_in_float32():
+def test_stretches_are_as_accurate_in_float32():
     """Several processes are no further from float64 than one, on the whole.
 
     Orders of additions differ, and read-outs that almost vanish are brought to unit size: at a few tokens two right
@@ -174,7 +174,7 @@ def train_a_little(in_parallel: bool) -> list[float]:
     return losses
 
 
-def test_training_in_stretches_is_training():
+def test_training_in_stretches_equals_training():
     alone = train_a_little(False)
     assert alone[-1] < alone[0] - 0.02
     for losses in together(2, train_a_little, True):

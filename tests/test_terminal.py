@@ -68,7 +68,7 @@ UGLY = [
 ]
 
 
-def test_shell_words_are_read_by_a_shell_as_what_they_stand_for():
+def test_shell_words_round_trip_through_a_shell():
     words = [*UGLY, os.fsdecode(b"r\xff'\xc3\xa9\\"), "\u202eevil"]
     script = f"printf '%s\\0' {' '.join(map(shell_word, words))}"
     read = subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout
@@ -76,7 +76,7 @@ def test_shell_words_are_read_by_a_shell_as_what_they_stand_for():
     assert [os.fsdecode(word) for word in read.split(b"\0")[:-1]] == expected
 
 
-def test_shell_words_hold_no_character_that_a_terminal_obeys():
+def test_shell_words_hold_no_control_character():
     for word in map(shell_word, UGLY):
         assert word.isprintable()
 
@@ -112,7 +112,7 @@ def test_a_stream_takes_any_text_and_other_streams_are_left_alone():
     assert written.getvalue() == rb"+- \u65e5 \xff" + os.linesep.encode()
 
 
-def test_a_line_is_said_as_it_is():
+def test_line_is_printed_without_markup():
     console = Console(file=io.StringIO(), width=20)
     text = "[bold]:cat: [/y] 'runs' 1.5 " + "word " * 10 + "\x1b]52;c;x\x07"
     say(console, text)

@@ -31,7 +31,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return jobs
 
 
-def test_a_failure_is_a_line_and_the_others_are_measured(bench: Bench):
+def test_failed_entry_is_reported_and_others_are_measured(bench: Bench):
     def fail() -> float:
         raise RuntimeError("no memory\nand a long story")
 
@@ -50,7 +50,7 @@ def test_debugging_stops_at_the_failure(bench: Bench, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("error", [0.2, float("nan")])
-def test_ours_is_not_measured_unless_it_is_right(bench: Bench, error: float):
+def test_wrong_result_is_not_measured(bench: Bench, error: float):
     measured = []
 
     def ours(check: Callable[[float], None]) -> float:
@@ -190,7 +190,7 @@ def test_reading_in_pieces_is_checked(reader, monkeypatch: pytest.MonkeyPatch):
     assert decoding.reading_error(model, exact, ids) > 0.05
 
 
-def test_reading_is_counted_in_tokens_a_second(reader, bench: Bench, monkeypatch: pytest.MonkeyPatch):
+def test_reading_is_measured_in_tokens_per_second(reader, bench: Bench, monkeypatch: pytest.MonkeyPatch):
     clock = iter([10.0, 12.0])
     monkeypatch.setattr(decoding.time, "perf_counter", lambda: next(clock))
     speed, _, state = decoding.read(reader[0], torch.randint(257, (1, 60)), 25)
@@ -199,7 +199,7 @@ def test_reading_is_counted_in_tokens_a_second(reader, bench: Bench, monkeypatch
 
 
 @pytest.mark.parametrize(("context", "contexts"), [(None, [20, 40]), (64, [64])])
-def test_transformer_reads_as_much_as_ours_or_its_own_context(
+def test_context_of_the_transformer(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, context: int | None, contexts: list[int]
 ):
     case = decoding.Case("tiny", few=20, many=40, piece=50, context=context, generated=2)
@@ -217,7 +217,7 @@ def test_transformer_reads_as_much_as_ours_or_its_own_context(
     assert [few.peers["GPT"], many.peers["GPT"]] == [contexts[0], contexts[-1]]
 
 
-def test_other_work_on_the_machine_is_noticed(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+def test_load_of_other_processes_is_reported(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     clock = iter([0.0, 1e6, 0.0, 0.0])
     monkeypatch.setattr(harness, "cpu_seconds_of_others", lambda: next(clock))
     bench.compete("busy", lambda check: 1.0)

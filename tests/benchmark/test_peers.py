@@ -28,7 +28,7 @@ def test_reading_with_the_cache_equals_one_forward(gpt: GPT, pieces: list[int]):
     torch.testing.assert_close(logits, gpt(ids), rtol=1e-10, atol=1e-10)
 
 
-def test_a_ring_reads_as_the_cache_does_until_it_is_full(gpt: GPT):
+def test_ring_equals_the_cache_until_it_is_full(gpt: GPT):
     ids = torch.randint(50, (2, 20))
     cache = gpt.new_cache(batch_size=2, capacity=20)
     gpt(ids[:, :19], cache=cache)
@@ -37,7 +37,7 @@ def test_a_ring_reads_as_the_cache_does_until_it_is_full(gpt: GPT):
     assert ring.length == 20
 
 
-def test_a_full_ring_forgets_its_oldest_token(gpt: GPT):
+def test_full_ring_drops_its_oldest_token(gpt: GPT):
     """What a layer sees is the window, so one layer computes what it would with the window alone."""
     gpt.blocks = gpt.blocks[:1]
     ids = torch.randint(50, (1, 27))
@@ -49,7 +49,7 @@ def test_a_full_ring_forgets_its_oldest_token(gpt: GPT):
         torch.testing.assert_close(logits[:, i : i + 1], gpt(ids[:, i : i + 20])[:, -1:], rtol=1e-5, atol=1e-5)
 
 
-def test_setting_the_length_back_forgets(gpt: GPT):
+def test_lower_length_drops_later_tokens(gpt: GPT):
     prefix, first, second = torch.randint(50, (3, 1, 6))
     cache = gpt.new_cache(batch_size=1, capacity=12)
     gpt(prefix, cache=cache)

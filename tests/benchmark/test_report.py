@@ -25,7 +25,7 @@ def line_of(text: str, name: str) -> str:
         (Target(2.0, at_most=False), {1.99: "missed"}),
     ],
 )
-def test_a_target_judges(target: Target, figures: dict[float, str]):
+def test_target_verdicts(target: Target, figures: dict[float, str]):
     assert {figure: target.verdict(figure) for figure in figures} == figures
 
 
@@ -42,7 +42,7 @@ def test_the_fraction_is_that_of_the_tighter_limit():
     assert Work(num_bytes=1e12, flops=4e14).fraction(8.0, LIMITS) == 0.5
 
 
-def test_the_table_says_everything():
+def test_table_has_every_figure():
     row = Row("fast", "op", "ms", 0.05, {"peer": 0.1}, Target(0.055, 0.09), Work(134e6, 8.6e9), 0.84, 2.4e-3)
     failed = Row("fast", "big", "ms", None, {}, Target(1.0), failures={"ours": "OutOfMemoryError: none left"})
     text = shown(row, failed, Row("memory", "step", "GiB", 9.0, target=Target(4.0, 8.0)))
@@ -54,7 +54,7 @@ def test_the_table_says_everything():
     assert [line.strip() for line in text.splitlines() if line.strip() in ("fast", "memory")] == ["fast", "memory"]
 
 
-def test_columns_without_anything_are_left_out():
+def test_empty_columns_are_omitted():
     text = shown(Row("memory", "step", "GiB", 3.0, target=Target(4.0)))
     assert "peers" not in text and "% of limit" not in text
 

@@ -18,11 +18,11 @@ def _short(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(timing, "_SECONDS", 0.05)
 
 
-def test_the_time_of_a_job_is_what_it_takes():
+def test_measured_time_equals_the_duration_of_a_job():
     assert 5.0 <= milliseconds(lambda: lambda: time.sleep(0.005), 1.0, CPU) < 50.0
 
 
-def test_what_is_prepared_once_does_not_count():
+def test_one_time_preparations_are_not_timed():
     prepared = []
 
     def job() -> None:

@@ -17,7 +17,7 @@ def _short(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(timing, "_SECONDS", 0.01)
 
 
-def test_it_measures_everything_and_writes_it_down(resolvent: Resolvent, tmp_path: Path):
+def test_all_sections_are_measured_and_written(resolvent: Resolvent, tmp_path: Path):
     outcome = resolvent("benchmark", "--quick", "--device", "cpu", "--json", tmp_path / "figures.json")
     assert outcome.code == 0, outcome.out + outcome.err
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -68,7 +68,7 @@ def test_an_unknown_section_is_named(resolvent: Resolvent):
     assert "'speed' is none of operators, training, memory, decoding." in message
 
 
-def test_what_fails_is_shown_and_the_exit_code_is_1(
+def test_failures_are_shown_with_exit_code_1(
     resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     def measure(bench: Bench) -> None:

@@ -90,7 +90,7 @@ def test_tokens_to_learn_are_for_bpe_alone(resolvent: Resolvent, text_file: Path
     assert "bytes has tokens of its own; leave out --vocab-size" in " ".join(outcome.err.replace("│", "").split())
 
 
-def test_train_says_what_it_does_and_what_comes_next(
+def test_train_prints_settings_and_the_next_command(
     resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path
 ):
     outcome = resolvent("train", "--data", text_file, "--out", tmp_path / "run", "--steps", 3, *small)
@@ -176,7 +176,7 @@ def test_resume_finds_text_that_has_moved(resolvent: Resolvent, text_file: Path,
 
 
 @pytest.mark.parametrize(("arguments", "device"), [([], None), (["--device", "cpu"], "cpu")])
-def test_resume_keeps_the_device_unless_told(
+def test_resume_keeps_the_device_by_default(
     resolvent: Resolvent, run_dir: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], device: str | None
 ):
     seen: list[str | None] = []
@@ -191,7 +191,7 @@ def test_resume_keeps_the_device_unless_told(
     assert seen == [device]
 
 
-def test_resume_takes_up_a_tracker_that_it_is_told(
+def test_resume_accepts_a_tracker(
     resolvent: Resolvent, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[Any] = []
@@ -203,7 +203,7 @@ def test_resume_takes_up_a_tracker_that_it_is_told(
     assert seen == ["tensorboard"]
 
 
-def test_stopping_before_the_run_began_offers_nothing_to_resume(
+def test_stop_before_the_run_prints_no_resume_command(
     resolvent: Resolvent, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def stop(*_: Any, **__: Any) -> None:
@@ -321,7 +321,7 @@ def test_a_panic_is_a_line(resolvent: Resolvent, run_dir: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(
+def test_signal_saves_and_prints_the_resume_command(
     text_file: Path, small: list[str], tmp_path: Path, number: signal.Signals
 ):
     run = tmp_path / "run"

@@ -25,7 +25,7 @@ def shown(width: int, *, encoding: str = "utf-8", columns=COLUMNS, rows=(ROW,), 
 
 
 @pytest.mark.parametrize("width", range(1, 140, 7))
-def test_no_width_cuts_a_figure(width: int):
+def test_figures_are_whole_at_any_width(width: int):
     page = shown(width)
     assert set(" ".join([*COLUMNS, *ROW]).split()) <= set(page.split())
     assert "…" not in page

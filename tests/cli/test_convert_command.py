@@ -35,7 +35,7 @@ def test_a_phase_1_run_is_a_run(resolvent: Resolvent, phase1_run: Path, text_fil
 
 
 @pytest.mark.parametrize("options", [[], ["--keep-tensor-train"], ["--set", "head_dim=8"]])
-def test_conversion_keeps_the_function_and_shows_what_became_of_every_tensor(
+def test_conversion_keeps_the_logits_and_reports_every_tensor(
     resolvent: Resolvent, phase1_run: Path, tmp_path: Path, text_file: Path, options: list[str], monkeypatch
 ):
     monkeypatch.setenv("COLUMNS", "200")
@@ -58,7 +58,7 @@ def test_conversion_keeps_the_function_and_shows_what_became_of_every_tensor(
     assert scores[0]["bits_per_byte"] == pytest.approx(scores[1]["bits_per_byte"], abs=1e-5)
 
 
-def test_a_converted_model_writes_and_is_trained_on(
+def test_converted_model_generates_and_trains(
     resolvent: Resolvent, phase1_run: Path, tmp_path: Path, text_file: Path
 ):
     out, run = tmp_path / "out", tmp_path / "run"
@@ -93,7 +93,7 @@ def test_conversion_as_json_and_by_seed(resolvent: Resolvent, phase1_run: Path, 
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_what_cannot_be_converted_is_named(resolvent: Resolvent, phase1_run: Path, run_dir: Path, tmp_path: Path):
+def test_error_names_a_model_that_cannot_be_converted(resolvent: Resolvent, phase1_run: Path, run_dir: Path, tmp_path: Path):
     outcome = resolvent("convert", run_dir, tmp_path / "out")
     assert outcome.code == 1 and "holds no Phase 1 model" in outcome.err
     outcome = resolvent("convert", phase1_run, run_dir)

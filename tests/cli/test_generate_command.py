@@ -18,7 +18,7 @@ def test_it_prints_prompt_and_continuation(resolvent: Resolvent, run_dir: Path):
     assert "cat sat on the" in outcome.out  # the model has seen little else
 
 
-def test_the_seed_decides(resolvent: Resolvent, run_dir: Path):
+def test_seed_decides_the_result(resolvent: Resolvent, run_dir: Path):
     options = ["--max-new-tokens", 30, "--temperature", 1.5]
     first, again, other = (resolvent("generate", run_dir, "--seed", seed, *options).out for seed in (1, 1, 2))
     assert first == again != other
@@ -40,7 +40,7 @@ def test_no_new_tokens_leave_the_prompt(resolvent: Resolvent, run_dir: Path):
     )
 
 
-def test_it_stops_where_the_text_ends(resolvent: Resolvent, run_dir: Path):
+def test_generation_stops_at_the_end_of_text(resolvent: Resolvent, run_dir: Path):
     outcome = resolvent("generate", run_dir, "--temperature", 0, "--max-new-tokens", 2000)
     assert "<|endoftext|>" not in outcome.out
     assert len(outcome.out) < 1000
@@ -68,7 +68,7 @@ def test_options_out_of_range_are_wrong_usage(resolvent: Resolvent, run_dir: Pat
     assert str(option[0]) in outcome.err
 
 
-def test_a_prompt_may_come_from_a_file(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
+def test_prompt_from_a_file(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
     (tmp_path / "prompt.txt").write_text("Rhyme: the")
     options = ["--max-new-tokens", 40, "--temperature", 0]
     from_file = resolvent("generate", run_dir, "--prompt-file", tmp_path / "prompt.txt", *options)

@@ -58,7 +58,7 @@ def cell(page: str, text: str) -> tuple[list[str], int]:
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_flows_at_any_width(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch, command: str, width: int):
+def test_help_wraps_at_any_width(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch, command: str, width: int):
     monkeypatch.setenv("COLUMNS", str(width))
     page = resolvent(*command.split(), "--help").out
     assert max(map(len, page.splitlines())) <= width
@@ -79,7 +79,7 @@ def test_help_leaves_no_line_break_to_the_source(command: str):
     assert not any("\n" in (parameter.help or "") for parameter in COMMANDS[command].params)
 
 
-def test_a_docstring_flows():
+def test_docstring_becomes_one_line_per_paragraph():
     def command() -> None:
         """Do
         something.

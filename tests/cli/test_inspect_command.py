@@ -55,7 +55,7 @@ def test_a_run_on_a_text_reads_what_it_held_out(resolvent: Resolvent, run_dir: P
     assert text_of(tmp_path / "page.html") == split_corpus(read_run(run_dir)[0])[1][0]
 
 
-def test_a_text_of_one_s_own(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
+def test_given_text(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
     out = tmp_path / "page.html"
     arguments = ("--text", "The old cat.", "--out", out, "--length", 9, *DEVICE, "--json", "-")
     outcome = resolvent("inspect", run_dir, *arguments)
@@ -93,7 +93,7 @@ def test_a_model_without_a_run_needs_a_text(resolvent: Resolvent, run_dir: Path,
         (["--text", ""], 1, "there is no text"),
     ],
 )
-def test_mistakes_are_explained(resolvent: Resolvent, run_dir: Path, options: list[Any], code: int, message: str):
+def test_errors_name_the_remedy(resolvent: Resolvent, run_dir: Path, options: list[Any], code: int, message: str):
     outcome = resolvent("inspect", run_dir, *options, *DEVICE)
     assert outcome.code == code and message in " ".join(re.sub(r"[│╭╮╰╯─]", " ", outcome.err).split())
     assert not (run_dir / "inspection.html").exists()

@@ -252,7 +252,7 @@ def test_a_learning_rate_has_a_short_name(
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("evaluate")] + ["inspect"])
-def test_ctrl_c_is_quiet(
+def test_ctrl_c_prints_no_traceback(
     resolvent: Resolvent, commands: dict[str, tuple[object, ...]], monkeypatch: pytest.MonkeyPatch, name: str
 ):
     def interrupt(*_: object, **__: object) -> None:
@@ -262,7 +262,7 @@ def test_ctrl_c_is_quiet(
     assert resolvent(*commands[name]) == (130, "", "")
 
 
-def test_ctrl_c_before_a_command_is_quiet(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_before_a_command_prints_no_traceback(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch):
     def interrupt(**_: object) -> None:
         raise KeyboardInterrupt
 
@@ -271,7 +271,7 @@ def test_ctrl_c_before_a_command_is_quiet(resolvent: Resolvent, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("presets",)])
-def test_a_closed_pipe_is_quiet(arguments: tuple[str, ...]):
+def test_closed_pipe_prints_no_error(arguments: tuple[str, ...]):
     process = subprocess.Popen(
         [sys.executable, "-m", "resolvent", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -19,7 +19,7 @@ import resolvent.hf  # noqa: F401  makes the models known to Transformers
 PROMPT = "Rhyme: the"
 
 
-def test_it_writes_the_same(run_dir, resolvent):
+def test_transformers_generates_the_same_text(run_dir, resolvent):
     tokenizer = AutoTokenizer.from_pretrained(run_dir, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(run_dir, local_files_only=True, trust_remote_code=False)
     prompt = [tokenizer.bos_token_id, *tokenizer(PROMPT)["input_ids"]]
@@ -29,7 +29,7 @@ def test_it_writes_the_same(run_dir, resolvent):
     assert shown.code == 0 and shown.out == written + "\n"
 
 
-def test_both_tokenizers_are_one(run_dir):
+def test_tokenizers_of_both_libraries_agree(run_dir):
     ours, theirs = load_tokenizer(run_dir), AutoTokenizer.from_pretrained(run_dir)
     texts = [PROMPT, f"a {EOT}  é\n", "𝄞 , 's .", "L'Haÿ-les-Roses"]
     padded = theirs(texts, padding=True, return_tensors="pt")
@@ -48,7 +48,7 @@ def test_a_pipeline_reads_it(run_dir):
     assert texts[1] == alone
 
 
-def test_a_folder_of_before_is_read(run_dir, tmp_path):
+def test_folder_of_an_older_release_is_read(run_dir, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(run_dir / name, tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())

@@ -135,7 +135,7 @@ def make_bomb(path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_what_is_no_text_is_one_line(
+def test_file_that_is_not_text_is_a_one_line_error(
     resolvent: Resolvent, run_dir: Path, tmp_path: Path, command: str, make: Callable[[Path], Any], message: str
 ):
     make(tmp_path / "x")

@@ -71,7 +71,7 @@ def test_manifest_of_another_program_makes_no_run(project):
     assert load_documents(project) == ["text"]
 
 
-def test_caches_and_hidden_files_are_passed_over(project, caplog):
+def test_caches_and_hidden_files_are_skipped(project, caplog):
     for folder in ("__pycache__", ".venv", "cache", ".pytest_cache"):
         (project / folder).mkdir()
         (project / folder / "b.txt").write_text("cached")
@@ -82,7 +82,7 @@ def test_caches_and_hidden_files_are_passed_over(project, caplog):
     assert not caplog.records
 
 
-def test_links_to_folders_are_left_out_and_loops_do_no_harm(project, caplog):
+def test_links_to_folders_and_loops_are_left_out(project, caplog):
     (project / "sub").mkdir()
     (project / "sub" / "up").symlink_to(project)
     (project / "sub" / "b.txt").symlink_to(project / "a.txt")

@@ -193,7 +193,7 @@ def test_json_lines_end_where_prose_begins_beyond_the_sample(tmp_path):
         read(only_file(tmp_path / "a", "a.txt", "\n".join(lines).encode()))
 
 
-def test_json_lines_without_the_field_are_named_not_learnt(tmp_path):
+def test_json_lines_without_the_field_are_refused(tmp_path):
     path = only_file(tmp_path / "a", "a.txt", b'{"body": "x"}\n{"body": "y"}\n')
     with pytest.raises(DataError, match=r"a\.txt:1: needs .* field \"text\", got the fields \['body'\].*--text-field"):
         read(path)
@@ -359,7 +359,7 @@ def make_link_to_device(path):
 @pytest.mark.parametrize(
     ("make", "what"), [(make_fifo, "a named pipe"), (make_socket, "a socket"), (make_link_to_device, "a device")]
 )
-def test_what_never_ends_is_refused(tmp_path, monkeypatch, caplog, make, what):
+def test_special_files_are_refused(tmp_path, monkeypatch, caplog, make, what):
     monkeypatch.chdir(tmp_path)  # the names of sockets are short
     make(Path("a"))
     with pytest.raises(NotText, match=f"a is {what}, not text: write its text into a file"):
@@ -378,7 +378,7 @@ def test_file_that_becomes_a_pipe_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300])
-def test_name_that_none_can_have(name):
+def test_invalid_file_name(name):
     with pytest.raises(DataError, match="cannot read"):
         load_documents(name)
 
@@ -398,7 +398,7 @@ def growing(compress, unit, times):
 
 @pytest.mark.parametrize("compression", ["gzip", "bzip2", "xz", "zstd"])
 @pytest.mark.parametrize("unit", [b"x", b"x\n", b'{"text": "x"}\n', b"[{\n", b"{"])
-def test_bomb_is_read_only_as_far_as_there_is_memory(tmp_path, compression, unit):
+def test_decompression_bomb_stops_at_the_memory_limit(tmp_path, compression, unit):
     data = growing(COMPRESSIONS[compression], unit, 40)
     path = only_file(tmp_path / "a", "a", data)
     with pytest.raises(DataError, match=r"a/a: the text takes more than 4,000,000 bytes of memory, a quarter of what"):

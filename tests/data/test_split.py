@@ -70,7 +70,7 @@ def test_documents_of_unequal_size_hold_out_a_tenth_of_the_bytes(caplog, kilobyt
     assert not caplog.messages
 
 
-def test_documents_that_are_short_are_never_cut():
+def test_short_documents_are_never_cut():
     documents = [f"Document {number}.\n" * (1 + number % 7) for number in range(200)]
     train, held_out = split_documents(documents)
     assert sorted(train + held_out) == sorted(documents)
@@ -140,7 +140,7 @@ def test_single_document_is_cut_at_the_nearest_line():
 
 
 @pytest.mark.parametrize("text", ["x" * 1000, "x\n" + "x" * 998, "x" * 998 + "\nx", "x" * 850 + "\n" + "x" * 149])
-def test_single_document_without_a_line_near_is_cut_all_the_same(text):
+def test_single_document_without_a_near_line_is_cut(text):
     assert split_documents([text], 0.1) == ([text[:900]], [text[900:]])
 
 
@@ -168,7 +168,7 @@ def test_documents_too_short_to_be_cut_are_reported(caplog):
     assert "33.3% of the bytes are held out instead of 10%: the documents are too few, or equal" in caplog.text
 
 
-def test_a_large_group_of_equal_documents_too_short_to_be_cut_is_learnt(caplog):
+def test_large_group_of_equal_short_documents_stays_in_training(caplog):
     documents = ["y"] * 600 + [f"document {number}\n" for number in range(40)]
     train, held_out = split_documents(documents)
     assert train.count("y") == 600

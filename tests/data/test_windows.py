@@ -93,7 +93,7 @@ def test_an_epoch_uses_every_window_exactly_once(batches, number):
 
 
 @given(packings(), st.lists(st.integers(0, 50), min_size=1, max_size=8))
-def test_random_access_equals_sequential_and_nothing_is_remembered(batches, steps):
+def test_random_access_equals_sequential(batches, steps):
     sequential = [batches[step] for step in range(max(steps) + 1)]
     for step in steps:
         assert same(batches[step], sequential[step])

@@ -68,7 +68,7 @@ def test_gradients_are_those_of_plain_autograd_in_float64(name: str, piece: int)
     assert largest_difference(piecewise_gradients(model, ids, piece), plain_gradients(model, ids)) <= 1e-10
 
 
-def test_distant_gradients_are_as_exact_as_near_ones():
+def test_distant_gradients_are_as_accurate_as_near_ones():
     """Relative to themselves, not to the largest: those 140 tokens back are a thousandth of it."""
     model, ids = PHASE2.model(), tokens(150)
     narrow = piecewise_gradients(model, ids, 16).norm(dim=-1)
@@ -77,7 +77,7 @@ def test_distant_gradients_are_as_exact_as_near_ones():
     assert ((narrow - exact).abs() / exact).max() < 1e-3
 
 
-def test_memory_is_that_of_a_piece():
+def test_memory_is_bounded_by_a_piece():
     model, ids = PHASE2.model(), tokens(401)  # two rows in pieces of 25, all read twice but for the last
     sizes: list[int] = []
     model.token_embedding.register_forward_hook(lambda _module, inputs, _output: sizes.append(inputs[0].numel()))
@@ -90,7 +90,7 @@ def test_memory_is_that_of_a_piece():
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("batch_tokens", [40, 4096])
-def test_divergences_are_those_of_reading_every_variant_anew(name: str, batch_tokens: int):
+def test_divergences_equal_separate_readings(name: str, batch_tokens: int):
     model, ids = MODELS[name]().double(), tokens(150, batch=1)
     places = np.array([149, 0, 64, 63, 64, 148, 100])
     others = (ids[0, places].numpy() + np.arange(1, 8)) % 97
@@ -129,7 +129,7 @@ def test_distances_count_back_from_the_predicted_token():
         assert row.divergence.mean == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_a_resolvent_without_memory_forgets_and_a_memory_that_does_not_decay_remembers():
+def test_influence_vanishes_without_memory_and_stays_without_decay():
     text = encode_documents(["the quick brown fox jumps over the lazy dog. " * 12], BYTES)
     forgetful = PHASE1.model(vocab_size=257, ar_ssm_enabled=False, htt_enabled=False)
     lasting = PHASE2.model(
@@ -144,7 +144,7 @@ def test_a_resolvent_without_memory_forgets_and_a_memory_that_does_not_decay_rem
     assert far[1].divergence.mean > 1e-9
 
 
-def test_the_model_stays_as_it_was():
+def test_model_is_not_changed():
     model = PHASE2.model(vocab_size=257).train()
     model.ln_f.weight.requires_grad_(False)
     wanted = [parameter.requires_grad for parameter in model.parameters()]
@@ -165,7 +165,7 @@ def test_wrong_numbers_are_errors(option: str):
         measure_influence(PHASE2.model(vocab_size=257), encode_documents(["text"], BYTES), **{option: 0})
 
 
-def test_text_that_will_not_do_is_an_error():
+def test_short_or_constant_text_is_an_error():
     model = PHASE2.model(vocab_size=257)
     with pytest.raises(DataError, match="the text has 4 tokens, and a sequence needs 9"):
         measure_influence(model, encode_documents(["text"], BYTES), length=8)

@@ -57,7 +57,7 @@ def nats_one_by_one(model: Phase2IntegratedModel, tokenizer: Tokenizer, document
     ("batch_tokens", "piece_tokens"),
     [(64, 7), (100, 64), (100, 10_000), (8192, 7), (8192, 64), (8192, 512), (8192, 10_000)],
 )
-def test_neither_pieces_nor_batches_change_the_score(
+def test_score_does_not_depend_on_pieces_and_batches(
     model: Phase2IntegratedModel, tokenizer: Tokenizer, batch_tokens: int, piece_tokens: int
 ):
     score = evaluate_documents(model, DOCUMENTS, tokenizer, batch_tokens=batch_tokens, piece_tokens=piece_tokens)
@@ -70,13 +70,13 @@ def test_neither_pieces_nor_batches_change_the_score(
     assert score.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
 
 
-def test_documents_do_not_see_each_other(model: Phase2IntegratedModel, tokenizer: Tokenizer):
+def test_documents_are_scored_separately(model: Phase2IntegratedModel, tokenizer: Tokenizer):
     together = evaluate_documents(model, DOCUMENTS, tokenizer)
     reversed_order = evaluate_documents(model, DOCUMENTS[::-1], tokenizer)
     assert together.loss == pytest.approx(reversed_order.loss, rel=1e-6)
 
 
-def test_a_long_document_is_read_with_its_whole_past(model: Phase2IntegratedModel, tokenizer: Tokenizer):
+def test_long_document_is_scored_with_its_whole_context(model: Phase2IntegratedModel, tokenizer: Tokenizer):
     """The same text cut into documents of its own scores otherwise."""
     text = "the long one " * 40
     whole = evaluate_documents(model, [text], tokenizer, piece_tokens=64)
@@ -84,7 +84,7 @@ def test_a_long_document_is_read_with_its_whole_past(model: Phase2IntegratedMode
     assert abs(whole.bits_per_byte - cut.bits_per_byte) > 1e-3
 
 
-def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_vocabulary(tokenizer: Tokenizer):
+def test_uniform_model_has_the_loss_log_vocabulary(tokenizer: Tokenizer):
     model = small_model()
     torch.nn.init.zeros_(model.lm_head.weight)
     score = evaluate_documents(model, ["abcd"], tokenizer)
@@ -96,7 +96,7 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_vocabulary(tokeni
     )
 
 
-def test_bits_are_counted_by_bytes_of_text_whatever_the_tokens():
+def test_bits_per_byte_do_not_depend_on_the_tokenizer():
     text = ["größer und größer " * 9]
     tokenizer = build_tokenizer("bpe", text, vocab_size=260)
     score = evaluate_documents(small_model(vocab_size=260), text, tokenizer)
@@ -113,7 +113,7 @@ def test_a_stream_needs_no_tokenizer(model: Phase2IntegratedModel, tokenizer: To
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_stays_as_it_was(model: Phase2IntegratedModel, tokenizer: Tokenizer, training: bool):
+def test_model_is_not_changed(model: Phase2IntegratedModel, tokenizer: Tokenizer, training: bool):
     model.train(training)
     first, second = (evaluate_documents(model, DOCUMENTS, tokenizer) for _ in range(2))
     assert first == second  # no dropout
@@ -143,7 +143,7 @@ def stream_of(*lengths: int) -> TokenStream:
 
 @pytest.mark.parametrize("lengths", [(300_000, 50), (50,) * 2000, (1, 9_000, 3, 70_000, 200, 20_000), (99_999,)])
 @pytest.mark.parametrize("budget", [1, 2, 700, 20_000, 65_536])
-def test_a_sample_holds_its_budget_to_the_token(lengths: tuple[int, ...], budget: int):
+def test_sample_has_exactly_the_requested_tokens(lengths: tuple[int, ...], budget: int):
     stream = stream_of(*lengths)
     sample = sample_stretches(stream, budget)
     assert sample.num_predictions == budget
@@ -162,7 +162,7 @@ def test_a_budget_beyond_the_text_takes_whole_documents(budget: int):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.data())
-def test_every_token_is_as_likely_in_a_sample_as_any_other(lengths: list[int], data: st.DataObject):
+def test_every_token_is_sampled_with_equal_probability(lengths: list[int], data: st.DataObject):
     """Over all positions at which a sample may begin, each prediction is made equally often, in its own document."""
     stream = stream_of(*lengths)
     numbered = dataclasses.replace(stream, tokens=np.arange(len(stream.tokens)))
@@ -180,7 +180,7 @@ def test_every_token_is_as_likely_in_a_sample_as_any_other(lengths: list[int], d
     assert np.unique(counts[1:]).tolist() == [budget]
 
 
-def test_a_sample_comes_from_all_over_the_text():
+def test_sample_covers_the_whole_text():
     numbered = dataclasses.replace(stream_of(100_000), tokens=np.arange(100_002))
     tenths = Counter(int(token) // 10_000 for part in sample_stretches(numbered, 20_480).sequences for token in part)
     assert min(tenths[number] for number in range(10)) > 1500
@@ -196,7 +196,7 @@ def test_the_score_of_a_sample_is_near_that_of_the_text(tokenizer: Tokenizer):
     assert sample.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=0.05)
 
 
-def test_progress_is_shown_on_stderr_where_it_is_asked_for(tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]):
+def test_progress_is_shown_on_stderr_if_requested(tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]):
     model = small_model(vocab_size=tokenizer.get_vocab_size())
     seen: list[int] = []
     sequences = document_tokens(encode_documents(DOCUMENTS, tokenizer))

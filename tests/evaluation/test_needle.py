@@ -67,7 +67,7 @@ class Copier(nn.Module):
         return seen[place + 6] if place >= 0 else None
 
 
-def test_a_model_that_remembers_as_far_as_it_reaches_is_found_out(stream: TokenStream, tokenizer: Tokenizer):
+def test_recall_ends_at_the_reach_of_a_model(stream: TokenStream, tokenizer: Tokenizer):
     """It copies the key from the fact's last sentence as long as that is in reach, with the six letters before it."""
     from_key_to_answer = len(QUESTION) + len(" is 1234512345.\n")
     copier = Copier(reach=64 + from_key_to_answer)
@@ -81,7 +81,7 @@ def test_a_model_that_remembers_as_far_as_it_reaches_is_found_out(stream: TokenS
             assert (row.first.mean, row.beaten.mean, row.exact.mean) == (pytest.approx(1 / 8), 0.5, 0)
 
 
-def test_an_inkling_is_found_out_whatever_the_model_likes(stream: TokenStream, tokenizer: Tokenizer):
+def test_weak_recall_is_measured_despite_prior_preferences(stream: TokenStream, tokenizer: Tokenizer):
     model = Copier(reach=1000, certainty=0.01, liking=2.0)
     row = evaluate_needle(model, stream, tokenizer, length=16, samples=12, candidates=8).rows[0]
     assert row.beaten.mean == 1
@@ -89,7 +89,7 @@ def test_an_inkling_is_found_out_whatever_the_model_likes(stream: TokenStream, t
 
 
 @pytest.mark.parametrize("phase", [PHASE1, PHASE2])
-def test_neither_pieces_nor_batches_change_the_scores(phase: SmallPhase, stream: TokenStream, tokenizer: Tokenizer):
+def test_scores_do_not_depend_on_pieces_and_batches(phase: SmallPhase, stream: TokenStream, tokenizer: Tokenizer):
     model = phase.model(vocab_size=257)
     scores = [
         evaluate_needle(model, stream, tokenizer, length=80, samples=4, candidates=5, batch_tokens=batch_tokens)
@@ -98,7 +98,7 @@ def test_neither_pieces_nor_batches_change_the_scores(phase: SmallPhase, stream:
     assert scores[0] == scores[1] == scores[2]
 
 
-def test_without_knowledge_it_is_chance(stream: TokenStream, tokenizer: Tokenizer):
+def test_uniform_model_scores_at_chance(stream: TokenStream, tokenizer: Tokenizer):
     """A fresh model prefers some keys to others, but not the true ones."""
     scores = evaluate_needle(PHASE2.model(vocab_size=257), stream, tokenizer, length=16, samples=60, candidates=8)
     (row,) = scores.rows
@@ -108,7 +108,7 @@ def test_without_knowledge_it_is_chance(stream: TokenStream, tokenizer: Tokenize
     assert row.exact.mean == 0
 
 
-def test_the_seed_decides(stream: TokenStream, tokenizer: Tokenizer):
+def test_seed_decides_the_result(stream: TokenStream, tokenizer: Tokenizer):
     model = PHASE2.model(vocab_size=257)
     first, again, other = (
         evaluate_needle(model, stream, tokenizer, length=20, samples=4, candidates=5, seed=seed) for seed in (1, 1, 2)
@@ -126,7 +126,7 @@ def test_the_seed_decides(stream: TokenStream, tokenizer: Tokenizer):
         ([1, 1, 1], (1 / 3, 0.5)),
     ],
 )
-def test_ties_are_decided_by_a_coin(nats: list[float], expected: tuple[float, float]):
+def test_ties_count_as_their_expectation(nats: list[float], expected: tuple[float, float]):
     assert rank(np.array(nats, float)) == pytest.approx(expected)
 
 
@@ -144,6 +144,6 @@ def test_wrong_numbers_are_errors(stream: TokenStream, tokenizer: Tokenizer, opt
         evaluate_needle(PHASE2.model(vocab_size=257), stream, tokenizer, **options)
 
 
-def test_a_short_text_is_an_error_that_says_how_short(stream: TokenStream, tokenizer: Tokenizer):
+def test_error_names_the_length_of_a_short_text(stream: TokenStream, tokenizer: Tokenizer):
     with pytest.raises(DataError, match="the text has 2,700 tokens, and a sequence needs 65,663"):
         evaluate_needle(PHASE2.model(vocab_size=257), stream, tokenizer)

@@ -29,7 +29,7 @@ INFLUENCES = Influences(256, 1, 1, [Influence(1, 1, SOME, SOME), Influence(2, 2,
         (plot_influence, INFLUENCES, ["tokens before the predicted one", "gradient norm", "divergence if replaced"]),
     ],
 )
-def test_plots_say_what_they_show(draw, scores, words: list[str], suffix: str, tmp_path: Path):
+def test_plots_have_labels(draw, scores, words: list[str], suffix: str, tmp_path: Path):
     path = tmp_path / f"plot{suffix}"
     check_plot(path)
     draw(scores, path)

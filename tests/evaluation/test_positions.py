@@ -42,7 +42,7 @@ def nats_in_a_window(model: IntegratedModel, sequence: np.ndarray, place: int, w
 
 @pytest.mark.parametrize("phase", [PHASE1, PHASE2])
 @pytest.mark.parametrize("batch_tokens", [7, 4096])
-def test_every_bucket_is_what_one_pass_over_its_texts_gives(
+def test_buckets_equal_one_pass_over_the_texts(
     phase: SmallPhase, stream: TokenStream, tokenizer: Tokenizer, batch_tokens: int
 ):
     model, length = phase.model(vocab_size=257, n_seq=24), 150
@@ -58,7 +58,7 @@ def test_every_bucket_is_what_one_pass_over_its_texts_gives(
 
 
 @pytest.mark.parametrize("width", [1, 7, 24])
-def test_windows_hold_half_the_training_length_of_context_and_no_more_than_all_of_it(
+def test_windows_have_between_half_and_all_of_the_training_length_as_context(
     stream: TokenStream, tokenizer: Tokenizer, width: int
 ):
     model, length = PHASE2.model(vocab_size=257, n_seq=width), 60
@@ -84,7 +84,7 @@ def totals(scores: PositionScores) -> tuple[float, float, int]:
 
 @pytest.mark.parametrize("spec", ["bytes", "bpe"])
 @pytest.mark.parametrize("joined", [False, True])
-def test_all_buckets_together_are_the_whole_text(spec: str, joined: bool):
+def test_buckets_sum_up_to_the_whole_text(spec: str, joined: bool):
     tokenizer = build_tokenizer(spec, DOCUMENTS, vocab_size=280)
     stream = encode_documents(DOCUMENTS, tokenizer)
     model = PHASE2.model(vocab_size=tokenizer.get_vocab_size())
@@ -109,7 +109,7 @@ def test_joined_documents_reach_further(stream: TokenStream, tokenizer: Tokenize
 
 
 @pytest.mark.parametrize("spec", ["bytes", "bpe", "gpt2"])
-def test_tokens_know_their_bytes(spec: str):
+def test_bytes_of_tokens_sum_up_to_the_text(spec: str):
     texts = ["naïve 日本語 🙂 <|endoftext|>", "plain words, plain words\n\n"]
     tokenizer = build_tokenizer(spec, texts, vocab_size=270)
     sizes = token_bytes(tokenizer)
@@ -119,7 +119,7 @@ def test_tokens_know_their_bytes(spec: str):
         assert sizes[tokens].sum() == len(text.encode())
 
 
-def test_bits_per_byte_are_left_out_where_tokens_do_not_know_their_bytes(stream: TokenStream, tokenizer: Tokenizer):
+def test_bits_per_byte_are_omitted_for_tokens_without_fixed_bytes(stream: TokenStream, tokenizer: Tokenizer):
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     assert token_bytes(words) is None
     scores = evaluate_positions(PHASE2.model(vocab_size=257), stream, words, length=10)
@@ -127,7 +127,7 @@ def test_bits_per_byte_are_left_out_where_tokens_do_not_know_their_bytes(stream:
 
 
 @pytest.mark.parametrize("option", ["length", "sequences"])
-def test_nothing_to_read_is_an_error(stream: TokenStream, tokenizer: Tokenizer, option: str):
+def test_empty_text_is_an_error(stream: TokenStream, tokenizer: Tokenizer, option: str):
     model = PHASE2.model(vocab_size=257)
     with pytest.raises(ConfigError, match=f"{option} must be >= 1, got 0"):
         evaluate_positions(model, stream, tokenizer, **{option: 0})

@@ -7,14 +7,14 @@ from resolvent.errors import ConfigError, ResolventError
 from resolvent.evaluation.statistics import Bucket, Estimate, doubling, doubling_buckets, rank_correlation
 
 
-def test_the_error_of_single_values_is_that_of_their_mean():
+def test_error_of_single_values_equals_standard_error_of_the_mean():
     values = [1.0, 4.0, 2.5, 7.0]
     assert Estimate.of(values) == Estimate(
         pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)))
     )
 
 
-def test_the_error_of_a_ratio_covers_its_true_value():
+def test_interval_of_a_ratio_covers_the_true_value():
     """Errors cover the true mean of samples of different sizes, whose parts go together.
 
     2,000 times, the true mean lies within two errors in about 95 % of them.
@@ -35,13 +35,13 @@ def test_a_single_sample_has_no_error():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_is_an_error(value: float):
+def test_nonfinite_value_is_an_error(value: float):
     with pytest.raises(ResolventError, match="not finite"):
         Estimate.of([1.0, value])
 
 
 @pytest.mark.parametrize("last", [1, 2, 3, 4, 5, 100, 65536])
-def test_buckets_double_and_leave_nothing_out(last: int):
+def test_buckets_double_and_cover_all_numbers(last: int):
     buckets = doubling_buckets(last)
     assert [number for bucket in buckets for number in (bucket.first, bucket.last)][-1] == last
     assert [bucket.first for bucket in buckets[1:]] == [bucket.last + 1 for bucket in buckets[:-1]]
@@ -49,7 +49,7 @@ def test_buckets_double_and_leave_nothing_out(last: int):
     assert sum(bucket.size for bucket in buckets) == last
 
 
-def test_buckets_read_well():
+def test_buckets_are_formatted_as_ranges():
     assert [str(bucket) for bucket in (Bucket(1, 1), Bucket(1025, 2048))] == ["1", "1,025 - 2,048"]
 
 

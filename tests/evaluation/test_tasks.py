@@ -49,7 +49,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_what_is_missing_is_said(folder, monkeypatch):
+def test_error_names_the_missing_package_or_task(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"pip install 'resolvent\[eval\]'"):
         evaluate_tasks(folder / "run", folder / "run", ["colours"])
@@ -61,7 +61,7 @@ def test_a_model_that_a_folder_names_is_not_loaded(folder):
         evaluate_tasks(folder / "run", folder / "run", ["colours"])
 
 
-def test_a_text_and_tasks_are_two_things(folder, capfd):
+def test_text_and_tasks_exclude_each_other(folder, capfd):
     assert call("evaluate", folder / "run", "--tasks", "colours", "--data", folder / "text") == 2
     assert "not both" in capfd.readouterr().err
     assert call("evaluate", folder / "run", "--task-path", folder / "tasks") == 2
@@ -69,7 +69,7 @@ def test_a_text_and_tasks_are_two_things(folder, capfd):
 
 
 @pytest.mark.slow
-def test_the_harness_measures_what_the_model_says(folder, monkeypatch, capfd):
+def test_harness_likelihoods_equal_those_of_the_model(folder, monkeypatch, capfd):
     pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'resolvent[eval]'")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))

@@ -138,7 +138,7 @@ def test_weights_suit_unseen_text(model: InterpolatedTrigram):
             assert with_weights(model, weights).bits_per_byte(UNSEEN) > fitted - 0.002
 
 
-def test_weights_trust_what_is_well_known():
+def test_weights_favour_frequent_contexts():
     """Noise makes many rare pairs, whose few successors say nothing; in "xyzwyv" a pair always tells the next."""
     letters = random.Random(0).choices("abcdefghijklmnopqrstu", k=6000)
     documents = ["".join(letters[start : start + 300]) + "xyzwyv" * 100 for start in range(0, 6000, 300)]

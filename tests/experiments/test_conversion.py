@@ -28,7 +28,7 @@ def outcome(plan: Plan) -> Outcome:
     return measure(plan, seed=1)
 
 
-def test_the_models_are_what_they_are_called(plan: Plan, outcome: Outcome):
+def test_models_have_the_named_phase_and_tokens(plan: Plan, outcome: Outcome):
     assert outcome.converted.bits_per_byte == pytest.approx(outcome.phase1.bits_per_byte, abs=1e-3)
     tokens = {name: model["tokens"] for name, model in dataclasses.asdict(outcome).items()}
     once, twice = 3 * 8 * 256, 2 * 3 * 8 * 256
@@ -45,7 +45,7 @@ def test_the_models_are_what_they_are_called(plan: Plan, outcome: Outcome):
     assert len(set(scores)) == 4 and all(0 < score < 8 for score in scores)
 
 
-def test_both_go_on_with_the_same_batches_and_other_ones_than_before(plan: Plan, outcome: Outcome):
+def test_continued_runs_share_batches_that_are_new(plan: Plan, outcome: Outcome):
     runs = [read_run(plan.out / "seed-1" / name)[0] for name in ("phase1", "phase1-continued", "converted-continued")]
     first, *continued = (dataclasses.replace(run, out=None, start_from=None) for run in runs)
     assert continued[0] == continued[1]
@@ -54,13 +54,13 @@ def test_both_go_on_with_the_same_batches_and_other_ones_than_before(plan: Plan,
     assert [Path(run.start_from).name for run in runs[1:]] == ["phase1", "converted"]
 
 
-def test_what_is_finished_is_not_trained_again(plan: Plan, outcome: Outcome, monkeypatch: pytest.MonkeyPatch):
+def test_finished_runs_are_not_repeated(plan: Plan, outcome: Outcome, monkeypatch: pytest.MonkeyPatch):
     for name in ("train", "resume"):
         monkeypatch.setattr(conversion, name, lambda *_, **__: pytest.fail("trained again"))
     assert measure(plan, seed=1) == outcome
 
 
-def test_what_was_interrupted_goes_on(plan: Plan, outcome: Outcome, monkeypatch: pytest.MonkeyPatch):
+def test_interrupted_runs_resume(plan: Plan, outcome: Outcome, monkeypatch: pytest.MonkeyPatch):
     metrics = plan.out / "seed-1" / "phase1-continued" / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
     monkeypatch.setattr(conversion, "train", lambda *_, **__: pytest.fail("trained again"))

@@ -61,7 +61,7 @@ class Collector(TextStreamer):
 # --- Folders
 
 
-def test_a_folder_of_ours_is_one_of_transformers(phase, pair):
+def test_saved_folder_loads_in_transformers(phase, pair):
     model, hf = pair
     ids = tokens(70)
     assert type(hf) is CLASSES[phase][2] and not hf.training and hf.config.architectures == [type(hf).__name__]
@@ -74,7 +74,7 @@ def test_a_folder_of_ours_is_one_of_transformers(phase, pair):
     [("phase1", {}), ("phase1", dict(htt_enabled=False)), ("phase2", {}), ("phase2", dict(tie_embeddings=True))],
 )
 @pytest.mark.parametrize("shards", ["50KB", "1GB"])
-def test_what_is_saved_is_loaded(phase, options, shards, tmp_path):
+def test_loaded_model_equals_saved(phase, options, shards, tmp_path):
     model = PHASES[phase].model(**options)
     save_model(model, tmp_path / "ours")
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -111,7 +111,7 @@ def test_fresh_weights_are_those_of_a_fresh_model(phase, options):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_loading_draws_what_is_missing_and_nothing_else(phase, pair, tmp_path):
+def test_loading_initialises_only_missing_weights(phase, pair, tmp_path):
     model, hf = pair
     name = "ln_f.bias" if phase == "phase1" else "blocks.1.dissipative_bk.log_zeta"
     weights = hf.state_dict()
@@ -136,7 +136,7 @@ def test_weights_come_in_the_dtype_asked_for(phase, pair, tmp_path):
     assert all(p.grad.isfinite().all() for p in half.parameters() if p.grad is not None)
 
 
-def test_blocks_may_lie_on_disk(phase, tmp_path):
+def test_blocks_offloaded_to_disk(phase, tmp_path):
     model = PHASES[phase].model()
     save_model(model, tmp_path / "ours")
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -168,7 +168,7 @@ def test_a_configuration_has_the_fields_of_ours(phase):
     assert AutoConfig.for_model(config.model_type, n_layers=2, dropout=0.25) == config
 
 
-def test_a_configuration_in_a_configuration():
+def test_nested_configuration():
     config = Phase2HFConfig(phase1_config={"n_layers": 3})
     assert config.to_dataclass().phase1_config == Phase1Config(n_layers=3)
     assert Phase2HFConfig(**Phase2Config(phase1_config=Phase1Config()).to_dict()).to_dataclass().phase1_config
@@ -204,13 +204,13 @@ def test_only_phase_2_ties():
 # --- Generation
 
 
-def test_greedy_generation_is_ours(pair):
+def test_greedy_generation_equals_generate(pair):
     model, hf = pair
     ids = tokens(70)
     assert torch.equal(hf.generate(ids, **GREEDY), model.generate(ids, 12, temperature=0))
 
 
-def test_sampling_is_ours(pair):
+def test_sampling_equals_generate(pair):
     model, hf = pair
     ids = tokens(20)
     torch.manual_seed(3)
@@ -268,7 +268,7 @@ def test_beam_search_reorders_the_state(pair):
 
 
 @pytest.mark.parametrize("pieces", [None, 16])
-def test_a_left_padded_batch_is_its_rows(pair, pieces):
+def test_left_padded_batch_equals_single_rows(pair, pieces):
     _, hf = pair
     ids, mask = tokens(70, batch=3), torch.ones(3, 70, dtype=torch.long)
     mask[0, :30] = mask[1, :69] = 0
@@ -287,7 +287,7 @@ def test_a_prompt_may_be_read_in_pieces(pair):
 
 
 @torch.no_grad()
-def test_a_cache_goes_on(pair):
+def test_cache_continues_a_text(pair):
     model, hf = pair
     ids = tokens(70)
     first = hf(ids[:, :30])
@@ -329,7 +329,7 @@ def test_prompt_without_a_last_token_is_refused(pair):
     assert torch.equal(alone, hf.generate(torch.tensor([[5]]), **GREEDY))
 
 
-def test_attentions_are_asked_for_in_vain(pair):
+def test_output_attentions_is_refused(pair):
     """Transformers asks every model for its attention weights; the blocks have none."""
     _, hf = pair
     ids = tokens(20)
@@ -378,7 +378,7 @@ def test_modes_of_downloaded_code_are_refused(options, mode):
         hf.generate(tokens(10), trust_remote_code=True, **options, **GREEDY)
 
 
-def test_what_cannot_work_is_refused(pair):
+def test_unsupported_options_are_refused(pair):
     _, hf = pair
     ids = tokens(10)
     with pytest.raises(ValueError, match="past_key_values must be a RecurrentCache, got DynamicCache"):
@@ -401,7 +401,7 @@ def expected_loss(logits, labels):
 
 
 @pytest.mark.parametrize("skip_logits", [True, False])
-def test_labels_are_shifted_here(pair, skip_logits):
+def test_labels_are_shifted_by_the_model(pair, skip_logits):
     _, hf = pair
     ids = tokens(70)
     labels = ids.clone()
@@ -422,7 +422,7 @@ def test_labels_are_shifted_here(pair, skip_logits):
     assert hf.train()(ids, labels=torch.full_like(ids, -100), num_items_in_batch=7).loss == 0
 
 
-def test_shifted_labels_take_the_place_of_labels(pair):
+def test_shifted_labels_replace_labels(pair):
     _, hf = pair
     ids, targets, mask = tokens(70), tokens(70), torch.ones(2, 70, dtype=torch.long)
     targets[1, 50:], mask[0, :30] = -100, 0
@@ -476,7 +476,7 @@ def test_loss_without_counted_labels_is_zero(pair):
     assert not any(p.grad.any() for p in theirs.parameters() if p.grad is not None)
 
 
-def test_logits_of_the_last_places_alone(pair):
+def test_logits_to_keep(pair):
     _, hf = pair
     ids = tokens(30)
     whole = hf(ids).logits
@@ -529,7 +529,7 @@ def test_a_table_of_tokens_can_grow(tmp_path):
     assert torch.equal(load_model(tmp_path / "grown", "cpu")(ids), hf(ids).logits)
 
 
-def test_a_tensor_train_is_what_it_is(tmp_path):
+def test_tensor_train_embedding_is_kept(tmp_path):
     save_model(PHASE1.model(), tmp_path)
     hf = Phase1ForCausalLM.from_pretrained(tmp_path)
     assert isinstance(hf.get_input_embeddings(), TensorTrainEmbedding)
@@ -552,7 +552,7 @@ def test_models_are_copied_and_pickled(pair):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "out_proj"]])
-def test_adapters_act_wherever_they_are_put(pair, targets, tmp_path):
+def test_adapters_act_on_all_targets(pair, targets, tmp_path):
     peft = pytest.importorskip("peft") if not os.environ.get("CI") else __import__("peft")
     model, hf = pair
     config = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)

@@ -77,7 +77,7 @@ def test_no_script_fails(wide: dict[str, Any], narrow: dict[str, Any]):
     assert wide["faults"] == narrow["faults"] == []
 
 
-def test_everything_a_model_has_is_drawn(wide: dict[str, Any], narrow: dict[str, Any]):
+def test_every_part_of_a_model_is_drawn(wide: dict[str, Any], narrow: dict[str, Any]):
     every = ["surprise", "influence", "learning", "decay", "energy", "snr", "resonance", "resolvent"]
     assert wide["sections"] == every and not wide["missing_is_shown"]
     assert narrow["sections"] == ["surprise", "influence", "resolvent"] and narrow["missing_is_shown"]

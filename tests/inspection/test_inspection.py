@@ -39,7 +39,7 @@ def ids() -> torch.Tensor:
     return torch.from_numpy(encode_documents([TEXT], TOKENIZER).tokens[:-1].astype(np.int64))
 
 
-def test_the_tokens_are_the_text(inspection: Inspection):
+def test_tokens_join_to_the_text(inspection: Inspection):
     assert inspection.tokens[0] == "<|endoftext|>"
     assert "".join(inspection.tokens[1:]) == TEXT
     assert len(inspection.tokens) == len(TEXT.encode()) + 1
@@ -61,7 +61,7 @@ def test_expected_words_keep_their_spaces():
     assert not words & {"nation", "people"}  # which stand behind a space only
 
 
-def test_losses_and_expectations_are_the_model_s(inspection: Inspection, model: IntegratedModel):
+def test_losses_and_expectations_equal_those_of_the_model(inspection: Inspection, model: IntegratedModel):
     stream = encode_documents([TEXT], TOKENIZER)
     whole = [document[:-1] for document in document_tokens(stream)]
     assert sum(inspection.nats) == pytest.approx(sum_of_nats(model, whole, batch_tokens=512, piece_tokens=64), rel=1e-3)
@@ -118,14 +118,14 @@ def test_the_strength_of_the_snr_filter_is_shown(trained: bool, expected: list[f
     assert stats["strength"].tolist() == [pytest.approx(expected)]
 
 
-def test_it_survives_json(inspection: Inspection):
+def test_inspection_round_trip_through_json(inspection: Inspection):
     values = json.loads(json.dumps(inspection.to_dict(), allow_nan=False))
     assert list(values) == [field.name for field in fields(Inspection)]
     assert values["name"] == "a cat's" and values["nats"] == inspection.nats
     assert values["layers"][0]["real"] == inspection.layers[0].real
 
 
-def test_mechanisms_that_are_off_are_not_there():
+def test_disabled_mechanisms_are_omitted():
     model = PHASE2.model(vocab_size=257, snr_enabled=False, resonance_enabled=False)
     found = inspect_model(model, TOKENIZER, TEXT)
     assert found.snr_threshold is None and found.resonance_threshold is None and found.consolidation_interval is None
@@ -133,7 +133,7 @@ def test_mechanisms_that_are_off_are_not_there():
     assert memory is not None and memory.signal is memory.strength is memory.modes is None and memory.snr
 
 
-def test_length_cuts(model: IntegratedModel):
+def test_length_limits_the_tokens(model: IntegratedModel):
     assert len(inspect_model(model, TOKENIZER, TEXT, length=10).tokens) == 10
     assert len(inspect_model(model, TOKENIZER, "a").tokens) == 2
 
@@ -173,7 +173,7 @@ def test_curves_of_a_run_that_has_not_begun(tmp_path: Path):
     assert read_curves(tmp_path / "metrics.jsonl").step == []
 
 
-def test_a_line_that_is_being_written_does_not_count(tmp_path: Path):
+def test_incomplete_last_line_is_ignored(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text(record(1) + record(2)[:20])
     assert read_curves(tmp_path / "metrics.jsonl").step == [1]
 

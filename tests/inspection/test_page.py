@@ -66,7 +66,7 @@ def test_every_element_is_closed_and_named_once(page: str):
     assert wanted <= set(names)
 
 
-def test_a_sentence_stands_above_every_picture(page: str):
+def test_every_picture_has_a_caption(page: str):
     for section in re.findall(r"<section.*?</section>", page, re.DOTALL):
         before = re.split(r'<figure|<div class="text"', section)[:-1]
         assert before and all(re.search(r"<p>[A-Z].{60,}", part, re.DOTALL) for part in before if "<p>" in part)
@@ -75,7 +75,7 @@ def test_a_sentence_stands_above_every_picture(page: str):
         )
 
 
-def test_it_needs_nothing_else(page: str):
+def test_page_loads_no_other_resources(page: str):
     parsed = Page(page)
     for _, attributes in parsed.elements:
         assert not {"src", "href", "srcset", "action"} & attributes.keys()
@@ -90,7 +90,7 @@ def test_the_data_are_those_of_the_inspection(page: str, inspection: Inspection)
     assert json.loads(Page(page).text["data"]) == json.loads(json.dumps(inspection.to_dict()))
 
 
-def test_no_text_breaks_out_of_its_element(page: str):
+def test_text_is_escaped_in_its_element(page: str):
     assert page.count("<script") == 2 and page.count("</script>") == 2
     assert "alert" not in Page(page).text["script"]
     assert "{{" not in page.replace(json.dumps(HOSTILE)[1:-1].replace("<", "\\u003c"), "")

@@ -22,7 +22,7 @@ def phase2(**options: Any) -> Phase2IntegratedModel:
 
 @pytest.mark.parametrize("stride", [1, 7, 64, 1000])
 @pytest.mark.parametrize("options", [{}, {"snr_enabled": False}, {"resonance_enabled": False, "conv_size": 1}])
-def test_a_trace_is_what_one_pass_finds(options: dict[str, Any], stride: int):
+def test_trace_equals_one_pass(options: dict[str, Any], stride: int):
     model, ids = phase2(**options), tokens(150, 1)[0]
     seen = trace_text(model, ids, stride=stride)
     whole = observe(model, ids[None])
@@ -39,7 +39,7 @@ def test_a_trace_is_what_one_pass_finds(options: dict[str, Any], stride: int):
         torch.testing.assert_close(layer.memory.bound[-1], stability["energy_bound"][0], **CLOSE)
 
 
-def test_nothing_leaves_its_bounds():
+def test_traces_stay_within_their_bounds():
     for layer in trace_text(phase2(), tokens(300, 1)[0]).layers:
         assert layer.memory is not None
         assert (layer.memory.energy <= layer.memory.bound).all()
@@ -67,7 +67,7 @@ def test_a_converted_model_has_the_resolvent_of_its_source():
         torch.testing.assert_close(after.resolvent, before.resolvent, **CLOSE)
 
 
-def test_a_trace_leaves_the_model_alone():
+def test_trace_does_not_change_the_model():
     model = phase2().train()
     trace_text(model, tokens(20, 1)[0])
     assert model.training

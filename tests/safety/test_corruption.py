@@ -203,7 +203,7 @@ def test_several_damaged_files(damages: list[Damage], folder: Path, undisturbed:
 @pytest.mark.parametrize(
     "file", ["config.json", "manifest.json", "model.safetensors", "optimizer.safetensors", "trainer.json"]
 )
-def test_a_damaged_checkpoint_is_passed_over(file: str, folder: Path, undisturbed: Undisturbed, warnings: list[str]):
+def test_damaged_checkpoint_is_skipped(file: str, folder: Path, undisturbed: Undisturbed, warnings: list[str]):
     run = damaged(folder, Damage("flip", f"{NEWEST}/{file}", f"{NEWEST}/{file}", 0.4, 2))
     resume(run, data=str(folder / "verses.txt"))
     assert len(warnings) == 1
@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_is_passed_over(file: str, folder: Path, undisturbe
     assert not warnings
 
 
-def test_a_damaged_checkpoint_stays_until_another_takes_its_place(folder: Path):
+def test_damaged_checkpoint_stays_until_it_is_replaced(folder: Path):
     """Somebody may know how to mend it."""
     run = damaged(folder, Damage("flip", f"{NEWEST}/trainer.json", f"{NEWEST}/trainer.json", 0.4, 2))
     before = contents(folder / NEWEST)

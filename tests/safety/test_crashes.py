@@ -74,14 +74,14 @@ def die_and_resume(text: Path, run: Path, die_at: int, tracker: Tracker = "none"
 
 
 @pytest.mark.parametrize("part", [0.02, 0.2, 0.55, 0.93])
-def test_killed_between_two_touches_of_the_folder(whole: tuple[Path, int], text: Path, tmp_path: Path, part: float):
+def test_killed_between_two_accesses_of_the_folder(whole: tuple[Path, int], text: Path, tmp_path: Path, part: float):
     undisturbed, touches = whole
     die_and_resume(text, tmp_path / "run", die_at=max(1, round(part * touches)))
     assert outcome(tmp_path / "run") == outcome(undisturbed)
 
 
 @pytest.mark.parametrize("part", [0.3, pytest.param(0.7, marks=pytest.mark.slow)])
-def test_a_tracked_run_is_tracked_as_if_it_had_not_been_killed(
+def test_killed_tracked_run_has_the_same_entry(
     whole: tuple[Path, int], text: Path, tmp_path: Path, part: float
 ):
     """And the run itself is that which nobody tracked."""
@@ -95,7 +95,7 @@ def test_a_tracked_run_is_tracked_as_if_it_had_not_been_killed(
 
 
 @pytest.mark.slow
-def test_killed_before_every_touch_of_the_folder(whole: tuple[Path, int], text: Path, tmp_path: Path):
+def test_killed_before_every_access_of_the_folder(whole: tuple[Path, int], text: Path, tmp_path: Path):
     undisturbed, touches = whole
     assert touches > 100
     expected = outcome(undisturbed)

@@ -150,7 +150,7 @@ def test_the_setting_ends_with_its_block(monkeypatch: pytest.MonkeyPatch):
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_a_deterministic_run_trains_so(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_deterministic_run_uses_deterministic_algorithms(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[bool] = []
     step: Callable[[Trainer, StopRequest], None] = Trainer._step
 

@@ -65,14 +65,14 @@ def assert_no_drift(device: str, pieces: int, piece_tokens: int) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
-def test_three_hundred_thousand_tokens_leave_no_trace(device: str):
+def test_state_does_not_drift_over_three_hundred_thousand_tokens(device: str):
     assert_no_drift(device, pieces=20, piece_tokens=16_384)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
-def test_ten_million_tokens_leave_no_trace(device: str):
+def test_state_does_not_drift_over_ten_million_tokens(device: str):
     assert_no_drift(device, pieces=-(-10_000_000 // PIECE), piece_tokens=PIECE)
 
 

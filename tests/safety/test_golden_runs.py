@@ -34,12 +34,12 @@ def expected(golden: Path) -> dict[str, Any]:
     return json.loads((golden / "expected.json").read_text())
 
 
-def test_it_is_as_small_as_a_repository_likes():
+def test_golden_run_is_small():
     for format_ in GOLDEN.iterdir():
         assert sum(path.stat().st_size for path in format_.rglob("*") if path.is_file()) < 200_000
 
 
-def test_its_model_says_what_it_said(golden: Path):
+def test_golden_model_keeps_its_outputs(golden: Path):
     model, tokenizer = load_trained(golden / "run", "cpu")
     prompt = expected(golden)["prompt"]
     assert tokenizer.decode(prompt[1:]) == "Verse 3:"
@@ -60,7 +60,7 @@ def test_a_run_with_another_split_is_refused_by_name(golden: Path):
 
 @pytest.mark.parametrize("golden", RESUMED, indirect=True)
 @pytest.mark.parametrize("from_step", [6, 3])
-def test_it_resumes_to_where_it_was(golden: Path, from_step: int):
+def test_golden_run_resumes_to_its_result(golden: Path, from_step: int):
     run = golden / "run"
     before = read_tensors(run / "model.safetensors")
     if from_step == 3:
@@ -116,7 +116,7 @@ def test_tensors_of_a_newer_format_are_refused(tmp_path: Path):
         read_tensors(path)
 
 
-def test_no_format_version_is_no_format(tmp_path: Path):
+def test_missing_format_version_is_refused(tmp_path: Path):
     run = Path(shutil.copytree(GOLDEN / FORMATS[-1] / "run", tmp_path / "run"))
     edit(run / "training.json", lambda values: values.pop("format_version"))
     seal(run)

@@ -97,7 +97,7 @@ PARTIALS = [
 
 @pytest.mark.parametrize("name", [*PARTIALS, "checkpoints/step-00000006", "model.safetensors"])
 @pytest.mark.parametrize("target", ["file", ".", "nowhere"])
-def test_links_in_the_place_of_what_a_run_writes_are_replaced(run: Path, precious: Path, name: str, target: str):
+def test_links_at_names_that_a_run_writes_are_replaced(run: Path, precious: Path, name: str, target: str):
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(precious / target)
     resume(run, data=VERSES)
@@ -127,7 +127,7 @@ def test_links_that_a_run_would_write_through_are_refused_by_name(
         } == before
 
 
-def test_a_linked_checkpoint_is_passed_over(
+def test_linked_checkpoint_is_skipped(
     run: Path, precious: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     shutil.copytree(GOLDEN / "run" / LAST, tmp_path / "theirs")
@@ -139,7 +139,7 @@ def test_a_linked_checkpoint_is_passed_over(
     assert not (run / LAST).is_symlink() and (tmp_path / "theirs" / MANIFEST).stat().st_mtime_ns == before
 
 
-def test_an_old_checkpoint_that_is_a_link_is_removed_but_not_what_it_leads_to(run: Path, precious: Path):
+def test_old_linked_checkpoint_is_removed_without_its_target(run: Path, precious: Path):
     (run / "checkpoints" / "step-00000001").symlink_to(precious)
     resume(run, data=VERSES)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
@@ -166,7 +166,7 @@ def test_a_mark_that_is_a_pipe_is_refused(tmp_path: Path):
         train(minute_config(tmp_path / "verses.txt", tmp_path / "run"))
 
 
-def test_a_beginning_removes_a_link_in_the_place_of_checkpoints(tmp_path: Path, precious: Path):
+def test_new_run_replaces_a_link_at_checkpoints(tmp_path: Path, precious: Path):
     (tmp_path / "verses.txt").write_text(TEXT)
     run = tmp_path / "run"
     run.mkdir()
@@ -225,7 +225,7 @@ def occupy(path: Path, by: str) -> None:
 
 @pytest.mark.parametrize("by", ["pipe", "circle", "device", "pipe link"])
 @pytest.mark.parametrize("name", READ)
-def test_what_is_no_file_is_never_waited_for(run: Path, name: str, by: str):
+def test_pipes_and_devices_never_block(run: Path, name: str, by: str):
     occupy(run / name, by)
     with within(30):
         if name == "model.safetensors":
@@ -247,7 +247,7 @@ def test_what_is_no_file_is_never_waited_for(run: Path, name: str, by: str):
 
 
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
-def test_a_checkpoint_with_a_pipe_is_passed_over(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture):
+def test_checkpoint_with_a_pipe_is_skipped(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture):
     run = Path(shutil.copytree(GOLDEN / "run", tmp_path / "run"))
     occupy(run / LAST / name, "pipe")
     with within(30):
@@ -255,7 +255,7 @@ def test_a_checkpoint_with_a_pipe_is_passed_over(tmp_path: Path, name: str, capl
     assert "Going back to step-00000003" in caplog.text and name in caplog.text
 
 
-def test_pipes_among_shards_are_never_waited_for(tmp_path: Path):
+def test_pipes_among_shards_never_block(tmp_path: Path):
     shutil.copy(GOLDEN / "run" / "model.safetensors", tmp_path)
     assert stored_shapes(tmp_path)
     os.mkfifo(tmp_path / "more.safetensors")
@@ -306,7 +306,7 @@ def test_the_target_of_a_link_that_the_user_names_is_written(tmp_path: Path):
     assert {path.name: path.read_text() for path in (tmp_path / "there").iterdir()} == {"old": "a", "new": "c"}
 
 
-def test_a_name_of_ours_is_taken_from_a_link(tmp_path: Path):
+def test_link_at_a_library_name_is_replaced(tmp_path: Path):
     (tmp_path / "target").write_text("mine")
     for name in ("a", ".a.partial"):
         (tmp_path / name).symlink_to("target")
@@ -388,7 +388,7 @@ def test_the_default_page_replaces_a_link_in_the_run_folder(run: Path, precious:
 
 
 @pytest.mark.parametrize("content", ["link", '{"id": "../../x"}', '{"id": "abc"}', "{}"])
-def test_a_tracker_gets_no_identity_that_is_not_ours(
+def test_foreign_tracker_id_is_refused(
     run: Path, precious: Path, content: str, monkeypatch: pytest.MonkeyPatch
 ):
     if content == "link":

@@ -101,7 +101,7 @@ def assert_served_as_alone(phase: SmallPhase, device: str, requests: int, at_onc
 @PHASES
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("at_once", [1, 2, 16])
-def test_sequences_that_join_and_leave_write_what_each_writes_alone(phase: SmallPhase, at_once: int, device: str):
+def test_joining_and_leaving_sequences_equal_single_ones(phase: SmallPhase, at_once: int, device: str):
     assert_served_as_alone(phase, device, requests=3 * at_once, at_once=at_once, compared=12)
 
 
@@ -109,7 +109,7 @@ def test_sequences_that_join_and_leave_write_what_each_writes_alone(phase: Small
 @PHASES
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("at_once", [128, 512])
-def test_many_sequences_write_what_each_writes_alone(phase: SmallPhase, at_once: int, device: str):
+def test_many_sequences_equal_single_ones(phase: SmallPhase, at_once: int, device: str):
     assert_served_as_alone(phase, device, requests=3 * at_once, at_once=at_once, compared=200)
 
 
@@ -170,7 +170,7 @@ class Growth:
         return sum(size for size in sizes if size < MEBIBYTE), resident()
 
 
-def test_what_grows_is_seen_and_named():
+def test_growth_is_detected_and_named():
     kept: list[bytes] = []
     with Growth() as growth:
         growth.begin()
@@ -287,7 +287,7 @@ def test_every_cache_has_an_end():
 
 
 @torch.no_grad()
-def test_layouts_are_forgotten():
+def test_layouts_leave_their_cache():
     model = PHASE2.model(n_layers=1)
     for length in range(2, 90):
         model(tokens(length, 1))

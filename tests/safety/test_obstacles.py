@@ -181,7 +181,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_stops_no_run(
     assert found == expected
 
 
-def test_what_a_killed_save_left_and_cannot_be_removed_stops_no_run(
+def test_remains_of_a_killed_save_stop_no_run(
     text: Path, expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run, working = tmp_path / "run", shutil.rmtree
@@ -219,7 +219,7 @@ def test_a_run_in_use_is_refused(text: Path, tmp_path: Path, capfd: pytest.Captu
     assert call("train", "--resume", run) == 0
 
 
-def test_of_two_beginnings_one_is_refused(text: Path, tmp_path: Path):
+def test_one_of_two_simultaneous_starts_is_refused(text: Path, tmp_path: Path):
     with new_run(tmp_path / "run"), pytest.raises(CheckpointError, match="in use by another process"):
         train(minute_config(text, tmp_path / "run"))
     train(minute_config(text, tmp_path / "run"))
@@ -227,7 +227,7 @@ def test_of_two_beginnings_one_is_refused(text: Path, tmp_path: Path):
         train(minute_config(text, tmp_path / "run"))
 
 
-def test_of_many_processes_one_trains(text: Path, expected: dict[str, object], tmp_path: Path):
+def test_one_of_many_processes_trains(text: Path, expected: dict[str, object], tmp_path: Path):
     run = tmp_path / "run"
     processes = [start(text, run) for _ in range(4)]
     for process in processes:
@@ -339,7 +339,7 @@ def learn_words(text: Path, run: Path, said: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize(("moment", "count"), [("tokenization", 2000), ("stream", 300)])
-def test_sigterm_is_heard_while_a_library_works_on_one_word(tmp_path: Path, moment: str, count: int):
+def test_sigterm_interrupts_a_long_library_call(tmp_path: Path, moment: str, count: int):
     """A text of letters without a space: training takes seconds then, and so does encoding."""
     letters = random.Random(0).choices(string.ascii_lowercase, k=1_500_000)
     text, said = tmp_path / "letters.txt", tmp_path / "said"
@@ -357,7 +357,7 @@ def test_sigterm_is_heard_while_a_library_works_on_one_word(tmp_path: Path, mome
     assert time.monotonic() - began < 2
 
 
-def test_files_are_on_disk_before_they_have_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_are_synced_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What a power cut may lose is what was not synced: contents first, then the name, then its folder."""
     events: list[tuple[str, str]] = []
     fsync, rename, replace = os.fsync, Path.rename, Path.replace

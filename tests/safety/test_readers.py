@@ -150,7 +150,7 @@ def test_reads_beside_a_writer_are_whole(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_200_readers_beside_a_writer_never_find_damage(tmp_path: Path, record_property: Callable[[str, object], None]):
+def test_200_readers_beside_a_writer_find_no_damage(tmp_path: Path, record_property: Callable[[str, object], None]):
     run, processes, threads = tmp_path / "run", 10, 20
 
     def read_in_processes() -> Counter[str]:

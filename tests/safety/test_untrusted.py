@@ -99,7 +99,7 @@ def test_a_pickle_is_not_opened(run: Path, tmp_path: Path, number: int, reader: 
     assert target.exists()  # the trap is one
 
 
-def test_weights_in_pickles_beside_a_model_are_not_looked_at(run: Path, tmp_path: Path):
+def test_pickles_beside_a_model_are_ignored(run: Path, tmp_path: Path):
     for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "optimizer.pt"):
         (run / name).write_bytes(traps(tmp_path / "sprung")[1])
     load_trained(run, "cpu")
@@ -127,7 +127,7 @@ def test_no_source_can_run_what_it_reads():
     assert seen > 1000
 
 
-def test_names_in_a_manifest_lead_nowhere(run: Path, tmp_path: Path):
+def test_paths_in_a_manifest_are_not_read(run: Path, tmp_path: Path):
     """A manifest's names are looked up, never opened: a file is only compared with the entry of its own name."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)  # opening it would wait for ever
@@ -146,7 +146,7 @@ def test_an_index_of_shards_stays_in_its_folder(run: Path, tmp_path: Path, name:
         load_model(run, device="cpu")
 
 
-def test_records_of_text_name_no_files(tmp_path: Path):
+def test_paths_in_records_are_text(tmp_path: Path):
     (tmp_path / "secret.txt").write_text("secret")
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -429,7 +429,7 @@ def test_prompts_of_any_bytes(prompt: bytes, tmp_path: Path, capfd: pytest.Captu
         assert capfd.readouterr() == (expected + "\n", "")
 
 
-def test_one_prompt_is_enough(capfd: pytest.CaptureFixture[str]):
+def test_options_for_prompts_exclude_each_other(capfd: pytest.CaptureFixture[str]):
     assert call("generate", GOLDEN / "run", "--prompt", "a", "--prompt-file", __file__) == 2
     assert "the file holds the prompt" in capfd.readouterr().err
 

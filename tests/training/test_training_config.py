@@ -40,7 +40,7 @@ def test_a_single_fault_is_one_line():
         TrainingConfig(steps=-3).validate()
 
 
-def test_a_saved_model_leaves_nothing_else_to_say_of_the_model():
+def test_start_from_excludes_other_model_fields():
     TrainingConfig(start_from="runs/old").validate()
     given = dict(phase=1, preset=None, model=get_phase1_preset("tiny"), tokenizer="bpe", vocab_size=300)
     with pytest.raises(ConfigError, match=r"leave out phase, preset, model, tokenizer, vocab_size$"):
@@ -118,7 +118,7 @@ def test_the_default_warm_up(steps: int, warmup: int):
     assert TrainingConfig(steps=steps, warmup_steps=7).warmup == 7
 
 
-def test_the_default_window_is_what_the_model_was_configured_for():
+def test_default_window_is_n_seq_of_the_model():
     assert [TrainingConfig(seq_len=given).window(n_seq=512) for given in (None, 64)] == [512, 64]
 
 
@@ -144,7 +144,7 @@ def test_validations_take_a_twentieth_of_the_tokens_that_are_trained_on():
 
 
 @pytest.mark.parametrize("tokens", [0, 7, 10**9])
-def test_tokens_of_a_validation_that_are_given_are_taken(tokens: int):
+def test_given_tokens_of_a_validation_replace_the_default(tokens: int):
     config = TrainingConfig(eval_tokens=tokens, final_eval_tokens=tokens + 1)
     assert config.validation_tokens(2048, final=False) == tokens
     assert config.validation_tokens(2048, final=True) == tokens + 1
@@ -156,7 +156,7 @@ def test_a_saved_model_takes_a_quarter_of_the_learning_rate_of_fresh_weights():
     assert TrainingConfig(start_from="runs/old", learning_rate=0.3).peak_learning_rate(128) == 0.3
 
 
-def test_a_share_to_hold_out_has_no_effect_beside_other_text():
+def test_validation_fraction_is_refused_beside_validation_data():
     TrainingConfig(validation_data="other.txt").validate()
     TrainingConfig(validation_fraction=0.2).validate()
     with pytest.raises(ConfigError, match="validation_fraction has no effect beside validation_data"):
@@ -164,6 +164,6 @@ def test_a_share_to_hold_out_has_no_effect_beside_other_text():
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0])
-def test_a_share_to_hold_out_leaves_something_on_either_side(fraction: float):
+def test_validation_fraction_is_between_0_and_1(fraction: float):
     with pytest.raises(ConfigError, match=r"validation_fraction must be [<>] [01], got"):
         TrainingConfig(validation_fraction=fraction).validate()

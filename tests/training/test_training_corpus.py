@@ -14,7 +14,7 @@ def corpus() -> Corpus:
     return Corpus(tokenizer, encode_documents(train, tokenizer), encode_documents(validation, tokenizer))
 
 
-def test_the_fingerprint_sees_every_change(corpus: Corpus):
+def test_fingerprint_depends_on_every_token(corpus: Corpus):
     fingerprints = {corpus.fingerprint}
     for train in (["onE", "two", "three"], ["two", "one", "three"], ["one", "two"], ["o", "netwo", "three"]):
         changed = dataclasses.replace(corpus, train=encode_documents(train, corpus.tokenizer))
@@ -29,7 +29,7 @@ def test_the_split_does_not_depend_on_the_seed(small_config):
     assert first.fingerprint == second.fingerprint
 
 
-def test_validation_text_of_its_own(small_config, tmp_path: Path):
+def test_separate_validation_text(small_config, tmp_path: Path):
     path = tmp_path / "held_out.txt"
     path.write_text("A text of its own.")
     corpus = load_corpus(small_config(validation_data=str(path)))

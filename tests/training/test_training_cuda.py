@@ -46,7 +46,7 @@ def test_the_default_is_bf16_on_cuda(small_config: Callable[..., TrainingConfig]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_steps_that_are_reported_later_are_the_same(
+def test_delayed_reports_change_no_step(
     compiled: bool, small_config: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     train(small_config(out=str(tmp_path / "later"), device="cuda", compile=compiled))
@@ -120,7 +120,7 @@ def sharp(small_config: Callable[..., TrainingConfig], **changes: Any) -> Traini
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_replayed_steps_learn_what_eager_steps_learn(
+def test_replayed_steps_equal_eager_steps(
     accumulation: int,
     small_config: Callable[..., TrainingConfig],
     recorded: Recorded,

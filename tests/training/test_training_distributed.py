@@ -150,14 +150,14 @@ def test_a_shared_model_resumes_bit_for_bit(sharded: Path, tmp_path: Path):
     assert_same(parts, sharded)
 
 
-def test_one_process_goes_on_with_what_two_began(sharded: Path, tmp_path: Path):
+def test_one_process_resumes_a_run_of_two(sharded: Path, tmp_path: Path):
     parts = go_back(sharded, tmp_path / "parts", step=4)
     resume(parts)
     assert_agree(parts, sharded)
     assert (parts / "checkpoints" / f"step-{STEPS:08d}" / "optimizer.safetensors").exists()
 
 
-def test_two_processes_share_what_one_began(make: MakeConfig, alone: Path, tmp_path: Path):
+def test_two_sharded_processes_resume_a_run_of_one(make: MakeConfig, alone: Path, tmp_path: Path):
     began = train(make("began", 1, parallel="fsdp")).run_dir
     assert_same(began, alone)
     parts = go_back(began, tmp_path / "parts", step=4)
@@ -178,7 +178,7 @@ def test_a_finished_run_is_finished_for_all(sharded: Path):
 
 
 @pytest.mark.slow
-def test_more_processes_go_on_with_what_two_began(sharded: Path, tmp_path: Path):
+def test_four_processes_resume_a_run_of_two(sharded: Path, tmp_path: Path):
     parts = go_back(sharded, tmp_path / "parts", step=4)
     together(4, go_on, parts)
     assert_agree(parts, sharded)
@@ -244,7 +244,7 @@ def fill_the_disk(config: TrainingConfig) -> str:
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_for_one_stops_both(make: MakeConfig, sharded: Path):
+def test_full_disk_of_one_process_stops_both(make: MakeConfig, sharded: Path):
     config = make("full", 2, parallel="fsdp")
     for message in together(2, fill_the_disk, config):
         assert "process 1: [Errno 28] No space left on device" in message
@@ -279,7 +279,7 @@ def stop_last(config: TrainingConfig, lag: int) -> int:
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_processes_stop_together_and_go_on(make: MakeConfig, alone: Path, tmp_path: Path, lag: int):
+def test_processes_stop_together_and_resume(make: MakeConfig, alone: Path, tmp_path: Path, lag: int):
     config = make(f"stopped-{lag}", 2)
     assert together(2, stop_last, config, lag) == [2 + lag] * 2
     assert find_checkpoint(config.run_dir)[0] == config.run_dir / "checkpoints" / f"step-{2 + lag:08d}"
@@ -311,7 +311,7 @@ def stop_last_in_validation(config: TrainingConfig) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_processes_leave_a_validation_together(make: MakeConfig, text_file: Path, tmp_path: Path, parallel: str):
+def test_processes_stop_a_validation_together(make: MakeConfig, text_file: Path, tmp_path: Path, parallel: str):
     """Also if one of them has nothing to read: the held-out text is one document."""
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text(encoding="utf-8").replace("<|endoftext|>", "") * 6, encoding="utf-8")
@@ -361,7 +361,7 @@ def test_processes_go_back_together(make: MakeConfig, tmp_path: Path, parallel: 
     assert_agree(config.run_dir, alone.run_dir)
 
 
-def test_sharding_of_accelerates_own_is_refused(make: MakeConfig, monkeypatch: pytest.MonkeyPatch):
+def test_fsdp_of_accelerate_is_refused(make: MakeConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="leave that to --parallel fsdp"):
         train(make("refused", 1))

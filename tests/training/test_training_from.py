@@ -54,7 +54,7 @@ def assert_equal_weights(ours: IntegratedModel, theirs: IntegratedModel) -> None
         assert torch.equal(mine[name], yours[name]), name
 
 
-def test_it_begins_with_the_saved_model_and_trains_it_on(from_saved: MakeConfig, saved: Path, tmp_path: Path):
+def test_run_from_a_saved_model_starts_with_its_weights(from_saved: MakeConfig, saved: Path, tmp_path: Path):
     source = load_model(saved, device="cpu")
     result = train(from_saved(learning_rate=1e-9, steps=1))
     assert type(result.model) is type(source)
@@ -74,7 +74,7 @@ def test_it_begins_with_the_saved_model_and_trains_it_on(from_saved: MakeConfig,
 
 
 @pytest.mark.parametrize("stopped_after", [2, 7])
-def test_it_resumes_bit_for_bit_whatever_became_of_the_saved_model(
+def test_run_from_a_saved_model_resumes_bit_for_bit_without_it(
     from_saved: MakeConfig, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_after: int
 ):
     """After step 7 from the checkpoint of step 4, after step 2 from the beginning."""
@@ -91,7 +91,7 @@ def test_it_resumes_bit_for_bit_whatever_became_of_the_saved_model(
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 10)
 
 
-def test_the_record_says_where_it_started(
+def test_training_json_names_the_saved_model(
     from_saved: MakeConfig, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(saved.parent)
@@ -99,7 +99,7 @@ def test_the_record_says_where_it_started(
     assert read_run(tmp_path / "run")[0] == from_saved(start_from=str(saved), steps=1)
 
 
-def test_it_starts_from_a_checkpoint_too(small_config: MakeConfig, tmp_path: Path):
+def test_run_starts_from_a_checkpoint(small_config: MakeConfig, tmp_path: Path):
     train(small_config(out=str(tmp_path / "old"), tokenizer="bpe", vocab_size=270))
     checkpoint = tmp_path / "old" / "checkpoints" / "step-00000008"
     config = small_config(start_from=str(checkpoint), preset="tiny", model=None, steps=1, checkpoint_interval=0)
@@ -121,7 +121,7 @@ def test_all_channels_of_a_saved_phase_1_model_are_in_use(
     assert ranks == [4, 5, 6, 12, 12, 12]
 
 
-def test_what_cannot_be_started_from_is_named_before_the_data_is_read(small_config: MakeConfig, tmp_path: Path):
+def test_unusable_start_is_refused_before_data_are_read(small_config: MakeConfig, tmp_path: Path):
     def config(folder: str) -> TrainingConfig:
         return small_config(start_from=str(tmp_path / folder), preset="tiny", model=None, data="missing.txt")
 

@@ -95,7 +95,7 @@ def test_windows_of_100_000_tokens_take_more_than_a_laptop_has():
 
 
 @pytest.mark.parametrize(("free", "recompute", "said"), [(0.9, False, True), (0.9, True, True), (1.1, False, False)])
-def test_a_run_that_hardly_fits_is_warned_of(
+def test_warning_if_a_run_hardly_fits(
     small_config: MakeConfig,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -113,7 +113,7 @@ def test_a_run_that_hardly_fits_is_warned_of(
     assert ("--recompute" in caplog.text) == (said and not recompute)
 
 
-def test_the_machine_and_the_device_say_what_they_have(monkeypatch: pytest.MonkeyPatch):
+def test_memory_of_machine_and_device_is_read(monkeypatch: pytest.MonkeyPatch):
     memory = memory_of(torch.device("cpu"))
     assert 2**28 < memory.available <= memory.total
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3, 5))

@@ -7,7 +7,7 @@ from resolvent.training.average import Average
 from resolvent.training.metrics import MetricsLog
 
 
-def test_metrics_drop_what_is_beyond_a_checkpoint(tmp_path: Path):
+def test_metrics_beyond_a_checkpoint_are_dropped(tmp_path: Path):
     with MetricsLog(tmp_path, last_step=0) as log:
         for step in range(1, 6):
             log.write(step=step, loss=1.0 / step)
@@ -36,7 +36,7 @@ def test_a_disabled_log_writes_nothing(tmp_path: Path):
     assert not any(tmp_path.iterdir())
 
 
-def test_an_average_is_not_drawn_to_its_start():
+def test_average_is_corrected_for_its_start():
     average = Average(decay=0.9)
     assert [average.update(5.0) for _ in range(20)] == pytest.approx([5.0] * 20)
     assert 5.0 < average.update(6.0) < 5.2

@@ -62,7 +62,7 @@ def test_the_gradient_that_is_not_finite_is_named(
     assert (raised.value.step, raised.value.name) == (1, f"the gradient of {name}")
 
 
-def test_the_first_is_the_one_that_the_backward_pass_met(small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch):
+def test_first_nonfinite_gradient_of_the_backward_pass_is_named(small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch):
     def spoil(trainer: Trainer) -> None:
         for name in ("token_embedding.weight", "blocks.1.ffn.out_proj.weight", "blocks.0.ln1.weight"):
             trainer.raw_model.get_parameter(name).register_hook(lambda gradient: gradient * math.nan)
@@ -73,7 +73,7 @@ def test_the_first_is_the_one_that_the_backward_pass_met(small_config: MakeConfi
     assert raised.value.name == "the gradient of blocks.1.ffn.out_proj.weight"
 
 
-def test_a_run_goes_back_and_on_with_half_the_rate(
+def test_rewind_halves_the_learning_rate(
     small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     train(small_config(out=str(tmp_path / "undisturbed")))
@@ -125,7 +125,7 @@ def test_a_run_that_went_back_resumes_bit_for_bit(
     assert of_rewinds(tmp_path / "parts") == of_rewinds(tmp_path / "whole") != []
 
 
-def test_a_run_goes_back_as_often_as_it_may(small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_run_stops_after_its_last_rewind(small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     spoil_loss(monkeypatch, step=7, rewinds=100)
     with pytest.raises(NonFiniteError, match=r"step 7: the loss is nan .* or more --rewinds than 2"):
         train(small_config(rewinds=2))

@@ -67,7 +67,7 @@ def test_a_step_changes_nothing_while_the_switch_is_on(device: str):
         assert torch.equal(found, expected)
 
 
-def test_the_state_survives_its_way_through_tensors(model: Phase2IntegratedModel):
+def test_state_round_trip_through_tensors(model: Phase2IntegratedModel):
     optimizer = optimizer_of(model)
     for _ in range(3):
         step(model, optimizer)

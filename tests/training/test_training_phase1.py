@@ -22,7 +22,7 @@ MODEL = Phase1Config(
 MakeConfig = Callable[..., TrainingConfig]
 
 
-def test_an_interrupted_run_ends_as_if_it_had_not_been(
+def test_interrupted_run_equals_an_uninterrupted_one(
     small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     ranks = []

@@ -69,7 +69,7 @@ def test_a_run_without_a_result_is_validated_again(small_config: MakeConfig, tmp
 
 
 @pytest.mark.parametrize("file", ["result.json", "metrics.jsonl"])
-def test_a_changed_score_is_not_believed(small_config: MakeConfig, tmp_path: Path, file: str):
+def test_changed_score_is_measured_again(small_config: MakeConfig, tmp_path: Path, file: str):
     result = train(small_config())
     path = tmp_path / "run" / file
     lines = path.read_text()
@@ -185,7 +185,7 @@ def foreign(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["no manifest", "no record", "both"])
-def test_overwrite_touches_no_other_folder(small_config: MakeConfig, tmp_path: Path, kind: str):
+def test_overwrite_removes_only_runs(small_config: MakeConfig, tmp_path: Path, kind: str):
     foreign(tmp_path / "run", kind)
     before = contents(tmp_path / "run")
     with pytest.raises(ConfigError, match="what it holds is no run: choose another one with --out"):
@@ -219,7 +219,7 @@ def test_overwrite_follows_no_links(small_config: MakeConfig, tmp_path: Path):
     assert find_checkpoint(run)[0] == run / "checkpoints" / "step-00000010"
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_says_how_to_begin_again(
+def test_error_of_a_run_without_checkpoint_names_the_remedy(
     small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def kill() -> None:
@@ -241,7 +241,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_says_how_to_begin_aga
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_history_is_what_was_measured(small_config: MakeConfig, tmp_path: Path):
+def test_history_equals_the_metrics(small_config: MakeConfig, tmp_path: Path):
     result = train(small_config())
     history, records = result.history, metrics(tmp_path / "run")
     steps = [record for record in records if "loss" in record]

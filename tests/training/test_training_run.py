@@ -69,7 +69,7 @@ def after_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], 
     monkeypatch.setattr(Trainer, "_report", report_and_act)
 
 
-def test_a_run_leaves_what_its_use_needs(small_config: MakeConfig, tmp_path: Path):
+def test_run_folder_holds_model_tokenizer_and_metrics(small_config: MakeConfig, tmp_path: Path):
     config = small_config()
     result = train(config)
     run_dir = tmp_path / "run"
@@ -93,7 +93,7 @@ def test_repr_of_result_is_one_line():
     assert repr(result) == "TrainingResult('runs/x', validation loss 1.2346, 1.8000 bits per byte)"
 
 
-def test_the_metrics_say_what_happened(small_config: MakeConfig, tmp_path: Path):
+def test_metrics_record_every_step_and_validation(small_config: MakeConfig, tmp_path: Path):
     config = small_config(accumulation=2)
     result = train(config)
     records = metrics(tmp_path / "run")
@@ -210,7 +210,7 @@ def test_a_run_of_several_texts_resumes(small_config: MakeConfig, tmp_path: Path
     assert resume(tmp_path / "run", data=swapped[::-1]).history.steps[-1].step == 10
 
 
-def test_a_project_with_runs_inside_trains_and_resumes(
+def test_folder_with_runs_inside_is_usable_as_data(
     small_config: MakeConfig, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     shutil.copy(text_file, tmp_path / "verses.txt")
@@ -367,7 +367,7 @@ def test_accumulated_batches_are_one_large_batch(small_config: MakeConfig, tmp_p
         assert large == pytest.approx(parts, rel=1e-3)
 
 
-def test_validations_and_checkpoints_do_not_touch_the_training(small_config: MakeConfig, tmp_path: Path):
+def test_validations_and_checkpoints_do_not_change_training(small_config: MakeConfig, tmp_path: Path):
     train(small_config(out=str(tmp_path / "often"), eval_interval=1, checkpoint_interval=1))
     train(small_config(out=str(tmp_path / "never"), eval_interval=0, checkpoint_interval=0))
     often = [record for record in metrics(tmp_path / "often") if "loss" in record]
@@ -375,7 +375,7 @@ def test_validations_and_checkpoints_do_not_touch_the_training(small_config: Mak
     assert often == never
 
 
-def test_the_seed_decides(small_config: MakeConfig, tmp_path: Path):
+def test_seed_decides_the_result(small_config: MakeConfig, tmp_path: Path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(small_config(out=str(tmp_path / name), seed=seed))
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
@@ -428,7 +428,7 @@ def test_without_a_console_nothing_is_printed(small_config: MakeConfig, capfd: p
     assert capfd.readouterr() == ("", "")
 
 
-def test_blocks_that_are_computed_anew_learn_the_same(
+def test_activation_checkpointing_keeps_the_results(
     small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     plain = train(small_config(steps=3, out=str(tmp_path / "plain"))).model
@@ -442,7 +442,7 @@ def test_blocks_that_are_computed_anew_learn_the_same(
 
 
 @pytest.mark.slow
-def test_a_compiled_run_learns_what_an_eager_run_learns(small_config: MakeConfig, tmp_path: Path):
+def test_compiled_run_equals_an_eager_run(small_config: MakeConfig, tmp_path: Path):
     model = small_config().model
     assert model is not None
     model.dropout = 0.0  # whose random numbers are others in a compiled graph
@@ -452,7 +452,7 @@ def test_a_compiled_run_learns_what_an_eager_run_learns(small_config: MakeConfig
     assert compiled.loss == pytest.approx(eager.loss, rel=1e-5)
 
 
-def test_offsets_as_steps_are_replayed_with_train_the_same(
+def test_padded_offsets_change_no_step(
     small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """All that is different but for CUDA: padded offsets, and gradients that are moved before others are added."""
@@ -498,7 +498,7 @@ def test_the_manifest_lists_all_files_of_the_tokenizer():
 
 
 @pytest.mark.parametrize(("interval", "enabled", "said"), [(256, True, True), (64, True, True), (256, False, False)])
-def test_mechanisms_that_no_window_reaches_are_said(small_config, caplog, interval: int, enabled: bool, said: bool):
+def test_warning_if_no_window_reaches_a_consolidation(small_config, caplog, interval: int, enabled: bool, said: bool):
     model = dataclasses.replace(
         small_config().model, consolidation_interval=interval, snr_enabled=enabled, resonance_enabled=enabled
     )
@@ -513,14 +513,14 @@ def test_the_remedy_reaches_a_consolidation(small_config, caplog, seq_len: int, 
     assert any(remedy in message for message in caplog.messages)
 
 
-def test_the_model_says_how_long_its_windows_were(small_config, tmp_path: Path):
+def test_n_seq_of_the_model_is_the_window_length(small_config, tmp_path: Path):
     model = small_config().model
     assert train(small_config(model=model, steps=1, seq_len=48)).model.n_seq == 48
     assert load_model(tmp_path / "run", device="cpu").n_seq == 48
     assert train(small_config(model=model, steps=1, seq_len=None, out=str(tmp_path / "own"))).model.n_seq == model.n_seq
 
 
-def test_mechanisms_that_windows_reach_are_not_mentioned(small_config, caplog):
+def test_no_warning_if_windows_reach_a_consolidation(small_config, caplog):
     model = dataclasses.replace(small_config().model, consolidation_interval=64)
     train(small_config(model=model, steps=1, seq_len=65))
     assert not any("consolidated every" in message for message in caplog.messages)

@@ -42,7 +42,7 @@ def test_constant_stays():
     warmup=st.integers(0, 400),
     min_ratio=st.floats(0, 1),
 )
-def test_it_rises_then_falls_within_its_bounds(schedule: str, steps: int, warmup: int, min_ratio: float):
+def test_schedule_rises_then_falls_within_its_bounds(schedule: str, steps: int, warmup: int, min_ratio: float):
     height = factors(schedule, steps, warmup, min_ratio)
     assert all(0 <= h <= 1 for h in height)
     assert height[:warmup] == sorted(height[:warmup])

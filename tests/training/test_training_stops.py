@@ -53,7 +53,7 @@ def one_document(tmp_path: Path, config: TrainingConfig) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_validation_is_left_at_once_and_made_up_for(
+def test_signal_stops_a_validation_which_resume_repeats(
     small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ):
     config = small_config(eval_tokens=0, out=str(tmp_path / "whole"))
@@ -81,7 +81,7 @@ def test_a_validation_is_left_at_once_and_made_up_for(
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 10)
 
 
-def test_the_last_validation_is_left_by_a_signal_and_made_up_for(
+def test_signal_stops_the_last_validation_which_resume_repeats(
     small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     train(small_config(out=str(tmp_path / "whole")))
@@ -97,7 +97,7 @@ def test_the_last_validation_is_left_by_a_signal_and_made_up_for(
 
 
 @pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_that_is_switched_off_stays_so(number: int):
+def test_ignored_signal_stays_ignored(number: int):
     """As `nohup` does with SIGHUP, and shells with SIGINT of what runs in the background."""
     previous = signal.signal(number, signal.SIG_IGN)
     try:
@@ -109,7 +109,7 @@ def test_a_signal_that_is_switched_off_stays_so(number: int):
         signal.signal(number, previous)
 
 
-def test_a_second_hangup_does_not_disturb_the_first(monkeypatch: pytest.MonkeyPatch):
+def test_second_hangup_is_ignored(monkeypatch: pytest.MonkeyPatch):
     """The terminal sends one, and the shell passes it on."""
     hung_up: list[int] = []
     with terminable():
@@ -140,7 +140,7 @@ class Terminal(StringIO):
         return super().write(text)
 
 
-def test_what_a_closed_terminal_cannot_show_does_not_stop_the_saving():
+def test_closed_terminal_does_not_prevent_saving():
     terminal = Terminal()
     display = TrainingDisplay(Console(file=terminal), steps=3, first_step=0, log_interval=1)
     with display:
@@ -154,7 +154,7 @@ def test_what_a_closed_terminal_cannot_show_does_not_stop_the_saving():
     display.say("text")
 
 
-def test_a_long_validation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch):
+def test_long_validation_prints_progress(monkeypatch: pytest.MonkeyPatch):
     output, ticks = StringIO(), iter(range(0, 1000, 10))
     monkeypatch.setattr("resolvent.training.progress.time.monotonic", lambda: float(next(ticks)))
     display = TrainingDisplay(Console(file=output, width=60), steps=3, first_step=0, log_interval=1)

@@ -44,7 +44,7 @@ def tracked(small_config: MakeConfig) -> MakeConfig:
     return lambda **changes: small_config(tracker="tensorboard", **changes)
 
 
-def test_tensorboard_gets_the_metrics_and_the_physics(tracked: MakeConfig):
+def test_tensorboard_gets_metrics_and_diagnostics(tracked: MakeConfig):
     config = tracked()
     train(config)
     found, steps = scalars(config.run_dir), list(range(1, config.steps + 1))
@@ -65,7 +65,7 @@ def test_tensorboard_gets_the_metrics_and_the_physics(tracked: MakeConfig):
     assert set(histograms) == {f"{q}/layer_0{n}" for q in ("gamma", "snr", "mode_energy") for n in (1, 2)}
 
 
-def test_a_layer_s_gradients_add_up_to_the_whole(tracked: MakeConfig):
+def test_gradient_norms_of_layers_add_up_to_the_total(tracked: MakeConfig):
     config = tracked()
     train(config)
     found = scalars(config.run_dir)
@@ -76,7 +76,7 @@ def test_a_layer_s_gradients_add_up_to_the_whole(tracked: MakeConfig):
 
 
 @pytest.mark.parametrize("phase", [1, 2])
-def test_a_tracked_run_is_bit_for_bit_the_one_that_is_not(small_config: MakeConfig, tmp_path: Path, phase: int):
+def test_tracking_changes_no_bit_of_a_run(small_config: MakeConfig, tmp_path: Path, phase: int):
     sizes: dict[str, Any] = dict(d_model=32, n_layers=2, num_heads=2, dropout=0.1, ar_ssm_max_rank=4)
     model = {"model": Phase1Config(vocab_size=257, n_seq=64, **sizes), "phase": 1} if phase == 1 else {}
     for tracker in ("none", "tensorboard"):
@@ -86,7 +86,7 @@ def test_a_tracked_run_is_bit_for_bit_the_one_that_is_not(small_config: MakeConf
     assert scalars(tmp_path / "tensorboard")["validation/loss"]
 
 
-def test_a_resumed_run_goes_on_in_the_same_place(tracked: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_resumed_run_continues_its_tracker_entry(tracked: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, broken = tracked(out=str(tmp_path / "whole")), tracked(out=str(tmp_path / "broken"))
     train(whole)
     save = Trainer._save
@@ -125,7 +125,7 @@ def test_tensorboard_shows_the_steps_that_a_run_took_again(
         assert [step for step, _ in found[name]] == [3, 6, 9, 10]
 
 
-def test_a_run_takes_up_a_tracker_when_it_resumes(small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch):
+def test_resume_may_add_a_tracker(small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch):
     config = small_config()
     with monkeypatch.context() as patch:
         after_step(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
@@ -135,7 +135,7 @@ def test_a_run_takes_up_a_tracker_when_it_resumes(small_config: MakeConfig, monk
     assert [step for step, _ in scalars(config.run_dir)["training/loss"]] == [6, 7, 8, 9, 10]
 
 
-def test_a_missing_tracker_is_named_before_anything_begins(small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch):
+def test_missing_tracker_is_named_before_the_run_begins(small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("resolvent.training.tracking.get_available_trackers", list)
     config = small_config(tracker="comet_ml")
     with pytest.raises(ConfigError, match="comet_ml is not installed: pip install comet-ml"):
@@ -200,7 +200,7 @@ def told(name: str) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("interval", [3, 4])
-def test_other_trackers_are_never_told_of_an_earlier_step(
+def test_other_trackers_skip_steps_logged_before(
     small_config: MakeConfig, notes: type[Notes], monkeypatch: pytest.MonkeyPatch, lag: int, interval: int
 ):
     """Back from step 8, to 6 or to 4: the last step that they know is the seventh."""
@@ -216,7 +216,7 @@ def test_other_trackers_are_never_told_of_an_earlier_step(
     assert told("training/lr")[-4:] == taken_again
 
 
-def test_a_run_that_goes_back_from_its_last_step_has_its_validation(
+def test_rewind_from_the_last_step_keeps_the_validation(
     small_config: MakeConfig, notes: type[Notes], monkeypatch: pytest.MonkeyPatch, lag: int
 ):
     spoil_loss(monkeypatch, step=10, rewinds=1)
@@ -236,7 +236,7 @@ def test_a_tracker_is_closed_when_a_run_is_interrupted(
     assert notes.finished == ["resolvent"]
 
 
-def test_weights_and_biases_knows_a_resumed_run_again(
+def test_weights_and_biases_continues_a_resumed_run(
     small_config: MakeConfig, notes: type[Notes], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Histogram=list))
@@ -255,7 +255,7 @@ def test_weights_and_biases_knows_a_resumed_run_again(
 
 
 @pytest.mark.parametrize("phase", [PHASE1, PHASE2], ids=["phase 1", "phase 2"])
-def test_looking_inside_changes_nothing(phase: Any):
+def test_diagnostics_change_no_state(phase: Any):
     model, ids = phase.model().train(), tokens(80, 1)[0]
     before, generator = {n: p.clone() for n, p in model.state_dict().items()}, torch.get_rng_state()
     diagnostics = read_diagnostics(model, ids)

@@ -71,7 +71,7 @@ def test_a_misspelt_measure_is_named(resolvent: Resolvent, run_dir: Path):
     assert "'postions' is none of language, positions, needle, influence" in told
 
 
-def test_held_out_text_that_has_moved_can_be_named(
+def test_new_path_of_held_out_text_is_accepted(
     resolvent: Resolvent, run_dir: Path, text_file: Path, tmp_path: Path
 ):
     moved = Path(shutil.copy(text_file, tmp_path / "moved.txt"))

@@ -61,13 +61,13 @@ def test_command_prints_tables_and_writes_what_the_library_finds(ablation: Calla
     assert f"head {most.head} of layer {most.layer} costs most, {most.cost.mean:+.4f}" in parts[0]
 
 
-def test_json_can_take_the_place_of_the_tables(ablation: Callable[..., Outcome]):
+def test_json_replaces_the_tables(ablation: Callable[..., Outcome]):
     outcome = ablation(RUN, *OPTIONS, "--json", "-")
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["horizon"] == 32
 
 
-def test_command_says_what_a_model_has_not(ablation: Callable[..., Outcome], tmp_path: Path):
+def test_command_names_missing_mechanisms(ablation: Callable[..., Outcome], tmp_path: Path):
     lacking = ("snr_enabled=false", "resonance_enabled=false", "adaptive_decay=false", "n_layers=1", "num_heads=1")
     sizes = ("d_model=16", "head_dim=16", "consolidation_interval=64")
     options = [part for field in (*lacking, *sizes) for part in ("--set", field)]

@@ -63,14 +63,14 @@ def plain_nats(model: Phase2IntegratedModel, inputs: Tensor, labels: Tensor, sta
 
 
 @pytest.mark.parametrize("batch_tokens", [4096, 100])
-def test_nothing_edited_costs_nothing(batch_tokens: int):
+def test_unedited_state_costs_nothing(batch_tokens: int):
     reading = reading_of((4, 64), batch_tokens)
     assert reading.cost_of_memories(reading.memories).by_text.tolist() == [0, 0, 0]
     assert reading.cost_of_rereading().by_text.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("batch_tokens", [4096, 100])
-def test_a_reading_is_what_one_pass_over_the_texts_gives(batch_tokens: int):
+def test_reading_equals_one_pass(batch_tokens: int):
     reading = reading_of((4, 64), batch_tokens)
     expected = plain_nats(reading.model, reading.inputs, reading.labels).double()
     torch.testing.assert_close(reading.nats, expected, rtol=1e-4, atol=1e-4)
@@ -134,7 +134,7 @@ def test_in_a_single_layer_recent_memories_are_those_of_a_model_that_forgot():
     torch.testing.assert_close(reading.recent_memories(16), [state.layers[0].memory.memory])
 
 
-def test_only_the_head_that_is_read_is_missed():
+def test_only_heads_that_are_read_have_a_cost():
     model = PHASE2.model()
     for number, block in enumerate(model.blocks):
         columns = block.hebbian.out_proj.weight.view(48, 3, 16)
@@ -163,7 +163,7 @@ def test_half_lives_are_distances():
     assert all(row.difference.mean == pytest.approx(row.slow.mean - row.fast.mean) for row in found.rows)
 
 
-def test_gamma_at_its_mean_everywhere_is_gamma_that_no_token_moves():
+def test_mean_gamma_everywhere_equals_constant_gamma():
     reading = reading_of((64,), batch_tokens=100)
     with mean_gamma_at(reading, torch.ones_like(reading.inputs, dtype=torch.bool)):
         cost = reading.cost_of_rereading().by_text
@@ -176,7 +176,7 @@ def test_gamma_at_its_mean_everywhere_is_gamma_that_no_token_moves():
     assert np.abs(cost).min() > 1e-3
 
 
-def test_gamma_is_replaced_where_it_is_asked_for():
+def test_gamma_is_replaced_at_selected_tokens():
     """Nothing moves before the first place that is replaced, in whatever pieces the text is read."""
     reading = reading_of(batch_tokens=60)
     places = torch.zeros_like(reading.inputs, dtype=torch.bool)
@@ -230,7 +230,7 @@ def test_the_filter_keeps_what_its_own_p_says():
         assert 0 < kept.float().mean() < 0.5
 
 
-def test_what_is_kept_and_dropped_are_all_there_is():
+def test_kept_and_dropped_components_partition_the_memory():
     reading = reading_of()
     found = selection(reading, np.random.default_rng(0))
     kept, dropped, like_kept, like_dropped, as_many = found.rows
@@ -283,7 +283,7 @@ def test_removed_modes_have_no_energy_and_the_others_theirs():
         assert before.abs().max() > 0.1
 
 
-def test_groups_of_modes_rise_in_energy_and_are_all_there_is():
+def test_groups_of_modes_rise_in_energy_and_partition_the_modes():
     found = occupancy(reading_of())
     shares, energies = ([getattr(row, name) for row in found.groups] for name in ("share", "energy"))
     assert shares == pytest.approx([1 / 8] * 8)
@@ -365,7 +365,7 @@ def measured(model: Any, **options: Any) -> Mechanisms:
     return evaluate_mechanisms(model, STREAM, BYTES, **{"length": 64, "sequences": 3, **options})
 
 
-def test_a_measurement_holds_together():
+def test_measurement_is_consistent():
     found = measured(PHASE2.model(vocab_size=257), horizon=100)
     assert (found.length, found.horizon, found.sequences) == (64, 100, 3)
     assert len(found.heads) == 9
@@ -378,7 +378,7 @@ def test_a_measurement_holds_together():
     assert found.half_lives.rows[0].kept == 0 and found.half_lives.rows[-1].kept == 16
 
 
-def test_the_bar_ends_where_the_reading_does(monkeypatch: pytest.MonkeyPatch):
+def test_progress_bar_ends_at_its_total(monkeypatch: pytest.MonkeyPatch):
     """What is announced is what is read, whatever the model has."""
     announced, read = [], []
 

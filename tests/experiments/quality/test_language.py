@@ -105,7 +105,7 @@ def test_a_step_reads_its_windows(experiment: Experiment, text: Text):
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
 
 
-def test_a_run_says_what_it_found_and_can_be_repeated(experiment: Experiment, text: Text):
+def test_run_is_recorded_and_repeatable(experiment: Experiment, text: Text):
     record = experiment.run(1e-2, 1, FOREVER)
     assert record["finite"] and record["loss"] < math.log(257)
     assert [step for step, _ in record["curve"]] == [4, 8, 12]
@@ -127,12 +127,12 @@ def test_a_run_says_what_it_found_and_can_be_repeated(experiment: Experiment, te
     assert again["curve"] == record["curve"] != experiment.run(1e-2, 2, FOREVER)["curve"]
 
 
-def test_a_run_that_blows_up_is_recorded(experiment: Experiment):
+def test_diverged_run_is_recorded(experiment: Experiment):
     record = experiment.run(1e30, 0, FOREVER)
     assert not record["finite"] and record["loss"] is None and record["bits_per_byte"] is None
 
 
-def test_no_run_begins_that_would_not_end(experiment: Experiment):
+def test_no_run_begins_beyond_the_budget(experiment: Experiment):
     with pytest.raises(OutOfTimeError):
         experiment.run(1e-2, 0, Clock.of(experiment.seconds / 2))
 

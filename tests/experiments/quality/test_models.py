@@ -73,7 +73,7 @@ def test_a_change_leaves_all_other_weights_as_they_are(mechanism: str):
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_a_change_matters_once_there_is_something_to_learn(mechanism: str):
+def test_variant_changes_the_loss(mechanism: str):
     """Every switch acts: with all weights away from zero, the model without it computes something else."""
     losses = []
     for name in ("phase2", f"phase2/no-{mechanism}"):

@@ -106,7 +106,7 @@ def test_attention_learns_to_recall():
     assert experiment.run(1e-2, 0, FOREVER)["accuracy"] > 0.97
 
 
-def test_a_model_that_blows_up_answers_nothing():
+def test_diverged_model_answers_nothing():
     experiment = Experiment(build("gla", 64, 2, 64), SMALL, PLAIN, mqar.draw(SMALL, torch.device("cpu")))
     record = experiment.run(1e30, 0, FOREVER)
     assert not record["finite"] and record["accuracy"] == 0

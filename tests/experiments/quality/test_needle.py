@@ -140,7 +140,7 @@ class Recaller(nn.Module):
         return hidden, None
 
 
-def test_who_remembers_is_exact_and_who_does_not_is_not(text: Text, phrases: Phrases, monkeypatch):
+def test_exact_answers_need_recall(text: Text, phrases: Phrases, monkeypatch):
     monkeypatch.setattr("experiments.quality.needle.FORWARD_TOKENS", 250)  # two sequences at a time, and the last alone
     sequences = PROBE.sequences(phrases, np.concatenate(text.validation).astype(np.int64), 16)
     answer = phrases.answer
@@ -208,7 +208,7 @@ def test_the_command_makes_missing_runs_and_the_report_shows_them(text: Text, tm
     assert "tokens between fact and question" in (tmp_path / "runs.svg").read_text()
 
 
-def test_characters_cannot_be_asked(tmp_path: Path):
+def test_characters_are_refused(tmp_path: Path):
     (tmp_path / "text.txt").write_text("so it goes\n" * 50)
     Text.of_characters([tmp_path / "text.txt"]).save(tmp_path / "text.npz")
     result = CliRunner().invoke(app, ["needle", "--text", str(tmp_path / "text.npz"), "--out", str(tmp_path / "runs")])

@@ -59,7 +59,7 @@ def test_best_learning_rates():
     assert results.best_learning_rate([], "loss", smallest=True) is None
 
 
-def test_tables_say_who_is_best_and_what_a_change_is_worth():
+def test_tables_rank_models_and_show_paired_differences():
     text = lines(RUNS)
     error = statistics.stdev([3.0, 3.2, 3.1]) / 3**0.5
     assert ["phase2", "0.001", "3", "3.1000", "±", f"{error:.4f}"] in [line[:6] for line in text]
@@ -96,7 +96,7 @@ def test_recall_is_shown_against_the_state():
     assert text.index(["gla", "1.0", "0.800", "64", "2"]) + 1 == text.index(["gla", "4.0", "0.900", "128", "2"])
 
 
-def test_lines_that_were_cut_off_do_not_count(tmp_path: Path):
+def test_incomplete_lines_are_ignored(tmp_path: Path):
     path = tmp_path / "new" / "runs.jsonl"
     assert results.read([path]) == []
     results.append(path, RUNS[0])
@@ -132,7 +132,7 @@ RECALLED = [
 ]
 
 
-def test_pictures_show_what_tables_say(tmp_path: Path):
+def test_plots_show_the_tables(tmp_path: Path):
     def drawn(records: list[results.Record]) -> str:
         plot(records, tmp_path / "runs.svg")
         return (tmp_path / "runs.svg").read_text()

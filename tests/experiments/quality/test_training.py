@@ -71,7 +71,7 @@ def test_steps_are_those_of_a_plain_loop():
         assert (a - b).norm() <= 1e-10 * b.norm()
 
 
-def test_a_run_leaves_no_trace_in_the_next():
+def test_runs_are_independent():
     entry, trainer, _ = prepared()
     first = trained(entry, trainer)
     assert trained(entry, trainer, seed=6) != first
@@ -87,7 +87,7 @@ def test_it_learns_and_reports_the_losses_of_the_steps_taken():
     assert len(losses) == 3 and losses[0] == pytest.approx(math.log(31), abs=0.3)
 
 
-def test_what_is_not_finite_is_seen():
+def test_nonfinite_loss_is_detected():
     entry, trainer, _ = prepared()
     entry.reset(0)
     trainer.start(SCHEDULE.rates(1e-2))
@@ -108,7 +108,7 @@ def test_the_clock_ends_a_run():
 
 
 @pytest.mark.parametrize("name", ["gla", "phase2"])
-def test_compiled_blocks_train_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_compiled_blocks_equal_eager_ones(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.nn.Module, "compile", compile_with_aot_eager)
     entry, trainer, _ = prepared(name, Mode(compiled=True, captured=False, autocast=False), dropout=0.0)
     assert trainer.compiled_error <= 1e-4
@@ -133,7 +133,7 @@ def test_a_wrong_compiled_gradient_is_an_error(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", ["transformer", "gla", "mamba2", "gated-deltanet", "phase2"])
-def test_a_captured_run_is_the_same_run(name: str, compiled: bool):
+def test_captured_run_equals_an_eager_one(name: str, compiled: bool):
     runs = []
     for captured in (False, True):
         torch.compiler.reset()
