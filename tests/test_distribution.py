@@ -1,4 +1,4 @@
-"""What is given away: the wheel, its licences, its history."""
+"""Distribution: the wheel, its licences, its changelog."""
 
 import re
 import runpy

@@ -1,4 +1,4 @@
-"""What README and examples show is run."""
+"""Code and commands of README, pages and examples run."""
 
 import re
 import runpy

@@ -19,7 +19,7 @@ from tests.processes import together
 
 LENGTH = 300
 CUTS = {2: [137], 3: [128, 250]}
-"""Where stretches begin, by the number of processes."""
+"""Starts of the stretches, by the number of processes."""
 SMALL: dict[str, Any] = dict(vocab_size=31, d_model=16, n_layers=3, n_seq=64, num_heads=2, dropout=0.0)
 MODELS = {
     "consolidated": Phase2Config(**SMALL, head_dim=8),

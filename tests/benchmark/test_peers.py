@@ -38,7 +38,7 @@ def test_ring_equals_the_cache_until_it_is_full(gpt: GPT):
 
 
 def test_full_ring_drops_its_oldest_token(gpt: GPT):
-    """What a layer sees is the window, so one layer computes what it would with the window alone."""
+    """A single layer gives the same result with the window alone, since it sees only the window."""
     gpt.blocks = gpt.blocks[:1]
     ids = torch.randint(50, (1, 27))
     cache = gpt.new_cache(batch_size=1, capacity=20)

@@ -13,7 +13,7 @@ WORDS = [(cat, mat) for cat in ("old", "red", "shy") for mat in ("big", "wet")]
 
 
 class Outcome(NamedTuple):
-    """What a command came to."""
+    """Outcome of a command."""
 
     code: int
     out: str

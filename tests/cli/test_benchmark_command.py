@@ -68,9 +68,7 @@ def test_an_unknown_section_is_named(resolvent: Resolvent):
     assert "'speed' is none of operators, training, memory, decoding." in message
 
 
-def test_failures_are_shown_with_exit_code_1(
-    resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_failures_are_shown_with_exit_code_1(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def measure(bench: Bench) -> None:
         good = bench.compete("good", lambda check: 2.0)
         bad = bench.compete("bad", lambda check: check(0.5), tolerance=0.1)

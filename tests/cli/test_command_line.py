@@ -191,9 +191,7 @@ def test_resume_keeps_the_device_by_default(
     assert seen == [device]
 
 
-def test_resume_accepts_a_tracker(
-    resolvent: Resolvent, run_dir: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_resume_accepts_a_tracker(resolvent: Resolvent, run_dir: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[Any] = []
     resume = training.run.resume
     monkeypatch.setattr(

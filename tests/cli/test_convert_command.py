@@ -58,9 +58,7 @@ def test_conversion_keeps_the_logits_and_reports_every_tensor(
     assert scores[0]["bits_per_byte"] == pytest.approx(scores[1]["bits_per_byte"], abs=1e-5)
 
 
-def test_converted_model_generates_and_trains(
-    resolvent: Resolvent, phase1_run: Path, tmp_path: Path, text_file: Path
-):
+def test_converted_model_generates_and_trains(resolvent: Resolvent, phase1_run: Path, tmp_path: Path, text_file: Path):
     out, run = tmp_path / "out", tmp_path / "run"
     assert f"Train it further: resolvent train --from {out}" in resolvent("convert", phase1_run, out).out
     written = [resolvent("generate", d, "--prompt", "Rhyme", "--temperature", 0) for d in (phase1_run, out)]
@@ -93,7 +91,9 @@ def test_conversion_as_json_and_by_seed(resolvent: Resolvent, phase1_run: Path, 
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_error_names_a_model_that_cannot_be_converted(resolvent: Resolvent, phase1_run: Path, run_dir: Path, tmp_path: Path):
+def test_error_names_a_model_that_cannot_be_converted(
+    resolvent: Resolvent, phase1_run: Path, run_dir: Path, tmp_path: Path
+):
     outcome = resolvent("convert", run_dir, tmp_path / "out")
     assert outcome.code == 1 and "holds no Phase 1 model" in outcome.err
     outcome = resolvent("convert", phase1_run, run_dir)

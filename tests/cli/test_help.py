@@ -99,7 +99,7 @@ def test_help_needs_no_unicode(resolvent: Resolvent, monkeypatch: pytest.MonkeyP
 
 
 def completed(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch, line: str) -> list[str]:
-    """What bash is offered at the end of a line."""
+    """Return the completions of bash at the end of a line."""
     monkeypatch.setenv("_RESOLVENT_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", line)
     monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))

@@ -1,4 +1,4 @@
-"""What the commands print: any name, any encoding, any width, for readers and for programs."""
+"""Output of the commands: any name, any encoding, any width, for readers and for programs."""
 
 import io
 import json

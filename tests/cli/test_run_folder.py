@@ -1,4 +1,4 @@
-"""What `resolvent train` leaves is a folder for Transformers, tokenizer and end of text included."""
+"""Run folders load in Transformers, including tokenizer and end of text."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""How commands name their texts, and what they say of those that they cannot read."""
+"""Options of commands for texts, and errors for unreadable texts."""
 
 import json
 import os

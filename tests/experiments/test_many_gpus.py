@@ -11,7 +11,7 @@ from tests.processes import together
 
 
 def compare_and_train() -> str:
-    """What this process prints."""
+    """Return the output of this process."""
     device = many_gpus.begin()
     with redirect_stdout(StringIO()) as printed:
         many_gpus.compare("tiny", 200, device)

@@ -63,7 +63,7 @@ SIZES = dict(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_seq=64, num_heads=
 
 
 class Inputs:
-    """What the suite asks of a model's tests."""
+    """Inputs that the suite needs from the tests of a model."""
 
     batch_size, seq_length, is_training = BATCH, LENGTH, True
     hidden_size, num_hidden_layers = SIZES["d_model"], SIZES["n_layers"]

@@ -407,7 +407,7 @@ def test_padding_of_an_older_folder_can_be_changed(folders, tmp_path):
 
 @pytest.fixture
 def log(caplog):
-    """What Transformers logs, which does not reach the root logger."""
+    """Capture the log of Transformers, which does not reach the root logger."""
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     yield caplog

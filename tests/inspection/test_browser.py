@@ -40,7 +40,7 @@ FRAME = """<!doctype html><iframe src="page.html" style="width: {width}px; heigh
 
 
 def seen(phase: SmallPhase, folder: Path, width: int, metrics: Path | None) -> dict[str, Any]:
-    """What the probe finds in a model's page, in a frame of a width."""
+    """Return the results of the probe on the page of a model, in a frame of a width."""
     torch.manual_seed(0)
     inspection = inspect_model(phase.model(vocab_size=257), build_tokenizer("bytes", []), TEXT, metrics=metrics)
     page = render_page(inspection).replace("<head>", f"<head>{WATCH}", 1) + f"<script>{PROBE}</script>"

@@ -1,4 +1,4 @@
-"""What a trace says of a model is what one pass of the model says."""
+"""Traces equal one forward pass of the model."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What PyTorch 2.11 asks of every `autograd.Function` that is compiled: see the docstring of `resolvent.ops`."""
+"""Rules of PyTorch 2.11 for compiled `autograd.Function`s: see the docstring of `resolvent.ops`."""
 
 import importlib
 import pkgutil
@@ -21,7 +21,7 @@ class Context:
 
 
 class Names(TorchFunctionMode):
-    """How often each tensor was a result."""
+    """Count the uses of each tensor as a result."""
 
     def __init__(self) -> None:
         super().__init__()

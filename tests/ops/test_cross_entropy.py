@@ -120,7 +120,7 @@ def test_the_sum_of_the_labels():
 
 
 def test_mean_without_counted_labels_is_zero():
-    """Where F.cross_entropy has NaN."""
+    """F.cross_entropy gives NaN here."""
     hidden, weight, labels = inputs()
     nothing = torch.full_like(labels, IGNORED)
     assert F.cross_entropy(hidden @ weight.T, nothing).isnan()

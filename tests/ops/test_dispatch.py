@@ -36,7 +36,7 @@ def test_runs_are_counted(fresh):
 
 
 def test_a_question_is_not_counted_as_a_run(fresh):
-    """What asks which implementation would run, as a model does before it generates, leaves the counter alone."""
+    """A query for the implementation, as of a model before it generates, does not change the counter."""
     assert memory_implementation("auto", CPU, torch.float32, 64) == "torch"
     assert dispatch.select("auto", CPU, "resolvent_diagonal") == "torch"
     with pytest.raises(ConfigError):

@@ -30,7 +30,7 @@ NEWEST = "run/checkpoints/step-00000006"
 
 @dataclass(frozen=True)
 class Damage:
-    """What happens to a file."""
+    """Damage of a file."""
 
     kind: str
     file: str
@@ -74,7 +74,7 @@ DAMAGES = st.builds(
 
 @dataclass(repr=False)
 class Undisturbed:
-    """What use of the run comes to when nothing is damaged."""
+    """Results of an undamaged run."""
 
     metrics: dict[int, list[list[dict[str, Any]]]]
     weights: dict[int, bytes]
@@ -123,7 +123,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
-    """What the library logs."""
+    """Capture the warnings of the library."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -142,7 +142,7 @@ def damaged(folder: Path, *damages: Damage) -> Path:
 
 
 def refused(action: Callable[[], object], folder: Path) -> bool:
-    """Whether an action is refused in a line that names a file or folder of ours, without having written anything."""
+    """Return True if an action is refused with one line that names a file or folder of the run, and writes nothing."""
     before, message = contents(folder), ""
     try:
         action()

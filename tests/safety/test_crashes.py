@@ -55,7 +55,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def assert_nothing_is_lost(run: Path) -> None:
-    """What a kill left behind: a run that can be resumed, or none that has begun; its model, if any, is whole."""
+    """Check that a killed run can be resumed or has not begun, and that its model, if any, is whole."""
     if has_begun(run):
         _, faults = find_checkpoint(run)
         assert not faults
@@ -81,9 +81,7 @@ def test_killed_between_two_accesses_of_the_folder(whole: tuple[Path, int], text
 
 
 @pytest.mark.parametrize("part", [0.3, pytest.param(0.7, marks=pytest.mark.slow)])
-def test_killed_tracked_run_has_the_same_entry(
-    whole: tuple[Path, int], text: Path, tmp_path: Path, part: float
-):
+def test_killed_tracked_run_has_the_same_entry(whole: tuple[Path, int], text: Path, tmp_path: Path, part: float):
     """And the run itself is that which nobody tracked."""
     assert start(text, tmp_path / "whole", tracker="tensorboard").join() is None
     die_and_resume(text, tmp_path / "run", die_at=round(part * whole[1]), tracker="tensorboard")

@@ -31,7 +31,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What a run leaves behind, byte for byte, but for how fast it was."""
+    """Return all files of a run, byte for byte, except its speed."""
     files = {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*.safetensors"))}
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for record in metrics:

@@ -127,9 +127,7 @@ def test_links_that_a_run_would_write_through_are_refused_by_name(
         } == before
 
 
-def test_linked_checkpoint_is_skipped(
-    run: Path, precious: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_linked_checkpoint_is_skipped(run: Path, precious: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     shutil.copytree(GOLDEN / "run" / LAST, tmp_path / "theirs")
     (run / LAST).symlink_to(tmp_path / "theirs")
     before = (tmp_path / "theirs" / MANIFEST).stat().st_mtime_ns
@@ -388,9 +386,7 @@ def test_the_default_page_replaces_a_link_in_the_run_folder(run: Path, precious:
 
 
 @pytest.mark.parametrize("content", ["link", '{"id": "../../x"}', '{"id": "abc"}', "{}"])
-def test_foreign_tracker_id_is_refused(
-    run: Path, precious: Path, content: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_foreign_tracker_id_is_refused(run: Path, precious: Path, content: str, monkeypatch: pytest.MonkeyPatch):
     if content == "link":
         (run / ID_FILE).symlink_to(precious / "file")
     else:

@@ -141,7 +141,7 @@ def resident() -> int:
 
 
 class Growth:
-    """What memory has gained since ``begin``: Python's objects, all traced from the block's start, and the process.
+    """Growth of memory since ``begin``: of Python's objects, traced from the start of the block, and of the process.
 
     A traced block of a mebibyte and more does not count. Python's table of interned strings is one, and moves now and
     then from where it was before the tracing; what else grows as far in one piece shows in the process.

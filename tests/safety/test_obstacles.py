@@ -358,7 +358,7 @@ def test_sigterm_interrupts_a_long_library_call(tmp_path: Path, moment: str, cou
 
 
 def test_files_are_synced_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What a power cut may lose is what was not synced: contents first, then the name, then its folder."""
+    """To survive a power cut, contents are synced first, then the name, then its folder."""
     events: list[tuple[str, str]] = []
     fsync, rename, replace = os.fsync, Path.rename, Path.replace
 

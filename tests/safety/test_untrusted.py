@@ -296,7 +296,7 @@ def changed(draw: st.DrawFn, name: str) -> bytes:
 
 
 def read_and_use(run: Path, name: str) -> None:
-    """What would be done with a file whose manifest is in order."""
+    """Read and use a file whose manifest is valid."""
     data = str(GOLDEN / "verses.txt")
     match Path(name).name:
         case "config.json":

@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 TEXT = "<|endoftext|>\n".join(f"Verse {n}: the {n % 7}th stone is not the {n % 5}th.\n" * 2 for n in range(12))
 CHANGES = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"})
-"""What Python reports when a program is about to touch a file or folder."""
+"""Audit events of Python for changes of a file or folder."""
 
 
 def minute_config(data: Path, out: Path, tracker: Tracker = "none") -> TrainingConfig:

@@ -94,7 +94,7 @@ def test_texts_are_paths(field: str, value: object, message: str):
 
 
 def test_configuration_of_one_text_is_that_of_older_releases():
-    """Which had no `text_field`, and kept the path as a string."""
+    """Older releases had no `text_field`, and kept the path as a string."""
     values = TrainingConfig(data="text.txt").to_dict()
     assert values["data"] == "text.txt"
     del values["text_field"]

@@ -173,7 +173,7 @@ def test_new_boundaries_compile_and_record_nothing(
 
 
 def test_a_replayed_run_resumes(small_config: Callable[..., TrainingConfig], tmp_path: Path):
-    """What was recorded is recorded again, and the weights are those of the checkpoint."""
+    """CUDA graphs are captured again, and the weights equal those of the checkpoint."""
     config = sharp(small_config, out=str(tmp_path / "whole"), compile=True)
     train(config)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")

@@ -116,7 +116,7 @@ def alone(make: MakeConfig) -> Path:
 
 @pytest.fixture(scope="module")
 def touches(make: MakeConfig) -> list[list[str]]:
-    """What each of two processes that share the model touches."""
+    """Return the file accesses of each of two processes that share a model."""
     return together(2, run_here, make("sharded", 2, parallel="fsdp"))
 
 

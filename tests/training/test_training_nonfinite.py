@@ -1,4 +1,4 @@
-"""What is not finite stops a run before it does harm, and may send it back."""
+"""Values that are not finite stop a run before a step, or cause a rewind."""
 
 import json
 import math
@@ -62,7 +62,9 @@ def test_the_gradient_that_is_not_finite_is_named(
     assert (raised.value.step, raised.value.name) == (1, f"the gradient of {name}")
 
 
-def test_first_nonfinite_gradient_of_the_backward_pass_is_named(small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch):
+def test_first_nonfinite_gradient_of_the_backward_pass_is_named(
+    small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+):
     def spoil(trainer: Trainer) -> None:
         for name in ("token_embedding.weight", "blocks.1.ffn.out_proj.weight", "blocks.0.ln1.weight"):
             trainer.raw_model.get_parameter(name).register_hook(lambda gradient: gradient * math.nan)

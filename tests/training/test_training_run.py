@@ -452,9 +452,7 @@ def test_compiled_run_equals_an_eager_run(small_config: MakeConfig, tmp_path: Pa
     assert compiled.loss == pytest.approx(eager.loss, rel=1e-5)
 
 
-def test_padded_offsets_change_no_step(
-    small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_padded_offsets_change_no_step(small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """All that is different but for CUDA: padded offsets, and gradients that are moved before others are added."""
     train(small_config(out=str(tmp_path / "plain"), accumulation=2))
     segments = []

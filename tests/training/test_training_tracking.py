@@ -1,4 +1,4 @@
-"""What trackers are told of a run, and that it leaves no trace in the run itself."""
+"""Values that trackers get, and runs that tracking does not change."""
 
 import signal
 import sys

@@ -71,9 +71,7 @@ def test_a_misspelt_measure_is_named(resolvent: Resolvent, run_dir: Path):
     assert "'postions' is none of language, positions, needle, influence" in told
 
 
-def test_new_path_of_held_out_text_is_accepted(
-    resolvent: Resolvent, run_dir: Path, text_file: Path, tmp_path: Path
-):
+def test_new_path_of_held_out_text_is_accepted(resolvent: Resolvent, run_dir: Path, text_file: Path, tmp_path: Path):
     moved = Path(shutil.copy(text_file, tmp_path / "moved.txt"))
     where = [["--data", path, "--held-out"] for path in (text_file, moved)]
     outcomes = [resolvent("evaluate", run_dir, *options, "--json", "-") for options in where]

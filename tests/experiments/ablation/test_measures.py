@@ -95,7 +95,7 @@ def test_an_empty_memory_is_that_of_a_fresh_state_at_its_position():
 
 @contextmanager
 def memory_inputs() -> Iterator[list[tuple[Tensor, ...]]]:
-    """What every call of the memory operator is given: q, k, v, decay, eta and the consolidation."""
+    """Record the inputs of every call of the memory operator: q, k, v, decay, eta and the consolidation."""
     heard: list[tuple[Tensor, ...]] = []
     operator = hebbian.dissipative_memory
 
@@ -379,7 +379,7 @@ def test_measurement_is_consistent():
 
 
 def test_progress_bar_ends_at_its_total(monkeypatch: pytest.MonkeyPatch):
-    """What is announced is what is read, whatever the model has."""
+    """The announced number of tokens equals the number read, for any mechanisms."""
     announced, read = [], []
 
     @contextmanager
