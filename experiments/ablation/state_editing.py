@@ -95,8 +95,8 @@ class Reading:
     def cost_of_memories(self, memories: Sequence[Tensor]) -> Cost:
         """What it costs, over the horizon, to go on with other memories, (B, H, K, V) a layer.
 
-        The rest of the state stays. ``writes`` and ``forgetting`` need no edit: at a boundary both are zero, and
-        without consolidation nothing reads them.
+        The rest of the state stays. ``forgetting`` needs no edit: at a boundary it is zero, and without consolidation
+        nothing reads it.
         """
         state = with_memories(self.state, memories)
         stretch = slice(self.length, None)
@@ -137,7 +137,7 @@ class Reading:
                 given.x[:, -distance:],
                 given.gamma[:, -distance:],
                 # Γ̄ stays: it is no memory of what was written, but how much the interval has forgotten so far.
-                layer.memory._replace(memory=empty, writes=empty),
+                layer.memory._replace(memory=empty),
                 layer.conv_tail,
                 before.position,
                 None,

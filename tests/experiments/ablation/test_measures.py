@@ -127,7 +127,7 @@ def test_in_a_single_layer_recent_memories_are_those_of_a_model_that_forgot():
     reading = reading_of((16,), n_layers=1)
     before = reading.states[16]
     (layer,) = before.layers
-    empty = layer._replace(memory=layer.memory._replace(**{n: layer.memory[0] * 0 for n in ("memory", "writes")}))
+    empty = layer._replace(memory=layer.memory._replace(memory=0 * layer.memory.memory))
     _, state = reading.model(
         reading.inputs[:, LENGTH - 16 : LENGTH], state=type(before)(before.position, (empty,)), return_state=True
     )

@@ -251,7 +251,7 @@ def _remember(
     inside, C, channels = cells < K, 3 * H * K, head * K + cells
     # The launch that last wrote the state belongs to the token before: it ended before this token's first launch began.
     square, in_square = cells_of(cells, cells, K, K)
-    memory, writes, forgetting = load_state(state, row, square, in_square, variant, variant.SNR or variant.RESONANCE)
+    memory, forgetting = load_state(state, row, square, in_square, variant, variant.SNR or variant.RESONANCE)
     if gate.x is not None:
         down = tl.arange(0, layer.BG)
         tile, mask = channels[:, None] * gate.width + down[None, :], inside[:, None] & (down < gate.width)[None, :]
@@ -276,7 +276,7 @@ def _remember(
     _store_tail(conv.tail, k_rows, sequence, H * K + channels, inside, C, W)
     _store_tail(conv.tail, v_rows, sequence, 2 * H * K + channels, inside, C, W)
     out = advance(
-        Token(query, key, value, tl.load(gamma + row) * dt), State(memory, writes, forgetting), state, boundary,
+        Token(query, key, value, tl.load(gamma + row) * dt), State(memory, forgetting), state, boundary,
         strength, filters, row, head, (square, in_square), constants, variant,
     )  # fmt: skip
     if layer.NORM:
@@ -376,7 +376,7 @@ def remember(
     layer: DissipativeHebbianLayer,
     consolidation: Consolidation | None,
     strength_logit: Tensor | None,
-    state: tuple[Tensor, Tensor, Tensor],
+    state: tuple[Tensor, Tensor],
     tail: Tensor,
     readout: Tensor,
     gated: Tensor,
@@ -392,7 +392,7 @@ def remember(
         consolidation: filters that act at its boundaries, the basis in float32.
         strength_logit: logit of the SNR filter's strength, (H,), which is read again for every token; None for full
             strength.
-        state: memory and writes (B, H, K, V), Γ̄ (B, H).
+        state: memory (B, H, K, V) and Γ̄ (B, H).
         tail: conv state, (B, W - 1, 3HK).
         readout: allocated for the read-out, (B, HV).
         gated: allocated for the gated read-out, (B, HV); stays as it is without a gate.
