@@ -170,7 +170,7 @@ def test_gamma_at_its_mean_everywhere_is_gamma_that_no_token_moves():
     for block, mean in zip(reading.blocks, reading.gamma_means, strict=True):
         potential = block.dissipative_bk.potential
         potential.gamma_proj = None
-        potential.gamma_bias.copy_((mean - potential.base_decay).expm1().log())
+        potential.gamma_bias.copy_((mean - potential.least_decay).expm1().log())
     expected = plain_nats(reading.model, reading.inputs, reading.labels) - reading.nats
     np.testing.assert_allclose(cost, expected.mean(dim=1).numpy(), atol=1e-5)
     assert np.abs(cost).min() > 1e-3

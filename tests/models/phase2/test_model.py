@@ -129,6 +129,7 @@ def test_bfloat16_autocast_is_close_to_float32_with_gradients(packed):
 
 FIELDS = {
     "base_decay": (0.01, 0.2),
+    "least_decay": (None, 0.009),
     "adaptive_decay": (True, False),
     "hebbian_eta": (0.1, 0.7),
     "hebbian_dt": (1.0, 0.3),

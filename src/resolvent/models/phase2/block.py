@@ -69,6 +69,7 @@ class Phase2Block(Block[Phase2Record]):
                 config.hebbian_dt,
                 memory_width=heads * head_dim if config.memory_feedback and not first else 0,
                 memory_scale=config.feedback_scale,
+                least_decay=config.least_decay,
             ),
             backend=config.backend if config.use_triton_bk else "torch",
             block_size=config.triton_block_size,

@@ -58,7 +58,7 @@ class _Potential(NamedTuple):
     gamma: Tensor | None
     memory: Tensor | None
     gamma_bias: Tensor
-    base_decay: float
+    least_decay: float
     memory_scale: float
 
 
@@ -210,7 +210,7 @@ def _scatter(
     potential += tl.sum(of_v.to(tl.float32) * given, 1)
     gamma_logit += tl.sum(of_gamma * given, 1)
     softplus = tl.maximum(gamma_logit, 0.0) + tl.log(1 + tl.exp(-tl.abs(gamma_logit)))
-    gamma_of_heads = softplus + weights.base_decay
+    gamma_of_heads = softplus + weights.least_decay
     tl.store(gamma + sequence * H + heads, gamma_of_heads, mask=there)
     # 3. A site of every chain, and its features.
     re, im = reciprocal((potential - hopping * g_re, -(kappa * gamma_of_heads + zeta) - hopping * g_im))
@@ -357,7 +357,7 @@ def scatter(
     memory_width = 1 if back is None else back.in_features
     gamma, memory = (None if linear is None else linear.weight for linear in (adaptive, back))
     scale = potential.memory_scale
-    weights = _Potential(potential.v_proj.weight, gamma, memory, potential.gamma_bias, potential.base_decay, scale)
+    weights = _Potential(potential.v_proj.weight, gamma, memory, potential.gamma_bias, potential.least_decay, scale)
     chain = _Chain(layer.h0_super, layer.h0_sub, layer.kappa, layer.energy, layer.log_zeta, g)
     count_run("resolvent_diagonal", "triton")
     with torch.cuda.device_of(out):
