@@ -32,8 +32,7 @@ class TestPhase2Config:
             zeta_embedding_trainable=False, vocab_size=50257, d_model=512, n_layers=6, n_seq=1024, ffn_dim=None,
             dropout=0.1, target_vram_gb=8.0, target_speedup_triton=3.0,
         )  # fmt: skip
-        # A memory that forgets 1 % a token reaches no further than a few hundred: the one default of ours.
-        assert {name: getattr(config, name) for name in report} == report | {"base_decay": 1e-4}
+        assert {name: getattr(config, name) for name in report} == report
 
     def test_config_validation_valid(self):
         Phase2Config().validate()
@@ -42,6 +41,12 @@ class TestPhase2Config:
     def test_config_validation_invalid_base_decay(self):
         with pytest.raises(ValueError, match=r"^base_decay must be > 0, got -0.01$"):
             Phase2Config(base_decay=-0.01).validate()
+
+    @pytest.mark.parametrize("least", [0, 0.01, 0.2])
+    def test_config_validation_invalid_least_decay(self, least):
+        Phase2Config(least_decay=0.009).validate()
+        with pytest.raises(ValueError, match=rf"^least_decay must be > 0 and < base_decay \(0.01\), got {least}$"):
+            Phase2Config(least_decay=least).validate()
 
     def test_config_validation_invalid_hebbian_eta(self):
         with pytest.raises(ValueError, match=r"^hebbian_eta must be > 0, got 0.0$"):

@@ -95,8 +95,8 @@ class Reading:
     def cost_of_memories(self, memories: Sequence[Tensor]) -> Cost:
         """Return the cost over the horizon of continuing with other memories, (B, H, K, V) per layer.
 
-        The rest of the state is unchanged. ``writes`` and ``forgetting`` need no edit: at a boundary both are zero, and
-        without consolidation nothing reads them.
+        The rest of the state is unchanged. ``forgetting`` needs no edit: at a boundary it is zero, and without
+        consolidation nothing reads it.
         """
         state = with_memories(self.state, memories)
         stretch = slice(self.length, None)
@@ -137,7 +137,7 @@ class Reading:
                 given.x[:, -distance:],
                 given.gamma[:, -distance:],
                 # Γ̄ stays: it is no content, but the sum of Γ dt in the interval so far.
-                layer.memory._replace(memory=empty, writes=empty),
+                layer.memory._replace(memory=empty),
                 layer.conv_tail,
                 before.position,
                 None,

@@ -216,13 +216,13 @@ def _phase2(name: str, size: Size) -> Callable[[int], Entry]:
 
 
 def phase2_state_bytes(model: Phase2IntegratedModel) -> int:
-    """Return the bytes of the state of a sequence; tensors for the SNR filter count if there is one."""
+    """Return the bytes of the state of a sequence; Γ̄ counts if there is an SNR filter, which alone reads it."""
     return sum(_block_state_bytes(block) for block in model.blocks if isinstance(block, Phase2Block))
 
 
 def _block_state_bytes(block: Phase2Block) -> int:
-    resolvent, memory, writes, forgetting, *others = (torch.Size(shape).numel() for shape in block.state_shapes())
-    filtered = writes + forgetting if block.snr_filter is not None else 0
+    resolvent, memory, forgetting, *others = (torch.Size(shape).numel() for shape in block.state_shapes())
+    filtered = forgetting if block.snr_filter is not None else 0
     return 8 * resolvent + 4 * (memory + filtered + sum(others))
 
 

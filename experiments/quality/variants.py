@@ -83,7 +83,7 @@ OPTIONS = {
     "gated-ffn": Switch("SwiGLU instead of Linear, GELU, Linear", {"ffn_gated": False}),
     "scale": Switch("tokens enter at the size of what blocks add", {"embedding_scale": 1.0}),
     "snr-training": Switch("the SNR filter's strength is trained", {"snr_trained": False}),
-    "reach": Switch("a least decay of 0.01 % per token, instead of 1 %", {"base_decay": 0.01}),
+    "reach": Switch("a least decay of 0.01 % per token, instead of 1 %", {"base_decay": 0.015, "least_decay": 0.01}),
 }
 """Further switches, which the report does not name."""
 
@@ -162,7 +162,8 @@ def parse_variant(name: str) -> Variant:
         elif part == "original":
             original = True
             config = {
-                "base_decay": 0.01,
+                "base_decay": 0.015,
+                "least_decay": 0.01,
                 "tie_embeddings": False,
                 "embedding_scale": 1.0,
                 "ffn_gated": False,

@@ -27,7 +27,7 @@ with atheris.instrument_imports(include=["resolvent.files", "resolvent.manifest"
     from resolvent.training.metrics import MetricsLog
     from resolvent.training.run_folder import read_run
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-4"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-5"
 RUN, CHECKPOINT = GOLDEN / "run", GOLDEN / "run" / "checkpoints" / "step-00000003"
 LONGEST_MESSAGE = 10_000
 

@@ -46,28 +46,32 @@ def test_eta_and_dt_reach_the_memory():
     assert state(dt=0.5).memory.norm() > state(dt=2.0).memory.norm()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     decay=st.floats(1e-4, 5.0),
     eta=st.floats(1e-3, 10.0),
     size=st.floats(1e-3, 1e3),
-    boost=st.floats(0.0, 5.0),
+    boosts=st.tuples(st.floats(1.0, 20.0), st.floats(1.0, 20.0)),
+    threshold=st.floats(0.01, 4.0),
     sharpness=st.floats(-20, 20),
     bias=st.floats(-20, 20),
     strength=st.one_of(st.none(), st.floats(0.0, 1.0)),
+    interval=st.sampled_from([64, 128, 192]),
     same_token=st.booleans(),
-    cut=st.integers(1, 299),
+    cut=st.integers(1, 399),
     fading=st.sampled_from([1.0, 1e-3, 0.0]),
 )
-def test_the_energy_bound_holds(seed, decay, eta, size, boost, sharpness, bias, strength, same_token, cut, fading):
+def test_the_energy_bound_holds(
+    seed, decay, eta, size, boosts, threshold, sharpness, bias, strength, interval, same_token, cut, fading
+):
     torch.manual_seed(seed)
-    length, heads, width = 300, 2, 8
+    length, heads, width = 400, 2, 8
     resonance = MemoryResonanceLayer(heads, width)
     resonance.sharpness.data.fill_(sharpness)
     resonance.bias.data.fill_(bias)
-    snr = filter_of(strength, heads, eta_boost=boost)
-    rule = Consolidation(64, snr.constants(), resonance.constants())
+    snr = filter_of(strength, heads, gamma_boost=boosts[0], eta_boost=boosts[1], threshold=threshold)
+    rule = Consolidation(interval, snr.constants(), resonance.constants())
     k, v = torch.randn(2, 1, length, heads, width, dtype=torch.float64)
     if same_token:  # the worst case: every write adds to the last
         k, v = k[:, :1].expand_as(k), v[:, :1].expand_as(v)
@@ -86,9 +90,9 @@ def test_the_energy_bound_holds(seed, decay, eta, size, boost, sharpness, bias, 
             (etas * v[:, piece].norm(dim=-1)).amax(1),
             gamma[:, piece].amin(1),
             torch.tensor([piece.stop - piece.start]),
-            snr.gain,
+            snr.amplification,
         )
-        assert (metrics["energy"] <= metrics["energy_bound"] * (1 + 1e-9)).all()
+        assert (metrics["energy"] <= metrics["energy_bound"] * (1 + 1e-6)).all()
         before = after
 
 
@@ -102,37 +106,31 @@ def filter_of(strength, heads=1, **options):
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, None])
 def test_the_energy_bound_follows_the_strength(strength):
-    gain = filter_of(strength, 2, eta_boost=3.0).gain
+    amplification = filter_of(strength, 2, eta_boost=3.0).amplification
     initial, write, decay = torch.ones(1, 2), torch.ones(1, 2), torch.full((1, 2), math.log(2))
-    expected = (1 + 2 * (1 + 2 * (1.0 if strength is None else strength))) ** 2
-    bound = LyapunovStabilityMonitor.bound(initial, write, decay, gain)
+    expected = ((1 + 2) / (1 - (1.0 if strength is None else strength) * (1 - 1 / 3))) ** 2
+    bound = LyapunovStabilityMonitor.bound(initial, write, decay, amplification)
     torch.testing.assert_close(bound, torch.full((1, 2), expected))
-    damped = filter_of(strength, 2, eta_boost=0.5).gain
-    torch.testing.assert_close(LyapunovStabilityMonitor.bound(initial, write, decay, damped), torch.full((1, 2), 9.0))
 
 
-@pytest.mark.parametrize("strength", [0.5, 1.0, None])
-def test_the_energy_bound_is_reached_but_for_the_decay(strength):
-    """Signal alone, written in one interval, and looked at before its boundary: what the boundary adds is bounded."""
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, None])
+def test_the_energy_bound_is_reached(strength):
+    """Signal alone, the same in every token and strongly forgotten: the memory settles where its bound is."""
     snr = filter_of(strength, threshold=1e-6, temperature=1e-3, eta_boost=3.0)
     rule = Consolidation(64, snr.constants())
-    k = torch.ones(1, 64, 1, 4, dtype=torch.float64) / 2
-    v, decay, eta = k.clone(), torch.full((1, 64, 1), 1e-6, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    v[:, -1] = 0.0
-    none = MemoryState(*(torch.zeros(shape, dtype=torch.float64) for shape in ((1, 1, 4, 4), (1, 1, 4, 4), (1, 1))))
-    parts = [x[:, :-1] for x in (k, k, v, decay)]
-    _, before = dissipative_memory(*parts, eta, initial_state=none, consolidation=rule)
-    last = [x[:, -1:] for x in (k, k, v, decay)]
-    _, after = dissipative_memory(*last, eta, initial_state=before, position=torch.tensor([63]), consolidation=rule)
-    nothing, elapsed = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1)
-    metrics = LyapunovStabilityMonitor.metrics(before, after, nothing, decay[:, -1], elapsed, snr.gain)
-    assert 0.999 < (metrics["energy"] / metrics["energy_bound"]).item() <= 1
+    k = torch.ones(1, 64 * 20, 1, 4, dtype=torch.float64) / 2
+    decay, eta = torch.full(k.shape[:3], 0.05, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    _, after = dissipative_memory(k, k, k, decay, eta, consolidation=rule)
+    before, elapsed = MemoryState(*map(torch.zeros_like, after)), torch.full((1,), 64 * 20)
+    write = torch.ones(1, 1, dtype=torch.float64)
+    metrics = LyapunovStabilityMonitor.metrics(before, after, write, decay[:, 0], elapsed, snr.amplification)
+    assert 0.999 < (metrics["energy"] / metrics["energy_bound"]).item() <= 1 + 1e-6
 
 
 def test_the_energy_rate_is_a_difference_quotient():
     one = torch.ones(1, 1)
-    before, after = (MemoryState(torch.full((1, 1, 2, 2), x), torch.zeros(1, 1, 2, 2), one) for x in (0.0, 1.0))
-    metrics = LyapunovStabilityMonitor.metrics(before, after, one, one, torch.tensor([8.0]), torch.zeros(1))
+    before, after = (MemoryState(torch.full((1, 1, 2, 2), x), one) for x in (0.0, 1.0))
+    metrics = LyapunovStabilityMonitor.metrics(before, after, one, one, torch.tensor([8.0]), torch.ones(1))
     assert metrics["energy"].item() == 4
     assert metrics["energy_rate"].item() == 0.5
 

@@ -6,13 +6,13 @@ from resolvent.layers import DissipativeBKLayer, NonHermitianPotential
 
 
 @pytest.mark.parametrize(
-    ("base_decay", "slow", "fast"), [(1e-4, 0.05, 0.5), (0.01, 0.05, 0.5), (0.1, 0.15, 0.5), (0.3, 0.45, 0.9)]
+    ("base_decay", "slow", "fast"), [(1e-4, 0.05, 0.5), (0.01, 0.05, 0.5), (0.1, 0.1, 0.5), (0.3, 0.3, 0.6)]
 )
 def test_gamma_starts_with_one_slow_head_and_the_others_spaced_up_to_one_half(base_decay, slow, fast):
     layer = NonHermitianPotential(16, 8, base_decay=base_decay)
     _, gamma = layer(torch.zeros(1, 1, 16))
     gamma = gamma[0, 0]
-    assert gamma[0].item() == pytest.approx(1.5 * base_decay, rel=1e-4)
+    assert gamma[0].item() == pytest.approx(base_decay, rel=1e-4)
     assert gamma[1].item() == pytest.approx(slow, rel=1e-4)
     assert gamma[-1].item() == pytest.approx(fast, rel=1e-4)
     ratios = gamma[2:] / gamma[1:-1]
@@ -23,7 +23,7 @@ def test_gamma_starts_with_one_slow_head_and_the_others_spaced_up_to_one_half(ba
 def test_few_heads_start_with_the_slowest(heads):
     _, gamma = NonHermitianPotential(16, heads)(torch.zeros(1, 1, 16))
     assert gamma.shape == (1, 1, heads)
-    assert gamma[0, 0, 0].item() == pytest.approx(1.5e-4, rel=1e-4)
+    assert gamma[0, 0, 0].item() == pytest.approx(0.01, rel=1e-4)
 
 
 def test_gamma_spacing_is_in_units_of_the_time_step():
@@ -31,11 +31,15 @@ def test_gamma_spacing_is_in_units_of_the_time_step():
     assert all(g[0, 0, -1].item() == pytest.approx(0.5, rel=1e-4) for g in gamma)
 
 
-def test_gamma_never_falls_below_the_base_decay():
-    layer = NonHermitianPotential(16, 4, base_decay=0.02)
+@pytest.mark.parametrize(
+    ("base_decay", "least_decay", "least"), [(0.02, 0.015, 0.015), (0.02, None, 1e-4), (1e-4, None, 1e-5)]
+)
+def test_gamma_never_falls_below_the_least_decay(base_decay, least_decay, least):
+    layer = NonHermitianPotential(16, 4, base_decay=base_decay, least_decay=least_decay)
+    assert layer(torch.zeros(1, 1, 16))[1][0, 0, 0].item() == pytest.approx(base_decay, rel=1e-4)
     layer.gamma_proj.weight.data.normal_(std=100)
     _, gamma = layer(torch.randn(4, 50, 16))
-    assert (gamma >= 0.02).all()
+    assert gamma.min().item() == pytest.approx(least, rel=1e-6)
 
 
 def test_adaptive_decay_off_keeps_a_trainable_gamma_that_no_token_moves():

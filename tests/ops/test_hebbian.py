@@ -27,8 +27,8 @@ def inputs(length, strength=0.3, batch=2, heads=2, key=16, value=8, dtype=torch.
 
 
 def state(batch=2, heads=2, key=16, value=8, dtype=torch.float64):
-    memory, writes = torch.randn(2, batch, heads, key, value, dtype=dtype)
-    return MemoryState(memory, writes, torch.rand(batch, heads, dtype=dtype))
+    memory = torch.randn(batch, heads, key, value, dtype=dtype)
+    return MemoryState(memory, torch.rand(batch, heads, dtype=dtype))
 
 
 KINDS = ["none", "snr", "strength", "resonance", "both"]
@@ -166,11 +166,11 @@ def test_gradcheck_with_packed_sequences_and_consolidation():
     start = MemoryState(*(x.requires_grad_() for x in state(batch=2, heads=1, key=4, value=3)))
     rule = consolidation("both", heads=1, key=4)
 
-    def run(q, k, v, decay, eta, memory, writes, forgetting, strength, sharpness, bias):
+    def run(q, k, v, decay, eta, memory, forgetting, strength, sharpness, bias):
         snr, resonance = replace(rule.snr, strength=strength), replace(rule.resonance, sharpness=sharpness, bias=bias)
         readout, final = dissipative_memory(
             q, k, v, decay, eta,
-            initial_state=MemoryState(memory, writes, forgetting),
+            initial_state=MemoryState(memory, forgetting),
             cu_seqlens=torch.tensor([0, 3, 70]),
             consolidation=replace(rule, snr=snr, resonance=resonance),
         )  # fmt: skip

@@ -22,7 +22,7 @@ from resolvent.tensors import read_tensors
 from resolvent.training import resume
 from resolvent.training.trainer import Trainer
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-4"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-5"
 FILES = sorted(str(path.relative_to(GOLDEN)) for path in GOLDEN.rglob("*") if path.is_file())
 FILES.remove("expected.json")
 NEWEST = "run/checkpoints/step-00000006"

@@ -24,7 +24,7 @@ def piece(number: int, length: int, device: str) -> Tensor:
 
 def minute_model(device: str) -> Phase2IntegratedModel:
     """A model that reads positions, in the slowest memory that its configuration allows."""
-    model = create_phase2_model(**SIZES, head_dim=8, base_decay=0.01, device=device)
+    model = create_phase2_model(**SIZES, head_dim=8, base_decay=0.015, least_decay=0.01, device=device)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -14,6 +14,7 @@ from resolvent.errors import CheckpointError, VersionError
 from resolvent.files import write_json
 from resolvent.manifest import MANIFEST, write_manifest
 from resolvent.models import load_model
+from resolvent.models.phase2 import Phase2IntegratedModel
 from resolvent.runs import load_trained
 from resolvent.tensors import read_tensors
 from resolvent.training import resume
@@ -21,8 +22,8 @@ from resolvent.training.checkpoint import find_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 FORMATS = sorted(path.name for path in GOLDEN.iterdir())
-RESUMED = [name for name in FORMATS if name >= "format-4"]
-"""Earlier runs split their text in another way."""
+RESUMED = [name for name in FORMATS if name >= "format-5"]
+"""Earlier runs split their text, or started their decay rates, in another way."""
 
 
 @pytest.fixture(params=FORMATS)
@@ -49,10 +50,19 @@ def test_golden_model_keeps_its_outputs(golden: Path):
     assert len(tokenizer.decode(new.tolist())) == 20
 
 
+@pytest.mark.parametrize("golden", [name for name in FORMATS if name <= "format-4"], indirect=True)
+def test_base_decay_of_earlier_formats_is_the_least_decay(golden: Path):
+    stored = json.loads((golden / "run" / "config.json").read_text())["base_decay"]
+    model = load_model(golden / "run", "cpu")
+    assert isinstance(model, Phase2IntegratedModel)
+    assert (model.config.least_decay, model.config.base_decay) == (stored, 1.5 * stored)
+    assert model.blocks[0].dissipative_bk.potential.least_decay == stored
+
+
 @pytest.mark.parametrize("golden", sorted(set(FORMATS) - set(RESUMED)), indirect=True)
-def test_a_run_with_another_split_is_refused_by_name(golden: Path):
+def test_run_of_an_earlier_release_is_refused_by_name(golden: Path):
     before = {path: path.read_bytes() for path in golden.rglob("*") if path.is_file()}
-    message = r"training\.json has format version 1: the run held out documents by their number.* --from .*run"
+    message = r"training\.json has format version [12]: the run held out other documents.* --from .*run"
     with pytest.raises(CheckpointError, match=message):
         resume(golden / "run", data=str(golden / "verses.txt"))
     assert before == {path: path.read_bytes() for path in golden.rglob("*") if path.is_file()}

@@ -45,7 +45,7 @@ from tests.cli.conftest import call
 from tests.safety.test_crashes import outcome
 from tests.safety.victim import TEXT, minute_config
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-4"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-5"
 VERSES = str(GOLDEN / "verses.txt")
 LAST = Path("checkpoints") / "step-00000006"
 

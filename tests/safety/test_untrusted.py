@@ -36,7 +36,7 @@ from resolvent.training.optimizer import build_optimizer
 from resolvent.training.run_folder import read_run
 from tests.cli.conftest import call
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-4"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-5"
 SOURCES = Path(__file__).parents[2] / "src"
 CHECKPOINT = Path("checkpoints") / "step-00000006"
 

@@ -109,7 +109,7 @@ def _memory(block: Phase2Block, records: Sequence[Phase2Record], gamma: Tensor, 
         torch.zeros_like(gamma),
         (values.norm(dim=-1) * hebbian.eta.detach()).cummax(dim=0).values,
         (gamma * hebbian.dt).cummin(dim=0).values,
-        block.write_gain,
+        block.amplification,
     )
     energy = memories.square().sum(dim=(-2, -1))
     return MemoryTrace(energy, bound[ends.to(bound.device)], memories[-1])

@@ -150,20 +150,28 @@ class DissipativeHebbianLayer(nn.Module):
 class LyapunovStabilityMonitor:
     """Energy ``E = ||S||²`` of a memory, its rate of change, and its bound.
 
-    Every write adds at most ``η |k| |v| = η |v|`` to ``||S||``, every token keeps at most ``exp(-Γ_min dt)`` of it, and
-    the resonance filter at most all of it. At a boundary ``S = R + ΔS``, where R is what is left of before the last
-    one. An SNR filter of strength s and gain ``a = s (eta_boost - 1)`` makes of it, component by component,
-    ``survival R + (survival + a p) ΔS`` with survival and p in [0, 1]. So R does not grow, and writes are multiplied
-    once, by at most ``1 + max(a, 0)``: where ``0 <= eta_boost < 1``, a is in [-1, 0] and the factor in [-1, 1].
-    Writes ΔS_0 that are in ``S_0`` and yet to meet a boundary add ``a p ΔS_0`` there. Hence, for all t,
+    With Γ_min the least rate of a stretch, ``η max|v|`` its largest write, s the strength of an SNR filter with boosts
+    >= 1 (0 without one), and
 
-        ``||S_t|| <= ||S_0|| + |a| ||ΔS_0|| + (1 + max(a, 0)) η max|v| / (1 - exp(-Γ_min dt))``.
+        ``W = η max|v| / (1 - exp(-Γ_min dt))``,      ``A = 1 / (1 - s (1 - 1 / eta_boost))``,
+
+    ``||S_t|| <= A max(||S_0||, W) <= A (||S_0|| + W)`` for all t. Proof, with ``c = 1 - 1 / A`` in [0, 1):
+
+    1. A write adds at most ``η |k| |v| = η |v|`` to ``||S||``, and a token keeps ``exp(-Γ dt)`` of it. After n tokens
+       that forgot g in all, a memory of norm x has at most ``exp(-g) x + (1 - exp(-g)) W``: the sum of the decayed
+       writes is at most ``W (1 - exp(-n Γ_min dt))``, and ``g >= n Γ_min dt``.
+    2. At a boundary the SNR filter divides every component by ``1 + m u``, with ``u = 1 - exp(-Γ̄)`` in [0, 1) and
+       ``m >= -c``, and so multiplies ``||S||`` by at most ``1 / (1 - c u)``, which is at most A.
+    3. Let ``M = max(||S_0||, W)``. Up to the first boundary ``||S|| <= M`` by 1, and behind it ``||S|| <= A M`` by 2.
+    4. Behind any boundary ``||S|| <= A M``, then. In front of the next one ``||S|| <= (1 - u) A M + u M`` by 1, and
+       since ``(1 - u) A + u = A (1 - c u)``, behind it ``||S|| <= A M`` again by 2, and before it by 1.
+    5. The resonance multiplies the modes of the memory by σ <= 1 in an orthonormal basis: ``||S||`` does not grow.
     """
 
     @staticmethod
-    def bound(initial: Tensor, largest_write: Tensor, least_decay: Tensor, gain: Tensor) -> Tensor:
-        """Return the bound on E: ``||S_0|| + |a| ||ΔS_0||``, ``η max|v|``, ``min Γ dt`` (B, H), a (H,) -> (B, H)."""
-        return (initial + (1 + gain.clamp(min=0)) * largest_write / -torch.expm1(-least_decay)).square()
+    def bound(initial: Tensor, largest_write: Tensor, least_decay: Tensor, amplification: Tensor) -> Tensor:
+        """Return the bound on E: ``||S_0||``, ``η max|v|``, ``min Γ dt`` (B, H) and A (H,) or () -> (B, H)."""
+        return (amplification * (initial + largest_write / -torch.expm1(-least_decay))).square()
 
     @staticmethod
     def metrics(
@@ -172,7 +180,7 @@ class LyapunovStabilityMonitor:
         largest_write: Tensor,
         least_decay: Tensor,
         elapsed: Tensor,
-        gain: Tensor,
+        amplification: Tensor,
     ) -> dict[str, Tensor]:
         """Return the stability metrics of a stretch of tokens.
 
@@ -182,17 +190,15 @@ class LyapunovStabilityMonitor:
             largest_write: ``η max|v|`` of its tokens, (B, H).
             least_decay: ``min Γ dt`` of its tokens, (B, H).
             elapsed: its duration ``N dt``, (B,).
-            gain: a of the SNR filter, (H,), 0 without one.
+            amplification: A of the SNR filter, (H,) or (), 1 without one.
 
         Returns:
             ``energy``, ``energy_rate`` (mean dE/dt over the stretch) and ``energy_bound``, each (B, H).
         """
-        energy_before, energy_of_writes, memory_energy = (
-            s.square().sum(dim=(-2, -1)) for s in (before.memory, before.writes, after.memory)
-        )
-        initial = energy_before.sqrt() + gain.abs() * energy_of_writes.sqrt()
+        energy_before, memory_energy = (s.memory.square().sum(dim=(-2, -1)) for s in (before, after))
+        bound = LyapunovStabilityMonitor.bound(energy_before.sqrt(), largest_write, least_decay, amplification)
         return {
             "energy": memory_energy,
             "energy_rate": (memory_energy - energy_before) / elapsed.unsqueeze(-1),
-            "energy_bound": LyapunovStabilityMonitor.bound(initial, largest_write, least_decay, gain),
+            "energy_bound": bound,
         }

@@ -17,35 +17,38 @@ from .linear import is_plain
 class NonHermitianPotential(nn.Module):
     """Potential V and decay rate Γ of every head.
 
-    ``V = v_proj(x) + s memory_to_potential(r)``, ``Γ = softplus(gamma_proj(x) + gamma_bias) + base_decay``.
+    ``V = v_proj(x) + s memory_to_potential(r)``, ``Γ = least_decay + softplus(gamma_proj(x) + gamma_bias)``.
 
-    Γ is a rate per unit time. Its bias sets the initial ``Γ dt`` of the heads: that of the first is 1.5
-    ``base_decay dt``, near the minimum; those of the others are spaced geometrically from one twentieth to one half,
-    memories of twenty tokens down to two, with which text is learnt faster.
+    Γ is a rate per unit time. Its bias sets the initial Γ of the heads at rest: that of the first and slowest is
+    ``base_decay``; those of the others are spaced geometrically, ``Γ dt`` from one twentieth to one half, memories of
+    twenty tokens down to two, with which text is learnt faster. Training can slow every head down to ``least_decay``.
 
     Args:
         d_model: width D of x.
         num_heads: heads H.
-        base_decay: least Γ, > 0.
+        base_decay: initial Γ of the slowest head, > 0.
         adaptive_decay: let Γ depend on the token; otherwise it is one trainable number per head.
         dt: time per token.
         memory_width: width of the memory read-out r that feeds back into V; 0 for no feedback.
         memory_scale: s; None for ``1 / sqrt(memory_width)``. Without it, training learns this feedback so fast that it
             overfits.
+        least_decay: least Γ, in (0, base_decay); None for the smaller of 1e-4 and a tenth of ``base_decay``.
     """
 
     def __init__(
         self,
         d_model: int,
         num_heads: int,
-        base_decay: float = 1e-4,
+        base_decay: float = 0.01,
         adaptive_decay: bool = True,
         dt: float = 1.0,
         memory_width: int = 0,
         memory_scale: float | None = None,
+        least_decay: float | None = None,
     ):
         super().__init__()
         self.num_heads, self.base_decay, self.dt = num_heads, base_decay, dt
+        self.least_decay = min(1e-4, base_decay / 10) if least_decay is None else least_decay
         self.v_proj = nn.Linear(d_model, num_heads, bias=False)
         self.gamma_proj = nn.Linear(d_model, num_heads, bias=False) if adaptive_decay else None
         self.gamma_bias = nn.Parameter(torch.empty(num_heads))
@@ -56,10 +59,10 @@ class NonHermitianPotential(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the parameters with a fixed start: the spacing of Γ, and a feedback of zero."""
-        slowest = 1.5 * self.base_decay * self.dt
+        slowest = self.base_decay * self.dt
         slow, fast = max(1 / 20, slowest), max(1 / 2, 2 * slowest)
         others = slow * (fast / slow) ** torch.linspace(0, 1, max(1, self.num_heads - 1), dtype=torch.float64)
-        gamma = torch.cat([others.new_tensor([slowest]), others])[: self.num_heads] / self.dt - self.base_decay
+        gamma = torch.cat([others.new_tensor([slowest]), others])[: self.num_heads] / self.dt - self.least_decay
         self.gamma_bias.copy_(gamma + torch.log(-torch.expm1(-gamma)))  # the inverse of softplus
         if self.memory_to_potential is not None:
             self.memory_to_potential.weight.zero_()
@@ -74,7 +77,7 @@ class NonHermitianPotential(nn.Module):
         if self.memory_to_potential is not None and readout is not None:
             potential = potential + self.memory_scale * self.memory_to_potential(readout)
         gamma_logit = self.gamma_bias.expand_as(potential) if adaptive is None else self.gamma_bias + adaptive
-        return potential, F.softplus(at_least_float32(gamma_logit)) + self.base_decay
+        return potential, F.softplus(at_least_float32(gamma_logit)) + self.least_decay
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return ``v_proj(x)`` and ``gamma_proj(x)``, of one product where possible, which reads x once."""

@@ -61,10 +61,10 @@ class SNRMemoryFilter(nn.Module):
         return None if self.strength_logit is None else at_least_float32(self.strength_logit).sigmoid()
 
     @property
-    def gain(self) -> Tensor:
-        """Gain of writes that are signal, a fraction of them, ``s (eta_boost - 1)``: (H,), or () at full strength."""
+    def amplification(self) -> Tensor:
+        """Largest factor of a memory, ``A = 1 / (1 - s (1 - 1 / eta_boost))``: (H,), or () at full strength."""
         strength = torch.ones(()) if self.strength is None else self.strength
-        return strength * (self.eta_boost - 1)
+        return 1 / (1 - strength * (1 - 1 / self.eta_boost))
 
     def extra_repr(self) -> str:
         names = ("threshold", "temperature", "gamma_boost", "eta_boost")

@@ -175,7 +175,7 @@ class ModelState:
 
         Raises:
             VersionError: a newer version wrote the file.
-            CheckpointError: the file cannot be read or holds no state.
+            CheckpointError: the file cannot be read, or holds no state of this release.
         """
         try:
             stored = read_tensors(Path(path)).items()
@@ -185,7 +185,12 @@ class ModelState:
             }
             count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
             layers = tuple(_assemble(cls.layer_type, tensors, f"layers.{i}") for i in range(count))
-            return cls(tensors["position"], layers).to(device)
+            state = cls(tensors["position"], layers).to(device)
+            if unknown := tensors.keys() - state._tensors().keys():
+                raise ValueError(
+                    f"this release has no {', '.join(sorted(unknown))}, another one wrote it; read the text again"
+                )
+            return state
         except VersionError:
             raise
         except (KeyError, IndexError, ValueError, RuntimeError) as error:

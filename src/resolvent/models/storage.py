@@ -23,7 +23,7 @@ from .phase1 import Phase1Config
 from .phase2 import Phase2Config
 from .phases import PHASES, Phase, phase_of
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _BEFORE = {
     2: {"embedding_scale": 1.0, "ffn_gated": False, "snr_trained": False},
     3: {"feedback_scale": 1.0},
@@ -180,10 +180,20 @@ def in_todays_format(source: Path | str, values: Values, kind: type[ModelConfig]
     version = values["format_version"]
     values = {name: value for name, value in values.items() if name != "format_version"}
     names = {field.name for field in dataclasses.fields(kind)}
+    if version < 4 and "least_decay" in names:
+        values = _with_least_decay(values)
     for since, fields in _BEFORE.items():
         if version < since:
             values = {name: value for name, value in fields.items() if name in names} | values
     return values
+
+
+def _with_least_decay(values: Values) -> Values:
+    """Return entries of before format version 4, when ``base_decay`` was the least Γ and 1.5 times it the start."""
+    least = values.get("base_decay", 1e-4)
+    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 < least <= 1e30:
+        return values  # ``validate`` names what is wrong with it
+    return {**values, "base_decay": 1.5 * least, "least_decay": least}
 
 
 def _misfit(phase: Phase, config: Phase1Config | Phase2Config, shapes: dict[str, torch.Size]) -> str | None:

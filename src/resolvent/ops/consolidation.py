@@ -1,16 +1,20 @@
 r"""Consolidation of a Hebbian memory at fixed boundaries, every ``interval`` tokens of a sequence.
 
-Let ``S`` be the memory at a boundary, ``ΔS`` the decayed sum of the writes since the last boundary and ``Γ̄`` the sum of
-``Γ dt`` since then.
+Let ``S`` be the memory at a boundary and ``Γ̄`` the sum of ``Γ dt`` since the last one; nothing else is needed.
 
-* **SNR filter.** ``SNR_ij = |S_ij| / rms(S)`` per head and ``p = sigmoid((SNR - threshold) / temperature)``. At full
-  strength, s = 1, components below the threshold forget as if Γ were ``gamma_boost`` times as large, components above
-  it learn as if η were ``eta_boost`` times as large; at s = 0 the filter is the identity:
-  ``S <- S exp(-s (gamma_boost - 1) Γ̄ (1 - p)) + s (eta_boost - 1) p ΔS``.
+* **SNR filter.** ``SNR_ij = |S_ij| / rms(S)`` per head, ``p = sigmoid((SNR - threshold) / temperature)``, and
+
+      S <- S / (1 + m (1 - exp(-Γ̄))),      m = s [(gamma_boost - 1) (1 - p) - (1 - 1 / eta_boost) p].
+
+  To first order in Γ̄, components below the threshold forget as if Γ were ``gamma_boost`` times as large, and components
+  above it learn as if η were ``eta_boost`` times as large, both in proportion to the strength s; at s = 0 the filter is
+  the identity. With constant Γ and p the memory settles at ``W / (1 + m)``, where W is where it settles without the
+  filter: at s = 1, ``W / gamma_boost`` for noise and ``eta_boost W`` for signal. A component that was written shortly
+  before a boundary is changed little, as is a memory that forgets little from boundary to boundary.
 * **Resonance.** The modes of a memory are the rows of ``QᵀS`` for a fixed orthonormal ``Q``, with energies ``E_m``
   relative to their mean; ``S <- Q diag(σ) QᵀS`` with ``σ_m = sigmoid(sharpness (E_m / mean(E) - threshold) + bias)``.
 
-With ``base_decay > 0`` and ``σ <= 1`` the memory stays bounded (see ``layers.hebbian.LyapunovStabilityMonitor``).
+Both keep a memory bounded (see ``layers.hebbian.LyapunovStabilityMonitor``).
 Shapes: B batch, H heads, K key width, V value width.
 """
 
@@ -107,12 +111,11 @@ def resonance_gate(energies: Tensor, resonance: Resonance) -> Tensor:
     return torch.sigmoid(sharpness * (energies - resonance.threshold) + bias)
 
 
-def consolidate(memory: Tensor, writes: Tensor, forgetting: Tensor, consolidation: Consolidation) -> Tensor:
-    """Filter a memory at a boundary. The caller then restarts ``writes`` and ``forgetting`` at zero.
+def consolidate(memory: Tensor, forgetting: Tensor, consolidation: Consolidation) -> Tensor:
+    """Filter a memory at a boundary. The caller then restarts ``forgetting`` at zero.
 
     Args:
         memory: S, (B, H, K, V).
-        writes: ΔS, the decayed sum of the writes since the last boundary, (B, H, K, V).
         forgetting: Γ̄, the sum of Γ dt since the last boundary, (B, H).
         consolidation: filters and their parameters.
 
@@ -120,14 +123,14 @@ def consolidate(memory: Tensor, writes: Tensor, forgetting: Tensor, consolidatio
         The consolidated memory, (B, H, K, V).
 
     Example:
-        >>> memory, writes = torch.randn(2, 3, 2, 16, 8)  # a row per sequence, packed or not
+        >>> memory, forgetting = torch.randn(3, 2, 16, 8), torch.rand(3, 2)  # a row per sequence, packed or not
         >>> rule = Consolidation(64, SNRFilter(threshold=2.0, temperature=0.5, gamma_boost=2.0, eta_boost=1.5))
-        >>> consolidate(memory, writes, torch.rand(3, 2), rule).shape
+        >>> consolidate(memory, forgetting, rule).shape
         torch.Size([3, 2, 16, 8])
     """
     # 1. SNR filter.
     if (snr := consolidation.snr) is not None:
-        memory = _filtered(memory, writes, _snr_factors(memory, forgetting, snr), snr)
+        memory = memory / _snr_factors(memory, forgetting, snr).divisor_BHKV
     # 2. Resonance: into the basis of the modes, gate, and back.
     if (resonance := consolidation.resonance) is not None:
         modes_BHVK = modes(memory, resonance.basis)
@@ -141,27 +144,28 @@ class _SNRFactors(NamedTuple):
 
     Attributes:
         keep_BHKV: ``p``.
-        survival_BHKV: ``exp(-excess (1 - p))``.
+        divisor_BHKV: ``1 + m (1 - exp(-Γ̄))``.
         scale_BH11: ``1 / rms``.
-        excess_BH11: ``s (gamma_boost - 1) Γ̄``.
+        forgotten_BH11: ``1 - exp(-Γ̄)``, times s.
     """
 
     keep_BHKV: Tensor
-    survival_BHKV: Tensor
+    divisor_BHKV: Tensor
     scale_BH11: Tensor
-    excess_BH11: Tensor
+    forgotten_BH11: Tensor
 
 
 def _snr_factors(memory_BHKV: Tensor, forgetting_BH: Tensor, snr: SNRFilter) -> _SNRFactors:
     scale_BH11 = torch.rsqrt(memory_BHKV.square().mean(dim=(-2, -1), keepdim=True) + _TINY)
     keep_BHKV = torch.sigmoid(memory_BHKV.abs() * (scale_BH11 / snr.temperature) - snr.threshold / snr.temperature)
-    excess_BH11 = _at_strength((snr.gamma_boost - 1) * forgetting_BH[..., None, None], snr)
-    return _SNRFactors(keep_BHKV, torch.exp(excess_BH11 * (keep_BHKV - 1)), scale_BH11, excess_BH11)
+    forgotten_BH11 = _at_strength(-torch.expm1(-forgetting_BH)[..., None, None], snr)
+    damping, span = snr_slopes(snr)
+    return _SNRFactors(keep_BHKV, 1 + forgotten_BH11 * (damping - span * keep_BHKV), scale_BH11, forgotten_BH11)
 
 
-def _filtered(memory_BHKV: Tensor, writes_BHKV: Tensor, factors: _SNRFactors, snr: SNRFilter) -> Tensor:
-    learned_BHKV = _at_strength(factors.keep_BHKV, snr)
-    return torch.addcmul(memory_BHKV * factors.survival_BHKV, learned_BHKV, writes_BHKV, value=snr.eta_boost - 1)
+def snr_slopes(snr: SNRFilter) -> tuple[float, float]:
+    """Return a and b of ``m = s (a - b p)``."""
+    return snr.gamma_boost - 1, snr.gamma_boost - 1 / snr.eta_boost
 
 
 def _at_strength(x: Tensor, snr: SNRFilter) -> Tensor:
@@ -173,13 +177,12 @@ class ConsolidationGradient(NamedTuple):
     """Gradients of ``consolidate`` in its inputs and in ``Consolidation.parameters``, in their order."""
 
     memory: Tensor
-    writes: Tensor
     forgetting: Tensor
     parameters: tuple[Tensor, ...]
 
 
 def consolidate_gradient(
-    grad: Tensor, memory: Tensor, writes: Tensor, forgetting: Tensor, consolidation: Consolidation
+    grad: Tensor, memory: Tensor, forgetting: Tensor, consolidation: Consolidation
 ) -> ConsolidationGradient:
     """Compute the adjoint of ``consolidate``, written out: autograd would keep a dozen memories for every boundary.
 
@@ -189,33 +192,32 @@ def consolidate_gradient(
     factors = _snr_factors(memory, forgetting, snr) if snr is not None else None
     parameters: tuple[Tensor, ...] = ()
     if resonance is not None:
-        unfiltered = memory if snr is None or factors is None else _filtered(memory, writes, factors, snr)
-        grad, *grads = _resonance_gradient(grad, unfiltered, resonance)
+        filtered = memory if factors is None else memory / factors.divisor_BHKV
+        grad, *grads = _resonance_gradient(grad, filtered, resonance)
         parameters = tuple(grads)
     if snr is None or factors is None:
-        return ConsolidationGradient(grad, torch.zeros_like(writes), torch.zeros_like(forgetting), parameters)
+        return ConsolidationGradient(grad, torch.zeros_like(forgetting), parameters)
 
-    keep_BHKV, survival_BHKV, scale_BH11, excess_BH11 = factors
-    direct_BHKV, weighted_BHKV = grad * survival_BHKV, _at_strength(grad, snr)
-    grad_exponent_BHKV = direct_BHKV * memory
-    grad_keep_BHKV = torch.addcmul(excess_BH11 * grad_exponent_BHKV, writes, weighted_BHKV, value=snr.eta_boost - 1)
+    keep_BHKV, divisor_BHKV, scale_BH11, forgotten_BH11 = factors
+    damping, span = snr_slopes(snr)
+    # 1. Through the quotient, to the memory directly and to its divisor.
+    direct_BHKV = grad / divisor_BHKV
+    grad_divisor_BHKV = -direct_BHKV * (memory / divisor_BHKV)
+    # 2. From the divisor to p, and through the ratio |S| / rms to the memory.
+    grad_keep_BHKV = (-span * forgotten_BH11) * grad_divisor_BHKV
     grad_ratio_BHKV = torch.ops.aten.sigmoid_backward(grad_keep_BHKV, keep_BHKV) / snr.temperature
     # In units of the rms: the cube of a scale leaves the range of float32 long before the memory's square does.
     along_BH11 = (grad_ratio_BHKV * memory.abs() * scale_BH11).sum(dim=(-2, -1), keepdim=True)
     from_scale_BH11 = along_BH11 * scale_BH11.square() / memory[0, 0].numel()
     grad_memory = torch.addcmul(direct_BHKV, grad_ratio_BHKV * scale_BH11, torch.sign(memory))
     grad_memory = grad_memory.addcmul_(from_scale_BH11, memory, value=-1)
-    grad_excess_BH11 = ((keep_BHKV - 1) * grad_exponent_BHKV).sum(dim=(-2, -1), keepdim=True)
+    # 3. From the divisor to Γ̄ and the strength.
+    grad_forgotten_BH11 = (grad_divisor_BHKV * (damping - span * keep_BHKV)).sum(dim=(-2, -1), keepdim=True)
+    grad_forgetting_BH = torch.exp(-forgetting) * _at_strength(grad_forgotten_BH11, snr)[..., 0, 0]
     if snr.strength is not None:
-        of_forgetting_BH = (snr.gamma_boost - 1) * forgetting * grad_excess_BH11[..., 0, 0]
-        of_learning_BH = (snr.eta_boost - 1) * (keep_BHKV * writes * grad).sum(dim=(-2, -1))
-        parameters = ((of_forgetting_BH + of_learning_BH).sum(0), *parameters)
-    return ConsolidationGradient(
-        grad_memory,
-        (snr.eta_boost - 1) * (keep_BHKV * weighted_BHKV),
-        (snr.gamma_boost - 1) * _at_strength(grad_excess_BH11, snr)[..., 0, 0],
-        parameters,
-    )
+        grad_strength_H = (-torch.expm1(-forgetting) * grad_forgotten_BH11[..., 0, 0]).sum(0)
+        parameters = (grad_strength_H, *parameters)
+    return ConsolidationGradient(grad_memory, grad_forgetting_BH, parameters)
 
 
 def _resonance_gradient(grad: Tensor, memory: Tensor, resonance: Resonance) -> tuple[Tensor, Tensor, Tensor]:

@@ -86,7 +86,6 @@ def dissipative_memory(
         check_shape("position", position, (sequences,))
     if initial_state is not None:
         check_shape("initial_state.memory", initial_state.memory, (sequences, heads, q.shape[3], v.shape[3]))
-        check_shape("initial_state.writes", initial_state.writes, initial_state.memory.shape)
         check_shape("initial_state.forgetting", initial_state.forgetting, (sequences, heads))
     if consolidation is not None and consolidation.interval % CHUNK:
         raise ValueError(f"the consolidation interval must be a multiple of {CHUNK}, got {consolidation.interval}")
@@ -140,14 +139,14 @@ def dissipative_memory_step(
         (torch.Size([1, 2, 16]), torch.Size([1, 2, 16, 16]))
     """
     dtype = wide_dtype(q)
-    memory_BHKV, writes_BHKV, forgetting_BH = state
+    memory_BHKV, forgetting_BH = state
     kept_BH11 = torch.exp(-decay.to(dtype))[..., None, None]
     written_BHKV = (eta.to(dtype)[:, None] * k.to(dtype)).unsqueeze(-1) * v.to(dtype).unsqueeze(-2)
     memory_BHKV = kept_BH11 * memory_BHKV + written_BHKV
     readout_BHV = (q.to(dtype).unsqueeze(-2) @ memory_BHKV).squeeze(-2).to(v.dtype)
     if consolidation is None:
-        return readout_BHV, MemoryState(memory_BHKV, writes_BHKV, forgetting_BH)
-    state = MemoryState(memory_BHKV, kept_BH11 * writes_BHKV + written_BHKV, forgetting_BH + decay.to(dtype))
+        return readout_BHV, MemoryState(memory_BHKV, forgetting_BH)
+    state = MemoryState(memory_BHKV, forgetting_BH + decay.to(dtype))
     boundary_B = (position + 1) % consolidation.interval == 0
     if boundary_B.device.type == "cpu" and not boundary_B.any():  # on a device, reading it would have to wait
         return readout_BHV, state
@@ -175,19 +174,18 @@ def dissipative_memory_reference(
     q, k, v, decay, eta = (x.to(torch.float64) for x in (q, k, v, decay, eta))
     if initial_state is None:
         initial_state = empty_state(q.shape[0], q, v)
-    memory, writes, forgetting = (x.to(torch.float64) for x in initial_state)
+    memory, forgetting = (x.to(torch.float64) for x in initial_state)
     readouts = []
     for t in range(q.shape[1]):
         kept = torch.exp(-decay[:, t])[..., None, None]
         written = eta[:, None, None] * torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
-        memory, writes, forgetting = kept * memory + written, kept * writes + written, forgetting + decay[:, t]
+        memory, forgetting = kept * memory + written, forgetting + decay[:, t]
         readouts.append(torch.einsum("bhkv,bhk->bhv", memory, q[:, t]))
         if consolidation is not None and (position + t + 1) % consolidation.interval == 0:
-            memory = consolidate(memory, writes, forgetting, consolidation)
-            writes, forgetting = torch.zeros_like(writes), torch.zeros_like(forgetting)
+            memory, forgetting = consolidate(memory, forgetting, consolidation), torch.zeros_like(forgetting)
     if consolidation is None:
-        writes, forgetting = initial_state.writes, initial_state.forgetting
-    return torch.stack(readouts, dim=1), MemoryState(memory, writes, forgetting)
+        forgetting = initial_state.forgetting
+    return torch.stack(readouts, dim=1), MemoryState(memory, forgetting)
 
 
 def _dissipative_memory_torch(
@@ -308,8 +306,8 @@ def _chunked_memory(
 
 def _consolidated(state: MemoryState, consolidation: Consolidation) -> MemoryState:
     """Return the state behind a boundary."""
-    memory = consolidate(state.memory, state.writes, state.forgetting, consolidation)
-    return MemoryState(memory, torch.zeros_like(state.writes), torch.zeros_like(state.forgetting))
+    memory = consolidate(state.memory, state.forgetting, consolidation)
+    return MemoryState(memory, torch.zeros_like(state.forgetting))
 
 
 def _consolidate_where(boundary_B: Tensor, state: MemoryState, consolidation: Consolidation) -> MemoryState:
@@ -393,13 +391,13 @@ class _Carry(torch.autograd.Function):
     Args:
         written_MHKV: what each chunk adds to the memory by its end.
         total_MH: the sum of Γ dt of each chunk.
-        memory, writes, forgetting: the state, a row per sequence, in the caller's order.
+        memory, forgetting: the state, a row per sequence, in the caller's order.
         parameters: those of the consolidation, named here to be differentiated.
 
     Returns:
-        The memory before each chunk (M, H, K, V), and the final memory, writes and forgetting.
+        The memory before each chunk (M, H, K, V), and the final memory and forgetting.
 
-    The gradient walks back over the memories before the chunks and needs nothing else of the way forward, but ΔS.
+    The gradient walks back over the memories before the chunks and needs nothing else of the way forward, but Γ̄.
     All memories lie with their keys innermost, where the resonance multiplies them: every operation then meets tensors
     of one layout, and no product has to turn them around. A of the shapes below are the sequences of a round.
     """
@@ -412,29 +410,25 @@ class _Carry(torch.autograd.Function):
         written_MHKV: Tensor,
         total_MH: Tensor,
         memory: Tensor,
-        writes: Tensor,
         forgetting: Tensor,
         *parameters: Tensor,
     ) -> Any:
         # 1. Rank the sequences by how far they reach.
-        running = MemoryState(
-            _keys_innermost(memory[layout.order]), _keys_innermost(writes[layout.order]), forgetting[layout.order]
-        )
+        running = MemoryState(_keys_innermost(memory[layout.order]), forgetting[layout.order])
         written_MHKV = _keys_innermost(written_MHKV)
         kept_MH11 = torch.exp(-total_MH)[..., None, None]
         before, accumulated = [], []
         rounds = zip(*(x.split(layout.active) for x in (kept_MH11, written_MHKV, total_MH)), strict=True)
         for j, (kept_AH11, written_AHKV, total_AH) in enumerate(rounds):
             # 2. Keep what the gradient needs of the state before the chunk.
-            memory, writes, forgetting = _first(running, layout.active[j])
+            memory, forgetting = _first(running, layout.active[j])
             before.append(memory)
-            accumulated.append((writes, forgetting))
+            accumulated.append(forgetting)
             # 3. Decay the state and write the chunk.
             memory = torch.addcmul(written_AHKV, kept_AH11, memory)
             if consolidation is not None:
-                writes = torch.addcmul(written_AHKV, kept_AH11, writes)
                 forgetting = forgetting + total_AH
-            new = MemoryState(memory, writes, forgetting)
+            new = MemoryState(memory, forgetting)
             # 4. Consolidate the sequences that stand at a boundary.
             if consolidation is not None and (full := layout.at_boundary(j, consolidation.interval)):
                 new = _replace_first(new, _consolidated(_first(new, full), consolidation))
@@ -451,36 +445,29 @@ class _Carry(torch.autograd.Function):
     def backward(ctx: Any, grad_before_MHKV: Tensor, *grad_final: Tensor) -> Any:  # pyrefly: ignore[bad-override]
         layout, consolidation = ctx.layout, ctx.consolidation
         # 1. Rank the sequences as forward did.
-        grad_memory, grad_writes, grad_forgetting = (x[layout.order] for x in grad_final)
-        grad = MemoryState(_keys_innermost(grad_memory), _keys_innermost(grad_writes), grad_forgetting)
+        grad_memory, grad_forgetting = (x[layout.order] for x in grad_final)
+        grad = MemoryState(_keys_innermost(grad_memory), grad_forgetting)
         grad_parameters = [torch.zeros_like(p) for p in (consolidation.parameters if consolidation else ())]
         grad_written, grad_total = [], []
         rounds = [x.split(layout.active) for x in (*ctx.saved_tensors, _keys_innermost(grad_before_MHKV))]
         for j, of_round in reversed(list(enumerate(zip(*rounds, strict=True)))):
             memory_AHKV, kept_AH11, written_AHKV, total_AH, grad_before_AHKV = of_round
             now = _first(grad, layout.active[j])
-            writes_AHKV, forgetting_AH = ctx.accumulated[j]
             # 2. Back through the consolidation of the sequences that stood at a boundary.
             if consolidation is not None and (full := layout.at_boundary(j, consolidation.interval)):
                 found = consolidate_gradient(
                     now.memory[:full],
                     torch.addcmul(written_AHKV, kept_AH11, memory_AHKV)[:full],
-                    torch.addcmul(written_AHKV, kept_AH11, writes_AHKV)[:full],
-                    (forgetting_AH + total_AH)[:full],
+                    (ctx.accumulated[j] + total_AH)[:full],
                     consolidation,
                 )
-                now = _replace_first(now, MemoryState(found.memory, found.writes, found.forgetting))
+                now = _replace_first(now, MemoryState(found.memory, found.forgetting))
                 grad_parameters = [a + b for a, b in zip(grad_parameters, found.parameters, strict=True)]
             # 3. To what the chunk wrote, and through its decay to its total.
-            grad_written_AHKV, grad_kept_AH = now.memory, (now.memory * memory_AHKV).sum(dim=(-2, -1))
-            if consolidation is not None:
-                grad_written_AHKV = grad_written_AHKV + now.writes
-                grad_kept_AH = grad_kept_AH + (now.writes * writes_AHKV).sum(dim=(-2, -1))
-                now = now._replace(writes=kept_AH11 * now.writes)
-            grad_total_AH = -kept_AH11[..., 0, 0] * grad_kept_AH
+            grad_total_AH = -kept_AH11[..., 0, 0] * (now.memory * memory_AHKV).sum(dim=(-2, -1))
             if consolidation is not None:
                 grad_total_AH = grad_total_AH + now.forgetting
-            grad_written.append(grad_written_AHKV)
+            grad_written.append(now.memory)
             grad_total.append(grad_total_AH)
             # 4. To the memory before the chunk, which the chunk read.
             grad = _replace_first(grad, now._replace(memory=torch.addcmul(grad_before_AHKV, kept_AH11, now.memory)))

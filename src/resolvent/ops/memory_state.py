@@ -19,14 +19,12 @@ class MemoryState(NamedTuple):
 
     Attributes:
         memory: S, (B, H, K, V).
-        writes: ΔS, the decayed sum of the writes since the last consolidation, (B, H, K, V).
         forgetting: Γ̄, the sum of Γ dt since the last consolidation, (B, H).
 
-    Without consolidation nothing reads ``writes`` and ``forgetting``, and they stay as they are.
+    Without consolidation nothing reads ``forgetting``, and it stays as it is.
     """
 
     memory: Tensor
-    writes: Tensor
     forgetting: Tensor
 
 
@@ -34,7 +32,7 @@ def empty_state(sequences: int, q: Tensor, v: Tensor) -> MemoryState:
     """Return the state before the first token, for inputs like ``q`` (..., H, K) and ``v`` (..., H, V)."""
     dtype = wide_dtype(q)
     memory = torch.zeros(sequences, *q.shape[-2:], v.shape[-1], dtype=dtype, device=q.device)
-    return MemoryState(memory, torch.zeros_like(memory), memory.new_zeros(memory.shape[:2]))
+    return MemoryState(memory, memory.new_zeros(memory.shape[:2]))
 
 
 def lengths_and_phases(

@@ -25,7 +25,7 @@ from resolvent.training.config import TrainingConfig
 if TYPE_CHECKING:
     from resolvent.evaluation import LanguageScore
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 STEPS_FILE = "steps.json"
 """File of the number of steps, if it was changed after the start of the run."""
 RESULT_FILE = "result.json"
@@ -192,9 +192,9 @@ def read_run(run_dir: Path) -> tuple[TrainingConfig, str]:
     check_files(run_dir, [RUN_FILE])
     if record["format_version"] < FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {record['format_version']}: the run held out documents by their number, which "
-            "this release does not. Its model can be used, evaluated with --data, and trained on with "
-            f"--from {shell_word(run_dir)}"
+            f"{path} has format version {record['format_version']}: the run held out other documents, or started its "
+            "decay rates elsewhere, than this release does. Its model can be used, evaluated with --data, and trained "
+            f"on with --from {shell_word(run_dir)}"
         )
     try:
         config = TrainingConfig.from_dict(record["training"])

@@ -127,7 +127,7 @@ def test_in_a_single_layer_recent_memories_are_those_of_a_model_that_forgot():
     reading = reading_of((16,), n_layers=1)
     before = reading.states[16]
     (layer,) = before.layers
-    empty = layer._replace(memory=layer.memory._replace(**{n: layer.memory[0] * 0 for n in ("memory", "writes")}))
+    empty = layer._replace(memory=layer.memory._replace(memory=0 * layer.memory.memory))
     _, state = reading.model(
         reading.inputs[:, LENGTH - 16 : LENGTH], state=type(before)(before.position, (empty,)), return_state=True
     )
@@ -170,7 +170,7 @@ def test_mean_gamma_everywhere_equals_constant_gamma():
     for block, mean in zip(reading.blocks, reading.gamma_means, strict=True):
         potential = block.dissipative_bk.potential
         potential.gamma_proj = None
-        potential.gamma_bias.copy_((mean - potential.base_decay).expm1().log())
+        potential.gamma_bias.copy_((mean - potential.least_decay).expm1().log())
     expected = plain_nats(reading.model, reading.inputs, reading.labels) - reading.nats
     np.testing.assert_allclose(cost, expected.mean(dim=1).numpy(), atol=1e-5)
     assert np.abs(cost).min() > 1e-3

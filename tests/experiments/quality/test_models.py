@@ -144,6 +144,6 @@ def test_the_original_initialisation_is_as_small_as_it_was():
 def test_state_bytes():
     memory, tail, resolvents = 2 * 64 * 64, 3 * 3 * 128, 2 * 2
     assert build("phase2/bare", SMALL).state_bytes == 2 * 4 * (memory + tail + resolvents)
-    assert build("phase2", SMALL).state_bytes == 2 * 4 * (2 * memory + tail + resolvents + 2)
+    assert build("phase2", SMALL).state_bytes == 2 * 4 * (memory + tail + resolvents + 2)
     assert build("phase2/no-snr", SMALL).state_bytes == build("phase2/bare", SMALL).state_bytes
     assert build("transformer", SMALL).state_bytes == 2 * 4 * 2 * 64 * 128

@@ -6,6 +6,7 @@ import torch
 
 from resolvent import CheckpointError, Phase2Config, Phase2State, create_phase2_model, load_model, save_model
 from resolvent.errors import VersionError
+from resolvent.tensors import read_tensors, write_tensors
 
 from ...learning import moved_by_training
 from ..small import tokens
@@ -128,6 +129,7 @@ def test_bfloat16_autocast_is_close_to_float32_with_gradients(packed):
 
 FIELDS = {
     "base_decay": (0.01, 0.2),
+    "least_decay": (None, 0.009),
     "adaptive_decay": (True, False),
     "hebbian_eta": (0.1, 0.7),
     "hebbian_dt": (1.0, 0.3),
@@ -266,4 +268,13 @@ def test_state_of_a_newer_format_is_refused(tmp_path):
     small_model()(tokens(5), return_state=True)[1].save(path)
     path.write_bytes(path.read_bytes().replace(b'"format_version":"1"', b'"format_version":"2"'))
     with pytest.raises(VersionError, match="format version 2"):
+        Phase2State.load(path)
+
+
+def test_state_of_another_release_is_refused_by_the_names_of_its_tensors(tmp_path):
+    path, state = tmp_path / "state", small_model()(tokens(5), return_state=True)[1]
+    state.save(path)
+    stored = read_tensors(path)
+    write_tensors(path, {**stored, "layers.0.memory.writes": stored["layers.0.memory.memory"] + 0})
+    with pytest.raises(CheckpointError, match=r"has no layers\.0\.memory\.writes, another one wrote it; read the text"):
         Phase2State.load(path)

@@ -17,7 +17,7 @@ from resolvent.ops.triton.arguments import parts_of
 from tests.ops.test_hebbian import KINDS, at, consolidation, inputs, relative, state, tensors_of
 
 DECAYS = {"weak": 1e-3, "middling": 0.3, "strong": 1000.0}
-NAMES = ["q", "k", "v", "decay", "eta", "memory", "writes", "forgetting"]
+NAMES = ["q", "k", "v", "decay", "eta", "memory", "forgetting"]
 
 
 def single(x):
@@ -56,7 +56,7 @@ def check(values, start=None, rule=None, position=None, offsets=None):
     narrow_start = MemoryState(*(single(x) for x in start)) if start else None
     found, found_gradients = run(narrow, narrow_start, single_rule(rule), position, offsets, backend="triton")
     assert all(relative(a.double(), b) <= 1e-6 for a, b in zip(found, expected, strict=True))
-    names = [*NAMES[: 8 if start else 5], *(f"parameter {i} of the rule" for i in range(len(tensors_of(rule))))]
+    names = [*NAMES[: 7 if start else 5], *(f"parameter {i} of the rule" for i in range(len(tensors_of(rule))))]
     for name, a, b in zip(names, found_gradients, gradients, strict=True):
         # Where everything was forgotten, the gradient of how much was forgotten is nothing: exp(-40) of the others.
         assert relative(a.double(), b) <= 1e-5 or (a.double() - b).norm() <= 1e-12, name
@@ -86,7 +86,7 @@ def test_without_a_strength_the_filter_acts_fully():
         run(values, start, at(strength), position, backend="triton")
         for strength in (torch.ones(2, requires_grad=True), None)
     )
-    for a, b in zip([*found, *of_found[:8]], [*fully, *of_fully], strict=True):
+    for a, b in zip([*found, *of_found[:7]], [*fully, *of_fully], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
@@ -160,9 +160,9 @@ def test_strided_inputs():
 
 def test_a_forward_pass_without_gradients_saves_nothing():
     values = [x.float() for x in inputs(70)]
-    operands = (*values, *[None] * 11, 0, [], 0.0)
-    assert kernels._memory(*operands, False)[4].numel() == 0
-    assert kernels._memory(*operands, True)[4].shape == (4, 2, 16, 8)
+    operands = (*values, *[None] * 10, 0, [], 0.0)
+    assert kernels._memory(*operands, False)[3].numel() == 0
+    assert kernels._memory(*operands, True)[3].shape == (4, 2, 16, 8)
 
 
 def test_two_runs_are_the_same_bits():
@@ -188,7 +188,7 @@ def test_the_operators_keep_the_rules_of_torch_library(kind, packed):
     found = [x.detach() for x in torch.ops.resolvent.memory.default(*operands)]
     plain = [x if x is None else x.detach() for x in (*values, *parameters)]
     upstream = torch.randn_like(values[2]), *(torch.randn_like(x) for x in start)
-    operands = (*upstream, *plain, *found[1:3], *found[4:], *where, *constants)
+    operands = (*upstream, *plain, *found[3:], *where, *constants)
     torch.library.opcheck(torch.ops.resolvent.memory_backward.default, operands)
 
 

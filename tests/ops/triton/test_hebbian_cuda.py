@@ -27,8 +27,7 @@ def inputs(length, strength=0.3, batch=2, heads=2, width=64):
 
 def state(batch=2, heads=2, width=64):
     draw = {"device": "cuda", "dtype": torch.float64}
-    memory, writes = torch.randn(2, batch, heads, width, width, **draw)
-    return MemoryState(memory, writes, torch.rand(batch, heads, **draw))
+    return MemoryState(torch.randn(batch, heads, width, width, **draw), torch.rand(batch, heads, **draw))
 
 
 KINDS = ["none", "snr", "strength", "resonance", "both"]

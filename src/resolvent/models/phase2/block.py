@@ -69,6 +69,7 @@ class Phase2Block(Block[Phase2Record]):
                 config.hebbian_dt,
                 memory_width=heads * head_dim if config.memory_feedback and not first else 0,
                 memory_scale=config.feedback_scale,
+                least_decay=config.least_decay,
             ),
             backend=config.backend if config.use_triton_bk else "torch",
             block_size=config.triton_block_size,
@@ -131,14 +132,14 @@ class Phase2Block(Block[Phase2Record]):
         )
 
     @property
-    def write_gain(self) -> Tensor:
-        """Largest gain of a write in the SNR filter, as a fraction of it, (H,) or (); 0 without one."""
-        return self.snr_filter.gain if self.snr_filter else torch.zeros(())
+    def amplification(self) -> Tensor:
+        """Largest factor of a memory in the SNR filter, (H,) or (); 1 without one."""
+        return self.snr_filter.amplification if self.snr_filter else torch.ones(())
 
     def state_shapes(self) -> list[tuple[int, ...]]:
         heads = self.dissipative_bk.potential.num_heads
         memory, conv_tail = self.hebbian.state_shape
-        return [(heads,), memory, memory, memory[:1], conv_tail, *(self.ar_ssm.state_shape if self.ar_ssm else ())]
+        return [(heads,), memory, memory[:1], conv_tail, *(self.ar_ssm.state_shape if self.ar_ssm else ())]
 
     def compute(
         self,

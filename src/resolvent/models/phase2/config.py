@@ -26,8 +26,8 @@ class Phase2Config(ModelConfig):
     """most lanes of one program of the kernel; a lane holds eight sites of a chain"""
 
     # Non-Hermitian potential
-    base_decay: float = 1e-4
-    """least decay rate Γ, per unit time: the inverse of the longest reach of a memory"""
+    base_decay: float = 0.01
+    """decay rate Γ, per unit time, at which the slowest head of a fresh model forgets"""
     adaptive_decay: bool = True
     """let Γ depend on the token"""
 
@@ -72,6 +72,9 @@ class Phase2Config(ModelConfig):
     target_speedup_triton: float = 3.0
 
     # Beyond the report
+    least_decay: float | None = None
+    """least decay rate Γ that training can reach: the inverse of the longest reach of a memory; None for the smaller of
+    1e-4 and a tenth of ``base_decay``"""
     embedding_scale: float | None = None
     """factor of the token vectors; None for sqrt(d_model), which brings them to the size of what the blocks add"""
     ffn_gated: bool = True
@@ -178,6 +181,8 @@ class Phase2Config(ModelConfig):
         faults += must_be_at_least(self, 0, "ar_ssm_rank")
         optional = ("ffn_dim", "ar_ssm_gate_hidden_dim", "htt_rank", "embedding_scale", "feedback_scale")
         faults += must_be_positive(self, *(name for name in optional if getattr(self, name) is not None))
+        if self.least_decay is not None and not 0 < self.least_decay < self.base_decay:
+            faults.append(f"least_decay must be > 0 and < base_decay ({self.base_decay}), got {self.least_decay}")
         if self.tie_embeddings and self.htt_rank is not None:
             faults.append(f"tie_embeddings needs a table to share: htt_rank must be None, got {self.htt_rank}")
         if not 0 <= self.dropout < 1:

@@ -58,7 +58,7 @@ class _Potential(NamedTuple):
     gamma: Tensor | None
     memory: Tensor | None
     gamma_bias: Tensor
-    base_decay: float
+    least_decay: float
     memory_scale: float
 
 
@@ -210,7 +210,7 @@ def _scatter(
     potential += tl.sum(of_v.to(tl.float32) * given, 1)
     gamma_logit += tl.sum(of_gamma * given, 1)
     softplus = tl.maximum(gamma_logit, 0.0) + tl.log(1 + tl.exp(-tl.abs(gamma_logit)))
-    gamma_of_heads = softplus + weights.base_decay
+    gamma_of_heads = softplus + weights.least_decay
     tl.store(gamma + sequence * H + heads, gamma_of_heads, mask=there)
     # 3. A site of every chain, and its features.
     re, im = reciprocal((potential - hopping * g_re, -(kappa * gamma_of_heads + zeta) - hopping * g_im))
@@ -251,7 +251,7 @@ def _remember(
     inside, C, channels = cells < K, 3 * H * K, head * K + cells
     # The launch that last wrote the state belongs to the token before: it ended before this token's first launch began.
     square, in_square = cells_of(cells, cells, K, K)
-    memory, writes, forgetting = load_state(state, row, square, in_square, variant, variant.SNR or variant.RESONANCE)
+    memory, forgetting = load_state(state, row, square, in_square, variant, variant.SNR or variant.RESONANCE)
     if gate.x is not None:
         down = tl.arange(0, layer.BG)
         tile, mask = channels[:, None] * gate.width + down[None, :], inside[:, None] & (down < gate.width)[None, :]
@@ -276,7 +276,7 @@ def _remember(
     _store_tail(conv.tail, k_rows, sequence, H * K + channels, inside, C, W)
     _store_tail(conv.tail, v_rows, sequence, 2 * H * K + channels, inside, C, W)
     out = advance(
-        Token(query, key, value, tl.load(gamma + row) * dt), State(memory, writes, forgetting), state, boundary,
+        Token(query, key, value, tl.load(gamma + row) * dt), State(memory, forgetting), state, boundary,
         strength, filters, row, head, (square, in_square), constants, variant,
     )  # fmt: skip
     if layer.NORM:
@@ -357,7 +357,7 @@ def scatter(
     memory_width = 1 if back is None else back.in_features
     gamma, memory = (None if linear is None else linear.weight for linear in (adaptive, back))
     scale = potential.memory_scale
-    weights = _Potential(potential.v_proj.weight, gamma, memory, potential.gamma_bias, potential.base_decay, scale)
+    weights = _Potential(potential.v_proj.weight, gamma, memory, potential.gamma_bias, potential.least_decay, scale)
     chain = _Chain(layer.h0_super, layer.h0_sub, layer.kappa, layer.energy, layer.log_zeta, g)
     count_run("resolvent_diagonal", "triton")
     with torch.cuda.device_of(out):
@@ -376,7 +376,7 @@ def remember(
     layer: DissipativeHebbianLayer,
     consolidation: Consolidation | None,
     strength_logit: Tensor | None,
-    state: tuple[Tensor, Tensor, Tensor],
+    state: tuple[Tensor, Tensor],
     tail: Tensor,
     readout: Tensor,
     gated: Tensor,
@@ -392,7 +392,7 @@ def remember(
         consolidation: filters that act at its boundaries, the basis in float32.
         strength_logit: logit of the SNR filter's strength, (H,), which is read again for every token; None for full
             strength.
-        state: memory and writes (B, H, K, V), Γ̄ (B, H).
+        state: memory (B, H, K, V) and Γ̄ (B, H).
         tail: conv state, (B, W - 1, 3HK).
         readout: allocated for the read-out, (B, HV).
         gated: allocated for the gated read-out, (B, HV); stays as it is without a gate.

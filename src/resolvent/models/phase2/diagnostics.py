@@ -67,7 +67,7 @@ def _stability(block: Phase2Block, trace: Trace[Phase2Record, Phase2State], laye
         _per_sequence(writes, lengths, "amax", 0.0),
         _per_sequence(record.gamma * hebbian.dt, lengths, "amin", torch.inf),
         (lengths * hebbian.dt).to(after.memory.device),
-        block.write_gain,
+        block.amplification,
     )
 
 

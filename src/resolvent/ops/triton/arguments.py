@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..consolidation import Consolidation
+from ..consolidation import Consolidation, snr_slopes
 from ..memory_state import CHUNK
 
 if TYPE_CHECKING:
@@ -56,13 +56,12 @@ class Decays(NamedTuple):
 
 
 class State(NamedTuple):
-    """Memory (S, H, K, V), writes (S, H, K, V) and Γ̄ (S, H), or their gradients; None where there are none.
+    """Memory (S, H, K, V) and Γ̄ (S, H), or their gradients; None where there are none.
 
     In a kernel: those of one head, as pointers or as values.
     """
 
     memory: Tensor | None = None
-    writes: Tensor | None = None
     forgetting: Tensor | None = None
 
 
@@ -90,7 +89,7 @@ class Rule(NamedTuple):
 
     Attributes:
         interval: tokens between two boundaries, 0 without consolidation.
-        snr: threshold, temperature, gamma_boost and eta_boost of the SNR filter; empty without one.
+        snr: threshold, temperature, and a and b of ``m = s (a - b p)`` of the SNR filter; empty without one.
         energy_threshold: energy above which a mode resonates.
     """
 
@@ -104,8 +103,8 @@ class Constants(NamedTuple):
 
     threshold: float
     temperature: float
-    gamma_boost: float
-    eta_boost: float
+    damping: float
+    span: float
     energy_threshold: float
     interval: int
 
@@ -138,15 +137,15 @@ def parts_of(consolidation: Consolidation | None) -> tuple[Filters, Rule]:
     modes = (resonance.basis, resonance.sharpness, resonance.bias) if resonance else (None, None, None)
     return Filters(snr.strength if snr else None, *modes), Rule(
         consolidation.interval if consolidation and (snr or resonance) else 0,
-        [snr.threshold, snr.temperature, snr.gamma_boost, snr.eta_boost] if snr else [],
+        [snr.threshold, snr.temperature, *snr_slopes(snr)] if snr else [],
         resonance.threshold if resonance else 0.0,
     )
 
 
 def constants_of(rule: Rule) -> Constants:
     """Return the numbers as kernels take them."""
-    threshold, temperature, gamma_boost, eta_boost = rule.snr or (0.0, 1.0, 1.0, 1.0)
-    return Constants(threshold, temperature, gamma_boost, eta_boost, rule.energy_threshold, rule.interval)
+    threshold, temperature, damping, span = rule.snr or (0.0, 1.0, 0.0, 0.0)
+    return Constants(threshold, temperature, damping, span, rule.energy_threshold, rule.interval)
 
 
 def variant_of(tokens: Tokens, filters: Filters, rule: Rule) -> Variant:

@@ -26,12 +26,22 @@ def sigmoid(x):
 
 
 @_kernel
+def forgotten_share(forgetting):
+    """Return ``1 - exp(-Γ̄)``, as a series where the difference would lose digits."""
+    x = forgetting
+    series = x * (1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6)))))
+    return tl.where(x < 0.25, series, 1 - tl.exp(-x))
+
+
+@_kernel
 def snr_factors(memory, forgetting, strength, constants, size):
-    """Return ``1 / rms``, ``p``, the excess ``s (gamma_boost - 1) Γ̄`` and the survival (see ``ops.consolidation``)."""
+    """Return ``1 / rms``, ``p``, and the inverse of the divisor ``1 + m (1 - exp(-Γ̄))`` (see ``ops.consolidation``)."""
     scale = tl.rsqrt(tl.sum(memory * memory) / size + _TINY)
     keep = sigmoid(tl.abs(memory) * (scale / constants.temperature) - constants.threshold / constants.temperature)
-    excess = strength * (constants.gamma_boost - 1) * forgetting
-    return scale, keep, excess, tl.exp2((excess * LOG2_E) * (keep - 1))
+    forgotten = strength * forgotten_share(forgetting)
+    # The divisor lies in (0, gamma_boost]: two instructions for its inverse, where a division takes eight.
+    root = tl.rsqrt(1 + forgotten * (constants.damping - constants.span * keep))
+    return scale, keep, root * root
 
 
 @_kernel
@@ -69,18 +79,12 @@ def _beside(x, other):
 
 
 @_kernel
-def _filtered(state, strength, constants, size):
-    """Return a memory behind the SNR filter."""
-    _, keep, _, survival = snr_factors(state.memory, state.forgetting, strength, constants, size)
-    return state.memory * survival + (strength * (constants.eta_boost - 1)) * (keep * state.writes)
-
-
-@_kernel
 def consolidate(state, filters, constants, variant: constexpr):
     """Return the consolidated memory of a head, from its ``State`` and its ``Filters``."""
     memory = state.memory
     if variant.SNR:
-        memory = _filtered(state, filters.strength, constants, variant.K * variant.V)
+        _, _, inverse = snr_factors(memory, state.forgetting, filters.strength, constants, variant.K * variant.V)
+        memory *= inverse
     if variant.RESONANCE:
         modes, _, gate, rms = resonate(memory, filters, constants, variant)
         memory = rotate(filters.basis, gate[:, None] * modes) * rms
@@ -108,40 +112,38 @@ def _resonance_back(grad, memory, filters, constants, variant: constexpr):
 def consolidate_back(grad, met, square, in_square, filters, constants, variant: constexpr, STRENGTH: tl.constexpr):
     """Return the gradients of a boundary's inputs.
 
-    They are those of the state that ``met`` the boundary, of the strength, and by mode of the sharpness and the bias;
-    and the product of the gradient of the writes with what the memory holds beside them.
+    They are those of the state that ``met`` the boundary, of the strength, and by mode of the sharpness and the bias.
 
-    Memory and writes are read twice, where ``met`` points, rather than held: a program has few registers left.
+    The memory is read twice, where ``met`` points, rather than held: a program has few registers left.
     """
     BK: tl.constexpr = variant.BK
     grad_sharpness, grad_bias = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
-    grad_writes, grad_forgetting, grad_strength, of_left = tl.zeros_like(grad), 0.0, 0.0, 0.0
+    grad_forgetting, grad_strength = 0.0, 0.0
     strength, forgetting = filters.strength, tl.load(met.forgetting)
     size: tl.constexpr = variant.K * variant.V
     if variant.RESONANCE:
         memory = _beside(tl.load(met.memory + square, mask=in_square, other=0.0), grad)
         if variant.SNR:
-            writes = _beside(tl.load(met.writes + square, mask=in_square, other=0.0), grad)
-            memory = _filtered(State(memory, writes, forgetting), strength, constants, size)
+            _, _, inverse = snr_factors(memory, forgetting, strength, constants, size)
+            memory *= inverse
         grad, grad_sharpness, grad_bias = _resonance_back(grad, memory, filters, constants, variant)
     if variant.SNR:
+        # 1. Through the quotient, to the memory directly and to its divisor.
         memory = _beside(tl.load(met.memory + square, mask=in_square, other=0.0, volatile=True), grad)
-        writes = _beside(tl.load(met.writes + square, mask=in_square, other=0.0, volatile=True), grad)
-        scale, keep, excess, survival = snr_factors(memory, forgetting, strength, constants, size)
-        grad_writes = (strength * (constants.eta_boost - 1)) * (keep * grad)
-        of_left += tl.sum(grad_writes * (memory - writes))
-        writes *= grad
-        grad = grad * survival
-        grad_exponent = grad * memory
-        of_boost = (constants.gamma_boost - 1) * tl.sum((keep - 1) * grad_exponent)
-        grad_forgetting += strength * of_boost
+        scale, keep, inverse = snr_factors(memory, forgetting, strength, constants, size)
+        grad = grad * inverse
+        grad_divisor = -grad * (memory * inverse)
+        # 2. From the divisor to Γ̄ and the strength.
+        of_forgotten = tl.sum(grad_divisor * (constants.damping - constants.span * keep))
+        grad_forgetting += strength * tl.exp(-forgetting) * of_forgotten
         if STRENGTH:
-            grad_strength += forgetting * of_boost + (constants.eta_boost - 1) * tl.sum(keep * writes)
-        grad_keep = excess * grad_exponent + (strength * (constants.eta_boost - 1)) * writes
+            grad_strength += forgotten_share(forgetting) * of_forgotten
+        # 3. From the divisor to p, and through the ratio |S| / rms to the memory.
+        grad_keep = grad_divisor * (-constants.span * strength * forgotten_share(forgetting))
         grad_ratio = grad_keep * (keep * (1 - keep) * (1 / constants.temperature))
         # In units of the rms: the cube of the scale leaves the range of float32 before the memory's square does.
         from_scale = tl.sum(grad_ratio * (tl.abs(memory) * scale)) * (scale * scale / size)
         grad_ratio = tl.where(memory < 0, -grad_ratio, tl.where(memory > 0, grad_ratio, 0.0))
         grad = grad + grad_ratio * scale - from_scale * memory
-    grad_state = State(grad, grad_writes, grad_forgetting)  # pyrefly: ignore[bad-argument-type]
-    return grad_state, grad_strength, grad_sharpness, grad_bias, of_left
+    grad_state = State(grad, grad_forgetting)  # pyrefly: ignore[bad-argument-type]
+    return grad_state, grad_strength, grad_sharpness, grad_bias

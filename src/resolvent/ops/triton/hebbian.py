@@ -172,14 +172,9 @@ class _Launches:
         saved: Saved,
         grads: Gradients,
         met: State = _NO_STATE,
-        left: Tensor | None = None,
         consolidate: bool = True,
     ) -> None:
-        """Carry the gradient of the memory back to the start of the segments.
-
-        ``left`` is the part of the final memory that was there before the last boundary; where ``join_back``
-        consolidates, ``left`` is its ``of_left``.
-        """
+        """Carry the gradient of the memory back to the start of the segments."""
         with torch.cuda.device_of(self.eta):
             kernels.walk_back[(self.segments, self.heads)](
                 self.tokens.q,
@@ -190,7 +185,6 @@ class _Launches:
                 self.filters,
                 saved,
                 met,
-                left,
                 grads,
                 self.strides,
                 self.constants,
@@ -268,12 +262,10 @@ class _Launches:
         totals: Tensor,
         grad_final: State,
         met: State,
-        left: Tensor | None,
         behind: State,
-        of_left: Tensor,
         grads: Gradients,
     ) -> None:
-        """Join gradients with consolidation, through ``behind`` and ``of_left`` to ``grads``."""
+        """Join gradients with consolidation, through ``behind`` to ``grads``."""
         with torch.cuda.device_of(ends):
             kernels.join_back[self._over_sequences()](
                 self.layout.segments,
@@ -283,9 +275,7 @@ class _Launches:
                 State(*map(contiguous, grad_final)),
                 self.filters,
                 met,
-                left,
                 behind,
-                of_left,
                 grads,
                 self.constants,
                 self.heads,
@@ -326,16 +316,14 @@ def dissipative_memory(
     if q.shape[1] == 1 and cu_seqlens is None and state is not None and not needs_gradient:
         if position is None:
             position = torch.zeros(len(q), dtype=torch.long)
-        readout, memory, writes, forgetting = memory_step(*inputs, position.to(q.device), *rule)
+        readout, memory, forgetting = memory_step(*inputs, position.to(q.device), *rule)
     else:
         tables = tables_on_device(cu_seqlens, position, q.shape[1], rule.interval)
         outputs = _memory(*inputs, position, cu_seqlens, *tables, *rule, needs_gradient)
-        readout, memory, writes, forgetting, *_ = outputs
-    if rule.interval:
-        return readout, MemoryState(memory, writes, forgetting)
-    # Without consolidation nothing reads writes and Γ̄: they stay as they were.
-    kept = (state.writes, state.forgetting) if state else (torch.zeros_like(memory), memory.new_zeros(memory.shape[:2]))
-    return readout, MemoryState(memory, *kept)
+        readout, memory, forgetting, *_ = outputs
+    if not rule.interval:  # nothing reads Γ̄: it stays as it was
+        forgetting = state.forgetting if state else memory.new_zeros(memory.shape[:2])
+    return readout, MemoryState(memory, forgetting)
 
 
 def _allocate(
@@ -347,7 +335,7 @@ def _allocate(
     sequences: Sequences,
     rule: Rule,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate the results of ``_memory``."""
     (batch, length, heads, key), value = tokens.q.shape, tokens.v.shape[-1]
     count, goes_on = count_sequences(batch, sequences.cu_seqlens), sequences.position is not None
@@ -366,11 +354,9 @@ def _allocate(
     return (
         allocate(batch, length, heads, value, dtype=tokens.v.dtype),
         allocate(count, heads, key, value),
-        allocate(count if rule.interval else 0, heads, key, value),
         allocate(count, heads),
         allocate(chunks, heads, key, value, dtype=product_dtype(tokens)),
         # The gradient of a consolidation asks for digits that products do not.
-        allocate(boundaries, heads, key, value),
         allocate(boundaries, heads, key, value),
         allocate(boundaries, heads),
     )
@@ -386,25 +372,25 @@ def _memory(
     sequences: Sequences,
     rule: Rule,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the read-out, the final state and, if it shall ``save`` them, the tensors that the gradient needs.
 
     These are the memory before every chunk and the states that met the boundaries, with a row for every chunk and
-    boundary that there may be. Without consolidation the final writes and Γ̄ have no meaning. Without tables in
-    ``sequences`` Python reads the offsets.
+    boundary that there may be. Without consolidation the final Γ̄ has no meaning. Without tables in ``sequences`` Python
+    reads the offsets.
     """
     launches = _Launches(tokens, decay, eta, filters, sequences, rule)
     outputs = _allocate(tokens, decay, eta, start, filters, sequences, rule, save)
-    readout, *final, before, met, met_writes, met_forgetting = outputs
+    readout, *final, before, met, met_forgetting = outputs
     last = State(*final)
-    to_save, to_meet = (before, State(met, met_writes, met_forgetting)) if save else (None, _NO_STATE)
+    to_save, to_meet = (before, State(met, met_forgetting)) if save else (None, _NO_STATE)
     count_run("dissipative_memory", "triton")
     if not launches.layout.segmented:
         launches.walk(readout, start, last, to_save, to_meet)
         return outputs
     # 1. All segments at once, from an empty memory.
     ends, starts, totals = launches.allocate_memories(), launches.allocate_memories(), launches.allocate_totals()
-    to_ends = State(ends, None, totals)
+    to_ends = State(ends, totals)
     launches.walk(None, _NO_STATE, to_ends, None, consolidate=False)
     # 2. The memory before each of them.
     if rule.interval:
@@ -423,13 +409,11 @@ def _allocate_gradients(
     decay: Tensor,
     eta: Tensor,
     filters: Filters,
-    last: Tensor,
-    last_writes: Tensor,
     before: Tensor,
     met: State,
     sequences: Sequences,
     rule: Rule,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate the results of ``_memory_backward``; rows of chunks that do not exist stay zero."""
     (batch, length, heads, key), value = tokens.q.shape, tokens.v.shape[-1]
     count = count_sequences(batch, sequences.cu_seqlens)
@@ -444,7 +428,6 @@ def _allocate_gradients(
         allocate(batch, length, heads, dtype=decay.dtype),
         decay.new_zeros(before.shape[:2], dtype=torch.float32),
         allocate(count, heads, key, value),
-        allocate(count if rule.interval else 0, heads, key, value),
         allocate(count, heads),
         allocate(count if filters.strength is not None else 0, heads),
         allocate(count if filters.basis is not None else 0, heads),
@@ -460,48 +443,40 @@ def _memory_backward(
     decay: Tensor,
     eta: Tensor,
     filters: Filters,
-    last: Tensor,
-    last_writes: Tensor,
     before: Tensor,
     met: State,
     sequences: Sequences,
     rule: Rule,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, decay, eta, the initial state, the strength, the sharpness and the bias.
 
-    The gradient of eta has a row per chunk, the last three have a row per sequence: the caller sums them up. ``last``
-    and ``last_writes`` are the final memory and writes.
+    The gradient of eta has a row per chunk, the last three have a row per sequence: the caller sums them up.
     """
     launches = _Launches(tokens, decay, eta, filters, sequences, rule)
-    outputs = _allocate_gradients(
-        grad_readout, grad_final, tokens, decay, eta, filters, last, last_writes, before, met, sequences, rule
-    )
+    outputs = _allocate_gradients(grad_readout, grad_final, tokens, decay, eta, filters, before, met, sequences, rule)
     grad_q, grad_k, grad_v, grad_decay, grad_eta, *of_state, grad_strength, grad_sharpness, grad_bias = outputs
     upstream = grad_readout.to(launches.tokens.q.dtype).contiguous()
     grad_written = before.new_empty(before.shape, dtype=upstream.dtype)
     saved = Saved(before, grad_written, before.new_empty(before.shape[:2], dtype=torch.float32))
-    grad_start = State(*of_state) if rule.interval else State(of_state[0], None, of_state[2])
-    grads = Gradients(grad_start, Filters(grad_strength, None, grad_sharpness, grad_bias))
-    left = last - last_writes if rule.interval and grad_final.memory is not None else None
+    grads = Gradients(State(*of_state), Filters(grad_strength, None, grad_sharpness, grad_bias))
     if not launches.layout.segmented:
-        launches.walk_back(upstream, grad_final, saved, grads, met, left)
+        launches.walk_back(upstream, grad_final, saved, grads, met)
     else:
         # 1. All segments at once, back from a gradient of zero.
         ends, totals = launches.allocate_memories(), launches.allocate_totals()
-        launches.walk_back(upstream, _NO_STATE, _NOT_SAVED, Gradients(State(ends, None, totals)), consolidate=False)
+        launches.walk_back(upstream, _NO_STATE, _NOT_SAVED, Gradients(State(ends, totals)), consolidate=False)
         # 2. The gradients behind each of them.
         if rule.interval:
-            behind = State(launches.allocate_memories(), launches.allocate_memories(), launches.allocate_totals())
-            of_left = launches.allocate_totals()
-            launches.join_back(ends, totals, grad_final, met, left, behind, of_left, grads)
+            behind = State(launches.allocate_memories(), launches.allocate_totals())
+            launches.join_back(ends, totals, grad_final, met, behind, grads)
             # A program reads the gradient behind its segment before it writes the one before it.
             to_segments = behind
         else:
             memories = launches.allocate_memories()
-            behind, of_left, to_segments = State(memories), None, State(ends, None, totals)
+            behind, to_segments = State(memories), State(ends, totals)
             launches.chain(ends, totals, grad_final.memory, memories, of_state[0], reverse=True)
         # 3. All segments at once, back from those gradients.
-        launches.walk_back(upstream, behind, saved, Gradients(to_segments), left=of_left, consolidate=False)
+        launches.walk_back(upstream, behind, saved, Gradients(to_segments), consolidate=False)
     launches.chunk_gradients(upstream, saved, Tokens(grad_q, grad_k, grad_v), grad_decay, grad_eta)
     return outputs
 
@@ -509,28 +484,30 @@ def _memory_backward(
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, interval, snr, energy_threshold, _ = inputs
     ctx.rule = Rule(interval, snr, energy_threshold)
-    ctx.save_for_backward(*tensors, *output[1:3], *output[4:])
-    ctx.mark_non_differentiable(*output[4:])
+    ctx.save_for_backward(*tensors, *output[3:])
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, grad_readout: Tensor | None, *grad_outputs: Tensor | None) -> Any:
     tensors, rule = ctx.saved_tensors, ctx.rule
-    inputs, start, filters, sequences, saved = tensors[:5], tensors[5:8], tensors[8:12], tensors[12:16], tensors[16:]
-    (q, _, v, _, eta), (strength, basis, _, _), last = inputs, filters, saved[0]
+    inputs, start, filters, sequences, saved = tensors[:5], tensors[5:7], tensors[7:11], tensors[11:15], tensors[15:]
+    (q, _, v, decay, eta), (strength, basis, _, _) = inputs, filters
 
-    grad_final = grad_outputs[:3] if rule.interval else (grad_outputs[0], None, None)
-    if any(x is not None for x in grad_final):
-        matrix = (count_sequences(len(q), sequences[1]), *last.shape[1:])
-        shapes = (matrix, matrix, matrix[:2])
-        grad_final = [last.new_zeros(n) if x is None else x for x, n in zip(grad_final, shapes, strict=True)]
+    grad_final = grad_outputs[:2] if rule.interval else (grad_outputs[0], None)
+    if rule.interval and any(x is not None for x in grad_final):
+        memories = (count_sequences(len(q), sequences[1]), *q.shape[2:], v.shape[-1])
+        shapes = (memories, memories[:2])
+        grad_final = [
+            decay.new_zeros(n, dtype=torch.float32) if x is None else x for x, n in zip(grad_final, shapes, strict=True)
+        ]
     grad_readout = grad_readout if grad_readout is not None else torch.zeros_like(v)
     grads = _memory_backward(grad_readout, *grad_final, *inputs, *filters, *saved, *sequences, *rule)
-    of_tokens, grad_eta, of_state, of_filters = grads[:4], grads[4], grads[5:8], grads[8:]
+    of_tokens, grad_eta, of_state, of_filters = grads[:4], grads[4], grads[5:7], grads[7:]
 
     grad_state = [None if x is None else grad for x, grad in zip(start, of_state, strict=True)]
     if not rule.interval:
-        grad_state[1:] = None, None
+        grad_state[1] = None
     grad_strength = of_filters[0].sum(0) if strength is not None else None
     grad_resonance = (None, of_filters[1].sum(0), of_filters[2].sum(0)) if basis is not None else (None, None, None)
     grad_inputs = (*of_tokens, grad_eta.sum(0).to(eta.dtype), *grad_state, grad_strength, *grad_resonance)

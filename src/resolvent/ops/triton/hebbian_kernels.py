@@ -140,30 +140,27 @@ def _is_boundary(since_boundary, chunk_end, end, interval, C: tl.constexpr):
 
 @_kernel
 def _no_state(variant: constexpr):
-    """Return an empty memory, no writes and no forgetting, or gradients of zero."""
+    """Return an empty memory and no forgetting, or gradients of zero."""
     BK: tl.constexpr = variant.BK
     BV: tl.constexpr = variant.BV
-    return tl.zeros([BK, BV], tl.float32), tl.zeros([BK, BV], tl.float32), 0.0
+    return tl.zeros([BK, BV], tl.float32), 0.0
 
 
 @_kernel
 def load_state(state, row, square, in_square, variant: constexpr, ALL: tl.constexpr):
-    """Load the state of a row, or its gradient; zeros for writes and Γ̄ unless ``ALL`` of it is asked for."""
+    """Load the state of a row, or its gradient; zero for Γ̄ unless ``ALL`` of it is asked for."""
     KV: tl.constexpr = variant.K * variant.V
-    memory = tl.load(state.memory + row * KV + square, mask=in_square, other=0.0)
-    writes, forgetting = tl.zeros_like(memory), 0.0
+    memory, forgetting = tl.load(state.memory + row * KV + square, mask=in_square, other=0.0), 0.0
     if ALL:
-        writes += tl.load(state.writes + row * KV + square, mask=in_square, other=0.0)
         forgetting += tl.load(state.forgetting + row)
-    return memory, writes, forgetting
+    return memory, forgetting
 
 
 @_kernel
-def store_state(state, row, square, in_square, variant: constexpr, memory, writes, forgetting):
+def store_state(state, row, square, in_square, variant: constexpr, memory, forgetting):
     """Store the state of a row, or its gradient."""
     KV: tl.constexpr = variant.K * variant.V
     tl.store(state.memory + row * KV + square, memory, mask=in_square)
-    tl.store(state.writes + row * KV + square, writes, mask=in_square)
     tl.store(state.forgetting + row, forgetting)
 
 
@@ -181,7 +178,7 @@ def _store_sums(grads, row, strength, sharpness, bias, STRENGTH: tl.constexpr, v
 def _met_at(met, index, variant: constexpr):
     """Return pointers to the state that met a boundary."""
     KV: tl.constexpr = variant.K * variant.V
-    return State(met.memory + index * KV, met.writes + index * KV, met.forgetting + index)
+    return State(met.memory + index * KV, met.forgetting + index)
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels
@@ -229,9 +226,9 @@ def walk(
     square, in_square = cells_of(keys, values, K, V)
 
     # 1. The state that the segment starts from, and the filters of the head.
-    memory, writes, forgetting = _no_state(variant)
+    memory, forgetting = _no_state(variant)
     if start.memory is not None:
-        memory, writes, forgetting = load_state(start, row, square, in_square, variant, CONSOLIDATE)
+        memory, forgetting = load_state(start, row, square, in_square, variant, CONSOLIDATE)
     of_head = _filters_of(filters, head, keys, variant)
 
     q, k, v = tokens.q + head * strides.q_head, tokens.k + head * strides.k_head, tokens.v + head * strides.v_head
@@ -257,27 +254,21 @@ def walk(
             _store_tile(readout + head * V, heads * V, rows, values, inside, V, out.to(readout.dtype.element_ty))
         # 4. Write the chunk into the memory.
         key = (key * (eta_of_head * to_end)[:, None]).to(value.dtype)
-        written = tl.dot(tl.trans(key), value, input_precision=PRECISION)
-        kept = tl.exp(-total)
-        memory = memory * kept + written
+        memory = tl.dot(tl.trans(key), value, memory * tl.exp(-total), input_precision=PRECISION)
         segment_total += total
         # 5. Consolidate at a boundary.
         if CONSOLIDATE:
-            writes = writes * kept + written
             forgetting += total
             if _is_boundary(since_boundary + i + 1, slot + (i + 1) * C, end, constants.interval, C):
                 if before is not None:
-                    store_state(
-                        met, boundary * heads + head, square, in_square, variant, memory, writes, forgetting
-                    )  # fmt: skip
+                    store_state(met, boundary * heads + head, square, in_square, variant, memory, forgetting)
                 boundary += 1
-                memory = consolidate(State(memory, writes, forgetting), of_head, constants, variant)
-                writes = tl.zeros_like(writes)
+                memory = consolidate(State(memory, forgetting), of_head, constants, variant)
                 forgetting = 0.0
 
     # 6. The state that the segment leaves.
     if CONSOLIDATE:
-        store_state(final, row, square, in_square, variant, memory, writes, forgetting)
+        store_state(final, row, square, in_square, variant, memory, forgetting)
     else:
         tl.store(final.memory + row * K * V + square, memory, mask=in_square)
         tl.store(final.forgetting + row, segment_total)
@@ -285,23 +276,19 @@ def walk(
 
 @_kernel(do_not_specialize=VARYING)
 def walk_back(
-    q, decays, segments, grad_readout, grad_final, filters, saved, met, left, grads, strides, constants,
-    heads, variant: constexpr, STAGES: tl.constexpr,
+    q, decays, segments, grad_readout, grad_final, filters, saved, met, grads, strides, constants, heads,
+    variant: constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk back over a segment with the gradient of the memory of a head.
 
     ``saved`` holds the memory before every chunk, and receives after every chunk the gradient of what the chunk wrote,
-    and of its total decay as far as it acts on the memory; its fields may be None. Where ``grads`` have no writes, the
-    gradients of the writes and of Γ̄ are not carried, and the gradient of the initial Γ̄ is the total decay of the
-    segment.
-
-    Only boundaries keep the writes ΔS. Between them, ``ΔS = S - R`` with ``R = exp(-Γ̄) S_b``, the rest of the memory
-    behind the last boundary. The gradient of ΔS decays like R, so that their product is the same for all chunks between
-    two boundaries. ``left`` is R at the end of the segment or, where segments do not consolidate, that product.
+    and of its total decay as far as it acts on the memory; its fields may be None. The gradient of Γ̄ is carried where
+    the segment consolidates or ``grad_final`` has one; elsewhere the gradient of the initial Γ̄ is the total decay of
+    the segment.
     """
     segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     CONSOLIDATE: tl.constexpr = variant.SNR or variant.RESONANCE
-    CARRY: constexpr = grads.state.writes is not None
+    CARRY: constexpr = CONSOLIDATE or grad_final.forgetting is not None
     STRENGTH: constexpr = variant.SNR and filters.strength is not None
     BK: tl.constexpr = variant.BK
     K: tl.constexpr = variant.K
@@ -313,21 +300,17 @@ def walk_back(
     square, in_square = cells_of(keys, values, K, V)
 
     # 1. The gradient behind the segment, and the filters of the head.
-    grad, grad_writes, grad_forgetting = _no_state(variant)
+    grad, grad_forgetting = _no_state(variant)
     if grad_final.memory is not None:
-        grad, grad_writes, grad_forgetting = load_state(grad_final, row, square, in_square, variant, CARRY)
+        grad, grad_forgetting = load_state(grad_final, row, square, in_square, variant, CARRY)
     of_head = _filters_of(filters, head, keys, variant)
     sum_strength, sum_sharpness, sum_bias = 0.0, tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
-    segment_total, along_left = 0.0, 0.0
+    segment_total = 0.0
 
     q, grad_readout = q + head * strides.q_head, grad_readout + head * V
     count = tl.where(end > first, tl.cdiv(end - slot, C), 0).to(tl.int32)
     if CONSOLIDATE:
         boundary += tl.maximum(end - slot + since_boundary * C, 0) // constants.interval
-        if grad_final.memory is not None:
-            along_left += tl.sum(grad_writes * tl.load(left + row * K * V + square, mask=in_square, other=0.0))
-    elif CARRY:
-        along_left += tl.load(left + row)
     for j in tl.range(0, count, num_stages=STAGES):
         # 2. Load a chunk, the gradient of its read-out and its decays, from the last chunk on.
         i = count - 1 - j
@@ -346,31 +329,25 @@ def walk_back(
         if CONSOLIDATE:  # noqa: SIM102 (the outer one when the kernel is compiled)
             if _is_boundary(since_boundary + i + 1, slot + (i + 1) * C, end, constants.interval, C):
                 boundary -= 1
-                of_state, of_strength, of_sharpness, of_bias, along_left = consolidate_back(
+                of_state, of_strength, of_sharpness, of_bias = consolidate_back(
                     grad, _met_at(met, boundary * heads + head, variant), square, in_square, of_head, constants,
                     variant, filters.strength is not None,
                 )  # fmt: skip
-                grad, grad_writes, grad_forgetting = of_state
+                grad, grad_forgetting = of_state
                 sum_strength += of_strength
                 sum_sharpness += of_sharpness
                 sum_bias += of_bias
         # 4. The gradients of what the chunk wrote, and of its total decay.
         if before is not None:
-            of_written = grad
-            if CARRY:
-                of_written += grad_writes
-            of_total = grad_forgetting + along_left - kept * tl.sum(of_written * memory)
-            tl.store(grad_written + index * K * V + square, of_written.to(query.dtype), mask=in_square)
-            tl.store(grad_total + index, of_total)
+            tl.store(grad_written + index * K * V + square, grad.to(query.dtype), mask=in_square)
+            tl.store(grad_total + index, grad_forgetting - kept * tl.sum(grad * memory))
         # 5. Back to before the chunk, which reads the memory.
-        if CARRY:
-            grad_writes = grad_writes * kept
         query = (query * from_start[:, None]).to(query.dtype)
         grad = tl.dot(tl.trans(query), upstream, grad * kept, input_precision=PRECISION)
 
     # 6. The gradients of the state that the segment started from, and those of the filters.
     if CARRY:
-        store_state(grads.state, row, square, in_square, variant, grad, grad_writes, grad_forgetting)
+        store_state(grads.state, row, square, in_square, variant, grad, grad_forgetting)
     else:
         tl.store(grads.state.memory + row * K * V + square, grad, mask=in_square)
         tl.store(grads.state.forgetting + row, segment_total)
@@ -479,9 +456,9 @@ def join(
     first, stop = tl.load(first_segment + sequence), tl.load(first_segment + sequence + 1)
     keys, row = tl.arange(0, variant.BK), sequence * heads + head
     square, in_square = cells_of(keys, tl.arange(0, variant.BV), variant.K, variant.V)
-    memory, writes, forgetting = _no_state(variant)
+    memory, forgetting = _no_state(variant)
     if start.memory is not None:
-        memory, writes, forgetting = load_state(start, row, square, in_square, variant, True)
+        memory, forgetting = load_state(start, row, square, in_square, variant, True)
     of_head = _filters_of(filters, head, keys, variant)
 
     # Load the next end before this one is consolidated: memory is slow, and everything waits for this walk.
@@ -494,28 +471,25 @@ def join(
         upcoming = tl.load(ends + following * KV + square, mask=in_square, other=0.0)
         at_boundary, boundary = _boundary_behind(segments, segment, constants.interval, variant.C)
         total = tl.load(totals + index)
-        kept = tl.exp(-total)
-        memory, writes, forgetting = memory * kept + written, writes * kept + written, forgetting + total
+        memory, forgetting = memory * tl.exp(-total) + written, forgetting + total
         if at_boundary:
             if met.memory is not None:
-                store_state(met, boundary * heads + head, square, in_square, variant, memory, writes, forgetting)
-            memory = consolidate(State(memory, writes, forgetting), of_head, constants, variant)
-            writes = tl.zeros_like(writes)
+                store_state(met, boundary * heads + head, square, in_square, variant, memory, forgetting)
+            memory = consolidate(State(memory, forgetting), of_head, constants, variant)
             forgetting = 0.0
         written = upcoming
 
-    store_state(final, row, square, in_square, variant, memory, writes, forgetting)
+    store_state(final, row, square, in_square, variant, memory, forgetting)
 
 
 @_kernel(do_not_specialize=VARYING)
 def join_back(
-    segments, first_segment, ends, totals, grad_final, filters, met, left, behind, of_left, grads, constants,
-    heads, variant: constexpr,
+    segments, first_segment, ends, totals, grad_final, filters, met, behind, grads, constants, heads,
+    variant: constexpr,
 ):  # fmt: skip
     """Join the gradients of segments that walked back from zero (``ends``).
 
-    Computes the gradients ``behind`` each of them, before a boundary that may lie there, and the product ``of_left``
-    for ``walk_back``.
+    Computes the gradients ``behind`` each of them, before a boundary that may lie there, for ``walk_back``.
     """
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     STRENGTH: constexpr = variant.SNR and filters.strength is not None
@@ -524,11 +498,9 @@ def join_back(
     first, stop = tl.load(first_segment + sequence), tl.load(first_segment + sequence + 1)
     keys, values, row = tl.arange(0, variant.BK), tl.arange(0, variant.BV), sequence * heads + head
     square, in_square = cells_of(keys, values, variant.K, variant.V)
-    grad, grad_writes, grad_forgetting = _no_state(variant)
-    along_left = 0.0
+    grad, grad_forgetting = _no_state(variant)
     if grad_final.memory is not None:
-        grad, grad_writes, grad_forgetting = load_state(grad_final, row, square, in_square, variant, True)
-        along_left += tl.sum(grad_writes * tl.load(left + row * KV + square, mask=in_square, other=0.0))
+        grad, grad_forgetting = load_state(grad_final, row, square, in_square, variant, True)
     of_head = _filters_of(filters, head, keys, variant)
     sum_strength, sum_sharpness, sum_bias = 0.0, tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
 
@@ -538,18 +510,16 @@ def join_back(
         end = tl.load(ends + index * KV + square, mask=in_square, other=0.0)
         at_boundary, boundary = _boundary_behind(segments, segment, constants.interval, variant.C)
         if at_boundary:
-            of_state, of_strength, of_sharpness, of_bias, along_left = consolidate_back(
+            of_state, of_strength, of_sharpness, of_bias = consolidate_back(
                 grad, _met_at(met, boundary * heads + head, variant), square, in_square, of_head, constants, variant,
                 filters.strength is not None,
             )  # fmt: skip
-            grad, grad_writes, grad_forgetting = of_state
+            grad, grad_forgetting = of_state
             sum_strength += of_strength
             sum_sharpness += of_sharpness
             sum_bias += of_bias
-        store_state(behind, index, square, in_square, variant, grad, grad_writes, grad_forgetting)
-        tl.store(of_left + index, along_left)
-        kept = tl.exp(-tl.load(totals + index))
-        grad, grad_writes = grad * kept + end, grad_writes * kept
+        store_state(behind, index, square, in_square, variant, grad, grad_forgetting)
+        grad = grad * tl.exp(-tl.load(totals + index)) + end
 
-    store_state(grads.state, row, square, in_square, variant, grad, grad_writes, grad_forgetting)
+    store_state(grads.state, row, square, in_square, variant, grad, grad_forgetting)
     _store_sums(grads.filters, row, sum_strength, sum_sharpness, sum_bias, STRENGTH, variant)

@@ -51,19 +51,16 @@ def advance(token, state, new, boundary, strength, filters, row, head, cells, co
     """
     square, in_square = cells
     square += row * variant.K * variant.V
-    memory, writes, forgetting = state
-    kept, written = tl.exp(-token.decay), token.k[:, None] * token.v[None, :]
-    memory = memory * kept + written
+    memory, forgetting = state
+    memory = memory * tl.exp(-token.decay) + token.k[:, None] * token.v[None, :]
     readout = tl.sum(memory * token.q[:, None], 0)
     if variant.SNR or variant.RESONANCE:
-        writes, forgetting = writes * kept + written, forgetting + token.decay
+        forgetting += token.decay
         if boundary:
             basis, sharpness, bias = resonance_of(filters, head, tl.arange(0, variant.BK), variant)
             of_head = Filters(strength, basis, sharpness, bias)
-            memory = consolidate(State(memory, writes, forgetting), of_head, constants, variant)
-            writes = tl.zeros_like(writes)
+            memory = consolidate(State(memory, forgetting), of_head, constants, variant)
             forgetting = 0.0
-        tl.store(new.writes + square, writes, mask=in_square)
         tl.store(new.forgetting + row, forgetting)
     tl.store(new.memory + square, memory, mask=in_square)
     return readout
@@ -88,9 +85,9 @@ def _step(
     boundary = (tl.load(position + sequence) + 1) % tl.maximum(constants.interval, 1) == 0
     decay = tl.load(token.decay + sequence * strides.decay_row + head * strides.decay_head).to(tl.float32)
     square, in_square = cells_of(keys, values, K, V)
-    memory, writes, forgetting = load_state(state, row, square, in_square, variant, variant.SNR or variant.RESONANCE)
+    memory, forgetting = load_state(state, row, square, in_square, variant, variant.SNR or variant.RESONANCE)
     out = advance(
-        Token(query, key * tl.load(eta + head), value, decay), State(memory, writes, forgetting), new, boundary,
+        Token(query, key * tl.load(eta + head), value, decay), State(memory, forgetting), new, boundary,
         strength_of(filters.strength, head), filters, row, head, (square, in_square), constants, variant,
     )  # fmt: skip
     tl.store(readout + row * V + values, out.to(readout.dtype.element_ty), mask=values < V)
@@ -98,23 +95,21 @@ def _step(
 
 def _allocate_step(
     tokens: Tokens, decay: Tensor, eta: Tensor, state: State, filters: Filters, position: Tensor, rule: Rule
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate the results of ``memory_step``."""
-    memory, writes, forgetting = state
-    assert memory is not None and writes is not None and forgetting is not None
+    memory, forgetting = state
+    assert memory is not None and forgetting is not None
 
     def like(x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    if not rule.interval:
-        return like(tokens.v), like(memory), writes.new_empty(0), forgetting.new_empty(0)
-    return like(tokens.v), like(memory), like(writes), like(forgetting)
+    return like(tokens.v), like(memory), like(forgetting) if rule.interval else forgetting.new_empty(0)
 
 
 @operator("memory_step", _allocate_step)
 def memory_step(
     tokens: Tokens, decay: Tensor, eta: Tensor, state: State, filters: Filters, position: Tensor, rule: Rule
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the read-out of one token of every sequence, (B, 1, H, V), and the state after it.
 
     ``position`` is on the device. The operator has no gradient, and Python reads none of its tensors: a CUDA graph can
