@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -82,6 +84,26 @@ def test_signal_ends_the_wait_for_a_call():
         assert time.monotonic() - began < 2
     finally:
         over.set()
+
+
+def test_command_ends_at_once_while_a_library_still_computes():
+    """Python would first tear everything down, and a library that returns meanwhile aborts the process."""
+    code = """if True:
+        import atexit, os, signal, threading, time
+        from resolvent import cli
+        from resolvent.native import call
+
+        def interrupted():
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            print("began")
+            call(lambda: time.sleep(60))
+
+        atexit.register(print, "torn down")
+        cli._run = interrupted
+        cli.main()
+    """
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (128 + signal.SIGINT, "began\n", "")
 
 
 def test_training_ends_soon_after_its_caller_was_interrupted(monkeypatch):

@@ -9,6 +9,7 @@ from resolvent.errors import DataError
 
 T = TypeVar("T")
 
+_THREAD = "tokenizers"
 _PATIENCE = 0.1
 """Seconds between two checks for signals: on Windows, an endless wait cannot be interrupted."""
 
@@ -60,10 +61,15 @@ def call(function: Callable[[], T]) -> T:
         except BaseException as error:
             faults.append(error)
 
-    thread = threading.Thread(target=work, name="tokenizers", daemon=True)
+    thread = threading.Thread(target=work, name=_THREAD, daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(_PATIENCE)
     if faults:
         raise faults[0]
     return results[0]
+
+
+def is_busy() -> bool:
+    """Tell whether a call still goes on, of which a signal has ended the wait."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())

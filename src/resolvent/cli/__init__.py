@@ -8,7 +8,7 @@ import traceback
 from types import TracebackType
 
 from resolvent.errors import ResolventError
-from resolvent.native import panics_are_errors
+from resolvent.native import is_busy, panics_are_errors
 
 
 def main() -> None:
@@ -16,6 +16,17 @@ def main() -> None:
     # OpenMP's threads wait for each other by spinning, for milliseconds at a time. If another process uses a core, this
     # cuts the speed of training to a thirtieth; a short spin costs nothing. OpenMP reads it when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    try:
+        _run_and_flush()
+    except SystemExit as stop:
+        # Python would take seconds to end beside a library that still computes, and the library would abort the
+        # process when it returns to a Python that is gone. What there was to write is written.
+        if is_busy():
+            os._exit(stop.code if isinstance(stop.code, int) else 1)
+        raise
+
+
+def _run_and_flush() -> None:
     try:
         _run()
     except KeyboardInterrupt:  # Typer handles one within a command
