@@ -26,7 +26,7 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     def define(function: Callable[..., Any]) -> Any:
         _library.define(name + torch.library.infer_schema(_flat_prototype(function), mutates_args=()))
         _library.impl(name, _takes_fields(function, function), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _takes_fields(fake, function))
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _takes_fields(fake, function), lib=_library)
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return define
