@@ -1,7 +1,7 @@
-"""From raw text to generated text in a few minutes on a laptop: what `make demo` runs.
+"""Train a small model and generate text, in a few minutes on a laptop: the program of `make demo`.
 
 Trains the `tiny` preset on the State of the Union addresses, compares it on held-out addresses with an interpolated
-3-gram model of the same training text, and lets it continue a sentence.
+3-gram model of the same training text, and continues a sentence.
 
     python examples/demo.py [--steps 500] [--out runs/demo]
 """
@@ -33,7 +33,7 @@ def main() -> None:
     started = time.perf_counter()
 
     console.rule("1. Learn")
-    shutil.rmtree(options.out, ignore_errors=True)  # the demo starts over each time
+    shutil.rmtree(options.out, ignore_errors=True)  # every demo is a new run
     config = TrainingConfig(
         out=str(options.out),
         preset="tiny",
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def show_comparison(console: Console, result: TrainingResult, config: TrainingConfig) -> None:
-    """Both models on the same held-out documents, in bits per byte, ends of documents included."""
+    """Show bits per byte of both models on the same held-out documents, including the ends of documents."""
     learnt, held_out = split_corpus(config)
     trigram = InterpolatedTrigram.fit(learnt).bits_per_byte(held_out)
     table = Table("Model", "Validation bits per byte", title="Held-out addresses")
@@ -66,7 +66,7 @@ def show_comparison(console: Console, result: TrainingResult, config: TrainingCo
 
 
 def write(console: Console, result: TrainingResult, new_tokens: int = 200) -> None:
-    """A sample, token by token, with a state of constant size."""
+    """Generate a sample, token by token, with a state of constant size."""
     tokenizer, end = result.tokenizer, result.tokenizer.token_to_id(EOT)
     prompt = torch.tensor([[end, *tokenizer.encode(PROMPT).ids]], device=next(result.model.parameters()).device)
     generator = torch.Generator().manual_seed(0)

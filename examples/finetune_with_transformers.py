@@ -1,4 +1,4 @@
-"""Train a saved model on with Transformers' Trainer.
+"""Fine-tune a saved model with Transformers' Trainer.
 
 Usage: python examples/finetune_with_transformers.py RUN TEXT OUT
 """

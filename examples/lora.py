@@ -1,4 +1,4 @@
-"""Adapt a saved model with LoRA, and keep the adapter apart.
+"""Adapt a saved model with LoRA, and save the adapter separately.
 
 Usage: python examples/lora.py RUN TEXT OUT
 """

@@ -1,6 +1,6 @@
-"""The yardstick: an interpolated 3-gram model of bytes, which a language model worth training has to beat.
+"""Interpolated 3-gram model of bytes, as a baseline for language models.
 
-The alphabet is the 256 bytes and an end symbol, which closes each document and stands before it. Beyond counting,
+The alphabet is the 256 bytes and an end symbol, which precedes and follows each document. Beyond counting,
 all work is done on the distinct trigrams of a text, so a corpus of tens of megabytes takes seconds.
 """
 
@@ -24,10 +24,10 @@ Floats = NDArray[np.float64]
 
 
 class InterpolatedTrigram:
-    """A mixture of the uniform distribution and the relative frequencies after 0, 1 and 2 symbols of context.
+    """Mixture of the uniform distribution and the relative frequencies after 0, 1 and 2 symbols of context.
 
-    The mixture's weights depend on how often the two-symbol context was seen (Jelinek-Mercer smoothing): the
-    better a context is known, the more its own frequencies count.
+    The weights depend on the count of the two-symbol context (Jelinek-Mercer smoothing): frequencies of common contexts
+    have larger weights.
 
     Args:
         counts: (257, 257, 257) integers, how often each symbol (last axis) followed each pair of symbols.
@@ -68,7 +68,7 @@ class InterpolatedTrigram:
         return cls(counts + held_out_counts, weights)
 
     def probabilities(self, context: bytes = b"") -> Floats:
-        """The distribution of the symbol that follows a document's first bytes.
+        """Return the distribution of the symbol after the first bytes of a document.
 
         Args:
             context: the document so far; its last two bytes matter.
@@ -80,7 +80,7 @@ class InterpolatedTrigram:
         return self._mixture((first * NUM_SYMBOLS + second) * NUM_SYMBOLS + np.arange(NUM_SYMBOLS))
 
     def bits_per_byte(self, documents: Sequence[str]) -> float:
-        """Bits that coding the documents takes, each one's end symbol included, over their bytes in UTF-8.
+        """Return the bits to code the documents, including their end symbols, per byte of UTF-8.
 
         Raises:
             DataError: there is no text in the documents.
@@ -96,7 +96,7 @@ class InterpolatedTrigram:
         return (components * self.weights[buckets]).sum(axis=1)
 
     def _components(self, codes: Codes) -> tuple[Floats, Codes]:
-        """Each order's probability (n, 4) of the last symbol of trigrams (n,), and their rows of the weights."""
+        """Return the probability (n, 4) of the last symbol of trigrams (n,) by order, and their rows of the weights."""
         pairs, last = np.divmod(codes, NUM_SYMBOLS)
         first, second = np.divmod(pairs, NUM_SYMBOLS)
         uniform = np.full(len(codes), 1 / NUM_SYMBOLS)
@@ -109,7 +109,7 @@ class InterpolatedTrigram:
 
 
 def _trigram_codes(documents: Sequence[str]) -> Codes:
-    """Each byte and each document's end with the two symbols before it, `(a * 257 + b) * 257 + c`."""
+    """Return codes of each byte and each end with the two symbols before it, `(a * 257 + b) * 257 + c`."""
     codes = []
     for document in documents:
         text = np.frombuffer(document.encode(), np.uint8)
@@ -121,7 +121,7 @@ def _trigram_codes(documents: Sequence[str]) -> Codes:
 
 
 def _every_tenth_stretch(length: int) -> NDArray[np.bool_]:
-    """A mask that spreads the held-out tenth over the whole text, whose style may change from end to end."""
+    """Return a mask that spreads the held-out tenth over the whole text, whose style may change."""
     stretch = min(max(length // 10, 1), 1000)
     return np.arange(length) // stretch % 10 == 9
 
@@ -135,17 +135,17 @@ def _ratio(numerators: Codes, denominators: Codes, otherwise: Floats) -> Floats:
 
 
 def _fit_weights(components: Floats, buckets: Codes, frequencies: Codes) -> Floats:
-    """The weights (16, 4) under which the held-out trigrams are likeliest.
+    """Return the weights (16, 4) of maximum likelihood on the held-out trigrams.
 
-    Each bucket starts from the weights that suit all of them together, and these stay its prior, so that a bucket
-    which the held-out text never visits has sensible weights too.
+    The weights of all buckets together are the start and the prior of each bucket, so that a bucket without held-out
+    trigrams has sensible weights, too.
     """
     together = _maximize_likelihood(components, np.zeros_like(buckets), frequencies, prior=np.ones((1, 4)))
     return _maximize_likelihood(components, buckets, frequencies, prior=together.repeat(_NUM_BUCKETS, axis=0))
 
 
 def _maximize_likelihood(components: Floats, buckets: Codes, frequencies: Codes, prior: Floats) -> Floats:
-    """EM for the weights (rows, 4) of a mixture, a row for each bucket.
+    """Fit the weights (rows, 4) of a mixture by EM, one row per bucket.
 
     Args:
         components: (n, 4) probabilities of n trigrams under each order.

@@ -1,4 +1,4 @@
-"""The factory at work: the demos of the factory report.
+"""Demos of the factory report.
 
     python examples/phase2_factory_demo.py
 

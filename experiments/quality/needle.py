@@ -1,7 +1,7 @@
 """Recall over a distance: training on text with facts and questions, and tests up to 64 times as far.
 
 The text, the entries and the training are those of ``language``. But in every sequence stretches of the text are
-overwritten: by facts, each of which is asked for and answered after more of the text, before the next one is told.
+overwritten by facts. A question with its answer follows each fact after more of the text, before the next fact.
 After training, a fact in held-out text is asked for at distances up to far beyond the training length, always with the
 whole sequence in one forward pass, from a fresh start.
 

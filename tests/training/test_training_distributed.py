@@ -363,5 +363,5 @@ def test_processes_go_back_together(make: MakeConfig, tmp_path: Path, parallel: 
 
 def test_fsdp_of_accelerate_is_refused(make: MakeConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match="leave that to --parallel fsdp"):
+    with pytest.raises(ConfigError, match="configured for FSDP: use --parallel fsdp"):
         train(make("refused", 1))

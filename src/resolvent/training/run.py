@@ -302,7 +302,7 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
         ConfigError: Accelerate is configured to shard the model itself.
     """
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise ConfigError("accelerate launch was told to use FSDP: leave that to --parallel fsdp, and launch without")
+        raise ConfigError("accelerate launch is configured for FSDP: use --parallel fsdp, and launch without it")
     device = pick_device(config.device)
     precision = {"auto": "bf16" if device.type == "cuda" else "no", "fp32": "no", "bf16": "bf16"}[config.precision]
     if not torch.distributed.is_initialized():

@@ -82,7 +82,7 @@ def test_new_path_of_held_out_text_is_accepted(resolvent: Resolvent, run_dir: Pa
 @pytest.mark.parametrize("command", [["evaluate"], ["evaluate", "positions"]])
 def test_held_out_documents_need_a_text(resolvent: Resolvent, run_dir: Path, command: list[str]):
     outcome = resolvent(*command, run_dir, "--held-out")
-    assert outcome.code == 1 and "name it with --data" in outcome.err
+    assert outcome.code == 1 and "name the text with --data" in outcome.err
 
 
 @pytest.mark.parametrize(
