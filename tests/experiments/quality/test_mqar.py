@@ -93,10 +93,11 @@ def test_every_model_learns_from_the_places_asked_for(name: str):
     assert record == experiment.run(3e-3, 0, FOREVER) | {key: record[key] for key in ("seconds",)}
 
 
-def test_twice_the_heads_take_what_the_snr_filter_needs():
-    whole, wide = (build(name, 64, 2, 64).state_bytes for name in ("phase2", "phase2/no-snr/wide"))
+def test_snr_filter_keeps_no_second_memory_and_wide_doubles_the_heads():
+    whole, without, wide = (build(name, 64, 2, 64).state_bytes for name in ("phase2", "phase2/no-snr", "phase2/wide"))
     memory = 4 * 2 * 32 * 32
-    assert whole // memory == wide // memory == 2
+    assert whole // memory == without // memory == 1
+    assert wide // memory == 2
     assert build("phase2/wide", 64, 2, 64).model.config.num_heads == 4
 
 
