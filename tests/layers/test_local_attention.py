@@ -34,7 +34,7 @@ def test_it_is_attention_over_rotated_queries_and_keys():
     layer, x = layer_of(output_norm=False, output_gate=False), torch.randn(2, 50, 32)
     assert layer.temperature.tolist() == pytest.approx([10, 10])
     layer.log_temperature.data += torch.randn(2)
-    heads = layer.project(x, None, None)
+    heads = layer.heads(layer.qkv_proj(x), None, None)
     torch.testing.assert_close(heads.q.norm(dim=-1), torch.ones(2, 50, 2))
     turns = rotary_turns(torch.arange(50), 8)
     exact, _ = local_attention_reference(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.normalize import unit_length, unit_rms
 from ..ops.packed import count_sequences
-from ..ops.precision import for_products, wide_dtype
+from ..ops.precision import wide_dtype
 from ..ops.queries_keys_values import queries_keys_values
 
 
@@ -18,14 +18,12 @@ class Heads(NamedTuple):
     """Queries, keys and values of the tokens.
 
     Attributes:
-        x: the tokens, in the dtype of the products, (B, N, D).
         q: L2-normalised queries, (B, N, H, K).
         k: L2-normalised keys, (B, N, H, K).
         v: values, (B, N, H, V).
         conv_tail: conv state: the last inputs of the convolution, (B, W - 1, 3HK) or (S, W - 1, 3HK).
     """
 
-    x: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
@@ -80,19 +78,16 @@ class HeadsLayer(nn.Module):
         taps = 1 if self.conv_weight is None else len(self.conv_weight)
         return taps - 1, 3 * self.num_heads * self.head_dim
 
-    def project(self, x: Tensor, conv_tail: Tensor | None, cu_seqlens: Tensor | None) -> Heads:
-        """Compute queries, keys and values of tokens (B, N, D), behind a conv state; None for a fresh start."""
-        x = for_products(x)
-        qkv = self.qkv_proj(x)
+    def heads(self, projected: Tensor, conv_tail: Tensor | None, cu_seqlens: Tensor | None) -> Heads:
+        """Compute queries, keys and values of projected tokens (B, N, 3HK), behind a conv state; None for none yet."""
         if conv_tail is None:
-            sequences = count_sequences(x.shape[0], cu_seqlens)
-            conv_tail = torch.zeros(sequences, *self.conv_shape, dtype=wide_dtype(qkv), device=x.device)
+            sequences = count_sequences(projected.shape[0], cu_seqlens)
+            conv_tail = projected.new_zeros(sequences, *self.conv_shape, dtype=wide_dtype(projected))
         if self.conv_weight is not None:
-            return Heads(
-                x, *queries_keys_values(qkv, self.conv_weight, conv_tail, self.num_heads, cu_seqlens, self.backend)
-            )
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in qkv.chunk(3, dim=-1))
-        return Heads(x, unit_length(q), unit_length(k), v, conv_tail)
+            taps = self.conv_weight
+            return Heads(*queries_keys_values(projected, taps, conv_tail, self.num_heads, cu_seqlens, self.backend))
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in projected.chunk(3, dim=-1))
+        return Heads(unit_length(q), unit_length(k), v, conv_tail)
 
     def normalize(self, readout: Tensor) -> Tensor:
         """Normalise the read-out of each head: (B, N, H, V) -> (B, N, HV)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Consolidation, MemoryState, dissipative_memory
-from ..ops.precision import at_least_float32
+from ..ops.precision import at_least_float32, for_products
 from .heads import HeadsLayer
 
 
@@ -103,7 +103,8 @@ class DissipativeHebbianLayer(HeadsLayer):
             cu_seqlens: offsets of S packed sequences.
             consolidation: filters that act on the memory at its boundaries.
         """
-        heads = self.project(x, conv_tail, cu_seqlens)
+        x = for_products(x)
+        heads = self.heads(self.qkv_proj(x), conv_tail, cu_seqlens)
         readout, state = dissipative_memory(
             heads.q,
             heads.k,
@@ -117,7 +118,7 @@ class DissipativeHebbianLayer(HeadsLayer):
             backend=self.backend,
         )
         readout = self.normalize(readout)
-        return HebbianOutput(self.gated_output(heads.x, readout), readout, heads.v, state, heads.conv_tail)
+        return HebbianOutput(self.gated_output(x, readout), readout, heads.v, state, heads.conv_tail)
 
 
 class LyapunovStabilityMonitor:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..ops import WindowState, local_attention
 from ..ops.attention_window import ANY_CAPACITY
 from ..ops.packed import token_positions
-from ..ops.precision import at_least_float32
+from ..ops.precision import at_least_float32, for_products
 from ..ops.rotary import rotary_turns, rotate
-from .heads import HeadsLayer
+from .heads import Heads, HeadsLayer
 
 
 class AttentionOutput(NamedTuple):
@@ -87,6 +87,11 @@ class LocalAttentionLayer(HeadsLayer):
         """Shapes of one sequence's keys, (W, H, K) and as large as those of its values, and of its conv state."""
         return (self.window or ANY_CAPACITY, self.num_heads, self.head_dim), self.conv_shape
 
+    def rotated(self, heads: Heads, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys that are rotated by the positions of their tokens, broadcastable to (B, N)."""
+        turns = rotary_turns(position, self.head_dim)
+        return rotate(heads.q, turns), rotate(heads.k, turns)
+
     def forward(
         self,
         x: Tensor,
@@ -104,11 +109,12 @@ class LocalAttentionLayer(HeadsLayer):
             position: tokens that each sequence has read before, (B,) or (S,).
             cu_seqlens: offsets of S packed sequences.
         """
-        heads = self.project(x, conv_tail, cu_seqlens)
-        turns = rotary_turns(token_positions(position, x, cu_seqlens), self.head_dim)
+        x = for_products(x)
+        heads = self.heads(self.qkv_proj(x), conv_tail, cu_seqlens)
+        q, k = self.rotated(heads, token_positions(position, x, cu_seqlens))
         readout, state = local_attention(
-            rotate(heads.q, turns),
-            rotate(heads.k, turns),
+            q,
+            k,
             heads.v,
             self.temperature,
             self.window,
@@ -118,4 +124,4 @@ class LocalAttentionLayer(HeadsLayer):
             backend=self.backend,
         )
         readout = self.normalize(readout)
-        return AttentionOutput(self.gated_output(heads.x, readout), readout, heads.v, state, heads.conv_tail)
+        return AttentionOutput(self.gated_output(x, readout), readout, heads.v, state, heads.conv_tail)

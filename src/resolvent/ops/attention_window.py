@@ -65,12 +65,6 @@ def empty_window(sequences: int, capacity: int, k: Tensor, v: Tensor) -> WindowS
     return WindowState(*(x.new_zeros(sequences, capacity, *x.shape[-2:]) for x in (k, v)))
 
 
-def join_windows(windows: list[Tensor]) -> Tensor:
-    """Join buffers (B, W, J, K) along the batch; shorter ones, which have not grown as far, are padded."""
-    capacity = max(x.shape[1] for x in windows)
-    return torch.cat([padded(x, 0, capacity - x.shape[1]) for x in windows])
-
-
 def _held(end: Tensor, capacity: int) -> Tensor:
     """Return the token in every slot after ``end`` tokens, (S,) -> (S, W); negative where no token has been."""
     last = end.unsqueeze(1) - 1
