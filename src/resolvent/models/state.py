@@ -30,11 +30,11 @@ class ModelState:
     """State of a model for B sequences: differentiable, movable, and of a size that does not depend on the tokens read.
 
     Its real numbers are float32, or float64 in a float64 model, and its complex numbers pairs of these; weights in half
-    precision do not change that.
+    precision do not change that, but for keys and values, which stay as they were attended to.
 
     Attributes:
         exact: fields of the layers' states that are float64 in every model.
-        as_read: fields whose tensors have the dtype in which their tokens were read, whatever the model's.
+        as_read: fields that stay in half precision where their tokens were read in it.
         growing: fields whose tensors grow along their second axis with the number of tokens read.
         position: tokens that each sequence has read, int64 (B,); on the CPU, where Python reads it without waiting,
             but for steps that are captured as a graph.
@@ -86,7 +86,7 @@ class ModelState:
         Args:
             device: device of the layers; None keeps theirs. A dtype may take its place: ``to(torch.float64)``.
             dtype: float32 or float64, as the model that reads on needs it; None keeps it. The fields of ``exact`` stay
-                float64.
+                float64, and those of ``as_read`` in half precision where they are.
 
         Raises:
             ValueError: the dtype is another one, in which sums would lose digits, or imaginary parts would be lost.
@@ -224,7 +224,9 @@ class ModelState:
     def _dtype(self, name: str, x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
         """Return the dtype of a layer's tensor in a state whose real numbers are of ``dtype``."""
         field = name.rpartition(".")[2]
-        if dtype is None or not (x.is_complex() or x.is_floating_point()) or field in self.as_read:
+        if dtype is None or not (x.is_complex() or x.is_floating_point()):
+            return x.dtype
+        if field in self.as_read and x.dtype in (torch.bfloat16, torch.float16):
             return x.dtype
         dtype = torch.float64 if field in self.exact else dtype
         return dtype.to_complex() if x.is_complex() else dtype
