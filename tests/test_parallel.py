@@ -25,6 +25,7 @@ MODELS = {
     "consolidated": Phase2Config(**SMALL, head_dim=8),
     "plain": Phase2Config(**SMALL, head_dim=8, snr_enabled=False, resonance_enabled=False, conv_size=1),
     "converted": Phase2Config(**SMALL, head_dim=8, ar_ssm_rank=4, zeta_embedding_trainable=True),
+    "hybrid": Phase2Config(**SMALL, head_dim=8, attention_layers=(1,), attention_window=50),
     "phase 1": Phase1Config(**SMALL, ar_ssm_max_rank=4),
 }
 

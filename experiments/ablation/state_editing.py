@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from resolvent.errors import ConfigError
 from resolvent.evaluation.scoring import Advance, score_tokens
 from resolvent.evaluation.statistics import Estimate
 from resolvent.models import Trace, observe
-from resolvent.models.phase2 import Phase2Block, Phase2IntegratedModel, Phase2Record, Phase2State
+from resolvent.models.phase2 import LayerState, Phase2Block, Phase2IntegratedModel, Phase2Record, Phase2State
 from resolvent.models.phase2.block import blocks_of
+from resolvent.ops import MemoryState
 
 Phase2Trace = Trace[Phase2Record, Phase2State]
 
@@ -81,7 +83,7 @@ class Reading:
     @property
     def memories(self) -> list[Tensor]:
         """Memories S at the boundary, (B, H, K, V) per layer."""
-        return [layer.memory.memory for layer in self.state.layers]
+        return [memory_of(layer).memory for layer in self.state.layers]
 
     @property
     def blocks(self) -> list[Phase2Block]:
@@ -132,12 +134,14 @@ class Reading:
             return [torch.zeros_like(memory) for memory in self.memories]
         before, memories = self.states[distance], []
         for block, layer, given in zip(self.blocks, before.layers, self.recent, strict=True):
-            empty = torch.zeros_like(layer.memory.memory)
+            assert block.hebbian is not None  # ``memory_of`` has refused the model
+            memory = memory_of(layer)
+            empty = torch.zeros_like(memory.memory)
             output = block.hebbian(
                 given.x[:, -distance:],
                 given.gamma[:, -distance:],
                 # Γ̄ stays: it is no content, but the sum of Γ dt in the interval so far.
-                layer.memory._replace(memory=empty),
+                memory._replace(memory=empty),
                 layer.conv_tail,
                 before.position,
                 None,
@@ -232,8 +236,19 @@ def read_nats(
 def with_memories(state: Phase2State, memories: Sequence[Tensor]) -> Phase2State:
     """Return a copy of a state with other memories S, (B, H, K, V) per layer."""
     layers = zip(state.layers, memories, strict=True)
-    edited = (layer._replace(memory=layer.memory._replace(memory=memory)) for layer, memory in layers)
+    edited = (layer._replace(memory=memory_of(layer)._replace(memory=memory)) for layer, memory in layers)
     return Phase2State(state.position, tuple(edited))
+
+
+def memory_of(layer: LayerState) -> MemoryState:
+    """The memory of a layer.
+
+    Raises:
+        ConfigError: the layer attends instead.
+    """
+    if layer.memory is None:
+        raise ConfigError("a block of attention_layers has no memory to edit: take a model without attention")
+    return layer.memory
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .errors import ConfigError
 from .models.base import Block, IntegratedModel
 from .models.state import ModelState, map_tensors, named_tensors
 from .ops import IGNORED
@@ -32,10 +33,18 @@ class SequenceParallel(nn.Module):
     Args:
         model: the model, the same in all processes.
         group: the processes, in the order of their stretches; None for all.
+
+    Raises:
+        ConfigError: the state of the model grows with the tokens that it has read.
     """
 
     def __init__(self, model: IntegratedModel, group: dist.ProcessGroup | None = None):
         super().__init__()
+        if model.state_grows:
+            raise ConfigError(
+                "attention_window=None cannot be trained with stretches of a sequence: only states of a fixed size "
+                "travel; set attention_window"
+            )
         self.model = model
         self._chain = _Chain(group)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from resolvent import ConfigError, Phase1Config, Phase2Config, load_model, save_model
 from resolvent.layers import TensorTrainEmbedding
 
-from ..models.small import PHASE1, PHASE2, tokens
+from ..models.small import HYBRID, PHASE1, PHASE2, tokens
 
 if not os.environ.get("CI"):
     pytest.importorskip("transformers", reason="needs Transformers: pip install 'resolvent[hf]'")
@@ -20,15 +20,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, TextStr
 
 from resolvent.hf import Phase1ForCausalLM, Phase1HFConfig, Phase2ForCausalLM, Phase2HFConfig, RecurrentCache
 
-PHASES = {"phase1": PHASE1, "phase2": PHASE2}
+PHASES = {"phase1": PHASE1, "phase2": PHASE2, "hybrid": HYBRID}
 CLASSES = {
     "phase1": (Phase1Config, Phase1HFConfig, Phase1ForCausalLM),
     "phase2": (Phase2Config, Phase2HFConfig, Phase2ForCausalLM),
 }
+WINDOWS_TOO = pytest.mark.parametrize("phase", PHASES)
+"""For tests of what a cache holds: a hybrid beside the two phases."""
 GREEDY = dict(max_new_tokens=12, do_sample=False)
 
 
-@pytest.fixture(params=PHASES)
+@pytest.fixture(params=CLASSES)
 def phase(request):
     return request.param
 
@@ -204,6 +206,7 @@ def test_only_phase_2_ties():
 # --- Generation
 
 
+@WINDOWS_TOO
 def test_greedy_generation_equals_generate(pair):
     model, hf = pair
     ids = tokens(70)
@@ -267,6 +270,7 @@ def test_beam_search_reorders_the_state(pair):
         assert_close(sums, torch.tensor([score for score, _ in expected]))
 
 
+@WINDOWS_TOO
 @pytest.mark.parametrize("pieces", [None, 16])
 def test_left_padded_batch_equals_single_rows(pair, pieces):
     _, hf = pair
@@ -280,6 +284,7 @@ def test_left_padded_batch_equals_single_rows(pair, pieces):
         assert_close(logits[row, mask[row].bool()], hf(alone).logits[0])
 
 
+@WINDOWS_TOO
 def test_a_prompt_may_be_read_in_pieces(pair):
     _, hf = pair
     ids = tokens(70)
@@ -287,6 +292,7 @@ def test_a_prompt_may_be_read_in_pieces(pair):
 
 
 @torch.no_grad()
+@WINDOWS_TOO
 def test_cache_continues_a_text(pair):
     model, hf = pair
     ids = tokens(70)
@@ -302,6 +308,7 @@ def test_cache_continues_a_text(pair):
 
 
 @torch.no_grad()
+@WINDOWS_TOO
 def test_a_cache_is_reordered_repeated_and_reset(pair):
     _, hf = pair
     ids = tokens(30, batch=3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ..learning import next_token_loss
-from .small import PHASE1, PHASE2, tokens
+from .small import ATTENTION, FULL, HYBRID, PHASE1, PHASE2, tokens
 
 LENGTHS = (1, 63, 64, 65, 1000)
 SWITCHES = [
@@ -28,12 +28,29 @@ SWITCHES = [
     (PHASE2, dict(ar_ssm_rank=5)),
     (PHASE2, dict(htt_rank=6)),
     (PHASE2, dict(tie_embeddings=True)),
+    (HYBRID, dict(conv_size=1)),
+    (HYBRID, dict(output_gate=False)),
+    (HYBRID, dict(output_norm=False)),
+    (HYBRID, dict(attention_window=1)),
+    (HYBRID, dict(attention_window=1000)),
+    (HYBRID, dict(attention_layers=(0, 2))),
+    (HYBRID, dict(memory_feedback=False)),
 ]
-STATES = [(PHASE1, {}), (PHASE1, dict(ar_ssm_enabled=False)), (PHASE2, {}), (PHASE2, dict(ar_ssm_rank=5))]
+STATES = [
+    (PHASE1, {}),
+    (PHASE1, dict(ar_ssm_enabled=False)),
+    (PHASE2, {}),
+    (PHASE2, dict(ar_ssm_rank=5)),
+    (HYBRID, {}),
+    (HYBRID, dict(ar_ssm_rank=5)),
+    (ATTENTION, {}),
+    (FULL, {}),
+]
 """Models whose states consist of different parts."""
+NAMES = {PHASE1: "phase1", PHASE2: "phase2", HYBRID: "hybrid", ATTENTION: "attention", FULL: "full"}
 
 
-@pytest.fixture(params=[PHASE1, PHASE2], ids=["phase1", "phase2"])
+@pytest.fixture(params=NAMES, ids=NAMES.values())
 def phase(request):
     return request.param
 
@@ -47,7 +64,7 @@ def say(value):
     """Return the name of a case: the phase and its options."""
     if isinstance(value, dict):
         return "-".join(f"{name}={option}" for name, option in value.items()) or "default"
-    return f"phase{1 if value is PHASE1 else 2}"
+    return NAMES.get(value, str(value))
 
 
 def streamed(model, ids, splits):
@@ -70,6 +87,7 @@ def assert_same_state(found, expected):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("phase", [PHASE1, PHASE2], ids=say)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("size", [1, 7, 64, 100])
 def test_any_split_equals_one_forward(model, length, size):
@@ -79,6 +97,17 @@ def test_any_split_equals_one_forward(model, length, size):
     assert_same(found, whole)
     assert_same_state(state, last)
     assert torch.equal(state.position, torch.full((2,), length))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("phase", [HYBRID, ATTENTION, FULL], ids=say)
+@pytest.mark.parametrize(("length", "size"), [(1, 1), (24, 1), (60, 1), (25, 7), (300, 24), (300, 100), (700, 256)])
+def test_any_split_equals_one_forward_where_blocks_attend(model, length, size):
+    ids = tokens(length)
+    whole, last = model(ids, return_state=True)
+    found, state = streamed(model, ids, size)
+    assert_same(found, whole)
+    assert_same_state(state, last)
 
 
 @torch.no_grad()
@@ -154,7 +183,7 @@ def test_gradient_through_the_state_equals_one_forward(model):
     weight = next(model.token_embedding.parameters())
 
     def gradient(logits):
-        return torch.autograd.grad(logits[:, -1].square().sum(), weight)[0]
+        return torch.autograd.grad(logits[:, -60:].square().sum(), weight)[0]
 
     whole = gradient(model(ids))
     _, state = model(ids[:, :70], return_state=True)
@@ -207,6 +236,7 @@ def test_states_are_indexed_repeated_moved_and_saved(phase, options, tmp_path):
         (PHASE1, dict(ar_ssm_enabled=False), 3 * 8),  # g of 3 heads
         (PHASE1, {}, 3 * 8 + 8 * 8 + 2 * 48 * 4),  # ... the sum of 8 channels, the conv state of 2 tokens
         (PHASE2, {}, 3 * 8 + 3 * 16 * 16 * 4 + 3 * 4 + 3 * 144 * 4),  # g; S; Γ̄; the conv state of 3 tokens
+        (ATTENTION, {}, 3 * 8 + 3 * 144 * 4 + 2 * 24 * 48 * 4),  # g; the conv state; keys and values of 24 tokens
     ],
     ids=say,
 )
@@ -242,6 +272,10 @@ def test_calls_are_independent(model):
         (PHASE2, dict(num_heads=2)),
         (PHASE2, dict(head_dim=8)),
         (PHASE2, dict(conv_size=3)),
+        (HYBRID, dict(attention_window=25)),
+        (HYBRID, dict(attention_window=None)),
+        (HYBRID, dict(attention_layers=(2,))),
+        (HYBRID, dict(attention_layers=())),
     ],
     ids=say,
 )

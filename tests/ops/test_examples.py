@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from resolvent import ops
-from resolvent.ops import memory_state, normalize, prefix_sum, queries_keys_values, short_conv, swiglu
+from resolvent.ops import (
+    attention_window,
+    memory_state,
+    normalize,
+    prefix_sum,
+    queries_keys_values,
+    rotary,
+    short_conv,
+    swiglu,
+)
 
 OPERATORS = {name: getattr(ops, name) for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
 OPERATORS |= {
@@ -17,6 +26,8 @@ OPERATORS |= {
         normalize.unit_rms,
         prefix_sum.prefix_sum,
         queries_keys_values.queries_keys_values,
+        rotary.rotary_turns,
+        rotary.rotate,
         short_conv.causal_conv,
         short_conv.next_tail,
         swiglu.swiglu,
@@ -27,7 +38,8 @@ OPERATORS |= {
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_example_of_a_public_operator_runs(name):
     function = OPERATORS[name]
-    names = {**vars(ops), **OPERATORS, "torch": torch, "empty_state": memory_state.empty_state}
+    makers = {"empty_state": memory_state.empty_state, "empty_window": attention_window.empty_window}
+    names = {**vars(ops), **OPERATORS, **makers, "torch": torch}
     (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs=names)
     source = "".join(line.source for line in example.examples)
     assert len(example.examples) >= 3, f"{name} has no example of three lines"

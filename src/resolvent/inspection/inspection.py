@@ -22,7 +22,7 @@ from resolvent.evaluation.influence import input_gradients
 from resolvent.files import read_lines
 from resolvent.inspection.trace import LayerTrace, MemoryTrace, trace_text
 from resolvent.models import IntegratedModel
-from resolvent.models.phase2 import Phase2Block
+from resolvent.models.phase2 import Phase2Block, Phase2Config
 from resolvent.models.phases import phase_of
 from resolvent.ops.consolidation import signal_to_noise
 from resolvent.ops.precision import at_least_float32
@@ -174,8 +174,8 @@ def inspect_model(
     ids = ids.to(next(model.parameters()).device)
     seen = trace_text(model, ids)
     nats, expected = _predictions(model, tokenizer, seen.hidden, ids)
-    block = next(iter(model.blocks))
-    consolidation = block.consolidation() if isinstance(block, Phase2Block) else None
+    rules = [block.consolidation() for block in model.blocks if isinstance(block, Phase2Block)]
+    consolidation = next((rule for rule in rules if rule is not None), None)
     return Inspection(
         name=name,
         version=__version__,
@@ -191,7 +191,7 @@ def inspect_model(
         snr_threshold=consolidation.snr.threshold if consolidation and consolidation.snr else None,
         resonance_threshold=consolidation.resonance.threshold if consolidation and consolidation.resonance else None,
         consolidation_interval=consolidation.interval if consolidation else None,
-        dt=block.hebbian.dt if isinstance(block, Phase2Block) else 1.0,
+        dt=model.config.hebbian_dt if isinstance(model.config, Phase2Config) else 1.0,
     )
 
 

@@ -100,11 +100,13 @@ def _layer(block: nn.Module, records: Sequence[Phase1Record | Phase2Record], end
     return LayerTrace(g, bound, gamma, _memory(block, dissipative, gamma, ends))
 
 
-def _memory(block: Phase2Block, records: Sequence[Phase2Record], gamma: Tensor, ends: Tensor) -> MemoryTrace:
-    """Return the trace of a layer's memory, given its Γ (N, H)."""
+def _memory(block: Phase2Block, records: Sequence[Phase2Record], gamma: Tensor, ends: Tensor) -> MemoryTrace | None:
+    """Return the trace of a layer's memory, given its Γ (N, H); None where the layer attends."""
     hebbian = block.hebbian
+    if hebbian is None:
+        return None
     values = torch.cat([record.values[0] for record in records])
-    memories = torch.cat([record.state.memory.memory for record in records])
+    memories = torch.cat([record.state.memory.memory for record in records if record.state.memory is not None])
     bound = LyapunovStabilityMonitor.bound(
         torch.zeros_like(gamma),
         (values.norm(dim=-1) * hebbian.eta.detach()).cummax(dim=0).values,

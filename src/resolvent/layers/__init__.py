@@ -3,6 +3,7 @@
 from .feed_forward import GatedFeedForward, gated_width
 from .hebbian import DissipativeHebbianLayer, LyapunovStabilityMonitor
 from .linear import LowRankLinear
+from .local_attention import LocalAttentionLayer
 from .memory_resonance import MemoryResonanceLayer
 from .potential import DissipativeBKLayer, NonHermitianPotential, StaticBKLayer
 from .semiseparable import AdaptiveRankSemiseparableLayer, SemiseparableState
@@ -15,6 +16,7 @@ __all__ = [
     "DissipativeBKLayer",
     "DissipativeHebbianLayer",
     "GatedFeedForward",
+    "LocalAttentionLayer",
     "LowRankLinear",
     "LyapunovStabilityMonitor",
     "MemoryResonanceLayer",

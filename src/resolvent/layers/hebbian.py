@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Consolidation, MemoryState, dissipative_memory
-from ..ops.normalize import unit_length, unit_rms
-from ..ops.packed import count_sequences
-from ..ops.precision import at_least_float32, for_products, wide_dtype
-from ..ops.queries_keys_values import queries_keys_values
+from ..ops.precision import at_least_float32, for_products
+from .heads import HeadsLayer
 
 
 class HebbianOutput(NamedTuple):
@@ -33,7 +31,7 @@ class HebbianOutput(NamedTuple):
     conv_tail: Tensor
 
 
-class DissipativeHebbianLayer(nn.Module):
+class DissipativeHebbianLayer(HeadsLayer):
     """Memory per head: tokens write ``S_t = exp(-Γ_t dt) S_{t-1} + η k_t v_tᵀ`` and read ``y_t = S_tᵀ q_t``.
 
     A short causal convolution mixes neighbouring tokens before q, k and v. Queries and keys are L2-normalised; η is one
@@ -63,24 +61,16 @@ class DissipativeHebbianLayer(nn.Module):
         output_gate: bool = True,
         backend: str = "auto",
     ):
-        super().__init__()
-        self.num_heads, self.head_dim = num_heads, head_dim
-        self.initial_eta, self.dt, self.output_norm, self.backend = eta, dt, output_norm, backend
-        width = num_heads * head_dim
-        self.qkv_proj = nn.Linear(d_model, 3 * width, bias=False)
-        self.out_proj = nn.Linear(width, d_model, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(conv_size, 3 * width)) if conv_size > 1 else None
-        self.gate_down = nn.Linear(d_model, head_dim, bias=False) if output_gate else None
-        self.gate_up = nn.Linear(head_dim, width) if output_gate else None
+        super().__init__(d_model, num_heads, head_dim, conv_size, output_norm, output_gate, backend)
+        self.initial_eta, self.dt = eta, dt
         self.log_eta = nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the parameters with a fixed start: η, and a convolution that passes the token through."""
+        super().reset_parameters()
         self.log_eta.fill_(self.initial_eta).log_()
-        if self.conv_weight is not None:
-            self.conv_weight.zero_()[0] = 1.0
 
     @property
     def eta(self) -> Tensor:
@@ -90,8 +80,7 @@ class DissipativeHebbianLayer(nn.Module):
     @property
     def state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of one sequence's memory (H, K, V) and convolution tail (W - 1, 3HK)."""
-        heads, width = self.num_heads, self.head_dim
-        return (heads, width, width), (0 if self.conv_weight is None else len(self.conv_weight) - 1, 3 * heads * width)
+        return (self.num_heads, self.head_dim, self.head_dim), self.conv_shape
 
     def forward(
         self,
@@ -115,21 +104,11 @@ class DissipativeHebbianLayer(nn.Module):
             consolidation: filters that act on the memory at its boundaries.
         """
         x = for_products(x)
-        qkv = self.qkv_proj(x)
-        sequences = count_sequences(x.shape[0], cu_seqlens)
-        if conv_tail is None:
-            conv_tail = torch.zeros(sequences, *self.state_shape[1], dtype=wide_dtype(qkv), device=x.device)
-        if self.conv_weight is not None:
-            q, k, v, conv_tail = queries_keys_values(
-                qkv, self.conv_weight, conv_tail, self.num_heads, cu_seqlens, self.backend
-            )
-        else:
-            q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in qkv.chunk(3, dim=-1))
-            q, k = unit_length(q), unit_length(k)
+        heads = self.heads(self.qkv_proj(x), conv_tail, cu_seqlens)
         readout, state = dissipative_memory(
-            q,
-            k,
-            v,
+            heads.q,
+            heads.k,
+            heads.v,
             gamma * self.dt,
             self.eta,
             initial_state=state,
@@ -138,13 +117,8 @@ class DissipativeHebbianLayer(nn.Module):
             consolidation=consolidation,
             backend=self.backend,
         )
-        if self.output_norm:
-            readout = unit_rms(readout)
-        readout = readout.flatten(-2)
-        gated = readout
-        if self.gate_down is not None and self.gate_up is not None:
-            gated = readout * torch.sigmoid(self.gate_up(self.gate_down(x)))
-        return HebbianOutput(self.out_proj(gated), readout, v, state, conv_tail)
+        readout = self.normalize(readout)
+        return HebbianOutput(self.gated_output(x, readout), readout, heads.v, state, heads.conv_tail)
 
 
 class LyapunovStabilityMonitor:

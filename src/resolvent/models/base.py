@@ -18,12 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ConfigError
 from ..layers import ZetaEmbedding
 from ..ops import linear_cross_entropy
+from ..ops.packed import token_positions
 from ..ops.precision import at_least_float32, for_products, wide_dtype
 from .config import LanguageModelConfig
 from .generation import Generation
 from .initialization import init_weights
 from .state import ModelState, State
-from .token_batch import TokenBatch, check_labels, positions, read_tokens
+from .token_batch import TokenBatch, check_labels, read_tokens
 from .trace import Record, Trace
 
 Config = TypeVar("Config", bound=LanguageModelConfig)
@@ -191,7 +192,7 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         start = None if state is None else position
         # 2. Embed tokens and positions.
         vectors = self._embed_tokens(batch.input_ids)
-        embedded = self._add_positions(vectors, positions(start, batch.input_ids, batch.cu_seqlens))
+        embedded = self._add_positions(vectors, token_positions(start, batch.input_ids, batch.cu_seqlens))
         # 3. Run the blocks.
         x = entered = self.dropout(embedded)
         record, records, layers = None, [], []

@@ -87,7 +87,8 @@ class ModelConfig:
             for name, kind in _nested_configs(cls).items()
             if isinstance(values.get(name), dict)
         }
-        return cls(**{**values, **nested})
+        tuples = {name: tuple(values[name]) for name in _tuples(cls) if isinstance(values.get(name), list)}
+        return cls(**{**values, **nested, **tuples})
 
     def _faults(self) -> list[str]:
         """Return a sentence for every rule that a value breaks; all types are right when this is called."""
@@ -147,6 +148,11 @@ def _nested_configs(cls: type) -> dict[str, type[ModelConfig]]:
     return {name: kind for name, kind in found.items() if kind is not None}
 
 
+def _tuples(cls: type) -> list[str]:
+    """Return the names of the fields that are tuples, which JSON knows as lists."""
+    return [name for name, kind in typing.get_type_hints(cls).items() if typing.get_origin(kind) is tuple]
+
+
 def _options(kind: Kind) -> tuple[type, ...]:
     """Return the types of a union, or the one type."""
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
@@ -159,6 +165,8 @@ def _fits(value: object, kind: Kind) -> bool:
             return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_FLOAT
         if option is int:
             return isinstance(value, int) and not isinstance(value, bool)
+        if typing.get_origin(option) is tuple:
+            return isinstance(value, tuple) and all(_fits(part, int) for part in value)
         return isinstance(value, option)
 
     return any(fits_one(option) for option in _options(kind))
@@ -166,4 +174,6 @@ def _fits(value: object, kind: Kind) -> bool:
 
 def _say(kind: Kind) -> str:
     names = {float: "a finite number", int: "an integer", bool: "True or False", str: "a string", type(None): "None"}
+    if typing.get_origin(kind) is tuple:
+        return "a tuple of integers"
     return " or ".join(names.get(option, getattr(option, "__name__", str(option))) for option in _options(kind))

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..ops.precision import at_least_float32
 from .state import State
 
@@ -26,6 +27,9 @@ class StreamingModel(Protocol[State]):
     ) -> tuple[Tensor, State]: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
+
+    @property
+    def state_grows(self) -> bool: ...
 
     def fused_step(self, state: State) -> Callable[[Tensor], Tensor] | None: ...
 
@@ -81,17 +85,27 @@ def token_step(model: StreamingModel[State], state: State) -> Callable[[Tensor],
 
     It keeps a copy of the state, which Python never reads, so it can be captured. It uses the kernels for one token
     where the model has them.
+
+    Raises:
+        ConfigError: the state of the model grows, so that it cannot stay where it is.
     """
+    if model.state_grows:
+        raise ConfigError(
+            "a model that attends to all tokens (attention_window=None) has no step with a state of fixed size: "
+            "set attention_window, or read token by token with forward"
+        )
     state = state.map(lambda x: x.clone(memory_format=torch.contiguous_format)).with_position_on(state.device)
+    state = state.reusable()
     return model.fused_step(state) or _plain_step(model, state)
 
 
 def _plain_step(model: StreamingModel[State], state: State) -> Callable[[Tensor], Tensor]:
-    """Return the step of a forward pass, whose new state overwrites the old."""
+    """Return the step of a forward pass, whose new state overwrites the old where the pass has not done so."""
 
     def step(token: Tensor) -> Tensor:
         logits, new = read_token(model, token, state)
-        torch._foreach_copy_(state.tensors(), new.tensors())
+        pairs = [(a, b) for a, b in zip(state.tensors(), new.tensors(), strict=True) if a is not b]
+        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
         return logits
 
     return step

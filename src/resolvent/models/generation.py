@@ -1,5 +1,6 @@
 """Generation of text: sampling from a model that streams with a state."""
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Generic
@@ -14,6 +15,8 @@ from .decoding import CAPTURING, CapturedStep, StreamingModel, read_token
 from .inference import inference_view
 from .state import State
 from .token_batch import check_attention_mask, check_tokens
+
+_log = logging.getLogger(__name__)
 
 PREFILL = 2048
 """Tokens of a prompt that one forward pass reads: without padding, longer prompts need no more memory."""
@@ -36,6 +39,11 @@ class Generation(nn.Module, Generic[State]):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., V) of hidden states (..., D)."""
         raise NotImplementedError
+
+    @property
+    def state_grows(self) -> bool:
+        """True if the state grows with the number of tokens read: no step of this model can be captured."""
+        return False
 
     def fused_step(self, state: State) -> Callable[[Tensor], Tensor] | None:
         """Return kernels that read one token after another (see ``models.decoding``); None where the model has none.
@@ -64,7 +72,8 @@ class Generation(nn.Module, Generic[State]):
     ) -> Iterator[Tensor]:
         """Continue prompts and yield each new token, int64 (B,), as soon as it is drawn.
 
-        The state has a constant size: the cost per token does not depend on the number of tokens read. Dropout is off,
+        The state has a constant size, unless the model attends to all tokens: the cost per token does not depend on the
+        number of tokens read. Dropout is off,
         and the model keeps its mode: streams may alternate, in one thread or in several (see ``inference_view``).
 
         Args:
@@ -194,7 +203,10 @@ def _prefill(
 def _stepper(model: StreamingModel[State], state: State, tokens: int) -> Callable[[Tensor], Tensor]:
     """Return a function that reads one token of every sequence, (B,), per call and returns the logits of the next."""
     if state.device.type == "cuda" and tokens >= WORTH_CAPTURING:
-        return CapturedStep(model, state)
+        if not model.state_grows:
+            return CapturedStep(model, state)
+        _log.info("no captured steps: the model attends to all tokens, and its state grows")
+    state = state.reusable()  # what the prompt left behind is nobody else's
 
     def step(token: Tensor) -> Tensor:
         nonlocal state

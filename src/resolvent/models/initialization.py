@@ -10,6 +10,7 @@ from ..layers import (
     AdaptiveRankSemiseparableLayer,
     DissipativeBKLayer,
     DissipativeHebbianLayer,
+    LocalAttentionLayer,
     MemoryResonanceLayer,
     NonHermitianPotential,
     SNRMemoryFilter,
@@ -23,12 +24,13 @@ _WITH_A_FIXED_START = (
     NonHermitianPotential,
     DissipativeBKLayer,
     DissipativeHebbianLayer,
+    LocalAttentionLayer,
     SNRMemoryFilter,
     MemoryResonanceLayer,
     AdaptiveRankSemiseparableLayer,
 )
 
-_TO_THE_STREAM = (".hebbian.out_proj", ".ffn.out_proj", ".ffn.2", ".ffn.2.up")
+_TO_THE_STREAM = (".hebbian.out_proj", ".attention.out_proj", ".ffn.out_proj", ".ffn.2", ".ffn.2.up")
 
 
 class Parts(Protocol):
@@ -51,10 +53,10 @@ def init_weights(model: Parts, generator: torch.Generator | None, zeta_potential
     """Draw the weights of a model of either phase.
 
     Matrices inside the blocks are drawn from N(0, std²) with the standard deviation ``1 / sqrt(fan_in)``; with
-    ``zeta_potential`` those of the potential get the zeta spectrum at the same norm. The outputs of memory and
-    feed-forward network are scaled by ``1 / sqrt(2 L)`` for L blocks, so that all blocks together add about as much as
-    one (Radford et al., 2019). The outputs of BK-Core and AR-SSM start at zero. The input of AR-SSM's sum over all past
-    tokens is scaled so that the sum is of about unit size after ``n_seq`` tokens.
+    ``zeta_potential`` those of the potential get the zeta spectrum at the same norm. The outputs of memory,
+    attention and feed-forward network are scaled by ``1 / sqrt(2 L)`` for L blocks, so that all blocks together add
+    about as much as one (Radford et al., 2019). The outputs of BK-Core and AR-SSM start at zero. The input of AR-SSM's
+    sum over all past tokens is scaled so that the sum is of about unit size after ``n_seq`` tokens.
 
     Args:
         model: the model; its weights are changed in place.

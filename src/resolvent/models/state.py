@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, VersionError
 from ..files import output_path
+from ..ops.attention_window import padded
 from ..tensors import read_tensors, write_tensors
 
 _COMPLEX = ":complex"
@@ -29,10 +30,12 @@ class ModelState:
     """State of a model for B sequences: differentiable, movable, and of a size that does not depend on the tokens read.
 
     Its real numbers are float32, or float64 in a float64 model, and its complex numbers pairs of these; weights in half
-    precision do not change that.
+    precision do not change that, but for keys and values, which stay as they were attended to.
 
     Attributes:
         exact: fields of the layers' states that are float64 in every model.
+        as_read: fields that stay in half precision where their tokens were read in it.
+        growing: fields whose tensors grow along their second axis with the number of tokens read.
         position: tokens that each sequence has read, int64 (B,); on the CPU, where Python reads it without waiting,
             but for steps that are captured as a graph.
         layers: one state per block, a named tuple of tensors and of such tuples.
@@ -40,6 +43,8 @@ class ModelState:
 
     layer_type: ClassVar[type]
     exact: ClassVar[frozenset[str]] = frozenset()
+    as_read: ClassVar[frozenset[str]] = frozenset()
+    growing: ClassVar[frozenset[str]] = frozenset()
 
     position: Tensor
     layers: tuple[NamedTuple, ...]
@@ -81,7 +86,7 @@ class ModelState:
         Args:
             device: device of the layers; None keeps theirs. A dtype may take its place: ``to(torch.float64)``.
             dtype: float32 or float64, as the model that reads on needs it; None keeps it. The fields of ``exact`` stay
-                float64.
+                float64, and those of ``as_read`` in half precision where they are.
 
         Raises:
             ValueError: the dtype is another one, in which sums would lose digits, or imaginary parts would be lost.
@@ -99,13 +104,17 @@ class ModelState:
         """Return the state with its position on a device, where kernels read it and Python does not."""
         return type(self)(self.position.to(device), self.layers)
 
+    def reusable(self) -> Self:
+        """Return the state as one whose tensors the next step may overwrite: its caller holds the only reference."""
+        return self
+
     def check(
         self, shapes: list[list[tuple[int, ...]]], sequences: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         """Raise a ValueError unless a model can read on from this state.
 
         Args:
-            shapes: shapes of one sequence's state in that model: of every layer, every tensor.
+            shapes: shapes of one sequence's state in that model: of every layer, every tensor; -1 for any size.
             sequences: number of sequences in the model's input.
             device: device of the input.
             dtype: dtype of the model's states, float32 or float64.
@@ -113,7 +122,8 @@ class ModelState:
         if len(self) != sequences:
             raise ValueError(f"the state holds {len(self)} sequences, the input has {sequences}")
         tensors = list(self._layer_tensors())
-        if len(self.layers) != len(shapes) or [tuple(x.shape[1:]) for _, x in tensors] != [*chain(*shapes)]:
+        found, wanted = [tuple(x.shape[1:]) for _, x in tensors], [*chain(*shapes)]
+        if len(self.layers) != len(shapes) or len(found) != len(wanted) or not all(map(_fits, found, wanted)):
             raise ValueError("the state belongs to another model: its layers, heads or widths differ")
         if self.device != device:
             raise ValueError(f"the state is on {self.device}, the input on {device}; use state.to({str(device)!r})")
@@ -151,10 +161,10 @@ class ModelState:
         """
         if not states:
             raise ValueError("there is no state to join; give at least one")
-        parts = [state.tensors() for state in states]
-        if len({tuple(x.shape[1:] for x in tensors) for tensors in parts}) > 1:
+        parts = [list(state._tensors().items()) for state in states]
+        if len({tuple((name, cls._shape(name, x)) for name, x in named) for named in parts}) > 1:
             raise ValueError("the states belong to different models: their layers, heads or widths differ")
-        joined = iter([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+        joined = iter([_join([x for _, x in named]) for named in zip(*parts, strict=True)])
         return states[0].map(lambda _: next(joined))
 
     def repeat(self, times: int) -> Self:
@@ -206,12 +216,33 @@ class ModelState:
         for i, layer in enumerate(self.layers):
             yield from named_tensors(layer, f"layers.{i}")
 
+    @classmethod
+    def _shape(cls, name: str, x: Tensor) -> tuple[int, ...]:
+        """Return the shape of one sequence's tensor, without the axis along which it grows."""
+        return tuple(x.shape[1 + bool(cls.growing & {*name.split(".")}) :])
+
     def _dtype(self, name: str, x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
         """Return the dtype of a layer's tensor in a state whose real numbers are of ``dtype``."""
+        field = name.rpartition(".")[2]
         if dtype is None or not (x.is_complex() or x.is_floating_point()):
             return x.dtype
-        dtype = torch.float64 if name.rpartition(".")[2] in self.exact else dtype
+        if field in self.as_read and x.dtype in (torch.bfloat16, torch.float16):
+            return x.dtype
+        dtype = torch.float64 if field in self.exact else dtype
         return dtype.to_complex() if x.is_complex() else dtype
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Return True if a shape is the one wanted, in which -1 stands for any size."""
+    return len(shape) == len(wanted) and all(b in (a, -1) for a, b in zip(shape, wanted, strict=True))
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """Join tensors of several sequences; those that have grown less far than others are padded with zeros."""
+    if len({x.shape[1:2] for x in parts}) == 1:
+        return torch.cat(parts)
+    longest = max(x.shape[1] for x in parts)
+    return torch.cat([padded(x, 0, longest - x.shape[1]) for x in parts])
 
 
 def map_tensors(value: Structure, function: Callable[[Tensor], Tensor]) -> Structure:

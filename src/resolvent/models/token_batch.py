@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..files import shown
-from ..ops.packed import sequence_numbers
 
 
 class Unpadded(NamedTuple):
@@ -187,20 +186,3 @@ def _check_tensor(name: str, x: object) -> None:
 def _check_device(name: str, x: Tensor, device: torch.device) -> None:
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}, input_ids on {device}; use {name}.to({str(device)!r})")
-
-
-def positions(start: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Return the position of every token in its sequence, int64, broadcastable to (B, N).
-
-    Args:
-        start: tokens that each sequence has read before, (S,); None for none.
-        input_ids: tokens (B, N).
-        cu_seqlens: offsets of S packed sequences.
-    """
-    device = input_ids.device
-    index = torch.arange(input_ids.shape[1], device=device).unsqueeze(0)
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-        sequence = sequence_numbers(cu_seqlens, input_ids.shape[1])
-        return index - cu_seqlens[sequence] + (start.to(device)[sequence] if start is not None else 0)
-    return index if start is None else start.to(device).unsqueeze(1) + index

@@ -5,6 +5,7 @@ makes it, no ``to`` that changes nothing. PyTorch 2.11 compiles such a function 
 180642).
 """
 
+from .attention_window import ReusedWindow, WindowState
 from .bk_core import (
     effective_diagonal,
     resolvent_diagonal,
@@ -15,6 +16,7 @@ from .bk_core import (
 from .consolidation import Consolidation, Resonance, SNRFilter, consolidate
 from .cross_entropy import IGNORED, linear_cross_entropy
 from .hebbian import dissipative_memory, dissipative_memory_reference, dissipative_memory_step
+from .local_attention import local_attention, local_attention_reference, local_attention_step
 from .memory_state import MemoryState
 from .semiseparable import gated_prefix_sum, gated_prefix_sum_reference, gated_prefix_sum_step
 
@@ -23,7 +25,9 @@ __all__ = [
     "Consolidation",
     "MemoryState",
     "Resonance",
+    "ReusedWindow",
     "SNRFilter",
+    "WindowState",
     "consolidate",
     "dissipative_memory",
     "dissipative_memory_reference",
@@ -33,6 +37,9 @@ __all__ = [
     "gated_prefix_sum_reference",
     "gated_prefix_sum_step",
     "linear_cross_entropy",
+    "local_attention",
+    "local_attention_reference",
+    "local_attention_step",
     "resolvent_diagonal",
     "resolvent_diagonal_reference",
     "resolvent_features",

@@ -14,7 +14,8 @@ import torch
 
 from ..errors import ConfigError
 
-Implementation = Literal["torch", "triton"]
+Implementation = Literal["torch", "triton", "varlen"]
+"""Torch code, Triton kernels, or PyTorch's ``varlen_attn``."""
 
 BACKENDS = ("auto", "torch", "triton")
 

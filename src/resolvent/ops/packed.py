@@ -31,3 +31,20 @@ def sequence_numbers(cu_seqlens: Tensor, tokens: int) -> Tensor:
     index = torch.arange(tokens, device=cu_seqlens.device)
     # Search all offsets, not a view from the second on: the compiler of PyTorch 2.11 hands kernels the base of a view.
     return torch.searchsorted(cu_seqlens, index, right=True) - 1
+
+
+def token_positions(start: Tensor | None, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return the position of every token in its sequence, int64, broadcastable to (B, N).
+
+    Args:
+        start: tokens that each sequence has read before, (S,); None for none.
+        x: a tensor of the tokens, (B, N, ...).
+        cu_seqlens: offsets of S packed sequences.
+    """
+    device = x.device
+    index = torch.arange(x.shape[1], device=device).unsqueeze(0)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+        sequence = sequence_numbers(cu_seqlens, x.shape[1])
+        return index - cu_seqlens[sequence] + (start.to(device)[sequence] if start is not None else 0)
+    return index if start is None else start.to(device).unsqueeze(1) + index

@@ -69,6 +69,8 @@ def _phase2(found: Phase2Diagnostics, state: Phase2State) -> Diagnostics:
         snr, resonance = found["snr_stats"][i], found["resonance_info"][i]
         histograms[_name("gamma", i)] = gamma
         scalars[_name("gamma_mean", i)] = gamma.mean().item()
+        if layer.memory is None:  # it attends
+            continue
         scalars[_name("energy", i)] = stability["energy"].mean().item()
         scalars[_name("energy_over_bound", i)] = (stability["energy"] / stability["energy_bound"]).max().item()
         histograms[_name("snr", i)] = signal_to_noise(layer.memory.memory)

@@ -20,6 +20,8 @@ OPTIONS = {
     "full strength": dict(snr_trained=False),
     "bare": dict(snr_enabled=False, resonance_enabled=False, memory_feedback=False, output_gate=False),
     "fixed decay": dict(ffn_gated=False, adaptive_decay=False, output_norm=False, conv_size=2, resonance_enabled=False),
+    "window": dict(attention_layers=(1,), attention_window=24, snr_enabled=False, resonance_enabled=False),
+    "windows alone": dict(attention_layers=(0, 1), attention_window=100, output_gate=False),
     "other widths": dict(num_heads=1, head_dim=24, d_model=40, conv_size=3, snr_enabled=False, tie_embeddings=True),
 }
 

@@ -156,6 +156,8 @@ FIELDS = {
     "conv_size": (4, 2),
     "output_norm": (True, False),
     "output_gate": (True, False),
+    "attention_layers": ((), (1,)),
+    "attention_window": (20, None),
     "ar_ssm_rank": (0, 8),
     "ar_ssm_gate_hidden_dim": (None, 7),
     "ar_ssm_bounded": (True, False),
@@ -168,6 +170,7 @@ FIELDS = {
 NEEDS = {
     "ar_ssm_gate_hidden_dim": dict(ar_ssm_rank=8),
     "ar_ssm_bounded": dict(ar_ssm_rank=8),
+    "attention_window": dict(attention_layers=(1,)),
     "htt_phase_encoding": dict(htt_rank=6),
 }
 """Fields that need another field to be on."""

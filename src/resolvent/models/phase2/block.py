@@ -1,7 +1,8 @@
 """The Phase 2 block: BK-Core, dissipative Hebbian memory and feed-forward network, each in a residual branch.
 
 Γ acts in BK-Core and in the memory. The memory read-out of a block enters the potential of the next block. A block of a
-model that grew out of Phase 1 keeps its semiseparable branch, behind the memory.
+model that grew out of Phase 1 keeps its semiseparable branch, behind the memory. In the blocks of ``attention_layers``
+attention over the last tokens takes the place of the memory.
 
 Shapes: B batch, N sequence, D model width, H heads, K = V head width, S sequences.
 """
@@ -16,10 +17,12 @@ from ...layers import (
     DissipativeBKLayer,
     DissipativeHebbianLayer,
     GatedFeedForward,
+    LocalAttentionLayer,
     MemoryResonanceLayer,
     NonHermitianPotential,
     SNRMemoryFilter,
 )
+from ...layers.heads import HeadsLayer
 from ...ops import Consolidation
 from ..base import Block, IntegratedModel
 from .config import Phase2Config
@@ -33,9 +36,9 @@ class Phase2Record(NamedTuple):
         output: residual stream behind the block, (B, N, D).
         features: features [Re g, Im g] of the resolvent, (B, N, 2H).
         gamma: decay rate Γ, (B, N, H).
-        memory_input: tokens that the memory layer read, (B, N, D).
-        readout: read-out of the memory, normalised and not gated, (B, N, HV).
-        values: values that were written, (B, N, H, V).
+        memory_input: tokens that the memory layer read, or the attention in its place, (B, N, D).
+        readout: its read-out, normalised and not gated, (B, N, HV).
+        values: values that were written or attended to, (B, N, H, V).
         state: state after the last token.
     """
 
@@ -53,11 +56,17 @@ class Phase2Block(Block[Phase2Record]):
 
     Args:
         config: the configuration.
-        first: no memory comes before the block, whose read-out it could feed back.
+        layer: number of the block, from 0: the first has no read-out of a block before to feed back, and those of
+            ``attention_layers`` attend.
+
+    Attributes:
+        hebbian: the memory; None where the block attends.
+        attention: the attention in its place; None where it does not.
     """
 
-    def __init__(self, config: Phase2Config, first: bool = False):
+    def __init__(self, config: Phase2Config, layer: int = 0):
         super().__init__()
+        attends = layer in config.attention_layers
         heads, head_dim, width = config.num_heads, config.head_dim, config.d_model
         self.ln1 = nn.LayerNorm(width)
         self.dissipative_bk = DissipativeBKLayer(
@@ -67,7 +76,7 @@ class Phase2Block(Block[Phase2Record]):
                 config.base_decay,
                 config.adaptive_decay,
                 config.hebbian_dt,
-                memory_width=heads * head_dim if config.memory_feedback and not first else 0,
+                memory_width=heads * head_dim if config.memory_feedback and layer else 0,
                 memory_scale=config.feedback_scale,
                 least_decay=config.least_decay,
             ),
@@ -76,16 +85,14 @@ class Phase2Block(Block[Phase2Record]):
         )
         self.bk_proj = nn.Linear(2 * heads, width, bias=False)
         self.ln2 = nn.LayerNorm(width)
-        self.hebbian = DissipativeHebbianLayer(
-            width,
-            heads,
-            head_dim,
-            config.hebbian_eta,
-            config.hebbian_dt,
-            config.conv_size,
-            config.output_norm,
-            config.output_gate,
-            config.backend,
+        options = (config.conv_size, config.output_norm, config.output_gate, config.backend)
+        self.hebbian = (
+            None
+            if attends
+            else DissipativeHebbianLayer(width, heads, head_dim, config.hebbian_eta, config.hebbian_dt, *options)
+        )
+        self.attention = (
+            LocalAttentionLayer(width, heads, head_dim, config.attention_window, *options) if attends else None
         )
         self.consolidation_interval = config.consolidation_interval
         self.snr_filter = (
@@ -97,12 +104,12 @@ class Phase2Block(Block[Phase2Record]):
                 config.snr_temperature,
                 config.snr_trained,
             )
-            if config.snr_enabled
+            if config.snr_enabled and not attends
             else None
         )
         self.resonance = (
             MemoryResonanceLayer(heads, head_dim, config.resonance_energy_threshold)
-            if config.resonance_enabled
+            if config.resonance_enabled and not attends
             else None
         )
         self.ln_ssm = nn.LayerNorm(width) if config.ar_ssm_rank else None
@@ -136,10 +143,21 @@ class Phase2Block(Block[Phase2Record]):
         """Largest factor of a memory in the SNR filter, (H,) or (); 1 without one."""
         return self.snr_filter.amplification if self.snr_filter else torch.ones(())
 
+    @property
+    def mixer(self) -> HeadsLayer:
+        """The memory, or the attention in its place."""
+        mixer = self.hebbian or self.attention
+        assert mixer is not None
+        return mixer
+
     def state_shapes(self) -> list[tuple[int, ...]]:
-        heads = self.dissipative_bk.potential.num_heads
+        resolvent, ar_ssm = (self.dissipative_bk.potential.num_heads,), self.ar_ssm.state_shape if self.ar_ssm else ()
+        if self.attention is not None:
+            window, conv_tail = self.attention.state_shape
+            return [resolvent, conv_tail, *ar_ssm, window, window]
+        assert self.hebbian is not None
         memory, conv_tail = self.hebbian.state_shape
-        return [(heads,), memory, memory[:1], conv_tail, *(self.ar_ssm.state_shape if self.ar_ssm else ())]
+        return [resolvent, memory, memory[:1], conv_tail, *ar_ssm]
 
     def compute(
         self,
@@ -158,22 +176,39 @@ class Phase2Block(Block[Phase2Record]):
             position: tokens that the sequences have read before, (S,); None for a fresh start.
             cu_seqlens: offsets of packed sequences.
         """
-        resolvent, memory, conv_tail, ar_ssm = state if state is not None else (None, None, None, None)
+        resolvent, conv_tail, ar_ssm = (None, None, None)
+        if state is not None:
+            resolvent, conv_tail, ar_ssm = state.resolvent, state.conv_tail, state.ar_ssm
         # 1. BK-Core: the resolvent of the tokens' Hamiltonian.
         features, gamma, resolvent = self.dissipative_bk(self.ln1(x), readout, resolvent, cu_seqlens)
         x = x + self.dropout(self.bk_proj(features.to(x.dtype)))
-        # 2. Memory, with the same Γ.
+        # 2. Memory, with the same Γ, or attention.
         memory_input = self.ln2(x)
-        hebbian = self.hebbian(memory_input, gamma, memory, conv_tail, position, cu_seqlens, self.consolidation())
-        x = x + self.dropout(hebbian.output)
+        if self.hebbian is not None:
+            memory = None if state is None else state.memory
+            read = self.hebbian(memory_input, gamma, memory, conv_tail, position, cu_seqlens, self.consolidation())
+        else:
+            assert self.attention is not None
+            window = None if state is None else getattr(state, self._state_field)
+            if state is not None and window is None:
+                raise ValueError("the state belongs to another model: one of its windows grows, or none of them does")
+            read = self.attention(memory_input, window, conv_tail, position, cu_seqlens)
+        x = x + self.dropout(read.output)
         # 3. The semiseparable branch of a converted model.
         if self.ar_ssm is not None and self.ln_ssm is not None:
             output, _, ar_ssm = self.ar_ssm(self.ln_ssm(x), ar_ssm, cu_seqlens)
             x = x + self.dropout(output)
         # 4. Feed-forward network.
         x = x + self.dropout(self.ffn(self.ln3(x)))
-        after = LayerState(resolvent, hebbian.state, hebbian.conv_tail, ar_ssm)
-        return Phase2Record(x, features, gamma, memory_input, hebbian.readout, hebbian.values, after)
+        after = LayerState(resolvent, None, read.conv_tail, ar_ssm)._replace(**{self._state_field: read.state})
+        return Phase2Record(x, features, gamma, memory_input, read.readout, read.values, after)
+
+    @property
+    def _state_field(self) -> str:
+        """Field of ``LayerState`` that holds the state of memory or attention."""
+        if self.attention is None:
+            return "memory"
+        return "cache" if self.attention.window is None else "window"
 
 
 Phase2Model = IntegratedModel[Phase2Config, Phase2Record, Phase2State]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from ...errors import ConfigError
+from ...files import shown
 from ...layers import gated_width
 from ...ops.dispatch import BACKENDS
 from ...ops.hebbian import CHUNK
@@ -96,6 +97,10 @@ class Phase2Config(ModelConfig):
     """RMS-normalise the memory read-out of each head"""
     output_gate: bool = True
     """gate the memory read-out"""
+    attention_layers: tuple[int, ...] = ()
+    """blocks, counted from 0, in which attention reads in the place of the memory"""
+    attention_window: int | None = None
+    """number of tokens to which such a block attends; None for all, with a state that grows"""
     backend: str = "auto"
     """backend of the operators: auto, torch or triton"""
 
@@ -179,12 +184,24 @@ class Phase2Config(ModelConfig):
         )
         faults += must_be_at_least(self, 1, "snr_gamma_boost", "snr_eta_boost", "conv_size")
         faults += must_be_at_least(self, 0, "ar_ssm_rank")
-        optional = ("ffn_dim", "ar_ssm_gate_hidden_dim", "htt_rank", "embedding_scale", "feedback_scale")
+        optional = (
+            "ffn_dim",
+            "ar_ssm_gate_hidden_dim",
+            "htt_rank",
+            "embedding_scale",
+            "feedback_scale",
+            "attention_window",
+        )
         faults += must_be_positive(self, *(name for name in optional if getattr(self, name) is not None))
         if self.least_decay is not None and not 0 < self.least_decay < self.base_decay:
             faults.append(f"least_decay must be > 0 and < base_decay ({self.base_decay}), got {self.least_decay}")
         if self.tie_embeddings and self.htt_rank is not None:
             faults.append(f"tie_embeddings needs a table to share: htt_rank must be None, got {self.htt_rank}")
+        if len({*self.attention_layers} & {*range(self.n_layers)}) < len(self.attention_layers):
+            layers, last = shown(list(self.attention_layers)), self.n_layers - 1
+            faults.append(f"attention_layers must name blocks of 0..{last}, each at most once, got {layers}")
+        if self.attention_layers and self.head_dim % 2:
+            faults.append(f"head_dim must be even for the rotary positions of attention, got {self.head_dim}")
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout must be in [0, 1), got {self.dropout}")
         if self.consolidation_interval > 0 and self.consolidation_interval % CHUNK:
@@ -213,9 +230,21 @@ PRESETS: dict[str, Values] = {
     "large": dict(d_model=1024, n_layers=12, n_seq=2048, num_heads=16, target_vram_gb=16.0),
 }
 
+PRESETS |= {
+    f"{name}-hybrid": {
+        **values,
+        "attention_layers": tuple(range(2, values["n_layers"], 3)),
+        "attention_window": values["n_seq"] // 2,
+    }
+    for name, values in PRESETS.items()
+}
+
 
 def get_phase2_preset(name: str) -> Phase2Config:
-    """Return a fresh configuration: ``tiny`` (laptops, bytes), ``small``, ``base`` or ``large``.
+    """Return a fresh configuration: ``tiny`` (laptops, bytes), ``small``, ``base`` or ``large``, or a hybrid of each.
+
+    ``tiny-hybrid``, ``small-hybrid``, ``base-hybrid`` and ``large-hybrid`` attend in every third block, to the last
+    half of a training window.
 
     Raises:
         ConfigError: there is no such preset.

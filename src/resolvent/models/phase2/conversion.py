@@ -197,7 +197,9 @@ def _copy_block(block: Phase1Block, name: str, transfer: _Transfer) -> None:
         transfer.set(f"{chain}.{hopping}", static.HOPPING, "constant of Phase 1")
     transfer.set(f"{chain}.kappa", 0.0, "no dissipation until training asks for it")
     transfer.copy_module(f"{name}.bk_proj", block.bk_proj)
-    transfer.set(f"{name}.hebbian.out_proj.weight", 0.0, "no memory until training asks for it")
+    for mixer, kind in (("hebbian", "memory"), ("attention", "attention")):
+        if (output := f"{name}.{mixer}.out_proj.weight") in transfer.parameters:
+            transfer.set(output, 0.0, f"no {kind} until training asks for it")
     if block.ar_ssm is not None and block.ln2 is not None:
         transfer.copy_module(f"{name}.ln_ssm", block.ln2)
         transfer.copy_module(f"{name}.ar_ssm", block.ar_ssm)

@@ -1,4 +1,7 @@
-"""Decoding of one token at a time with the kernels of ``decode_kernels``: six launches per block."""
+"""Decoding of one token at a time with the kernels of ``decode_kernels``: six launches per block.
+
+Where a block attends, torch code reads the window between these kernels.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from ...layers import GatedFeedForward
+from ...layers import GatedFeedForward, LocalAttentionLayer
 from ...layers.linear import is_plain
-from ...ops import Consolidation
+from ...ops import Consolidation, local_attention_step
 from ...ops.hebbian import memory_implementation
 from .block import Phase2Block, Phase2Model, blocks_of
 from .state import LayerState, Phase2State
@@ -83,7 +86,7 @@ class TokenStep:
 
     def _read(self, block: Phase2Block, state: LayerState, rule: Consolidation | None, first: bool) -> None:
         """Run one block, branch after branch."""
-        kernels, x, layer = self.kernels, self.x, block.hebbian
+        kernels, x, layer = self.kernels, self.x, block.mixer
         chain = torch.view_as_real(state.resolvent)
         kernels.scatter(
             x,
@@ -97,24 +100,43 @@ class TokenStep:
         gate, readout = (None, self.readout) if layer.gate_down is None else (self.gate, self.gated)
         gating = None if layer.gate_down is None else (layer.gate_down.weight, self.gate)
         kernels.linear(x, layer.qkv_proj.weight, None, self.projected, self._norm(block.ln2), other=gating)
-        kernels.remember(
-            self.projected,
-            self.gamma,
-            gate,
-            self.state.position,
-            layer,
-            rule,
-            None if block.snr_filter is None else block.snr_filter.strength_logit,
-            tuple(state.memory),
-            state.conv_tail,
-            self.readout,
-            self.gated,
-        )
+        if block.attention is not None:
+            self._attend(block.attention, state)
+        else:
+            assert block.hebbian is not None and state.memory is not None
+            kernels.remember(
+                self.projected,
+                self.gamma,
+                gate,
+                self.state.position,
+                block.hebbian,
+                rule,
+                None if block.snr_filter is None else block.snr_filter.strength_logit,
+                state.memory,
+                state.conv_tail,
+                self.readout,
+                self.gated,
+            )
         kernels.linear(readout, layer.out_proj.weight, None, x, add=True)
         inner, outer = _maps(block)
         activation = "swiglu" if isinstance(block.ffn, GatedFeedForward) else "gelu"
         kernels.linear(x, inner.weight, inner.bias, self.inner, self._norm(block.ln3), activation)
         kernels.linear(self.inner, outer.weight, outer.bias, x, add=True)
+
+    def _attend(self, layer: LocalAttentionLayer, state: LayerState) -> None:
+        """Read the window of a block, which is updated in place."""
+        assert state.window is not None
+        heads = layer.heads(self.projected.unsqueeze(1), state.conv_tail, None)
+        q, k = layer.rotated(heads, self.state.position.unsqueeze(1))
+        out, _ = local_attention_step(
+            q.squeeze(1), k.squeeze(1), heads.v.squeeze(1), layer.temperature, layer.window, state.window,
+            self.state.position,
+        )  # fmt: skip
+        state.conv_tail.copy_(heads.conv_tail)
+        self.readout.copy_(layer.normalize(out))
+        if layer.gate_up is not None:
+            weight, bias = layer.gate_up.weight.float(), layer.gate_up.bias.float()
+            torch.mul(self.readout, torch.addmm(bias, self.gate, weight.mT).sigmoid(), out=self.gated)
 
     def _norm(self, layer: nn.LayerNorm) -> Norm:
         return self.kernels.Norm(layer.weight, layer.bias, layer.eps)
@@ -132,9 +154,9 @@ def _projections(model: Phase2Model) -> list[nn.Module]:
     """Return the modules that multiply by a matrix."""
     found: list[nn.Module | None] = [model.lm_head]
     for block in blocks_of(model):
-        potential, memory = block.dissipative_bk.potential, block.hebbian
+        potential, mixer = block.dissipative_bk.potential, block.mixer
         found += [potential.v_proj, potential.gamma_proj, potential.memory_to_potential, block.bk_proj]
-        found += [memory.qkv_proj, memory.gate_down, memory.gate_up, memory.out_proj, *_maps(block)]
+        found += [mixer.qkv_proj, mixer.gate_down, mixer.gate_up, mixer.out_proj, *_maps(block)]
     return [layer for layer in found if layer is not None]
 
 

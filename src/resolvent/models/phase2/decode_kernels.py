@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from ...layers import DissipativeBKLayer, DissipativeHebbianLayer
-from ...ops import Consolidation
+from ...ops import Consolidation, MemoryState
 from ...ops.dispatch import count_run
 from ...ops.triton.arguments import Filters, State, constants_of, constexpr, make_variant, parts_of
 from ...ops.triton.bk_core import reciprocal
@@ -376,7 +376,7 @@ def remember(
     layer: DissipativeHebbianLayer,
     consolidation: Consolidation | None,
     strength_logit: Tensor | None,
-    state: tuple[Tensor, Tensor],
+    state: MemoryState,
     tail: Tensor,
     readout: Tensor,
     gated: Tensor,

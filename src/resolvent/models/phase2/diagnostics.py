@@ -9,7 +9,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ...layers import LyapunovStabilityMonitor
+from ...layers import LyapunovStabilityMonitor, MemoryResonanceLayer, SNRMemoryFilter
 from ...ops import MemoryState
 from ..trace import Trace
 from .block import Phase2Block, Phase2Record
@@ -25,10 +25,10 @@ class Phase2Diagnostics(TypedDict):
         layer_outputs: residual stream behind the layer, (B, N, D).
         gamma_values: decay rates Γ, (B, N, H).
         snr_stats: SNR of the memory after the last token, and the ``strength`` of the SNR filter, each (S, H); see
-            ``SNRMemoryFilter.statistics``. Empty without the filter.
+            ``SNRMemoryFilter.statistics``. Empty without the filter, and where the layer attends.
         resonance_info: modes of that memory; see ``MemoryResonanceLayer.statistics``. Empty without resonance.
         stability_metrics: energy of that memory, its rate of change and its bound, each (S, H); see
-            ``LyapunovStabilityMonitor.metrics``.
+            ``LyapunovStabilityMonitor.metrics``. Empty where the layer attends.
     """
 
     input_embeddings: Tensor
@@ -43,23 +43,31 @@ class Phase2Diagnostics(TypedDict):
 @torch.no_grad()
 def diagnose(blocks: Sequence[Phase2Block], trace: Trace[Phase2Record, Phase2State]) -> Phase2Diagnostics:
     """Return the diagnostics of a trace, in the shape of the input and without gradients."""
-    pairs = list(zip(blocks, (record.state.memory.memory for record in trace.layers), strict=True))
+    memories = [record.state.memory for record in trace.layers]
     return {
         "input_embeddings": trace.restore(trace.embedded.detach()),
         "final_hidden_states": trace.restore(trace.normed.detach()),
         "layer_outputs": [trace.restore(record.output.detach()) for record in trace.layers],
         "gamma_values": [trace.restore(record.gamma.detach()) for record in trace.layers],
-        "snr_stats": [block.snr_filter.statistics(S) if block.snr_filter else {} for block, S in pairs],
-        "resonance_info": [block.resonance.statistics(S) if block.resonance else {} for block, S in pairs],
+        "snr_stats": [_statistics(block.snr_filter, S) for block, S in zip(blocks, memories, strict=True)],
+        "resonance_info": [_statistics(block.resonance, S) for block, S in zip(blocks, memories, strict=True)],
         "stability_metrics": [_stability(block, trace, layer) for layer, block in enumerate(blocks)],
     }
 
 
+def _statistics(part: SNRMemoryFilter | MemoryResonanceLayer | None, state: MemoryState | None) -> dict[str, Tensor]:
+    """Return what a filter says of a layer's memory; nothing where there is no filter or no memory."""
+    return {} if part is None or state is None else part.statistics(state.memory)
+
+
 def _stability(block: Phase2Block, trace: Trace[Phase2Record, Phase2State], layer: int) -> dict[str, Tensor]:
-    """Return the stability metrics of a layer, per sequence and head."""
+    """Return the stability metrics of a layer, per sequence and head; none where the layer attends."""
     hebbian, record, lengths = block.hebbian, trace.layers[layer], trace.batch.lengths
     after = record.state.memory
-    before = MemoryState(*map(torch.zeros_like, after)) if trace.before is None else trace.before.layers[layer].memory
+    if hebbian is None or after is None:
+        return {}
+    before = None if trace.before is None else trace.before.layers[layer].memory
+    before = before or MemoryState(*map(torch.zeros_like, after))
     writes = record.values.norm(dim=-1, dtype=hebbian.eta.dtype) * hebbian.eta
     return LyapunovStabilityMonitor.metrics(
         before,

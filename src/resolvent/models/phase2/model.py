@@ -49,7 +49,7 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
         return ZetaEmbedding(config.d_model, config.zeta_embedding_trainable)
 
     def _make_block(self, config: Phase2Config, layer: int) -> Phase2Block:
-        return Phase2Block(config, first=layer == 0)
+        return Phase2Block(config, layer)
 
     def _run_block(
         self,
@@ -77,9 +77,15 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
         return self.config.use_zeta_init
 
     @property
+    def state_grows(self) -> bool:
+        return bool(self.config.attention_layers) and self.config.attention_window is None
+
+    @property
     def reads_offsets(self) -> bool:
         head, config = self.lm_head.weight, self.config
-        return memory_implementation(config.backend, head.device, head.dtype, config.head_dim) == "torch"
+        remembers = len(config.attention_layers) < config.n_layers
+        memory = memory_implementation(config.backend, head.device, head.dtype, config.head_dim)
+        return self.state_grows or (remembers and memory == "torch")
 
     @property
     def _blocks(self) -> Sequence[Phase2Block]:

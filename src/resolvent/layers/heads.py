@@ -1,0 +1,100 @@
+"""Base of the layers that read queries, keys and values: projections and short convolution, norm, gate and output.
+
+Shapes: B batch, N sequence, D model width, H heads, K = V head width, S packed sequences, W convolution width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.normalize import unit_length, unit_rms
+from ..ops.packed import count_sequences
+from ..ops.precision import wide_dtype
+from ..ops.queries_keys_values import queries_keys_values
+
+
+class Heads(NamedTuple):
+    """Queries, keys and values of the tokens.
+
+    Attributes:
+        q: L2-normalised queries, (B, N, H, K).
+        k: L2-normalised keys, (B, N, H, K).
+        v: values, (B, N, H, V).
+        conv_tail: conv state: the last inputs of the convolution, (B, W - 1, 3HK) or (S, W - 1, 3HK).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    conv_tail: Tensor
+
+
+class HeadsLayer(nn.Module):
+    """What the memory and the attention share: a subclass reads the heads in between.
+
+    A short causal convolution mixes neighbouring tokens before q, k and v. Queries and keys are L2-normalised. The
+    read-out of each head is RMS-normalised and multiplied by a gate of low rank.
+
+    Args:
+        d_model: width D.
+        num_heads: heads H.
+        head_dim: width of keys and values.
+        conv_size: tokens W that the convolution spans; 1 for none.
+        output_norm: RMS-normalise the read-out of each head.
+        output_gate: gate the read-out with ``sigmoid`` of a projection of rank ``head_dim``.
+        backend: ``auto``, ``torch`` or ``triton``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        head_dim: int,
+        conv_size: int,
+        output_norm: bool,
+        output_gate: bool,
+        backend: str,
+    ):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.output_norm, self.backend = output_norm, backend
+        width = num_heads * head_dim
+        self.qkv_proj = nn.Linear(d_model, 3 * width, bias=False)
+        self.out_proj = nn.Linear(width, d_model, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(conv_size, 3 * width)) if conv_size > 1 else None
+        self.gate_down = nn.Linear(d_model, head_dim, bias=False) if output_gate else None
+        self.gate_up = nn.Linear(head_dim, width) if output_gate else None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Let the convolution pass the token through."""
+        if self.conv_weight is not None:
+            self.conv_weight.zero_()[0] = 1.0
+
+    @property
+    def conv_shape(self) -> tuple[int, int]:
+        """Shape of one sequence's conv state, (W - 1, 3HK)."""
+        taps = 1 if self.conv_weight is None else len(self.conv_weight)
+        return taps - 1, 3 * self.num_heads * self.head_dim
+
+    def heads(self, projected: Tensor, conv_tail: Tensor | None, cu_seqlens: Tensor | None) -> Heads:
+        """Compute queries, keys and values of projected tokens (B, N, 3HK), behind a conv state; None for none yet."""
+        if conv_tail is None:
+            sequences = count_sequences(projected.shape[0], cu_seqlens)
+            conv_tail = projected.new_zeros(sequences, *self.conv_shape, dtype=wide_dtype(projected))
+        if self.conv_weight is not None:
+            taps = self.conv_weight
+            return Heads(*queries_keys_values(projected, taps, conv_tail, self.num_heads, cu_seqlens, self.backend))
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in projected.chunk(3, dim=-1))
+        return Heads(unit_length(q), unit_length(k), v, conv_tail)
+
+    def normalize(self, readout: Tensor) -> Tensor:
+        """Normalise the read-out of each head: (B, N, H, V) -> (B, N, HV)."""
+        return (unit_rms(readout) if self.output_norm else readout).flatten(-2)
+
+    def gated_output(self, x: Tensor, readout: Tensor) -> Tensor:
+        """Return the output for the residual stream, (B, N, D), of tokens (B, N, D) and their read-out (B, N, HV)."""
+        if self.gate_down is not None and self.gate_up is not None:
+            readout = readout * torch.sigmoid(self.gate_up(self.gate_down(x)))
+        return self.out_proj(readout)

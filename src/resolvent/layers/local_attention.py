@@ -1,0 +1,127 @@
+"""Local attention layer: softmax attention over the last tokens, in the place of a memory.
+
+Shapes: B batch, N sequence, D model width, H heads, K = V head width, S packed sequences, W window.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import WindowState, local_attention
+from ..ops.attention_window import ANY_CAPACITY
+from ..ops.packed import token_positions
+from ..ops.precision import at_least_float32, for_products
+from ..ops.rotary import rotary_turns, rotate
+from .heads import Heads, HeadsLayer
+
+
+class AttentionOutput(NamedTuple):
+    """Output and state of the layer.
+
+    Attributes:
+        output: output for the residual stream, (B, N, D).
+        readout: read-out of the attention, normalised and not gated, (B, N, HV).
+        values: values that were attended to, (B, N, H, V).
+        state: keys and values of the window after the last token.
+        conv_tail: conv state: the last inputs of the convolution, (B, C - 1, 3HK) or (S, C - 1, 3HK).
+    """
+
+    output: Tensor
+    readout: Tensor
+    values: Tensor
+    state: WindowState
+    conv_tail: Tensor
+
+
+class LocalAttentionLayer(HeadsLayer):
+    """Attention of every token over the last ``window`` tokens.
+
+    A short causal convolution mixes neighbouring tokens before q, k and v. Queries and keys are L2-normalised and then
+    rotated by their positions; the temperature, the factor of their product, is one positive number per head. The
+    read-out of each head is RMS-normalised and multiplied by a gate of low rank.
+
+    Args:
+        d_model: width D.
+        num_heads: heads H.
+        head_dim: width of keys and values, even.
+        window: number of tokens that a token attends to, itself among them; None for all.
+        conv_size: tokens that the convolution spans; 1 for none.
+        output_norm: RMS-normalise the read-out of each head.
+        output_gate: gate the read-out with ``sigmoid`` of a projection of rank ``head_dim``.
+        backend: ``auto``, ``torch`` or ``triton``.
+    """
+
+    TEMPERATURE = 10.0
+    """Initial temperature of every head."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        head_dim: int,
+        window: int | None,
+        conv_size: int = 4,
+        output_norm: bool = True,
+        output_gate: bool = True,
+        backend: str = "auto",
+    ):
+        super().__init__(d_model, num_heads, head_dim, conv_size, output_norm, output_gate, backend)
+        self.window = window
+        self.log_temperature = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the parameters with a fixed start: the temperature, and a convolution that passes the token through."""
+        super().reset_parameters()
+        self.log_temperature.fill_(self.TEMPERATURE).log_()
+
+    @property
+    def temperature(self) -> Tensor:
+        """Factor of the scores of every head, (H,) float32 or wider."""
+        return at_least_float32(self.log_temperature).exp()
+
+    @property
+    def state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of one sequence's keys, (W, H, K) and as large as those of its values, and of its conv state."""
+        return (self.window or ANY_CAPACITY, self.num_heads, self.head_dim), self.conv_shape
+
+    def rotated(self, heads: Heads, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys that are rotated by the positions of their tokens, broadcastable to (B, N)."""
+        turns = rotary_turns(position, self.head_dim)
+        return rotate(heads.q, turns), rotate(heads.k, turns)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: WindowState | None = None,
+        conv_tail: Tensor | None = None,
+        position: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> AttentionOutput:
+        """Attend to tokens.
+
+        Args:
+            x: tokens, (B, N, D).
+            state: window before the first token, one row per sequence; needs ``position``.
+            conv_tail: conv state before the first token, float32.
+            position: tokens that each sequence has read before, (B,) or (S,).
+            cu_seqlens: offsets of S packed sequences.
+        """
+        x = for_products(x)
+        heads = self.heads(self.qkv_proj(x), conv_tail, cu_seqlens)
+        q, k = self.rotated(heads, token_positions(position, x, cu_seqlens))
+        readout, state = local_attention(
+            q,
+            k,
+            heads.v,
+            self.temperature,
+            self.window,
+            initial_state=state,
+            position=position,
+            cu_seqlens=cu_seqlens,
+            backend=self.backend,
+        )
+        readout = self.normalize(readout)
+        return AttentionOutput(self.gated_output(x, readout), readout, heads.v, state, heads.conv_tail)
