@@ -1,9 +1,10 @@
+import errno
 from pathlib import Path
 
 import pytest
 
 from resolvent.errors import CheckpointError
-from resolvent.files import atomic_directory, read_json, write_file, write_json
+from resolvent.files import atomic_directory, atomic_file, read_json, write_file, write_json, write_output
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path: Path):
@@ -63,3 +64,11 @@ def test_damaged_json_is_a_checkpoint_error(tmp_path: Path, text: str | None, me
         path.write_text(text)
     with pytest.raises(CheckpointError, match=message):
         read_json(path)
+
+
+def test_errors_of_a_full_disk_name_the_file(tmp_path: Path):
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        write_output(Path("/dev/full"), b"text")
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'a'}'"), atomic_file(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())

@@ -92,7 +92,7 @@ def atomic_output(path: Path) -> Iterator[BinaryIO]:
     A regular file is replaced atomically. Through a link, the target is written. A pipe or a device is opened directly.
     """
     if path.exists() and not path.is_file():
-        with open(path, "wb") as file:
+        with _named(path), open(path, "wb") as file:
             yield file
         return
     target = output_path(path)
@@ -103,12 +103,24 @@ def atomic_output(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in an error of writing, such as that of a full disk, in which Python leaves the name out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def _completed(file: BinaryIO, partial: Path, target: Path) -> Iterator[None]:
     """Rename a file to its target when the block succeeds and the file is on disk; otherwise remove it."""
     try:
-        yield
-        file.flush()
-        os.fsync(file.fileno())
+        with _named(target):
+            yield
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(target)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -101,7 +101,8 @@ class TensorFile:
         if metadata.keys() <= {"format"}:
             return tensors
         version = metadata.get("format_version")
-        found = int(version) if version is not None and version.isdecimal() else version
+        is_number = version is not None and version.isdecimal() and len(version) < 10
+        found = int(version) if is_number else version
         check_version(self._path, found, FORMAT_VERSION)
         if metadata != _metadata(tensors):
             raise CheckpointError(

@@ -229,6 +229,8 @@ def test_stop_before_the_run_prints_no_resume_command(
         (["--learning-rate", "-1"], "learning_rate must be > 0, got -1.0"),
         (["--set", "d_modell=3"], "d_modell"),
         (["--set", "head_dim=0"], "head_dim"),
+        (["--set", f"head_dim={'9' * 5000}"], "head_dim must be an integer"),
+        (["--set", f"head_dim={'[' * 5000}"], "head_dim must be an integer"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(resolvent: Resolvent, arguments: list[str], message: str):

@@ -1,8 +1,13 @@
 """Options of commands for texts, and errors for unreadable texts."""
 
+import bz2
+import gzip
 import json
 import os
 import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +16,12 @@ import pytest
 
 from resolvent.data import load_documents, load_tokenizer
 from resolvent.evaluation import evaluate_documents
+from resolvent.memory import Memory
 from resolvent.models import load_model
 from resolvent.training.corpus import split_corpus
 from resolvent.training.run_folder import read_run
 from tests.cli.conftest import Outcome
+from tests.cli.test_inspect_command import text_of
 
 Resolvent = Callable[..., Outcome]
 PANICS = "a" * 40 + "c"
@@ -176,3 +183,45 @@ def test_panic_of_a_library_is_one_error(resolvent: Resolvent, run_dir: Path, tm
         "tokenizer"
     )
     assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda text: text.encode("utf-16"),
+        lambda text: gzip.compress(text.encode()),
+        lambda text: text.encode("utf-8-sig"),
+    ],
+)
+def test_prompt_file_is_recognised_by_its_content(
+    resolvent: Resolvent, run_dir: Path, tmp_path: Path, pack: Callable[[str], bytes]
+):
+    path, text, nothing = tmp_path / "prompt", "Rhyme: the örl ", ["--max-new-tokens", 0, "--device", "cpu"]
+    path.write_bytes(pack(text))
+    assert resolvent("generate", run_dir, "--prompt-file", path, *nothing) == (0, f"{text}\n", "")
+    page = tmp_path / "page.html"
+    assert resolvent("inspect", run_dir, "--file", path, "--out", page, "--device", "cpu").code == 0
+    assert text_of(page) == text
+
+
+def test_prompt_from_a_pipe_is_recognised_by_its_content(run_dir: Path):
+    code = "from resolvent.cli import main; main()"
+    command = [sys.executable, "-c", code, "generate", str(run_dir), "--prompt-file", "-", "--max-new-tokens", "0"]
+    finished = subprocess.run(command, input=bz2.compress(b"Rhyme"), capture_output=True, timeout=60)
+    assert (finished.returncode, finished.stdout) == (0, b"Rhyme\n"), finished.stderr
+
+
+@pytest.mark.parametrize("command", [("generate", "--prompt-file"), ("inspect", "--file")])
+def test_prompt_file_that_is_no_text_is_refused(
+    resolvent: Resolvent, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, str]
+):
+    name, option = command
+    with zipfile.ZipFile(tmp_path / "prompt", "w") as archive:
+        archive.writestr("a.txt", "text")
+    outcome = resolvent(name, run_dir, option, tmp_path / "prompt", "--device", "cpu")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert f"{tmp_path / 'prompt'} is a ZIP archive, not text: unpack it" in outcome.err
+    monkeypatch.setattr("resolvent.data.reading.machine_memory", lambda: Memory(1 << 20, 1 << 20))
+    outcome = resolvent(name, run_dir, option, "/dev/zero", "--device", "cpu")
+    assert outcome.code == 1
+    assert "/dev/zero: the text takes more than 262,144 bytes of memory" in outcome.err

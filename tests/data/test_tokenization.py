@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from resolvent.data import EOT, build_tokenizer, load_documents, load_tokenizer, save_tokenizer
 from resolvent.data.corpus import package_folder
-from resolvent.data.tokenization import LONGEST_WORD, padding_token, pieces
+from resolvent.data.tokenization import LONGEST_WORD, MOST_TOKENS, padding_token, pieces
 from resolvent.errors import ConfigError, DataError
 
 SPECS = ["bytes", "bpe", "gpt2"]
@@ -175,6 +175,13 @@ def test_bpe_smallest_size():
     assert build_tokenizer("bpe", CORPUS, vocab_size=257).get_vocab_size() == 257
     with pytest.raises(ConfigError, match=r"vocab_size must be >= 257 .* got 256"):
         build_tokenizer("bpe", CORPUS, vocab_size=256)
+
+
+@pytest.mark.parametrize("size", [MOST_TOKENS + 1, 10**12, 10**30])
+def test_bpe_of_more_tokens_than_there_is_memory_for_is_refused(size):
+    """The library would allocate memory for all of them and abort the process."""
+    with pytest.raises(ConfigError, match=rf"vocab_size must be <= {MOST_TOKENS} for bpe, got {size}"):
+        build_tokenizer("bpe", ["some text"], vocab_size=size)
 
 
 def test_bpe_without_documents():

@@ -406,6 +406,20 @@ def test_a_configuration_gets_no_more_memory_than_its_weights_have(run: Path, fi
     assert time.perf_counter() - began < 2
 
 
+@pytest.mark.parametrize("version", ["9" * 5000, "9" * 9, "²", "-1", ""])
+def test_weights_of_an_unknown_format_version_are_refused(run: Path, version: str):
+    path = run / "model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"]["format_version"] = version
+    changed = json.dumps(header).encode()
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + content[end:])
+    with pytest.raises(CheckpointError, match="has format version") as raised:
+        load_model(run, device="cpu")
+    assert len(str(raised.value)) < 1000
+
+
 def test_an_optimiser_of_another_shape_is_refused(run: Path):
     model = load_model(run, device="cpu")
     optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.1, betas=(0.9, 0.95))
@@ -417,16 +431,20 @@ def test_an_optimiser_of_another_shape_is_refused(run: Path):
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompt=st.one_of(st.binary(max_size=200), st.text(max_size=100).map(lambda text: text.encode())))
 def test_prompts_of_any_bytes(prompt: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """From a file, and, where the shell could pass them, as an argument: what is no UTF-8 becomes U+FFFD."""
-    expected = prompt.decode("utf-8", "replace")
-    (tmp_path / "prompt").write_bytes(prompt)
-    options = ["--max-new-tokens", 0, "--device", "cpu"]
+    """As an argument, where the shell could pass them, and as a file: invalid UTF-8 becomes U+FFFD."""
+    expected, (path, options) = prompt.decode("utf-8", "replace"), (tmp_path / "prompt", ["--max-new-tokens", 0])
     capfd.readouterr()
-    assert call("generate", GOLDEN / "run", "--prompt-file", tmp_path / "prompt", *options) == 0
-    assert capfd.readouterr() == (expected + "\n", "")
     if b"\0" not in prompt:
-        assert call("generate", GOLDEN / "run", f"--prompt={os.fsdecode(prompt)}", *options) == 0
+        assert call("generate", GOLDEN / "run", f"--prompt={os.fsdecode(prompt)}", *options, "--device", "cpu") == 0
         assert capfd.readouterr() == (expected + "\n", "")
+    path.write_bytes(prompt)
+    code = call("generate", GOLDEN / "run", "--prompt-file", path, *options, "--device", "cpu")
+    out, err = capfd.readouterr()
+    if code == 0:
+        assert (out, err) == (expected.removeprefix("\ufeff") + "\n", "")
+    else:
+        assert b"\0" in prompt or expected.count("\ufffd") > 32
+        assert (out, len(err.splitlines())) == ("", 1) and f"{path} is " in err and "not text" in err
 
 
 def test_options_for_prompts_exclude_each_other(capfd: pytest.CaptureFixture[str]):

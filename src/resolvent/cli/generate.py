@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from resolvent.cli.loading import Device, Directory
+from resolvent.cli.loading import Device, Directory, given_text
 from resolvent.runs import load_trained
 from resolvent.seeds import MOST_SEED
 
@@ -37,8 +37,8 @@ def generate(
     """Generate text with a trained model.
 
     Prints the prompt and the generated text, until the model ends the text or --max-new-tokens are generated. A prompt
-    may have any length and hold any bytes: invalid UTF-8 becomes U+FFFD. A terminal shows control characters as
-    escapes; files and pipes get them unchanged.
+    may have any length: invalid UTF-8 becomes U+FFFD. A prompt file is recognised by its content, as the files of
+    --data are. A terminal shows control characters as escapes; files and pipes get them unchanged.
 
     Example: [bold]resolvent generate runs/tiny --prompt "My fellow" --max-new-tokens 200 --seed 1 --stream[/bold]
     """
@@ -57,9 +57,7 @@ def generate(
 
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    # The bytes of the shell or of the file, as text.
-    read = prompt_file.read() if prompt_file is not None else prompt.encode("utf-8", "surrogateescape")
-    prompt = read.decode("utf-8", "replace")
+    prompt = given_text(prompt_file, prompt)
     end = tokenizer.token_to_id(EOT)
     ids = torch.from_numpy(encode_documents([prompt], tokenizer).tokens[:-1].astype("int64"))
     tokens = model.stream(

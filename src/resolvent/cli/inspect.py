@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.console import progress_console, status, write_result
-from resolvent.cli.loading import Device, Directory, HeldOut, JsonFile, TextField, check_output, documents_of
+from resolvent.cli.loading import (
+    Device,
+    Directory,
+    HeldOut,
+    JsonFile,
+    TextField,
+    check_output,
+    documents_of,
+    given_text,
+)
 from resolvent.runs import load_trained, run_of
 from resolvent.terminal import say
 
@@ -63,9 +72,8 @@ def inspect(
 
     if text is None and file is None:
         text = documents_of(directory, data, text_field, held_out)[0]
-    else:  # the bytes of the shell or of the file, as text
-        read = file.read() if file is not None else str(text).encode("utf-8", "surrogateescape")
-        text = read.decode("utf-8", "replace")
+    else:
+        text = given_text(file, str(text))
     metrics = run_dir / FILE_NAME
     with status("Reading"):
         inspection = inspect_model(

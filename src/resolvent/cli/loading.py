@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
 
 import typer
 
@@ -86,6 +86,19 @@ JsonFile = Annotated[
     ),
 ]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens at once; fewer need less memory.")]
+
+
+def given_text(file: BinaryIO | None, argument: str) -> str:
+    """Return the text of a file, or that of an argument, whose invalid UTF-8 becomes U+FFFD.
+
+    Raises:
+        DataError: the file is not text.
+    """
+    if file is None:
+        return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    from resolvent.data.reading import read_text
+
+    return read_text(file, Path(file.name))
 
 
 def documents_of(directory: Path, data: list[str] | None, text_field: str | None, held_out: bool) -> list[str]:

@@ -80,11 +80,13 @@ class Head(NamedTuple):
         encoding: the codec that decodes it.
         mark: bytes of its byte order mark.
         text: the beginning, decoded, without a last character that was cut off.
+        whole: whether the beginning is all of the file.
     """
 
     encoding: str
     mark: int
     text: str
+    whole: bool
 
 
 def compression_of(head: bytes) -> str | None:
@@ -124,7 +126,7 @@ def text_head(path: Path, head: bytes, *, compressed: bool) -> Head:
     text, invalid = decode(codecs.getincrementaldecoder(encoding)(), head[mark:])
     if "\0" in text or invalid > _MOST_INVALID + len(text) // 10 or head.startswith(_WITHOUT_NUL):
         raise NotText(path, *_name(head, text, invalid))
-    return Head(encoding, mark, text)
+    return Head(encoding, mark, text, len(head) < HEAD_BYTES)
 
 
 def decode(decoder: codecs.IncrementalDecoder, data: bytes, *, final: bool = False) -> tuple[str, int]:

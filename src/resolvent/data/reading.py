@@ -27,6 +27,7 @@ else:
 from resolvent.data.content import (
     HEAD_BYTES,
     TABLE_SUFFIXES,
+    Head,
     NotText,
     compression_of,
     content_suffix,
@@ -156,6 +157,31 @@ def read_documents(path: Path, reading: Reading) -> Iterator[str]:
         yield from _text_documents(source, path, reading, compressed=compression is not None)
 
 
+def read_text(file: BinaryIO, path: Path) -> str:
+    """Return an open file, which may be a pipe, as one text.
+
+    It may be compressed and encoded as in `read_documents`, and a file that is not text is refused as there. Text is
+    taken as it is: there are no documents, records or tables in it.
+
+    Args:
+        file: the file.
+        path: its name, for errors.
+
+    Raises:
+        NotText: the file is not text.
+        DataError: the file cannot be read, is damaged, or exceeds the limit of memory.
+    """
+    reading, data = Reading(), bytearray()
+    with faults_of(path):
+        while part := file.read(_CHUNK_BYTES):
+            data += part
+            reading.check(path, len(data))
+        compression = compression_of(bytes(data[:HEAD_BYTES]))
+        source = _DECOMPRESSORS[compression](io.BytesIO(data))
+        _, chunks = _decoded_chunks(source, path, reading, compressed=compression is not None)
+        return "".join(reading.take(path, chunk) for chunk in chunks)
+
+
 @contextmanager
 def faults_of(path: Path) -> Generator[None, None, None]:
     """Convert the errors of all readers to a DataError that names the file."""
@@ -209,10 +235,7 @@ def _decoded(data: bytes, path: Path, reading: Reading) -> str:
 def _text_documents(
     source: io.BufferedIOBase | BinaryIO, path: Path, reading: Reading, *, compressed: bool
 ) -> Iterator[str]:
-    start = source.read(HEAD_BYTES)
-    head = text_head(path, start, compressed=compressed)
-    data = chain([start[head.mark :]], iter(lambda: source.read(_CHUNK_BYTES), b""))
-    chunks = _decode_chunks(data, head.encoding, path, reading)
+    head, chunks = _decoded_chunks(source, path, reading, compressed=compressed)
     suffix, beginning = content_suffix(path), head.text.lstrip()
     if suffix in TABLE_SUFFIXES:
         refuse_table(path)
@@ -224,10 +247,20 @@ def _text_documents(
         yield from _maybe_json_array(chunks, path, reading)
     elif suffix == ".json":
         refuse_json(path)
-    elif looks_like_table(head.text, reading.text_field, whole=len(start) < HEAD_BYTES):
+    elif looks_like_table(head.text, reading.text_field, whole=head.whole):
         refuse_table(path)
     else:
         yield from _plain(chunks, path, reading)
+
+
+def _decoded_chunks(
+    source: io.BufferedIOBase | BinaryIO, path: Path, reading: Reading, *, compressed: bool
+) -> tuple[Head, Iterator[str]]:
+    """Return the beginning of a text, and all of it in chunks."""
+    start = source.read(HEAD_BYTES)
+    head = text_head(path, start, compressed=compressed)
+    data = chain([start[head.mark :]], iter(lambda: source.read(_CHUNK_BYTES), b""))
+    return head, _decode_chunks(data, head.encoding, path, reading)
 
 
 def _plain(chunks: Iterable[str], path: Path, reading: Reading) -> Iterator[str]:

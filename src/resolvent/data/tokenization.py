@@ -26,6 +26,8 @@ LONGEST_WORD = 256
 which it occurs: hours, if a megabyte of text were one word."""
 _LONGEST_PIECE = 1 << 20
 PIECE_CHARACTERS = 1 << 16
+MOST_TOKENS = 1 << 20
+"""Most tokens of bpe, for which the library allocates memory before it learns the first."""
 GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -65,7 +67,7 @@ def build_tokenizer(spec: str | Path, train_documents: list[str], vocab_size: in
             otherwise.
 
     Raises:
-        ConfigError: a `vocab_size` too small to hold the bytes.
+        ConfigError: a `vocab_size` too small to hold the bytes, or of more than `MOST_TOKENS`.
         DataError: an unknown spec, a file that cannot be used, or nothing to train on.
     """
     match str(spec):
@@ -153,6 +155,8 @@ def _train_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
     smallest = 256 + 1
     if vocab_size < smallest:
         raise ConfigError(f"vocab_size must be >= {smallest} (256 bytes and {EOT}) for bpe, got {vocab_size}")
+    if vocab_size > MOST_TOKENS:
+        raise ConfigError(f"vocab_size must be <= {MOST_TOKENS} for bpe, got {vocab_size}")
     if not documents:
         raise DataError("there are no documents to train the bpe tokenizer on; give at least one")
     tokenizer = Tokenizer(models.BPE())
