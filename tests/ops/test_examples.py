@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from resolvent import ops
-from resolvent.ops import memory_state, normalize, prefix_sum, queries_keys_values, short_conv, swiglu
+from resolvent.ops import memory_rotation, memory_state, normalize, prefix_sum, queries_keys_values, short_conv, swiglu
 
 OPERATORS = {name: getattr(ops, name) for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
 OPERATORS |= {
     function.__name__: function
     for function in (
+        memory_rotation.accumulate_phases,
+        memory_rotation.rotate_queries_keys,
         normalize.unit_length,
         normalize.unit_rms,
         prefix_sum.prefix_sum,

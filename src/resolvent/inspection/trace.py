@@ -23,7 +23,7 @@ class MemoryTrace:
     Attributes:
         energy: ``||S||²`` after the tokens at ``TextTrace.places``, (P, H).
         bound: upper bound of the energy, given the tokens so far, (P, H).
-        last: S after the last token, (H, K, V).
+        last: S after the last token, in the frame that turns with the tokens, (H, K, V).
     """
 
     energy: Tensor
@@ -104,7 +104,7 @@ def _memory(block: Phase2Block, records: Sequence[Phase2Record], gamma: Tensor, 
     """Return the trace of a layer's memory, given its Γ (N, H)."""
     hebbian = block.hebbian
     values = torch.cat([record.values[0] for record in records])
-    memories = torch.cat([record.state.memory.memory for record in records])
+    memories = torch.cat([record.state.facing_memory() for record in records])
     bound = LyapunovStabilityMonitor.bound(
         torch.zeros_like(gamma),
         (values.norm(dim=-1) * hebbian.eta.detach()).cummax(dim=0).values,

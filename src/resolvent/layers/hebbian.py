@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..ops import Consolidation, MemoryState, dissipative_memory
+from ..ops.memory_rotation import accumulate_phases
 from ..ops.normalize import unit_length, unit_rms
 from ..ops.packed import count_sequences
 from ..ops.precision import at_least_float32, for_products, wide_dtype
 from ..ops.queries_keys_values import queries_keys_values
+from .linear import is_plain
 
 
 class HebbianOutput(NamedTuple):
@@ -24,6 +27,7 @@ class HebbianOutput(NamedTuple):
         values: values written to the memory, (B, N, H, V).
         state: memory after the last token.
         conv_tail: conv state: the last inputs of the convolution, (B, W - 1, 3HK) or (S, W - 1, 3HK).
+        phases: phases behind the last token, in turns, float64 (B, K / 2) or (S, K / 2); None without rotation.
     """
 
     output: Tensor
@@ -31,13 +35,15 @@ class HebbianOutput(NamedTuple):
     values: Tensor
     state: MemoryState
     conv_tail: Tensor
+    phases: Tensor | None
 
 
 class DissipativeHebbianLayer(nn.Module):
     """Memory per head: tokens write ``S_t = exp(-Γ_t dt) S_{t-1} + η k_t v_tᵀ`` and read ``y_t = S_tᵀ q_t``.
 
     A short causal convolution mixes neighbouring tokens before q, k and v. Queries and keys are L2-normalised; η is one
-    positive number per head. The read-out of each head is RMS-normalised and multiplied by a gate of low rank.
+    positive number per head. The read-out of each head is RMS-normalised and multiplied by a gate of low rank. With
+    ``rotation``, every token turns the pairs of channels of q and k of all heads by ``π tanh(rotation_proj(x)) dt``.
 
     Args:
         d_model: width D.
@@ -49,6 +55,7 @@ class DissipativeHebbianLayer(nn.Module):
         output_norm: RMS-normalise the read-out of each head.
         output_gate: gate the read-out with ``sigmoid`` of a projection of rank ``head_dim``.
         backend: ``auto``, ``torch`` or ``triton``.
+        rotation: rotate queries and keys; ``head_dim`` is even.
     """
 
     def __init__(
@@ -62,6 +69,7 @@ class DissipativeHebbianLayer(nn.Module):
         output_norm: bool = True,
         output_gate: bool = True,
         backend: str = "auto",
+        rotation: bool = False,
     ):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
@@ -72,6 +80,7 @@ class DissipativeHebbianLayer(nn.Module):
         self.conv_weight = nn.Parameter(torch.empty(conv_size, 3 * width)) if conv_size > 1 else None
         self.gate_down = nn.Linear(d_model, head_dim, bias=False) if output_gate else None
         self.gate_up = nn.Linear(head_dim, width) if output_gate else None
+        self.rotation_proj = nn.Linear(d_model, head_dim // 2, bias=False) if rotation else None
         self.log_eta = nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
 
@@ -86,6 +95,20 @@ class DissipativeHebbianLayer(nn.Module):
     def eta(self) -> Tensor:
         """Learning rate of every head, (H,) float32 or wider."""
         return at_least_float32(self.log_eta).exp()
+
+    def phases(self, x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Return the phases behind every token x (B, N, D) and behind the last ones; None without rotation."""
+        if self.rotation_proj is None:
+            return None
+        if start is None:
+            sequences = count_sequences(x.shape[0], cu_seqlens)
+            start = torch.zeros(sequences, self.head_dim // 2, dtype=torch.float64, device=x.device)
+        if is_plain(self.rotation_proj):  # in float32: the error of an angle stays for good
+            with torch.autocast(x.device.type, enabled=False):
+                projected = F.linear(at_least_float32(x), at_least_float32(self.rotation_proj.weight))
+        else:
+            projected = at_least_float32(self.rotation_proj(x))
+        return accumulate_phases(torch.tanh(projected) * (self.dt / 2), start, cu_seqlens)
 
     @property
     def state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -102,6 +125,7 @@ class DissipativeHebbianLayer(nn.Module):
         position: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         consolidation: Consolidation | None = None,
+        phases: Tensor | None = None,
     ) -> HebbianOutput:
         """Write tokens to the memory and read it.
 
@@ -113,6 +137,7 @@ class DissipativeHebbianLayer(nn.Module):
             position: tokens that each sequence has read before, (B,) or (S,).
             cu_seqlens: offsets of S packed sequences.
             consolidation: filters that act on the memory at its boundaries.
+            phases: phases before the first token, in turns, float64 (B, K / 2) or (S, K / 2); zeros if None.
         """
         x = for_products(x)
         qkv = self.qkv_proj(x)
@@ -126,6 +151,7 @@ class DissipativeHebbianLayer(nn.Module):
         else:
             q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in qkv.chunk(3, dim=-1))
             q, k = unit_length(q), unit_length(k)
+        turned = self.phases(x, phases, cu_seqlens)
         readout, state = dissipative_memory(
             q,
             k,
@@ -136,6 +162,7 @@ class DissipativeHebbianLayer(nn.Module):
             position=position,
             cu_seqlens=cu_seqlens,
             consolidation=consolidation,
+            phases=None if turned is None else turned[0],
             backend=self.backend,
         )
         if self.output_norm:
@@ -144,7 +171,8 @@ class DissipativeHebbianLayer(nn.Module):
         gated = readout
         if self.gate_down is not None and self.gate_up is not None:
             gated = readout * torch.sigmoid(self.gate_up(self.gate_down(x)))
-        return HebbianOutput(self.out_proj(gated), readout, v, state, conv_tail)
+        after = None if turned is None else turned[1]
+        return HebbianOutput(self.out_proj(gated), readout, v, state, conv_tail, after)
 
 
 class LyapunovStabilityMonitor:

@@ -86,6 +86,7 @@ class Phase2Block(Block[Phase2Record]):
             config.output_norm,
             config.output_gate,
             config.backend,
+            config.memory_rotation,
         )
         self.consolidation_interval = config.consolidation_interval
         self.snr_filter = (
@@ -96,6 +97,7 @@ class Phase2Block(Block[Phase2Record]):
                 config.snr_eta_boost,
                 config.snr_temperature,
                 config.snr_trained,
+                config.memory_rotation,
             )
             if config.snr_enabled
             else None
@@ -139,7 +141,8 @@ class Phase2Block(Block[Phase2Record]):
     def state_shapes(self) -> list[tuple[int, ...]]:
         heads = self.dissipative_bk.potential.num_heads
         memory, conv_tail = self.hebbian.state_shape
-        return [(heads,), memory, memory[:1], conv_tail, *(self.ar_ssm.state_shape if self.ar_ssm else ())]
+        phases = [] if self.hebbian.rotation_proj is None else [(memory[1] // 2,)]
+        return [(heads,), memory, memory[:1], conv_tail, *(self.ar_ssm.state_shape if self.ar_ssm else ()), *phases]
 
     def compute(
         self,
@@ -158,13 +161,15 @@ class Phase2Block(Block[Phase2Record]):
             position: tokens that the sequences have read before, (S,); None for a fresh start.
             cu_seqlens: offsets of packed sequences.
         """
-        resolvent, memory, conv_tail, ar_ssm = state if state is not None else (None, None, None, None)
+        resolvent, memory, conv_tail, ar_ssm, phases = state if state is not None else [None] * 5
         # 1. BK-Core: the resolvent of the tokens' Hamiltonian.
         features, gamma, resolvent = self.dissipative_bk(self.ln1(x), readout, resolvent, cu_seqlens)
         x = x + self.dropout(self.bk_proj(features.to(x.dtype)))
         # 2. Memory, with the same Γ.
         memory_input = self.ln2(x)
-        hebbian = self.hebbian(memory_input, gamma, memory, conv_tail, position, cu_seqlens, self.consolidation())
+        hebbian = self.hebbian(
+            memory_input, gamma, memory, conv_tail, position, cu_seqlens, self.consolidation(), phases
+        )
         x = x + self.dropout(hebbian.output)
         # 3. The semiseparable branch of a converted model.
         if self.ar_ssm is not None and self.ln_ssm is not None:
@@ -172,7 +177,7 @@ class Phase2Block(Block[Phase2Record]):
             x = x + self.dropout(output)
         # 4. Feed-forward network.
         x = x + self.dropout(self.ffn(self.ln3(x)))
-        after = LayerState(resolvent, hebbian.state, hebbian.conv_tail, ar_ssm)
+        after = LayerState(resolvent, hebbian.state, hebbian.conv_tail, ar_ssm, hebbian.phases)
         return Phase2Record(x, features, gamma, memory_input, hebbian.readout, hebbian.values, after)
 
 

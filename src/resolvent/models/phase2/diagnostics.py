@@ -43,7 +43,7 @@ class Phase2Diagnostics(TypedDict):
 @torch.no_grad()
 def diagnose(blocks: Sequence[Phase2Block], trace: Trace[Phase2Record, Phase2State]) -> Phase2Diagnostics:
     """Return the diagnostics of a trace, in the shape of the input and without gradients."""
-    pairs = list(zip(blocks, (record.state.memory.memory for record in trace.layers), strict=True))
+    pairs = list(zip(blocks, (record.state.facing_memory() for record in trace.layers), strict=True))
     return {
         "input_embeddings": trace.restore(trace.embedded.detach()),
         "final_hidden_states": trace.restore(trace.normed.detach()),

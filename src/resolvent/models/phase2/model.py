@@ -79,7 +79,9 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
     @property
     def reads_offsets(self) -> bool:
         head, config = self.lm_head.weight, self.config
-        return memory_implementation(config.backend, head.device, head.dtype, config.head_dim) == "torch"
+        turning = config.memory_rotation and (config.snr_enabled or config.resonance_enabled)
+        ran_by = memory_implementation(config.backend, head.device, head.dtype, config.head_dim, turning=turning)
+        return ran_by == "torch"
 
     @property
     def _blocks(self) -> Sequence[Phase2Block]:
