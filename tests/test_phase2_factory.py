@@ -48,6 +48,13 @@ class TestPhase2Config:
         with pytest.raises(ValueError, match=rf"^least_decay must be > 0 and < base_decay \(0.01\), got {least}$"):
             Phase2Config(least_decay=least).validate()
 
+    def test_config_validation_odd_head_dim_with_rotation(self):
+        Phase2Config(head_dim=7).validate()
+        with pytest.raises(
+            ValueError, match=r"^memory_rotation turns pairs of channels: head_dim must be even, got 7$"
+        ):
+            Phase2Config(head_dim=7, memory_rotation=True).validate()
+
     def test_config_validation_invalid_hebbian_eta(self):
         with pytest.raises(ValueError, match=r"^hebbian_eta must be > 0, got 0.0$"):
             Phase2Config(hebbian_eta=0.0).validate()

@@ -171,7 +171,12 @@ def read_texts(
         distances: before the boundary, where states are kept, too; less than ``length``.
         batch_tokens: most tokens in one call of the model.
         advance: called with the number of tokens read.
+
+    Raises:
+        ConfigError: the memories rotate, and what is edited would have to turn with them.
     """
+    if model.config.memory_rotation:
+        raise ConfigError("memory_rotation must be False to edit memories, got True")
     tokens = torch.from_numpy(texts.astype(np.int64)).to(next(model.parameters()).device)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     blocks, state, nats = blocks_of(model), None, []

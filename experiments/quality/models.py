@@ -223,7 +223,8 @@ def phase2_state_bytes(model: Phase2IntegratedModel) -> int:
 def _block_state_bytes(block: Phase2Block) -> int:
     resolvent, memory, forgetting, *others = (torch.Size(shape).numel() for shape in block.state_shapes())
     filtered = forgetting if block.snr_filter is not None else 0
-    return 8 * resolvent + 4 * (memory + filtered + sum(others))
+    phases = 0 if block.hebbian.rotation_proj is None else block.hebbian.head_dim // 2  # of eight bytes, not four
+    return 8 * resolvent + 4 * (memory + filtered + sum(others) + phases)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -182,3 +182,46 @@ def test_autocast_keeps_what_all_projections_read_only_once():
     with torch.autograd.graph.saved_tensors_hooks(look, lambda saved: saved), torch.autocast("cpu", torch.bfloat16):
         layer(x, torch.rand(2, 20, 2))
     assert len(kept) == 1
+
+
+def rotating_layer(**options):
+    layer = DissipativeHebbianLayer(32, 2, 8, rotation=True, **options)
+    torch.nn.init.normal_(layer.rotation_proj.weight, std=0.3)
+    return layer
+
+
+def test_angles_are_those_of_the_projection():
+    layer, x = rotating_layer(dt=0.5), torch.randn(2, 70, 32)
+    out = layer(x, torch.rand(2, 70, 2))
+    angles = math.pi * torch.tanh(x.double() @ layer.rotation_proj.weight.double().T) * 0.5
+    turns = angles.sum(1) / (2 * math.pi) - out.phases
+    assert out.phases.dtype == torch.float64
+    assert (turns - turns.round()).abs().max() < 1e-5
+
+
+def test_angles_are_of_float32_under_autocast():
+    layer, x = rotating_layer(), torch.randn(1, 300, 32).bfloat16().float()
+    exact, _ = layer.phases(x, None, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = layer.phases(x, None, None)
+    assert torch.equal(found, exact)
+
+
+def test_without_rotation_there_is_no_projection_and_no_phase():
+    layer = DissipativeHebbianLayer(32, 2, 8)
+    assert not any("rotation" in name for name, _ in layer.named_parameters())
+    assert layer(torch.randn(1, 5, 32), torch.rand(1, 5, 2)).phases is None
+
+
+def test_the_memory_can_tell_even_from_odd_numbers_of_half_turns():
+    """Half a turn per token, and next to no decay: what was written first comes back with the sign of the distance."""
+    layer = rotating_layer(conv_size=1, output_norm=False, output_gate=False)
+    with torch.no_grad():
+        layer.rotation_proj.weight.zero_()[:, 0] = 20.0
+        layer.qkv_proj.weight.zero_()[16:32, 1] = 1.0  # keys of the first token
+        layer.qkv_proj.weight[:16, 0] = 1.0  # queries of all
+        layer.qkv_proj.weight[32:, 1] = 1.0  # values of the first
+    x = torch.zeros(1, 8, 32)
+    x[..., 0], x[:, 0, 1] = 1.0, 1.0
+    readout = layer(x, torch.full((1, 8, 2), 1e-6)).readout[0, :, 0]
+    assert (readout.sign() * readout[0].sign()).tolist() == [1, -1, 1, -1, 1, -1, 1, -1]

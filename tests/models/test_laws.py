@@ -25,6 +25,8 @@ SWITCHES = [
     (PHASE2, dict(adaptive_decay=False)),
     (PHASE2, dict(consolidation_interval=128)),
     (PHASE2, dict(zeta_embedding_trainable=True)),
+    (PHASE2, dict(memory_rotation=True)),
+    (PHASE2, dict(memory_rotation=True, snr_enabled=False, resonance_enabled=False)),
     (PHASE2, dict(ar_ssm_rank=5)),
     (PHASE2, dict(htt_rank=6)),
     (PHASE2, dict(tie_embeddings=True)),
@@ -41,6 +43,7 @@ STATES = [
     (PHASE1, dict(ar_ssm_enabled=False)),
     (PHASE2, {}),
     (PHASE2, dict(ar_ssm_rank=5)),
+    (PHASE2, dict(memory_rotation=True)),
     (HYBRID, {}),
     (HYBRID, dict(ar_ssm_rank=5)),
     (ATTENTION, {}),
@@ -235,6 +238,7 @@ def test_states_are_indexed_repeated_moved_and_saved(phase, options, tmp_path):
     [
         (PHASE1, dict(ar_ssm_enabled=False), 3 * 8),  # g of 3 heads
         (PHASE1, {}, 3 * 8 + 8 * 8 + 2 * 48 * 4),  # ... the sum of 8 channels, the conv state of 2 tokens
+        (PHASE2, dict(memory_rotation=True), 3 * 8 + 3 * 16 * 16 * 4 + 3 * 4 + 3 * 144 * 4 + 8 * 8),  # ... 8 phases
         (PHASE2, {}, 3 * 8 + 3 * 16 * 16 * 4 + 3 * 4 + 3 * 144 * 4),  # g; S; Γ̄; the conv state of 3 tokens
         (ATTENTION, {}, 3 * 8 + 3 * 144 * 4 + 2 * 24 * 48 * 4),  # g; the conv state; keys and values of 24 tokens
     ],

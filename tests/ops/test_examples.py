@@ -9,6 +9,7 @@ import torch
 from resolvent import ops
 from resolvent.ops import (
     attention_window,
+    memory_rotation,
     memory_state,
     normalize,
     prefix_sum,
@@ -22,6 +23,8 @@ OPERATORS = {name: getattr(ops, name) for name in ops.__all__ if inspect.isfunct
 OPERATORS |= {
     function.__name__: function
     for function in (
+        memory_rotation.accumulate_phases,
+        memory_rotation.rotate_queries_keys,
         normalize.unit_length,
         normalize.unit_rms,
         prefix_sum.prefix_sum,

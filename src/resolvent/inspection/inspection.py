@@ -277,7 +277,8 @@ def _layer(seen: LayerTrace, block: torch.nn.Module) -> Layer:
 
 
 def _memory(seen: MemoryTrace, block: Phase2Block) -> Memory:
-    snr = signal_to_noise(seen.last).flatten(1)
+    assert block.hebbian is not None  # a layer without memory has no trace of one
+    snr = signal_to_noise(seen.last, paired=block.hebbian.rotation_proj is not None).flatten(1)
     bins = [np.histogram(row.clip(SNR_EDGES[0], SNR_EDGES[-1]), SNR_EDGES)[0] / row.size for row in snr.cpu().numpy()]
     signal = strength = modes = None
     if (snr_filter := block.snr_filter) is not None:

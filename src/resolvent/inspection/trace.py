@@ -23,7 +23,7 @@ class MemoryTrace:
     Attributes:
         energy: ``||S||²`` after the tokens at ``TextTrace.places``, (P, H).
         bound: upper bound of the energy, given the tokens so far, (P, H).
-        last: S after the last token, (H, K, V).
+        last: S after the last token, in the frame that turns with the tokens, (H, K, V).
     """
 
     energy: Tensor
@@ -106,7 +106,7 @@ def _memory(block: Phase2Block, records: Sequence[Phase2Record], gamma: Tensor, 
     if hebbian is None:
         return None
     values = torch.cat([record.values[0] for record in records])
-    memories = torch.cat([record.state.memory.memory for record in records if record.state.memory is not None])
+    memories = torch.cat([S for record in records if (S := record.state.facing_memory()) is not None])
     bound = LyapunovStabilityMonitor.bound(
         torch.zeros_like(gamma),
         (values.norm(dim=-1) * hebbian.eta.detach()).cummax(dim=0).values,

@@ -7,10 +7,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..ops import Consolidation, MemoryState, dissipative_memory
+from ..ops.memory_rotation import accumulate_phases
+from ..ops.packed import count_sequences
 from ..ops.precision import at_least_float32, for_products
 from .heads import HeadsLayer
+from .linear import is_plain
 
 
 class HebbianOutput(NamedTuple):
@@ -22,6 +26,7 @@ class HebbianOutput(NamedTuple):
         values: values written to the memory, (B, N, H, V).
         state: memory after the last token.
         conv_tail: conv state: the last inputs of the convolution, (B, W - 1, 3HK) or (S, W - 1, 3HK).
+        phases: phases behind the last token, in turns, float64 (B, K / 2) or (S, K / 2); None without rotation.
     """
 
     output: Tensor
@@ -29,13 +34,15 @@ class HebbianOutput(NamedTuple):
     values: Tensor
     state: MemoryState
     conv_tail: Tensor
+    phases: Tensor | None
 
 
 class DissipativeHebbianLayer(HeadsLayer):
     """Memory per head: tokens write ``S_t = exp(-Γ_t dt) S_{t-1} + η k_t v_tᵀ`` and read ``y_t = S_tᵀ q_t``.
 
     A short causal convolution mixes neighbouring tokens before q, k and v. Queries and keys are L2-normalised; η is one
-    positive number per head. The read-out of each head is RMS-normalised and multiplied by a gate of low rank.
+    positive number per head. The read-out of each head is RMS-normalised and multiplied by a gate of low rank. With
+    ``rotation``, every token turns the pairs of channels of q and k of all heads by ``π tanh(rotation_proj(x)) dt``.
 
     Args:
         d_model: width D.
@@ -47,6 +54,7 @@ class DissipativeHebbianLayer(HeadsLayer):
         output_norm: RMS-normalise the read-out of each head.
         output_gate: gate the read-out with ``sigmoid`` of a projection of rank ``head_dim``.
         backend: ``auto``, ``torch`` or ``triton``.
+        rotation: rotate queries and keys; ``head_dim`` is even.
     """
 
     def __init__(
@@ -60,9 +68,11 @@ class DissipativeHebbianLayer(HeadsLayer):
         output_norm: bool = True,
         output_gate: bool = True,
         backend: str = "auto",
+        rotation: bool = False,
     ):
         super().__init__(d_model, num_heads, head_dim, conv_size, output_norm, output_gate, backend)
         self.initial_eta, self.dt = eta, dt
+        self.rotation_proj = nn.Linear(d_model, head_dim // 2, bias=False) if rotation else None
         self.log_eta = nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
 
@@ -76,6 +86,20 @@ class DissipativeHebbianLayer(HeadsLayer):
     def eta(self) -> Tensor:
         """Learning rate of every head, (H,) float32 or wider."""
         return at_least_float32(self.log_eta).exp()
+
+    def phases(self, x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Return the phases behind every token x (B, N, D) and behind the last ones; None without rotation."""
+        if self.rotation_proj is None:
+            return None
+        if start is None:
+            sequences = count_sequences(x.shape[0], cu_seqlens)
+            start = torch.zeros(sequences, self.head_dim // 2, dtype=torch.float64, device=x.device)
+        if is_plain(self.rotation_proj):  # in float32: the error of an angle stays for good
+            with torch.autocast(x.device.type, enabled=False):
+                projected = F.linear(at_least_float32(x), at_least_float32(self.rotation_proj.weight))
+        else:
+            projected = at_least_float32(self.rotation_proj(x))
+        return accumulate_phases(torch.tanh(projected) * (self.dt / 2), start, cu_seqlens)
 
     @property
     def state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -91,6 +115,7 @@ class DissipativeHebbianLayer(HeadsLayer):
         position: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         consolidation: Consolidation | None = None,
+        phases: Tensor | None = None,
     ) -> HebbianOutput:
         """Write tokens to the memory and read it.
 
@@ -102,9 +127,11 @@ class DissipativeHebbianLayer(HeadsLayer):
             position: tokens that each sequence has read before, (B,) or (S,).
             cu_seqlens: offsets of S packed sequences.
             consolidation: filters that act on the memory at its boundaries.
+            phases: phases before the first token, in turns, float64 (B, K / 2) or (S, K / 2); zeros if None.
         """
         x = for_products(x)
         heads = self.heads(self.qkv_proj(x), conv_tail, cu_seqlens)
+        turned, after = self.phases(x, phases, cu_seqlens) or (None, None)
         readout, state = dissipative_memory(
             heads.q,
             heads.k,
@@ -115,10 +142,11 @@ class DissipativeHebbianLayer(HeadsLayer):
             position=position,
             cu_seqlens=cu_seqlens,
             consolidation=consolidation,
+            phases=turned,
             backend=self.backend,
         )
         readout = self.normalize(readout)
-        return HebbianOutput(self.gated_output(x, readout), readout, heads.v, state, heads.conv_tail)
+        return HebbianOutput(self.gated_output(x, readout), readout, heads.v, state, heads.conv_tail, after)
 
 
 class LyapunovStabilityMonitor:

@@ -46,7 +46,7 @@ class MemoryResonanceLayer(nn.Module):
         return Resonance(self.basis.value, self.energy_threshold, self.sharpness, self.bias)
 
     def statistics(self, memory: Tensor) -> dict[str, Tensor]:
-        """Return statistics of the modes of a memory (B, H, K, V).
+        """Return statistics of the modes of a memory (B, H, K, V), in the frame that turns with the tokens.
 
         Per mode (B, H, K): ``diag_energy`` (relative to the mean of the modes), ``gate`` (the factor) and
         ``resonance_mask`` (energy above the threshold). Per head (B, H): ``num_resonant``, ``total_energy`` and

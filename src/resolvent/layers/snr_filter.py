@@ -25,6 +25,7 @@ class SNRMemoryFilter(nn.Module):
         eta_boost: factor of the learning rate of signal at full strength, >= 1.
         temperature: softness of the threshold.
         trained: train the strength; False for full strength.
+        paired: the memory rotates, and its components are pairs of rows.
     """
 
     def __init__(
@@ -35,10 +36,11 @@ class SNRMemoryFilter(nn.Module):
         eta_boost: float = 1.5,
         temperature: float = 0.5,
         trained: bool = True,
+        paired: bool = False,
     ):
         super().__init__()
         self.threshold, self.temperature = threshold, temperature
-        self.gamma_boost, self.eta_boost = gamma_boost, eta_boost
+        self.gamma_boost, self.eta_boost, self.paired = gamma_boost, eta_boost, paired
         self.strength_logit = nn.Parameter(torch.empty(num_heads)) if trained else None
         self.reset_parameters()
 
@@ -76,7 +78,7 @@ class SNRMemoryFilter(nn.Module):
         They are ``mean_snr``, ``std_snr``, ``min_snr``, ``max_snr``, ``low_snr_ratio`` (the share of components below
         the threshold) and the ``strength`` of the filter.
         """
-        snr, strength = signal_to_noise(memory).flatten(-2), self.strength
+        snr, strength = signal_to_noise(memory, self.paired).flatten(-2), self.strength
         return {
             "mean_snr": snr.mean(-1),
             "std_snr": snr.std(-1),

@@ -267,8 +267,8 @@ def _assemble(kind: Any, tensors: dict[str, Tensor], name: str) -> Any:
         return tensors[name]
     options = typing.get_args(kind)
     if type(None) in options:
-        if not any(stored.startswith(f"{name}.") for stored in tensors):
+        if not any(stored == name or stored.startswith(f"{name}.") for stored in tensors):
             return None
-        kind = next(option for option in options if option is not type(None))
+        return _assemble(next(option for option in options if option is not type(None)), tensors, name)
     parts = typing.get_type_hints(kind).items()
     return kind(*(_assemble(part_kind, tensors, f"{name}.{field}") for field, part_kind in parts))

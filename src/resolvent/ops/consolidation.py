@@ -14,15 +14,21 @@ Let ``S`` be the memory at a boundary and ``Γ̄`` the sum of ``Γ dt`` since th
 * **Resonance.** The modes of a memory are the rows of ``QᵀS`` for a fixed orthonormal ``Q``, with energies ``E_m``
   relative to their mean; ``S <- Q diag(σ) QᵀS`` with ``σ_m = sigmoid(sharpness (E_m / mean(E) - threshold) + bias)``.
 
-Both keep a memory bounded (see ``layers.hebbian.LyapunovStabilityMonitor``).
-Shapes: B batch, H heads, K key width, V value width.
+Both keep a memory bounded (see ``layers.hebbian.LyapunovStabilityMonitor``). Where queries and keys are rotated
+(``ops.memory_rotation``), ``|S_ij|`` is the modulus of a pair of rows and the resonance acts in the frame that turns
+with the tokens, ``S <- R(Φ) Q diag(σ) Qᵀ R(-Φ) S``: a constant added to all phases changes nothing.
+
+Shapes: B batch, H heads, K key width, V value width, P = K / 2 pairs.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .memory_rotation import angles_of, quarter_turn_product, rotate_memory
 
 _TINY = 1e-20
 """Added to a mean square, so that an empty memory has SNR 0 and energy 0; no memory that was written is that small."""
@@ -88,10 +94,22 @@ class Consolidation:
         return (*strength, self.resonance.sharpness, self.resonance.bias) if self.resonance is not None else strength
 
 
-def signal_to_noise(memory: Tensor) -> Tensor:
-    """Return ``|S_ij| / rms(S)`` per head: (..., K, V) -> (..., K, V)."""
-    mean_square = memory.square().mean(dim=(-2, -1), keepdim=True)
-    return memory.abs() * torch.rsqrt(mean_square + _TINY)
+def signal_to_noise(memory: Tensor, paired: bool = False) -> Tensor:
+    """Return ``|S_ij| / rms(S)`` per head, ``|S|`` the modulus of a pair if ``paired``: (..., K, V) -> (..., K, V)."""
+    size = _modulus(memory, paired)
+    return size * torch.rsqrt(size.square().mean(dim=(-2, -1), keepdim=True) + _TINY)
+
+
+def _modulus(memory: Tensor, paired: bool) -> Tensor:
+    """Return ``|S_ij|`` or, if ``paired``, the root of the sum of squares of rows j and j + K/2: (..., K, V)."""
+    return _pair_sums(memory.square()).sqrt() if paired else memory.abs()
+
+
+def _pair_sums(x: Tensor) -> Tensor:
+    """Return the sum of rows j and j + K/2 in both of them: (..., K, V) -> (..., K, V)."""
+    first, second = x.chunk(2, dim=-2)
+    both = first + second
+    return torch.cat([both, both], dim=-2)
 
 
 def modes(memory: Tensor, basis: Tensor) -> Tensor:
@@ -111,13 +129,16 @@ def resonance_gate(energies: Tensor, resonance: Resonance) -> Tensor:
     return torch.sigmoid(sharpness * (energies - resonance.threshold) + bias)
 
 
-def consolidate(memory: Tensor, forgetting: Tensor, consolidation: Consolidation) -> Tensor:
+def consolidate(
+    memory: Tensor, forgetting: Tensor, consolidation: Consolidation, phases: Tensor | None = None
+) -> Tensor:
     """Filter a memory at a boundary. The caller then restarts ``forgetting`` at zero.
 
     Args:
         memory: S, (B, H, K, V).
         forgetting: Γ̄, the sum of Γ dt since the last boundary, (B, H).
         consolidation: filters and their parameters.
+        phases: where queries and keys are rotated, the phases at the boundary, in turns (B, P).
 
     Returns:
         The consolidated memory, (B, H, K, V).
@@ -130,13 +151,21 @@ def consolidate(memory: Tensor, forgetting: Tensor, consolidation: Consolidation
     """
     # 1. SNR filter.
     if (snr := consolidation.snr) is not None:
-        memory = memory / _snr_factors(memory, forgetting, snr).divisor_BHKV
-    # 2. Resonance: into the basis of the modes, gate, and back.
+        memory = memory / _snr_factors(memory, forgetting, snr, phases is not None).divisor_BHKV
+    # 2. Resonance, in the frame that turns with the tokens.
     if (resonance := consolidation.resonance) is not None:
-        modes_BHVK = modes(memory, resonance.basis)
-        gate_BHK = resonance_gate(mode_energies(modes_BHVK), resonance)
-        memory = ((gate_BHK.unsqueeze(-2) * modes_BHVK) @ resonance.basis.to(memory.dtype).T).mT
+        if phases is None:
+            return _resonated(memory, resonance)
+        angles_BP = angles_of(phases, memory.dtype)
+        memory = rotate_memory(_resonated(rotate_memory(memory, -angles_BP), resonance), angles_BP)
     return memory
+
+
+def _resonated(memory: Tensor, resonance: Resonance) -> Tensor:
+    """Take a memory into the basis of the modes, gate them, and go back."""
+    modes_BHVK = modes(memory, resonance.basis)
+    gate_BHK = resonance_gate(mode_energies(modes_BHVK), resonance)
+    return ((gate_BHK.unsqueeze(-2) * modes_BHVK) @ resonance.basis.to(memory.dtype).T).mT
 
 
 class _SNRFactors(NamedTuple):
@@ -145,22 +174,26 @@ class _SNRFactors(NamedTuple):
     Attributes:
         keep_BHKV: ``p``.
         divisor_BHKV: ``1 + m (1 - exp(-Γ̄))``.
+        size_BHKV: ``|S|``.
         scale_BH11: ``1 / rms``.
         forgotten_BH11: ``1 - exp(-Γ̄)``, times s.
     """
 
     keep_BHKV: Tensor
     divisor_BHKV: Tensor
+    size_BHKV: Tensor
     scale_BH11: Tensor
     forgotten_BH11: Tensor
 
 
-def _snr_factors(memory_BHKV: Tensor, forgetting_BH: Tensor, snr: SNRFilter) -> _SNRFactors:
-    scale_BH11 = torch.rsqrt(memory_BHKV.square().mean(dim=(-2, -1), keepdim=True) + _TINY)
-    keep_BHKV = torch.sigmoid(memory_BHKV.abs() * (scale_BH11 / snr.temperature) - snr.threshold / snr.temperature)
+def _snr_factors(memory_BHKV: Tensor, forgetting_BH: Tensor, snr: SNRFilter, paired: bool) -> _SNRFactors:
+    size_BHKV = _modulus(memory_BHKV, paired)
+    scale_BH11 = torch.rsqrt(size_BHKV.square().mean(dim=(-2, -1), keepdim=True) + _TINY)
+    keep_BHKV = torch.sigmoid(size_BHKV * (scale_BH11 / snr.temperature) - snr.threshold / snr.temperature)
     forgotten_BH11 = _at_strength(-torch.expm1(-forgetting_BH)[..., None, None], snr)
     damping, span = snr_slopes(snr)
-    return _SNRFactors(keep_BHKV, 1 + forgotten_BH11 * (damping - span * keep_BHKV), scale_BH11, forgotten_BH11)
+    divisor_BHKV = 1 + forgotten_BH11 * (damping - span * keep_BHKV)
+    return _SNRFactors(keep_BHKV, divisor_BHKV, size_BHKV, scale_BH11, forgotten_BH11)
 
 
 def snr_slopes(snr: SNRFilter) -> tuple[float, float]:
@@ -178,27 +211,40 @@ class ConsolidationGradient(NamedTuple):
 
     memory: Tensor
     forgetting: Tensor
+    phases: Tensor | None
     parameters: tuple[Tensor, ...]
 
 
 def consolidate_gradient(
-    grad: Tensor, memory: Tensor, forgetting: Tensor, consolidation: Consolidation
+    grad: Tensor, memory: Tensor, forgetting: Tensor, consolidation: Consolidation, phases: Tensor | None = None
 ) -> ConsolidationGradient:
     """Compute the adjoint of ``consolidate``, written out: autograd would keep a dozen memories for every boundary.
 
     ``grad`` is the gradient of the consolidated memory, (B, H, K, V); the other arguments are those of ``consolidate``.
     """
-    snr, resonance = consolidation.snr, consolidation.resonance
-    factors = _snr_factors(memory, forgetting, snr) if snr is not None else None
+    snr, resonance, paired = consolidation.snr, consolidation.resonance, phases is not None
+    factors = _snr_factors(memory, forgetting, snr, paired) if snr is not None else None
     parameters: tuple[Tensor, ...] = ()
+    grad_phases = None if phases is None else torch.zeros_like(phases)
     if resonance is not None:
         filtered = memory if factors is None else memory / factors.divisor_BHKV
-        grad, *grads = _resonance_gradient(grad, filtered, resonance)
+        if phases is None:
+            grad, *grads = _resonance_gradient(grad, filtered, resonance)
+        else:
+            grad, grad_phases, *grads = _turning_resonance_gradient(grad, filtered, resonance, phases)
         parameters = tuple(grads)
     if snr is None or factors is None:
-        return ConsolidationGradient(grad, torch.zeros_like(forgetting), parameters)
+        return ConsolidationGradient(grad, torch.zeros_like(forgetting), grad_phases, parameters)
+    grad_memory, grad_forgetting, grad_strength = _snr_gradient(grad, memory, forgetting, factors, snr, paired)
+    strength = () if snr.strength is None else (grad_strength,)
+    return ConsolidationGradient(grad_memory, grad_forgetting, grad_phases, (*strength, *parameters))
 
-    keep_BHKV, divisor_BHKV, scale_BH11, forgotten_BH11 = factors
+
+def _snr_gradient(
+    grad: Tensor, memory: Tensor, forgetting: Tensor, factors: _SNRFactors, snr: SNRFilter, paired: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the adjoint of the SNR filter: gradients of memory (B, H, K, V), Γ̄ (B, H) and strength (H,)."""
+    keep_BHKV, divisor_BHKV, size_BHKV, scale_BH11, forgotten_BH11 = factors
     damping, span = snr_slopes(snr)
     # 1. Through the quotient, to the memory directly and to its divisor.
     direct_BHKV = grad / divisor_BHKV
@@ -207,17 +253,34 @@ def consolidate_gradient(
     grad_keep_BHKV = (-span * forgotten_BH11) * grad_divisor_BHKV
     grad_ratio_BHKV = torch.ops.aten.sigmoid_backward(grad_keep_BHKV, keep_BHKV) / snr.temperature
     # In units of the rms: the cube of a scale leaves the range of float32 long before the memory's square does.
-    along_BH11 = (grad_ratio_BHKV * memory.abs() * scale_BH11).sum(dim=(-2, -1), keepdim=True)
+    along_BH11 = (grad_ratio_BHKV * size_BHKV * scale_BH11).sum(dim=(-2, -1), keepdim=True)
     from_scale_BH11 = along_BH11 * scale_BH11.square() / memory[0, 0].numel()
-    grad_memory = torch.addcmul(direct_BHKV, grad_ratio_BHKV * scale_BH11, torch.sign(memory))
+    if paired:  # each row has a part in the moduli of two
+        grad_ratio_BHKV, from_scale_BH11 = _pair_sums(grad_ratio_BHKV), 2 * from_scale_BH11
+        direction_BHKV = torch.where(size_BHKV > 0, memory / size_BHKV, 0.0)
+    else:
+        direction_BHKV = torch.sign(memory)
+    grad_memory = torch.addcmul(direct_BHKV, grad_ratio_BHKV * scale_BH11, direction_BHKV)
     grad_memory = grad_memory.addcmul_(from_scale_BH11, memory, value=-1)
     # 3. From the divisor to Γ̄ and the strength.
-    grad_forgotten_BH11 = (grad_divisor_BHKV * (damping - span * keep_BHKV)).sum(dim=(-2, -1), keepdim=True)
-    grad_forgetting_BH = torch.exp(-forgetting) * _at_strength(grad_forgotten_BH11, snr)[..., 0, 0]
-    if snr.strength is not None:
-        grad_strength_H = (-torch.expm1(-forgetting) * grad_forgotten_BH11[..., 0, 0]).sum(0)
-        parameters = (grad_strength_H, *parameters)
-    return ConsolidationGradient(grad_memory, grad_forgetting_BH, parameters)
+    grad_forgotten_BH = (grad_divisor_BHKV * (damping - span * keep_BHKV)).sum(dim=(-2, -1))
+    grad_forgetting_BH = torch.exp(-forgetting) * _at_strength(grad_forgotten_BH[..., None, None], snr)[..., 0, 0]
+    return grad_memory, grad_forgetting_BH, (-torch.expm1(-forgetting) * grad_forgotten_BH).sum(0)
+
+
+def _turning_resonance_gradient(
+    grad: Tensor, memory: Tensor, resonance: Resonance, phases: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the adjoint of the resonance in the turning frame: memory, phases (B, P), sharpness and bias (H,)."""
+    angles_BP = angles_of(phases, memory.dtype)
+    turned, grad = rotate_memory(memory, -angles_BP), rotate_memory(grad, -angles_BP)
+    grad_turned, grad_sharpness, grad_bias = _resonance_gradient(grad, turned, resonance)
+    # More phase turns what leaves the filter one way, and what enters it the other.
+    grad_angles_BP = quarter_turn_product(grad, _resonated(turned, resonance)) - quarter_turn_product(
+        grad_turned, turned
+    )
+    grad_phases = (2 * math.pi) * grad_angles_BP
+    return rotate_memory(grad_turned, angles_BP), grad_phases.to(phases.dtype), grad_sharpness, grad_bias
 
 
 def _resonance_gradient(grad: Tensor, memory: Tensor, resonance: Resonance) -> tuple[Tensor, Tensor, Tensor]:

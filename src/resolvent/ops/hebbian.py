@@ -17,6 +17,7 @@ Shapes: B batch, N sequence, H heads, K key width, V value width, S packed seque
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from .consolidation import Consolidation, consolidate, consolidate_gradient
 from .dispatch import Implementation, beyond_float32, count_run, select
-from .memory_state import CHUNK, MemoryState, empty_state, lengths_and_phases
+from .memory_rotation import rotate_queries_keys
+from .memory_state import CHUNK, MemoryState, empty_state, lengths_and_elapsed
 from .packed import check_shape, count_sequences
 from .precision import wide_dtype
 from .prefix_sum import prefix_sum
@@ -45,6 +47,7 @@ def dissipative_memory(
     position: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     consolidation: Consolidation | None = None,
+    phases: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState]:
     """Write every token into the memory and read it back.
@@ -61,6 +64,8 @@ def dissipative_memory(
             ``position`` and ``cu_seqlens``: on the CPU it need not wait for the device. Only the ``position`` of single
             tokens (N = 1) is read where the tensors are, and so is the kernels' ``cu_seqlens`` on a device.
         consolidation: filters that act at the boundaries; None for a plain decaying memory.
+        phases: phases behind every token, in turns, float64 (B, N, K / 2), by which the pairs of key channels j and
+            j + K/2 are rotated (``ops.memory_rotation``); None for no rotation.
         backend: ``auto``, ``torch`` or ``triton``.
 
     Returns:
@@ -89,18 +94,34 @@ def dissipative_memory(
         check_shape("initial_state.forgetting", initial_state.forgetting, (sequences, heads))
     if consolidation is not None and consolidation.interval % CHUNK:
         raise ValueError(f"the consolidation interval must be a multiple of {CHUNK}, got {consolidation.interval}")
-    if memory_implementation(backend, q.device, q.dtype, q.shape[-1], v.shape[-1]) == "triton":
-        from .triton.hebbian import dissipative_memory as run
-    else:
-        run = _dissipative_memory_torch
+    if phases is not None:
+        check_shape("phases", phases, (*q.shape[:2], q.shape[3] // 2))
+    turning = phases is not None and consolidation is not None
+    widths = q.shape[-1], v.shape[-1]
     # Autocast would turn the float32 products of the state into half precision.
     with torch.autocast(q.device.type, enabled=False):
-        return run(q, k, v, decay, eta, initial_state, position, cu_seqlens, consolidation)
+        if phases is not None:
+            q, k = rotate_queries_keys(q, k, phases)
+        if memory_implementation(backend, q.device, q.dtype, *widths, turning=turning) == "triton":
+            from .triton.hebbian import dissipative_memory as run
+
+            return run(q, k, v, decay, eta, initial_state, position, cu_seqlens, consolidation)
+        of_boundaries = phases if turning else None
+        return _dissipative_memory_torch(
+            q, k, v, decay, eta, initial_state, position, cu_seqlens, consolidation, of_boundaries
+        )
 
 
-def memory_implementation(backend: str, device: torch.device, dtype: torch.dtype, *widths: int) -> Implementation:
-    """Return what ``dissipative_memory`` runs for heads of these ``widths`` of keys and values: see ``select``."""
+def memory_implementation(
+    backend: str, device: torch.device, dtype: torch.dtype, *widths: int, turning: bool = False
+) -> Implementation:
+    """Return what ``dissipative_memory`` runs for heads of these ``widths`` of keys and values: see ``select``.
+
+    ``turning`` memories are both rotated and consolidated.
+    """
     obstacle = beyond_float32(dtype)
+    if obstacle is None and turning:
+        obstacle = "its kernel does not consolidate a memory that is rotated"
     if obstacle is None and max(widths) > _WIDEST_HEAD:
         obstacle = f"its kernel holds heads up to a width of {_WIDEST_HEAD}, got {max(widths)}"
     return select(backend, device, "dissipative_memory", obstacle)
@@ -115,6 +136,7 @@ def dissipative_memory_step(
     state: MemoryState,
     position: Tensor,
     consolidation: Consolidation | None = None,
+    phases: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Write one token of every sequence into the memory and read it back.
 
@@ -127,6 +149,7 @@ def dissipative_memory_step(
         state: state before the token.
         position: tokens that each sequence has read before, integer (B,).
         consolidation: filters that act at the boundaries.
+        phases: phases behind the token, in turns, float64 (B, K / 2); None for no rotation.
 
     Returns:
         The read-out (B, H, V) in the dtype of ``v``, and the next state.
@@ -138,6 +161,23 @@ def dissipative_memory_step(
         >>> readout.shape, state.memory.shape
         (torch.Size([1, 2, 16]), torch.Size([1, 2, 16, 16]))
     """
+    if phases is not None:
+        q, k = (x.squeeze(1) for x in rotate_queries_keys(q.unsqueeze(1), k.unsqueeze(1), phases.unsqueeze(1)))
+    return _step(q, k, v, decay, eta, state, position, consolidation, phases)
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    eta: Tensor,
+    state: MemoryState,
+    position: Tensor,
+    consolidation: Consolidation | None,
+    phases: Tensor | None,
+) -> tuple[Tensor, MemoryState]:
+    """Compute ``dissipative_memory_step`` for queries and keys that are rotated already."""
     dtype = wide_dtype(q)
     memory_BHKV, forgetting_BH = state
     kept_BH11 = torch.exp(-decay.to(dtype))[..., None, None]
@@ -150,7 +190,7 @@ def dissipative_memory_step(
     boundary_B = (position + 1) % consolidation.interval == 0
     if boundary_B.device.type == "cpu" and not boundary_B.any():  # on a device, reading it would have to wait
         return readout_BHV, state
-    return readout_BHV, _consolidate_where(boundary_B, state, consolidation)
+    return readout_BHV, _consolidate_where(boundary_B, state, consolidation, phases)
 
 
 def dissipative_memory_reference(
@@ -162,6 +202,7 @@ def dissipative_memory_reference(
     initial_state: MemoryState | None = None,
     position: int = 0,
     consolidation: Consolidation | None = None,
+    phases: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Compute the definition, token by token in float64 with autograd through all of time; shapes as in the operator.
 
@@ -172,6 +213,8 @@ def dissipative_memory_reference(
         (torch.Size([1, 70, 2, 16]), torch.float64)
     """
     q, k, v, decay, eta = (x.to(torch.float64) for x in (q, k, v, decay, eta))
+    if phases is not None:
+        q, k = (_turn(x, phases) for x in (q, k))
     if initial_state is None:
         initial_state = empty_state(q.shape[0], q, v)
     memory, forgetting = (x.to(torch.float64) for x in initial_state)
@@ -182,10 +225,17 @@ def dissipative_memory_reference(
         memory, forgetting = kept * memory + written, forgetting + decay[:, t]
         readouts.append(torch.einsum("bhkv,bhk->bhv", memory, q[:, t]))
         if consolidation is not None and (position + t + 1) % consolidation.interval == 0:
-            memory, forgetting = consolidate(memory, forgetting, consolidation), torch.zeros_like(forgetting)
+            now = None if phases is None else phases[:, t]
+            memory, forgetting = consolidate(memory, forgetting, consolidation, now), torch.zeros_like(forgetting)
     if consolidation is None:
         forgetting = initial_state.forgetting
     return torch.stack(readouts, dim=1), MemoryState(memory, forgetting)
+
+
+def _turn(x_BNHK: Tensor, phases_BNP: Tensor) -> Tensor:
+    """Rotate as complex numbers: pairs of channels times ``exp(2πi phase)``."""
+    turned = torch.complex(*x_BNHK.chunk(2, dim=-1)) * torch.exp(2j * math.pi * phases_BNP).unsqueeze(-2)
+    return torch.cat([turned.real, turned.imag], dim=-1)
 
 
 def _dissipative_memory_torch(
@@ -198,7 +248,9 @@ def _dissipative_memory_torch(
     position: Tensor | None,
     cu_seqlens: Tensor | None,
     consolidation: Consolidation | None,
+    phases: Tensor | None,
 ) -> tuple[Tensor, MemoryState]:
+    """Compute ``dissipative_memory`` for queries and keys that are rotated; ``phases`` are those of consolidation."""
     batch, length = q.shape[:2]
     sequences = count_sequences(batch, cu_seqlens)
     if state is None:
@@ -210,18 +262,18 @@ def _dissipative_memory_torch(
         if position is None:
             position = torch.zeros(sequences, dtype=torch.long)
         step = (q[:, 0], k[:, 0], v[:, 0], decay[:, 0], eta)
-        readout, state = dissipative_memory_step(*step, state, position, consolidation)
+        readout, state = _step(*step, state, position, consolidation, None if phases is None else phases[:, 0])
         return readout.unsqueeze(1), state
-    lengths, phases = lengths_and_phases(q, position, cu_seqlens, consolidation.interval if consolidation else 0)
-    layout = _chunk_layout(lengths, phases, q.device)
-    return _chunked_memory(layout, consolidation, q, k, v, decay, eta, state)
+    lengths, elapsed = lengths_and_elapsed(q, position, cu_seqlens, consolidation.interval if consolidation else 0)
+    layout = _chunk_layout(lengths, elapsed, q.device)
+    return _chunked_memory(layout, consolidation, q, k, v, decay, eta, state, phases)
 
 
 @dataclass(frozen=True)
 class _ChunkLayout:
     """Layout of ragged sequences on a grid of chunks that is aligned with the boundaries.
 
-    A sequence that has read ``phase`` tokens since its last boundary starts ``phase`` slots into its first chunk. The
+    A sequence that has read ``since`` tokens since its last boundary starts ``since`` slots into its first chunk. The
     sequences are ranked by how far they reach, so that those which still have a j-th chunk are always the first
     ``active[j]``, those which fill it the first ``full[j]``, and the chunks of round j lie side by side.
     """
@@ -243,8 +295,8 @@ class _ChunkLayout:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept for later calls must serve training, too
-def _chunk_layout(lengths: tuple[int, ...], phases: tuple[int, ...], device: torch.device) -> _ChunkLayout:
-    reach = [length + phase for length, phase in zip(lengths, phases, strict=True)]
+def _chunk_layout(lengths: tuple[int, ...], elapsed: tuple[int, ...], device: torch.device) -> _ChunkLayout:
+    reach = [length + since for length, since in zip(lengths, elapsed, strict=True)]
     order = sorted(range(len(reach)), key=lambda sequence: -reach[sequence])
     rounds = -(-max(reach) // CHUNK)
     active = _count_exceeding([-(-r // CHUNK) for r in reach], rounds)
@@ -252,10 +304,10 @@ def _chunk_layout(lengths: tuple[int, ...], phases: tuple[int, ...], device: tor
     first_chunk = torch.tensor([0, *itertools.accumulate(active)])
     ranks = {sequence: rank for rank, sequence in enumerate(order)}
     slots = []
-    for sequence, (length, phase) in enumerate(zip(lengths, phases, strict=True)):
-        index = torch.arange(phase, phase + length)
+    for sequence, (length, since) in enumerate(zip(lengths, elapsed, strict=True)):
+        index = torch.arange(since, since + length)
         slots.append((first_chunk[index // CHUNK] + ranks[sequence]) * CHUNK + index % CHUNK)
-    rectangle = len(set(lengths)) == 1 and lengths[0] % CHUNK == 0 and not any(phases)
+    rectangle = len(set(lengths)) == 1 and lengths[0] % CHUNK == 0 and not any(elapsed)
     return _ChunkLayout(torch.cat(slots).to(device), torch.tensor(order).to(device), active, full, rectangle)
 
 
@@ -276,6 +328,7 @@ def _chunked_memory(
     decay: Tensor,
     eta: Tensor,
     state: MemoryState,
+    phases: Tensor | None,
 ) -> tuple[Tensor, MemoryState]:
     """Compute the chunked form in differentiable torch code; arguments as in the operator."""
     dtype = wide_dtype(q)
@@ -296,7 +349,9 @@ def _chunked_memory(
     if consolidation is not None and resonance is not None:  # cast the basis once, not at every boundary
         consolidation = replace(consolidation, resonance=replace(resonance, basis=resonance.basis.to(dtype)))
     parameters = consolidation.parameters if consolidation else ()
-    before_MHKV, *final = _Carry.apply(layout, consolidation, written_MHKV, total_MH.to(dtype), *state, *parameters)
+    phases_MP = None if phases is None else _to_chunks(phases.unsqueeze(2), layout)[:, 0, -1]
+    carried = (written_MHKV, total_MH.to(dtype), phases_MP, *state, *parameters)
+    before_MHKV, *final = _Carry.apply(layout, consolidation, *carried)
 
     # 5. Across chunks: every token reads the memory before its chunk, decayed from the start of the chunk.
     from_start_MHC = torch.exp(-cumulative_MHC).to(dtype)
@@ -304,15 +359,17 @@ def _chunked_memory(
     return _from_chunks(readout_MHCV, layout, v.shape).to(v.dtype), MemoryState(*final)
 
 
-def _consolidated(state: MemoryState, consolidation: Consolidation) -> MemoryState:
+def _consolidated(state: MemoryState, consolidation: Consolidation, phases: Tensor | None) -> MemoryState:
     """Return the state behind a boundary."""
-    memory = consolidate(state.memory, state.forgetting, consolidation)
+    memory = consolidate(state.memory, state.forgetting, consolidation, phases)
     return MemoryState(memory, torch.zeros_like(state.forgetting))
 
 
-def _consolidate_where(boundary_B: Tensor, state: MemoryState, consolidation: Consolidation) -> MemoryState:
+def _consolidate_where(
+    boundary_B: Tensor, state: MemoryState, consolidation: Consolidation, phases: Tensor | None
+) -> MemoryState:
     """Consolidate the rows at which ``boundary_B`` is set."""
-    new = _consolidated(state, consolidation)
+    new = _consolidated(state, consolidation, phases)
     boundary_B = boundary_B.to(state.memory.device)
     pairs = zip(new, state, strict=True)
     return MemoryState(*(torch.where(boundary_B.view(-1, *[1] * (b.dim() - 1)), a, b) for a, b in pairs))
@@ -391,6 +448,7 @@ class _Carry(torch.autograd.Function):
     Args:
         written_MHKV: what each chunk adds to the memory by its end.
         total_MH: the sum of Γ dt of each chunk.
+        phases_MP: phases at the end of each chunk, where the memory is consolidated in a turning frame.
         memory, forgetting: the state, a row per sequence, in the caller's order.
         parameters: those of the consolidation, named here to be differentiated.
 
@@ -409,6 +467,7 @@ class _Carry(torch.autograd.Function):
         consolidation: Consolidation | None,
         written_MHKV: Tensor,
         total_MH: Tensor,
+        phases_MP: Tensor | None,
         memory: Tensor,
         forgetting: Tensor,
         *parameters: Tensor,
@@ -431,11 +490,12 @@ class _Carry(torch.autograd.Function):
             new = MemoryState(memory, forgetting)
             # 4. Consolidate the sequences that stand at a boundary.
             if consolidation is not None and (full := layout.at_boundary(j, consolidation.interval)):
-                new = _replace_first(new, _consolidated(_first(new, full), consolidation))
+                now = _of_round(phases_MP, layout, j, full)
+                new = _replace_first(new, _consolidated(_first(new, full), consolidation, now))
             running = _replace_first(running, new)
         # 5. Back to the caller's order.
         back = torch.argsort(layout.order)
-        ctx.layout, ctx.consolidation, ctx.accumulated = layout, consolidation, accumulated
+        ctx.layout, ctx.consolidation, ctx.accumulated, ctx.phases_MP = layout, consolidation, accumulated, phases_MP
         before_MHKV = torch.cat([x.mT for x in before]).mT
         ctx.save_for_backward(before_MHKV, kept_MH11, written_MHKV, total_MH)
         return before_MHKV, *(x[back] for x in running)
@@ -447,6 +507,7 @@ class _Carry(torch.autograd.Function):
         # 1. Rank the sequences as forward did.
         grad_memory, grad_forgetting = (x[layout.order] for x in grad_final)
         grad = MemoryState(_keys_innermost(grad_memory), grad_forgetting)
+        grad_phases_MP = None if ctx.phases_MP is None else torch.zeros_like(ctx.phases_MP)
         grad_parameters = [torch.zeros_like(p) for p in (consolidation.parameters if consolidation else ())]
         grad_written, grad_total = [], []
         rounds = [x.split(layout.active) for x in (*ctx.saved_tensors, _keys_innermost(grad_before_MHKV))]
@@ -460,7 +521,10 @@ class _Carry(torch.autograd.Function):
                     torch.addcmul(written_AHKV, kept_AH11, memory_AHKV)[:full],
                     (ctx.accumulated[j] + total_AH)[:full],
                     consolidation,
+                    _of_round(ctx.phases_MP, layout, j, full),
                 )
+                if (of_phases := _of_round(grad_phases_MP, layout, j, full)) is not None and found.phases is not None:
+                    of_phases.copy_(found.phases)
                 now = _replace_first(now, MemoryState(found.memory, found.forgetting))
                 grad_parameters = [a + b for a, b in zip(grad_parameters, found.parameters, strict=True)]
             # 3. To what the chunk wrote, and through its decay to its total.
@@ -474,8 +538,14 @@ class _Carry(torch.autograd.Function):
         # 5. Back to the caller's order.
         back = torch.argsort(layout.order)
         grad_state = (x[back] for x in grad)
-        grads = (torch.cat([x.mT for x in grad_written[::-1]]).mT, torch.cat(grad_total[::-1]), *grad_state)
-        return None, None, *grads, *grad_parameters
+        grads = (torch.cat([x.mT for x in grad_written[::-1]]).mT, torch.cat(grad_total[::-1]), grad_phases_MP)
+        return None, None, *grads, *grad_state, *grad_parameters
+
+
+def _of_round(phases_MP: Tensor | None, layout: _ChunkLayout, j: int, count: int) -> Tensor | None:
+    """Return the rows of the first ``count`` sequences in round j, a view."""
+    first = sum(layout.active[:j])
+    return None if phases_MP is None else phases_MP[first : first + count]
 
 
 def _keys_innermost(memory_MHKV: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def empty_state(sequences: int, q: Tensor, v: Tensor) -> MemoryState:
     return MemoryState(memory, memory.new_zeros(memory.shape[:2]))
 
 
-def lengths_and_phases(
+def lengths_and_elapsed(
     q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, interval: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the tokens of every sequence, and the tokens that it has read since its last boundary.

@@ -73,7 +73,7 @@ def _phase2(found: Phase2Diagnostics, state: Phase2State) -> Diagnostics:
             continue
         scalars[_name("energy", i)] = stability["energy"].mean().item()
         scalars[_name("energy_over_bound", i)] = (stability["energy"] / stability["energy_bound"]).max().item()
-        histograms[_name("snr", i)] = signal_to_noise(layer.memory.memory)
+        histograms[_name("snr", i)] = signal_to_noise(layer.memory.memory, paired=layer.phases is not None)
         if snr:
             scalars[_name("signal_share", i)] = 1 - snr["low_snr_ratio"].mean().item()
             scalars[_name("snr_strength", i)] = snr["strength"].mean().item()

@@ -47,6 +47,11 @@ def test_rectangle_compiles_to_one_graph(backend):
     check(backend, torch.randint(0, 97, (2, 31)), [{}])
 
 
+@pytest.mark.parametrize("filters", [{}, {"snr_enabled": False, "resonance_enabled": False}])
+def test_rotating_memories_compile_to_one_graph(filters):
+    check("auto", torch.randint(0, 97, (2, 71)), [{}], memory_rotation=True, **filters)
+
+
 def test_checkpointed_blocks_compile_to_one_graph():
     check("torch", torch.randint(0, 97, (2, 31)), [{}], recompute=True)
 

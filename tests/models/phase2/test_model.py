@@ -153,6 +153,7 @@ FIELDS = {
     "consolidation_interval": (64, 128),
     "memory_feedback": (True, False),
     "feedback_scale": (None, 1.0),
+    "memory_rotation": (False, True),
     "conv_size": (4, 2),
     "output_norm": (True, False),
     "output_gate": (True, False),

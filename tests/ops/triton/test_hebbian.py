@@ -7,6 +7,7 @@ import torch
 
 from resolvent.errors import ConfigError
 from resolvent.ops import MemoryState, dispatch, dissipative_memory
+from resolvent.ops.memory_rotation import accumulate_phases
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -150,6 +151,22 @@ def test_segments_end_where_boundaries_lie():
     assert rows[:, 4].tolist() == [1, 0, 2, 0]  # chunks since the last boundary
 
 
+def test_rotated_queries_and_keys():
+    values, start = [x.requires_grad_() for x in inputs(150)], state()
+    turns = (torch.rand(2, 150, 8, dtype=torch.float64) - 0.5).requires_grad_()
+
+    def outcome(given, before, backend):
+        phases, _ = accumulate_phases(turns, torch.zeros(2, 8, dtype=torch.float64))
+        readout, final = dissipative_memory(*given, initial_state=before, phases=phases, backend=backend)
+        loss = readout.double().square().sum() + final.memory.double().square().sum()
+        return readout, *torch.autograd.grad(loss, [*given, turns])
+
+    expected = outcome(values, start, "torch")
+    found = outcome([single(x) for x in values], MemoryState(*(single(x) for x in start)), "triton")
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a.double(), b) <= 1e-5
+
+
 def test_strided_inputs():
     packed = torch.randn(2, 70, 3 * 2 * 16, dtype=torch.float64)
     q, k, v = (x.unflatten(-1, (2, 16)) for x in packed.chunk(3, dim=-1))
@@ -196,6 +213,11 @@ def test_unsupported_dtypes_and_widths_are_named():
     values = inputs(10)
     with pytest.raises(ConfigError, match=r"computes in float32, the tensors are torch\.float64"):
         dissipative_memory(*values, backend="triton")
+    phases = torch.zeros(2, 10, 8, dtype=torch.float64)
+    with pytest.raises(ConfigError, match="does not consolidate a memory that is rotated"):
+        dissipative_memory(
+            *(x.float() for x in values), phases=phases, consolidation=consolidation("both"), backend="triton"
+        )
     with pytest.raises(ConfigError, match="up to a width of 128, got 160"):
         dissipative_memory(*(x.float() for x in inputs(10, key=160)), backend="triton")
 
@@ -249,7 +271,7 @@ def test_a_layout_that_python_does_not_read_is_the_same(interval, read):
 @pytest.mark.parametrize("kind", ["none", "both"])
 def test_offsets_that_python_does_not_read(kind, monkeypatch):
     monkeypatch.setattr(segments, "_stays_on_device", lambda cu_seqlens: True)
-    monkeypatch.setattr(segments, "lengths_and_phases", None)  # would read them
+    monkeypatch.setattr(segments, "lengths_and_elapsed", None)  # would read them
     lengths, position = (torch.tensor(x) for x in RAGGED)
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     check(inputs(int(offsets[-1]), batch=1), state(len(lengths)), consolidation(kind), position, offsets)

@@ -89,7 +89,9 @@ class Phase2Block(Block[Phase2Record]):
         self.hebbian = (
             None
             if attends
-            else DissipativeHebbianLayer(width, heads, head_dim, config.hebbian_eta, config.hebbian_dt, *options)
+            else DissipativeHebbianLayer(
+                width, heads, head_dim, config.hebbian_eta, config.hebbian_dt, *options, config.memory_rotation
+            )
         )
         self.attention = (
             LocalAttentionLayer(width, heads, head_dim, config.attention_window, *options) if attends else None
@@ -103,6 +105,7 @@ class Phase2Block(Block[Phase2Record]):
                 config.snr_eta_boost,
                 config.snr_temperature,
                 config.snr_trained,
+                config.memory_rotation,
             )
             if config.snr_enabled and not attends
             else None
@@ -157,7 +160,8 @@ class Phase2Block(Block[Phase2Record]):
             return [resolvent, conv_tail, *ar_ssm, window, window]
         assert self.hebbian is not None
         memory, conv_tail = self.hebbian.state_shape
-        return [resolvent, memory, memory[:1], conv_tail, *ar_ssm]
+        phases = [] if self.hebbian.rotation_proj is None else [(memory[1] // 2,)]
+        return [resolvent, memory, memory[:1], conv_tail, *ar_ssm, *phases]
 
     def compute(
         self,
@@ -185,14 +189,19 @@ class Phase2Block(Block[Phase2Record]):
         # 2. Memory, with the same Γ, or attention.
         memory_input = self.ln2(x)
         if self.hebbian is not None:
-            memory = None if state is None else state.memory
-            read = self.hebbian(memory_input, gamma, memory, conv_tail, position, cu_seqlens, self.consolidation())
+            memory, phases = (None, None) if state is None else (state.memory, state.phases)
+            read = self.hebbian(
+                memory_input, gamma, memory, conv_tail, position, cu_seqlens, self.consolidation(), phases
+            )
+            kept = dict(memory=read.state, phases=read.phases)
         else:
             assert self.attention is not None
-            window = None if state is None else getattr(state, self._state_field)
+            field = "cache" if self.attention.window is None else "window"
+            window = None if state is None else getattr(state, field)
             if state is not None and window is None:
                 raise ValueError("the state belongs to another model: one of its windows grows, or none of them does")
             read = self.attention(memory_input, window, conv_tail, position, cu_seqlens)
+            kept = {field: read.state}
         x = x + self.dropout(read.output)
         # 3. The semiseparable branch of a converted model.
         if self.ar_ssm is not None and self.ln_ssm is not None:
@@ -200,15 +209,8 @@ class Phase2Block(Block[Phase2Record]):
             x = x + self.dropout(output)
         # 4. Feed-forward network.
         x = x + self.dropout(self.ffn(self.ln3(x)))
-        after = LayerState(resolvent, None, read.conv_tail, ar_ssm)._replace(**{self._state_field: read.state})
+        after = LayerState(resolvent, None, read.conv_tail, ar_ssm)._replace(**kept)
         return Phase2Record(x, features, gamma, memory_input, read.readout, read.values, after)
-
-    @property
-    def _state_field(self) -> str:
-        """Field of ``LayerState`` that holds the state of memory or attention."""
-        if self.attention is None:
-            return "memory"
-        return "cache" if self.attention.window is None else "window"
 
 
 Phase2Model = IntegratedModel[Phase2Config, Phase2Record, Phase2State]

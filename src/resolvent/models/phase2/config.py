@@ -91,6 +91,8 @@ class Phase2Config(ModelConfig):
     """add the previous block's memory read-out to the potential"""
     feedback_scale: float | None = None
     """factor of that read-out; None for the inverse square root of its width"""
+    memory_rotation: bool = False
+    """rotate queries and keys by accumulated angles that depend on the tokens, so that a memory can count"""
     conv_size: int = 4
     """width of the short convolution before q, k, v in tokens; 1 for none"""
     output_norm: bool = True
@@ -195,6 +197,8 @@ class Phase2Config(ModelConfig):
         faults += must_be_positive(self, *(name for name in optional if getattr(self, name) is not None))
         if self.least_decay is not None and not 0 < self.least_decay < self.base_decay:
             faults.append(f"least_decay must be > 0 and < base_decay ({self.base_decay}), got {self.least_decay}")
+        if self.memory_rotation and self.head_dim % 2:
+            faults.append(f"memory_rotation turns pairs of channels: head_dim must be even, got {self.head_dim}")
         if self.tie_embeddings and self.htt_rank is not None:
             faults.append(f"tie_embeddings needs a table to share: htt_rank must be None, got {self.htt_rank}")
         if len({*self.attention_layers} & {*range(self.n_layers)}) < len(self.attention_layers):

@@ -63,6 +63,8 @@ class TokenStep:
             return f"{len(state)} sequences are more than {MOST_SEQUENCES}"
         if not isinstance(model.token_embedding, nn.Embedding) or config.ar_ssm_rank or config.conv_size < 2:
             return "it has a tensor-train embedding, a semiseparable branch or no short convolution"
+        if config.memory_rotation:
+            return "its memory rotates"
         if model.position_embedding.trainable:
             return "its positions have trained frequencies"
         if not all(map(is_plain, _projections(model))):

@@ -43,7 +43,7 @@ class Phase2Diagnostics(TypedDict):
 @torch.no_grad()
 def diagnose(blocks: Sequence[Phase2Block], trace: Trace[Phase2Record, Phase2State]) -> Phase2Diagnostics:
     """Return the diagnostics of a trace, in the shape of the input and without gradients."""
-    memories = [record.state.memory for record in trace.layers]
+    memories = [record.state.facing_memory() for record in trace.layers]
     return {
         "input_embeddings": trace.restore(trace.embedded.detach()),
         "final_hidden_states": trace.restore(trace.normed.detach()),
@@ -55,9 +55,9 @@ def diagnose(blocks: Sequence[Phase2Block], trace: Trace[Phase2Record, Phase2Sta
     }
 
 
-def _statistics(part: SNRMemoryFilter | MemoryResonanceLayer | None, state: MemoryState | None) -> dict[str, Tensor]:
-    """Return what a filter says of a layer's memory; nothing where there is no filter or no memory."""
-    return {} if part is None or state is None else part.statistics(state.memory)
+def _statistics(part: SNRMemoryFilter | MemoryResonanceLayer | None, memory: Tensor | None) -> dict[str, Tensor]:
+    """Return a filter's statistics of a layer's memory; none where there is no filter or no memory."""
+    return {} if part is None or memory is None else part.statistics(memory)
 
 
 def _stability(block: Phase2Block, trace: Trace[Phase2Record, Phase2State], layer: int) -> dict[str, Tensor]:

@@ -84,7 +84,8 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
     def reads_offsets(self) -> bool:
         head, config = self.lm_head.weight, self.config
         remembers = len(config.attention_layers) < config.n_layers
-        memory = memory_implementation(config.backend, head.device, head.dtype, config.head_dim)
+        turning = config.memory_rotation and (config.snr_enabled or config.resonance_enabled)
+        memory = memory_implementation(config.backend, head.device, head.dtype, config.head_dim, turning=turning)
         return self.state_grows or (remembers and memory == "torch")
 
     @property

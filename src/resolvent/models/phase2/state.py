@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...layers import SemiseparableState
 from ...ops import MemoryState, ReusedWindow, WindowState
+from ...ops.memory_rotation import angles_of, rotate_memory
 from ..state import ModelState
 
 
@@ -21,6 +22,7 @@ class LayerState(NamedTuple):
         memory: the Hebbian memory, float32; None where the block attends.
         conv_tail: conv state: the last inputs of the short convolution, float32 (B, W - 1, 3HK).
         ar_ssm: sum and conv state of the semiseparable layer, where a block has one.
+        phases: phases of the pairs of key channels, in turns, float64 (B, K / 2), where the memory rotates.
         window: keys and values of the last tokens, where a block attends to a window.
         cache: keys and values of all tokens, where a block attends to all.
     """
@@ -29,8 +31,16 @@ class LayerState(NamedTuple):
     memory: MemoryState | None
     conv_tail: Tensor
     ar_ssm: SemiseparableState | None = None
+    phases: Tensor | None = None
     window: WindowState | None = None
     cache: WindowState | None = None
+
+    def facing_memory(self) -> Tensor | None:
+        """Return the memory as a query that is not rotated meets it, ``R(-Φ) S``: (B, H, K, V); None without memory."""
+        if self.memory is None:
+            return None
+        memory = self.memory.memory
+        return memory if self.phases is None else rotate_memory(memory, -angles_of(self.phases, memory.dtype))
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,7 +48,7 @@ class Phase2State(ModelState):
     """State of a Phase 2 model: per layer the last value of the resolvent, the conv state, and memory or window."""
 
     layer_type: ClassVar[type[LayerState]] = LayerState
-    exact: ClassVar[frozenset[str]] = frozenset({"total"})
+    exact: ClassVar[frozenset[str]] = frozenset({"total", "phases"})
     as_read: ClassVar[frozenset[str]] = frozenset({"keys", "values"})
     growing: ClassVar[frozenset[str]] = frozenset({"cache"})
 

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..memory_state import CHUNK, lengths_and_phases
+from ..memory_state import CHUNK, lengths_and_elapsed
 
 _LEAST_PROGRAMS, _WANTED_PROGRAMS = 64, 528
 """Below the first number of programs, one per head of a sequence, a GPU stays empty; the second fills it four times."""
@@ -45,20 +45,20 @@ class Layout:
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept for later calls must serve training, too
 def _layout(
-    lengths: tuple[int, ...], phases: tuple[int, ...], longest_segment: int, interval: int, device: torch.device
+    lengths: tuple[int, ...], elapsed: tuple[int, ...], longest_segment: int, interval: int, device: torch.device
 ) -> Layout:
     """Make the layout.
 
     Args:
         lengths: tokens of the sequences.
-        phases: tokens that the sequences have read since their last boundary.
+        elapsed: tokens that the sequences have read since their last boundary.
         longest_segment: in chunks, 0 for no limit.
         interval: tokens between boundaries, 0 without boundaries.
         device: device of the tables.
     """
     segments, first_segment, chunks, start, chunk, boundary = [], [0], [], 0, 0, 0
-    for length, phase in zip(lengths, phases, strict=True):
-        end, slot, since_boundary = start + length, start - phase % CHUNK, phase // CHUNK
+    for length, since in zip(lengths, elapsed, strict=True):
+        end, slot, since_boundary = start + length, start - since % CHUNK, since // CHUNK
         while True:
             longest = min(longest_segment, interval // CHUNK - since_boundary) if interval else longest_segment
             stop = end if longest_segment == 0 else min(end, slot + longest * CHUNK)
@@ -98,12 +98,12 @@ def _copied(x: Tensor, device: torch.device) -> Tensor:
 
 def layout_of(q: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, interval: int) -> Layout:
     """Return the layout of sequences whose offsets Python reads; long ones are cut where there are few programs."""
-    lengths, phases = lengths_and_phases(q, position, cu_seqlens, interval)
+    lengths, elapsed = lengths_and_elapsed(q, position, cu_seqlens, interval)
     heads, longest = q.shape[2], 0
     chunks = [-(-n // CHUNK) for n in lengths]
     if len(lengths) * heads < _LEAST_PROGRAMS and max(chunks, default=0) > _SHORTEST_SEGMENT:
         longest = max(_SHORTEST_SEGMENT, triton.next_power_of_2(-(-sum(chunks) * heads // _WANTED_PROGRAMS)))
-    return _layout(lengths, phases, longest, interval, q.device)
+    return _layout(lengths, elapsed, longest, interval, q.device)
 
 
 def tables_on_device(
@@ -131,12 +131,12 @@ def layout_on_device(cu_seqlens: Tensor, position: Tensor | None, tokens: int, i
     there may be chunks; the rows left over have no token.
     """
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    phase = torch.zeros_like(starts) if position is None else position.to(starts.device) % interval
-    slots = starts - phase % CHUNK
+    since = torch.zeros_like(starts) if position is None else position.to(starts.device) % interval
+    slots = starts - since % CHUNK
     counts = torch.where(ends > starts, (ends - slots + CHUNK - 1) // CHUNK, 0)
-    boundaries = (phase + ends - starts) // interval if interval else torch.zeros_like(starts)
+    boundaries = (since + ends - starts) // interval if interval else torch.zeros_like(starts)
     last, met = torch.stack([counts, boundaries]).cumsum(1)
-    segments = torch.stack([starts, ends, slots, last - counts, phase // CHUNK, met - boundaries], dim=1)
+    segments = torch.stack([starts, ends, slots, last - counts, since // CHUNK, met - boundaries], dim=1)
     row = torch.arange(most_chunks(tokens, len(starts), position is not None), device=starts.device)
     segment = torch.searchsorted(last, row, right=True)
     there = segment < len(starts)
@@ -145,9 +145,9 @@ def layout_on_device(cu_seqlens: Tensor, position: Tensor | None, tokens: int, i
     return segments, torch.stack([segment, chunk], dim=1)
 
 
-def most_chunks(tokens: int, sequences: int, phases: bool) -> int:
+def most_chunks(tokens: int, sequences: int, goes_on: bool) -> int:
     """Return the largest number of chunks of packed sequences.
 
-    Each may end inside a chunk and, if it goes on inside one (``phases``), touch one more.
+    Each may end inside a chunk and, if it goes on inside one (``goes_on``), touch one more.
     """
-    return tokens // CHUNK + (2 if phases else 1) * sequences
+    return tokens // CHUNK + (2 if goes_on else 1) * sequences
