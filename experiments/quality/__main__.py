@@ -71,6 +71,10 @@ def learn_language(
     parameters: int | None = None,
     dropout: float | None = None,
     extrapolate: Annotated[int | None, typer.Option(help="Tokens of long stretches to read at the end.")] = None,
+    muon_ratio: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of Muon over --lr, which is AdamW's.", show_default="AdamW alone"),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Folder for the Phase 2 models, one each.")] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help=Compile.__metadata__[0].help)] = True,
     capture: Capture = True,
@@ -78,7 +82,14 @@ def learn_language(
     """Train models to predict text, and validate them."""
     clock = Clock.of(budget_seconds)
     chosen = planned(
-        plan, steps=steps, batch=batch, length=length, parameters=parameters, dropout=dropout, extrapolate=extrapolate
+        plan,
+        steps=steps,
+        batch=batch,
+        length=length,
+        parameters=parameters,
+        dropout=dropout,
+        extrapolate=extrapolate,
+        muon_ratio=muon_ratio,
     )
     corpus, device = language.Text.load(text), pick_device()
     mode = mode_for(device, compiled, capture, autocast=True)

@@ -171,6 +171,7 @@ class Plan:
         warmup: steps of warm-up.
         final: last learning rate over the peak.
         evaluations: validations in a run, evenly spread; the last is at its end.
+        muon_ratio: learning rate of Muon over that of AdamW; None for AdamW alone.
         extrapolate: tokens of the stretches that are read whole at the end, from a fresh start; 0 for none.
     """
 
@@ -185,6 +186,7 @@ class Plan:
     final: float = 0.1
     evaluations: int = 4
     extrapolate: int = 0
+    muon_ratio: float | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -220,7 +222,7 @@ class Experiment:
         self.windows = tuple(x.to(self.device) for x in text.windows(plan.length))
         self.counted = (self.windows[1] != IGNORED).cpu()
         entry.reset(0)
-        self.trainer = Trainer(entry.model, [self._loss], plan.steps, mode)
+        self.trainer = Trainer(entry.model, [self._loss], plan.steps, mode, muon_ratio=plan.muon_ratio)
 
     @cached_property
     def seconds(self) -> float:
@@ -373,4 +375,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def settings(plan: Plan, text: Text) -> dict[str, Any]:
     """Return the settings that comparable runs share."""
-    return {"task": "language", **dataclasses.asdict(plan), "vocabulary": text.vocabulary, "corpus": len(text.train)}
+    shared = dataclasses.asdict(plan)
+    if plan.muon_ratio is None:
+        del shared["muon_ratio"]  # records of AdamW have no such setting
+    return {"task": "language", **shared, "vocabulary": text.vocabulary, "corpus": len(text.train)}

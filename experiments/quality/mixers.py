@@ -8,6 +8,7 @@ Shapes: B batch, N sequence, D model width, H heads, K key width, V value width.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,8 @@ class Attention(Mixer):
         width: D.
         heads: H; D / H is even.
     """
+
+    stacked: ClassVar[dict[str, int]] = {"qkv_proj": 3}
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

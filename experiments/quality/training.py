@@ -6,16 +6,18 @@ same graph serves every seed and learning rate; weights and the optimiser's stat
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from resolvent.training.optimizer import build_optimizer
+from resolvent.training.optimizer import build_muon, build_optimizer
 from resolvent.training.schedule import learning_rate_factor
 
 Loss = Callable[[Tensor], Tensor]
@@ -32,6 +34,17 @@ def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """Of tensors as one."""
     wrong = sum((a - b).square().sum().item() for a, b in zip(found, exact, strict=True))
     return math.sqrt(wrong / sum(b.square().sum().item() for b in exact))
+
+
+@contextmanager
+def collecting_no_garbage() -> Iterator[None]:
+    """Collect garbage before, none within: what compiling left shall not unload kernels while a graph is recorded."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class OutOfTimeError(Exception):
@@ -92,7 +105,7 @@ class Schedule:
 
 
 class Trainer:
-    """A model in training, with AdamW (0.9, 0.95) and decay on matrices.
+    """A model in training, with Muon or AdamW (0.9, 0.95) and decay on matrices.
 
     Args:
         model: on its device, with a list of ``blocks``.
@@ -101,6 +114,7 @@ class Trainer:
         mode: how steps run.
         clip: largest norm of a gradient; None for no end.
         weight_decay: of matrices.
+        muon_ratio: learning rate of Muon over that of AdamW; None for AdamW alone.
     """
 
     def __init__(
@@ -111,6 +125,7 @@ class Trainer:
         mode: Mode,
         clip: float | None = 1.0,
         weight_decay: float = 0.1,
+        muon_ratio: float | None = None,
     ) -> None:
         self.model, self.mode, self.steps, self.clip = model, mode, steps, clip
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -119,9 +134,14 @@ class Trainer:
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.rate = torch.zeros((), device=device)
         self.rates, self.history = torch.zeros(steps, device=device), torch.zeros(steps, device=device)
-        self.optimizer = build_optimizer(model, learning_rate=0.0, weight_decay=weight_decay, betas=(0.9, 0.95))
+        shape = dict(learning_rate=0.0, weight_decay=weight_decay, betas=(0.9, 0.95))
+        if muon_ratio is None:
+            self.optimizer = build_optimizer(model, **shape)
+        else:
+            self.optimizer = build_muon(model, muon_learning_rate=0.0, **shape)
+        self.muon_rate, self.muon_ratio = torch.zeros((), device=device), muon_ratio or 1.0
         for group in self.optimizer.param_groups:
-            group.update(lr=self.rate, capturable=self.cuda)
+            group.update(lr=self.muon_rate if group.get("parts") else self.rate, capturable=self.cuda)
         started = time.perf_counter()
         model.train()
         self.compiled_error = self._compile(losses[0]) if mode.compiled else None
@@ -215,7 +235,7 @@ class Trainer:
         torch.cuda.current_stream().wait_stream(stream)
         self.step.zero_()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with collecting_no_garbage(), torch.cuda.graph(graph, stream=stream):
             advance()
         return graph.replay
 
@@ -224,6 +244,7 @@ class Trainer:
         if self.clip is not None:
             clip_grad_norm_(self.parameters, self.clip)
         self.rate.copy_(self.rates.index_select(0, self.step).squeeze(0))
+        self.muon_rate.copy_(self.rate * self.muon_ratio)
         self.optimizer.step()
         self.history.index_copy_(0, self.step, nats.float().unsqueeze(0))
         self.step += 1

@@ -27,7 +27,7 @@ def small_config(text_file: Path, tmp_path: Path) -> Callable[..., TrainingConfi
     """A configuration that trains in about a second, with some fields replaced."""
 
     def make(**changes: object) -> TrainingConfig:
-        model = Phase2Config(vocab_size=257, d_model=32, n_layers=2, n_seq=64, num_heads=2, head_dim=16, dropout=0.1)
+        model = Phase2Config(vocab_size=257, d_model=64, n_layers=2, n_seq=64, num_heads=2, head_dim=32, dropout=0.1)
         settings: dict[str, object] = dict(
             preset=None, model=model, data=str(text_file), out=str(tmp_path / "run"), steps=10, seq_len=64, batch_size=2
         )

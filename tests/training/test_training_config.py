@@ -123,9 +123,27 @@ def test_default_window_is_n_seq_of_the_model():
 
 
 def test_the_default_learning_rate_falls_with_the_width():
-    assert TrainingConfig().peak_learning_rate(d_model=512) == pytest.approx(1e-3, rel=0.03)
-    assert TrainingConfig().peak_learning_rate(d_model=128) == pytest.approx(4e-3, rel=0.03)
-    assert TrainingConfig(learning_rate=0.25).peak_learning_rate(d_model=128) == 0.25
+    assert TrainingConfig(optimizer="adamw").peak_learning_rate(d_model=512) == pytest.approx(1e-3, rel=0.03)
+    assert TrainingConfig(optimizer="adamw").peak_learning_rate(d_model=128) == pytest.approx(4e-3, rel=0.03)
+    assert TrainingConfig(optimizer="adamw", learning_rate=0.25).peak_learning_rate(d_model=128) == 0.25
+
+
+def test_learning_rates_beside_muon_do_not_depend_on_the_width_and_keep_their_ratio():
+    for width in (128, 1024):
+        assert TrainingConfig().peak_learning_rate(width) == 4e-3
+        assert TrainingConfig().peak_muon_learning_rate(width) == 5 * 4e-3
+    assert TrainingConfig(learning_rate=0.25).peak_muon_learning_rate(128) == 5 * 0.25
+    given = TrainingConfig(learning_rate=0.25, muon_learning_rate=0.5)
+    assert (given.peak_learning_rate(128), given.peak_muon_learning_rate(128)) == (0.25, 0.5)
+    assert TrainingConfig(start_from="runs/old").peak_muon_learning_rate(128) == 5 * 1e-3
+
+
+def test_settings_of_muon_have_no_effect_with_adamw():
+    TrainingConfig(muon_learning_rate=0.5, muon_momentum=0.9).validate()
+    idle = TrainingConfig(optimizer="adamw", muon_learning_rate=0.5, muon_momentum=0.9)
+    with pytest.raises(ConfigError, match="muon_learning_rate has no effect with the optimizer 'adamw'") as raised:
+        idle.validate()
+    assert "muon_momentum has no effect" in str(raised.value)
 
 
 def test_the_default_run_folder_is_named_after_the_preset():
@@ -151,8 +169,9 @@ def test_given_tokens_of_a_validation_replace_the_default(tokens: int):
 
 
 def test_a_saved_model_takes_a_quarter_of_the_learning_rate_of_fresh_weights():
-    assert TrainingConfig().peak_learning_rate(128) == pytest.approx(0.5 / 128)
-    assert TrainingConfig(start_from="runs/old").peak_learning_rate(128) == pytest.approx(0.125 / 128)
+    adamw = TrainingConfig(optimizer="adamw", start_from="runs/old")
+    assert adamw.peak_learning_rate(128) == pytest.approx(0.125 / 128)
+    assert TrainingConfig(start_from="runs/old").peak_learning_rate(128) == pytest.approx(1e-3)
     assert TrainingConfig(start_from="runs/old", learning_rate=0.3).peak_learning_rate(128) == 0.3
 
 

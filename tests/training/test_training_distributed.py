@@ -97,7 +97,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> MakeConfi
     """Runs whose steps have four batches, of whatever number of processes."""
 
     def config(name: str, processes: int, **changes: Any) -> TrainingConfig:
-        model = Phase2Config(vocab_size=257, d_model=16, n_layers=2, n_seq=32, num_heads=2, head_dim=8, dropout=0.1)
+        model = Phase2Config(vocab_size=257, d_model=64, n_layers=2, n_seq=32, num_heads=1, head_dim=64, dropout=0.1)
         sizes: dict[str, Any] = dict(steps=STEPS, seq_len=32, batch_size=2, accumulation=4 // processes)
         reports: dict[str, Any] = dict(eval_interval=3, eval_tokens=300, final_eval_tokens=0, checkpoint_interval=2)
         reports["keep_checkpoints"] = 9
@@ -142,6 +142,15 @@ def test_two_processes_that_share_the_model_train_as_one(sharded: Path, alone: P
     assert sum(shares) == sum(x.numel() for path in files for x in load_file(path).values())
     assert len(shares) == 2 and max(shares) < 0.51 * sum(shares)
     assert load_model(sharded, device="cpu").vocab_size == 257
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_with_adamw_alone(make: MakeConfig, parallel: str):
+    alone = train(make("alone-adamw", 1, optimizer="adamw"), overwrite=True).run_dir
+    config = make(f"{parallel}-adamw", 2, optimizer="adamw", parallel=parallel)
+    together(2, run_here, config)
+    assert_agree(config.run_dir, alone)
 
 
 def test_a_shared_model_resumes_bit_for_bit(sharded: Path, tmp_path: Path):

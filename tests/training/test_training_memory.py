@@ -17,7 +17,7 @@ from resolvent.models.phase1 import Phase1IntegratedModel, get_phase1_preset
 from resolvent.models.phase2 import Phase2IntegratedModel, get_phase2_preset
 from resolvent.training import TrainingConfig, train
 from resolvent.training.memory import estimate_memory, memory_of
-from resolvent.training.optimizer import build_optimizer
+from resolvent.training.optimizer import optimizer_of_run
 from tests.processes import together
 
 MakeConfig = Callable[..., TrainingConfig]
@@ -30,7 +30,7 @@ def build(phase: int, preset: str, **changes: Any) -> IntegratedModel:
 
 
 def measured_and_estimated(
-    phase: int, preset: str, changes: dict[str, Any], windows: int, window: int, recompute: bool
+    phase: int, preset: str, changes: dict[str, Any], windows: int, window: int, recompute: bool, muon: bool
 ) -> tuple[int, int]:
     """Bytes at the peak of two training steps in this process, beyond what it held before, and the estimate."""
     torch.set_num_threads(1)
@@ -39,7 +39,8 @@ def measured_and_estimated(
     model.update_rank_schedule(sys.maxsize)  # all channels in use
     if recompute:
         model.recompute_blocks()
-    optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.1, betas=(0.9, 0.95))
+    settings = TrainingConfig(learning_rate=1e-4, optimizer="muon" if muon else "adamw")
+    optimizer = optimizer_of_run(settings, model)
     options = {"return_penalty": True} if model.penalised else {}
     ids = torch.randint(256, (1, windows * window + 1))
     for _ in range(2):
@@ -48,29 +49,32 @@ def measured_and_estimated(
         (output[0] + output[1] if options else output).backward()
         optimizer.step()
         optimizer.zero_grad()
-    estimate = estimate_memory(model, tokens=windows * window, recompute=recompute)
+    sizes = dict(tokens=windows * window, recompute=recompute)
+    estimate = estimate_memory(model, **sizes, optimizer=settings.optimizer)
     return peak_resident_bytes() - before, estimate.total
 
 
 @pytest.mark.parametrize(
-    ("phase", "preset", "changes", "windows", "window", "recompute"),
+    ("phase", "preset", "changes", "windows", "window", "recompute", "muon"),
     [
-        (2, "tiny", {}, 4, 256, False),
-        (2, "tiny", {}, 8, 256, True),
-        (1, "tiny", {}, 8, 256, False),
-        pytest.param(2, "tiny", dict(num_heads=8), 4, 1024, False, marks=pytest.mark.slow),
-        pytest.param(2, "tiny", dict(head_dim=64), 1, 4096, False, marks=pytest.mark.slow),
-        pytest.param(2, "tiny", dict(ffn_dim=1024), 8, 512, False, marks=pytest.mark.slow),
-        pytest.param(2, "tiny", dict(n_layers=8), 8, 512, True, marks=pytest.mark.slow),
-        pytest.param(1, "tiny", dict(n_layers=8), 8, 512, True, marks=pytest.mark.slow),
-        pytest.param(2, "small", {}, 2, 1024, False, marks=pytest.mark.slow),
-        pytest.param(2, "base", {}, 1, 1024, False, marks=pytest.mark.slow),
+        (2, "tiny", {}, 4, 256, False, False),
+        (2, "tiny", {}, 4, 256, False, True),
+        (2, "tiny", {}, 8, 256, True, True),
+        (1, "tiny", {}, 8, 256, False, True),
+        pytest.param(2, "tiny", dict(num_heads=8), 4, 1024, False, True, marks=pytest.mark.slow),
+        pytest.param(2, "tiny", dict(head_dim=64), 1, 4096, False, True, marks=pytest.mark.slow),
+        pytest.param(2, "tiny", dict(ffn_dim=1024), 8, 512, False, True, marks=pytest.mark.slow),
+        pytest.param(2, "tiny", dict(n_layers=8), 8, 512, True, True, marks=pytest.mark.slow),
+        pytest.param(1, "tiny", dict(n_layers=8), 8, 512, True, True, marks=pytest.mark.slow),
+        pytest.param(2, "small", {}, 2, 1024, False, True, marks=pytest.mark.slow),
+        pytest.param(2, "base", {}, 1, 1024, False, True, marks=pytest.mark.slow),
     ],
 )
 def test_the_estimate_is_within_a_factor_of_what_training_takes(
-    phase: int, preset: str, changes: dict[str, Any], windows: int, window: int, recompute: bool
+    phase: int, preset: str, changes: dict[str, Any], windows: int, window: int, recompute: bool, muon: bool
 ):
-    ((measured, estimated),) = together(1, measured_and_estimated, phase, preset, changes, windows, window, recompute)
+    sizes = (phase, preset, changes, windows, window, recompute, muon)
+    ((measured, estimated),) = together(1, measured_and_estimated, *sizes)
     assert estimated / 1.5 < measured < 1.5 * estimated
 
 
@@ -94,6 +98,16 @@ def test_windows_of_100_000_tokens_take_more_than_a_laptop_has():
     assert recomputed < whole
 
 
+def test_muon_keeps_one_average_of_a_matrix():
+    model = build(2, "tiny", vocab_size=257)
+    adamw, muon = (estimate_memory(model, tokens=256, optimizer=name) for name in ("adamw", "muon"))
+    optimizer = optimizer_of_run(TrainingConfig(), model)
+    matrices = sum(x.numel() for group in optimizer.param_groups if group["parts"] for x in group["params"])
+    assert matrices > model.num_parameters() / 2
+    assert adamw.parameters - muon.parameters == 4 * matrices
+    assert adamw.activations == muon.activations
+
+
 @pytest.mark.parametrize(("free", "recompute", "said"), [(0.9, False, True), (0.9, True, True), (1.1, False, False)])
 def test_warning_if_a_run_hardly_fits(
     small_config: MakeConfig,
@@ -106,7 +120,7 @@ def test_warning_if_a_run_hardly_fits(
     config = small_config(steps=1, recompute=recompute)
     assert config.model is not None
     model = Phase2IntegratedModel(config.model)
-    available = round(free * estimate_memory(model, tokens=2 * 64, recompute=recompute).total)
+    available = round(free * estimate_memory(model, tokens=2 * 64, recompute=recompute, optimizer="muon").total)
     monkeypatch.setattr("resolvent.training.memory.memory_of", lambda _: Memory(total=2**40, available=available))
     train(config)
     assert ("GiB are free. If it is killed, lower --batch-size" in caplog.text) == said

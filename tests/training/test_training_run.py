@@ -312,27 +312,30 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
     assert all(torch.equal(weight, before[name]) for name, weight in trainers[0].raw_model.state_dict().items())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_steps_follow_the_schedule_with_a_clipped_gradient(
-    small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ):
-    seen: list[tuple[float, float]] = []
+    seen: list[tuple[dict[str, float], float]] = []
 
     def look_before_steps(trainer: Trainer) -> None:
         def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-            rates = {group["lr"] for group in optimizer.param_groups}
-            seen.append((rates.pop(), torch.nn.utils.get_total_norm(gradients).item()))
-            assert not rates
+            rates = {"muon_lr" if group.get("parts") else "lr": group["lr"] for group in optimizer.param_groups}
+            seen.append((rates, torch.nn.utils.get_total_norm(gradients).item()))
 
         trainer.raw_optimizer.register_step_pre_hook(look)
 
     introduce = Trainer._introduce
     monkeypatch.setattr(Trainer, "_introduce", lambda self: (introduce(self), look_before_steps(self)))
-    config = small_config(learning_rate=0.01, warmup_steps=2, schedule="wsd", min_lr_ratio=0.5, grad_clip=0.25)
-    train(config)
+    settings = dict(warmup_steps=2, schedule="wsd", min_lr_ratio=0.5, grad_clip=0.25)
+    train(small_config(optimizer=optimizer, learning_rate=0.01, **settings))
+    peaks = {"lr": 0.01, "muon_lr": 0.05} if optimizer == "muon" else {"lr": 0.01}
     records = [record for record in metrics(tmp_path / "run") if "loss" in record]
-    assert [rate for rate, _ in seen] == [record["lr"] for record in records]
-    assert [rate for rate, _ in seen] == pytest.approx([0.005, *[0.01] * 7, 0.005 + 0.005 * (1 - 0.5**0.5), 0.005])
+    assert [rates for rates, _ in seen] == [{name: record[name] for name in peaks} for record in records]
+    factors = [0.5, *[1.0] * 7, 0.5 + 0.5 * (1 - 0.5**0.5), 0.5]
+    for name, peak in peaks.items():
+        assert [rates[name] for rates, _ in seen] == pytest.approx([peak * factor for factor in factors])
     assert all(record["grad_norm"] > 0.25 for record in records)
     assert [norm for _, norm in seen] == pytest.approx([0.25] * 10, rel=1e-3)
 

@@ -48,7 +48,7 @@ def test_tensorboard_gets_metrics_and_diagnostics(tracked: MakeConfig):
     config = tracked()
     train(config)
     found, steps = scalars(config.run_dir), list(range(1, config.steps + 1))
-    for name in ("loss", "bits_per_byte", "lr", "grad_norm", "tokens"):
+    for name in ("loss", "bits_per_byte", "lr", "muon_lr", "grad_norm", "tokens"):
         written = [record[name] for record in metrics(config.run_dir) if "loss" in record]
         assert [step for step, _ in found[f"training/{name}"]] == steps
         assert [value for _, value in found[f"training/{name}"]] == pytest.approx(written, rel=1e-6)
@@ -117,7 +117,7 @@ def test_tensorboard_shows_the_steps_that_a_run_took_again(
     spoil_loss(monkeypatch, step=step, rewinds=2)
     train(config)
     found, first = scalars(config.run_dir), 5 if step < 8 else 9
-    for name in ("loss", "lr"):
+    for name in ("loss", "lr", "muon_lr"):
         written = [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in metrics(config.run_dir) if "loss" in r]
         assert found[f"training/{name}"] == written
     assert found["training/rewinds"] == [(first, 2.0)]
@@ -191,7 +191,7 @@ def test_any_tracker_of_accelerate_gets_scalars_and_settings(small_config: MakeC
     assert all(isinstance(value, float | int) for _, values in notes.told for value in values.values())
     assert [step for step, _ in notes.told] == sorted(step for step, _ in notes.told)
     created, settings = notes.options
-    assert created == {} and settings["model.d_model"] == 32 and settings["seed"] == 0
+    assert created == {} and settings["model.d_model"] == 64 and settings["seed"] == 0
     assert notes.finished == ["resolvent"]
 
 

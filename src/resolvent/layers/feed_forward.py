@@ -3,6 +3,8 @@
 Shapes: D model width, F hidden width.
 """
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from ..ops.swiglu import swiglu
@@ -17,6 +19,9 @@ class GatedFeedForward(nn.Module):
         d_model: width D.
         hidden: width F.
     """
+
+    stacked: ClassVar[dict[str, int]] = {"in_proj": 2}
+    """Projections that lie on top of each other in one weight, which an optimizer of matrices takes apart."""
 
     def __init__(self, d_model: int, hidden: int):
         super().__init__()

@@ -122,14 +122,26 @@ class TrainingConfig:
     batch_size: int = setting(8, SIZE, "Windows in a batch, on each device.", at_least=1)
     accumulation: int = setting(1, SIZE, "Batches in a step, on each device.", at_least=1)
 
+    optimizer: Literal["muon", "adamw"] = setting(
+        "muon", OPTIMISER, "muon: Muon for wide matrices, AdamW for embeddings, head and all else."
+    )
     learning_rate: float | None = setting(
         None,
         OPTIMISER,
-        "Highest learning rate.",
+        "Highest learning rate; with muon, of what AdamW moves.",
         above=0,
         aliases=("--lr",),
-        default_text="0.5 / d_model: 0.004 for tiny, 0.001 for base; a quarter of it with --from",
+        default_text="0.004; with adamw 0.5 / d_model; a quarter of it with --from",
     )
+    muon_learning_rate: float | None = setting(
+        None,
+        OPTIMISER,
+        "Highest learning rate of what Muon moves.",
+        above=0,
+        option="--muon-lr",
+        default_text="5 times --learning-rate",
+    )
+    muon_momentum: float = setting(0.95, OPTIMISER, "Muon's memory of gradients.", at_least=0, below=1)
     schedule: Literal["cosine", "wsd", "constant"] = setting(
         "cosine", OPTIMISER, "Learning rate after the warm-up; wsd stays, then falls in the last fifth."
     )
@@ -139,7 +151,7 @@ class TrainingConfig:
     min_lr_ratio: float = setting(
         0.1, OPTIMISER, "Last learning rate, as a part of the highest.", at_least=0, at_most=1
     )
-    weight_decay: float = setting(0.1, OPTIMISER, "AdamW's, on matrices only.", at_least=0)
+    weight_decay: float = setting(0.1, OPTIMISER, "On matrices only.", at_least=0)
     beta1: float = setting(0.9, OPTIMISER, "AdamW's decay of the average of gradients.", at_least=0, below=1)
     beta2: float = setting(0.95, OPTIMISER, "AdamW's decay of the average of squared gradients.", at_least=0, below=1)
     grad_clip: float = setting(1.0, OPTIMISER, "Largest gradient norm; 0 for any.", at_least=0)
@@ -192,14 +204,20 @@ class TrainingConfig:
         return n_seq if self.seq_len is None else self.seq_len
 
     def peak_learning_rate(self, d_model: int) -> float:
-        """Return the peak learning rate, with the default resolved: wider models need smaller learning rates.
+        """Return the peak learning rate, with Muon that of AdamW's parameters, with the default resolved.
 
-        The default of a saved model is below that of fresh weights, so that the model does not forget its training
-        before the learning rate falls.
+        With AdamW alone, wider models need smaller learning rates. The default of a saved model is below that of fresh
+        weights, so that the model does not forget its training before the learning rate falls.
         """
         if self.learning_rate is not None:
             return self.learning_rate
-        return (FROM_RATE if self.start_from is not None else 1.0) * 0.5 / d_model
+        fresh = _MUON_RATE if self.optimizer == "muon" else 0.5 / d_model
+        return (FROM_RATE if self.start_from is not None else 1.0) * fresh
+
+    def peak_muon_learning_rate(self, d_model: int) -> float:
+        """Return the highest learning rate of Muon, the default worked out."""
+        given = self.muon_learning_rate
+        return _MUON_RATIO * self.peak_learning_rate(d_model) if given is None else given
 
     def rate_factor(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0, as a fraction of the peak."""
@@ -229,6 +247,15 @@ class TrainingConfig:
         faults = [fault for field in dataclasses.fields(self) for fault in _faults(field, getattr(self, field.name))]
         if self.validation_data is not None and self.validation_fraction != TrainingConfig.validation_fraction:
             faults.append("validation_fraction has no effect beside validation_data: leave out one of them")
+        if self.optimizer != "muon":
+            idle = [
+                name
+                for name in ("muon_learning_rate", "muon_momentum")
+                if getattr(self, name) != getattr(TrainingConfig, name)
+            ]
+            faults += [
+                f"{name} has no effect with the optimizer {shown(self.optimizer)}: leave it out" for name in idle
+            ]
         faults += [
             f"{name} must name a file or a folder, got {paths!r}" for name, paths in self.named_texts() if "" in paths
         ]
@@ -284,6 +311,11 @@ class TrainingConfig:
 
 FROM_RATE = 0.25
 """Peak learning rate of a run from a saved model, as a fraction of that for fresh weights."""
+
+_MUON_RATE = 0.004
+"""Peak learning rate of embeddings, head and vectors beside Muon, whatever the width."""
+_MUON_RATIO = 5.0
+"""Muon's peak learning rate over theirs."""
 
 _TRAINED_PER_VALIDATED = 20
 _MOST_EVAL_TOKENS = 65_536

@@ -5,6 +5,7 @@ Otherwise, the operating system kills a run that does not fit, without a message
 
 import logging
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -13,9 +14,12 @@ from resolvent.memory import Memory, machine_memory
 from resolvent.models import IntegratedModel
 from resolvent.models.phase2 import Phase2Config
 from resolvent.training.config import TrainingConfig
+from resolvent.training.optimizer import parts_of_matrices
 
 _BYTES_PER_PARAMETER = 16
 """Weight, gradient, and AdamW's two averages, in float32."""
+_BYTES_SAVED_BY_MUON = 4
+"""It keeps one average of a matrix."""
 _KEPT_WHEN_RECOMPUTED = 11
 """Numbers per token and unit of width that a block keeps under activation checkpointing."""
 _CERTAIN_PART = 2 / 3
@@ -47,14 +51,20 @@ class Estimate:
 
 
 def estimate_memory(
-    model: IntegratedModel, *, tokens: int, bytes_per_number: int = 4, recompute: bool = False, shares: int = 1
+    model: IntegratedModel,
+    *,
+    tokens: int,
+    bytes_per_number: int = 4,
+    recompute: bool = False,
+    shares: int = 1,
+    optimizer: Literal["muon", "adamw"] = "adamw",
 ) -> Estimate:
     """Estimate the memory of a training step.
 
     A block keeps about `7 D + 31 H K + 4 F` numbers per token: D is the width of the model, H K that of the memory's
     heads (Phase 2 only) and F that of the feed-forward network. The backward pass works on one block more. With
     `recompute`, a block keeps `11 D` numbers, and the backward pass works on two whole blocks. Logits are computed in
-    chunks, so that the vocabulary counts only through the parameters, of 16 bytes each.
+    chunks, so that the vocabulary counts only through the parameters, of 16 bytes each, or 12 if Muon moves them.
 
     Args:
         model: the model.
@@ -62,6 +72,7 @@ def estimate_memory(
         bytes_per_number: bytes of an activation: 4, or 2 under autocast.
         recompute: whether activation checkpointing is on.
         shares: processes that weights, gradients and optimiser state are sharded over.
+        optimizer: optimizer of the run.
     """
     config = model.config
     heads = config.num_heads * config.head_dim if isinstance(config, Phase2Config) else 0
@@ -71,7 +82,10 @@ def estimate_memory(
         numbers = config.n_layers * _KEPT_WHEN_RECOMPUTED * config.d_model + 2 * block
     else:
         numbers = (config.n_layers + 1) * block
-    return Estimate(_BYTES_PER_PARAMETER * model.num_parameters() // shares, tokens * numbers * bytes_per_number)
+    kept = _BYTES_PER_PARAMETER * model.num_parameters()
+    if optimizer == "muon":
+        kept -= _BYTES_SAVED_BY_MUON * sum(x.numel() for x in parts_of_matrices(model))
+    return Estimate(kept // shares, tokens * numbers * bytes_per_number)
 
 
 def check_memory(model: IntegratedModel, config: TrainingConfig, device: torch.device, processes: int) -> None:
@@ -95,6 +109,7 @@ def check_memory(model: IntegratedModel, config: TrainingConfig, device: torch.d
         tokens=config.batch_size * window,
         bytes_per_number=2 if halves else 4,
         shares=processes if config.parallel == "fsdp" else 1,
+        optimizer=config.optimizer,
     )
     needed, recomputed = (
         estimate_memory(model, **sizes, recompute=anew).times(copies) for anew in (config.recompute, True)

@@ -25,9 +25,10 @@ class StepMetrics:
         tokens: tokens trained on since the start.
         loss: mean nats per token of this step's batches.
         bits_per_byte: the same in bits per byte.
-        lr: learning rate.
+        lr: learning rate; with Muon, of what AdamW moves.
         grad_norm: norm of the gradient before clipping.
         tokens_per_second: speed.
+        muon_lr: learning rate of what Muon moves; None if that is nothing.
     """
 
     step: int
@@ -37,6 +38,7 @@ class StepMetrics:
     lr: float
     grad_norm: float
     tokens_per_second: float
+    muon_lr: float | None = None
 
 
 @dataclass(frozen=True)

@@ -60,13 +60,17 @@ class TrainingDisplay:
         with self._written():
             self._bar.stop()
 
-    def step(self, step: int, *, loss: float, bits_per_byte: float, lr: float, tokens: int, seconds: float) -> None:
+    def step(
+        self, step: int, *, loss: float, bits_per_byte: float, rates: dict[str, float], tokens: int, seconds: float
+    ) -> None:
         """Show a finished step, with the smoothed loss; `tokens` and `seconds` are those of the step."""
         average_seconds = self._step_seconds.update(seconds)
         status = (
             f"loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  {tokens / average_seconds:,.0f} tokens/s  "
-            f"lr {lr:.1e}  ETA {format_duration(average_seconds * (self._steps - step))}"
+            f"lr {rates['lr']:.1e}  ETA {format_duration(average_seconds * (self._steps - step))}"
         )
+        if "muon_lr" in rates:
+            status += f"  Muon's lr {rates['muon_lr']:.1e}"  # a narrow terminal cuts it off
         self._bar.update(self._task, completed=step, status=status)
         if not self.console.is_terminal and (step % self._log_interval == 0 or step in self._shown):
             self.say(f"{self._position(step)}  {status}")

@@ -197,7 +197,7 @@ def read_run(run_dir: Path) -> tuple[TrainingConfig, str]:
             f"on with --from {shell_word(run_dir)}"
         )
     try:
-        config = TrainingConfig.from_dict(record["training"])
+        config = TrainingConfig.from_dict({"optimizer": "adamw"} | record["training"])  # what there was before Muon
         config = dataclasses.replace(config, steps=_read_steps(run_dir, config.steps))
         config.validate()
         return config, record["data_fingerprint"]

@@ -40,7 +40,7 @@ from resolvent.training.corpus import Corpus
 from resolvent.training.interrupt import StopRequest, TrainingInterrupted
 from resolvent.training.metrics import FILE_NAME, History, MetricsLog, read_history
 from resolvent.training.nonfinite import NonFiniteError, offending_gradient, offending_weight
-from resolvent.training.optimizer import build_optimizer
+from resolvent.training.optimizer import learning_rates, optimizer_of_run
 from resolvent.training.progress import TrainingDisplay, format_duration
 from resolvent.training.run_folder import write_result
 from resolvent.training.sharding import is_sharded, whole_tensor, whole_weights
@@ -96,14 +96,14 @@ class _Step:
 
     Attributes:
         number: number of the step, from one.
-        lr: learning rate.
+        rates: learning rates, as metrics.
         started: start of the step, by ``time.perf_counter``.
         numbers: waits for three values and returns them: the loss, the norm of the gradient before clipping, and a
             number above zero if a process was asked to stop before the step.
     """
 
     number: int
-    lr: float
+    rates: dict[str, float]
     started: float
     numbers: Callable[[], list[float]]
 
@@ -157,12 +157,7 @@ class Trainer:
         self.raw_model = model
         if config.recompute:
             model.recompute_blocks()
-        self.raw_optimizer = build_optimizer(
-            model,
-            learning_rate=self.peak_learning_rate,
-            weight_decay=config.weight_decay,
-            betas=(config.beta1, config.beta2),
-        )
+        self.raw_optimizer = optimizer_of_run(config, model)
         self.found_inf = self.raw_optimizer.found_inf = torch.zeros((), device=self.device)
         self.taken: deque[_Step] = deque()
         self.lag = 1 if self.device.type == "cuda" else 0
@@ -242,9 +237,9 @@ class Trainer:
     def _step(self, stop: StopRequest) -> None:
         """Update the weights with the gradient of the mean loss over the batches of the step."""
         config, step, started = self.config, self.state.step, time.perf_counter()
-        lr = self.peak_learning_rate * config.rate_factor(step) * REWIND_FACTOR**self.state.rewinds
+        factor = config.rate_factor(step) * REWIND_FACTOR**self.state.rewinds
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["initial_lr"] * factor
         if config.start_from is None:  # with fewer channels, a saved model would be another function
             self.raw_model.update_rank_schedule(step)
         checked = self._is_checked(step + 1)
@@ -258,7 +253,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.step += 1
-        self.taken.append(_Step(self.state.step, lr, started, _on_its_way(torch.stack([loss, norm, stopping]))))
+        numbers = _on_its_way(torch.stack([loss, norm, stopping]))
+        self.taken.append(_Step(self.state.step, learning_rates(self.raw_optimizer), started, numbers))
         self._report_all_but(self.lag)
 
     def _gradient(self, step: int) -> torch.Tensor:
@@ -307,7 +303,7 @@ class Trainer:
                 raise self._failed(step.number, loss, grad_norm)
             now = time.perf_counter()
             seconds, self.reported_at = now - max(step.started, self.reported_at), now
-            self._report(step.number, loss, grad_norm, step.lr, seconds)
+            self._report(step.number, loss, grad_norm, step.rates, seconds)
 
     def _failed(self, step: int, loss: float, grad_norm: float) -> NonFiniteError:
         """Return the error of a step, whose gradient is computed again: it may have been overwritten."""
@@ -341,15 +337,15 @@ class Trainer:
         output = self.model(input_ids, labels=labels, cu_seqlens=cu_seqlens, **options)
         return output if options else (output, 0.0)
 
-    def _report(self, step: int, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
+    def _report(self, step: int, loss: float, grad_norm: float, rates: dict[str, float], seconds: float) -> None:
         average = self.state.loss_average.update(loss)
         record = dict(
             tokens=step * self.tokens_per_step,
             loss=loss,
             bits_per_byte=loss * self.bits_per_byte_per_nat,
-            lr=lr,
             grad_norm=grad_norm,
             tokens_per_second=self.tokens_per_step / seconds,
+            **rates,
         )
         self.metrics.write(step=step, **record)
         self.tracking.log(step, "training", record)
@@ -357,7 +353,7 @@ class Trainer:
             step,
             loss=average,
             bits_per_byte=average * self.bits_per_byte_per_nat,
-            lr=lr,
+            rates=rates,
             tokens=self.tokens_per_step,
             seconds=seconds,
         )
@@ -536,6 +532,8 @@ class Trainer:
         part = held_out.num_bytes / (train.num_bytes + held_out.num_bytes)
         share = "" if config.validation_data else f" ({part:.1%} of the bytes)"
         rate = f"Training  {config.schedule} schedule with a peak learning rate of {self.peak_learning_rate:.2g}"
+        if (muon := learning_rates(self.raw_optimizer).get("muon_lr")) is not None:
+            rate += f" (AdamW) and {muon:.2g} (Muon)"
         if config.start_from and config.learning_rate is None:
             rate += f", {FROM_RATE:g} of that for fresh weights, since the model is trained already (--learning-rate)"
         self.display.say(

@@ -19,6 +19,7 @@ def prepared(
     device: str = "cpu",
     dropout: float = 0.1,
     dtype: torch.dtype = torch.float32,
+    muon_ratio: float | None = None,
 ):
     size = Size(31, 128, 1, 200_000, 32, dropout)
     entry = build(name, size, device)
@@ -30,7 +31,7 @@ def prepared(
         batch = ids.index_select(0, step)[0]
         return entry.model(batch[:, :-1].contiguous(), labels=batch[:, 1:].contiguous())
 
-    return entry, Trainer(entry.model, [loss], SCHEDULE.steps, mode), ids
+    return entry, Trainer(entry.model, [loss], SCHEDULE.steps, mode, muon_ratio=muon_ratio), ids
 
 
 def trained(entry, trainer, seed: int = 5, peak: float = 1e-2, steps: int = 8) -> list[float]:
@@ -71,14 +72,25 @@ def test_steps_are_those_of_a_plain_loop():
         assert (a - b).norm() <= 1e-10 * b.norm()
 
 
-def test_runs_are_independent():
-    entry, trainer, _ = prepared()
+@pytest.mark.parametrize("muon_ratio", [None, 5.0])
+def test_runs_are_independent(muon_ratio: float | None):
+    entry, trainer, _ = prepared(muon_ratio=muon_ratio)
     first = trained(entry, trainer)
     assert trained(entry, trainer, seed=6) != first
     assert trainer.seconds([0] * 8) > 0
     assert trained(entry, trainer) == first
-    fresh_entry, fresh_trainer, _ = prepared()
+    fresh_entry, fresh_trainer, _ = prepared(muon_ratio=muon_ratio)
     assert trained(fresh_entry, fresh_trainer) == first
+
+
+def test_muon_takes_a_multiple_of_the_learning_rate():
+    entry, trainer, _ = prepared(muon_ratio=5.0)
+    losses = trained(entry, trainer, peak=1e-3)
+    matrices, *others = trainer.optimizer.param_groups
+    assert matrices["parts"] and len(others) == 2
+    assert [group["lr"].item() for group in others] == pytest.approx([1e-4, 1e-4])
+    assert matrices["lr"].item() == pytest.approx(5e-4)
+    assert losses != trained(*prepared()[:2], peak=1e-3)
 
 
 def test_it_learns_and_reports_the_losses_of_the_steps_taken():
@@ -132,13 +144,16 @@ def test_a_wrong_compiled_gradient_is_an_error(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("name", ["transformer", "gla", "mamba2", "gated-deltanet", "phase2"])
-def test_captured_run_equals_an_eager_one(name: str, compiled: bool):
+@pytest.mark.parametrize(
+    ("name", "muon_ratio"),
+    [*((name, None) for name in ("transformer", "gla", "mamba2", "gated-deltanet", "phase2")), ("phase2", 5.0)],
+)
+def test_captured_run_equals_an_eager_one(name: str, compiled: bool, muon_ratio: float | None):
     runs = []
     for captured in (False, True):
         torch.compiler.reset()
         mode = Mode(compiled=compiled, captured=captured, autocast=True)
-        entry, trainer, _ = prepared(name, mode, "cuda", dropout=0.0)
+        entry, trainer, _ = prepared(name, mode, "cuda", dropout=0.0, muon_ratio=muon_ratio)
         runs.append([trained(entry, trainer), trained(entry, trainer, peak=1e-3)])
         assert runs[-1][0] != runs[-1][1]
     assert runs[1][0] == pytest.approx(runs[0][0], rel=2e-3)
