@@ -194,7 +194,7 @@ def _phase2(name: str, size: Size) -> Callable[[int], Entry]:
         raise ValueError(
             f"there is no model {name!r}; known are {', '.join(PEERS)}, phase2 and its variants phase2/..."
         )
-    variant = parse_variant(name)
+    variant = parse_variant(name).at(size.layers, size.length)
 
     def make(hidden: int) -> Entry:
         sizes: dict[str, Any] = dict(
@@ -210,17 +210,21 @@ def _phase2(name: str, size: Size) -> Callable[[int], Entry]:
         )
         model = Phase2IntegratedModel(Phase2Config(**(sizes | variant.config)), init=False)
         variant.hold(model)
-        return Entry(name, model, lambda seed: variant.reset(model, seed), phase2_state_bytes(model))
+        return Entry(name, model, lambda seed: variant.reset(model, seed), phase2_state_bytes(model, size.length))
 
     return make
 
 
-def phase2_state_bytes(model: Phase2IntegratedModel) -> int:
-    """Return the bytes of the state of a sequence; Γ̄ counts if there is an SNR filter, which alone reads it."""
-    return sum(_block_state_bytes(block) for block in model.blocks if isinstance(block, Phase2Block))
+def phase2_state_bytes(model: Phase2IntegratedModel, length: int) -> int:
+    """Return the bytes of the state after a sequence; Γ̄ counts if there is an SNR filter, which alone reads it."""
+    return sum(_block_state_bytes(block, length) for block in model.blocks if isinstance(block, Phase2Block))
 
 
-def _block_state_bytes(block: Phase2Block) -> int:
+def _block_state_bytes(block: Phase2Block, length: int) -> int:
+    if block.attention is not None:
+        resolvent, *others, keys, values = block.state_shapes()
+        slots = [(min(length, block.attention.window or length), *shape[1:]) for shape in (keys, values)]
+        return 8 * resolvent[0] + 4 * sum(torch.Size(shape).numel() for shape in (*others, *slots))
     resolvent, memory, forgetting, *others = (torch.Size(shape).numel() for shape in block.state_shapes())
     filtered = forgetting if block.snr_filter is not None else 0
     phases = 0 if block.hebbian.rotation_proj is None else block.hebbian.head_dim // 2  # of eight bytes, not four

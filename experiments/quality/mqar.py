@@ -172,14 +172,15 @@ def build(name: str, width: int, heads: int, vocabulary: int, device: torch.devi
         model: Any = PeerModel(size, lambda _: MIXERS[name](width, heads), 0, embedding_factor=1.0)
         state_bytes, draw = model.state_bytes(size.length), model.reset
     elif name.partition("/")[0] == "phase2":
-        variant, copies = parse_variant(name.removesuffix(_WIDE)), 2 if name.endswith(_WIDE) else 1
+        variant = parse_variant(name.removesuffix(_WIDE)).at(size.layers, size.length)
+        copies = 2 if name.endswith(_WIDE) else 1
         sizes: dict[str, Any] = dict(vocab_size=vocabulary, d_model=width, n_layers=1, n_seq=size.length, dropout=0.0)
         sizes |= dict(num_heads=copies * heads, head_dim=width // heads)
         sizes |= dict(embedding_scale=1.0, ffn_dim=1, tie_embeddings=True)
         model = Phase2IntegratedModel(Phase2Config(**(sizes | variant.config)), init=False)
         variant.hold(model)
         model.blocks[0].ffn = NoFeedForward()
-        state_bytes, draw = phase2_state_bytes(model), lambda seed: variant.reset(model, seed)
+        state_bytes, draw = phase2_state_bytes(model, size.length), lambda seed: variant.reset(model, seed)
     else:
         raise ValueError(
             f"there is no model {name!r}; known are {', '.join(MIXERS)}, phase2 and its variants phase2/..."

@@ -8,6 +8,10 @@
     phase2/bare/bk               and with BK-Core alone
     phase2/no-snr-training       with the SNR filter at full strength
     phase2/original              with the report's original initialisation
+    phase2/hybrid                with attention in every third block, over half of a training sequence
+    phase2/hybrid/window-512     ... over the last 512 tokens
+    phase2/hybrid/window-all     ... over all tokens
+    phase2/attention             with attention over all tokens in every block
 
 BK-Core, Γ in the Hamiltonian and the positions have no switch in the configuration: what leads them to the stream (the
 projection `bk_proj`, the strength κ, the positions' gain) is held at zero instead.
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -29,6 +34,7 @@ from resolvent.evaluation import switched_off
 from resolvent.layers import NonHermitianPotential, ZetaInitializer
 from resolvent.layers.zeta import zeta_zeros
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
+from resolvent.models.phase2.block import blocks_of
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,31 @@ class Variant:
         config: fields of its configuration.
         zeros: endings of names of parameters that are held at zero.
         original: whether the weights are drawn as in the report's original.
+        attends: ``hybrid`` for attention in every third block, ``attention`` for attention in all.
+        window: tokens to which they attend, ``all`` or a number; None for half a training sequence in a hybrid, and for
+            all tokens where every block attends.
     """
 
     config: dict[str, Any]
     zeros: tuple[str, ...]
     original: bool = False
+    attends: str | None = None
+    window: str | None = None
+
+    def at(self, layers: int, length: int) -> Variant:
+        """Return the variant with the blocks that attend in a model of ``layers``, trained on ``length`` tokens.
+
+        Raises:
+            ValueError: a hybrid has no third block.
+        """
+        if self.attends is None:
+            return self
+        chosen = tuple(range(2, layers, 3) if self.attends == "hybrid" else range(layers))
+        if not chosen:
+            raise ValueError(f"a hybrid attends in every third block, and there are {layers}: take phase2/attention")
+        window = self.window or (str(length // 2) if self.attends == "hybrid" else "all")
+        fields = {"attention_layers": chosen, "attention_window": None if window == "all" else int(window)}
+        return dataclasses.replace(self, config=self.config | fields)
 
     def hold(self, model: Phase2IntegratedModel) -> None:
         """Keep training from what is held at zero."""
@@ -131,7 +157,8 @@ class Variant:
         whole.init_weights(torch.Generator().manual_seed(seed))
         weights = dict(whole.named_parameters())
         own = ".potential." if {"use_zeta_init", "base_decay"} & self.config.keys() else None
-        for name, parameter in model.named_parameters():
+        for own_name, parameter in model.named_parameters():
+            name = own_name.replace(".attention.", ".hebbian.")  # attention starts with the weights of the memory
             if name in weights and weights[name].shape == parameter.shape and not (own and own in name):
                 parameter.copy_(weights[name])
 
@@ -155,6 +182,7 @@ def parse_variant(name: str) -> Variant:
     """
     _, *parts = name.split("/")
     off, original, config = set[str](), False, dict[str, Any]()
+    attends = window = None
     for part in parts:
         mechanism = part.removeprefix("no-")
         if part == "bare":
@@ -169,17 +197,27 @@ def parse_variant(name: str) -> Variant:
                 "ffn_gated": False,
                 "snr_trained": False,
             }
+        elif part in ("hybrid", "attention"):
+            attends = part
+        elif re.fullmatch(r"window-(all|[1-9]\d*)", part):
+            window = part.removeprefix("window-")
         elif mechanism not in MECHANISMS | OPTIONS:
             known = ", ".join(["bare", "original", *MECHANISMS, *OPTIONS])
-            raise ValueError(f"{name}: there is no {part!r}; known are {known}, each but the first two also with no-")
+            raise ValueError(
+                f"{name}: there is no {part!r}; known are {known}, each but the first two also with no-, hybrid, "
+                "attention, window-all and window-512, say"
+            )
         elif part == mechanism:
             off.discard(part)
         else:
             off.add(mechanism)
+    if window and not attends:
+        raise ValueError(f"{name}: window-{window} needs hybrid or attention")
     switches = [switch for key, switch in (MECHANISMS | OPTIONS).items() if key in off]
     for switch in switches:
         config |= switch.config
-    return Variant(config, tuple(zero for switch in switches for zero in switch.zeros), original)
+    zeros = tuple(zero for switch in switches for zero in switch.zeros)
+    return Variant(config, zeros, original, attends, window)
 
 
 def original_initialisation(model: Phase2IntegratedModel, generator: torch.Generator) -> None:
@@ -190,7 +228,7 @@ def original_initialisation(model: Phase2IntegratedModel, generator: torch.Gener
     The head, which is not tied, has the spread of torch's default, 1/sqrt(3 D).
     """
     zeta = ZetaInitializer(generator)
-    joined = [block.hebbian.qkv_proj for block in model.blocks]  # three maps side by side
+    joined = [block.mixer.qkv_proj for block in blocks_of(model)]  # three maps side by side
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
             for weight in module.weight.chunk(3 if module in joined else 1):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, VersionError
 from ..files import output_path
-from ..ops.attention_window import padded
+from ..ops.attention_window import join_windows
 from ..tensors import read_tensors, write_tensors
 
 _COMPLEX = ":complex"
@@ -164,7 +164,10 @@ class ModelState:
         parts = [list(state._tensors().items()) for state in states]
         if len({tuple((name, cls._shape(name, x)) for name, x in named) for named in parts}) > 1:
             raise ValueError("the states belong to different models: their layers, heads or widths differ")
-        joined = iter([_join([x for _, x in named]) for named in zip(*parts, strict=True)])
+        joined = iter(
+            (join_windows if cls._grows(named[0][0]) else torch.cat)([x for _, x in named])
+            for named in zip(*parts, strict=True)
+        )
         return states[0].map(lambda _: next(joined))
 
     def repeat(self, times: int) -> Self:
@@ -219,7 +222,11 @@ class ModelState:
     @classmethod
     def _shape(cls, name: str, x: Tensor) -> tuple[int, ...]:
         """Return the shape of one sequence's tensor, without the axis along which it grows."""
-        return tuple(x.shape[1 + bool(cls.growing & {*name.split(".")}) :])
+        return tuple(x.shape[1 + cls._grows(name) :])
+
+    @classmethod
+    def _grows(cls, name: str) -> bool:
+        return not cls.growing.isdisjoint(name.split("."))
 
     def _dtype(self, name: str, x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
         """Return the dtype of a layer's tensor in a state whose real numbers are of ``dtype``."""
@@ -235,14 +242,6 @@ class ModelState:
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Return True if a shape is the one wanted, in which -1 stands for any size."""
     return len(shape) == len(wanted) and all(b in (a, -1) for a, b in zip(shape, wanted, strict=True))
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    """Join tensors of several sequences; those that have grown less far than others are padded with zeros."""
-    if len({x.shape[1:2] for x in parts}) == 1:
-        return torch.cat(parts)
-    longest = max(x.shape[1] for x in parts)
-    return torch.cat([padded(x, 0, longest - x.shape[1]) for x in parts])
 
 
 def map_tensors(value: Structure, function: Callable[[Tensor], Tensor]) -> Structure:

@@ -65,6 +65,12 @@ def empty_window(sequences: int, capacity: int, k: Tensor, v: Tensor) -> WindowS
     return WindowState(*(x.new_zeros(sequences, capacity, *x.shape[-2:]) for x in (k, v)))
 
 
+def join_windows(buffers: list[Tensor]) -> Tensor:
+    """Join buffers (B, W, J, K) along the batch; shorter ones, which have not grown as far, are padded with zeros."""
+    capacity = max(x.shape[1] for x in buffers)
+    return torch.cat([padded(x, 0, capacity - x.shape[1]) for x in buffers])
+
+
 def _held(end: Tensor, capacity: int) -> Tensor:
     """Return the token in every slot after ``end`` tokens, (S,) -> (S, W); negative where no token has been."""
     last = end.unsqueeze(1) - 1

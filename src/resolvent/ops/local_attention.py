@@ -104,6 +104,7 @@ def local_attention(
         return _attend(chosen, q, k, v, temperature, window, initial_state, position, cu_seqlens)
 
 
+@torch.compiler.assume_constant_result
 def attention_implementation(backend: str, device: torch.device, dtype: torch.dtype, *widths: int) -> Implementation:
     """Return what ``local_attention`` runs for heads of these ``widths`` of keys and values: see ``select``."""
     obstacle = None
@@ -421,6 +422,12 @@ def _attend_behind(q: Tensor, k: Tensor, v: Tensor, state: WindowState, start: T
 # ---------------------------------------------------------------------------------------------------------- the kernel
 
 
+@torch.compiler.assume_constant_result
+def _takes_groups() -> bool:
+    """Return True if ``varlen_attn`` takes fewer heads of keys and values than of queries."""
+    return "enable_gqa" in _varlen_parameters()
+
+
 @functools.cache
 def _varlen_parameters() -> frozenset[str]:
     """Return the names of the parameters of PyTorch's ``varlen_attn``; none where there is no such function."""
@@ -456,7 +463,7 @@ def _varlen(
     if state is not None:
         keys, flat_k, flat_v = _behind_windows(flat_k, flat_v, state, layout, queries)
         most += state.keys.shape[1]
-    groups = heads != k.shape[2] and "enable_gqa" in _varlen_parameters()
+    groups = heads != k.shape[2] and _takes_groups()
     if not groups:
         flat_k, flat_v = _for_heads(flat_k, heads), _for_heads(flat_v, heads)
     options: dict[str, Any] = {"enable_gqa": True} if groups else {}

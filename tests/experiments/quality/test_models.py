@@ -23,7 +23,7 @@ def test_all_have_as_many_parameters(name: str):
     assert loss_of(entry).item() == pytest.approx(torch.tensor(97.0).log().item(), abs=0.3)
 
 
-@pytest.mark.parametrize("name", [*PEERS, "phase2", "phase2/bare"])
+@pytest.mark.parametrize("name", [*PEERS, "phase2", "phase2/bare", "phase2/hybrid", "phase2/attention"])
 def test_the_experiment_s_size_is_within_reach(name: str):
     size = Size(vocabulary=16384, width=512, layers=6, parameters=30_000_000, length=1024)
     with torch.device("meta"):
@@ -104,6 +104,33 @@ def test_names_of_variants():
     assert parse_variant("phase2").config == {} and parse_variant("phase2").zeros == ()
 
 
+def test_hybrids_attend_in_every_third_block():
+    size = dataclasses.replace(SMALL, layers=6, parameters=2_000_000)
+    windows = {
+        "hybrid": SMALL.length // 2, "hybrid/window-9": 9, "hybrid/window-all": None, "attention": None,
+    }  # fmt: skip
+    for name, window in windows.items():
+        config = build(f"phase2/{name}", size).model.config
+        assert config.attention_layers == ((2, 5) if "hybrid" in name else tuple(range(6)))
+        assert config.attention_window == window
+    with pytest.raises(ValueError, match="every third block, and there are 2"):
+        build("phase2/hybrid", SMALL)
+    with pytest.raises(ValueError, match="window-9 needs hybrid or attention"):
+        build("phase2/window-9", SMALL)
+
+
+def test_attention_starts_with_the_weights_of_the_memory():
+    size = dataclasses.replace(SMALL, parameters=2_000_000)
+    memory, attention = build("phase2", size), build("phase2/attention", size)
+    for entry in (memory, attention):
+        entry.reset(5)
+    weights = dict(memory.model.named_parameters())
+    shared = [name for name, _ in attention.model.named_parameters() if not name.endswith("log_temperature")]
+    for name in shared:
+        ours = attention.model.get_parameter(name)
+        assert torch.equal(ours, weights[name.replace(".attention.", ".hebbian.")]), name
+
+
 @pytest.mark.parametrize("mechanism", mechanisms_of("phase2"))
 def test_a_trained_model_does_without_a_mechanism_and_has_it_back(mechanism: str):
     entry = build("phase2", SMALL)
@@ -147,3 +174,5 @@ def test_state_bytes():
     assert build("phase2", SMALL).state_bytes == 2 * 4 * (memory + tail + resolvents + 2)
     assert build("phase2/no-snr", SMALL).state_bytes == build("phase2/bare", SMALL).state_bytes
     assert build("transformer", SMALL).state_bytes == 2 * 4 * 2 * 64 * 128
+    assert build("phase2/attention", SMALL).state_bytes == 2 * 4 * (2 * 64 * 128 + tail + resolvents)
+    assert build("phase2/attention/window-9", SMALL).state_bytes == 2 * 4 * (2 * 9 * 128 + tail + resolvents)

@@ -1,0 +1,105 @@
+"""PyTorch's kernel for local attention against the reference, and steps that are captured."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from resolvent.ops import (
+    ReusedWindow,
+    WindowState,
+    local_attention,
+    local_attention_reference,
+    local_attention_step,
+)
+from resolvent.ops.attention_window import GROWTH
+from resolvent.ops.dispatch import calls
+from resolvent.ops.local_attention import attention_implementation
+
+pytestmark = pytest.mark.gpu
+
+
+def inputs(length, batch=1, heads=4, groups=4, width=64, dtype=torch.bfloat16):
+    """q, k, v in a dtype, and the temperature in float32, on CUDA."""
+    q, k, v = (torch.randn(batch, length, h, width, device="cuda") for h in (heads, groups, groups))
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    return [*(x.to(dtype) for x in (q, k, v)), 5 + 5 * torch.rand(heads, device="cuda")]
+
+
+def relative(x, reference):
+    return ((x.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def test_the_kernel_runs_where_it_can():
+    device = torch.device("cuda")
+    assert attention_implementation("auto", device, torch.bfloat16, 64, 64) == "varlen"
+    assert attention_implementation("auto", device, torch.float32, 64, 64) == "torch"
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("window", [1, 100, 512, None])
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_matches_the_reference_gradients_included(backend, window, groups, fresh):
+    lengths, starts = [700, 3, 130], [0, 40, 900]
+    values = [x.requires_grad_() for x in inputs(sum(lengths), groups=groups)]
+    state, options = [], {}
+    if not fresh:
+        state = [x.requires_grad_() for x in inputs(window or 4 * GROWTH, batch=3, groups=groups)[1:3]]
+        options = dict(initial_state=WindowState(*state), position=torch.tensor(starts))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    before = calls["local_attention", "varlen"]
+    found, after = local_attention(*values, window, cu_seqlens=offsets, backend=backend, **options)
+    assert calls["local_attention", "varlen"] - before == (backend == "triton")
+    pieces, kept = [], []
+    for i, (first, length) in enumerate(zip(offsets, lengths, strict=False)):
+        span = slice(int(first), int(first) + length)
+        own = None if fresh else WindowState(*(x[[i]] for x in state))
+        if own is not None and window is None:
+            own = WindowState(*(F.pad(x, (0, 0, 0, 0, 0, after.keys.shape[1] - x.shape[1])) for x in own))
+        q, k, v = (x[:, span] for x in values[:3])
+        piece, window_after = local_attention_reference(q, k, v, values[3], window, own, 0 if fresh else starts[i])
+        pieces.append(piece)
+        kept.append(window_after)
+    expected = torch.cat(pieces, 1)
+    assert relative(found, expected) <= 1e-2
+    if not fresh:
+        for name in WindowState._fields:
+            assert torch.equal(getattr(after, name).double(), torch.cat([getattr(x, name) for x in kept]))
+    weights = torch.cos(torch.arange(found.numel(), device="cuda")).view_as(found)
+    sources = [*values, *state]
+    gradients = torch.autograd.grad((found.float() * weights).sum(), sources)
+    exact = torch.autograd.grad((expected * weights).sum(), sources)
+    for a, b in zip(gradients, exact, strict=True):
+        assert a.isfinite().all()
+        assert relative(a, b) <= 2e-2
+
+
+@torch.no_grad()
+def test_a_captured_step_equals_the_forward_pass():
+    *values, temperature = inputs(90, batch=2, dtype=torch.float32)
+    whole, _ = local_attention(*values, temperature, 32)
+    _, state = local_attention(*(x[:, :30] for x in values), temperature, 32)
+    reused = ReusedWindow(*(x.clone() for x in state))
+    token, position = [x[:, 0].clone() for x in values], torch.tensor([30, 30], device="cuda")
+    local_attention_step(*token, temperature, 32, ReusedWindow(*(x.clone() for x in state)), position)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = local_attention_step(*token, temperature, 32, reused, position)
+        position.add_(1)
+    for t in range(30, 90):
+        for held, x in zip(token, values, strict=True):
+            held.copy_(x[:, t])
+        graph.replay()
+        assert relative(out, whole[:, t]) <= 1e-5
+
+
+def test_the_kernel_compiles_without_a_break():
+    values = [x.requires_grad_() for x in inputs(300)]
+    offsets = torch.tensor([0, 100, 300], device="cuda")
+    compiled = torch.compile(local_attention, fullgraph=True)
+    found, _ = compiled(*values, 64, cu_seqlens=offsets)
+    expected, _ = local_attention(*values, 64, cu_seqlens=offsets)
+    assert relative(found, expected) <= 1e-3
+    gradients = torch.autograd.grad(found.float().sin().sum(), values)
+    for a, b in zip(gradients, torch.autograd.grad(expected.float().sin().sum(), values), strict=True):
+        assert relative(a, b) <= 1e-2
