@@ -172,6 +172,8 @@ def test_muon_moves_the_wide_matrices_of_the_blocks():
     }  # fmt: skip
     expected = {f"blocks.{i}.{name}.weight": parts for i in range(2) for name, parts in block.items()}
     assert names_of(new_model()) == expected
+    attends = names_of(new_model(attention_layers=(1,)))
+    assert attends["blocks.1.attention.qkv_proj.weight"] == 3
     narrow = names_of(new_model(head_dim=32))
     assert "blocks.0.hebbian.gate_up.weight" not in narrow
     assert narrow["blocks.0.hebbian.qkv_proj.weight"] == 3, "three projections of 64 rows"

@@ -3,7 +3,7 @@
 Shapes: B batch, N sequence, D model width, H heads, K = V head width, S packed sequences, W convolution width.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,9 @@ class HeadsLayer(nn.Module):
         output_gate: gate the read-out with ``sigmoid`` of a projection of rank ``head_dim``.
         backend: ``auto``, ``torch`` or ``triton``.
     """
+
+    stacked: ClassVar[dict[str, int]] = {"qkv_proj": 3}
+    """Projections that lie on top of each other in one weight, which an optimizer of matrices takes apart."""
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 Shapes: B batch, N sequence, D model width, H heads, K = V head width, S packed sequences, W convolution width.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +56,6 @@ class DissipativeHebbianLayer(HeadsLayer):
         backend: ``auto``, ``torch`` or ``triton``.
         rotation: rotate queries and keys; ``head_dim`` is even.
     """
-
-    stacked: ClassVar[dict[str, int]] = {"qkv_proj": 3}
-    """Projections that lie on top of each other in one weight, which an optimizer of matrices takes apart."""
 
     def __init__(
         self,

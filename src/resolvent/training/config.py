@@ -139,7 +139,7 @@ class TrainingConfig:
         "Highest learning rate of what Muon moves.",
         above=0,
         option="--muon-lr",
-        default_text="5 times --learning-rate",
+        default_text="5 times --lr",
     )
     muon_momentum: float = setting(0.95, OPTIMISER, "Muon's memory of gradients.", at_least=0, below=1)
     schedule: Literal["cosine", "wsd", "constant"] = setting(
