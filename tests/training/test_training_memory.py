@@ -57,6 +57,8 @@ def measured_and_estimated(
     [
         (2, "tiny", {}, 4, 256, False),
         (2, "tiny", {}, 8, 256, True),
+        (2, "tiny-hybrid", dict(attention_layers=(0, 1, 2)), 4, 256, False),
+        pytest.param(2, "base-hybrid", {}, 1, 1024, False, marks=pytest.mark.slow),
         (1, "tiny", {}, 8, 256, False),
         pytest.param(2, "tiny", dict(num_heads=8), 4, 1024, False, marks=pytest.mark.slow),
         pytest.param(2, "tiny", dict(head_dim=64), 1, 4096, False, marks=pytest.mark.slow),
