@@ -13,7 +13,7 @@ import torch
 
 from resolvent.data import build_tokenizer
 from resolvent.inspection import inspect_model, render_page
-from tests.models.small import PHASE1, PHASE2, SmallPhase
+from tests.models.small import HYBRID, PHASE1, PHASE2, SmallPhase
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -71,6 +71,17 @@ def wide(tmp_path_factory: pytest.TempPathFactory, metrics: Path) -> dict[str, A
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return seen(PHASE1, tmp_path_factory.mktemp("narrow"), 340, None)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return seen(HYBRID, tmp_path_factory.mktemp("hybrid"), 1100, None)
+
+
+def test_a_hybrid_shows_where_it_looks(hybrid: dict[str, Any]):
+    assert hybrid["faults"] == hybrid["numbers_are_bad"] == []
+    assert {"decay", "looks", "energy", "snr", "resonance"} <= {*hybrid["sections"]}
+    assert not hybrid["missing_is_shown"]
 
 
 def test_no_script_fails(wide: dict[str, Any], narrow: dict[str, Any]):

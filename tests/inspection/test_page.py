@@ -14,7 +14,7 @@ from resolvent.inspection import Inspection, inspect_model, render_page
 from tests.models.small import PHASE2
 
 HOSTILE = "</script><script>alert(1)</script><!-- <script> {{css}} \u2028 ' \" & é 🎈"
-SECTIONS = ["surprise", "influence", "learning", "decay", "energy", "snr", "resonance", "resolvent"]
+SECTIONS = ["surprise", "influence", "learning", "decay", "looks", "energy", "snr", "resonance", "resolvent"]
 VOID = {"meta", "input", "br", "img", "link"}
 
 

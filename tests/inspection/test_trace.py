@@ -9,7 +9,7 @@ from resolvent.inspection.trace import trace_text
 from resolvent.models import observe
 from resolvent.models.phase1 import Phase1IntegratedModel
 from resolvent.models.phase2 import Phase2IntegratedModel, convert_phase1_to_phase2
-from tests.models.small import PHASE1, PHASE2, tokens
+from tests.models.small import HYBRID, PHASE1, PHASE2, tokens
 
 CLOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-5)
 
@@ -73,3 +73,19 @@ def test_trace_does_not_change_the_model():
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("window", [9, None])
+def test_distances_are_those_of_the_weights(window: int | None):
+    model, ids = HYBRID.model(attention_window=window), tokens(60, 1)
+    found = trace_text(model, ids[0])
+    assert [layer.memory is None for layer in found.layers] == [False, True, False]
+    assert [layer.distance is None for layer in found.layers] == [True, False, True]
+    attention, record = model.blocks[1].attention, observe(model, ids).layers[1]
+    heads = attention.heads(attention.qkv_proj(record.memory_input), None, None)
+    q, k = attention.rotated(heads, torch.arange(60).unsqueeze(0))
+    back = torch.arange(60)[:, None] - torch.arange(60)
+    scores = torch.einsum("qhk,shk->hqs", q[0] * attention.temperature[:, None], k[0])
+    visible = (back >= 0) & (back < (window or 60))
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    torch.testing.assert_close(found.layers[1].distance, (weights * back).sum(-1).T, rtol=1e-4, atol=1e-4)

@@ -55,6 +55,8 @@ CASES = {
     "cuda": (
         Case("base", 16, 1024, Target(1.3e6, at_most=False), Target(1.0, at_most=False)),
         Case("base", 1, 16_384, speedup=Target(3.0, 2.0, at_most=False)),
+        Case("base-hybrid", 16, 1024),
+        Case("base-hybrid", 1, 16_384),
     ),
     "cpu": (
         Case("base", 1, 1024, speedup=Target(0.7, at_most=False)),
@@ -70,7 +72,7 @@ def measure(bench: Bench) -> None:
     for case in CASES[bench.scale]:
         outcome = _contest(bench, case, losses)
         speed, memory = outcome.part(0), outcome.part(1)
-        work = Work(flops=6 * case.batch * case.length * multiplied_parameters(case.preset))
+        work = Work(flops=6 * case.batch * case.length * multiplied_parameters(case.preset) + attention_flops(case))
         seconds = case.batch * case.length / speed.ours if speed.ours else None
         row = bench.add(SECTION, str(case), "tokens/s", speed, target=case.target, work=work, seconds=seconds)
         if row.times_better is not None and case.speedup is not None:
@@ -247,6 +249,14 @@ def speed_and_memory(step: Step, case: Case, device: torch.device) -> tuple[floa
 
 def _on(step: Step, tokens: tuple[Tensor, Tensor]) -> Callable[[], None]:
     return lambda: step(*tokens)
+
+
+def attention_flops(case: Case) -> int:
+    """Return the operations of a step in the products of attention: 12 per pair of tokens and channel."""
+    config = configuration(case.preset)
+    reach = min(config.attention_window or case.length, case.length)
+    pairs = reach * case.length - reach * (reach - 1) // 2  # the first tokens have fewer before them
+    return 12 * case.batch * pairs * config.num_heads * config.head_dim * len(config.attention_layers)
 
 
 def multiplied_parameters(preset: str) -> int:

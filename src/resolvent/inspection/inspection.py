@@ -90,6 +90,7 @@ class Layer:
         resolvent_bound: upper bound of ``|g|``, (H, N).
         gamma: decay rates, (H, N); None without dissipation.
         memory: None without a memory.
+        distance: number of tokens that each head looks back on average, (H, N); None without attention.
     """
 
     real: list[Row]
@@ -97,6 +98,7 @@ class Layer:
     resolvent_bound: list[Row]
     gamma: list[Row] | None
     memory: Memory | None
+    distance: list[Row] | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -273,6 +275,7 @@ def _layer(seen: LayerTrace, block: torch.nn.Module) -> Layer:
         resolvent_bound=_numbers(seen.resolvent_bound.T),
         gamma=None if seen.gamma is None else _numbers(seen.gamma.T),
         memory=_memory(seen.memory, block) if seen.memory is not None and isinstance(block, Phase2Block) else None,
+        distance=None if seen.distance is None else _numbers(seen.distance.T),
     )
 
 

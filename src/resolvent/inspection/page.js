@@ -360,11 +360,21 @@ function drawDecay() {
   ramp($("decay-map"), `keeps: half is gone in ${tokens(Math.LN2 / (Math.exp(low) * data.dt))} tokens`, `forgets: half is gone in ${tokens(Math.LN2 / (Math.exp(high) * data.dt))} tokens`);
 }
 
+// A part of the layer that is looked at; where it has none, its section is hidden, and another layer's is drawn.
+const part = (name) => data.layers[view.layer][name] ?? data.layers.find((layer) => layer[name])[name];
+
+function drawLooks() {
+  const chart = () => ({ x: range(COUNT), lines: part("distance").map((y, h) => ({ name: `head ${h + 1}`, y, style: STYLES[h % 16] })) });
+  onLayer.push(curves("looks-curve", "Distance to which the heads attend; arrow keys move", chart,
+    { names: ["token", "tokens back"], byToken: true, head: (i) => `at “${shown(i)}”` }));
+  legend("looks-curve", heads(part("distance")).map((name, h) => ({ name, style: STYLES[h % 16] })));
+}
+
 function drawEnergy() {
   const every = data.consolidation_interval;
   if (every) $("energy").querySelector(".consolidation").textContent = ` Every ${every} tokens, at the dotted lines, the memory is tidied up by what the next two pictures show.`;
   const chart = () => {
-    const { energy, bound } = data.layers[view.layer].memory;
+    const { energy, bound } = part("memory");
     return {
       x: data.places,
       lines: energy.flatMap((y, h) => [
@@ -376,15 +386,15 @@ function drawEnergy() {
   };
   onLayer.push(curves("energy-curve", "Energy of the memories and their bounds; arrow keys move", chart,
     { names: ["token", "energy"], log: true, byToken: true, head: (i) => `after “${shown(i)}”` }));
-  legend("energy-curve", [...heads(data.layers[0].memory.energy).map((name, h) => ({ name, style: STYLES[h % 16] })),
+  legend("energy-curve", [...heads(part("memory").energy).map((name, h) => ({ name, style: STYLES[h % 16] })),
     { name: "bound", style: { stroke: "var(--soft)", "stroke-dasharray": "4 4" } }]);
 }
 
 function drawSnr() {
   const edges = data.snr_edges, height = 240, bins = edges.length - 1, threshold = data.snr_threshold;
-  const shares = () => range(bins).map((b) => { const rows = data.layers[view.layer].memory.snr; return sum(rows.map((row) => row[b])) / rows.length; });
+  const shares = () => range(bins).map((b) => { const rows = part("memory").snr; return sum(rows.map((row) => row[b])) / rows.length; });
   onLayer.push(() => {
-    const { signal, strength } = data.layers[view.layer].memory;
+    const { signal, strength } = part("memory");
     $("signal").textContent = `Here ${percent(sum(signal) / signal.length)} of the components are signal.`;
     $("strength").textContent = `Strength here, by head: ${strength.map(number).join(", ")}.`;
   });
@@ -406,10 +416,10 @@ function drawSnr() {
 }
 
 function drawResonance() {
-  const first = data.layers[0].memory.modes.energy, count = first.length, modes = first[0].length, tall = Math.max(14, Math.min(26, 260 / count));
-  const height = count * tall + 40, threshold = data.resonance_threshold, low = Math.log((threshold || 0.1) / 3), high = Math.log(Math.max(...data.layers.flatMap((layer) => layer.memory.modes.energy.flat())));
+  const first = part("memory").modes.energy, count = first.length, modes = first[0].length, tall = Math.max(14, Math.min(26, 260 / count));
+  const height = count * tall + 40, threshold = data.resonance_threshold, low = Math.log((threshold || 0.1) / 3), high = Math.log(Math.max(...data.layers.flatMap((layer) => layer.memory?.modes.energy.flat() ?? [])));
   onLayer.push(picture($("resonance-map"), "Energy by head and mode; arrow keys move", height, (canvas, width) => {
-    const { energy, gate } = data.layers[view.layer].memory.modes, left = 58, cell = (width - left - 56) / modes;
+    const { energy, gate } = part("memory").modes, left = 58, cell = (width - left - 56) / modes;
     const ringing = (h) => energy[h].filter((e) => e > threshold).length;
     energy.forEach((row, h) => {
       svg("text", { x: left - 6, y: h * tall + tall / 2 + 4, "text-anchor": "end" }, canvas, `head ${h + 1}`);
@@ -495,19 +505,24 @@ function drawBar() {
 }
 
 // What a model does not have is not shown.
-const memories = data.layers.every((layer) => layer.memory);
+const memories = data.layers.some((layer) => layer.memory);
 const sections = {
   surprise: [true, drawSurprise],
   influence: [true, drawInfluence],
   learning: [data.curves?.step.length, drawLearning],
   decay: [data.layers.every((layer) => layer.gamma), drawDecay],
+  looks: [data.layers.some((layer) => layer.distance), drawLooks],
   energy: [memories, drawEnergy],
   snr: [memories && data.snr_threshold !== null, drawSnr],
   resonance: [memories && data.resonance_threshold !== null, drawResonance],
   resolvent: [true, drawResolvent],
 };
-$("missing").hidden = memories;
+$("missing").hidden = sections.decay[0];
 drawHeader();
 drawBar();
 for (const [id, [exists, draw]] of Object.entries(sections)) exists ? draw() : $(id).remove();
+onLayer.push(() => {
+  for (const [name, ids] of [["distance", ["looks"]], ["memory", ["energy", "snr", "resonance"]]])
+    for (const id of ids) if ($(id)) $(id).hidden = !data.layers[view.layer][name];
+});
 selectLayer(0);

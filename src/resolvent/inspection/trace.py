@@ -40,12 +40,15 @@ class LayerTrace:
         resolvent_bound: upper bound of ``|g|``, ``1 / (κΓ + ζ)``, (N, H).
         gamma: Γ of every token, (N, H); None without dissipation.
         memory: None without a memory.
+        distance: number of tokens that each head looks back on average, at every token, (N, H); None where the layer
+            does not attend.
     """
 
     resolvent: Tensor
     resolvent_bound: Tensor
     gamma: Tensor | None
     memory: MemoryTrace | None
+    distance: Tensor | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,7 +100,15 @@ def _layer(block: nn.Module, records: Sequence[Phase1Record | Phase2Record], end
     gamma = torch.cat([record.gamma[0] for record in dissipative])
     bk = block.dissipative_bk
     bound = 1 / (bk.kappa.detach().abs() * gamma + bk.log_zeta.detach().exp())
-    return LayerTrace(g, bound, gamma, _memory(block, dissipative, gamma, ends))
+    return LayerTrace(g, bound, gamma, _memory(block, dissipative, gamma, ends), _distance(block, dissipative))
+
+
+def _distance(block: Phase2Block, records: Sequence[Phase2Record]) -> Tensor | None:
+    """Return how far a layer that attends looks back, (N, H)."""
+    if block.attention is None:
+        return None
+    with torch.no_grad():
+        return block.attention.distances(torch.cat([record.memory_input for record in records], dim=1))[0]
 
 
 def _memory(block: Phase2Block, records: Sequence[Phase2Record], gamma: Tensor, ends: Tensor) -> MemoryTrace | None:

@@ -5,6 +5,7 @@ makes it, no ``to`` that changes nothing. PyTorch 2.11 compiles such a function 
 180642).
 """
 
+from .attention import local_attention, local_attention_reference, local_attention_step
 from .attention_window import ReusedWindow, WindowState
 from .bk_core import (
     effective_diagonal,
@@ -16,7 +17,6 @@ from .bk_core import (
 from .consolidation import Consolidation, Resonance, SNRFilter, consolidate
 from .cross_entropy import IGNORED, linear_cross_entropy
 from .hebbian import dissipative_memory, dissipative_memory_reference, dissipative_memory_step
-from .local_attention import local_attention, local_attention_reference, local_attention_step
 from .memory_state import MemoryState
 from .semiseparable import gated_prefix_sum, gated_prefix_sum_reference, gated_prefix_sum_step
 

@@ -6,13 +6,21 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from resolvent import ConfigError, Phase2Config, Phase2IntegratedModel, get_phase2_preset, load_model, save_model
+from resolvent import (
+    ConfigError,
+    Phase2Config,
+    Phase2IntegratedModel,
+    convert_phase1_to_phase2,
+    get_phase2_preset,
+    load_model,
+    save_model,
+)
 from resolvent.models.decoding import token_step
 from resolvent.models.phase2.decode import TokenStep
 from resolvent.ops.attention_window import GROWTH
 from resolvent.parallel import SequenceParallel
 
-from ..small import ATTENTION, FULL, HYBRID, PHASE2, tokens
+from ..small import ATTENTION, FULL, HYBRID, PHASE1, PHASE2, tokens
 
 
 @pytest.mark.parametrize(
@@ -217,3 +225,20 @@ def test_it_learns_to_copy_within_its_window():
         loss.backward()
         optimizer.step()
     assert loss < 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [16, None])
+def test_conversion_to_a_hybrid_is_exact_full_and_streaming(window):
+    source = PHASE1.model()
+    config = Phase2Config.from_phase1(source.config, attention_layers=(1,), attention_window=window)
+    model = convert_phase1_to_phase2(source, config).eval()
+    for length in (1, 40, 130):
+        ids = tokens(length)
+        assert (model(ids) - source(ids)).abs().max() <= 1e-5
+    first, state = model(ids[:, :60], return_state=True)
+    found = torch.cat([first, model(ids[:, 60:], state=state)], 1)
+    assert (found - source(ids)).abs().max() <= 1e-5
+    assert model.config.attention_layers == (1,)
+    notes = {tensor.name: tensor.note for tensor in model.conversion_report.tensors}
+    assert notes["blocks.1.attention.out_proj.weight"] == "no attention until training asks for it"

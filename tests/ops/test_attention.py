@@ -1,5 +1,3 @@
-import sys
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,6 +6,7 @@ from resolvent.errors import ConfigError
 from resolvent.ops import (
     ReusedWindow,
     WindowState,
+    attention,
     local_attention,
     local_attention_reference,
     local_attention_step,
@@ -261,7 +260,6 @@ def flash(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=F
 @pytest.mark.parametrize("fresh", [True, False])
 def test_the_kernel_is_given_the_window_before_each_sequence(monkeypatch, window, packed, fresh):
     """Run the layout of the CUDA path on the CPU, with a stand-in for PyTorch's kernel."""
-    module = sys.modules["resolvent.ops.local_attention"]
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
     offsets = torch.tensor([0, 0, 30, 31, 90, 90]) if packed else None
     rows = 5 if packed else 2
@@ -274,7 +272,7 @@ def test_the_kernel_is_given_the_window_before_each_sequence(monkeypatch, window
         del options["position"]
     results = []
     for chosen in ("varlen", "torch"):
-        monkeypatch.setattr(module, "attention_implementation", lambda *_, chosen=chosen: chosen)
+        monkeypatch.setattr(attention, "attention_implementation", lambda *_, chosen=chosen: chosen)
         results.append(local_attention(*values, window, **options))
     (found, after), (expected, expected_after) = results
     assert relative(found, expected) <= 1e-12

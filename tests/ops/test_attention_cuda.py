@@ -11,9 +11,9 @@ from resolvent.ops import (
     local_attention_reference,
     local_attention_step,
 )
+from resolvent.ops.attention import attention_implementation
 from resolvent.ops.attention_window import GROWTH
 from resolvent.ops.dispatch import calls
-from resolvent.ops.local_attention import attention_implementation
 
 pytestmark = pytest.mark.gpu
 
