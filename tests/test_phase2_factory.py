@@ -181,7 +181,7 @@ class TestCreatePhase2Model:
         for name in ("token_embedding", "position_embedding", "blocks", "ln_f", "lm_head"):
             assert isinstance(getattr(model, name), nn.Module)
         for block in model.blocks:
-            for name in ("dissipative_bk", "bk_proj", "hebbian", "snr_filter", "resonance", "ffn", "ln1", "ln2", "ln3"):
+            for name in ("dissipative_bk", "bk_proj", "hebbian", "snr_filter", "resonance", "ffn", "ln1", "ln2"):
                 assert isinstance(getattr(block, name), nn.Module)
 
     def test_model_forward_pass(self):

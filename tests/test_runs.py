@@ -12,7 +12,7 @@ from resolvent.data.tokenization import bytes_tokenizer
 from resolvent.runs import RUN_FILE, fixed_files, load_trained, run_of
 
 SIZES = dict(d_model=32, n_layers=1, n_seq=64, num_heads=2, dropout=0.0, device="cpu")
-GOLDEN = Path(__file__).parent / "data" / "golden" / "format-3" / "run"
+GOLDEN = Path(__file__).parent / "data" / "golden" / "format-5" / "run"
 
 
 def loaded_by(code: str) -> set[str]:

@@ -31,7 +31,7 @@ MEASURES = {
     "needle": ("--length", 32, "--samples", 4, "--candidates", 5),
     "influence": ("--length", 40, "--sequences", 2),
 }
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-3"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-5"
 """A run that loads quickly. In the tests its name holds what is an end tag and an emoji to Rich: [/y]:cat:"""
 
 

@@ -22,7 +22,7 @@ def project(tmp_path):
 
 def test_run_folders_are_never_data(project, caplog):
     for number in (1, 2, 3):
-        shutil.copytree(GOLDEN / f"format-{number}" / "run", project / "runs" / f"r{number}")
+        shutil.copytree(GOLDEN / "format-5" / "run", project / "runs" / f"r{number}")
     shutil.copytree(project / "runs" / "r1", project / "deep" / "down" / "r1")
     with caplog.at_level(logging.WARNING):
         assert load_documents(project) == ["text"]
@@ -48,7 +48,7 @@ def test_run_that_was_killed_while_it_began_is_no_data(project):
 
 
 def test_saved_models_and_lone_checkpoints_are_no_data(project, caplog):
-    checkpoint = next((GOLDEN / "format-3" / "run" / "checkpoints").iterdir())
+    checkpoint = next((GOLDEN / "format-5" / "run" / "checkpoints").iterdir())
     shutil.copytree(checkpoint, project / "copy")
     (project / "copy" / "merges.txt").write_text("a b")
     assert load_documents(project) == ["text"]
@@ -57,7 +57,7 @@ def test_saved_models_and_lone_checkpoints_are_no_data(project, caplog):
 
 @pytest.mark.parametrize("inside", ["", "checkpoints"])
 def test_run_folder_named_as_data_is_refused(inside):
-    path = GOLDEN / "format-3" / "run"
+    path = GOLDEN / "format-5" / "run"
     if not inside:
         with pytest.raises(NotText, match="run is the folder of a run, not text: name the text that it was trained on"):
             load_documents(path)

@@ -18,7 +18,7 @@ from resolvent.ops import Consolidation, MemoryState, dissipative_memory
 def test_shapes_with_and_without_options(options):
     layer = DissipativeHebbianLayer(32, 2, 8, **options)
     out = layer(torch.randn(3, 70, 32), torch.rand(3, 70, 2))
-    assert out.output.shape == (3, 70, 32)
+    assert out.gated.shape == (3, 70, 16)
     assert out.readout.shape == (3, 70, 16)
     assert out.state.memory.shape[1:] == layer.state_shape[0]
     assert out.conv_tail.shape[1:] == layer.state_shape[1]

@@ -14,7 +14,7 @@ def layer_of(window=16, **options):
 def test_shapes_with_and_without_options(options):
     layer = layer_of(**options)
     out = layer(torch.randn(3, 70, 32))
-    assert out.output.shape == (3, 70, 32)
+    assert out.gated.shape == (3, 70, 16)
     assert out.readout.shape == (3, 70, 16)
     assert out.values.shape == (3, 70, 2, 8)
     assert out.state.keys.shape[1:] == out.state.values.shape[1:] == layer.state_shape[0]
@@ -42,7 +42,7 @@ def test_it_is_attention_over_rotated_queries_and_keys():
     )
     out = layer(x)
     torch.testing.assert_close(out.readout.double(), exact.flatten(-2), rtol=0, atol=1e-6)
-    torch.testing.assert_close(out.output, layer.out_proj(out.readout))
+    assert torch.equal(out.gated, out.readout)
 
 
 @pytest.mark.parametrize("window", [16, None])
@@ -55,11 +55,11 @@ def test_any_split_equals_one_call_far_from_the_start(window):
     for piece in x.split([1, 30, 1, 28], 1):
         out = layer(piece, state, tail, position)
         state, tail, position = out.state, out.conv_tail, position + piece.shape[1]
-        pieces.append(out.output)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole.output, rtol=1e-5, atol=1e-6)
+        pieces.append(out.gated)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole.gated, rtol=1e-5, atol=1e-6)
 
 
 def test_all_parameters_have_gradients():
     layer = layer_of()
-    layer(torch.randn(2, 50, 32)).output.square().sum().backward()
+    layer.out_proj(layer(torch.randn(2, 50, 32)).gated).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.parameters())

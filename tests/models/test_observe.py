@@ -41,7 +41,7 @@ def test_hidden_states_and_state_equal_those_without_observation(phase: SmallPha
 
 def test_phase2_records_equal_the_results_of_the_layers():
     model, ids = PHASE2.model(), tokens()
-    features, memory, norms, outputs = (results(model, name) for name in ("dissipative_bk", "hebbian", "ln2", ""))
+    features, memory, norms, outputs = (results(model, name) for name in ("dissipative_bk", "hebbian", "ln1", ""))
     trace = observe(model, ids)
     for i, record in enumerate(trace.layers):
         assert isinstance(record, Phase2Record)

@@ -12,6 +12,7 @@ from ..ops.normalize import unit_length, unit_rms
 from ..ops.packed import count_sequences
 from ..ops.precision import wide_dtype
 from ..ops.queries_keys_values import queries_keys_values
+from .linear import Projected, products
 
 
 class Heads(NamedTuple):
@@ -76,6 +77,17 @@ class HeadsLayer(nn.Module):
             self.conv_weight.zero_()[0] = 1.0
 
     @property
+    def projections(self) -> tuple[nn.Linear, nn.Linear | None]:
+        """The maps of the tokens: ``qkv_proj`` and, the narrow side of the gate, ``gate_down``."""
+        return self.qkv_proj, self.gate_down
+
+    def project(self, x: Tensor, projected: Projected | None) -> tuple[Tensor, Tensor | None]:
+        """Return the products of x (B, N, D) with ``projections``: those that are known, if they are."""
+        qkv, narrow = products(x, self.projections) if projected is None else projected
+        assert qkv is not None
+        return qkv, narrow
+
+    @property
     def conv_shape(self) -> tuple[int, int]:
         """Shape of one sequence's conv state, (W - 1, 3HK)."""
         taps = 1 if self.conv_weight is None else len(self.conv_weight)
@@ -96,8 +108,6 @@ class HeadsLayer(nn.Module):
         """Normalise the read-out of each head: (B, N, H, V) -> (B, N, HV)."""
         return (unit_rms(readout) if self.output_norm else readout).flatten(-2)
 
-    def gated_output(self, x: Tensor, readout: Tensor) -> Tensor:
-        """Return the output for the residual stream, (B, N, D), of tokens (B, N, D) and their read-out (B, N, HV)."""
-        if self.gate_down is not None and self.gate_up is not None:
-            readout = readout * torch.sigmoid(self.gate_up(self.gate_down(x)))
-        return self.out_proj(readout)
+    def gate(self, readout: Tensor, narrow: Tensor | None) -> Tensor:
+        """Gate a read-out (B, N, HV), given the narrow side of its gate (B, N, K)."""
+        return readout if narrow is None or self.gate_up is None else readout * torch.sigmoid(self.gate_up(narrow))

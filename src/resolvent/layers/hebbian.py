@@ -14,14 +14,14 @@ from ..ops.memory_rotation import accumulate_phases
 from ..ops.packed import count_sequences
 from ..ops.precision import at_least_float32, for_products
 from .heads import HeadsLayer
-from .linear import is_plain
+from .linear import Projected, is_plain
 
 
 class HebbianOutput(NamedTuple):
     """Output and state of the layer.
 
     Attributes:
-        output: output for the residual stream, (B, N, D).
+        gated: gated read-out, which ``out_proj`` takes to the residual stream, (B, N, HV).
         readout: read-out of the memory, normalised and not gated, (B, N, HV).
         values: values written to the memory, (B, N, H, V).
         state: memory after the last token.
@@ -29,7 +29,7 @@ class HebbianOutput(NamedTuple):
         phases: phases behind the last token, in turns, float64 (B, K / 2) or (S, K / 2); None without rotation.
     """
 
-    output: Tensor
+    gated: Tensor
     readout: Tensor
     values: Tensor
     state: MemoryState
@@ -116,6 +116,7 @@ class DissipativeHebbianLayer(HeadsLayer):
         cu_seqlens: Tensor | None = None,
         consolidation: Consolidation | None = None,
         phases: Tensor | None = None,
+        projected: Projected | None = None,
     ) -> HebbianOutput:
         """Write tokens to the memory and read it.
 
@@ -128,9 +129,11 @@ class DissipativeHebbianLayer(HeadsLayer):
             cu_seqlens: offsets of S packed sequences.
             consolidation: filters that act on the memory at its boundaries.
             phases: phases before the first token, in turns, float64 (B, K / 2) or (S, K / 2); zeros if None.
+            projected: products of x with ``projections``, where they are known.
         """
         x = for_products(x)
-        heads = self.heads(self.qkv_proj(x), conv_tail, cu_seqlens)
+        qkv, narrow = self.project(x, projected)
+        heads = self.heads(qkv, conv_tail, cu_seqlens)
         turned, after = self.phases(x, phases, cu_seqlens) or (None, None)
         readout, state = dissipative_memory(
             heads.q,
@@ -146,7 +149,7 @@ class DissipativeHebbianLayer(HeadsLayer):
             backend=self.backend,
         )
         readout = self.normalize(readout)
-        return HebbianOutput(self.gated_output(x, readout), readout, heads.v, state, heads.conv_tail, after)
+        return HebbianOutput(self.gate(readout, narrow), readout, heads.v, state, heads.conv_tail, after)
 
 
 class LyapunovStabilityMonitor:

@@ -1,7 +1,10 @@
-"""Linear maps: of low rank, and the test for plain ones."""
+"""Linear maps: of low rank, several of them in one product, and the test for plain ones."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class LowRankLinear(nn.Module):
@@ -37,3 +40,32 @@ def is_plain(module: nn.Module) -> bool:
     forward = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     backward = module._backward_hooks or module._backward_pre_hooks
     return type(module) is nn.Linear and not forward and not backward
+
+
+Projected = Sequence[Tensor | None]
+"""Products of the tokens with several layers, None for a layer that there is not."""
+
+
+def products(x: Tensor, layers: Sequence[nn.Linear | None]) -> list[Tensor | None]:
+    """Return the products of x (..., D) with several layers without biases, None for None.
+
+    Where all layers are plain it is one product with their concatenated weights, which reads x once.
+    """
+    present = [layer for layer in layers if layer is not None]
+    if all(is_plain(layer) and layer.bias is None for layer in present):
+        joined = F.linear(x, torch.cat([layer.weight for layer in present]))
+        outputs = iter(joined.split([layer.out_features for layer in present], dim=-1))
+    else:
+        outputs = iter([layer(x) for layer in present])
+    return [None if layer is None else next(outputs) for layer in layers]
+
+
+def sum_of_products(inputs: Sequence[Tensor], layers: Sequence[nn.Linear]) -> Tensor:
+    """Return the sum of the products of several inputs (..., D_i), each with its own layer without a bias: (..., R).
+
+    Where all layers are plain it is one product of the concatenated columns.
+    """
+    if all(is_plain(layer) and layer.bias is None for layer in layers):
+        return F.linear(torch.cat(list(inputs), dim=-1), torch.cat([layer.weight for layer in layers], dim=1))
+    first, *others = (layer(x) for x, layer in zip(inputs, layers, strict=True))
+    return sum(others, start=first)

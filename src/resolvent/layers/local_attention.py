@@ -14,20 +14,21 @@ from ..ops.packed import token_positions
 from ..ops.precision import at_least_float32, for_products
 from ..ops.rotary import rotary_turns, rotate
 from .heads import Heads, HeadsLayer
+from .linear import Projected
 
 
 class AttentionOutput(NamedTuple):
     """Output and state of the layer.
 
     Attributes:
-        output: output for the residual stream, (B, N, D).
+        gated: gated read-out, which ``out_proj`` takes to the residual stream, (B, N, HV).
         readout: read-out of the attention, normalised and not gated, (B, N, HV).
         values: values that were attended to, (B, N, H, V).
         state: keys and values of the window after the last token.
         conv_tail: conv state: the last inputs of the convolution, (B, C - 1, 3HK) or (S, C - 1, 3HK).
     """
 
-    output: Tensor
+    gated: Tensor
     readout: Tensor
     values: Tensor
     state: WindowState
@@ -112,6 +113,7 @@ class LocalAttentionLayer(HeadsLayer):
         conv_tail: Tensor | None = None,
         position: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        projected: Projected | None = None,
     ) -> AttentionOutput:
         """Attend to tokens.
 
@@ -121,9 +123,11 @@ class LocalAttentionLayer(HeadsLayer):
             conv_tail: conv state before the first token, float32.
             position: tokens that each sequence has read before, (B,) or (S,).
             cu_seqlens: offsets of S packed sequences.
+            projected: products of x with ``projections``, where they are known.
         """
         x = for_products(x)
-        heads = self.heads(self.qkv_proj(x), conv_tail, cu_seqlens)
+        qkv, narrow = self.project(x, projected)
+        heads = self.heads(qkv, conv_tail, cu_seqlens)
         q, k = self.rotated(heads, token_positions(position, x, cu_seqlens))
         readout, state = local_attention(
             q,
@@ -137,4 +141,4 @@ class LocalAttentionLayer(HeadsLayer):
             backend=self.backend,
         )
         readout = self.normalize(readout)
-        return AttentionOutput(self.gated_output(x, readout), readout, heads.v, state, heads.conv_tail)
+        return AttentionOutput(self.gate(readout, narrow), readout, heads.v, state, heads.conv_tail)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..ops import effective_diagonal, resolvent_features
 from ..ops.precision import at_least_float32, for_products
-from .linear import is_plain
+from .linear import Projected, is_plain, products
 
 
 class NonHermitianPotential(nn.Module):
@@ -67,26 +67,28 @@ class NonHermitianPotential(nn.Module):
         if self.memory_to_potential is not None:
             self.memory_to_potential.weight.zero_()
 
-    def forward(self, x: Tensor, readout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    @property
+    def projections(self) -> tuple[nn.Linear, nn.Linear | None]:
+        """The maps of the tokens: ``v_proj`` and ``gamma_proj``."""
+        return self.v_proj, self.gamma_proj
+
+    def forward(
+        self, x: Tensor, readout: Tensor | None = None, projected: Projected | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Map x and the previous block's read-out to V and Γ, at least float32 (B, N, H).
 
-        x is (B, N, D), the read-out (B, N, memory_width).
+        Args:
+            x: tokens, (B, N, D).
+            readout: the previous block's read-out, (B, N, memory_width).
+            projected: products of x with ``projections``, where they are known.
         """
-        potential, adaptive = self._projected(for_products(x))
-        potential = at_least_float32(potential)
+        of_v, adaptive = products(for_products(x), self.projections) if projected is None else projected
+        assert of_v is not None
+        potential = at_least_float32(of_v)
         if self.memory_to_potential is not None and readout is not None:
             potential = potential + self.memory_scale * self.memory_to_potential(readout)
         gamma_logit = self.gamma_bias.expand_as(potential) if adaptive is None else self.gamma_bias + adaptive
         return potential, F.softplus(at_least_float32(gamma_logit)) + self.least_decay
-
-    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return ``v_proj(x)`` and ``gamma_proj(x)``, of one product where possible, which reads x once."""
-        if self.gamma_proj is None:
-            return self.v_proj(x), None
-        if is_plain(self.v_proj) and is_plain(self.gamma_proj):
-            potential, adaptive = F.linear(x, torch.cat([self.v_proj.weight, self.gamma_proj.weight])).chunk(2, dim=-1)
-            return potential, adaptive
-        return self.v_proj(x), self.gamma_proj(x)
 
 
 class DissipativeBKLayer(nn.Module):
@@ -131,6 +133,7 @@ class DissipativeBKLayer(nn.Module):
         readout: Tensor | None = None,
         state: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        projected: Projected | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the features of the tokens.
 
@@ -139,11 +142,12 @@ class DissipativeBKLayer(nn.Module):
             readout: the previous block's memory read-out, (B, N, memory_width).
             state: g of the last token read, complex64 (B, H) or (S, H).
             cu_seqlens: offsets of S packed sequences.
+            projected: products of x with the potential's ``projections``, where they are known.
 
         Returns:
             features (B, N, 2H) float32, Γ (B, N, H) float32 and the next state.
         """
-        potential, gamma = self.potential(x, readout)
+        potential, gamma = self.potential(x, readout, projected)
         # Outside autocast: a resolvent near its pole has no digits to spare.
         with torch.autocast(x.device.type, enabled=False):
             kappa = _modulus(at_least_float32(self.kappa))

@@ -4,7 +4,6 @@ Transformers reads these folders. Folders that Transformers writes are read here
 entries, the names of their weights may begin with ``model.``, and their weights may be in several files.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,12 +22,9 @@ from .phase1 import Phase1Config
 from .phase2 import Phase2Config
 from .phases import PHASES, Phase, phase_of
 
-FORMAT_VERSION = 4
-_BEFORE = {
-    2: {"embedding_scale": 1.0, "ffn_gated": False, "snr_trained": False},
-    3: {"feedback_scale": 1.0},
-}
-"""Values of the fields that a format version added, for files of earlier versions."""
+FORMAT_VERSION = 5
+_SIDE_BY_SIDE = 5
+"""First format version of Phase 2 models that this release reads."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 """File that names the file of every weight, where there are several files."""
@@ -174,26 +170,16 @@ def in_todays_format(source: Path | str, values: Values, kind: type[ModelConfig]
         kind: class of the configuration.
 
     Raises:
-        VersionError, CheckpointError: the version is a later one, or none.
+        VersionError, CheckpointError: the version is a later one, none, or one that this release does not read.
     """
     check_version(source, values.get("format_version"), FORMAT_VERSION)
     version = values["format_version"]
-    values = {name: value for name, value in values.items() if name != "format_version"}
-    names = {field.name for field in dataclasses.fields(kind)}
-    if version < 4 and "least_decay" in names:
-        values = _with_least_decay(values)
-    for since, fields in _BEFORE.items():
-        if version < since:
-            values = {name: value for name, value in fields.items() if name in names} | values
-    return values
-
-
-def _with_least_decay(values: Values) -> Values:
-    """Return entries of before format version 4, when ``base_decay`` was the least Γ and 1.5 times it the start."""
-    least = values.get("base_decay", 1e-4)
-    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 < least <= 1e30:
-        return values  # ``validate`` names what is wrong with it
-    return {**values, "base_decay": 1.5 * least, "least_decay": least}
+    if kind is Phase2Config and version < _SIDE_BY_SIDE:
+        raise CheckpointError(
+            f"{source} has format version {version}, of a Phase 2 model in which BK-Core and memory follow each other; "
+            "here they work side by side: train the model again, or convert its Phase 1 model again"
+        )
+    return {name: value for name, value in values.items() if name != "format_version"}
 
 
 def _misfit(phase: Phase, config: Phase1Config | Phase2Config, shapes: dict[str, torch.Size]) -> str | None:

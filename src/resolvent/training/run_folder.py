@@ -192,9 +192,9 @@ def read_run(run_dir: Path) -> tuple[TrainingConfig, str]:
     check_files(run_dir, [RUN_FILE])
     if record["format_version"] < FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {record['format_version']}: the run held out other documents, or started its "
-            "decay rates elsewhere, than this release does. Its model can be used, evaluated with --data, and trained "
-            f"on with --from {shell_word(run_dir)}"
+            f"{path} has format version {record['format_version']}: the run held out other documents, or trained "
+            "another model, than this release does. Train anew; a model that this release reads can be trained on with "
+            f"--from {shell_word(run_dir)}"
         )
     try:
         config = TrainingConfig.from_dict({"optimizer": "adamw"} | record["training"])  # what there was before Muon

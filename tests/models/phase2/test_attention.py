@@ -66,7 +66,7 @@ def test_faults_are_named(options, fault):
 def test_an_attending_block_has_no_memory_and_no_filters():
     model = HYBRID.model()
     block, names = model.blocks[1], {name.split(".")[0] for name, _ in model.blocks[1].named_parameters()}
-    assert names == {"ln1", "dissipative_bk", "bk_proj", "ln2", "attention", "ln3", "ffn"}
+    assert names == {"ln1", "dissipative_bk", "bk_proj", "attention", "ln2", "ffn"}
     assert block.hebbian is block.snr_filter is block.resonance is block.consolidation() is None
     assert block.mixer is block.attention
     assert model.blocks[0].attention is None

@@ -57,8 +57,9 @@ def test_logits_equal_the_source_full_and_streaming(name, carried):
     for length in (1, 40, 64, 300):
         ids = tokens(length)
         expected = source(ids)
-        # Equal to the bit only where a processor sums products of any width in one order.
-        assert (model(ids) - expected).abs().max() <= 1e-6 * expected.abs().max()
+        # As equal as the source is to itself in pieces: it has its potential from a product of its own, Phase 2 from a
+        # wider one, whose sums have another order.
+        assert (model(ids) - expected).abs().max() <= 1e-5
         state, pieces = None, []
         for piece in ids.split(1 if length <= 64 else 37, dim=1):
             logits, state = model(piece, state=state, return_state=True)
@@ -108,8 +109,8 @@ def test_report_lists_every_tensor(caplog):
     assert entry.sources == tuple(f"token_embedding.{part}" for part in ("core1", "core2", "phase_shift"))
     assert (entry.status, entry.count, entry.note) == ("copied", 97 * 48, "tensor train made a table")
     new = {t.name.split(".", 2)[2] for t in report.new if t.name.startswith("blocks.1.")}
-    assert {"dissipative_bk.kappa", "hebbian.qkv_proj.weight", "ln2.weight", "resonance.bias"} <= new
-    assert not any(part.startswith(("ln1", "ln3", "ffn", "bk_proj", "ar_ssm", "ln_ssm")) for part in new)
+    assert {"dissipative_bk.kappa", "hebbian.qkv_proj.weight", "resonance.bias"} <= new
+    assert not any(part.startswith(("ln1", "ln2", "ffn", "bk_proj", "ar_ssm", "ln_ssm")) for part in new)
     assert report.to_dict()["tensors"][0]["status"] == "copied"
 
 
@@ -242,7 +243,7 @@ def test_foreign_modules_are_matched_by_shape_and_role():
     assert torch.equal(model.ln_f.weight, source.d.weight)
     for ours, theirs in zip(model.blocks, source.c, strict=True):
         assert torch.equal(ours.ln1.bias, theirs.norm1.bias)
-        assert torch.equal(ours.ln3.weight, theirs.norm2.weight)
+        assert torch.equal(ours.ln2.weight, theirs.norm2.weight)
     report = model.conversion_report
     assert len(report.copied) == 2 + 2 + 4 * 4
     assert {"a.weight", "e.bias"} <= {t.name for t in report.left_behind}
@@ -282,7 +283,7 @@ def test_only_parts_that_fit_are_copied():
     names = {t.name for t in model.conversion_report.copied}
     assert "lm_head.weight" in names
     assert not any(name.startswith("token_embedding") for name in names)
-    assert {"blocks.0.ln1.weight", "blocks.1.ln3.bias"} <= names
+    assert {"blocks.0.ln1.weight", "blocks.1.ln2.bias"} <= names
 
 
 def test_phase2_model_is_refused():

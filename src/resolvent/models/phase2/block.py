@@ -1,13 +1,15 @@
-"""The Phase 2 block: BK-Core, dissipative Hebbian memory and feed-forward network, each in a residual branch.
+"""The Phase 2 block: BK-Core beside a dissipative Hebbian memory, then a feed-forward network.
 
-Γ acts in BK-Core and in the memory. The memory read-out of a block enters the potential of the next block. A block of a
-model that grew out of Phase 1 keeps its semiseparable branch, behind the memory. In the blocks of ``attention_layers``
-attention over the last tokens takes the place of the memory.
+Each of the two is a residual branch. The first, the mixer, has one norm, one product in and one product out: BK-Core
+and memory read the same normed tokens through the concatenated weights of their projections, and read-out and features
+enter the residual stream through another product. Γ acts in BK-Core and in the memory. The memory read-out of a block
+enters the potential of the next block. A block of a model that grew out of Phase 1 keeps its semiseparable branch,
+behind the mixer. In the blocks of ``attention_layers`` attention over the last tokens takes the place of the memory.
 
 Shapes: B batch, N sequence, D model width, H heads, K = V head width, S sequences.
 """
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,11 @@ from ...layers import (
     SNRMemoryFilter,
 )
 from ...layers.heads import HeadsLayer
+from ...layers.hebbian import HebbianOutput
+from ...layers.linear import Projected, products, sum_of_products
+from ...layers.local_attention import AttentionOutput
 from ...ops import Consolidation
+from ...ops.precision import for_products
 from ..base import Block, IntegratedModel
 from .config import Phase2Config
 from .state import LayerState, Phase2State
@@ -36,7 +42,7 @@ class Phase2Record(NamedTuple):
         output: residual stream behind the block, (B, N, D).
         features: features [Re g, Im g] of the resolvent, (B, N, 2H).
         gamma: decay rate Γ, (B, N, H).
-        memory_input: tokens that the memory layer read, or the attention in its place, (B, N, D).
+        memory_input: normed tokens, which BK-Core and memory read, or the attention in its place, (B, N, D).
         readout: its read-out, normalised and not gated, (B, N, HV).
         values: values that were written or attended to, (B, N, H, V).
         state: state after the last token.
@@ -52,7 +58,7 @@ class Phase2Record(NamedTuple):
 
 
 class Phase2Block(Block[Phase2Record]):
-    """BK-Core, dissipative Hebbian memory and feed-forward network, each behind a norm and in a residual branch.
+    """BK-Core beside a dissipative Hebbian memory, then a feed-forward network: two norms, two residual branches.
 
     Args:
         config: the configuration.
@@ -84,7 +90,6 @@ class Phase2Block(Block[Phase2Record]):
             block_size=config.triton_block_size,
         )
         self.bk_proj = nn.Linear(2 * heads, width, bias=False)
-        self.ln2 = nn.LayerNorm(width)
         options = (config.conv_size, config.output_norm, config.output_gate, config.backend)
         self.hebbian = (
             None
@@ -123,7 +128,7 @@ class Phase2Block(Block[Phase2Record]):
             if config.ar_ssm_rank
             else None
         )
-        self.ln3 = nn.LayerNorm(width)
+        self.ln2 = nn.LayerNorm(width)
         self.ffn = (
             GatedFeedForward(width, config.ffn_width)
             if config.ffn_gated
@@ -153,6 +158,11 @@ class Phase2Block(Block[Phase2Record]):
         assert mixer is not None
         return mixer
 
+    @property
+    def projections(self) -> list[nn.Linear | None]:
+        """The maps of the normed tokens: of V, of Γ, of q, k and v, and of the gate."""
+        return [*self.dissipative_bk.potential.projections, *self.mixer.projections]
+
     def state_shapes(self) -> list[tuple[int, ...]]:
         resolvent, ar_ssm = (self.dissipative_bk.potential.num_heads,), self.ar_ssm.state_shape if self.ar_ssm else ()
         if self.attention is not None:
@@ -180,37 +190,50 @@ class Phase2Block(Block[Phase2Record]):
             position: tokens that the sequences have read before, (S,); None for a fresh start.
             cu_seqlens: offsets of packed sequences.
         """
-        resolvent, conv_tail, ar_ssm = (None, None, None)
-        if state is not None:
-            resolvent, conv_tail, ar_ssm = state.resolvent, state.conv_tail, state.ar_ssm
-        # 1. BK-Core: the resolvent of the tokens' Hamiltonian.
-        features, gamma, resolvent = self.dissipative_bk(self.ln1(x), readout, resolvent, cu_seqlens)
-        x = x + self.dropout(self.bk_proj(features.to(x.dtype)))
-        # 2. Memory, with the same Γ, or attention.
-        memory_input = self.ln2(x)
-        if self.hebbian is not None:
-            memory, phases = (None, None) if state is None else (state.memory, state.phases)
-            read = self.hebbian(
-                memory_input, gamma, memory, conv_tail, position, cu_seqlens, self.consolidation(), phases
-            )
-            kept = dict(memory=read.state, phases=read.phases)
-        else:
-            assert self.attention is not None
-            field = "cache" if self.attention.window is None else "window"
-            window = None if state is None else getattr(state, field)
-            if state is not None and window is None:
-                raise ValueError("the state belongs to another model: one of its windows grows, or none of them does")
-            read = self.attention(memory_input, window, conv_tail, position, cu_seqlens)
-            kept = {field: read.state}
-        x = x + self.dropout(read.output)
-        # 3. The semiseparable branch of a converted model.
+        resolvent, ar_ssm = (None, None) if state is None else (state.resolvent, state.ar_ssm)
+        # 1. One norm and one product in.
+        given = for_products(self.ln1(x))
+        of_v, of_gamma, *of_heads = products(given, self.projections)
+        # 2. BK-Core: the resolvent of the tokens' Hamiltonian.
+        features, gamma, resolvent = self.dissipative_bk(given, readout, resolvent, cu_seqlens, (of_v, of_gamma))
+        # 3. Memory, with the same Γ, or attention.
+        read, kept = self._read(given, gamma, state, position, cu_seqlens, of_heads)
+        # 4. One product out.
+        outputs = (read.gated, features.to(read.gated.dtype))
+        x = x + self.dropout(sum_of_products(outputs, (self.mixer.out_proj, self.bk_proj)))
+        # 5. The semiseparable branch of a converted model.
         if self.ar_ssm is not None and self.ln_ssm is not None:
             output, _, ar_ssm = self.ar_ssm(self.ln_ssm(x), ar_ssm, cu_seqlens)
             x = x + self.dropout(output)
-        # 4. Feed-forward network.
-        x = x + self.dropout(self.ffn(self.ln3(x)))
+        # 6. Feed-forward network.
+        x = x + self.dropout(self.ffn(self.ln2(x)))
         after = LayerState(resolvent, None, read.conv_tail, ar_ssm)._replace(**kept)
-        return Phase2Record(x, features, gamma, memory_input, read.readout, read.values, after)
+        return Phase2Record(x, features, gamma, given, read.readout, read.values, after)
+
+    def _read(
+        self,
+        given: Tensor,
+        gamma: Tensor,
+        state: LayerState | None,
+        position: Tensor | None,
+        cu_seqlens: Tensor | None,
+        projected: Projected,
+    ) -> tuple[HebbianOutput | AttentionOutput, dict[str, Any]]:
+        """Read the memory, or attend; also return the fields of the state after it."""
+        conv_tail = None if state is None else state.conv_tail
+        if self.hebbian is not None:
+            memory, phases = (None, None) if state is None else (state.memory, state.phases)
+            read = self.hebbian(
+                given, gamma, memory, conv_tail, position, cu_seqlens, self.consolidation(), phases, projected
+            )
+            return read, dict(memory=read.state, phases=read.phases)
+        assert self.attention is not None
+        field = "cache" if self.attention.window is None else "window"
+        window = None if state is None else getattr(state, field)
+        if state is not None and window is None:
+            raise ValueError("the state belongs to another model: one of its windows grows, or none of them does")
+        read = self.attention(given, window, conv_tail, position, cu_seqlens, projected)
+        return read, {field: read.state}
 
 
 Phase2Model = IntegratedModel[Phase2Config, Phase2Record, Phase2State]

@@ -203,7 +203,7 @@ def _copy_block(block: Phase1Block, name: str, transfer: _Transfer) -> None:
     if block.ar_ssm is not None and block.ln2 is not None:
         transfer.copy_module(f"{name}.ln_ssm", block.ln2)
         transfer.copy_module(f"{name}.ar_ssm", block.ar_ssm)
-    transfer.copy_module(f"{name}.ln3", block.ln3)
+    transfer.copy_module(f"{name}.ln2", block.ln3)
     for part, layer in block.ffn.named_children():
         if isinstance(layer, LowRankLinear):
             weight, bias = layer.dense()
@@ -285,7 +285,7 @@ class _Roles:
             transfer.copy_module("ln_f", self.final_norm)
         for i, norms in enumerate(self.block_norms[: transfer.target.n_layers]):
             # The first norm of a block stands before its mixer, the last before its feed-forward network.
-            roles = {"ln1": norms[:1], "ln3": norms[1:][-1:]}
+            roles = {"ln1": norms[:1], "ln2": norms[1:][-1:]}
             for role, found in roles.items():
                 for norm in found:
                     transfer.copy_module(f"blocks.{i}.{role}", norm)

@@ -89,19 +89,19 @@ class TokenStep:
     def _read(self, block: Phase2Block, state: LayerState, rule: Consolidation | None, first: bool) -> None:
         """Run one block, branch after branch."""
         kernels, x, layer = self.kernels, self.x, block.mixer
-        chain = torch.view_as_real(state.resolvent)
-        kernels.scatter(
+        chain, norm = torch.view_as_real(state.resolvent), self._norm(block.ln1)
+        gate, readout = (None, self.readout) if layer.gate_down is None else (self.gate, self.gated)
+        gating = None if layer.gate_down is None else (layer.gate_down.weight, self.gate)
+        kernels.linear(x, layer.qkv_proj.weight, None, self.projected, norm, other=gating)
+        kernels.scatter(  # after what else reads x: it adds the features to x
             x,
             None if first else self.readout,
-            self._norm(block.ln1),
+            norm,
             block.dissipative_bk,
             block.bk_proj.weight,
             chain,
             self.gamma,
         )
-        gate, readout = (None, self.readout) if layer.gate_down is None else (self.gate, self.gated)
-        gating = None if layer.gate_down is None else (layer.gate_down.weight, self.gate)
-        kernels.linear(x, layer.qkv_proj.weight, None, self.projected, self._norm(block.ln2), other=gating)
         if block.attention is not None:
             self._attend(block.attention, state)
         else:
@@ -122,7 +122,7 @@ class TokenStep:
         kernels.linear(readout, layer.out_proj.weight, None, x, add=True)
         inner, outer = _maps(block)
         activation = "swiglu" if isinstance(block.ffn, GatedFeedForward) else "gelu"
-        kernels.linear(x, inner.weight, inner.bias, self.inner, self._norm(block.ln3), activation)
+        kernels.linear(x, inner.weight, inner.bias, self.inner, self._norm(block.ln2), activation)
         kernels.linear(self.inner, outer.weight, outer.bias, x, add=True)
 
     def _attend(self, layer: LocalAttentionLayer, state: LayerState) -> None:
