@@ -100,3 +100,16 @@ def test_empty_sequences_at_the_end_change_no_kernel_result(monkeypatch):
     assert (padded - loss).abs() <= 1e-6 * loss
     for a, b in zip(found, gradients, strict=True):
         assert (a - b).norm() <= 1e-6 * b.norm() + 1e-9
+
+
+@pytest.mark.parametrize("sizes", [{}, {"attention_layers": (1,), "attention_window": 8}], ids=["pure", "hybrid"])
+def test_each_block_compiles_to_one_graph(sizes):
+    ids = torch.randint(0, 97, (2, 31))
+    model = small_model(spread=0.1, backend="torch", n_layers=2, **sizes).train()
+    expected, gradients = loss_and_gradients(model, model, ids)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    found, found_gradients = loss_and_gradients(model, model, ids)
+    assert (found - expected).abs() <= 1e-5 * expected.abs()
+    for a, b in zip(found_gradients, gradients, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-9

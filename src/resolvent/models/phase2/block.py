@@ -9,7 +9,7 @@ behind the mixer. In the blocks of ``attention_layers`` attention over the last 
 Shapes: B batch, N sequence, D model width, H heads, K = V head width, S sequences.
 """
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from ...layers import (
     LocalAttentionLayer,
     MemoryResonanceLayer,
     NonHermitianPotential,
+    SemiseparableState,
     SNRMemoryFilter,
 )
 from ...layers.heads import HeadsLayer
@@ -197,7 +198,7 @@ class Phase2Block(Block[Phase2Record]):
         # 2. BK-Core: the resolvent of the tokens' Hamiltonian.
         features, gamma, resolvent = self.dissipative_bk(given, readout, resolvent, cu_seqlens, (of_v, of_gamma))
         # 3. Memory, with the same Γ, or attention.
-        read, kept = self._read(given, gamma, state, position, cu_seqlens, of_heads)
+        read = self._read(given, gamma, state, position, cu_seqlens, of_heads)
         # 4. One product out.
         outputs = (read.gated, features.to(read.gated.dtype))
         x = x + self.dropout(sum_of_products(outputs, (self.mixer.out_proj, self.bk_proj)))
@@ -207,8 +208,7 @@ class Phase2Block(Block[Phase2Record]):
             x = x + self.dropout(output)
         # 6. Feed-forward network.
         x = x + self.dropout(self.ffn(self.ln2(x)))
-        after = LayerState(resolvent, None, read.conv_tail, ar_ssm)._replace(**kept)
-        return Phase2Record(x, features, gamma, given, read.readout, read.values, after)
+        return Phase2Record(x, features, gamma, given, read.readout, read.values, self._state(read, resolvent, ar_ssm))
 
     def _read(
         self,
@@ -218,22 +218,30 @@ class Phase2Block(Block[Phase2Record]):
         position: Tensor | None,
         cu_seqlens: Tensor | None,
         projected: Projected,
-    ) -> tuple[HebbianOutput | AttentionOutput, dict[str, Any]]:
-        """Read the memory, or attend; also return the fields of the state after it."""
+    ) -> HebbianOutput | AttentionOutput:
+        """Read the memory, or attend."""
         conv_tail = None if state is None else state.conv_tail
         if self.hebbian is not None:
             memory, phases = (None, None) if state is None else (state.memory, state.phases)
-            read = self.hebbian(
+            return self.hebbian(
                 given, gamma, memory, conv_tail, position, cu_seqlens, self.consolidation(), phases, projected
             )
-            return read, dict(memory=read.state, phases=read.phases)
         assert self.attention is not None
-        field = "cache" if self.attention.window is None else "window"
-        window = None if state is None else getattr(state, field)
-        if state is not None and window is None:
-            raise ValueError("the state belongs to another model: one of its windows grows, or none of them does")
-        read = self.attention(given, window, conv_tail, position, cu_seqlens, projected)
-        return read, {field: read.state}
+        window = None
+        if state is not None:
+            window = state.cache if self.attention.window is None else state.window
+            if window is None:
+                raise ValueError("the state belongs to another model: one of its windows grows, or none of them does")
+        return self.attention(given, window, conv_tail, position, cu_seqlens, projected)
+
+    def _state(
+        self, read: HebbianOutput | AttentionOutput, resolvent: Tensor, ar_ssm: SemiseparableState | None
+    ) -> LayerState:
+        if isinstance(read, HebbianOutput):
+            return LayerState(resolvent, read.state, read.conv_tail, ar_ssm, read.phases)
+        assert self.attention is not None
+        window, cache = (None, read.state) if self.attention.window is None else (read.state, None)
+        return LayerState(resolvent, None, read.conv_tail, ar_ssm, None, window, cache)
 
 
 Phase2Model = IntegratedModel[Phase2Config, Phase2Record, Phase2State]
