@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ CASES = {
 def measure(bench: Bench) -> None:
     """Measure every case of this scale. After the first, the Transformer uses the faster of its losses."""
     losses = [_CHUNKED, _PLAIN]
-    for case in CASES[bench.scale]:
+    for i, case in enumerate(CASES[bench.scale]):
         outcome = _contest(bench, case, losses)
         speed, memory = outcome.part(0), outcome.part(1)
         work = Work(flops=6 * case.batch * case.length * multiplied_parameters(case.preset) + attention_flops(case))
@@ -83,19 +84,38 @@ def measure(bench: Bench) -> None:
             losses = [max(speed.peers, key=speed.peers.__getitem__)]
         if bench.device.type != "cuda":
             bench.add(SECTION, f"{case}, peak memory", "GiB", _compare_process_peaks(bench, case, losses))
+        if i == 0 and speed.ours is not None:
+            _add_share_of_consolidation(bench, case, speed.ours)
+
+
+def _add_share_of_consolidation(bench: Bench, case: Case, speed: float) -> None:
+    """Add the share of a step that SNR filter and resonance take, given the tokens per second with both."""
+    without = bench.compete(
+        f"{case}, without consolidation",
+        lambda _: speed_and_memory(
+            _our_step(bench, case, snr_enabled=False, resonance_enabled=False), case, bench.device
+        ),
+    ).part(0)
+    if without.ours is not None:
+        target = Target(0.02) if bench.device.type == "cuda" else None
+        bench.add_figure(SECTION, f"{case}, consolidation", "of a step", 1 - speed / without.ours, target)
 
 
 def _contest(bench: Bench, case: Case, losses: list[str]) -> Outcome:
     def ours(check: Check) -> tuple[float, float]:
-        model = new_model(case.preset, bench.device)
-        run = torch.compile(model, dynamic=False) if bench.scale == "cuda" and bench.compiled else model
-        step = Step(model, lambda ids, labels: run(ids, labels=labels), bench.dtype == torch.bfloat16)
+        step = _our_step(bench, case)
         checked = case if bench.device.type == "cuda" else _shortened(case)
         check(step_error(step, checked, bench.device))
         return speed_and_memory(step, case, bench.device)
 
     transformers = {name: partial(_measure_transformer, bench, case, name) for name in losses}
     return bench.compete(str(case), ours, transformers, tolerance=5e-2 if bench.dtype == torch.bfloat16 else 1e-4)
+
+
+def _our_step(bench: Bench, case: Case, **options: Any) -> "Step":
+    model = new_model(case.preset, bench.device, **options)
+    run = torch.compile(model, dynamic=False) if bench.scale == "cuda" and bench.compiled else model
+    return Step(model, lambda ids, labels: run(ids, labels=labels), bench.dtype == torch.bfloat16)
 
 
 def _shortened(case: Case) -> Case:
@@ -169,14 +189,14 @@ class Step:
         self.optimizer.zero_grad()
 
 
-def new_model(preset: str, device: torch.device, backend: str = "auto") -> Phase2IntegratedModel:
-    """Return a model with random weights for comparisons in half precision.
+def new_model(preset: str, device: torch.device, **options: Any) -> Phase2IntegratedModel:
+    """Return a model with random weights for comparisons in half precision; ``options`` replace fields of the preset.
 
     Noise gives every part an effect, also those that start at zero; embeddings are as large as the outputs of the
     blocks, since the first norm would amplify the rounding of small ones.
     """
     torch.manual_seed(0)
-    model = Phase2IntegratedModel(dataclasses.replace(configuration(preset), backend=backend))
+    model = Phase2IntegratedModel(dataclasses.replace(configuration(preset), **options))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)

@@ -85,15 +85,15 @@ def rotate_queries_keys(q: Tensor, k: Tensor, phases: Tensor) -> tuple[Tensor, T
     """
     angles = angles_of(phases, wide_dtype(q)).unsqueeze(-2)
     cos, sin = angles.detach().cos(), angles.detach().sin()
-    return _Rotate.apply(q, angles, cos, sin), _Rotate.apply(k, angles, cos, sin)
+    return Rotation.apply(q, angles, cos, sin), Rotation.apply(k, angles, cos, sin)
 
 
-class _Rotate(torch.autograd.Function):
-    """Rotation by angles (B, N, 1, P), given with their cosines and sines, in at least float32."""
+class Rotation(torch.autograd.Function):
+    """Rotation by angles (..., 1, P), given with their cosines and sines, in at least float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, angles: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(x, cos, sin)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, cos, sin)
         y = _rotated(x, cos, sin, -1)
         return y if y.dtype == x.dtype else y.to(x.dtype)  # no second name for what is returned: see ops/__init__.py
 
@@ -103,6 +103,8 @@ class _Rotate(torch.autograd.Function):
         x, cos, sin = ctx.saved_tensors
         # 1. Back to x: rotate the gradient back.
         grad_x = _rotated(grad, cos, -sin, -1)
+        if x is None:
+            return grad_x.to(grad.dtype), None, None, None
         # 2. To the angles: the derivative of a rotation is a quarter turn, which commutes with it.
         (first, second), (of_first, of_second) = x.to(grad_x.dtype).chunk(2, dim=-1), grad_x.chunk(2, dim=-1)
         grad_angles = (of_second * first - of_first * second).sum(-2, keepdim=True)

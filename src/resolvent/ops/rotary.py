@@ -7,11 +7,11 @@ Shapes: B batch, N sequence, H heads, K head width.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .memory_rotation import Rotation, angles_of
 from .precision import wide_dtype
 
 
@@ -52,26 +52,5 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
         (torch.Size([1, 70, 2, 16]), True)
     """
     # Only the reduction needs float64: on a GPU its sines and cosines take longer than a block.
-    phase = ((turns - turns.round()) * (2 * math.pi)).to(wide_dtype(x)).unsqueeze(-2)
-    return _Rotate.apply(x, phase.cos(), phase.sin())
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotation of pairs in at least float32; backward rotates the gradient back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyrefly: ignore[bad-override]
-        cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin), None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    y = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return y if y.dtype == x.dtype else y.to(x.dtype)  # no second name for what is returned: see ops/__init__.py
+    angles = angles_of(turns, wide_dtype(x)).unsqueeze(-2)
+    return Rotation.apply(x, angles, angles.cos(), angles.sin())
