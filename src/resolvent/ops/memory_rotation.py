@@ -103,6 +103,8 @@ class _Rotate(torch.autograd.Function):
         x, cos, sin = ctx.saved_tensors
         # 1. Back to x: rotate the gradient back.
         grad_x = _rotated(grad, cos, -sin, -1)
+        if not ctx.needs_input_grad[1]:
+            return grad_x.to(x.dtype), None, None, None
         # 2. To the angles: the derivative of a rotation is a quarter turn, which commutes with it.
         (first, second), (of_first, of_second) = x.to(grad_x.dtype).chunk(2, dim=-1), grad_x.chunk(2, dim=-1)
         grad_angles = (of_second * first - of_first * second).sum(-2, keepdim=True)

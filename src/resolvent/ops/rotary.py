@@ -1,18 +1,15 @@
 """Rotary positions: every pair of channels of a query or key turns with the position of its token (Su et al., 2021).
 
-A pair is channel j and channel j + K/2. Positions are counted in turns, in float64, and reduced to one turn before
-float32 sees them, so that a position of ten million is as exact as the first.
+A pair is channel j and channel j + K/2. Positions are counted in turns, in float64, which ``rotate_queries_keys``
+reduces to one turn before float32 sees them, so that a position of ten million is as exact as the first.
 
-Shapes: B batch, N sequence, H heads, K head width.
+Shapes: K head width.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from .precision import wide_dtype
 
 
 def rotary_turns(position: Tensor, width: int, base: float = 10_000.0) -> Tensor:
@@ -36,42 +33,3 @@ def rotary_turns(position: Tensor, width: int, base: float = 10_000.0) -> Tensor
         raise ValueError(f"rotary positions need an even head width, got {width}")
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=position.device) / width
     return position.to(torch.float64).unsqueeze(-1) * (base**-exponents / (2 * math.pi))
-
-
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the pairs of channels of every head: (B, N, H, K) -> (B, N, H, K) in the dtype of x.
-
-    Args:
-        x: queries or keys.
-        turns: float64, broadcastable to (B, N, K / 2), without gradient.
-
-    Example:
-        >>> x = torch.randn(1, 70, 2, 16)  # tokens, packed or not
-        >>> y = rotate(x, rotary_turns(torch.arange(70), width=16))
-        >>> y.shape, torch.allclose(y.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
-        (torch.Size([1, 70, 2, 16]), True)
-    """
-    # Only the reduction needs float64: on a GPU its sines and cosines take longer than a block.
-    phase = ((turns - turns.round()) * (2 * math.pi)).to(wide_dtype(x)).unsqueeze(-2)
-    return _Rotate.apply(x, phase.cos(), phase.sin())
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotation of pairs in at least float32; backward rotates the gradient back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyrefly: ignore[bad-override]
-        cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin), None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    y = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return y if y.dtype == x.dtype else y.to(x.dtype)  # no second name for what is returned: see ops/__init__.py
