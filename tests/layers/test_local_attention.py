@@ -3,7 +3,8 @@ import torch
 
 from resolvent.layers import DissipativeHebbianLayer, LocalAttentionLayer
 from resolvent.ops import local_attention_reference
-from resolvent.ops.rotary import rotary_turns, rotate
+from resolvent.ops.memory_rotation import rotate_queries_keys
+from resolvent.ops.rotary import rotary_turns
 
 
 def layer_of(window=16, **options):
@@ -36,10 +37,8 @@ def test_it_is_attention_over_rotated_queries_and_keys():
     layer.log_temperature.data += torch.randn(2)
     heads = layer.heads(layer.qkv_proj(x), None, None)
     torch.testing.assert_close(heads.q.norm(dim=-1), torch.ones(2, 50, 2))
-    turns = rotary_turns(torch.arange(50), 8)
-    exact, _ = local_attention_reference(
-        rotate(heads.q, turns), rotate(heads.k, turns), heads.v, layer.temperature, layer.window
-    )
+    q, k = rotate_queries_keys(heads.q, heads.k, rotary_turns(torch.arange(50).unsqueeze(0), 8))
+    exact, _ = local_attention_reference(q, k, heads.v, layer.temperature, layer.window)
     out = layer(x)
     torch.testing.assert_close(out.readout.double(), exact.flatten(-2), rtol=0, atol=1e-6)
     assert torch.equal(out.gated, out.readout)

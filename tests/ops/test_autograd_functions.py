@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import resolvent.ops
-from resolvent.ops import bk_core, hebbian, normalize, short_conv, swiglu
+from resolvent.ops import bk_core, hebbian, memory_rotation, normalize, short_conv, swiglu
 
 
 class Context:
@@ -38,11 +38,13 @@ class Names(TorchFunctionMode):
 
 def calls() -> dict[type, tuple[Any, ...]]:
     x, decay = torch.randn(2, 3, 4, 8, 8), torch.rand(2, 3, 4, 8).cumsum(-1)
+    angles = torch.rand(2, 3, 4, 1, 4)
     return {
         normalize._Normalize: (x, 1.0, 1e-5),
         short_conv._DepthwiseConv: (torch.randn(2, 9, 8), torch.randn(4, 8)),
         bk_core._Moebius: (torch.randn(2, 9, 3, dtype=torch.complex64) - 1j, torch.ones(2, 9, 3)),
         hebbian._WithinChunk: (x, x, x, decay),
+        memory_rotation._Rotate: (x, angles, angles.cos(), angles.sin()),
         swiglu._SwiGLU: (x,),
     }
 

@@ -30,7 +30,6 @@ OPERATORS |= {
         prefix_sum.prefix_sum,
         queries_keys_values.queries_keys_values,
         rotary.rotary_turns,
-        rotary.rotate,
         short_conv.causal_conv,
         short_conv.next_tail,
         swiglu.swiglu,

@@ -20,7 +20,7 @@ from resolvent.training import TrainingConfig, TrainingInterrupted, resume, trai
 from resolvent.training.diagnostics import gradient_norms, read_diagnostics
 from resolvent.training.tracking import tracker_options
 from resolvent.training.trainer import Trainer
-from tests.models.small import PHASE1, PHASE2, tokens
+from tests.models.small import HYBRID, PHASE1, PHASE2, tokens
 from tests.training.test_training_nonfinite import on_start, spoil_loss
 from tests.training.test_training_run import after_step, assert_same_run, metrics
 
@@ -254,7 +254,7 @@ def test_weights_and_biases_continues_a_resumed_run(
         resume(config.run_dir, steps=12)
 
 
-@pytest.mark.parametrize("phase", [PHASE1, PHASE2], ids=["phase 1", "phase 2"])
+@pytest.mark.parametrize("phase", [PHASE1, PHASE2, HYBRID], ids=["phase 1", "phase 2", "hybrid"])
 def test_diagnostics_change_no_state(phase: Any):
     model, ids = phase.model().train(), tokens(80, 1)[0]
     before, generator = {n: p.clone() for n, p in model.state_dict().items()}, torch.get_rng_state()
@@ -271,6 +271,12 @@ def test_the_energy_stays_below_its_bound():
     diagnostics = read_diagnostics(PHASE2.model(), tokens(200, 1)[0])
     shares = [value for name, value in diagnostics.scalars.items() if name.startswith("energy_over_bound")]
     assert len(shares) == 3 and all(0 < share < 1 for share in shares)
+
+
+def test_an_attending_layer_has_a_decay_and_no_energy():
+    names = read_diagnostics(HYBRID.model(), tokens(80, 1)[0]).scalars.keys()
+    assert {name for name in names if name.startswith("energy/")} == {"energy/layer_01", "energy/layer_03"}
+    assert "gamma_mean/layer_02" in names
 
 
 def test_gradients_are_grouped_by_layer():

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..ops import WindowState, local_attention
 from ..ops.attention_window import ANY_CAPACITY
+from ..ops.memory_rotation import rotate_queries_keys
 from ..ops.packed import token_positions
 from ..ops.precision import at_least_float32, for_products
-from ..ops.rotary import rotary_turns, rotate
+from ..ops.rotary import rotary_turns
 from .heads import Heads, HeadsLayer
 from .linear import Projected
 
@@ -90,8 +91,7 @@ class LocalAttentionLayer(HeadsLayer):
 
     def rotated(self, heads: Heads, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys that are rotated by the positions of their tokens, broadcastable to (B, N)."""
-        turns = rotary_turns(position, self.head_dim)
-        return rotate(heads.q, turns), rotate(heads.k, turns)
+        return rotate_queries_keys(heads.q, heads.k, rotary_turns(position, self.head_dim))
 
     def distances(self, x: Tensor) -> Tensor:
         """Return how many tokens each head looks back on average, (B, N, H), in texts (B, N, D) from their start on.

@@ -71,8 +71,12 @@ class ModelConfig:
         return [*wrong.values(), *self._with_defaults_for(wrong)._faults()]
 
     def to_dict(self) -> Values:
-        """Return a dictionary of all fields, nested configurations included; ``from_dict`` restores an equal object."""
-        return dataclasses.asdict(self)
+        """Return a dictionary of all fields, nested configurations included; ``from_dict`` restores an equal object.
+
+        Tuples are lists, as in JSON.
+        """
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Values) -> Self:

@@ -85,10 +85,10 @@ def rotate_queries_keys(q: Tensor, k: Tensor, phases: Tensor) -> tuple[Tensor, T
     """
     angles = angles_of(phases, wide_dtype(q)).unsqueeze(-2)
     cos, sin = angles.detach().cos(), angles.detach().sin()
-    return Rotation.apply(q, angles, cos, sin), Rotation.apply(k, angles, cos, sin)
+    return _Rotate.apply(q, angles, cos, sin), _Rotate.apply(k, angles, cos, sin)
 
 
-class Rotation(torch.autograd.Function):
+class _Rotate(torch.autograd.Function):
     """Rotation by angles (..., 1, P), given with their cosines and sines, in at least float32."""
 
     @staticmethod

@@ -37,7 +37,9 @@ def test_hybrid_presets_attend_in_every_third_block_at_the_same_size(name, layer
 
 def test_configuration_survives_json():
     config = Phase2Config(attention_layers=(1, 4), attention_window=64)
-    again = Phase2Config.from_dict(json.loads(json.dumps(config.to_dict())))
+    written = json.loads(json.dumps(config.to_dict()))
+    assert written == config.to_dict()
+    again = Phase2Config.from_dict(written)
     assert again == config
     again.validate()
 
