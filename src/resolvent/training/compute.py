@@ -1,0 +1,63 @@
+"""Arithmetic of a training step, and how fast a device could do it."""
+
+import torch
+
+from resolvent.models import IntegratedModel
+from resolvent.models.phase2 import Phase2Config
+
+_PER_PARAMETER = 6
+"""A product and a sum per token, in the forward pass and twice in the backward pass."""
+_PER_MEMORY_CELL = 12
+"""The same for `k vᵀ`, which is written, and for `q S`, which is read."""
+
+_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+"""Dense bfloat16 FLOPs per second, from data sheets, by a part of the device's name; the first match counts."""
+
+
+def flops_per_token(model: IntegratedModel) -> int:
+    """Return the FLOPs that the model needs to train on a token, activation checkpointing not counted.
+
+    6 per parameter that a token is multiplied by, which leaves out the embedding, and 12 K V per head of a memory.
+    """
+    multiplied = model.num_parameters() - embedding_parameters(model)
+    if model.tied:  # the table is the head's, too
+        multiplied += model.lm_head.weight.numel()
+    config = model.config
+    cells = config.n_layers * config.num_heads * config.head_dim**2 if isinstance(config, Phase2Config) else 0
+    return _PER_PARAMETER * multiplied + _PER_MEMORY_CELL * cells
+
+
+def embedding_parameters(model: IntegratedModel) -> int:
+    """Return the parameters of the token embedding."""
+    return sum(x.numel() for x in model.token_embedding.parameters())
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Return the FLOPs per second that a device can reach in bfloat16; None if that or the precision is unknown.
+
+    Args:
+        device: the device.
+        precision: `bf16`, or another one, for which there is no table.
+    """
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)
