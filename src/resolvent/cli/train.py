@@ -99,7 +99,7 @@ def _check_looks(context: typer.Context, looks: list[str]) -> None:
         refuse(context, ["rate"], "--tokens-per-second", "only --dry-run expects a speed")
     if looks:
         unused = {"--dump-config": ["json_path", "plot_path"], "--dry-run": ["resume", "plot_path"]}
-        refuse(context, unused.get(looks[0], ["resume"]), looks[0], "it trains nothing")
+        refuse(context, ["overwrite", *unused.get(looks[0], ["resume"])], looks[0], "it trains nothing")
 
 
 def _described(context: typer.Context, settings: dict[str, Any], change: list[str] | None) -> TrainingConfig:
