@@ -56,9 +56,16 @@ def test_weights_and_averages_change_places_and_back():
     with torch.no_grad():
         model.weight.add_(1)
     weight, averaged = model.weight.detach().clone(), average.tensors["weight/ema"].clone()
-    with pytest.raises(RuntimeError, match="stop"), average.in_place():
-        assert torch.equal(model.weight, averaged)
-        raise RuntimeError("stop")
+    inside: list[Tensor] = []
+
+    def use() -> None:
+        with average.in_place():
+            inside.append(model.weight.detach().clone())
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        use()
+    assert torch.equal(inside[0], averaged)
     assert torch.equal(model.weight, weight)
     assert torch.equal(average.tensors["weight/ema"], averaged)
 

@@ -309,9 +309,14 @@ def test_a_longer_wsd_run_that_is_killed_on_its_way_back_is_whole(
 ):
     train(small_config(out=str(tmp_path / "whole"), **STABLE))
     train(small_config(**STABLE))
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr("resolvent.training.run.write_steps", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
-        resume(tmp_path / "run", steps=20)
+
+    def kill(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("resolvent.training.run.write_steps", kill)
+        with pytest.raises(RuntimeError, match="killed"):
+            resume(tmp_path / "run", steps=20)
     resume(tmp_path / "run")
     assert_same_run(tmp_path / "whole", tmp_path / "run", 10)
 

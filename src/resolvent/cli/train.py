@@ -112,8 +112,10 @@ def _described(context: typer.Context, settings: dict[str, Any], change: list[st
         refuse(context, ["vocab_size"], "--tokenizer", f"{config.tokenizer} has tokens of its own")
     with wrong_usage():
         config.validate()
-        if changes:
-            config.model, config.preset = changed_preset(config.phase, str(config.preset), changes), None
+        if config.start_from is None:
+            chosen = changed_preset(config.phase, str(config.preset), changes)
+            if changes:
+                config.model, config.preset = chosen, None
     return config
 
 
