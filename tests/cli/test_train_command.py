@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from resolvent.training.config_file import load_config
-from resolvent.training.record import read_run
+from resolvent.training.run_folder import read_run
 
 from .conftest import words
 
