@@ -131,17 +131,20 @@ def _print_config(config: TrainingConfig, resume: Path | None, given: dict[str, 
 
 
 def _plan(config: TrainingConfig, tokens_per_second: float | None, json_path: Path | None) -> None:
-    from resolvent.training.plan import plan
+    from resolvent.training.planning import plan_run
 
-    planned = plan(config, tokens_per_second=tokens_per_second, console=progress_console(json_path))
-    write_result(json_path, planned.to_dict())
-    say(report_console(json_path), str(planned))
+    planned = plan_run(config, tokens_per_second=tokens_per_second, console=progress_console(json_path))
+    if _prints():
+        write_result(json_path, planned.to_dict())
+        say(report_console(json_path), str(planned))
 
 
 def _find_rate(config: TrainingConfig, json_path: Path | None, plot_path: Path | None) -> None:
     from resolvent.training.lr_find import find_learning_rate
 
     test = find_learning_rate(config, console=progress_console(json_path))
+    if not _prints():
+        return
     write_result(json_path, dataclasses.asdict(test))
     if plot_path is not None:
         test.plot(plot_path)
@@ -179,11 +182,16 @@ def _train(
         except OSError:  # the terminal was closed
             discard_output()
         raise typer.Exit(128 + number) from None
-    if int(os.environ.get("RANK", "0")) == 0:  # one of the processes that torchrun started prints
+    if _prints():
         write_result(json_path, _summary(result))
         if plot_path is not None:
             result.plot(plot_path)
         say(console, f"Generate text: resolvent generate {shell_word(result.run_dir)} --prompt 'The' --stream")
+
+
+def _prints() -> bool:
+    """Return True in one of the processes that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _console(json_path: Path | None) -> "Console":

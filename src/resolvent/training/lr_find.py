@@ -20,7 +20,7 @@ _DIVERGED = 1.25
 _ROWS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RangeTest:
     """Losses by learning rate.
 
@@ -33,6 +33,10 @@ class RangeTest:
     rates: list[float]
     losses: list[float]
     suggestion: float | None
+
+    def __repr__(self) -> str:
+        suggestion = None if self.suggestion is None else f"{self.suggestion:.1e}"
+        return f"RangeTest({len(self.rates)} steps, suggestion {suggestion})"
 
     def table(self) -> Sequence[tuple[float, float]]:
         """Return some of the rates, with their losses."""

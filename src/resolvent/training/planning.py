@@ -23,8 +23,8 @@ _VALIDATING_COSTS = 1 / 3
 """Time to predict a token, as a part of that to train on it."""
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class RunPlan:
     """Sizes and expected time of a run.
 
     Attributes:
@@ -69,6 +69,10 @@ class Plan:
         """Return all figures, for JSON."""
         return dataclasses.asdict(self) | {"passes": self.passes, "seconds": self.seconds}
 
+    def __repr__(self) -> str:
+        time = format_duration(self.seconds)
+        return f"RunPlan({self.parameters:,} parameters, {self.tokens:,} tokens, {gib(self.memory.total)}, {time})"
+
     def __str__(self) -> str:
         memory, measured = self.memory, self.measured_memory
         source = f"measured in {self.timed_steps} steps" if self.timed_steps else "as given"
@@ -77,7 +81,7 @@ class Plan:
             "token embedding\n"
             f"Compute   {self.flops_per_token / 1e6:,.1f} MFLOPs per token, "
             f"{self.flops_per_token * self.tokens / 1e12:,.1f} TFLOPs in all\n"
-            f"Memory    about {gib(memory.total)}: {gib(memory.parameters)} for parameters and optimizer, "
+            f"Memory    about {gib(memory.total)}: {gib(memory.parameters)} for parameters and optimiser, "
             f"{gib(memory.activations)} for activations; "
             f"{f'measured {gib(measured)}; ' if measured is not None else ''}{gib(self.free_memory)} free\n"
             f"Tokens    {self.tokens:,} in {self.steps:,} steps: {self.passes:.2g} times the {self.text_tokens:,} of "
@@ -86,7 +90,9 @@ class Plan:
         )
 
 
-def plan(config: TrainingConfig, *, tokens_per_second: float | None = None, console: Console | None = None) -> Plan:
+def plan_run(
+    config: TrainingConfig, *, tokens_per_second: float | None = None, console: Console | None = None
+) -> RunPlan:
     """Work out what a run would take. No run folder is made.
 
     Args:
@@ -107,7 +113,7 @@ def plan(config: TrainingConfig, *, tokens_per_second: float | None = None, cons
         timed = tokens_per_second is None
         if timed:
             say(trainer.console, f"Timing {_TIMED_STEPS} steps on {device}")
-        return Plan(
+        return RunPlan(
             parameters=model.num_parameters(),
             embedding_parameters=embedding_parameters(model),
             flops_per_token=flops_per_token(model),
