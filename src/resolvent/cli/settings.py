@@ -120,5 +120,5 @@ def is_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     if source is None or source.name not in ("COMMANDLINE", "DEFAULT_MAP"):
         return False
-    defaults = {parameter.name: parameter.default for parameter in context.command.params}
-    return source.name == "COMMANDLINE" or context.params[name] != defaults[name]
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
+    return source.name == "COMMANDLINE" or context.params[name] != defaults.get(name)
