@@ -36,6 +36,15 @@ def test_embedding_is_not_multiplied():
     assert flops_per_token(large) - flops_per_token(small) == 6 * 100 * 32
 
 
+@pytest.mark.parametrize("window", [None, 16])
+def test_attention_counts_the_tokens_that_it_attends_to(window: int | None):
+    sizes = dict(vocab_size=300, d_model=32, n_layers=2, n_seq=64, num_heads=2, head_dim=16)
+    model = Phase2IntegratedModel(Phase2Config(**sizes, attention_layers=(1,), attention_window=window))
+    attended = sum(min(token + 1, window or 64) for token in range(64)) / 64
+    products = 6 * (model.num_parameters() - embedding_parameters(model))
+    assert flops_per_token(model) - products == pytest.approx(12 * 2 * 16 * (16 + attended), abs=12 * 2 * 16)
+
+
 def test_tensor_train_embedding_is_not_multiplied():
     model = Phase1IntegratedModel(Phase1Config(vocab_size=300, d_model=32, n_layers=1, n_seq=64))
     assert flops_per_token(model) == 6 * (model.num_parameters() - embedding_parameters(model))
@@ -65,5 +74,5 @@ def test_utilisation_is_shown_where_it_is_known(most: float | None, shown: str):
     display = TrainingDisplay(
         Console(file=output, width=200), steps=3, first_step=0, log_interval=1, most_tokens_per_second=most
     )
-    display.step(1, loss=2.0, bits_per_byte=2.5, lr=0.1, tokens=500, seconds=0.5)
+    display.step(1, loss=2.0, bits_per_byte=2.5, rates={"lr": 0.1}, tokens=500, seconds=0.5)
     assert shown in output.getvalue()

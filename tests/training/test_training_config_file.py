@@ -10,6 +10,7 @@ from resolvent.errors import ConfigError
 from resolvent.models.phase1 import get_phase1_preset
 from resolvent.models.phase2 import get_phase2_preset
 from resolvent.training import TrainingConfig
+from resolvent.training.config import option_names
 from resolvent.training.config_file import dump_config, load_config
 
 CONFIGS = [
@@ -21,6 +22,7 @@ CONFIGS = [
     TrainingConfig(phase=1, tokenizer="bpe", vocab_size=300, ema=0.99),
     TrainingConfig(preset=None, model=dataclasses.replace(get_phase2_preset("small"), n_layers=2, dropout=0.0)),
     TrainingConfig(phase=1, preset=None, model=dataclasses.replace(get_phase1_preset("tiny"), ffn_dim=64)),
+    TrainingConfig(preset=None, model=dataclasses.replace(get_phase2_preset("tiny-hybrid"), attention_layers=(1,))),
     TrainingConfig(start_from="runs/old"),
 ]
 
@@ -46,7 +48,7 @@ def test_dumped_file_has_every_option_with_its_help():
     keys = yaml.safe_load(text).keys()
     for field in dataclasses.fields(TrainingConfig):
         if "help" in field.metadata:
-            assert ("from" if field.name == "start_from" else field.name) in keys
+            assert option_names(field)[0] in keys
             assert f"# {field.metadata['help']}" in text
 
 

@@ -43,7 +43,7 @@ def planned_tokens(config: TrainingConfig) -> int:
 def test_speed_is_that_of_the_timed_steps(small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
 
-    def update(self: Trainer, lr: float) -> torch.Tensor:
+    def update(self: Trainer, factor: float) -> torch.Tensor:
         now[0] += 0.5
         return torch.ones(3)
 
@@ -72,6 +72,7 @@ def test_suggestion_is_where_the_loss_falls_fastest():
     losses = [5.0, 4.9, 3.9, 3.5, 6.0]
     assert lr_find._suggestion(rates, losses) == rates[2]
     assert lr_find._suggestion(rates, [5.0, 6.0, 7.0, 8.0, 9.0]) is None
+    assert RangeTest(rates, losses, rates[2], 5.0).advice.endswith("try --learning-rate 1.0e-03 --muon-lr 5.0e-03")
     assert repr(RangeTest(rates, losses, rates[2])) == "RangeTest(5 steps, suggestion 1.0e-03)"
 
 

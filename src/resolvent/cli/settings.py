@@ -104,7 +104,7 @@ def _parse(value: str) -> Any:
     """Return a number, true, false or null as in JSON; anything else is text."""
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, thousands of digits, thousands of brackets
         return value
 
 

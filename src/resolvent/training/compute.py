@@ -7,8 +7,8 @@ from resolvent.models.phase2 import Phase2Config
 
 _PER_PARAMETER = 6
 """A product and a sum per token, in the forward pass and twice in the backward pass."""
-_PER_MEMORY_CELL = 12
-"""The same for `k vᵀ`, which is written, and for `q S`, which is read."""
+_PER_CELL = 12
+"""The same for `k vᵀ`, which is written, and for `q S`, which is read; and for `q kᵀ` and the sum of v in attention."""
 
 _PEAKS = {
     "B200": 2250e12,
@@ -35,14 +35,24 @@ _PEAKS = {
 def flops_per_token(model: IntegratedModel) -> int:
     """Return the FLOPs that the model needs to train on a token, activation checkpointing not counted.
 
-    6 per parameter that a token is multiplied by, which leaves out the embedding, and 12 K V per head of a memory.
+    6 per parameter that a token is multiplied by, which leaves out the embedding; per head, 12 K V for a memory, and
+    12 K per attended token for attention.
     """
     multiplied = model.num_parameters() - embedding_parameters(model)
     if model.tied:  # the table is the head's, too
         multiplied += model.lm_head.weight.numel()
     config = model.config
-    cells = config.n_layers * config.num_heads * config.head_dim**2 if isinstance(config, Phase2Config) else 0
-    return _PER_PARAMETER * multiplied + _PER_MEMORY_CELL * cells
+    cells = _cells(config) if isinstance(config, Phase2Config) else 0
+    return _PER_PARAMETER * multiplied + _PER_CELL * cells
+
+
+def _cells(config: Phase2Config) -> int:
+    """Return the numbers of memories and of keys that a token reads, on average over a window of `n_seq` tokens."""
+    attending, n_seq = len(config.attention_layers), config.n_seq
+    window = min(n_seq, config.attention_window or n_seq)
+    attended = window - window * (window - 1) // (2 * n_seq)
+    rows = (config.n_layers - attending) * config.head_dim + attending * attended
+    return config.num_heads * config.head_dim * rows
 
 
 def embedding_parameters(model: IntegratedModel) -> int:

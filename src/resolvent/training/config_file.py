@@ -6,6 +6,7 @@ their bounds are those of the fields. `set` holds fields of the model, as the op
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -153,7 +154,7 @@ def _nearest_preset(config: TrainingConfig) -> tuple[str, dict[str, Any]]:
         del values["vocab_size"]  # the tokenizer's
         differences[name] = {field: value for field, value in values.items() if value != preset[field]}
     name = min(differences, key=lambda name: len(differences[name]))
-    return name, differences[name]
+    return name, json.loads(json.dumps(differences[name]))  # lists in the place of tuples, which safe YAML lacks
 
 
 def _problem(error: Exception) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from resolvent.terminal import say
 from resolvent.training.average import Average
 from resolvent.training.config import TrainingConfig
+from resolvent.training.optimizer import learning_rates
 from resolvent.training.run import new_trainer
 
 _LOWEST, _HIGHEST, _STEPS = 1e-5, 1.0, 120
@@ -28,11 +29,13 @@ class RangeTest:
         rates: learning rate of every step.
         losses: smoothed loss of every step, in nats per token.
         suggestion: a peak learning rate to train with: where the loss falls fastest; None if it never falls.
+        muon_ratio: Muon's learning rate over those here, which are AdamW's; None without Muon.
     """
 
     rates: list[float]
     losses: list[float]
     suggestion: float | None
+    muon_ratio: float | None = None
 
     def __repr__(self) -> str:
         suggestion = None if self.suggestion is None else f"{self.suggestion:.1e}"
@@ -49,9 +52,10 @@ class RangeTest:
         if self.suggestion is None:
             return "The loss did not fall at any learning rate: look at the text and the model"
         lowest = self.rates[self.losses.index(min(self.losses))]
+        muon = "" if self.muon_ratio is None else f" --muon-lr {self.muon_ratio * self.suggestion:.1e}"
         return (
             f"The loss falls fastest at {self.suggestion:.1e}, and is lowest at {lowest:.1e}, too high for a long run: "
-            f"try --learning-rate {self.suggestion:.1e}"
+            f"try --learning-rate {self.suggestion:.1e}{muon}"
         )
 
     def plot(self, path: str | Path) -> None:
@@ -67,6 +71,8 @@ class RangeTest:
 
 def find_learning_rate(config: TrainingConfig, *, console: Console | None = None) -> RangeTest:
     """Train from the configuration's weights at rising learning rates until the loss rises. No run folder is made.
+
+    With Muon, its learning rate rises too, in the ratio to AdamW's that the configuration has.
 
     Args:
         config: the run.
@@ -86,14 +92,16 @@ def find_learning_rate(config: TrainingConfig, *, console: Console | None = None
         average = Average(_SMOOTHING)
         for step in range(_STEPS):
             rate = _LOWEST * (_HIGHEST / _LOWEST) ** (step / (_STEPS - 1))
-            loss, norm, _ = trainer.update(rate).tolist()
+            loss, norm, _ = trainer.update(rate / trainer.peak_learning_rate).tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 break
             rates.append(rate)
             losses.append(average.update(loss))
             if losses[-1] > _DIVERGED * min(losses):
                 break
-    return RangeTest(rates, losses, _suggestion(rates, losses))
+        muon = learning_rates(trainer.raw_optimizer).get("muon_lr")
+        ratio = None if muon is None else muon / learning_rates(trainer.raw_optimizer)["lr"]
+    return RangeTest(rates, losses, _suggestion(rates, losses), ratio)
 
 
 def _suggestion(rates: list[float], losses: list[float]) -> float | None:

@@ -132,10 +132,10 @@ def plan_run(
 def _measured_speed(trainer: Trainer) -> float:
     """Return the tokens per second of a few steps."""
     trainer.model.train()
-    lr = trainer.peak_learning_rate * trainer.config.rate_factor(0)
+    factor = trainer.config.rate_factor(0)
     ends = []
     for steps in (_WARM_UP_STEPS, _TIMED_STEPS):
-        numbers = [trainer.update(lr) for _ in range(steps)]
+        numbers = [trainer.update(factor) for _ in range(steps)]
         torch.stack(numbers).tolist()  # waits for the device
         ends.append(time.perf_counter())
     return _TIMED_STEPS * trainer.tokens_per_step / (ends[1] - ends[0])
