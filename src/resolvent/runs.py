@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from resolvent.models import IntegratedModel
 
+EMA_FOLDER = "ema"
+"""Folder in a run folder with the moving average of the weights, as a model."""
+
 _MOST_PADDING = 1024
 """Largest number of padding rows of a model's table beyond the size of its tokenizer."""
 
@@ -30,8 +33,11 @@ def fixed_files() -> tuple[str, ...]:
 
 
 def run_of(directory: Path) -> Path:
-    """Return the run folder of a directory, which is a run folder or a checkpoint in one."""
-    return directory.parent.parent if directory.parent.name == "checkpoints" else directory
+    """Return the run folder of a directory, which is a run folder, a checkpoint or an averaged model in one."""
+    if directory.parent.name == "checkpoints":
+        return directory.parent.parent
+    averaged = directory.name == EMA_FOLDER and (directory.parent / RUN_FILE).exists()
+    return directory.parent if averaged else directory
 
 
 def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokenizer]":

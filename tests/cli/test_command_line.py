@@ -182,7 +182,7 @@ def test_resume_keeps_the_device_by_default(
     seen: list[str | None] = []
     resume = training.run.resume
 
-    def look(directory: Path, *, device: Literal["auto", "cpu", "cuda"] | None, console: Any) -> Any:
+    def look(directory: Path, *, device: Literal["auto", "cpu", "cuda"] | None = None, console: Any) -> Any:
         seen.append(device)
         return resume(directory, device=device, console=console)
 

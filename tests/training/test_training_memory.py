@@ -80,6 +80,23 @@ def test_the_estimate_is_within_a_factor_of_what_training_takes(
     assert estimated / 1.5 < measured < 1.5 * estimated
 
 
+@pytest.mark.parametrize(
+    ("phase", "preset", "windows", "recompute"),
+    [
+        (2, "tiny", 8, False),
+        pytest.param(1, "tiny", 32, False, marks=pytest.mark.slow),
+        pytest.param(1, "tiny", 32, True, marks=pytest.mark.slow),
+        pytest.param(2, "small", 8, False, marks=pytest.mark.slow),
+        pytest.param(2, "base", 4, False, marks=pytest.mark.slow),
+    ],
+)
+def test_estimate_of_a_preset_is_within_15_percent(phase: int, preset: str, windows: int, recompute: bool):
+    """Batches of a size that training uses; below 200 MB, what libraries take for themselves counts for more."""
+    case = (phase, preset, {}, windows, 256, recompute, False)
+    ((measured, estimated),) = together(1, measured_and_estimated, *case)
+    assert estimated == pytest.approx(measured, rel=0.15)
+
+
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(
     small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -1,6 +1,7 @@
 """Runs that are finished, that go on for more steps, that are replaced, and what is read of them."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from io import StringIO
@@ -272,3 +273,56 @@ def test_a_damaged_history_is_named(small_config: MakeConfig, tmp_path: Path, li
     path.unlink()
     with pytest.raises(CheckpointError, match=r"cannot read the metrics of the run: .*metrics\.jsonl"):
         _ = result.history
+
+
+# --- longer wsd runs -------------------------------------------------------------------------------------------------
+
+
+STABLE = dict(schedule="wsd", warmup_steps=2, decay_fraction=0.3, keep_checkpoints=1, learning_rate=0.01)
+
+
+def test_a_longer_wsd_run_goes_on_from_before_the_decay(small_config: MakeConfig, tmp_path: Path):
+    """It is the run that was started with that number of steps, bit for bit."""
+    train(small_config(out=str(tmp_path / "whole"), steps=20, **STABLE))
+    train(small_config(**STABLE))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000007", "step-00000010"]
+    output = StringIO()
+    resume(tmp_path / "run", steps=20, console=Console(file=output, width=10_000))
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 20)
+    assert "back to step 7, the last before the decay of the learning rate, and on at its peak" in output.getvalue()
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000014", "step-00000020"]
+
+
+def test_a_wsd_run_without_that_checkpoint_says_what_its_rate_does(small_config: MakeConfig, tmp_path: Path):
+    train(small_config(**STABLE))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000007")
+    output = StringIO()
+    resume(tmp_path / "run", steps=20, console=Console(file=output, width=10_000))
+    message = "the wsd schedule is stretched to them; the learning rate goes from 10% of its peak, in step 10, to 100%"
+    assert message in output.getvalue()
+
+
+def test_a_longer_wsd_run_that_is_killed_on_its_way_back_is_whole(
+    small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    train(small_config(out=str(tmp_path / "whole"), **STABLE))
+    train(small_config(**STABLE))
+
+    def kill(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("resolvent.training.run.write_steps", kill)
+        with pytest.raises(RuntimeError, match="killed"):
+            resume(tmp_path / "run", steps=20)
+    resume(tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 10)
+
+
+def test_a_shorter_wsd_run_stays_where_it_is(small_config: MakeConfig, tmp_path: Path):
+    train(small_config(**STABLE))
+    with pytest.raises(ConfigError, match="has taken 10 steps: steps must be >= 10, got 9"):
+        resume(tmp_path / "run", steps=9)
+    assert resume(tmp_path / "run", steps=10).run_dir == tmp_path / "run"

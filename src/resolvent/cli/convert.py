@@ -69,7 +69,7 @@ def convert(
 
 
 def _config(phase1: "Phase1Config", assignments: list[str], keep_tensor_train: bool) -> "Phase2Config":
-    from resolvent.cli.train import parse_assignments
+    from resolvent.cli.settings import parse_assignments
     from resolvent.models.phase2 import Phase2Config
 
     kept = {"htt_rank": phase1.htt_rank} if keep_tensor_train and phase1.htt_enabled else {}

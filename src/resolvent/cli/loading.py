@@ -85,6 +85,24 @@ JsonFile = Annotated[
         help="Write all figures to FILE, too; - for standard output instead of tables.",
     ),
 ]
+
+
+def _check_plot(path: Path | None) -> Path | None:
+    """Check, before anything is measured, that a plot can be drawn."""
+    if path is not None:
+        check_output(path, "--plot")
+        from resolvent.evaluation.plots import check_format, check_plot
+
+        with wrong_usage("--plot"):
+            check_format(path)
+        check_plot(path)
+    return path
+
+
+PlotFile = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", callback=_check_plot, help="Draw the figures, as .png, .pdf or .svg."),
+]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens at once; fewer need less memory.")]
 
 

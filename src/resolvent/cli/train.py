@@ -1,79 +1,67 @@
 """`resolvent train`, whose options are the fields of `TrainingConfig`."""
 
 import dataclasses
-import inspect
-import json
 import os
 import signal
 import sys
-import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resolvent.cli.console import progress_console, write_result
-from resolvent.cli.loading import JsonFile, wrong_usage
+from resolvent.cli.console import progress_console, report_console, show_table, write_result
+from resolvent.cli.loading import JsonFile, PlotFile, wrong_usage
+from resolvent.cli.settings import Changes, ConfigFile, changes_of, is_given, refuse, with_settings
 from resolvent.terminal import discard_output, say, shell_word
-from resolvent.training.config import RUN, SAVED_WITH_A_MODEL, TEXT, TrainingConfig
+from resolvent.training.config import RUN, SAVED_WITH_A_MODEL, TrainingConfig, changed_preset
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from resolvent.models.phase1 import Phase1Config
-    from resolvent.models.phase2 import Phase2Config
     from resolvent.training import TrainingResult
 
 _MOVABLE = ("data", "validation_data")
 """Settings of a run that may be given again when it resumes: the paths of its text."""
+_RESUMABLE = ("device", "tracker", "steps", *_MOVABLE)
+"""Settings that may be given beside --resume."""
+
+LOOK_FIRST = "Look before you train"
 
 
-def _with_settings(command: Any) -> Any:
-    """Replace the `**settings` of a command by an option for every field of `TrainingConfig`."""
-    signature = inspect.signature(command)
-    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    for field in dataclasses.fields(TrainingConfig):
-        rules, kind = field.metadata, typing.cast(Any, field.type)
-        if "help" in rules:
-            option = typer.Option(
-                *_names(field),
-                help=rules["help"],
-                rich_help_panel=rules["group"],
-                metavar=rules.get("metavar"),
-                show_default=rules.get("default_text", True),
-            )
-            if list[str] in typing.get_args(kind):  # several paths, one option per path
-                kind = list[str] | None
-            keyword = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default)
-            parameters.append(keyword.replace(annotation=Annotated[kind, option]))
-    command.__signature__ = signature.replace(parameters=parameters)
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
-
-
-def _names(field: dataclasses.Field[Any]) -> list[str]:
-    """Return the names of a field's option, which has no --no-... where it is off by default."""
-    name = field.metadata.get("option", f"--{field.name.replace('_', '-')}")
-    if field.default is True:
-        name = f"{name}/--no-{name.removeprefix('--')}"
-    return [name, *field.metadata.get("aliases", ())]
-
-
-@_with_settings
+@with_settings
 def train(
     context: typer.Context,
+    config_file: ConfigFile = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Resume the run in DIR.", rich_help_panel=RUN)
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in the run folder.", rich_help_panel=RUN)
     ] = False,
-    change: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Change the preset (repeatable).", rich_help_panel=TEXT),
+    dump_config: Annotated[
+        bool, typer.Option("--dump-config", help="Print the run as a YAML file.", rich_help_panel=LOOK_FIRST)
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print sizes, memory and expected time, and stop.", rich_help_panel=LOOK_FIRST),
+    ] = False,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            "--tokens-per-second",
+            min=1,
+            help="Speed that --dry-run expects.",
+            show_default="measured in a few steps",
+            rich_help_panel=LOOK_FIRST,
+        ),
     ] = None,
+    lr_find: Annotated[
+        bool,
+        typer.Option("--lr-find", help="Try learning rates, print their losses, and stop.", rich_help_panel=LOOK_FIRST),
+    ] = False,
+    change: Changes = None,
     json_path: JsonFile = None,
+    plot_path: PlotFile = None,
     **settings: Any,
 ) -> None:
     """Train a model on text.
@@ -82,23 +70,98 @@ def train(
     text that was moved, and --steps changes the number of steps.
 
     Example: [bold]resolvent train --data novel.txt --tokenizer bpe --vocab-size 2048 --out runs/novel[/bold]
+
+    Example: [bold]resolvent train --preset base --dump-config > run.yaml; resolvent train --config run.yaml[/bold]
     """
+    looks = {"--dump-config": dump_config, "--dry-run": dry_run, "--lr-find": lr_find}
+    _check_looks(context, [name for name, wanted in looks.items() if wanted])
     settings |= {name: paths[0] for name in _MOVABLE if (paths := settings[name]) is not None and len(paths) == 1}
-    config = TrainingConfig(**settings)
     if resume is not None:
-        settled = [name for name in settings if name not in ("device", "tracker", "steps", *_MOVABLE)]
-        _refuse(context, [*settled, "change", "overwrite"], "--resume", "the run keeps its settings")
-    elif config.start_from is not None:
+        settled = [name for name in settings if name not in _RESUMABLE]
+        refuse(context, [*settled, "config_file", "change", "overwrite"], "--resume", "the run keeps its settings")
+    config = _described(context, settings, change)
+    given = {name: settings[name] for name in _RESUMABLE if is_given(context, name)}
+    if dump_config:
+        _print_config(config, resume, given)
+    elif dry_run:
+        _plan(config, rate, json_path)
+    elif lr_find:
+        _find_rate(config, json_path, plot_path)
+    else:
+        _train(config, resume, given, overwrite, json_path, plot_path)
+
+
+def _check_looks(context: typer.Context, looks: list[str]) -> None:
+    """Refuse options that have no effect beside the others."""
+    if len(looks) > 1:
+        raise typer.BadParameter(f"give one of {', '.join(looks)}", param_hint=looks[-1])
+    if looks != ["--dry-run"]:
+        refuse(context, ["rate"], "--tokens-per-second", "only --dry-run expects a speed")
+    if looks:
+        unused = {"--dump-config": ["json_path", "plot_path"], "--dry-run": ["resume", "plot_path"]}
+        refuse(context, ["overwrite", *unused.get(looks[0], ["resume"])], looks[0], "it trains nothing")
+
+
+def _described(context: typer.Context, settings: dict[str, Any], change: list[str] | None) -> TrainingConfig:
+    """Return the run that file and command line describe."""
+    config, changes = TrainingConfig(**settings), changes_of(context, change)
+    if config.start_from is not None:
         settled = [*SAVED_WITH_A_MODEL, "change"]
-        _refuse(context, settled, "--from", "the model brings its sizes and its tokenizer along")
+        refuse(context, settled, "--from", "the model brings its sizes and its tokenizer along")
     if config.tokenizer != "bpe":
-        _refuse(context, ["vocab_size"], "--tokenizer", f"{config.tokenizer} has tokens of its own")
+        refuse(context, ["vocab_size"], "--tokenizer", f"{config.tokenizer} has tokens of its own")
     with wrong_usage():
         config.validate()
-        if resume is None and config.start_from is None:
-            chosen = _chosen_model(config.phase, str(config.preset), change or [])
-            if change:
+        if config.start_from is None:
+            chosen = changed_preset(config.phase, str(config.preset), changes)
+            if changes:
                 config.model, config.preset = chosen, None
+    return config
+
+
+def _print_config(config: TrainingConfig, resume: Path | None, given: dict[str, Any]) -> None:
+    from resolvent.training.config_file import dump_config
+
+    if resume is not None:
+        from resolvent.training.run_folder import read_run
+
+        config = dataclasses.replace(read_run(resume)[0], out=str(resume), **given)
+        config.validate()
+    print(dump_config(config), end="")
+
+
+def _plan(config: TrainingConfig, tokens_per_second: float | None, json_path: Path | None) -> None:
+    from resolvent.training.planning import plan_run
+
+    planned = plan_run(config, tokens_per_second=tokens_per_second, console=progress_console(json_path))
+    if _prints():
+        write_result(json_path, planned.to_dict())
+        say(report_console(json_path), str(planned))
+
+
+def _find_rate(config: TrainingConfig, json_path: Path | None, plot_path: Path | None) -> None:
+    from resolvent.training.lr_find import find_learning_rate
+
+    test = find_learning_rate(config, console=progress_console(json_path))
+    if not _prints():
+        return
+    write_result(json_path, dataclasses.asdict(test))
+    if plot_path is not None:
+        test.plot(plot_path)
+    console = report_console(json_path)
+    show_table(console, ("learning rate", "loss"), [(f"{lr:.1e}", f"{loss:.4f}") for lr, loss in test.table()])
+    say(console, test.advice)
+
+
+def _train(
+    config: TrainingConfig,
+    resume: Path | None,
+    given: dict[str, Any],
+    overwrite: bool,
+    json_path: Path | None,
+    plot_path: Path | None,
+) -> None:
+    """Begin a run or go on with it, and say in the end what came of it."""
     from resolvent import training
     from resolvent.training.run_folder import has_begun
 
@@ -107,13 +170,7 @@ def train(
     try:
         with training.terminable():
             if resume is not None:
-                device = None if config.device == "auto" else config.device
-                given = {name: settings[name] for name in _MOVABLE if settings[name] is not None}
-                if config.tracker != "none":
-                    given["tracker"] = config.tracker
-                if _is_given(context, "steps"):
-                    given["steps"] = config.steps
-                result = training.resume(resume, device=device, console=console, **given)
+                result = training.resume(resume, console=console, **given)
             else:
                 result = training.train(config, overwrite=overwrite, console=console)
     except (training.TrainingInterrupted, KeyboardInterrupt) as stop:
@@ -125,9 +182,16 @@ def train(
         except OSError:  # the terminal was closed
             discard_output()
         raise typer.Exit(128 + number) from None
-    if int(os.environ.get("RANK", "0")) == 0:  # one of the processes that torchrun started prints
+    if _prints():
         write_result(json_path, _summary(result))
+        if plot_path is not None:
+            result.plot(plot_path)
         say(console, f"Generate text: resolvent generate {shell_word(result.run_dir)} --prompt 'The' --stream")
+
+
+def _prints() -> bool:
+    """Return True in one of the processes that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _console(json_path: Path | None) -> "Console":
@@ -149,47 +213,5 @@ def _summary(result: "TrainingResult") -> dict[str, Any]:
         "run_dir": str(result.run_dir),
         "parameters": result.model.num_parameters(),
         "validation": dataclasses.asdict(result.validation),
+        "ema_validation": None if result.ema_validation is None else dataclasses.asdict(result.ema_validation),
     }
-
-
-def _refuse(context: typer.Context, settled: Iterable[str], beside: str, reason: str) -> None:
-    """Refuse options that another option excludes, and name them all."""
-    names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    if given := [names[name] for name in settled if _is_given(context, name)]:
-        raise typer.BadParameter(f"{reason}; leave out {', '.join(given)}", param_hint=beside)
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _chosen_model(phase: int, preset: str, assignments: list[str]) -> "Phase1Config | Phase2Config":
-    """Return a preset with some fields replaced, each given as FIELD=VALUE."""
-    from resolvent.models.phases import PHASES
-
-    values = PHASES[phase].preset(preset).to_dict() | parse_assignments(assignments)
-    config = PHASES[phase].config.from_dict(values)
-    config.validate()
-    return config
-
-
-def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """Return fields of a configuration, each given as FIELD=VALUE."""
-    values = {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"{assignment!r} is not FIELD=VALUE", param_hint="--set")
-        if name == "vocab_size":
-            raise typer.BadParameter("the tokenizer decides vocab_size; see --tokenizer", param_hint="--set")
-        values[name] = _parse(value)
-    return values
-
-
-def _parse(value: str) -> Any:
-    """Return a number, true, false or null as in JSON; anything else is text."""
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):  # no JSON, thousands of digits, thousands of brackets
-        return value

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".pdf", ".svg")
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73")  # distinct for colour-blind readers, too
+COLOURS = ("#0072b2", "#d55e00", "#009e73")  # distinct for colour-blind readers, too
 _MARKS = ("o", "x", "^")
 _LINES = ("-", "--", ":")  # both of two equal curves stay visible
 
@@ -70,7 +70,7 @@ def plot_needle(scores: NeedleScores, path: Path) -> None:
     _curve(axes, centres, [row.first for row in rows], f"ranked first of {scores.candidates}", 0)
     _curve(axes, centres, [row.beaten for row in rows], "candidates beaten", 1)
     _curve(axes, centres, [row.exact for row in rows], "written exactly", 2)
-    for chance, colour in ((scores.chance, _COLOURS[0]), (0.5, _COLOURS[1])):
+    for chance, colour in ((scores.chance, COLOURS[0]), (0.5, COLOURS[1])):
         axes.axhline(chance, color=colour, linewidth=0.5)
     axes.set_ylim(-0.03, 1.03)
     _finish(figure, ["share (thin: by chance)"], path)
@@ -112,7 +112,7 @@ def _curve(axes: Axes, centres: Sequence[float], estimates: Sequence[Estimate], 
     """Draw means with one standard error on either side."""
     means = [estimate.mean for estimate in estimates]
     errors = [estimate.standard_error or 0.0 for estimate in estimates]
-    look = dict(color=_COLOURS[style], marker=_MARKS[style], linestyle=_LINES[style], markersize=4, capsize=2)
+    look = dict(color=COLOURS[style], marker=_MARKS[style], linestyle=_LINES[style], markersize=4, capsize=2)
     axes.errorbar(centres, means, errors, label=label, **look)
 
 
@@ -120,5 +120,10 @@ def _finish(figure: Figure, labels: Sequence[str], path: Path) -> None:
     for axes, label in zip(figure.axes, labels, strict=True):
         axes.set_ylabel(label)
         axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that the name of the file ends in."""
     with atomic_output(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)

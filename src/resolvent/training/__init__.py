@@ -6,28 +6,45 @@ from typing import TYPE_CHECKING
 from resolvent.training.config import TrainingConfig
 
 if TYPE_CHECKING:
+    from resolvent.training.config_file import dump_config, load_config
     from resolvent.training.interrupt import Terminated, TrainingInterrupted, terminable
+    from resolvent.training.lr_find import RangeTest, find_learning_rate
     from resolvent.training.nonfinite import NonFiniteError
+    from resolvent.training.planning import RunPlan, plan_run
     from resolvent.training.run import resume, train
     from resolvent.training.trainer import TrainingResult
 
 __all__ = [
     "NonFiniteError",
+    "RangeTest",
+    "RunPlan",
     "Terminated",
     "TrainingConfig",
     "TrainingInterrupted",
     "TrainingResult",
+    "dump_config",
+    "find_learning_rate",
+    "load_config",
+    "plan_run",
     "resume",
     "terminable",
     "train",
 ]
 
-_INTERRUPT = ("Terminated", "TrainingInterrupted", "terminable")
+_HOMES = {
+    "run": ("resume", "train"),
+    "config_file": ("dump_config", "load_config"),
+    "interrupt": ("Terminated", "TrainingInterrupted", "terminable"),
+    "lr_find": ("RangeTest", "find_learning_rate"),
+    "nonfinite": ("NonFiniteError",),
+    "planning": ("RunPlan", "plan_run"),
+    "trainer": ("TrainingResult",),
+}
 
 
 def __getattr__(name: str) -> object:
     # The configuration alone serves `resolvent --help`; torch and Accelerate are loaded with the loop.
-    homes = {"train": "run", "resume": "run", "NonFiniteError": "nonfinite", **dict.fromkeys(_INTERRUPT, "interrupt")}
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{homes.get(name, 'trainer')}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

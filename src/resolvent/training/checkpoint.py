@@ -24,6 +24,7 @@ from resolvent.files import (
     partial_name,
     read_json,
     refuse_link,
+    remove,
     shown,
     sweep,
     write_json,
@@ -39,8 +40,10 @@ from resolvent.models.storage import (
     write_config,
     write_weights,
 )
+from resolvent.runs import EMA_FOLDER
 from resolvent.tensors import read_tensors, write_tensors
 from resolvent.training.average import Average
+from resolvent.training.ema import WeightAverage, is_average
 from resolvent.training.optimizer import load_optimizer_tensors, optimizer_tensors
 from resolvent.training.sharding import (
     empty_shards,
@@ -48,11 +51,13 @@ from resolvent.training.sharding import (
     read_shards,
     shard_names,
     stored_shapes,
+    whole_weights,
     write_shards,
 )
 
 FORMAT_VERSION = 1
 OPTIMIZER_FILE = "optimizer.safetensors"
+EMA_FILE = "ema.safetensors"
 TRAINER_STATE_FILE = "trainer.json"
 FOLDER = "checkpoints"
 """Folder of the checkpoints in a run folder."""
@@ -130,9 +135,16 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
 
 
 def save_checkpoint(
-    run_dir: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer, state: TrainerState, *, keep: int
+    run_dir: Path,
+    model: IntegratedModel,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+    *,
+    average: WeightAverage | None = None,
+    keep: int,
+    keep_step: int | None = None,
 ) -> Path:
-    """Save a checkpoint of a step, then remove all but the `keep` newest checkpoints up to it.
+    """Save a checkpoint of a step, then remove all but the `keep` newest ones up to it and that of `keep_step`.
 
     Checkpoints of later steps are damaged, since the run went back before them; they stay until the run reaches their
     steps again. If the model is sharded, all processes call this. A warning is logged for what cannot be removed.
@@ -144,19 +156,27 @@ def save_checkpoint(
     target = checkpoint_path(run_dir, state.step)
     refuse_link(target.parent)  # in every process, so that all stop here
     if is_sharded(model):
-        _save_shards(target, model, optimizer, state)
+        _save_shards(target, model, optimizer, state, average)
     elif not _is_whole(target):  # a run that stops right after resuming has it already
         own_directory(target.parent)
         with atomic_directory(target) as partial:
             write_weights(named_weights(model), partial)
             write_tensors(partial / OPTIMIZER_FILE, optimizer_tensors(model, optimizer))
-            _complete(partial, model, state)
+            if average is not None:
+                write_tensors(partial / EMA_FILE, average.tensors)
+            _complete(partial, model, state, ema=average is not None)
     if not is_sharded(model) or dist.get_rank() == 0:
-        _remove_old(target, keep)
+        _remove_old(target, keep, keep_step)
     return target
 
 
-def _save_shards(target: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
+def _save_shards(
+    target: Path,
+    model: IntegratedModel,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+    average: WeightAverage | None,
+) -> None:
     """Write the shards of every process; the first process makes the folder and completes the checkpoint."""
     first = dist.get_rank() == 0
     if first:
@@ -167,23 +187,68 @@ def _save_shards(target: Path, model: IntegratedModel, optimizer: torch.optim.Op
         return
     with atomic_directory(target) if first else nullcontext(partial_name(target)) as partial:
         dist.barrier()
-        write_shards(partial, model, {**named_weights(model), **optimizer_tensors(model, optimizer)})
+        averages = {} if average is None else average.tensors
+        write_shards(partial, model, {**named_weights(model), **optimizer_tensors(model, optimizer), **averages})
         if first:
             _complete(partial, model, state, shards=dist.get_world_size())
 
 
-def _complete(partial: Path, model: IntegratedModel, state: TrainerState, **shards: int) -> None:
+def _complete(partial: Path, model: IntegratedModel, state: TrainerState, **files: int) -> None:
     write_config(model, partial)
-    write_json(partial / TRAINER_STATE_FILE, {"format_version": FORMAT_VERSION, **asdict(state), **shards})
+    write_json(partial / TRAINER_STATE_FILE, {"format_version": FORMAT_VERSION, **asdict(state), **files})
     write_manifest(partial, _files(partial))
 
 
-def _remove_old(target: Path, keep: int) -> None:
+def _remove_old(target: Path, keep: int, keep_step: int | None) -> None:
     """Remove all but the newest `keep` checkpoints up to the target, and remains of killed runs; later ones stay."""
-    checkpoints = _checkpoints(target.parent.parent)
+    run_dir = target.parent.parent
+    checkpoints, pinned = _checkpoints(run_dir), None if keep_step is None else checkpoint_path(run_dir, keep_step)
     sweep(target.parent)
     for old in checkpoints[: max(0, checkpoints.index(target) + 1 - keep)]:
-        discard(old)
+        if old != pinned:
+            discard(old)
+
+
+def checkpoint_of(run_dir: Path, step: int) -> Path | None:
+    """Return the checkpoint of a step; None if there is none that is whole."""
+    checkpoint = checkpoint_path(run_dir, step)
+    return checkpoint if _is_whole(checkpoint) else None
+
+
+def remove_later(run_dir: Path, checkpoint: Path) -> None:
+    """Remove the checkpoints after another, the newest first, so that a run goes on from that one.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    checkpoints = _checkpoints(run_dir)
+    for later in reversed(checkpoints[checkpoints.index(checkpoint) + 1 :]):
+        remove(later)
+
+
+def write_models(run_dir: Path, model: IntegratedModel, average: WeightAverage | None) -> None:
+    """Write the weights into a run folder, and their moving average as a model of its own into a folder there.
+
+    If the model is sharded, all processes call this.
+
+    Raises:
+        OSError: the folder cannot be written.
+        CheckpointError: the folder of the average is a link.
+    """
+    _write_model(model, run_dir)
+    if average is None:
+        return
+    folder = run_dir / EMA_FOLDER
+    if not is_sharded(model) or dist.get_rank() == 0:
+        write_config(model, own_directory(folder))
+    with average.in_place():
+        _write_model(model, folder)
+
+
+def _write_model(model: IntegratedModel, folder: Path) -> None:
+    weights = whole_weights(model) if is_sharded(model) else named_weights(model)
+    if not is_sharded(model) or dist.get_rank() == 0:
+        write_weights(weights, folder)
 
 
 def load_trainer_state(checkpoint: Path) -> TrainerState:
@@ -233,6 +298,15 @@ def restore_weights(checkpoint: Path, model: IntegratedModel) -> None:
     read_shards(checkpoint, model, named_weights(model))
 
 
+def load_average(checkpoint: Path, model: IntegratedModel, average: WeightAverage) -> None:
+    """Give an average the values that a checkpoint has; if the model is sharded, all processes call this.
+
+    Raises:
+        CheckpointError: the file is damaged, or there is none.
+    """
+    read_shards(checkpoint, model, average.tensors)
+
+
 def load_optimizer(checkpoint: Path, model: IntegratedModel, optimizer: torch.optim.Optimizer) -> None:
     """Load the optimiser state; if the model is sharded, all processes call this.
 
@@ -245,6 +319,8 @@ def load_optimizer(checkpoint: Path, model: IntegratedModel, optimizer: torch.op
     parameters = dict(model.named_parameters())
     tensors = {}
     for name in stored_shapes(checkpoint):
+        if is_average(name):
+            continue
         parameter, slash, key = name.rpartition("/")
         if slash and parameter not in parameters:
             raise CheckpointError(f"the optimiser's state is of another model; this one lacks {parameter}")
@@ -270,8 +346,10 @@ def _shards(checkpoint: Path) -> int:
 
 def _files(checkpoint: Path) -> list[str]:
     """Return the names of the files that the manifest of a checkpoint lists."""
-    shards = _shards(checkpoint)
-    return [CONFIG, TRAINER_STATE_FILE, *(shard_names(shards) if shards else (WEIGHTS, OPTIMIZER_FILE))]
+    if shards := _shards(checkpoint):
+        return [CONFIG, TRAINER_STATE_FILE, *shard_names(shards)]
+    averages = [EMA_FILE] if _read_trainer_state(checkpoint).get("ema") else []
+    return [CONFIG, TRAINER_STATE_FILE, WEIGHTS, OPTIMIZER_FILE, *averages]
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from resolvent.errors import ConfigError
 from resolvent.files import shown
 from resolvent.seeds import MOST_SEED
-from resolvent.training.schedule import learning_rate_factor
+from resolvent.training.schedule import WSD_DECAY_FRACTION, decay_start, learning_rate_factor
 
 if TYPE_CHECKING:
     from resolvent.models.phase1 import Phase1Config
@@ -143,10 +143,13 @@ class TrainingConfig:
     )
     muon_momentum: float = setting(0.95, OPTIMISER, "Muon's memory of gradients.", at_least=0, below=1)
     schedule: Literal["cosine", "wsd", "constant"] = setting(
-        "cosine", OPTIMISER, "Learning rate after the warm-up; wsd stays, then falls in the last fifth."
+        "cosine", OPTIMISER, "Learning rate after the warm-up; wsd is stable, then decays."
     )
     warmup_steps: int | None = setting(
         None, OPTIMISER, "Steps of warm-up.", at_least=0, default_text="a twentieth of --steps, at most 200"
+    )
+    decay_fraction: float = setting(
+        WSD_DECAY_FRACTION, OPTIMISER, "Share of the steps, at the end, in which wsd decays.", above=0, at_most=1
     )
     min_lr_ratio: float = setting(
         0.1, OPTIMISER, "Last learning rate, as a part of the highest.", at_least=0, at_most=1
@@ -155,6 +158,13 @@ class TrainingConfig:
     beta1: float = setting(0.9, OPTIMISER, "AdamW's decay of the average of gradients.", at_least=0, below=1)
     beta2: float = setting(0.95, OPTIMISER, "AdamW's decay of the average of squared gradients.", at_least=0, below=1)
     grad_clip: float = setting(1.0, OPTIMISER, "Largest gradient norm; 0 for any.", at_least=0)
+    ema: float = setting(
+        0.0,
+        OPTIMISER,
+        "Decay of a moving average of the weights, which is validated and saved beside them; 0 for none.",
+        at_least=0,
+        below=1,
+    )
     rewinds: int = setting(
         0, OPTIMISER, "Times to go back to a checkpoint and halve the rate when something is not finite.", at_least=0
     )
@@ -222,8 +232,20 @@ class TrainingConfig:
     def rate_factor(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0, as a fraction of the peak."""
         return learning_rate_factor(
-            step, steps=self.steps, warmup=self.warmup, schedule=self.schedule, min_ratio=self.min_lr_ratio
+            step,
+            steps=self.steps,
+            warmup=self.warmup,
+            schedule=self.schedule,
+            min_ratio=self.min_lr_ratio,
+            decay_fraction=self.decay_fraction,
         )
+
+    @property
+    def stable_steps(self) -> int | None:
+        """Steps before the decay of a `wsd` schedule, whose checkpoint a longer run goes on from; None without one."""
+        if self.schedule != "wsd":
+            return None
+        return decay_start(steps=self.steps, warmup=self.warmup, decay_fraction=self.decay_fraction)
 
     def validation_tokens(self, tokens_per_step: int, *, final: bool) -> int:
         """Return the number of held-out tokens of a validation, with the default resolved; 0 for all of them.
@@ -244,7 +266,9 @@ class TrainingConfig:
         Raises:
             ConfigError: lists all faults at once, each with field and value.
         """
-        faults = [fault for field in dataclasses.fields(self) for fault in _faults(field, getattr(self, field.name))]
+        faults = [fault for field in dataclasses.fields(self) for fault in faults_of(field, getattr(self, field.name))]
+        if self.schedule != "wsd" and self.decay_fraction != TrainingConfig.decay_fraction:
+            faults.append(f"decay_fraction has no effect on a {self.schedule} schedule: leave it out, or take wsd")
         if self.validation_data is not None and self.validation_fraction != TrainingConfig.validation_fraction:
             faults.append("validation_fraction has no effect beside validation_data: leave out one of them")
         if self.optimizer != "muon":
@@ -309,6 +333,27 @@ class TrainingConfig:
         return cls(**fields)
 
 
+def option_names(field: dataclasses.Field[Any]) -> list[str]:
+    """Return the names of a field's option, without dashes: its own, then the aliases."""
+    names = (field.metadata.get("option", field.name), *field.metadata.get("aliases", ()))
+    return [name.lstrip("-").replace("-", "_") for name in names]
+
+
+def changed_preset(phase: int, preset: str, changes: dict[str, Any]) -> "Phase1Config | Phase2Config":
+    """Return the configuration of a preset with some fields replaced.
+
+    Raises:
+        ConfigError: no such preset or field, or a value that the field does not take.
+    """
+    from resolvent.models.phases import PHASES
+
+    if "vocab_size" in changes:
+        raise ConfigError("the tokenizer decides vocab_size; see --tokenizer")
+    config = PHASES[phase].config.from_dict(PHASES[phase].preset(preset).to_dict() | changes)
+    config.validate()
+    return config
+
+
 FROM_RATE = 0.25
 """Peak learning rate of a run from a saved model, as a fraction of that for fresh weights."""
 
@@ -339,8 +384,8 @@ _NAMES: dict[Any, str] = {
 }
 
 
-def _faults(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
-    """Return the faults of a field's value; a nested configuration checks itself."""
+def faults_of(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
+    """Yield the faults of a field's value; a nested configuration checks itself."""
     kind: Any = field.type
     rules = field.metadata
     if "help" not in rules:

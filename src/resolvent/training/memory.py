@@ -56,6 +56,7 @@ def estimate_memory(
     tokens: int,
     bytes_per_number: int = 4,
     recompute: bool = False,
+    averaged: bool = False,
     shares: int = 1,
     optimizer: Literal["muon", "adamw"] = "adamw",
 ) -> Estimate:
@@ -71,6 +72,7 @@ def estimate_memory(
         tokens: tokens of a batch.
         bytes_per_number: bytes of an activation: 4, or 2 under autocast.
         recompute: whether activation checkpointing is on.
+        averaged: whether there is a moving average of the weights.
         shares: processes that weights, gradients and optimiser state are sharded over.
         optimizer: optimizer of the run.
     """
@@ -82,10 +84,35 @@ def estimate_memory(
         numbers = config.n_layers * _KEPT_WHEN_RECOMPUTED * config.d_model + 2 * block
     else:
         numbers = (config.n_layers + 1) * block
-    kept = _BYTES_PER_PARAMETER * model.num_parameters()
+    kept = (_BYTES_PER_PARAMETER + 4 * averaged) * model.num_parameters()
     if optimizer == "muon":
         kept -= _BYTES_SAVED_BY_MUON * sum(x.numel() for x in parts_of_matrices(model))
     return Estimate(kept // shares, tokens * numbers * bytes_per_number)
+
+
+def memory_of_run(
+    model: IntegratedModel, config: TrainingConfig, device: torch.device, processes: int, *, recompute: bool
+) -> Estimate:
+    """Estimate the memory of a run on a device; on the CPU, that of all processes, which share the machine.
+
+    Args:
+        model: the model.
+        config: the run.
+        device: where it is trained.
+        processes: processes of the run.
+        recompute: whether activation checkpointing is on.
+    """
+    on_cuda = device.type == "cuda"
+    estimate = estimate_memory(
+        model,
+        tokens=config.batch_size * config.window(model.n_seq),
+        bytes_per_number=2 if on_cuda and config.precision != "fp32" else 4,
+        recompute=recompute,
+        averaged=config.ema > 0,
+        shares=processes if config.parallel == "fsdp" else 1,
+        optimizer=config.optimizer,
+    )
+    return estimate.times(1 if on_cuda else processes)
 
 
 def check_memory(model: IntegratedModel, config: TrainingConfig, device: torch.device, processes: int) -> None:
@@ -102,33 +129,25 @@ def check_memory(model: IntegratedModel, config: TrainingConfig, device: torch.d
     """
     memory = memory_of(device)
     window = config.window(model.n_seq)
-    on_cuda = device.type == "cuda"
-    halves = on_cuda and config.precision != "fp32"
-    copies = 1 if on_cuda else processes
-    sizes = dict(
-        tokens=config.batch_size * window,
-        bytes_per_number=2 if halves else 4,
-        shares=processes if config.parallel == "fsdp" else 1,
-        optimizer=config.optimizer,
-    )
     needed, recomputed = (
-        estimate_memory(model, **sizes, recompute=anew).times(copies) for anew in (config.recompute, True)
+        memory_of_run(model, config, device, processes, recompute=anew) for anew in (config.recompute, True)
     )
     if needed.total <= memory.available:
         return
     what = (
-        f"about {_gib(needed.total)}: {_gib(needed.parameters)} for parameters and optimizer, "
-        f"{_gib(needed.activations)} for batches of {config.batch_size} windows of {window:,} tokens"
+        f"about {gib(needed.total)}: {gib(needed.parameters)} for parameters and optimizer, "
+        f"{gib(needed.activations)} for batches of {config.batch_size} windows of {window:,} tokens"
     )
     remedy = "lower --batch-size or --seq-len"
     if not config.recompute:
-        remedy += f", or use --recompute, with which it takes about {_gib(recomputed.total)}"
+        remedy += f", or use --recompute, with which it takes about {gib(recomputed.total)}"
     if _CERTAIN_PART * needed.total > memory.total:
-        raise ConfigError(f"training takes {what}; there are {_gib(memory.total)} in all: {remedy}")
-    logger.warning(f"Training takes {what}; {_gib(memory.available)} are free. If it is killed, {remedy}")
+        raise ConfigError(f"training takes {what}; there are {gib(memory.total)} in all: {remedy}")
+    logger.warning(f"Training takes {what}; {gib(memory.available)} are free. If it is killed, {remedy}")
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Return bytes in GiB, for messages."""
     return f"{size / 2**30:.1f} GiB"
 
 

@@ -51,6 +51,8 @@ class ValidationMetrics:
         bits_per_byte: the same in bits per byte.
         tokens: held-out tokens that were predicted.
         final: whether this was the last step of the run.
+        ema_loss: loss of the moving average of the weights, where there is one.
+        ema_bits_per_byte: the same in bits per byte.
     """
 
     step: int
@@ -58,6 +60,8 @@ class ValidationMetrics:
     bits_per_byte: float
     tokens: int
     final: bool
+    ema_loss: float | None = None
+    ema_bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,30 @@ class History:
 
     steps: list[StepMetrics]
     validations: list[ValidationMetrics]
+
+    def plot(self, path: str | Path) -> None:
+        """Draw loss, learning rate and gradient norm by step, as .png, .pdf or .svg.
+
+        Raises:
+            ConfigError: matplotlib is not installed, or the name of the file has another ending.
+        """
+        from resolvent.training.plots import Curve, draw
+
+        steps = [step.step for step in self.steps]
+        validated = [validation.step for validation in self.validations]
+        averaged = {x.step: x.ema_loss for x in self.validations if x.ema_loss is not None}
+        losses = [
+            Curve(steps, [step.loss for step in self.steps], "training"),
+            Curve(validated, [validation.loss for validation in self.validations], "validation", "o-"),
+        ]
+        if averaged:
+            losses.append(Curve([*averaged], [*averaged.values()], "validation, EMA", "x--"))
+        panels = {
+            "loss (nats per token)": losses,
+            "learning rate": [Curve(steps, [step.lr for step in self.steps])],
+            "gradient norm": [Curve(steps, [step.grad_norm for step in self.steps])],
+        }
+        draw(Path(path), "step", panels)
 
     def __repr__(self) -> str:
         return f"History({len(self.steps):,} steps, {len(self.validations):,} validations)"
@@ -102,7 +130,13 @@ def read_history(run_dir: Path) -> History:
 
 def _validation(record: dict[str, Any]) -> ValidationMetrics:
     measured = {name: record[f"validation_{name}"] for name in ("loss", "bits_per_byte", "tokens")}
-    return ValidationMetrics(step=record["step"], final=record["final"], **measured)
+    return ValidationMetrics(
+        step=record["step"],
+        final=record["final"],
+        **measured,
+        ema_loss=record.get("ema_validation_loss"),
+        ema_bits_per_byte=record.get("ema_validation_bits_per_byte"),
+    )
 
 
 class MetricsLog:
@@ -169,9 +203,13 @@ class MetricsLog:
         while line:  # on an almost full disk, a write may be partial
             line = line[self._file.write(line) :]
 
-    def write_validation(self, step: int, score: LanguageScore, *, final: bool) -> None:
-        """Append a validation."""
+    def write_validation(
+        self, step: int, score: LanguageScore, averaged: LanguageScore | None = None, *, final: bool
+    ) -> None:
+        """Append a validation of the weights, and of their moving average where there is one."""
         measured = {f"validation_{name}": getattr(score, name) for name in ("loss", "bits_per_byte", "tokens")}
+        if averaged is not None:
+            measured |= {f"ema_validation_{name}": getattr(averaged, name) for name in ("loss", "bits_per_byte")}
         self.write(step=step, **measured, final=final)
 
     def sync(self) -> None:

@@ -33,12 +33,23 @@ class TrainingDisplay:
         steps: steps of the whole run.
         first_step: steps before this process.
         log_interval: steps between two plain lines.
+        most_tokens_per_second: speed at which the devices would do nothing but the arithmetic of the model, of which
+            the part that is reached is shown (model FLOPs utilisation, MFU); None if it is not known.
     """
 
-    def __init__(self, console: Console, *, steps: int, first_step: int, log_interval: int) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        steps: int,
+        first_step: int,
+        log_interval: int,
+        most_tokens_per_second: float | None = None,
+    ) -> None:
         self.console = console
         self._steps, self._log_interval = steps, log_interval
         self._shown = {first_step + 1, steps}
+        self._most_tokens_per_second = most_tokens_per_second
         self._step_seconds = Average()
         self._hung_up = False
         self._bar = Progress(
@@ -65,8 +76,10 @@ class TrainingDisplay:
     ) -> None:
         """Show a finished step, with the smoothed loss; `tokens` and `seconds` are those of the step."""
         average_seconds = self._step_seconds.update(seconds)
+        speed = tokens / average_seconds
+        mfu = f"  {speed / self._most_tokens_per_second:.1%} MFU" if self._most_tokens_per_second else ""
         status = (
-            f"loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  {tokens / average_seconds:,.0f} tokens/s  "
+            f"loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  {speed:,.0f} tokens/s{mfu}  "
             f"lr {rates['lr']:.1e}  ETA {format_duration(average_seconds * (self._steps - step))}"
         )
         if "muon_lr" in rates:
@@ -97,11 +110,12 @@ class TrainingDisplay:
         finally:
             self._bar.update(task, visible=False)
 
-    def validation(self, step: int, score: LanguageScore) -> None:
-        """Show a validation."""
+    def validation(self, step: int, score: LanguageScore, averaged: LanguageScore | None) -> None:
+        """Show a validation of the weights, and of their moving average where there is one."""
+        ema = "" if averaged is None else f"; EMA: loss {averaged.loss:.4f}, {averaged.bits_per_byte:.4f} bits/byte"
         self.say(
             f"{self._position(step)}  validation: loss {score.loss:.4f}, {score.bits_per_byte:.4f} bits/byte "
-            f"on {score.tokens:,} tokens"
+            f"on {score.tokens:,} tokens{ema}"
         )
 
     def say(self, text: str) -> None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,16 +23,25 @@ from resolvent.models import IntegratedModel
 from resolvent.models.phase1 import Phase1Config
 from resolvent.models.phase2 import Phase2Config
 from resolvent.models.phases import PHASES
-from resolvent.models.storage import named_weights, write_config, write_weights
+from resolvent.models.storage import write_config
 from resolvent.ops.hebbian import CHUNK
 from resolvent.runs import fixed_files, load_trained
 from resolvent.terminal import say, shell_word
-from resolvent.training.checkpoint import find_checkpoint, load_trainer_state, load_weights
+from resolvent.training.checkpoint import (
+    checkpoint_of,
+    find_checkpoint,
+    load_average,
+    load_trainer_state,
+    load_weights,
+    remove_later,
+    write_models,
+)
 from resolvent.training.config import Tracker, TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus, text_name
+from resolvent.training.ema import WeightAverage
 from resolvent.training.memory import check_memory
 from resolvent.training.run_folder import beginning, check_new, new_run, read_result, read_run, write_run, write_steps
-from resolvent.training.sharding import is_sharded, shard, whole_weights
+from resolvent.training.sharding import is_sharded, shard
 from resolvent.training.tracking import tracker_options
 from resolvent.training.trainer import Trainer, TrainingResult
 
@@ -55,6 +65,21 @@ def train(config: TrainingConfig, *, overwrite: bool = False, console: Console |
     """
     config.validate()
     check_new(config.run_dir, overwrite=overwrite)
+    with new_trainer(config, console) as trainer:
+        return _begin(trainer, overwrite)
+
+
+@contextmanager
+def new_trainer(config: TrainingConfig, console: Console | None = None) -> Iterator[Trainer]:
+    """Make the trainer of a new run, of which nothing is written yet.
+
+    Args:
+        config: the run, validated.
+        console: where to show progress; None shows nothing.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: as `train` does.
+    """
     config = dataclasses.replace(
         config,
         data=_absolute_text(config.data),
@@ -62,27 +87,26 @@ def train(config: TrainingConfig, *, overwrite: bool = False, console: Console |
         start_from=_absolute(config.start_from),
     )
     with deterministic(config.deterministic):
-        return _train(config, overwrite, console)
+        tokenizer = _saved_tokenizer(config)
+        accelerator = _accelerator(config)
+        console = _console(console, accelerator)
+        corpus = load_corpus(config, tokenizer, progress=console.is_terminal)
+        model = _initial_model(config, corpus, accelerator)
+        if accelerator.is_main_process:
+            _warn_of_what_is_not_trained(model)
+        check_memory(model, config, accelerator.device, accelerator.num_processes)
+        yield Trainer(config, accelerator, corpus, model, console)
 
 
-def _train(config: TrainingConfig, overwrite: bool, console: Console | None) -> TrainingResult:
-    run_dir = config.run_dir
-    tokenizer = _saved_tokenizer(config)
-    accelerator = _accelerator(config)
-    console = _console(console, accelerator)
-    corpus = load_corpus(config, tokenizer, progress=console.is_terminal)
-    model = _initial_model(config, corpus, accelerator)
-    if accelerator.is_main_process:
-        _warn_of_what_is_not_trained(model)
-    check_memory(model, config, accelerator.device, accelerator.num_processes)
-    trainer = Trainer(config, accelerator, corpus, model, console)
+def _begin(trainer: Trainer, overwrite: bool) -> TrainingResult:
+    config, accelerator, corpus = trainer.config, trainer.accelerator, trainer.corpus
+    run_dir, first = config.run_dir, accelerator.is_main_process
     accelerator.wait_for_everyone()  # all processes find the folder empty before one writes
-    first = accelerator.is_main_process
     with new_run(run_dir, overwrite=overwrite) if first else nullcontext() as held:
         with beginning(run_dir) if first else nullcontext():
             if first:
                 save_tokenizer(corpus.tokenizer, run_dir)
-                write_config(model, run_dir)
+                write_config(trainer.raw_model, run_dir)
             if config.start_from is not None or accelerator.num_processes > 1:
                 trainer.save()  # so that any number of processes can resume, also without the folder of --from
             if first:
@@ -113,7 +137,9 @@ def resume(
     Args:
         run_dir: the run folder.
         steps: replaces the run's number of steps, now and whenever it is resumed later. The learning rate then follows
-            the schedule of a run of that length, from the current step on.
+            the schedule of a run of that length, from the current step on. A `wsd` run that has begun to decay goes
+            back to the checkpoint from before the decay, and the steps after that one are taken anew, if there are to
+            be more of them.
         device: replaces the run's device.
         data: new path of the run's text, if it was moved.
         validation_data: the same for the text to validate on.
@@ -163,6 +189,7 @@ def _resume(
         )
     taken = 0 if checkpoint is None else load_trainer_state(checkpoint).step
     before, config = config, _with_steps(config, steps, taken)
+    newest, checkpoint = checkpoint, _before_decay(before, config, taken) or checkpoint
     if checkpoint is not None and (finished := _finished(config, checkpoint, taken, accelerator)) is not None:
         score = finished.validation
         say(
@@ -187,9 +214,11 @@ def _resume(
     check_memory(model, config, accelerator.device, accelerator.num_processes)
     trainer = Trainer(config, accelerator, corpus, model, console)
     if config.steps != before.steps:
-        say(console, _stretched(before, config, taken))
+        say(console, _stretched(before, config, taken, went_back=checkpoint != newest))
         accelerator.wait_for_everyone()  # all processes read before one writes
         if accelerator.is_main_process:
+            if checkpoint is not None and checkpoint != newest:
+                remove_later(run_dir, checkpoint)
             write_steps(run_dir, config.steps)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -212,9 +241,21 @@ def _with_steps(config: TrainingConfig, steps: int | None, taken: int) -> Traini
     return changed
 
 
-def _stretched(before: TrainingConfig, after: TrainingConfig, taken: int) -> str:
+def _before_decay(before: TrainingConfig, after: TrainingConfig, taken: int) -> Path | None:
+    """Return the checkpoint that a longer `wsd` run goes on from; None where that is the newest."""
+    stable = before.stable_steps
+    if after.steps <= before.steps or stable is None or taken <= stable:
+        return None
+    return checkpoint_of(before.run_dir, stable)
+
+
+def _stretched(before: TrainingConfig, after: TrainingConfig, taken: int, *, went_back: bool) -> str:
     """Return a message: the effect of another number of steps on the learning rate."""
-    text = f"Steps     {after.steps:,} instead of {before.steps:,}: the {after.schedule} schedule is stretched to them"
+    text = f"Steps     {after.steps:,} instead of {before.steps:,}: "
+    if went_back:
+        stable = before.stable_steps
+        return f"{text}back to step {stable:,}, the last before the decay of the learning rate, and on at its peak"
+    text += f"the {after.schedule} schedule is stretched to them"
     if 0 < taken < after.steps:
         last, following = before.rate_factor(taken - 1), after.rate_factor(taken)
         text += f"; the learning rate goes from {last:.0%} of its peak, in step {taken:,}, to {following:.0%}"
@@ -224,15 +265,17 @@ def _stretched(before: TrainingConfig, after: TrainingConfig, taken: int) -> str
 def _finished(config: TrainingConfig, checkpoint: Path, taken: int, accelerator: Accelerator) -> TrainingResult | None:
     """Return the result of a finished run; None if the run is not finished or its last validation is missing."""
     run_dir = config.run_dir
-    score = read_result(run_dir, config.steps) if taken == config.steps else None
-    if score is None:
+    scores = read_result(run_dir, config.steps) if taken == config.steps else None
+    if scores is None:
         return None
     model = _load(config, checkpoint, accelerator)
-    weights = whole_weights(model) if is_sharded(model) else named_weights(model)
-    if accelerator.is_main_process:
-        write_weights(weights, run_dir)  # those in the folder may be damaged
+    average = WeightAverage(model, config.ema) if config.ema else None
+    if average is not None:
+        load_average(checkpoint, model, average)
+    if accelerator.is_main_process or is_sharded(model):
+        write_models(run_dir, model, average)  # those in the folder may be damaged
     accelerator.wait_for_everyone()
-    return TrainingResult(run_dir, model.eval(), load_tokenizer(run_dir), score)
+    return TrainingResult(run_dir, model.eval(), load_tokenizer(run_dir), *scores)
 
 
 def _warn_of_what_is_not_trained(model: IntegratedModel) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from resolvent._version import __version__
 from resolvent.errors import CheckpointError, ConfigError
@@ -18,7 +18,7 @@ from resolvent.manifest import (
     sealed,
     write_manifest,
 )
-from resolvent.runs import RUN_FILE, fixed_files
+from resolvent.runs import EMA_FOLDER, RUN_FILE, fixed_files
 from resolvent.terminal import shell_word
 from resolvent.training.config import TrainingConfig
 
@@ -29,7 +29,14 @@ FORMAT_VERSION = 3
 STEPS_FILE = "steps.json"
 """File of the number of steps, if it was changed after the start of the run."""
 RESULT_FILE = "result.json"
-"""File of the score of a finished run."""
+"""File of the scores of a finished run."""
+
+
+class Scores(NamedTuple):
+    """Scores of a validation: of the weights, and of their moving average where there is one."""
+
+    validation: "LanguageScore"
+    ema_validation: "LanguageScore | None" = None
 
 
 def has_begun(run_dir: Path) -> bool:
@@ -153,7 +160,7 @@ def _clear(run_dir: Path) -> None:
     try:
         for name in (MANIFEST, STEPS_FILE, RESULT_FILE, FILE_NAME, ID_FILE, WEIGHTS, *fixed_files()):
             (run_dir / name).unlink(missing_ok=True)
-        for folder in (run_dir / FOLDER, run_dir / TENSORBOARD_DIR):
+        for folder in (run_dir / FOLDER, run_dir / EMA_FOLDER, run_dir / TENSORBOARD_DIR):
             remove(folder)
     except OSError as error:
         raise CheckpointError(f"cannot empty the run folder {run_dir}: {error}; remove what is in it") from error
@@ -216,8 +223,8 @@ def _read_steps(run_dir: Path, started_with: int) -> int:
     return record["steps"]
 
 
-def write_result(run_dir: Path, step: int, score: "LanguageScore") -> None:
-    """Write the score of the last validation of a finished run.
+def write_result(run_dir: Path, step: int, scores: "Scores") -> None:
+    """Write the scores of the last validation of a finished run.
 
     Raises:
         OSError: the folder cannot be written.
@@ -225,11 +232,12 @@ def write_result(run_dir: Path, step: int, score: "LanguageScore") -> None:
     from resolvent.training.metrics import FILE_NAME
 
     record = {"format_version": 1, "step": step, "metrics": description(run_dir / FILE_NAME)}
-    write_json(run_dir / RESULT_FILE, sealed({**record, "validation": dataclasses.asdict(score)}))
+    measured = {name: dataclasses.asdict(score) for name, score in scores._asdict().items() if score is not None}
+    write_json(run_dir / RESULT_FILE, sealed({**record, **measured}))
 
 
-def read_result(run_dir: Path, last_step: int) -> "LanguageScore | None":
-    """Return the score of a finished run; None if it has to be measured (again).
+def read_result(run_dir: Path, last_step: int) -> "Scores | None":
+    """Return the scores of a finished run; None if they have to be measured (again).
 
     Args:
         run_dir: the run folder.
@@ -250,4 +258,4 @@ def read_result(run_dir: Path, last_step: int) -> "LanguageScore | None":
     whole = is_sealed(record) and record.get("step") == last_step
     if not whole or not is_as_described(run_dir / FILE_NAME, record.get("metrics")):
         return None
-    return LanguageScore(**record["validation"])
+    return Scores(**{name: LanguageScore(**record[name]) for name in Scores._fields if name in record})

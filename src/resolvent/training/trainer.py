@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,30 +21,33 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from resolvent.data import Batch, PackedBatches
 from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
-from resolvent.evaluation.language import calls_of_model, sample_stretches, sum_of_nats
+from resolvent.evaluation.language import Stretches, calls_of_model, sample_stretches, sum_of_nats
 from resolvent.models import IntegratedModel
 from resolvent.models.inference import evaluating
 from resolvent.models.phases import phase_of
-from resolvent.models.storage import named_weights, write_weights
 from resolvent.terminal import shell_word
 from resolvent.training.average import Average
 from resolvent.training.checkpoint import (
     TrainerState,
     find_checkpoint,
+    load_average,
     load_optimizer,
     load_trainer_state,
     restore_weights,
     save_checkpoint,
+    write_models,
 )
+from resolvent.training.compute import flops_per_token, peak_flops
 from resolvent.training.config import FROM_RATE, TrainingConfig
 from resolvent.training.corpus import Corpus
+from resolvent.training.ema import WeightAverage
 from resolvent.training.interrupt import StopRequest, TrainingInterrupted
 from resolvent.training.metrics import FILE_NAME, History, MetricsLog, read_history
 from resolvent.training.nonfinite import NonFiniteError, offending_gradient, offending_weight
 from resolvent.training.optimizer import learning_rates, optimizer_of_run
 from resolvent.training.progress import TrainingDisplay, format_duration
-from resolvent.training.run_folder import write_result
-from resolvent.training.sharding import is_sharded, whole_tensor, whole_weights
+from resolvent.training.run_folder import Scores, write_result
+from resolvent.training.sharding import is_sharded, whole_tensor
 from resolvent.training.tracking import Tracking
 
 logger = logging.getLogger(__name__)
@@ -65,12 +69,15 @@ class TrainingResult:
         model: the trained model, in evaluation mode; of a sharded one, the shards of this process.
         tokenizer: its tokenizer.
         validation: its score on `final_eval_tokens` tokens of held-out text.
+        ema_validation: the score of the moving average of the weights, which the folder `ema` in the run folder holds;
+            None without one.
     """
 
     run_dir: Path
     model: IntegratedModel
     tokenizer: Tokenizer
     validation: LanguageScore
+    ema_validation: LanguageScore | None = None
 
     @property
     def history(self) -> History:
@@ -80,6 +87,10 @@ class TrainingResult:
             CheckpointError: the metrics are gone or damaged.
         """
         return read_history(self.run_dir)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the history; see `History.plot`."""
+        self.history.plot(path)
 
     def __repr__(self) -> str:
         loss, bits = self.validation.loss, self.validation.bits_per_byte
@@ -171,6 +182,7 @@ class Trainer:
             self.optimizer = accelerator.prepare_optimizer(self.raw_optimizer)
         else:
             self.model, self.optimizer = accelerator.prepare(model, self.raw_optimizer)
+        self.average = WeightAverage(model, config.ema) if config.ema else None
 
     @property
     def batches_per_step(self) -> int:
@@ -191,6 +203,8 @@ class Trainer:
                 f"{self.accelerator.num_processes} processes cannot share evenly: resume it with a divisor of that"
             )
         load_optimizer(checkpoint, self.raw_model, self.raw_optimizer)
+        if self.average is not None:
+            load_average(checkpoint, self.raw_model, self.average)
 
     def run(self) -> TrainingResult:
         """Train until the last step, save the model, and validate it.
@@ -226,36 +240,57 @@ class Trainer:
                         self._after_step(stop)
                     except NonFiniteError as fault:
                         self._rewind(fault)
-            score = self._validate(final=True)
+            scores = self._validate(final=True)
             if self.accelerator.is_main_process:
                 self.metrics.sync()
-                write_result(self.run_dir, self.state.step, score)
+                write_result(self.run_dir, self.state.step, scores)
         self.display.say(f"Done in {format_duration(time.perf_counter() - started)}; the model is in {self.run_dir}")
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)  # removes autocast
-        return TrainingResult(self.run_dir, self.raw_model.eval(), self.corpus.tokenizer, score)
+        return TrainingResult(self.run_dir, self.raw_model.eval(), self.corpus.tokenizer, *scores)
 
     def _step(self, stop: StopRequest) -> None:
-        """Update the weights with the gradient of the mean loss over the batches of the step."""
-        config, step, started = self.config, self.state.step, time.perf_counter()
-        factor = config.rate_factor(step) * REWIND_FACTOR**self.state.rewinds
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        if config.start_from is None:  # with fewer channels, a saved model would be another function
-            self.raw_model.update_rank_schedule(step)
+        """Take a step, and report those that are computed."""
+        step, started = self.state.step, time.perf_counter()
+        factor = self.config.rate_factor(step) * REWIND_FACTOR**self.state.rewinds
         checked = self._is_checked(step + 1)
         if checked:  # trackers log its gradients, and no earlier step afterwards
             self._report_all_but(0)
-        loss, stopping = self._over_processes(self._gradient(step), stop)
-        if checked:
-            self.tracking.log_gradients(step + 1, self.raw_model)
+        numbers = self.update(
+            factor,
+            stopping=stop.signal_number is not None,
+            look=partial(self.tracking.log_gradients, step + 1, self.raw_model) if checked else None,
+        )
+        self.taken.append(_Step(self.state.step, learning_rates(self.raw_optimizer), started, _on_its_way(numbers)))
+        self._report_all_but(self.lag)
+
+    def update(self, factor: float, *, stopping: bool = False, look: Callable[[], None] | None = None) -> torch.Tensor:
+        """Update the weights once, along the gradient of the mean loss over this step's batches.
+
+        Args:
+            factor: learning rates as a part of the highest.
+            stopping: True if this process was asked to stop.
+            look: is called when the gradients are there, before they are clipped.
+
+        Returns:
+            (3,) on the device: the loss, the gradient's norm before clipping, and above zero if a process was asked to
+            stop.
+        """
+        step = self.state.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        if self.config.start_from is None:  # with fewer channels, a saved model would be another function
+            self.raw_model.update_rank_schedule(step)
+        loss, asked = self._over_processes(self._gradient(step), stopping)
+        if look is not None:
+            look()
         norm = self._clip()
         self.found_inf.logical_or_(~(loss + norm).isfinite())
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.step += 1
-        numbers = _on_its_way(torch.stack([loss, norm, stopping]))
-        self.taken.append(_Step(self.state.step, learning_rates(self.raw_optimizer), started, numbers))
-        self._report_all_but(self.lag)
+        if self.average is not None:
+            self.average.update(self.state.step)
+        return torch.stack([loss, norm, asked])
 
     def _gradient(self, step: int) -> torch.Tensor:
         """Compute the gradient into the parameters; return the mean loss of this process's batches, on the device."""
@@ -277,9 +312,9 @@ class Trainer:
                 self._move_gradients()
         return loss_sum / len(mine)
 
-    def _over_processes(self, loss: torch.Tensor, stop: StopRequest) -> torch.Tensor:
+    def _over_processes(self, loss: torch.Tensor, stopping: bool) -> torch.Tensor:
         """Return (2,) on the device: the mean loss of all processes, and a number above zero if any is to stop."""
-        asked = torch.full_like(loss, stop.signal_number is not None)
+        asked = torch.full_like(loss, stopping)
         return self.accelerator.reduce(torch.stack([loss, asked]), reduction="mean")
 
     def _clip(self) -> torch.Tensor:
@@ -399,7 +434,7 @@ class Trainer:
         """
         config, step, state = self.config, self.state.step, self.state
         state.validation_due = self._is_checked(step) and step < config.steps
-        saving = _is_due(step, config.checkpoint_interval) or step == config.steps
+        saving = _is_due(step, config.checkpoint_interval) or step in (config.steps, config.stable_steps)
         if state.validation_due or saving:
             self._report_all_but(0)
         # A signal may reach processes at different steps; they stop when all of them received it.
@@ -421,30 +456,41 @@ class Trainer:
         if stopping:
             raise TrainingInterrupted(stop.signal_number or signal.SIGTERM, self.run_dir, step)
 
-    def _validate(self, stop: StopRequest | None = None, *, final: bool = False) -> LanguageScore:
-        """Score held-out text, divided among the processes.
+    def _validate(self, stop: StopRequest | None = None, *, final: bool = False) -> Scores:
+        """Score held-out text, divided among the processes, by the weights and by their moving average.
 
         Raises:
             NonFiniteError: the loss is not finite.
             _StoppedInValidation: a process was asked to stop.
         """
-        accelerator = self.accelerator
-        tokens = self.config.validation_tokens(self.tokens_per_step, final=final)
-        sample = sample_stretches(self.corpus.validation, tokens)
+        step = self.state.step
+        sample = sample_stretches(
+            self.corpus.validation, self.config.validation_tokens(self.tokens_per_step, final=final)
+        )
         if final:
             self.display.say(f"Validating on {sample.num_predictions:,} held-out tokens")
-        shares = [sample.sequences[first :: accelerator.num_processes] for first in range(accelerator.num_processes)]
-        total = accelerator.reduce(self._nats_of_share(shares, stop)).item()
-        if not math.isfinite(total):
-            raise self._not_finite(self.state.step, "the validation loss", f"the loss of a validation is {total}")
-        score = LanguageScore.from_totals(total, sample.num_predictions, sample.num_bytes)
-        self.metrics.write_validation(self.state.step, score, final=final)
-        self.tracking.log(self.state.step, "validation", dict(loss=score.loss, bits_per_byte=score.bits_per_byte))
+        score, averaged = self._score(sample, stop), None
+        if self.average is not None:
+            with self.average.in_place():
+                averaged = self._score(sample, stop)
+            ema = dict(ema_loss=averaged.loss, ema_bits_per_byte=averaged.bits_per_byte)
+            self.tracking.log(step, "validation", ema)
+        self.metrics.write_validation(step, score, averaged, final=final)
+        self.tracking.log(step, "validation", dict(loss=score.loss, bits_per_byte=score.bits_per_byte))
         if not self.sharded:  # no process holds whole blocks for diagnostics
             with evaluating(self.raw_model):
-                self.tracking.log_diagnostics(self.state.step, self.raw_model)
-        self.display.validation(self.state.step, score)
-        return score
+                self.tracking.log_diagnostics(step, self.raw_model)
+        self.display.validation(step, score, averaged)
+        return Scores(score, averaged)
+
+    def _score(self, sample: Stretches, stop: StopRequest | None) -> LanguageScore:
+        """Score a sample by the weights that the model has."""
+        count = self.accelerator.num_processes
+        shares = [sample.sequences[first::count] for first in range(count)]
+        total = self.accelerator.reduce(self._nats_of_share(shares, stop)).item()
+        if not math.isfinite(total):
+            raise self._not_finite(self.state.step, "the validation loss", f"the loss of a validation is {total}")
+        return LanguageScore.from_totals(total, sample.num_predictions, sample.num_bytes)
 
     def _nats_of_share(self, shares: list[list[np.ndarray]], stop: StopRequest | None) -> torch.Tensor:
         """Return the nats of this process's tokens. All processes take equally many rounds, so that all can stop."""
@@ -493,12 +539,18 @@ class Trainer:
         Raises:
             OSError: the folder cannot be written.
         """
-        first, keep = self.accelerator.is_main_process, self.config.keep_checkpoints
+        config, first = self.config, self.accelerator.is_main_process
         if first or self.sharded:
-            save_checkpoint(self.run_dir, self.raw_model, self.raw_optimizer, self.state, keep=keep)
-        weights = whole_weights(self.raw_model) if self.sharded else named_weights(self.raw_model)
-        if first:
-            write_weights(weights, self.run_dir)
+            save_checkpoint(
+                self.run_dir,
+                self.raw_model,
+                self.raw_optimizer,
+                self.state,
+                average=self.average,
+                keep=config.keep_checkpoints,
+                keep_step=config.stable_steps,
+            )
+            write_models(self.run_dir, self.raw_model, self.average)
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
@@ -549,11 +601,14 @@ class Trainer:
         )
 
     def _new_display(self) -> TrainingDisplay:
+        peak = peak_flops(self.device, self.accelerator.mixed_precision)
+        processes = self.accelerator.num_processes
         return TrainingDisplay(
             self.console,
             steps=self.config.steps,
             first_step=self.state.step,
             log_interval=self.config.log_interval,
+            most_tokens_per_second=None if peak is None else processes * peak / flops_per_token(self.raw_model),
         )
 
 

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from resolvent.cli.evaluate.tables import PlotFile, Seed, load, scientific, show, write
-from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text, TextField
+from resolvent.cli.evaluate.tables import Seed, load, scientific, show, write
+from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, PlotFile, Text, TextField
 
 
 def influence(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resolvent.cli.console import report_console, show_table, write_result
-from resolvent.cli.loading import check_output, documents_of, wrong_usage
+from resolvent.cli.loading import documents_of
 from resolvent.runs import load_trained
 from resolvent.seeds import MOST_SEED
 from resolvent.terminal import say
@@ -20,24 +20,8 @@ if TYPE_CHECKING:
     from resolvent.models import IntegratedModel
 
 
-def _check_plot(path: Path | None) -> Path | None:
-    """Check, before anything is measured, that a plot can be drawn."""
-    if path is not None:
-        check_output(path, "--plot")
-        from resolvent.evaluation.plots import check_format, check_plot
-
-        with wrong_usage("--plot"):
-            check_format(path)
-        check_plot(path)
-    return path
-
-
 Joined = Annotated[bool, typer.Option("--joined", help="Join documents, for texts of short documents.")]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the choice of positions.")]
-PlotFile = Annotated[
-    Path | None,
-    typer.Option("--plot", metavar="FILE", callback=_check_plot, help="Draw the figures, as .png, .pdf or .svg."),
-]
 
 
 def load(
