@@ -86,7 +86,7 @@ def train(
     settings |= {name: paths[0] for name in _MOVABLE if (paths := settings[name]) is not None and len(paths) == 1}
     config = TrainingConfig(**settings)
     if resume is not None:
-        settled = [name for name in settings if name not in ("device", "tracker", "steps", *_MOVABLE)]
+        settled = [name for name in settings if name not in ("device", "tracker", "steps", "cache", *_MOVABLE)]
         _refuse(context, [*settled, "change", "overwrite"], "--resume", "the run keeps its settings")
     elif config.start_from is not None:
         settled = [*SAVED_WITH_A_MODEL, "change"]
@@ -108,7 +108,7 @@ def train(
         with training.terminable():
             if resume is not None:
                 device = None if config.device == "auto" else config.device
-                given = {name: settings[name] for name in _MOVABLE if settings[name] is not None}
+                given = {name: settings[name] for name in (*_MOVABLE, "cache") if settings[name] is not None}
                 if config.tracker != "none":
                     given["tracker"] = config.tracker
                 if _is_given(context, "steps"):
