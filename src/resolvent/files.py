@@ -52,14 +52,14 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in (*partial.rglob("*"), partial):
-            _sync(path)
+            sync(path)
         if os.path.lexists(target):
             discard(target)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # frees space on a full disk
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def _completed(file: BinaryIO, partial: Path, target: Path) -> Iterator[None]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def output_path(path: Path) -> Path:
@@ -381,7 +381,8 @@ def _create(path: Path) -> BinaryIO:
     return open(path, "xb", opener=lambda name, mode: os.open(name, mode | _NOFOLLOW, 0o666))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from resolvent.data import EOT, load_documents, reading
+from resolvent.data import EOT, load_documents, pieces, reading
 from resolvent.data.content import HEAD_BYTES, NotText
 from resolvent.data.reading import Reading, read_documents, zstd
 from resolvent.errors import DataError
@@ -93,7 +93,7 @@ def test_file_alone_equals_file_in_folder(tmp_path, encoding, compression, texts
 @example(text=f"a\n{EOT}", size=5)
 def test_chunks_of_any_size_give_the_same_documents(tmp_path, encoding, text, size):
     path = only_file(tmp_path / "folder", "a.txt", encoded(text, encoding))
-    whole = reading._SEPARATOR.split(text)
+    whole = pieces._SEPARATOR.split(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "_CHUNK_BYTES", size)
         patch.setattr(reading, "HEAD_BYTES", 12)

@@ -158,7 +158,7 @@ def test_single_document_is_cut_in_two_unless_a_side_would_be_empty(text, fracti
 
 @pytest.mark.parametrize("text", ["x", "x  ", "\n\n\n\nx"])
 def test_single_document_too_short(text):
-    with pytest.raises(DataError, match=f"one document of {len(text)} characters is too short to hold out 10%"):
+    with pytest.raises(DataError, match=f"one document of {len(text)} bytes is too short to hold out 10%"):
         split_documents([text])
 
 

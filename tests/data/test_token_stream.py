@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from resolvent.data import EOT, build_tokenizer, encode_documents, load_tokenizer
-from resolvent.data.tokenization import pieces
+from resolvent.data.pieces import pieces
 from resolvent.errors import DataError
 from resolvent.memory import Memory
 
@@ -82,8 +82,8 @@ def test_long_words_are_encoded_as_one(tokenizers):
 
 
 def test_word_that_takes_more_than_the_memory_is_refused(tokenizers, monkeypatch):
-    monkeypatch.setattr("resolvent.data.stream.machine_memory", lambda: Memory(10_000, 10_000))
-    monkeypatch.setattr("resolvent.data.stream._BATCH_CHARACTERS", 50)
+    monkeypatch.setattr("resolvent.data.encoding.machine_memory", lambda: Memory(10_000, 10_000))
+    monkeypatch.setattr("resolvent.data.encoding._FEW_CHARACTERS", 50)
     with pytest.raises(DataError, match=r"51 characters from 'xxxxxxxxxxxxxxxxxxxx' on must be encoded at once.*lines"):
         encode_documents(["short", "x" * 51], tokenizers["gpt2"])
     assert encode_documents(["x" * 50], tokenizers["gpt2"]).num_bytes == 50
@@ -94,7 +94,7 @@ def test_tokens_that_take_more_than_the_memory_are_refused(tokenizers, monkeypat
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr("resolvent.data.stream._encoded_pieces", fail)
+    monkeypatch.setattr("resolvent.data.stream._batches", fail)
     with pytest.raises(DataError, match=r"the tokens of 2 document\(s\) with 7 characters do not fit into memory"):
         encode_documents(["one", "four"], tokenizers["bytes"])
 

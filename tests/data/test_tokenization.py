@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from resolvent.data import EOT, build_tokenizer, load_documents, load_tokenizer, save_tokenizer
 from resolvent.data.corpus import package_folder
-from resolvent.data.tokenization import LONGEST_WORD, MOST_TOKENS, padding_token, pieces
+from resolvent.data.pieces import pieces
+from resolvent.data.tokenization import LONGEST_WORD, MOST_TOKENS, padding_token
 from resolvent.errors import ConfigError, DataError
 
 SPECS = ["bytes", "bpe", "gpt2"]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _MOVABLE = ("data", "validation_data")
 """Settings of a run that may be given again when it resumes: the paths of its text."""
-_RESUMABLE = ("device", "tracker", "steps", *_MOVABLE)
+_RESUMABLE = ("device", "tracker", "steps", "cache", *_MOVABLE)
 """Settings that may be given beside --resume."""
 
 LOOK_FIRST = "Look before you train"

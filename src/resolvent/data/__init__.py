@@ -4,11 +4,12 @@ from resolvent.data.corpus import EOT, load_documents
 from resolvent.data.split import split_documents
 from resolvent.data.stream import TokenStream, encode_documents
 from resolvent.data.tokenization import build_tokenizer, load_tokenizer, save_tokenizer
-from resolvent.data.windows import Batch, PackedBatches, documents_as_windows
+from resolvent.data.windows import Batch, MixedBatches, PackedBatches, documents_as_windows
 
 __all__ = [
     "EOT",
     "Batch",
+    "MixedBatches",
     "PackedBatches",
     "TokenStream",
     "build_tokenizer",

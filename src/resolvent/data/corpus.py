@@ -9,10 +9,11 @@ from pathlib import Path
 
 from resolvent.data.content import NotText
 from resolvent.data.folders import files_below
-from resolvent.data.reading import EOT, Reading, faults_of, read_documents
+from resolvent.data.pieces import EOT, Piece, evenly
+from resolvent.data.reading import Reading, faults_of, read_pieces
 from resolvent.errors import DataError
 
-__all__ = ["EOT", "load_documents", "package_folder"]
+__all__ = ["EOT", "load_documents", "package_folder", "stream_documents"]
 
 _SHOWN_KINDS = 5
 
@@ -20,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_documents(path: str | Path | Sequence[str | Path] | None = None, *, text_field: str = "text") -> list[str]:
-    """Read the documents of files, of folders, or of the default corpus.
+    """Read the documents of files, of folders, or of the default corpus into memory.
 
     Text, JSON Lines, JSON arrays and Parquet, compressed or not, are recognised by their content; the rules are those
-    of `resolvent.data.reading.read_documents`, for single files and for the files of a folder. Anything else, such as
+    of `resolvent.data.reading.read_pieces`, for single files and for the files of a folder. Anything else, such as
     an archive, an image or a table, is refused. Within a folder it is left out, and a warning is logged. Hidden files,
     caches, run folders and links to folders are left out as well.
 
@@ -41,25 +42,42 @@ def load_documents(path: str | Path | Sequence[str | Path] | None = None, *, tex
         DataError: nothing at the path, no text in it, a file that cannot be read or understood, or one that is too
             large for the memory.
     """
+    reading, documents, parts = Reading(text_field), list[str](), list[str]()
+    for piece in stream_documents(path, reading):
+        parts.append(reading.take(_name_of(path), piece.text))
+        if piece.last:
+            documents.append("".join(parts))
+            parts = []
+    _warn(reading)
+    return [text for text in documents if text and not text.isspace()]
+
+
+def stream_documents(path: str | Path | Sequence[str | Path] | None, reading: Reading) -> Iterator[Piece]:
+    """Yield the documents of `load_documents` in pieces, the blank ones among them.
+
+    Args:
+        path: as of `load_documents`.
+        reading: names the field of records, and takes up warnings, which the caller logs.
+
+    Raises:
+        DataError: as of `load_documents`.
+    """
     if path is None:
-        return _state_of_the_union()
+        yield from evenly(Piece(text, True) for text in _state_of_the_union())
+        return
     paths = [path] if isinstance(path, str | Path) else list(path)
     if not paths or "" in paths:
         raise DataError(f"a text needs a path, got {path!r}; name a file or a folder")
-    reading, documents = Reading(text_field), []
     for part in map(Path, paths):
+        found = False
         with faults_of(part):
-            found = [text for text in _texts(part, reading) if text and not text.isspace()]
+            for piece in _pieces_of(part, reading):
+                found = found or not (piece.text.isspace() or not piece.text)
+                yield piece
         if not found:
+            _warn(reading)
             raise DataError(f"{part} holds no text; give a file or a folder with text, JSON Lines or Parquet")
-        documents += found
-    if repairs := reading.repairs:
-        file, count = repairs.most_common(1)[0]
-        logger.warning(
-            "Replaced %d invalid sequences by U+FFFD in %d file(s), %d of them in %s",
-            *(repairs.total(), len(repairs), count, file),
-        )
-    return documents
+    reading.report_repairs()
 
 
 def package_folder(package: str) -> Path:
@@ -91,15 +109,24 @@ def _state_of_the_union() -> list[str]:
         return [(folder / "speeches" / f"{name}.txt").read_text(encoding="utf-8") for name in names]
 
 
-def _texts(path: Path, reading: Reading) -> Iterator[str]:
+def _warn(reading: Reading) -> None:
+    for warning in reading.warnings:
+        logger.warning(warning)
+
+
+def _name_of(path: str | Path | Sequence[str | Path] | None) -> Path:
+    return Path(str(path)) if isinstance(path, str | Path) else Path("the text")
+
+
+def _pieces_of(path: Path, reading: Reading) -> Iterator[Piece]:
     """Yield the documents of a file, or of the files below a folder."""
     if not path.is_dir():
-        yield from read_documents(path, reading)
+        yield from read_pieces(path, reading)
         return
     files, left_out = files_below(path)
     for file in files:
         try:
-            yield from read_documents(file, reading)
+            yield from read_pieces(file, reading)
         except NotText as other:
             left_out.append(other)
     if left_out:
@@ -107,4 +134,4 @@ def _texts(path: Path, reading: Reading) -> Iterator[str]:
         examples = {other.what: other.path for other in reversed(left_out)}
         listed = [f"{count} x {what}, as {examples[what]}" for what, count in kinds[:_SHOWN_KINDS]]
         more = [f"{sum(count for _, count in kinds[_SHOWN_KINDS:])} others"] if len(kinds) > _SHOWN_KINDS else []
-        logger.warning("Left out of %s, as not text: %s", path, "; ".join(listed + more))
+        reading.warnings.append(f"Left out of {path}, as not text: {'; '.join(listed + more)}")

@@ -9,7 +9,9 @@ from resolvent.files import partial_name
 from resolvent.manifest import MANIFEST, RUN_FILE
 
 _CACHE_NAME = "__pycache__"
-_CACHE_TAG = "CACHEDIR.TAG"
+CACHE_TAG = "CACHEDIR.TAG"
+TOKENS_FILE = "tokens.json"
+"""The index of a folder of tokens."""
 _MODEL_FILES = ("config.json", "model.safetensors")
 
 
@@ -49,11 +51,13 @@ def _output(folder: Path) -> str | None:
         return "the folder of a run"
     if all((folder / name).exists() for name in _MODEL_FILES):
         return "the folder of a model"
+    if (folder / TOKENS_FILE).exists():
+        return "a folder of tokens"
     return None
 
 
 def _is_cache(folder: Path) -> bool:
-    return folder.name.startswith(".") or folder.name == _CACHE_NAME or (folder / _CACHE_TAG).exists()
+    return folder.name.startswith(".") or folder.name == _CACHE_NAME or (folder / CACHE_TAG).exists()
 
 
 def _links(here: Path, folders: list[str]) -> Iterator[NotText]:

@@ -6,7 +6,6 @@ import gzip
 import io
 import lzma
 import os
-import re
 import stat
 import sys
 import zlib
@@ -36,6 +35,7 @@ from resolvent.data.content import (
     refuse_table,
     text_head,
 )
+from resolvent.data.pieces import Piece, evenly, separated
 from resolvent.data.records import (
     json_array,
     json_lines,
@@ -49,10 +49,6 @@ from resolvent.errors import DataError
 from resolvent.files import open_regular
 from resolvent.memory import machine_memory
 
-EOT = "<|endoftext|>"
-"""The line that separates documents in a text file, and the token that separates them in a stream."""
-
-_SEPARATOR = re.compile(rf"^{re.escape(EOT)}(?:\r?\n|\r?\Z)", re.MULTILINE)
 _CHUNK_BYTES = 1 << 20
 _DECOMPRESSORS: dict[str | None, Callable[[BinaryIO], io.BufferedIOBase | BinaryIO]] = {
     None: lambda file: file,
@@ -81,12 +77,14 @@ class Reading:
         most_bytes: limit of the memory of all documents: a quarter of the free memory; tokens need the rest.
         taken: memory of the documents so far.
         repairs: number of invalid sequences that were replaced, by file.
+        warnings: about the text, for whoever asked for it.
     """
 
     text_field: str = "text"
     most_bytes: int = field(default_factory=lambda: machine_memory().available // 4)
     taken: int = 0
     repairs: Counter[Path] = field(default_factory=Counter)
+    warnings: list[str] = field(default_factory=list)
 
     def take(self, path: Path, text: str) -> str:
         """Count the memory of a text that is kept, and return the text.
@@ -115,9 +113,31 @@ class Reading:
         if count:
             self.repairs[path] += count
 
+    def report_repairs(self) -> None:
+        """Add a warning that counts the invalid sequences that were replaced, if there were any."""
+        if self.repairs:
+            file, count = self.repairs.most_common(1)[0]
+            self.warnings.append(
+                f"Replaced {self.repairs.total()} invalid sequences by U+FFFD in {len(self.repairs)} file(s), "
+                f"{count} of them in {file}"
+            )
+
 
 def read_documents(path: Path, reading: Reading) -> Iterator[str]:
-    """Yield the documents of one file.
+    """Yield the documents of one file, whole and counted by `reading`; rules and errors are those of `read_pieces`."""
+    parts: list[str] = []
+    for piece in read_pieces(path, reading):
+        parts.append(reading.take(path, piece.text))
+        if piece.last:
+            yield "".join(parts)
+            parts = []
+
+
+def read_pieces(path: Path, reading: Reading) -> Iterator[Piece]:
+    """Yield the documents of one file in pieces, which take little memory however long a plain text is.
+
+    A record (a line of JSON Lines, a row of Parquet) and a JSON array as a whole are held in memory while they are cut
+    into pieces.
 
     The content decides the format, and the name where the rules say so. The file may be compressed with gzip, bzip2, xz
     or zstd. It is UTF-8, or it has the byte order mark of UTF-8, UTF-16 or UTF-32. The first rule that applies:
@@ -141,6 +161,9 @@ def read_documents(path: Path, reading: Reading) -> Iterator[str]:
         path: the file.
         reading: the state of the text; it is updated.
 
+    Returns:
+        Pieces of about `PIECE_CHARACTERS`, cut where `resolvent.data.pieces` cuts: their tokens are those of the text.
+
     Raises:
         NotText: before the first document: the file is not text, or no regular file.
         DataError: the file cannot be read, is damaged, or exceeds the limit of memory.
@@ -148,13 +171,13 @@ def read_documents(path: Path, reading: Reading) -> Iterator[str]:
     with faults_of(path), _open(path) as file:
         if _is_parquet(file, path):
             texts = parquet_documents(path, reading.text_field, lambda data: _decoded(data, path, reading))
-            yield from (reading.take(path, text) for text in texts)
+            yield from evenly(_whole(texts, path, reading))
             return
         head = file.read(HEAD_BYTES)
         file.seek(0)
         compression = compression_of(head)
         source = _DECOMPRESSORS[compression](file)
-        yield from _text_documents(source, path, reading, compressed=compression is not None)
+        yield from evenly(_text_pieces(source, path, reading, compressed=compression is not None))
 
 
 def read_text(file: BinaryIO, path: Path) -> str:
@@ -180,6 +203,21 @@ def read_text(file: BinaryIO, path: Path) -> str:
         source = _DECOMPRESSORS[compression](io.BytesIO(data))
         _, chunks = _decoded_chunks(source, path, reading, compressed=compression is not None)
         return "".join(reading.take(path, chunk) for chunk in chunks)
+
+
+def check_beginning(path: Path) -> None:
+    """Refuse a file whose beginning shows that it is not text.
+
+    Raises:
+        NotText: the file is not text, or no regular file.
+        DataError: the file cannot be read.
+    """
+    with faults_of(path), _open(path) as file:
+        if not _is_parquet(file, path):
+            compression = compression_of(file.read(HEAD_BYTES))
+            file.seek(0)
+            start = _DECOMPRESSORS[compression](file).read(HEAD_BYTES)
+            text_head(path, start, compressed=compression is not None)
 
 
 @contextmanager
@@ -232,9 +270,16 @@ def _decoded(data: bytes, path: Path, reading: Reading) -> str:
     return text
 
 
-def _text_documents(
+def _whole(texts: Iterable[str], path: Path, reading: Reading) -> Iterator[Piece]:
+    """Yield texts that are in memory whole, each of which the limit of memory allows."""
+    for text in texts:
+        reading.check(path, sys.getsizeof(text))
+        yield Piece(text, True)
+
+
+def _text_pieces(
     source: io.BufferedIOBase | BinaryIO, path: Path, reading: Reading, *, compressed: bool
-) -> Iterator[str]:
+) -> Iterator[Piece]:
     head, chunks = _decoded_chunks(source, path, reading, compressed=compressed)
     suffix, beginning = content_suffix(path), head.text.lstrip()
     if suffix in TABLE_SUFFIXES:
@@ -250,7 +295,7 @@ def _text_documents(
     elif looks_like_table(head.text, reading.text_field, whole=head.whole):
         refuse_table(path)
     else:
-        yield from _plain(chunks, path, reading)
+        yield from separated(chunks)
 
 
 def _decoded_chunks(
@@ -263,17 +308,13 @@ def _decoded_chunks(
     return head, _decode_chunks(data, head.encoding, path, reading)
 
 
-def _plain(chunks: Iterable[str], path: Path, reading: Reading) -> Iterator[str]:
-    return _separated(reading.take(path, chunk) for chunk in chunks)
-
-
-def _json_lines(chunks: Iterable[str], path: Path, reading: Reading) -> Iterator[str]:
+def _json_lines(chunks: Iterable[str], path: Path, reading: Reading) -> Iterator[Piece]:
     lines = lines_of(_bounded_lines(chunks, path, reading))
     documents = json_lines(lines, path, reading.text_field, partial(reading.repaired, path))
-    return (reading.take(path, text) for text in documents)
+    return _whole(documents, path, reading)
 
 
-def _maybe_json_lines(chunks: Iterator[str], path: Path, reading: Reading) -> Iterator[str]:
+def _maybe_json_lines(chunks: Iterator[str], path: Path, reading: Reading) -> Iterator[Piece]:
     """Return the documents of a file that begins with a brace."""
     seen: list[str] = []
     objects = sampled_objects(lines_of(_remembered(chunks, seen, path, reading)))
@@ -284,17 +325,20 @@ def _maybe_json_lines(chunks: Iterator[str], path: Path, reading: Reading) -> It
         return _json_lines(chunks, path, reading)
     if is_json:
         refuse_json(path)
-    return _plain(chunks, path, reading)
+    return separated(chunks)
 
 
-def _maybe_json_array(chunks: Iterator[str], path: Path, reading: Reading) -> Iterator[str]:
+def _maybe_json_array(chunks: Iterator[str], path: Path, reading: Reading) -> Iterator[Piece]:
     """Return the documents of a file that begins with a bracket."""
-    text = "".join(reading.take(path, chunk) for chunk in chunks)
+    seen: list[str] = []
+    text = "".join(_remembered(chunks, seen, path, reading))
     if looks_like_json_array(text, reading.text_field):
-        return json_array(text, path, reading.text_field, partial(reading.repaired, path))
+        seen.clear()
+        documents = json_array(text, path, reading.text_field, partial(reading.repaired, path))
+        return (Piece(document, True) for document in documents)
     if content_suffix(path) == ".json":
         refuse_json(path)
-    return iter(_SEPARATOR.split(text))
+    return separated(seen)
 
 
 def _decode_chunks(data: Iterable[bytes], encoding: str, path: Path, reading: Reading) -> Iterator[str]:
@@ -322,23 +366,3 @@ def _bounded_lines(chunks: Iterable[str], path: Path, reading: Reading) -> Itera
         line = sys.getsizeof(chunk) + (0 if "\n" in chunk else line)
         reading.check(path, line)
         yield chunk
-
-
-def _separated(chunks: Iterable[str]) -> Iterator[str]:
-    """Split text that comes in chunks at the lines that are exactly the separator."""
-    document: list[str] = []
-    lines: list[str] = []
-    for chunk in chunks:
-        whole, newline, rest = chunk.rpartition("\n")
-        if not newline:
-            lines.append(chunk)
-            continue
-        *ended, document_rest = _SEPARATOR.split("".join((*lines, whole, newline)))
-        lines = [rest]
-        for text in ended:
-            yield "".join((*document, text))
-            document = []
-        document.append(document_rest)
-    for text in _SEPARATOR.split("".join(lines)):
-        yield "".join((*document, text))
-        document = []

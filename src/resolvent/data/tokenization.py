@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from resolvent.data.corpus import EOT, package_folder
+from resolvent.data.pieces import pieces
 from resolvent.errors import ConfigError, DataError
 from resolvent.files import write_file, write_json
 from resolvent.manifest import read_checked
@@ -25,7 +25,6 @@ LONGEST_WORD = 256
 """Longest word, in characters, that bpe is trained on; a longer word counts as several. Each merge scans every word in
 which it occurs: hours, if a megabyte of text were one word."""
 _LONGEST_PIECE = 1 << 20
-PIECE_CHARACTERS = 1 << 16
 MOST_TOKENS = 1 << 20
 """Most tokens of bpe, for which the library allocates memory before it learns the first."""
 GPT2_SHA256 = {
@@ -37,12 +36,6 @@ _PADDING_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")
 """Names of the padding token in foreign tokenizer files."""
 _LAST_BYTE = 0xFF
 """A byte that occurs in no UTF-8 text, so that its token can serve as padding."""
-
-_BOUNDARY = re.compile(
-    r"(?<=\S)[ \n]"  # white space after another character
-    r"|(?<=[A-Za-z])(?=[!-@\[-`{-~])"  # between a letter and another character
-    r"|(?<=[0-9])(?=[!-/:-~])"  # between a digit and another character
-)
 
 _TRANSFORMERS_SETTINGS = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -247,20 +240,3 @@ def _byte_letters() -> list[str]:
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     others: Iterator[str] = iter(sorted(letter for letter in alphabet if ord(letter) > 0xFF))
     return [chr(byte) if chr(byte) in alphabet else next(others) for byte in range(256)]
-
-
-def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut a text at boundaries of words, so that long documents take little memory and all cores.
-
-    A byte-level pre-tokenizer joins white space to what follows only, and neither a letter nor a digit to another kind
-    of character after it. So the tokens of the pieces, one after the other, are those of the text.
-
-    Args:
-        text: any text.
-        size: characters of a piece, more where no such boundary is near.
-    """
-    start = 0
-    while len(text) - start > size and (boundary := _BOUNDARY.search(text, start + size)):
-        yield text[start : boundary.start()]
-        start = boundary.start()
-    yield text[start:]

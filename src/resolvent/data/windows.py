@@ -1,6 +1,6 @@
 """Windows of a token stream, packed into batches that keep documents apart."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from resolvent.data.stream import TokenStream
 from resolvent.errors import ConfigError, DataError
+
+MIXED_WINDOWS = 4096
+"""Windows of which every stream of a mixture gives its share: weights are rounded to a part of so many."""
 
 
 class Batch(NamedTuple):
@@ -37,6 +40,20 @@ class Batch(NamedTuple):
         segments = len(self.cu_seqlens) - 1
         empty = (1 << max(1, (segments - 1).bit_length())) - segments
         return self._replace(cu_seqlens=torch.cat([self.cu_seqlens, self.cu_seqlens[-1:].expand(empty)]))
+
+
+class Window(NamedTuple):
+    """Consecutive tokens of a stream.
+
+    Attributes:
+        inputs: (N,) tokens.
+        labels: (N,), the token after each of them.
+        openings: positions in the window where a document begins.
+    """
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    openings: np.ndarray
 
 
 class PackedBatches:
@@ -71,8 +88,6 @@ class PackedBatches:
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.seed = seed
-        self._opens_document = np.zeros(stream.num_predictions, bool)
-        self._opens_document[stream.starts] = True
         self._epoch: tuple[int, np.ndarray] = (0, self._shuffled_windows(0))
 
     @property
@@ -96,20 +111,17 @@ class PackedBatches:
         Raises:
             IndexError: a negative step.
         """
-        if step < 0:
-            raise IndexError(f"step must be >= 0, got {step}")
-        positions = self._window_starts(step)[:, None] + np.arange(self.seq_len)
-        positions %= self.stream.num_predictions
-        opens_segment = self._opens_document[positions]
-        opens_segment[:, 0] = True
-        positions = positions.ravel()
-        return _batch(self.stream, positions, np.flatnonzero(opens_segment))
+        return _batch([self.window(number) for number in _numbers(step, self.batch_size)])
 
-    def _window_starts(self, step: int) -> np.ndarray:
-        """Return (batch_size,) int64 positions in the stream."""
-        numbers = step * self.batch_size + np.arange(self.batch_size)
-        epochs, places = np.divmod(numbers, self.windows_per_epoch)
-        return np.concatenate([self._windows_of(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
+    def window(self, number: int) -> Window:
+        """Return the window of a number, counted from 0 through all epochs."""
+        epoch, place = divmod(number, self.windows_per_epoch)
+        ring = self.stream.num_predictions
+        start = int(self._windows_of(epoch)[place]) % ring
+        end = start + self.seq_len
+        if end <= ring:
+            return _window(self.stream, start, end)
+        return _end_to_end([_window(self.stream, start, ring), _window(self.stream, 0, end - ring)])
 
     def _windows_of(self, epoch: int) -> np.ndarray:
         """Return the shuffled windows of an epoch, cached for the epoch: shuffling costs more than reading a batch."""
@@ -122,6 +134,70 @@ class PackedBatches:
         random = np.random.default_rng((self.seed, epoch))
         first = random.integers(self.stream.num_predictions)
         return first + self.seq_len * random.permutation(self.windows_per_epoch)
+
+
+class MixedBatches:
+    """Batches of windows of several streams, mixed by weight, by the number of the step alone: `batches[step]`.
+
+    Of every `MIXED_WINDOWS` windows, each stream gives its share, in an order drawn from seed and block. The windows
+    of a stream are those of its `PackedBatches`, in their order, so that streams go through their epochs one by one.
+
+    Args:
+        streams: each with its weight; only their ratios count.
+        seq_len: predictions of a window.
+        batch_size: windows of a batch.
+        seed: another seed gives other windows in another order.
+
+    Raises:
+        ConfigError: a length, size, seed or weight out of range.
+        DataError: a stream shorter than one window.
+    """
+
+    def __init__(
+        self, streams: Sequence[tuple[TokenStream, float]], seq_len: int = 256, batch_size: int = 8, seed: int = 0
+    ) -> None:
+        self.parts = [PackedBatches(stream, seq_len, batch_size, seed) for stream, _ in streams]
+        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        self.counts = _shares([weight for _, weight in streams])
+        self._block: tuple[int, np.ndarray] = (0, self._order(0))
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Predictions of a batch."""
+        return self.batch_size * self.seq_len
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step, counted from 0.
+
+        Raises:
+            IndexError: a negative step.
+        """
+        return _batch([self._window(number) for number in _numbers(step, self.batch_size)])
+
+    def _window(self, number: int) -> Window:
+        block, place = divmod(number, MIXED_WINDOWS)
+        if self._block[0] != block:
+            self._block = (block, self._order(block))
+        order = self._block[1]
+        stream = int(order[place])
+        earlier = int(np.count_nonzero(order[:place] == stream))
+        return self.parts[stream].window(block * int(self.counts[stream]) + earlier)
+
+    def _order(self, block: int) -> np.ndarray:
+        """(`MIXED_WINDOWS`,) the stream of every window of a block."""
+        streams = np.repeat(np.arange(len(self.counts)), self.counts)
+        return np.random.default_rng((self.seed, block)).permutation(streams)
+
+
+def _shares(weights: Sequence[float]) -> np.ndarray:
+    """Return how many of `MIXED_WINDOWS` windows each stream gives, the largest remainders rounded up."""
+    shares = np.array(weights) / sum(weights) * MIXED_WINDOWS
+    if min(shares) < 1:
+        raise ConfigError(f"a weight must be at least 1/{MIXED_WINDOWS} of all weights, got {list(weights)}")
+    counts = np.floor(shares).astype(np.int64)
+    order = np.argsort(counts - shares, kind="stable")
+    counts[order[: MIXED_WINDOWS - int(counts.sum())]] += 1
+    return counts
 
 
 def documents_as_windows(stream: TokenStream, max_tokens: int) -> Iterator[Batch]:
@@ -145,18 +221,37 @@ def documents_as_windows(stream: TokenStream, max_tokens: int) -> Iterator[Batch
         following = bounds[np.searchsorted(bounds, first, side="right") :]
         fitting = following[: np.searchsorted(following, first + max_tokens, side="right")]
         last = int(fitting[-1]) if len(fitting) else first + max_tokens
-        yield _batch(stream, np.arange(first, last), np.append(first, fitting[:-1]) - first)
+        yield _batch([_window(stream, first, last)])
         first = last
 
 
-def _batch(stream: TokenStream, positions: np.ndarray, segment_starts: np.ndarray) -> Batch:
-    """Return the tokens at the positions, the tokens after them, and the bounds of segments, counted from the first."""
+def _numbers(step: int, batch_size: int) -> range:
+    """Return the numbers of the windows of a step."""
+    if step < 0:
+        raise IndexError(f"step must be >= 0, got {step}")
+    return range(step * batch_size, (step + 1) * batch_size)
+
+
+def _window(stream: TokenStream, start: int, end: int) -> Window:
+    first, last = np.searchsorted(stream.starts, (start, end))
+    tokens = stream.tokens[start : end + 1]
+    return Window(tokens[:-1], tokens[1:], stream.starts[first:last] - start)
+
+
+def _end_to_end(windows: Sequence[Window]) -> Window:
+    offsets = np.cumsum([0, *(len(window.inputs) for window in windows)])
+    openings = [window.openings + offset for window, offset in zip(windows, offsets[:-1], strict=True)]
+    inputs, labels = ([getattr(window, name) for window in windows] for name in ("inputs", "labels"))
+    return Window(np.concatenate(inputs), np.concatenate(labels), np.concatenate(openings))
+
+
+def _batch(windows: Sequence[Window]) -> Batch:
+    """Lay windows end to end; a segment begins with each, and with each document in them."""
+    opened = [window._replace(openings=np.union1d(window.openings, [0])) for window in windows]
+    inputs, labels, openings = _end_to_end(opened)
 
     def tensor(ids: np.ndarray) -> Tensor:
         return torch.from_numpy(ids.astype(np.int64))
 
-    return Batch(
-        input_ids=tensor(stream.tokens[positions])[None],
-        labels=tensor(stream.tokens[positions + 1])[None],
-        cu_seqlens=tensor(np.append(segment_starts, len(positions))),
-    )
+    bounds = np.append(openings, len(inputs))
+    return Batch(input_ids=tensor(inputs)[None], labels=tensor(labels)[None], cu_seqlens=tensor(bounds))

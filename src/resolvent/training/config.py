@@ -85,8 +85,9 @@ class TrainingConfig:
     data: Texts = setting(  # noqa: RUF009  every run has its own
         None,
         TEXT,
-        "Text to learn from: a file or folder with text, JSON Lines or Parquet (repeatable).",
-        metavar="PATH",
+        "Text to learn from: a file or folder with text, JSON Lines or Parquet, a folder of tokens, or a data set as "
+        "hf:NAME (repeatable); with weights, texts are mixed.",
+        metavar="PATH[:WEIGHT]",
         default_text="State of the Union addresses",
     )
     text_field: str = setting(
@@ -105,6 +106,13 @@ class TrainingConfig:
         "Share of the bytes of --data to validate on: whole documents, cut where they are too long.",
         above=0,
         below=1,
+    )
+    cache: str | None = setting(
+        None,
+        TEXT,
+        "Folder that keeps tokens for other runs; the variable RESOLVENT_CACHE names it too.",
+        metavar="DIR",
+        default_text="token-cache, beside the run folder",
     )
     tokenizer: str = setting(
         "bytes", TEXT, "Bytes, a BPE trained on the data, GPT-2's, or a tokenizers file.", metavar="bytes|bpe|gpt2|FILE"
@@ -352,6 +360,22 @@ def changed_preset(phase: int, preset: str, changes: dict[str, Any]) -> "Phase1C
     config = PHASES[phase].config.from_dict(PHASES[phase].preset(preset).to_dict() | changes)
     config.validate()
     return config
+
+
+def weighted_paths(paths: list[str]) -> list[tuple[str, float | None]]:
+    """Split each `PATH:WEIGHT` into path and weight; None where there is none, or where a file has that name."""
+    return [_weighted(path) for path in paths]
+
+
+def _weighted(path: str) -> tuple[str, float | None]:
+    name, colon, number = path.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        return path, None
+    if not (colon and name and 0 < weight < float("inf")) or Path(path).exists():
+        return path, None
+    return name, weight
 
 
 FROM_RATE = 0.25

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +16,8 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from resolvent.data import load_tokenizer, save_tokenizer
+from resolvent.data.cache import VARIABLE, is_cache
+from resolvent.data.hub import PREFIX
 from resolvent.device import deterministic, pick_device
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.files import locked
@@ -84,13 +87,14 @@ def new_trainer(config: TrainingConfig, console: Console | None = None) -> Itera
         config,
         data=_absolute_text(config.data),
         validation_data=_absolute_text(config.validation_data),
+        cache=_absolute(config.cache or os.environ.get(VARIABLE)),
         start_from=_absolute(config.start_from),
     )
     with deterministic(config.deterministic):
         tokenizer = _saved_tokenizer(config)
         accelerator = _accelerator(config)
         console = _console(console, accelerator)
-        corpus = load_corpus(config, tokenizer, progress=console.is_terminal)
+        corpus = load_corpus(config, tokenizer, console=console)
         model = _initial_model(config, corpus, accelerator)
         if accelerator.is_main_process:
             _warn_of_what_is_not_trained(model)
@@ -121,6 +125,7 @@ def resume(
     device: Literal["auto", "cpu", "cuda"] | None = None,
     data: str | list[str] | None = None,
     validation_data: str | list[str] | None = None,
+    cache: str | None = None,
     tracker: Tracker | None = None,
     console: Console | None = None,
 ) -> TrainingResult:
@@ -143,6 +148,8 @@ def resume(
         device: replaces the run's device.
         data: new path of the run's text, if it was moved.
         validation_data: the same for the text to validate on.
+        cache: replaces the run's cache. Without it, the run's is used if it is still a cache, and otherwise that of
+            the environment or the one beside the run folder.
         tracker: replaces the run's tracker.
         console: console that shows progress; None shows nothing.
 
@@ -163,6 +170,7 @@ def resume(
         device=device or config.device,
         data=config.data if data is None else _absolute_text(data),
         validation_data=config.validation_data if validation_data is None else _absolute_text(validation_data),
+        cache=cache or (config.cache if config.cache and is_cache(Path(config.cache)) else None),
         tracker=tracker or config.tracker,
     )
     config.validate()
@@ -201,7 +209,7 @@ def _resume(
         return finished
     for _, paths in config.named_texts():
         say(console, f"Reading   {text_name(paths)}")
-    corpus = load_corpus(config, load_tokenizer(run_dir), progress=console.is_terminal)
+    corpus = load_corpus(config, load_tokenizer(run_dir), console=console)
     if corpus.fingerprint != fingerprint:
         raise CheckpointError(
             f"{text_name(config.data)} has changed since the run {run_dir} began (fingerprint "
@@ -370,6 +378,9 @@ def _console(console: Console | None, accelerator: Accelerator) -> Console:
 
 def _absolute(path: str | None) -> str | None:
     """Return an absolute path, so that a run can be resumed from any working directory."""
+    if path and path.startswith(PREFIX):
+        place, comma, options = path.removeprefix(PREFIX).partition(",")
+        return f"{PREFIX}{Path(place).resolve() if Path(place).exists() else place}{comma}{options}"
     return str(Path(path).resolve()) if path else path
 
 

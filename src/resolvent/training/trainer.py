@@ -18,7 +18,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from resolvent.data import Batch, PackedBatches
+from resolvent.data import Batch
 from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.language import Stretches, calls_of_model, sample_stretches, sum_of_nats
@@ -160,10 +160,10 @@ class Trainer:
         self.run_dir = config.run_dir
         self.device = accelerator.device
         self.state = TrainerState(step=0, processes=accelerator.num_processes, loss_average=Average())
-        self.batches = PackedBatches(
-            corpus.train, seq_len=config.window(model.n_seq), batch_size=config.batch_size, seed=config.seed
+        self.batches = corpus.batches(
+            seq_len=config.window(model.n_seq), batch_size=config.batch_size, seed=config.seed
         )
-        self.bits_per_byte_per_nat = corpus.train.num_predictions / corpus.train.num_bytes / math.log(2)
+        self.bits_per_byte_per_nat = corpus.tokens_per_byte / math.log(2)
         self.peak_learning_rate = config.peak_learning_rate(model.d_model)
         self.raw_model = model
         if config.recompute:
