@@ -127,7 +127,7 @@ class Mamba2(Mixer):
         self.out_proj = nn.Linear(inner, width, bias=False)
 
     def reset(self, generator: torch.Generator) -> None:
-        reset_conv(self.conv_weight, generator)
+        reset_conv(self.conv_weight)
         reset_rates(self.dt_bias, self.log_a, generator)
         self.skip.fill_(1.0)
         self.norm_weight.fill_(1.0)
@@ -172,7 +172,7 @@ class GatedDeltaNet(Mixer):
         self.out_proj = nn.Linear(value_width, width, bias=False)
 
     def reset(self, generator: torch.Generator) -> None:
-        reset_conv(self.conv_weight, generator)
+        reset_conv(self.conv_weight)
         reset_rates(self.dt_bias, self.log_a, generator)
         self.norm_weight.fill_(1.0)
 
@@ -198,10 +198,9 @@ def short_conv(x: Tensor, weight: Tensor) -> Tensor:
     return causal_conv(x, weight.to(x.dtype), tail)
 
 
-def reset_conv(weight: Tensor, generator: torch.Generator) -> None:
-    """Uniform in ±1/sqrt(W), as a convolution layer starts."""
-    draw = torch.rand(weight.shape, generator=generator) * 2 - 1
-    weight.copy_(draw * len(weight) ** -0.5)
+def reset_conv(weight: Tensor) -> None:
+    """Let a convolution (W, D) pass the token through, as in Phase 2, so that all entries start alike."""
+    weight.zero_()[0] = 1.0
 
 
 def reset_rates(dt_bias: Tensor, log_a: Tensor, generator: torch.Generator) -> None:

@@ -139,7 +139,7 @@ class ConvolvedEmbedding(nn.Embedding):
     @torch.no_grad()
     def reset_layer(self, generator: torch.Generator) -> None:
         """Initialise the parameters that the models do not initialise."""
-        reset_conv(self.conv_weight, generator)
+        reset_conv(self.conv_weight)
         self.norm.weight.fill_(1.0)
 
 
