@@ -152,7 +152,7 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path, text_path):
         TokenCache(text_path.parent)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot write to .*cache: .*name another cache with --cache or the variable"):
-        TokenCache(tmp_path / "file" / "cache")
+        TokenCache(tmp_path / "file" / "cache").tokens(Text([str(text_path)]), BYTES, 0.1)
 
 
 def test_a_full_disk_is_an_error_that_names_the_cache(cache, text_path, monkeypatch):

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from resolvent.data import stream, tokenization
+from resolvent.data import encoding, tokenization
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.files import atomic_directory, locked, partial_name, write_file
 from resolvent.manifest import MANIFEST
@@ -271,7 +271,7 @@ def wait_at(name: str, text: Path, run: Path, said: Path) -> None:
     ("name", "last_words"),
     [
         ("resolvent.training.run.load_corpus", "Stopped."),
-        ("resolvent.training.corpus.encode_documents", "Stopped."),
+        ("resolvent.data.cache.write_tokens", "Stopped."),
         ("resolvent.training.trainer.sum_of_nats", "Stopped. Go on with: resolvent train --resume {}"),
     ],
 )
@@ -332,13 +332,13 @@ def learn_words(text: Path, run: Path, said: Path, count: int) -> None:
 
         return told
 
-    for module in (tokenization, stream):
+    for module in (tokenization, encoding):
         name = module.__name__.rpartition(".")[2]
         module.call = telling(name, module.call)
     os._exit(call("train", "--data", text, "--out", run, "--tokenizer", "bpe", "--vocab-size", count))
 
 
-@pytest.mark.parametrize(("moment", "count"), [("tokenization", 2000), ("stream", 300)])
+@pytest.mark.parametrize(("moment", "count"), [("tokenization", 2000), ("encoding", 300)])
 def test_sigterm_interrupts_a_long_library_call(tmp_path: Path, moment: str, count: int):
     """A text of letters without a space: training takes seconds then, and so does encoding."""
     letters = random.Random(0).choices(string.ascii_lowercase, k=1_500_000)

@@ -45,7 +45,7 @@ class TokenCache:
     """A cache in a folder.
 
     Args:
-        path: of the folder; made where missing.
+        path: of the folder; made where missing, when there is something to keep.
         console: where to say what takes long; progress bars are shown if it is a terminal.
 
     Raises:
@@ -55,15 +55,12 @@ class TokenCache:
     def __init__(self, path: Path, console: Console | None = None) -> None:
         self.path, self.console = path, console or Console(quiet=True)
         with self._writing():
-            path.mkdir(parents=True, exist_ok=True)
-            if not is_cache(path):
-                if any(not other.name.startswith(f".{CACHE_TAG}") for other in path.iterdir()):
-                    raise DataError(
-                        f"{path} holds other files than those of a cache: name a new or empty folder with --cache or "
-                        f"the variable {VARIABLE}"
-                    )
-                write_output(path / CACHE_TAG, _TAG.encode())
-            own_directory(path / "sources")
+            others = [] if is_cache(path) or not path.exists() else list(path.iterdir())
+        if any(not other.name.startswith(f".{CACHE_TAG}") for other in others):
+            raise DataError(
+                f"{path} holds other files than those of a cache: name a new or empty folder with --cache or the "
+                f"variable {VARIABLE}"
+            )
 
     def tokenizer(self, texts: list[Text], fraction: float | None, vocab_size: int) -> Tokenizer:
         """Return the `bpe` of texts, trained if need be on what is not held out of them, or on an even sample of that.
@@ -78,6 +75,8 @@ class TokenCache:
         """
         keys = [self._key("text", text) for text in texts]
         path = self.path / f"bpe-{_hash([FORMAT, keys, fraction, vocab_size])[:32]}.json"
+        if path.exists():
+            return load_tokenizer(path)
         with self._writing(), self._locked(path.name):
             if path.exists():
                 return load_tokenizer(path)
@@ -101,9 +100,10 @@ class TokenCache:
         """
         key = self._key("tokens", text, fraction, tokenizer_digest(tokenizer))
         folder = self.path / f"tokens-{key}"
-        with self._writing(), self._locked(folder.name):
-            if not folder.exists():
-                _write(folder, key, text, tokenizer, fraction, self.console)
+        if not folder.exists():
+            with self._writing(), self._locked(folder.name):
+                if not folder.exists():
+                    _write(folder, key, text, tokenizer, fraction, self.console)
         return open_tokens(folder, tokenizer)
 
     def _key(self, kind: str, text: Text, *rest: Any) -> str:
@@ -124,15 +124,24 @@ class TokenCache:
             pass
         digest = text.file_digest()
         newest = max((max(identity[2:4]) for identity in identities), default=0)
-        if time.time() - newest / 1e9 > _SETTLED_SECONDS:
+        settled = time.time() - newest / 1e9 > _SETTLED_SECONDS
+        if settled and (not self.path.exists() or os.access(self.path, os.W_OK)):  # others may have made it
             with self._writing():
+                self._make()
                 write_output(path, json.dumps(sealed({"sha256_of_files": digest})).encode())
         return digest
+
+    def _make(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not is_cache(self.path):
+            write_output(self.path / CACHE_TAG, _TAG.encode())
+        own_directory(self.path / "sources")
 
     def _writing(self) -> AbstractContextManager[None]:
         return _writing(self.path, f"name another cache with --cache or the variable {VARIABLE}")
 
     def _locked(self, name: str) -> AbstractContextManager[None]:
+        self._make()
         return _locked(self.path / f".{name}.lock", self.console)
 
 

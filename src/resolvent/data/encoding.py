@@ -1,7 +1,7 @@
 """Encode texts batch by batch, in this process or in several, in order and with bounded memory."""
 
+import json
 import os
-import pickle
 import queue
 import subprocess
 import sys
@@ -135,23 +135,21 @@ class _Process:
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of texts."""
         try:
-            self._send(texts)
+            self._send(json.dumps(texts))
             assert self._process.stdout is not None
-            reply = pickle.load(self._process.stdout)
-        except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+            fault, counts, ids = (encode_process.receive(self._process.stdout) for _ in range(3))
+        except (EOFError, OSError) as error:
             raise DataError(
                 f"a process that encodes text has ended (exit status {self._process.poll()}): make sure that there is "
                 "memory for it, and start again; what is encoded is kept"
             ) from error
-        if isinstance(reply, str):
-            raise _cannot_encode(reply)
-        counts, ids = reply
-        return np.split(ids, np.cumsum(counts)[:-1])
+        if fault:
+            raise _cannot_encode(fault.decode())
+        return np.split(np.frombuffer(ids, np.uint32), np.cumsum(np.frombuffer(counts, np.int64))[:-1])
 
-    def _send(self, message: object) -> None:
+    def _send(self, message: str) -> None:
         assert self._process.stdin is not None
-        pickle.dump(message, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
-        self._process.stdin.flush()
+        encode_process.send(self._process.stdin, message.encode())
 
     def stop(self) -> None:
         """End the process, at once."""
