@@ -35,7 +35,8 @@ FORMAT = 1
 """Part of every key: of what is made of a text, and how."""
 SAMPLE_BYTES = 1 << 26
 """Most text that a `bpe` is trained on."""
-_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Tokens of texts, made by resolvent and made again if removed.\n"
+_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n# Tokens of texts, made by resolvent"
+_TAG = f"{_SIGNATURE}, and made again if removed.\n"
 _SETTLED_SECONDS = 2.0
 """Age from which on the times of a file tell whether it has changed since."""
 _PATIENCE = 0.2
@@ -255,7 +256,7 @@ def is_cache(path: Path) -> bool:
     """Return True for a folder that `TokenCache` has made."""
     try:
         with open(path / CACHE_TAG, encoding="utf-8") as tag:
-            return tag.read(len(_TAG) + 1) == _TAG
+            return tag.read(len(_SIGNATURE)) == _SIGNATURE
     except (OSError, UnicodeDecodeError):
         return False
 
