@@ -16,6 +16,8 @@ from resolvent.ops import bk_core, hebbian, memory_rotation, normalize, short_co
 class Context:
     """Stands in for what autograd hands to `forward`."""
 
+    needs_input_grad = (True,) * 8
+
     def save_for_backward(self, *tensors: torch.Tensor) -> None:
         pass
 
