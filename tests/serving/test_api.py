@@ -172,7 +172,7 @@ def test_common_beginning_is_read_once(server: Running, client: openai.OpenAI):
         (dict(prompt=[-1]), "prompt", "token -1 is outside the vocabulary"),
         (dict(prompt="a" * 5000), "prompt", "the prompt has 5,001 tokens, more than 4,000; shorten it"),
         (dict(), "prompt", "the field prompt is missing"),
-        ([], None, "the body: .*dictionary"),
+        ([], None, "the body: Input should be an object"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -238,7 +238,7 @@ def test_client_that_goes_away_frees_its_place(server: Running, client: openai.O
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             if stream:
                 assert connection.recv(100).startswith(b"HTTP/1.1 200")
-            while server.engine.running < 16:
+            while not server.engine.running:
                 time.sleep(0.01)
         settled(server)
     test_completion_equals_generate(server, client, {})
@@ -316,36 +316,33 @@ def test_metrics_count_requests_and_tokens(server: Running, client: openai.OpenA
     assert value("resolvent_running_answers") == value("resolvent_waiting_requests") == 0
 
 
-def test_ragged_clients_at_once_get_the_answers_of_single_runs(server: Running):
-    many_clients(server, clients=64, seconds=3)
+def test_ragged_clients_at_once_get_the_answers_of_single_runs(server: Running, client: openai.OpenAI):
+    many_clients(server, client, clients=64, seconds=1)
 
 
 @pytest.mark.slow
-def test_ragged_clients_for_a_minute_get_the_answers_of_single_runs(server: Running):
-    many_clients(server, clients=64, seconds=60)
+def test_ragged_clients_for_a_minute_get_the_answers_of_single_runs(server: Running, client: openai.OpenAI):
+    many_clients(server, client, clients=64, seconds=60)
 
 
-def many_clients(server: Running, clients: int, seconds: float) -> None:
+def many_clients(server: Running, client: openai.OpenAI, clients: int, seconds: float) -> None:
     """Ask from many clients at once, streamed and not, and compare all answers."""
     end = time.monotonic() + seconds
 
     def ask(number: int) -> list[tuple[dict[str, Any], str]]:
         found = []
-        with server.client() as client:
-            while not found or time.monotonic() < end:
-                seed = number + 1000 * len(found)
-                options = dict(
-                    prompt="word " * (seed % 37), max_tokens=1 + seed % 29, seed=seed, temperature=seed % 3 / 2
-                )
-                answer: Any = client.completions.create(model=NAME, **options, stream=seed % 2 == 1)
-                chunks = answer if seed % 2 else [answer]
-                found.append((options, "".join(chunk.choices[0].text for chunk in chunks)))
+        while not found or time.monotonic() < end:
+            seed = number + 1000 * len(found)
+            options = dict(prompt="word " * (seed % 37), max_tokens=1 + seed % 29, seed=seed, temperature=seed % 3 / 2)
+            answer: Any = client.completions.create(model=NAME, **options, stream=seed % 2 == 1)
+            chunks = answer if seed % 2 else [answer]
+            found.append((options, "".join(chunk.choices[0].text for chunk in chunks)))
         return found
 
     with ThreadPoolExecutor(clients) as pool:
         answers = [each for found in pool.map(ask, range(clients)) for each in found]
     assert len(answers) >= clients
-    for options, text in answers[:: max(1, len(answers) // 200)]:
+    for options, text in answers[:: max(1, len(answers) // 100)]:
         expected = server.text(
             options["prompt"], options["max_tokens"], options["seed"], temperature=options["temperature"]
         )

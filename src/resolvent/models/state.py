@@ -4,7 +4,7 @@ Shapes: B sequences; the first axis of every tensor of a state counts them.
 """
 
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -174,9 +174,19 @@ class ModelState:
         """Repeat every sequence ``times`` in a row, to continue one beginning in several ways."""
         return self.map(lambda x: x.repeat_interleave(times, dim=0))
 
-    def save(self, path: str | Path) -> None:
-        """Write to a safetensors file. Of a link, the target is written."""
-        tensors = {}
+    def save(self, path: str | Path, extra: Mapping[str, Tensor] | None = None) -> None:
+        """Write to a safetensors file. Of a link, the target is written.
+
+        Args:
+            path: the file.
+            extra: more tensors for the file, which ``load`` leaves out. Their names must not be those of a state's.
+
+        Raises:
+            ValueError: a name of ``extra`` is one of a state's.
+        """
+        tensors = dict(extra or {})
+        if wrong := [name for name in tensors if name == "position" or name.startswith("layers.")]:
+            raise ValueError(f"{wrong[0]} is the name of a tensor of a state; give the extra tensor another name")
         for name, x in self._tensors().items():
             x = x.detach().resolve_conj()
             tensors[name + _COMPLEX * x.is_complex()] = torch.view_as_real(x) if x.is_complex() else x

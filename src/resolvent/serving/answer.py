@@ -41,6 +41,7 @@ class Answer:
     Attributes:
         finish: reason why the answer is complete, "stop" or "length"; None as long as it is not.
         count: number of tokens, the last one included.
+        whole: text of all tokens, stop strings included.
         logprobs: of the tokens since ``push`` last returned a text, where they were asked for.
     """
 
@@ -49,6 +50,7 @@ class Answer:
     stop: Sequence[str] = ()
     finish: str | None = None
     count: int = 0
+    whole: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -67,6 +69,7 @@ class Answer:
         self._length += len(piece)
         if event.finish is not None:
             piece += self._stream.rest()
+        self.whole += piece
         text = self._stop.push(piece)
         self.finish = event.finish if self._stop.stopped is None else "stop"
         self._before = event.token

@@ -101,18 +101,19 @@ class ChatTemplate:
         except Exception as error:  # a template may fail in as many ways as a program
             raise DataError(f"the chat template does not take these messages: {error}") from error
 
-    def encode(self, messages: Sequence[Message], *, after: str = "") -> list[int]:
-        """Return the tokens of a conversation, up to where the assistant answers.
+    def encode(self, messages: Sequence[Message], *, answer: bool = True, after: str = "") -> list[int]:
+        """Return the tokens of a conversation.
 
         Args:
             messages: the messages.
+            answer: end with what precedes an answer of the assistant.
             after: beginning of the rendered text that is left out; see ``render``.
 
         Raises:
             DataError: the template does not take these messages.
         """
         mark = self._mark(messages)
-        marked = self.render([self._marked(message, mark) for message in messages])
+        marked = self.render([self._marked(message, mark) for message in messages], answer=answer)
         return self._tokens(_without_beginning(marked, after, mark), mark)
 
     def _mark(self, messages: Sequence[Message]) -> str:
@@ -153,6 +154,8 @@ def _without_beginning(marked: str, beginning: str, mark: str) -> str:
     Raises:
         ValueError: the text has another beginning.
     """
+    if marked.startswith(beginning):
+        return marked[len(beginning) :]
     place = 0
     for character in beginning:
         while marked[place : place + 1] == mark:
