@@ -80,7 +80,7 @@ def test_port_in_use_is_named(resolvent: Resolvent, run_dir: Path):
         port = other.getsockname()[1]
         outcome = resolvent("serve", run_dir, "--port", port, "--device", "cpu")
     assert outcome.code == 1
-    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use; take another port" in outcome.err
+    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use; name a free port" in outcome.err
 
 
 def test_missing_packages_are_named(resolvent: Resolvent, run_dir: Path, monkeypatch: pytest.MonkeyPatch):

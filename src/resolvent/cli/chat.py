@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from resolvent.cli.loading import Device, Directory, wrong_usage
+from resolvent.cli.loading import Device, Directory
 from resolvent.runs import load_trained, run_of
 from resolvent.seeds import MOST_SEED
 
@@ -32,9 +32,9 @@ def chat(
 ) -> None:
     """Talk to a model.
 
-    A line is said to the model, which answers while it writes; /help lists the commands. The state is kept between turns:
-    a turn costs its own tokens, however long the conversation. /save writes it to a file, and /load goes on from there.
-    Where standard input is no terminal, every line of it is said.
+    A line is said to the model, whose answer is shown while it is written; /help lists the commands. The state is kept
+    between turns: a turn costs its own tokens, however long the conversation. /save writes it to a file, and /load goes
+    on from there. Where standard input is no terminal, every line of it is said.
 
     A model answers as well as it was taught to. Its chat template is taken from the run folder (chat_template.jinja or
     tokenizer_config.json); without one, lines that name the speakers stand between the turns.
@@ -60,8 +60,7 @@ def chat(
     if system:
         conversation.set_system(system)
     if load is not None:
-        with wrong_usage("--load"):
-            conversation.load(load)
+        conversation.load(load)
     chat = Chat(conversation)
     for line in _lines():
         _show(chat.respond(line))
@@ -82,7 +81,7 @@ def _lines() -> Iterator[str]:
     print()
 
 
-def _show(pieces: Generator[str]) -> None:
+def _show(pieces: Generator[str, None, None]) -> None:
     """Print an answer while it is written; Ctrl-C ends it. A terminal obeys none of it."""
     from resolvent.terminal import for_terminal
 

@@ -4,8 +4,10 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError, ResolventError
+from ..models.sampling import SamplingOptions
 from .conversation import Conversation
 
 HELP = """\
@@ -41,7 +43,7 @@ class Chat:
             "quit": self._quit,
         }
 
-    def respond(self, line: str) -> Generator[str]:
+    def respond(self, line: str) -> Generator[str, None, None]:
         """Yield the pieces of what a line is responded with; an error is a response, too."""
         line = line.strip()
         if not line:
@@ -67,22 +69,18 @@ class Chat:
 
     def _set(self, text: str) -> str:
         name, _, value = text.partition(" ")
-        names = {field.name: field for field in dataclasses.fields(self._conversation.options)}
-        if name not in names and name != "max_tokens":
+        names = [field.name for field in dataclasses.fields(SamplingOptions)]
+        if name == "max_tokens":
+            self._conversation.max_tokens = _at_least_one(value)
+        elif name in names:
+            changed: dict[str, Any] = {name: _number(name, value)}
+            try:
+                self._conversation.options = dataclasses.replace(self._conversation.options, **changed)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+        else:
             raise ConfigError(f"there is no option {name!r}; there are {', '.join([*names, 'max_tokens'])}")
-        whole = name in ("top_k", "max_tokens")
-        try:
-            number = int(value) if whole else float(value)
-            if name == "max_tokens":
-                self._conversation.max_tokens = _at_least_one(number)
-            else:
-                self._conversation.options = dataclasses.replace(self._conversation.options, **{name: number})
-        except ValueError as error:
-            kind = "a whole number" if whole else "a number"
-            raise ConfigError(
-                str(error) if "must" in str(error) else f"{name} must be {kind}, got {value!r}"
-            ) from error
-        return f"{name} is {number}\n"
+        return f"{name} is {value}\n"
 
     def _undo(self, _: str) -> str:
         return "The last turn is taken back.\n" if self._conversation.undo() else "There is no turn to take back.\n"
@@ -114,7 +112,18 @@ def _path(text: str) -> Path:
     return Path(words[0]).expanduser()
 
 
-def _at_least_one(number: float) -> int:
-    if number < 1:
-        raise ValueError(f"max_tokens must be >= 1, got {number}")
-    return int(number)
+def _number(name: str, value: str) -> float | int | None:
+    """Return the value of an option of sampling; "none" is None for those that may be left out."""
+    if value == "none" and name in ("top_k", "top_p", "min_p"):
+        return None
+    try:
+        return int(value) if name == "top_k" else float(value)
+    except ValueError as error:
+        kind = "a whole number" if name == "top_k" else "a number"
+        raise ConfigError(f"{name} must be {kind}, got {value!r}") from error
+
+
+def _at_least_one(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"max_tokens must be a whole number >= 1, got {value!r}")
+    return int(value)

@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -64,8 +65,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         raise ConfigError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; take another port"
+            f"cannot listen on {host} port {port}: {reason}; name a free port and an address of this machine"
         ) from error
 
 
