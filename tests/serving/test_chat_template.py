@@ -55,33 +55,34 @@ def test_text_equals_that_of_transformers(source: str, answer: bool, tmp_path: P
     theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), chat_template=source, **settings)
     expected = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=answer)
     assert (
-        ChatTemplate.load(folder(tmp_path, source, **settings), tokenizer()).render(MESSAGES, answer=answer) == expected
+        ChatTemplate.load(folder(tmp_path, source, **settings), tokenizer()).render(MESSAGES, answer=answer).text
+        == expected
     )
 
 
 def test_only_the_template_makes_special_tokens(tmp_path: Path):
     made = tokenizer()
-    ids = ChatTemplate.load(folder(tmp_path, CHATML), made).encode(MESSAGES)
+    template = ChatTemplate.load(folder(tmp_path, CHATML), made)
+    rendered = template.render(MESSAGES)
+    ids = template.encode(rendered)
     start, end = map(made.token_to_id, ("<|im_start|>", "<|im_end|>"))
     assert (ids.count(start), ids.count(end), ids.count(256)) == (5, 4, 0)
-    text = ChatTemplate.load(tmp_path, made).render(MESSAGES)
-    assert made.decode(ids, skip_special_tokens=False) == text
+    assert made.decode(ids, skip_special_tokens=False) == rendered.text
 
 
 def test_rest_of_a_conversation_continues_its_beginning(tmp_path: Path):
     template = ChatTemplate.load(folder(tmp_path, CHATML), tokenizer())
-    read = template.render(MESSAGES[:1])
-    beginning, rest = template.encode(MESSAGES[:1]), template.encode(MESSAGES, after=read)
-    assert beginning + rest == template.encode(MESSAGES)
+    read, whole = template.render(MESSAGES[:1]), template.render(MESSAGES)
+    assert template.encode(read) + template.encode(whole, after=read.text) == template.encode(whole)
     with pytest.raises(ValueError, match="does not begin with"):
-        template.encode(MESSAGES, after=read + "x")
+        template.encode(whole, after=read.text + "x")
 
 
 @pytest.mark.parametrize("as_list", [False, True])
 def test_template_may_be_in_the_settings(as_list: bool, tmp_path: Path):
     source: Any = [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML}] if as_list else CHATML
     template = ChatTemplate.load(folder(tmp_path, chat_template=source), tokenizer())
-    assert template.render(MESSAGES[:1]).startswith("<|im_start|>system\nBe kind.")
+    assert template.render(MESSAGES[:1]).text.startswith("<|im_start|>system\nBe kind.")
     assert template.stop == ()
 
 
@@ -95,7 +96,7 @@ def test_answer_ends_with_the_tokens_that_the_folder_names(tmp_path: Path):
 def test_folder_without_a_template_has_the_default(tmp_path: Path):
     template = ChatTemplate.load(tmp_path, tokenizer())
     assert template.stop and template.ends == {256}
-    assert template.render(MESSAGES[:1]) == f"{EOT}User:\n{MESSAGES[0]['content']}\n\nAssistant:\n"
+    assert template.render(MESSAGES[:1]).text == f"{EOT}User:\n{MESSAGES[0]['content']}\n\nAssistant:\n"
 
 
 @pytest.mark.parametrize(

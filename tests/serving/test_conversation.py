@@ -35,12 +35,16 @@ def answer(conversation: Conversation, text: str) -> str:
     return "".join(conversation.say(text))
 
 
+def encoded(conversation: Conversation, messages: list[dict[str, Any]], after: str = "") -> list[int]:
+    return conversation._template.encode(conversation._template.render(messages), after=after)
+
+
 def test_answer_equals_generate_after_the_whole_conversation(model: Any):
     conversation = talk(model)
     for text in ("one", "two <|endoftext|>", "three née"):
         messages = [*conversation.messages, {"role": "user", "content": text}]
         read = conversation._read
-        ids = torch.tensor([[*read.tokens, *conversation._template.encode(messages, after=read.text)]])
+        ids = torch.tensor([[*read.tokens, *encoded(conversation, messages, after=read.text)]])
         found = answer(conversation, text)
         new = model.generate(ids, 15, temperature=0, eos_token_id=256)[0, ids.shape[1] :].tolist()
         assert found == TOKENIZER.decode([token for token in new if token != 256])
@@ -61,7 +65,7 @@ def test_template_that_rewrites_earlier_turns_is_read_again(model: Any):
     conversation = talk(model, source)
     for text in ("a", "b"):
         answer(conversation, text)
-        assert conversation.cost == len(conversation._template.encode(conversation.messages[:-1]))
+        assert conversation.cost == len(encoded(conversation, conversation.messages[:-1]))
 
 
 def test_answer_that_is_cut_counts_up_to_there(model: Any):
@@ -137,7 +141,7 @@ def test_system_message_is_read_with_the_next_turn(model: Any):
     messages = [*conversation.messages, {"role": "user", "content": "two"}]
     answer(conversation, "two")
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
-    assert conversation.cost == len(conversation._template.encode(messages))
+    assert conversation.cost == len(encoded(conversation, messages))
     conversation.set_system("")
     assert conversation.messages[0]["role"] == "user"
 

@@ -150,7 +150,7 @@ class Service:
         """Answer in a conversation."""
         body = await self._body(request, ChatBody)
         messages = [message.message() for message in body.messages]
-        prompt = await run_in_threadpool(self._template.encode, messages)
+        prompt = await run_in_threadpool(lambda: self._template.encode(self._template.render(messages)))
         most = body.max_completion_tokens or body.max_tokens or self._limits.new_tokens
         logprobs = body.top_logprobs or 0 if body.logprobs else None
         stop = [*body.stop, *self._template.stop]

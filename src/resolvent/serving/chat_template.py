@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
@@ -43,6 +43,20 @@ _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 Message = dict[str, Any]
 """A message: at least `role` and `content`."""
+
+
+class Rendering(NamedTuple):
+    """Text of a conversation.
+
+    Attributes:
+        text: the text.
+        marked: the text, in which ``mark`` splits words of special tokens that are not of the template.
+        mark: the mark.
+    """
+
+    text: str
+    marked: str
+    mark: str
 
 
 class ChatTemplate:
@@ -86,7 +100,7 @@ class ChatTemplate:
         ends = frozenset(token for token in ids if isinstance(token, int))
         return cls(_source(directory, settings), tokenizer, special, ends)
 
-    def render(self, messages: Sequence[Message], *, answer: bool = True) -> str:
+    def render(self, messages: Sequence[Message], *, answer: bool = True) -> Rendering:
         """Return the text of a conversation.
 
         Args:
@@ -96,29 +110,26 @@ class ChatTemplate:
         Raises:
             DataError: the template does not take these messages.
         """
+        mark = self._mark(messages)
+        marked = [self._marked(message, mark) for message in messages]
         try:
-            return self._template.render(messages=messages, add_generation_prompt=answer, **self._variables)
+            text = self._template.render(messages=marked, add_generation_prompt=answer, **self._variables)
         except Exception as error:  # a template may fail in as many ways as a program
             raise DataError(f"the chat template does not take these messages: {error}") from error
+        return Rendering(text.replace(mark, ""), text, mark)
 
-    def encode(self, messages: Sequence[Message], *, answer: bool = True, after: str = "") -> list[int]:
+    def encode(self, rendering: Rendering, *, after: str = "") -> list[int]:
         """Return the tokens of a conversation.
 
         Args:
-            messages: the messages.
-            answer: end with what precedes an answer of the assistant.
-            after: beginning of the rendered text that is left out; see ``render``.
-
-        Raises:
-            DataError: the template does not take these messages.
+            rendering: the conversation.
+            after: beginning of its text that is left out.
         """
-        mark = self._mark(messages)
-        marked = self.render([self._marked(message, mark) for message in messages], answer=answer)
-        return self._tokens(_without_beginning(marked, after, mark), mark)
+        return self._tokens(_without_beginning(rendering.marked, after, rendering.mark), rendering.mark)
 
     def _mark(self, messages: Sequence[Message]) -> str:
         """Return a code point that the messages do not hold."""
-        text = "".join(map(str, messages))
+        text = "".join(str(value) for message in messages for value in message.values())
         return next(mark for mark in _MARKS if mark not in text)
 
     def _marked(self, message: Message, mark: str) -> Message:

@@ -24,7 +24,7 @@ from ..native import panics_are_errors
 from ..ops.precision import at_least_float32, wide_dtype
 from ..tensors import read_tensors
 from .answer import Answer
-from .chat_template import ChatTemplate, Message
+from .chat_template import ChatTemplate, Message, Rendering
 from .engine import TokenEvent
 
 _TOKENS, _RECORD = "conversation.tokens", "conversation.record"
@@ -128,7 +128,7 @@ class Conversation:
         if not self.messages:
             raise ConfigError("there is nothing to save: say something first")
         if self._read.state is None:
-            self._read_text(self.messages, self._template.render(self.messages, answer=False), answer=False)
+            self._read_text(self._template.render(self.messages, answer=False))
         assert self._read.state is not None
         record = {"messages": self.messages, "text": self._read.text, "weights": self._fingerprint()}
         extra = {
@@ -160,10 +160,10 @@ class Conversation:
         self._snapshots.clear()
 
     @torch.inference_mode()
-    def _answer(self, messages: list[Message], rendered: str) -> Iterator[str]:
+    def _answer(self, messages: list[Message], rendered: Rendering) -> Iterator[str]:
         """Read the messages that are new, and write the answer to them."""
         self._snapshots.append(self._read)
-        logits = self._read_text(messages, rendered)
+        logits = self._read_text(rendered)
         before, answer = self._read, Answer(self._tokenizer, self._read.tokens, self._template.stop)
         written: list[int] = []
         state, text, sampler = before.state, "", self._sampler()
@@ -200,16 +200,16 @@ class Conversation:
             penalties = Penalties([self.options], [prompt], self._model.vocab_size, weight.device)
         return RowSampler([self.options], self._random, penalties)
 
-    def _read_text(self, messages: list[Message], rendered: str, *, answer: bool = True) -> Tensor:
+    def _read_text(self, rendered: Rendering) -> Tensor:
         """Read a rendered conversation behind what was read; return the logits of the next token, (1, V).
 
         A template may write earlier turns differently once more follows; then everything is read again.
         """
-        if not rendered.startswith(self._read.text) or rendered == self._read.text:
+        if not rendered.text.startswith(self._read.text) or rendered.text == self._read.text:
             self._read = _Read()
-        ids = self._template.encode(messages, answer=answer, after=self._read.text)
+        ids = self._template.encode(rendered, after=self._read.text)
         self.cost = len(ids)
-        hidden = self._read_ids(ids, rendered)
+        hidden = self._read_ids(ids, rendered.text)
         return at_least_float32(self._model.logits(hidden))
 
     @panics_are_errors()
