@@ -162,6 +162,60 @@ class Penalties:
         self._counts.scatter_add_(1, token[:, None], torch.ones_like(token[:, None], dtype=torch.int32))
 
 
+class _Rows(NamedTuple):
+    """Rows of a batch that have an option: their indices, int64 (b,), and its values, (b, 1)."""
+
+    index: Tensor
+    values: Tensor
+
+
+class Filters:
+    """Temperature, top_k, top_p and min_p of B sequences.
+
+    Args:
+        options: options of each sequence, whose temperature is not 0.
+        vocab_size: number of tokens V.
+        device: device of the logits.
+    """
+
+    def __init__(self, options: Sequence[SamplingOptions], vocab_size: int, device: torch.device) -> None:
+        def rows(values: Sequence[float | int | None], dtype: torch.dtype = torch.float64) -> _Rows | None:
+            """Return the rows whose value is not None; None if there are none."""
+            index = [row for row, value in enumerate(values) if value is not None]
+            chosen = torch.tensor([values[row] for row in index], dtype=dtype, device=device)
+            return _Rows(torch.tensor(index, device=device), chosen[:, None]) if index else None
+
+        # The temperature stays within the normal numbers of the dtype: 0 / 0 and -inf / inf are no logits.
+        limits = torch.finfo(torch.float64)
+        temperatures = [min(max(o.temperature, limits.tiny), limits.max) for o in options]
+        self._temperature = torch.tensor(temperatures, dtype=torch.float64, device=device)[:, None]
+        top_ks = [o.top_k if o.top_k is not None and o.top_k < vocab_size else None for o in options]
+        self._most, self._top_k = max([k for k in top_ks if k is not None], default=0), rows(top_ks, torch.int64)
+        self._top_p = rows([o.top_p if o.top_p is not None and o.top_p < 1 else None for o in options])
+        self._least = rows([math.log(o.min_p) if o.min_p else None for o in options])
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return logits, float64 (B, V), that are -inf for tokens that are no choice."""
+        logits = (logits - logits.amax(-1, keepdim=True)) / self._temperature
+        if self._top_k is not None:
+            logits = _replaced(logits, self._top_k, self._within_top_k)
+        if self._top_p is not None:
+            logits = _replaced(logits, self._top_p, _within_top_p)
+        if self._least is not None:
+            logits = _replaced(logits, self._least, lambda x, least: x.masked_fill(x < least, -torch.inf))
+        return logits
+
+    def _within_top_k(self, logits: Tensor, top_k: Tensor) -> Tensor:
+        """Exclude tokens less likely than number ``top_k``, (B, 1)."""
+        least = logits.topk(self._most).values.gather(-1, top_k - 1)
+        return logits.masked_fill(logits < least, -torch.inf)
+
+
+def _replaced(logits: Tensor, rows: _Rows, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return logits (B, V) with a function of some rows and their values in the place of these rows."""
+    return logits.index_copy(0, rows.index, function(logits[rows.index], rows.values))
+
+
 class Sampler:
     """Sampler of B sequences.
 
@@ -177,6 +231,7 @@ class Sampler:
         self._options, self._uniform, self._penalties = list(options), uniform, penalties
         self._drawing = [row for row, o in enumerate(options) if o.temperature > 0]
         self._penalised = [row for row, o in enumerate(options) if o.penalises]
+        self._filters: Filters | None = None  # made with the first logits, on their device
 
     def __call__(self, logits: Tensor, top: int | None = None) -> Draw:
         """Draw a token of every sequence.
@@ -193,26 +248,28 @@ class Sampler:
         logits = at_least_float32(logits)
         if not (logits.is_cuda and not self._drawing):
             check_finite(logits.amax(-1))
-        rows = torch.tensor(self._penalised, device=logits.device)
-        adjusted = logits
+        adjusted, rows = logits, None
         if self._penalties is not None:
+            rows = torch.tensor(self._penalised, device=logits.device)
             adjusted = logits.double().index_copy(0, rows, self._penalties.apply(logits[rows].double()))
         token = adjusted.argmax(-1) if len(self._drawing) < len(self._options) else None
         if self._drawing:
             token = self._draw(adjusted, token)
         assert token is not None
-        if self._penalties is not None:
+        if self._penalties is not None and rows is not None:
             self._penalties.count(token[rows])
         return Draw(token) if top is None else with_logprobs(logits, token, top)
 
     def _draw(self, logits: Tensor, likeliest: Tensor | None) -> Tensor:
         """Return tokens (B,): drawn where the temperature is > 0, ``likeliest`` elsewhere."""
         uniform = self._uniform().to(logits.device)
+        if self._filters is None:
+            options = [self._options[row] for row in self._drawing]
+            self._filters = Filters(options, logits.shape[-1], logits.device)
         if likeliest is None:
-            return _inverse(_filtered(logits.double(), self._options), uniform)
+            return _inverse(self._filters(logits.double()), uniform)
         rows = torch.tensor(self._drawing, device=logits.device)
-        filtered = _filtered(logits[rows].double(), [self._options[row] for row in self._drawing])
-        return likeliest.index_copy(0, rows, _inverse(filtered, uniform[rows]))
+        return likeliest.index_copy(0, rows, _inverse(self._filters(logits[rows].double()), uniform[rows]))
 
 
 class RowSampler(Sampler):
@@ -282,40 +339,6 @@ def check_finite(largest: Tensor) -> None:
             f"the largest logit of row {row} is {largest[row]}: the weights or the state are not finite, or "
             "every token is excluded; load weights from before a divergence"
         )
-
-
-def _filtered(logits: Tensor, options: Sequence[SamplingOptions]) -> Tensor:
-    """Apply temperature, top_k, top_p and min_p: float64 (B, V) -> logits with a maximum of 0, -inf for no choice."""
-
-    def rows(values: Sequence[float | int | None]) -> tuple[Tensor, Tensor]:
-        """Return the indices of the rows that have a value, (b,), and the values, (b, 1)."""
-        index = [row for row, value in enumerate(values) if value is not None]
-        chosen = torch.tensor([values[row] for row in index], device=logits.device)
-        return torch.tensor(index, dtype=torch.long, device=logits.device), chosen[:, None]
-
-    # 1. Temperature. It stays within the normal numbers of the dtype: 0 / 0 and -inf / inf are no logits.
-    limits = torch.finfo(logits.dtype)
-    temperatures = [min(max(o.temperature, limits.tiny), limits.max) for o in options]
-    logits = (logits - logits.amax(-1, keepdim=True)) / torch.tensor(
-        temperatures, dtype=logits.dtype, device=logits.device
-    ).unsqueeze(-1)
-    # 2. The k likeliest.
-    vocabulary = logits.shape[-1]
-    if any(top_ks := [o.top_k if o.top_k is not None and o.top_k < vocabulary else None for o in options]):
-        index, k = rows(top_ks)
-        some = logits[index]
-        least = some.topk(int(max(filter(None, top_ks)))).values.gather(-1, k - 1)
-        logits = logits.index_copy(0, index, some.masked_fill(some < least, -torch.inf))
-    # 3. The smallest set of a probability.
-    if any(top_ps := [o.top_p if o.top_p is not None and o.top_p < 1 else None for o in options]):
-        index, p = rows(top_ps)
-        logits = logits.index_copy(0, index, _within_top_p(logits[index], p.to(logits.dtype)))
-    # 4. Those that are likely beside the likeliest.
-    if any(min_ps := [o.min_p or None for o in options]):
-        index, p = rows(min_ps)
-        some = logits[index]
-        logits = logits.index_copy(0, index, some.masked_fill(some < p.to(logits.dtype).log(), -torch.inf))
-    return logits
 
 
 def _within_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
