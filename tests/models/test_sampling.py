@@ -6,7 +6,7 @@ import torch
 from resolvent import create_phase2_model
 from resolvent.models.sampling import Penalties, RowGenerators, RowSampler, Sampler, SamplingOptions
 
-from .small import PHASE1, PHASE2, tokens
+from .small import HYBRID, PHASE1, PHASE2, tokens
 
 VARIED = [
     SamplingOptions(temperature=0),
@@ -112,7 +112,7 @@ def test_penalties_equal_those_of_transformers_and_openai():
     torch.testing.assert_close(found[1], expected)
 
 
-@pytest.mark.parametrize("phase", [PHASE1, PHASE2], ids=["phase1", "phase2"])
+@pytest.mark.parametrize("phase", [PHASE1, PHASE2, HYBRID], ids=["phase1", "phase2", "hybrid"])
 @pytest.mark.parametrize("options", [dict(temperature=0), dict(top_p=0.9), dict(repetition_penalty=1.3)], ids=str)
 def test_batch_with_seeds_equals_single_sequences(phase, options):
     model, prompts, seeds = phase.model(), tokens(20, batch=3), [4, 5, 6]

@@ -13,12 +13,16 @@ from resolvent.models.sampling import SamplingOptions
 from resolvent.serving.chat import Chat
 from resolvent.serving.chat_template import ChatTemplate
 from resolvent.serving.conversation import Conversation
-from tests.models.small import PHASE1, PHASE2
+from tests.models.small import FULL, HYBRID, PHASE1, PHASE2
 
 TOKENIZER = build_tokenizer("bytes", [])
 
 
-@pytest.fixture(scope="module", params=[PHASE1, PHASE2], ids=["phase1", "phase2"])
+PHASES = dict(phase1=PHASE1, phase2=PHASE2, hybrid=HYBRID, full=FULL)
+every_model = pytest.mark.parametrize("model", PHASES.values(), ids=PHASES.keys(), indirect=True)
+
+
+@pytest.fixture(scope="module", params=[HYBRID], ids=["hybrid"])
 def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     return request.param.model(vocab_size=257)
@@ -39,6 +43,7 @@ def encoded(conversation: Conversation, messages: list[dict[str, Any]], after: s
     return conversation._template.encode(conversation._template.render(messages), after=after)
 
 
+@every_model
 def test_answer_equals_generate_after_the_whole_conversation(model: Any):
     conversation = talk(model)
     for text in ("one", "two <|endoftext|>", "three née"):
@@ -86,6 +91,7 @@ def test_answer_that_is_cut_counts_up_to_there(model: Any):
         assert expected.tokens == conversation.tokens
 
 
+@every_model
 def test_undone_turn_leaves_no_trace(model: Any):
     conversation, expected = talk(model), talk(model)
     for each in (conversation, expected):
@@ -99,6 +105,7 @@ def test_undone_turn_leaves_no_trace(model: Any):
     assert conversation.messages == [] and conversation.tokens == 0
 
 
+@every_model
 def test_saved_conversation_goes_on_to_the_bit(model: Any, tmp_path: Path):
     conversation = talk(model)
     with pytest.raises(ConfigError, match="nothing to save"):

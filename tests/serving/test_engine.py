@@ -11,7 +11,7 @@ import torch
 
 from resolvent.models.sampling import SamplingOptions
 from resolvent.serving.engine import DeadlineError, Engine, Failure, OverloadedError, Request
-from tests.models.small import PHASE1, PHASE2
+from tests.models.small import FULL, HYBRID, PHASE1, PHASE2
 
 BLOCK = 16
 
@@ -60,7 +60,11 @@ def prompt_of(length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 97, length)
 
 
-@pytest.fixture(scope="module", params=[PHASE1, PHASE2], ids=["phase1", "phase2"])
+PHASES = dict(phase1=PHASE1, phase2=PHASE2, hybrid=HYBRID, full=FULL)
+every_model = pytest.mark.parametrize("model", PHASES.values(), ids=PHASES.keys(), indirect=True)
+
+
+@pytest.fixture(scope="module", params=[HYBRID], ids=["hybrid"])
 def model(request):
     torch.manual_seed(0)
     return request.param.model()
@@ -84,6 +88,7 @@ OPTIONS = [
 ]
 
 
+@every_model
 def test_ragged_requests_equal_single_runs(engine, model):
     prompts = [prompt_of(3 + 7 * i, seed=i) for i in range(12)]
     options = [OPTIONS[i % len(OPTIONS)] | dict(max_tokens=5 + 3 * i) for i in range(12)]
@@ -110,6 +115,7 @@ def test_answer_ends_with_its_end_token(engine, model):
     assert submit(engine, prompt, max_tokens=1)[0].complete()[0][0].finish == "length"
 
 
+@every_model
 def test_log_probabilities_equal_those_of_generate(engine, model):
     prompt = prompt_of(20)
     with_others = submit(engine, prompt_of(5), max_tokens=20)[0]
@@ -122,6 +128,7 @@ def test_log_probabilities_equal_those_of_generate(engine, model):
     assert all(event.logprob is None and event.top == () for event in with_others.complete()[0])
 
 
+@every_model
 def test_prefix_from_the_cache_equals_reading_it_to_the_bit(model):
     document, questions = prompt_of(5 * BLOCK + 3), [prompt_of(4 + i, seed=i + 1) for i in range(4)]
     prompts = [np.concatenate([document, question]) for question in questions]

@@ -21,6 +21,9 @@ from ..tensors import read_tensors, write_tensors
 _COMPLEX = ":complex"
 """End of the name of a complex tensor in a file, which holds its real and imaginary parts."""
 
+EXTRA = "extra."
+"""Beginning of the names of tensors in a file that are not of the state."""
+
 State = TypeVar("State", bound="ModelState")
 Structure = TypeVar("Structure")
 
@@ -179,14 +182,14 @@ class ModelState:
 
         Args:
             path: the file.
-            extra: more tensors for the file, which ``load`` leaves out. Their names must not be those of a state's.
+            extra: more tensors for the file, under names that begin with ``EXTRA``; ``load`` leaves them out.
 
         Raises:
-            ValueError: a name of ``extra`` is one of a state's.
+            ValueError: a name of ``extra`` begins otherwise.
         """
         tensors = dict(extra or {})
-        if wrong := [name for name in tensors if name == "position" or name.startswith("layers.")]:
-            raise ValueError(f"{wrong[0]} is the name of a tensor of a state; give the extra tensor another name")
+        if wrong := [name for name in tensors if not name.startswith(EXTRA)]:
+            raise ValueError(f"the name of an extra tensor must begin with {EXTRA!r}, got {wrong[0]!r}")
         for name, x in self._tensors().items():
             x = x.detach().resolve_conj()
             tensors[name + _COMPLEX * x.is_complex()] = torch.view_as_real(x) if x.is_complex() else x
@@ -209,7 +212,8 @@ class ModelState:
             count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
             layers = tuple(_assemble(cls.layer_type, tensors, f"layers.{i}") for i in range(count))
             state = cls(tensors["position"], layers).to(device)
-            if unknown := tensors.keys() - state._tensors().keys():
+            own = {name for name in tensors if not name.startswith(EXTRA)}
+            if unknown := own - state._tensors().keys():
                 raise ValueError(
                     f"this release has no {', '.join(sorted(unknown))}, another one wrote it; read the text again"
                 )

@@ -19,7 +19,7 @@ from ..models.decoding import read_token
 from ..models.generation import PREFILL
 from ..models.inference import inference_view
 from ..models.sampling import Penalties, RowGenerators, RowSampler, SamplingOptions
-from ..models.state import ModelState
+from ..models.state import EXTRA, ModelState
 from ..native import panics_are_errors
 from ..ops.precision import at_least_float32, wide_dtype
 from ..tensors import read_tensors
@@ -27,7 +27,7 @@ from .answer import Answer
 from .chat_template import ChatTemplate, Message, Rendering
 from .engine import TokenEvent
 
-_TOKENS, _RECORD = "conversation.tokens", "conversation.record"
+_TOKENS, _RECORD = f"{EXTRA}conversation.tokens", f"{EXTRA}conversation.record"
 """Names in a conversation file: the tokens that the state has read, and JSON as bytes."""
 _SNAPSHOTS = 16
 """Turns that ``undo`` takes back without reading the turns before them again."""

@@ -424,7 +424,8 @@ class Engine:
         if (batch := self._batch) is None:
             return
         try:
-            logits, batch.state = read_token(self._model, batch.token, batch.state)
+            # The batch has the only reference to its state, whose parts may be written in place.
+            logits, batch.state = read_token(self._model, batch.token, batch.state.reusable())
             tops = [row.ticket.request.logprobs for row in batch.rows]
             draw = batch.sampler(logits, max((top for top in tops if top is not None), default=None))
             batch.token = draw.token
