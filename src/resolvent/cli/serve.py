@@ -23,7 +23,7 @@ def serve(
         str | None, typer.Option(help="Name of the model in requests.", show_default="that of the run folder")
     ] = None,
     max_sequences: Annotated[int, typer.Option(min=1, help="Most answers at once.")] = 64,
-    max_queue: Annotated[int, typer.Option(min=0, help="Most requests that wait.")] = 256,
+    max_queue: Annotated[int, typer.Option(min=1, help="Most requests that wait.")] = 256,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 131_072,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 4096,
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Most time for an answer, waiting included.")] = 600.0,
