@@ -69,11 +69,12 @@ def serving(
     keys: list[str] | None = None,
     limits: Limits | None = None,
     template: str | None = None,
+    ends: frozenset[int] = frozenset({END}),
     **options: Any,
 ) -> Iterator[Running]:
-    """Serve a model as long as the block lasts. The options are those of ``Engine``."""
+    """Serve a model as long as the block lasts; without ``ends``, answers have no end. The options are ``Engine``'s."""
     engine = Engine(model, **{"max_sequences": 16, "max_queue": 64, "cache_bytes": 1 << 24, "block": 64, **options})
-    chat = ChatTemplate(template, TOKENIZER, {"bos_token": EOT, "eos_token": EOT}, frozenset({END}))
+    chat = ChatTemplate(template, TOKENIZER, {"bos_token": EOT, "eos_token": EOT}, ends)
     service = Service(engine, TOKENIZER, chat, NAME, limits=limits or Limits(), keys=keys)
     config = uvicorn.Config(service.application(), lifespan="on", log_config=None, timeout_graceful_shutdown=10)
     server, listener = uvicorn.Server(config), listen("127.0.0.1", 0)

@@ -245,7 +245,10 @@ def test_client_that_goes_away_frees_its_place(server: Running, client: openai.O
 
 
 def test_full_queue_is_named_and_disturbs_nobody():
-    with serving(small_model(), max_sequences=1, max_queue=2, limits=LIMITS) as server, server.client() as client:
+    with (
+        serving(small_model(), ends=frozenset(), max_sequences=1, max_queue=2, limits=LIMITS) as server,
+        server.client() as client,
+    ):
         stream = client.completions.create(model=NAME, prompt="abc", max_tokens=100_000, stream=True)
         first = next(iter(stream))
         with ThreadPoolExecutor(3) as pool:
@@ -265,7 +268,7 @@ def test_full_queue_is_named_and_disturbs_nobody():
 
 def test_request_that_takes_too_long_is_ended():
     limits = Limits(new_tokens=1_000_000, seconds=0.5)
-    with serving(small_model(), limits=limits) as server, server.client() as client:
+    with serving(small_model(), ends=frozenset(), limits=limits) as server, server.client() as client:
         with pytest.raises(openai.APIStatusError, match=r"took longer than 0.5 s") as caught:
             client.completions.create(model=NAME, prompt="abc", max_tokens=1_000_000)
         assert caught.value.status_code == 504
