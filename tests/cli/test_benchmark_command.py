@@ -66,7 +66,7 @@ def test_an_unknown_section_is_named(resolvent: Resolvent):
     outcome = resolvent("benchmark", "--only", "operators,speed")
     assert outcome.code == 2
     message = " ".join(outcome.err.replace("│", "").split())
-    assert "'speed' is none of operators, training, memory, decoding." in message
+    assert "'speed' is none of operators, training, memory, decoding, serving." in message
 
 
 def test_failures_are_shown_with_exit_code_1(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
