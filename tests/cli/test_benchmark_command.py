@@ -37,6 +37,7 @@ def test_all_sections_are_measured_and_written(resolvent: Resolvent, tmp_path: P
         ("decoding", "tiny, B1, generating after 20 tokens"),
         ("decoding", "tiny, B1, generating after 200 tokens"),
         ("decoding", "tiny, B1, generating, after 200 / after 20"),
+        ("serving", "tiny, 3 answers of 6 tokens"),
     ]
     assert all(row["ours"] > 0 and not row["failures"] for row in figures["rows"])
     errors = [row["error"] for row in figures["rows"] if row["unit"] in ("ms", "tokens/s")]
@@ -65,7 +66,7 @@ def test_an_unknown_section_is_named(resolvent: Resolvent):
     outcome = resolvent("benchmark", "--only", "operators,speed")
     assert outcome.code == 2
     message = " ".join(outcome.err.replace("│", "").split())
-    assert "'speed' is none of operators, training, memory, decoding." in message
+    assert "'speed' is none of operators, training, memory, decoding, serving." in message
 
 
 def test_failures_are_shown_with_exit_code_1(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -26,7 +26,9 @@ def test_version(resolvent: Resolvent, option: str):
     assert resolvent(option) == (0, f"resolvent {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "convert", "presets", "benchmark"])
+@pytest.mark.parametrize(
+    "command", ["train", "generate", "chat", "serve", "evaluate", "convert", "presets", "benchmark"]
+)
 def test_help_teaches_by_an_example(resolvent: Resolvent, command: str):
     outcome = resolvent(command, "--help")
     assert outcome.code == 0
@@ -36,7 +38,8 @@ def test_help_teaches_by_an_example(resolvent: Resolvent, command: str):
 def test_help_lists_the_commands(resolvent: Resolvent):
     for arguments in (["--help"], []):
         text = resolvent(*arguments).out
-        assert all(command in text for command in ("train", "generate", "evaluate", "convert", "presets", "benchmark"))
+        commands = ("train", "generate", "chat", "serve", "evaluate", "convert", "presets", "benchmark")
+        assert all(command in text for command in commands)
 
 
 def test_help_does_not_wait_for_torch():

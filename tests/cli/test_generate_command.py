@@ -29,6 +29,26 @@ def test_streaming_prints_the_same(resolvent: Resolvent, run_dir: Path):
     assert resolvent("generate", run_dir, *options, "--stream") == resolvent("generate", run_dir, *options)
 
 
+def test_text_ends_before_a_stop_string(resolvent: Resolvent, run_dir: Path):
+    options = ["--prompt", "Rhyme: the", "--temperature", 0, "--stop", " on the", "--stop", "nowhere"]
+    outcome = resolvent("generate", run_dir, *options)
+    assert outcome.out.endswith(" cat sat\n")
+    assert resolvent("generate", run_dir, *options, "--stream") == outcome
+
+
+def test_samples_equal_runs_of_the_following_seeds(resolvent: Resolvent, run_dir: Path):
+    options = ["--max-new-tokens", 30, "--temperature", 1.5]
+    single = [resolvent("generate", run_dir, "--seed", seed, *options).out for seed in (5, 6)]
+    together = resolvent("generate", run_dir, "--seed", 5, "--samples", 2, *options).out
+    assert together == f"--- 1 of 2 ---\n{single[0]}\n--- 2 of 2 ---\n{single[1]}"
+
+
+def test_penalty_changes_the_text(resolvent: Resolvent, run_dir: Path):
+    options = ["--prompt", "Rhyme: the", "--max-new-tokens", 40, "--temperature", 0]
+    plain = resolvent("generate", run_dir, *options).out
+    assert resolvent("generate", run_dir, *options, "--frequency-penalty", 2).out != plain
+
+
 def test_an_empty_prompt_begins_a_text(resolvent: Resolvent, run_dir: Path):
     outcome = resolvent("generate", run_dir, "--max-new-tokens", 20, "--temperature", 0)
     assert outcome.out.startswith("Rhyme")
@@ -58,6 +78,13 @@ def test_top_k_of_one_is_the_likeliest_text(resolvent: Resolvent, run_dir: Path)
         *(["--top-p", value] for value in (0, 1.5, "nan")),
         *(["--temperature", value] for value in (-1, "nan", "inf")),
         *(["--seed", value] for value in (-1, 2**63, 2**64)),
+        *(["--min-p", value] for value in (-0.1, 1.5)),
+        ["--repetition-penalty", 0],
+        ["--presence-penalty", 3],
+        ["--frequency-penalty", -3],
+        ["--stop", ""],
+        ["--samples", 0],
+        ["--samples", 2, "--stream"],
         ["--top-k", 0],
         ["--max-new-tokens", -1],
     ],
@@ -65,7 +92,7 @@ def test_top_k_of_one_is_the_likeliest_text(resolvent: Resolvent, run_dir: Path)
 def test_options_out_of_range_are_wrong_usage(resolvent: Resolvent, run_dir: Path, option: list[object]):
     outcome = resolvent("generate", run_dir, *option)
     assert outcome.code == 2
-    assert str(option[0]) in outcome.err
+    assert str(option[0] if len(option) == 2 else option[-1]) in outcome.err
 
 
 def test_prompt_from_a_file(resolvent: Resolvent, run_dir: Path, tmp_path: Path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from resolvent.data import EOT, build_tokenizer
-from resolvent.data.detokenization import TextStream, added_texts, decode_stream
+from resolvent.data.detokenization import StopText, TextStream, added_texts, decode_stream
 
 TEXT = "the nation a law of the people, a nation of laws. people 'n laws, naïve lawn " * 3
 BYTES = build_tokenizer("bytes", [])
@@ -143,3 +143,31 @@ def test_characters_come_as_soon_as_they_are_whole():
 
     seen = [(piece, len(consumed)) for piece in decode_stream(BYTES, feed())]
     assert seen == [("a", 1), ("é", 3), ("日", 6), ("🙂", 10)]
+
+
+@pytest.mark.parametrize(
+    "stops", [["END"], ["\n\n", "N"], ["abab", "b"], ["xyz"], [], ["aa", "aab"], ["baab", "aa"]], ids=str
+)
+@pytest.mark.parametrize("text", ["", "a END b", "abaabab", "one\n\ntwo END", "EEENDEND", "aaab", "EN"])
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_text_ends_before_the_first_complete_stop_string(stops: list[str], text: str, size: int):
+    stream, shown = StopText(stops), ""
+    for start in range(0, len(text), size):
+        shown += stream.push(text[start : start + size])
+        assert text.startswith(shown)
+    shown += stream.rest()
+    places = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert shown == text[: min(places, default=(0, len(text)))[1]]
+    assert (stream.stopped is not None) == bool(places)
+
+
+def test_only_the_beginning_of_a_stop_string_is_held_back():
+    stream = StopText(["\n\nUser:"])
+    assert stream.push("Yes.\n") == "Yes."
+    assert stream.push("\nUs") == ""
+    assert stream.push("e it") == "\n\nUse it"
+
+
+def test_empty_stop_string_is_refused():
+    with pytest.raises(ValueError, match="must not be empty"):
+        StopText(["a", ""])

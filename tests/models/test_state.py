@@ -9,6 +9,7 @@ import torch
 from resolvent import convert_phase1_to_phase2
 from resolvent.inspection.trace import trace_text
 from resolvent.models import observe
+from resolvent.tensors import read_tensors
 
 from .small import HYBRID, PHASE1, PHASE2, tokens
 
@@ -126,3 +127,12 @@ def test_repr_of_state_is_one_line(model, state):
     _, ragged = model(tokens(9), attention_mask=torch.ones(2, 9).tril(7), return_state=True)
     assert "8 to 9 tokens read" in repr(ragged)
     assert "0 sequences" in repr(state[[]])
+
+
+def test_file_of_a_state_may_hold_more(state, tmp_path):
+    state.save(tmp_path / "state", {"extra.words": torch.arange(3)})
+    read = type(state).load(tmp_path / "state")
+    assert all(torch.equal(a, b) for a, b in zip(read.tensors(), state.tensors(), strict=True))
+    assert read_tensors(tmp_path / "state")["extra.words"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"must begin with 'extra\.', got 'position'"):
+        state.save(tmp_path / "state", {"position": torch.arange(3)})

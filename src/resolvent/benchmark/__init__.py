@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from rich.console import Console
 
-from resolvent.benchmark import decoding, memory, operators, training
+from resolvent.benchmark import decoding, memory, operators, serving, training
 from resolvent.benchmark.harness import Bench, WrongResultError
 from resolvent.benchmark.report import Report, Row, Target
 from resolvent.benchmark.timing import keep_freed_memory, measure_ceilings
@@ -17,7 +17,7 @@ from resolvent.benchmark.timing import keep_freed_memory, measure_ceilings
 __all__ = ["SECTIONS", "Report", "Row", "Target", "WrongResultError", "run"]
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
-    module.SECTION: module.measure for module in (operators, training, memory, decoding)
+    module.SECTION: module.measure for module in (operators, training, memory, decoding, serving)
 }
 """Sections of the benchmark, in order."""
 

@@ -1,4 +1,7 @@
-"""The command line: `resolvent train | generate | evaluate | inspect | convert | presets | benchmark`."""
+"""The command line.
+
+`resolvent train | generate | chat | serve | evaluate | inspect | convert | presets | benchmark`.
+"""
 
 import logging
 import os

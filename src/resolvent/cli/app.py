@@ -10,12 +10,14 @@ import typer
 
 from resolvent._version import __version__
 from resolvent.cli.benchmark import benchmark
+from resolvent.cli.chat import chat
 from resolvent.cli.convert import convert
 from resolvent.cli.evaluate import measures
 from resolvent.cli.generate import generate
 from resolvent.cli.help import Group, add_command
 from resolvent.cli.inspect import inspect
 from resolvent.cli.presets import presets
+from resolvent.cli.serve import serve
 from resolvent.cli.tokenize import tokenize
 from resolvent.cli.train import train
 
@@ -63,7 +65,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: resolvent train --out runs/first --steps 300",
 )
-for command in (train, tokenize, generate, inspect, convert, presets, benchmark):
+for command in (train, tokenize, generate, chat, serve, inspect, convert, presets, benchmark):
     add_command(app, command)
 app.add_typer(measures, name="evaluate")
 

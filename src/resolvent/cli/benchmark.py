@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def benchmark(
     only: Annotated[
         str | None,
-        typer.Option(metavar="SECTION[,SECTION]", help="Of operators, training, memory, decoding.", show_default="all"),
+        typer.Option(
+            metavar="SECTION[,SECTION]", help="Of operators, training, memory, decoding, serving.", show_default="all"
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny sizes, to check that it runs; the figures mean nothing.")

@@ -1,13 +1,20 @@
 """`resolvent generate`."""
 
+import secrets
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from resolvent.cli.loading import Device, Directory, given_text
 from resolvent.runs import load_trained
 from resolvent.seeds import MOST_SEED
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from resolvent.models import IntegratedModel
 
 
 def generate(
@@ -31,6 +38,19 @@ def generate(
         float | None,
         typer.Option(help="Sample from the likeliest tokens with this total probability.", show_default="all"),
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from tokens at least this fraction as likely as the likeliest.", show_default="all"),
+    ] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: penalises tokens of prompt and text.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Above 0: penalises tokens of the text.")] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Above 0: penalises tokens by their count in the text.")
+    ] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text (repeatable).", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Texts to generate from one reading of the prompt.")] = 1,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text during generation.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -42,40 +62,86 @@ def generate(
 
     Example: [bold]resolvent generate runs/tiny --prompt "My fellow" --max-new-tokens 200 --seed 1 --stream[/bold]
     """
-    if not 0 <= temperature < float("inf"):
-        raise typer.BadParameter(f"{temperature} is not in the range 0<=x<inf.", param_hint="--temperature")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise typer.BadParameter(f"{top_p} is not in the range 0<x<=1.", param_hint="--top-p")
     if prompt and prompt_file is not None:
         raise typer.BadParameter("the file holds the prompt; leave out --prompt", param_hint="--prompt-file")
+    if "" in (stop or []):
+        raise typer.BadParameter("a stop string must not be empty", param_hint="--stop")
+    if stream and samples > 1:
+        raise typer.BadParameter(
+            "only a single text can be printed during generation; leave out --samples", param_hint="--stream"
+        )
+    sampling = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+    }
+    _check(sampling)
     model, tokenizer = load_trained(directory, device)
+    from resolvent.device import deterministic
+
+    prompt = given_text(prompt_file, prompt)
+    with deterministic(seed is not None):
+        texts = _written(model, tokenizer, prompt, max_new_tokens, stop or [], seed, samples, sampling)
+        for number, pieces in enumerate(texts):
+            if samples > 1:
+                _print("\n" * bool(number) + f"--- {number + 1} of {samples} ---\n")
+            _print(prompt)
+            for piece in pieces if stream else ["".join(pieces)]:
+                _print(piece)
+            _print("\n")
+
+
+def _check(sampling: dict[str, Any]) -> None:
+    """Blame the command line for an option of sampling that is out of range."""
+    from resolvent.models.sampling import SamplingOptions
+
+    try:
+        SamplingOptions(**sampling)
+    except ValueError as error:
+        name, _, fault = str(error).partition(" ")
+        raise typer.BadParameter(fault, param_hint=f"--{name.replace('_', '-')}") from error
+
+
+def _written(
+    model: "IntegratedModel",
+    tokenizer: "Tokenizer",
+    prompt: str,
+    max_new_tokens: int,
+    stop: list[str],
+    seed: int | None,
+    samples: int,
+    sampling: dict[str, Any],
+) -> Iterator[Iterator[str]]:
+    """Yield the pieces of every text that follows the prompt; those of several texts are known at the end only.
+
+    Text number i has the seed ``seed + i``.
+    """
     import torch
 
     from resolvent.data import EOT, encode_documents
-    from resolvent.data.detokenization import decode_stream
-    from resolvent.device import deterministic
+    from resolvent.data.detokenization import decode_until
 
-    generator = torch.Generator()
-    generator.manual_seed(seed) if seed is not None else generator.seed()
-    prompt = given_text(prompt_file, prompt)
+    first = secrets.randbelow(MOST_SEED) if seed is None else seed
     end = tokenizer.token_to_id(EOT)
     ids = torch.from_numpy(encode_documents([prompt], tokenizer).tokens[:-1].astype("int64"))
     tokens = model.stream(
         ids[None].to(next(model.parameters()).device),
         max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        generator=generator,
+        samples=samples,
+        seeds=[(first + i) % (MOST_SEED + 1) for i in range(samples)],
         eos_token_id=end,
+        **sampling,
     )
-    new_ids = (int(token) for token in tokens)
-    pieces = decode_stream(tokenizer, (token for token in new_ids if token != end), ids[1:].tolist())
-    _print(prompt)
-    with deterministic(seed is not None):
-        for piece in pieces if stream else ["".join(pieces)]:
-            _print(piece)
-    _print("\n")
+    if samples == 1:
+        yield decode_until(tokenizer, (int(token) for token in tokens), ids[1:].tolist(), stop=stop, end=end)
+        return
+    drawn = [token.tolist() for token in tokens]
+    for row in range(samples):
+        yield decode_until(tokenizer, [token[row] for token in drawn], ids[1:].tolist(), stop=stop, end=end)
 
 
 def _print(text: str) -> None:

@@ -5,6 +5,7 @@ WordPiece keeps its ##, and bytes form characters only together. So no token is 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 
 from tokenizers import Tokenizer
 
@@ -55,12 +56,77 @@ class TextStream:
         return self._tokenizer.decode(self._tokens, skip_special_tokens=False)
 
 
+class StopText:
+    """Filter that ends a text before the first complete stop string; the pieces of the text arrive one by one.
+
+    The end of the text so far is held back while it may be the beginning of a stop string.
+
+    Args:
+        stops: the stop strings; none of them is empty.
+
+    Attributes:
+        stopped: the stop string that ended the text; None as long as there was none.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if "" in stops:
+            raise ValueError("a stop string must not be empty")
+        self._stops, self._held = tuple(stops), ""
+        self.stopped: str | None = None
+
+    def push(self, piece: str) -> str:
+        """Return the text that is certain to stand before any stop string, now that a piece has arrived."""
+        if self.stopped is not None:
+            return ""
+        text = self._held + piece
+        found = [(place + len(stop), place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:  # the first that is complete, so that the sizes of the pieces do not matter
+            _, place, self.stopped = min(found)
+            self._held = ""
+            return text[:place]
+        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def rest(self) -> str:
+        """Return the text that is still held back, at the end."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of a text that begins a stop string."""
+    return next(length for length in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:length]))
+
+
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
     """Decode tokens that arrive one by one after a prompt; see ``TextStream``."""
     stream = TextStream(tokenizer, prompt)
     pieces = (stream.push(token) for token in ids)
     yield from filter(None, pieces)
     if rest := stream.rest():
+        yield rest
+
+
+def decode_until(
+    tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int], *, stop: Sequence[str], end: int | None
+) -> Iterator[str]:
+    """Decode tokens that arrive one by one until a text is complete; no token is taken after that.
+
+    Args:
+        tokenizer: the tokenizer.
+        ids: the tokens.
+        prompt: tokens before the first one.
+        stop: strings before which the text ends.
+        end: token that ends the text.
+    """
+    text = StopText(stop)
+    for piece in decode_stream(tokenizer, takewhile(lambda token: token != end, ids), prompt):
+        if shown := text.push(piece):
+            yield shown
+        if text.stopped is not None:
+            return
+    if rest := text.rest():
         yield rest
 
 

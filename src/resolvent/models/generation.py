@@ -1,18 +1,25 @@
 """Generation of text: sampling from a model that streams with a state."""
 
 import logging
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ResolventError
 from ..ops.precision import at_least_float32
-from ..ops.prefix_sum import prefix_sum
-from .decoding import CAPTURING, CapturedStep, StreamingModel, read_token
+from ..seeds import check_seed
+from .decoding import CapturedStep, StreamingModel, read_token
 from .inference import inference_view
+from .sampling import (
+    Draw,
+    Penalties,
+    RowGenerators,
+    Sampler,
+    SamplingOptions,
+    check_finite,
+    device_uniform,
+)
 from .state import State
 from .token_batch import check_attention_mask, check_tokens
 
@@ -52,42 +59,56 @@ class Generation(nn.Module, Generic[State]):
         """
         return None
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
-        """Continue prompts: (B, N) int64 -> (B, N + new) int64. The options are those of ``stream``."""
-        new = list(self.stream(input_ids, max_new_tokens, **options))
-        return torch.cat([input_ids, *(token.unsqueeze(1) for token in new)], dim=1)
+    def generate(self, input_ids: Tensor, max_new_tokens: int, *, samples: int = 1, **options: Any) -> Tensor:
+        """Continue prompts: (B, N) int64 -> (B * samples, N + new) int64. The options are those of ``draws``."""
+        new = list(self.stream(input_ids, max_new_tokens, samples=samples, **options))
+        return torch.cat([input_ids.repeat_interleave(samples, dim=0), *(token.unsqueeze(1) for token in new)], dim=1)
 
-    def stream(
+    def stream(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
+        """Continue prompts and yield each new token, int64 (B,), as soon as it is drawn.
+
+        The options are those of ``draws``, but for ``logprobs``.
+        """
+        return (draw.token for draw in self.draws(input_ids, max_new_tokens, **options))
+
+    def draws(
         self,
         input_ids: Tensor,
         max_new_tokens: int,
         *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        samples: int = 1,
+        seeds: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
+        logprobs: int | None = None,
         eos_token_id: int | None = None,
         attention_mask: Tensor | None = None,
         state: State | None = None,
-    ) -> Iterator[Tensor]:
-        """Continue prompts and yield each new token, int64 (B,), as soon as it is drawn.
+        **sampling: Any,
+    ) -> Iterator[Draw]:
+        """Continue prompts and yield a draw for each new token: the token of every sequence, with log probabilities.
 
         The state has a constant size, unless the model attends to all tokens: the cost per token does not depend on the
-        number of tokens read. Dropout is off,
-        and the model keeps its mode: streams may alternate, in one thread or in several (see ``inference_view``).
+        number of tokens read. Dropout is off, and the model keeps its mode: streams may alternate, in one thread or in
+        several (see ``inference_view``).
 
         Args:
             input_ids: prompts, int64 (B, N).
             max_new_tokens: largest number of new tokens.
-            temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
-            top_k: sample from the k likeliest tokens only, and from those that are as likely as the k-th.
-            top_p: sample from the smallest set of tokens that has this probability, at least one.
-            generator: source of randomness, of this stream alone; the same seed gives the same text. None for the
-                global generator of the model's device.
+            samples: number of sequences that go on from each prompt, which is read once: the first ``samples`` rows
+                are those of the first prompt.
+            seeds: a seed for each of the B * ``samples`` sequences. A sequence draws the same tokens alone and in a
+                batch.
+            generator: source of randomness of all sequences together, of this stream alone; the same seed gives the
+                same text. Where there are neither seeds nor a generator, the global generator of the model's device is
+                used.
+            logprobs: number of likeliest tokens whose log probabilities are in every draw, beside that of the drawn
+                token; None for no log probabilities.
             eos_token_id: token that ends a sequence, which yields this token from then on; the stream ends when all
                 sequences have ended.
             attention_mask: 1 for tokens, 0 for padding on either side, (B, N).
-            state: state after the tokens before the prompt.
+            state: state after the tokens before the prompt. The repetition penalty does not see those tokens.
+            **sampling: fields of ``SamplingOptions``: temperature, top_k, top_p, min_p, repetition_penalty,
+                presence_penalty, frequency_penalty.
 
         Raises:
             ConfigError: the model is in training mode and has no view.
@@ -96,43 +117,58 @@ class Generation(nn.Module, Generic[State]):
             ValueError: an option is out of range, or a prompt has an id outside the vocabulary.
         """
         check_tokens(input_ids, self.vocab_size)
-        _check_options(max_new_tokens, temperature, top_k, top_p)
+        options = SamplingOptions(**sampling)
+        sequences = len(input_ids) * samples
+        _check_counts(max_new_tokens, samples, logprobs, seeds, sequences, generator)
         if attention_mask is not None:
             check_attention_mask(attention_mask, input_ids)
-        draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        return _stream(inference_view(self), input_ids, max_new_tokens, draw, eos_token_id, attention_mask, state)
+        if seeds is None:
+            uniform = device_uniform(sequences, input_ids.device, generator)
+        else:
+            uniform = RowGenerators.of_seeds(seeds)
+        penalties = _penalties(options, input_ids, attention_mask, samples, self.vocab_size)
+        sampler = Sampler([options] * sequences, uniform, penalties)
+
+        def draw(logits: Tensor) -> Draw:
+            return sampler(logits, logprobs)
+
+        model = inference_view(self)
+        return _draws(model, input_ids, max_new_tokens, samples, draw, eos_token_id, attention_mask, state)
 
 
 @torch.inference_mode()
-def _stream(
+def _draws(
     model: StreamingModel[State],
     input_ids: Tensor,
     max_new_tokens: int,
-    draw: Callable[[Tensor], Tensor],
+    samples: int,
+    sampler: Callable[[Tensor], Draw],
     eos_token_id: int | None,
     attention_mask: Tensor | None,
     state: State | None,
-) -> Iterator[Tensor]:
-    """Yield the tokens of ``stream`` from a model in evaluation mode, with options in range.
+) -> Iterator[Draw]:
+    """Yield the draws of ``draws`` from a model in evaluation mode, with options in range.
 
-    ``draw`` maps logits (B, V) to a token of every row (B,).
+    ``sampler`` maps logits (B * samples, V) to a token of every row.
     """
     hidden, state = _prefill(model, input_ids, attention_mask, state)
+    if samples > 1:
+        hidden, state = hidden.repeat_interleave(samples, dim=0), state.repeat(samples)
     step, logits = _stepper(model, state, max_new_tokens), at_least_float32(model.logits(hidden))
-    done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    done = torch.zeros(len(hidden), dtype=torch.bool, device=input_ids.device)
     largest = logits.amax(-1)
     for remaining in range(max_new_tokens, 0, -1):
-        token = draw(logits)
+        draw = sampler(logits)
         if logits.is_cuda:  # once not finite, always not finite
             largest = largest + logits.amax(-1)
         if eos_token_id is not None:
-            token = torch.where(done, eos_token_id, token)
-            done = done | (token == eos_token_id)
-        yield token
+            draw = draw._replace(token=torch.where(done, eos_token_id, draw.token))
+            done = done | (draw.token == eos_token_id)
+        yield draw
         if remaining == 1 or (eos_token_id is not None and done.all()):
-            _check_finite(largest)
+            check_finite(largest)
             return
-        logits = step(token)
+        logits = step(draw.token)
 
 
 def sample(
@@ -147,39 +183,8 @@ def sample(
     Raises:
         ResolventError: the largest logit of a row is not finite. On CUDA, this is not checked at temperature 0.
     """
-    logits = at_least_float32(logits)
-    largest = logits.amax(-1, keepdim=True)
-    if not (logits.is_cuda and temperature == 0):
-        _check_finite(largest)
-    if temperature == 0:
-        return logits.argmax(-1)
-    # The temperature stays within the normal numbers of the dtype: 0 / 0 and -inf / inf are no logits.
-    limits = torch.finfo(logits.dtype)
-    logits = (logits - largest) / min(max(temperature, limits.tiny), limits.max)
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, index = logits.sort(descending=True)
-        probability = ordered.softmax(-1)
-        beyond = prefix_sum(probability) - probability >= top_p
-        beyond[:, 0] = False  # top_p may round to 0 in the dtype of the logits
-        logits = logits.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf)
-    if generator is None and logits.is_cuda:
-        with CAPTURING:  # a capture in another thread uses the generator of the device
-            return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
-    device = generator.device if generator is not None else logits.device
-    return torch.multinomial(logits.softmax(-1).to(device), 1, generator=generator).squeeze(-1).to(logits.device)
-
-
-def _check_finite(largest: Tensor) -> None:
-    """Raise a ResolventError unless the largest logit of every row, (B,) or (B, 1), is finite."""
-    if not (finite := largest.flatten().isfinite()).all():
-        row = int((~finite).nonzero()[0])
-        raise ResolventError(
-            f"the largest logit of row {row} is {largest.flatten()[row]}: the weights or the state are not finite, or "
-            "every token is excluded; load weights from before a divergence"
-        )
+    options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p)
+    return Sampler([options] * len(logits), device_uniform(len(logits), logits.device, generator), None)(logits).token
 
 
 def _prefill(
@@ -216,12 +221,37 @@ def _stepper(model: StreamingModel[State], state: State, tokens: int) -> Callabl
     return step
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _penalties(
+    options: SamplingOptions, input_ids: Tensor, mask: Tensor | None, samples: int, vocab_size: int
+) -> Penalties | None:
+    """Return the penalties of ``samples`` sequences per prompt, (B, N); None where the options have none."""
+    if not options.penalises:
+        return None
+    kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    prompts = [ids[keep] for ids, keep in zip(input_ids, kept, strict=True) for _ in range(samples)]
+    return Penalties([options] * len(prompts), prompts, vocab_size, input_ids.device)
+
+
+def _check_counts(
+    max_new_tokens: int,
+    samples: int,
+    logprobs: int | None,
+    seeds: Sequence[int] | None,
+    sequences: int,
+    generator: torch.Generator | None,
+) -> None:
+    """Raise a ValueError unless the numbers of tokens, samples and seeds are in range and fit each other."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be >= 0 and finite, got {temperature}")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k must be an integer >= 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if samples < 1:
+        raise ValueError(f"samples must be >= 1, got {samples}")
+    if logprobs is not None and logprobs < 0:
+        raise ValueError(f"logprobs must be >= 0, got {logprobs}")
+    if seeds is None:
+        return
+    if generator is not None:
+        raise ValueError("seeds and generator are both given; give one source of randomness")
+    if len(seeds) != sequences:
+        raise ValueError(f"seeds must have one seed for each of the {sequences} sequences, got {len(seeds)}")
+    for seed in seeds:
+        check_seed(seed)

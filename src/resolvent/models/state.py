@@ -4,7 +4,7 @@ Shapes: B sequences; the first axis of every tensor of a state counts them.
 """
 
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,9 @@ from ..tensors import read_tensors, write_tensors
 
 _COMPLEX = ":complex"
 """End of the name of a complex tensor in a file, which holds its real and imaginary parts."""
+
+EXTRA = "extra."
+"""Beginning of the names of tensors in a file that are not of the state."""
 
 State = TypeVar("State", bound="ModelState")
 Structure = TypeVar("Structure")
@@ -174,9 +177,19 @@ class ModelState:
         """Repeat every sequence ``times`` in a row, to continue one beginning in several ways."""
         return self.map(lambda x: x.repeat_interleave(times, dim=0))
 
-    def save(self, path: str | Path) -> None:
-        """Write to a safetensors file. Of a link, the target is written."""
-        tensors = {}
+    def save(self, path: str | Path, extra: Mapping[str, Tensor] | None = None) -> None:
+        """Write to a safetensors file. Of a link, the target is written.
+
+        Args:
+            path: the file.
+            extra: more tensors for the file, under names that begin with ``EXTRA``; ``load`` leaves them out.
+
+        Raises:
+            ValueError: a name of ``extra`` begins otherwise.
+        """
+        tensors = dict(extra or {})
+        if wrong := [name for name in tensors if not name.startswith(EXTRA)]:
+            raise ValueError(f"the name of an extra tensor must begin with {EXTRA!r}, got {wrong[0]!r}")
         for name, x in self._tensors().items():
             x = x.detach().resolve_conj()
             tensors[name + _COMPLEX * x.is_complex()] = torch.view_as_real(x) if x.is_complex() else x
@@ -199,7 +212,8 @@ class ModelState:
             count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
             layers = tuple(_assemble(cls.layer_type, tensors, f"layers.{i}") for i in range(count))
             state = cls(tensors["position"], layers).to(device)
-            if unknown := tensors.keys() - state._tensors().keys():
+            own = {name for name in tensors if not name.startswith(EXTRA)}
+            if unknown := own - state._tensors().keys():
                 raise ValueError(
                     f"this release has no {', '.join(sorted(unknown))}, another one wrote it; read the text again"
                 )

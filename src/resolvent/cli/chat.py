@@ -1,0 +1,94 @@
+"""`resolvent chat`."""
+
+import importlib.util
+import secrets
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resolvent.cli.loading import Device, Directory
+from resolvent.runs import load_trained, run_of
+from resolvent.seeds import MOST_SEED
+
+_PROMPT = "> "
+
+
+def chat(
+    directory: Directory,
+    system: Annotated[str, typer.Option(help="What the model is told before.", show_default="nothing")] = "",
+    load: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Go on with a saved conversation.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MOST_SEED, help="Makes the answers repeatable.", show_default="random")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Lower is safer; 0 takes the likeliest token.")] = 0.8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    device: Device = "auto",
+) -> None:
+    """Talk to a model.
+
+    A line is said to the model, whose answer is shown while it is written; /help lists the commands. The state is kept
+    between turns: a turn costs its own tokens, however long the conversation. /save writes it to a file, and /load goes
+    on from there. Where standard input is no terminal, every line of it is said.
+
+    A model answers as well as it was taught to. Its chat template is taken from the run folder (chat_template.jinja or
+    tokenizer_config.json); without one, lines that name the speakers stand between the turns.
+
+    Example: [bold]resolvent chat runs/tiny --temperature 0.7[/bold]
+    """
+    if not temperature < float("inf"):
+        raise typer.BadParameter(f"{temperature} is not in the range 0<=x<inf.", param_hint="--temperature")
+    model, tokenizer = load_trained(directory, device)
+    from resolvent.models.sampling import SamplingOptions
+    from resolvent.serving.chat import Chat
+    from resolvent.serving.chat_template import ChatTemplate
+    from resolvent.serving.conversation import Conversation
+
+    conversation = Conversation(
+        model,
+        tokenizer,
+        ChatTemplate.load(run_of(directory), tokenizer),
+        seed=secrets.randbelow(MOST_SEED) if seed is None else seed,
+        options=SamplingOptions(temperature=temperature),
+        max_tokens=max_tokens,
+    )
+    if system:
+        conversation.set_system(system)
+    if load is not None:
+        conversation.load(load)
+    chat = Chat(conversation)
+    for line in _lines():
+        _show(chat.respond(line))
+        if chat.over:
+            return
+
+
+def _lines() -> Iterator[str]:
+    """Yield what the user types, line by line, or the lines of standard input."""
+    if not sys.stdin.isatty():
+        yield from (line.decode("utf-8", "replace") for line in sys.stdin.buffer)
+        return
+    if importlib.util.find_spec("readline") is not None:  # Windows has none
+        importlib.import_module("readline")
+    with suppress(EOFError):
+        while True:
+            yield input(_PROMPT)
+    print()
+
+
+def _show(pieces: Generator[str, None, None]) -> None:
+    """Print an answer while it is written; Ctrl-C ends it. A terminal obeys none of it."""
+    from resolvent.terminal import for_terminal
+
+    try:
+        for piece in pieces:
+            sys.stdout.buffer.write(for_terminal(piece, sys.stdout).encode())
+            sys.stdout.buffer.flush()
+    except KeyboardInterrupt:
+        pieces.close()
+        print()

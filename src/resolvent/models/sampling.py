@@ -1,0 +1,359 @@
+"""Sampling: from the logits of B sequences to a token of each, by options and random numbers of its own.
+
+Every step works row by row in float64: a sequence in a batch draws the token that it would draw alone, as far as its
+logits are the same.
+
+Shapes: B sequences, V vocabulary, K likeliest tokens.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ResolventError
+from ..ops.precision import at_least_float32
+from ..ops.prefix_sum import prefix_sum
+from .decoding import CAPTURING
+
+_MOST_PENALTY = 2.0
+"""Largest presence and frequency penalty, and the negative of the smallest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """Options of one sequence, in the order in which they apply.
+
+    Attributes:
+        repetition_penalty: divisor of the positive logits, and factor of the negative ones, of all tokens in prompt
+            and answer; 1 changes nothing.
+        presence_penalty: subtracted from the logits of all tokens in the answer, from -2 to 2.
+        frequency_penalty: subtracted from the logit of a token once for every time it is in the answer, from -2 to 2.
+        temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
+        top_k: sample from the k likeliest tokens only, and from those that are as likely as the k-th.
+        top_p: sample from the smallest set of tokens that has this probability, at least one.
+        min_p: sample from tokens that have at least this fraction of the likeliest token's probability.
+    """
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError if an option is out of range."""
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be >= 0 and finite, got {self.temperature}")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k must be an integer >= 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be > 0 and finite, got {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -_MOST_PENALTY <= (value := getattr(self, name)) <= _MOST_PENALTY:
+                raise ValueError(f"{name} must be from {-_MOST_PENALTY:g} to {_MOST_PENALTY:g}, got {value}")
+
+    @property
+    def penalises(self) -> bool:
+        """A penalty changes logits."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+class Draw(NamedTuple):
+    """Tokens drawn for B sequences.
+
+    Attributes:
+        token: int64 (B,).
+        logprob: log probability of each token in the model's distribution, before penalties and temperature, float32
+            (B,); None where not asked for.
+        top_tokens: the K likeliest tokens in that distribution, the likeliest first, int64 (B, K); None where not asked
+            for.
+        top_logprobs: their log probabilities, float32 (B, K).
+    """
+
+    token: Tensor
+    logprob: Tensor | None = None
+    top_tokens: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+
+class RowGenerators:
+    """Sources of randomness of B sequences: the numbers of a sequence depend on its seed alone."""
+
+    def __init__(self, generators: Sequence[np.random.Generator]) -> None:
+        self._generators = list(generators)
+
+    @classmethod
+    def of_seeds(cls, seeds: Sequence[int]) -> Self:
+        """Return one generator per seed, each an integer from 0 to 2**63 - 1."""
+        return cls([np.random.Generator(np.random.PCG64(seed)) for seed in seeds])
+
+    def __call__(self) -> Tensor:
+        """Return the next number of every sequence, float64 (B,) in [0, 1) on the CPU."""
+        return torch.tensor([generator.random() for generator in self._generators], dtype=torch.float64)
+
+    def __getitem__(self, rows: Sequence[int]) -> Self:
+        """Return the generators of some sequences."""
+        return type(self)([self._generators[row] for row in rows])
+
+    @classmethod
+    def cat(cls, parts: Sequence["RowGenerators"]) -> Self:
+        """Join the generators of several batches, in order."""
+        return cls([generator for part in parts for generator in part._generators])
+
+
+class Penalties:
+    """Penalties of B sequences, with the tokens that they look at.
+
+    Args:
+        options: options of each sequence.
+        prompts: tokens before the answer that the repetition penalty sees, int64 (N,) per sequence.
+        vocab_size: number of tokens V.
+        device: device of the logits.
+    """
+
+    def __init__(
+        self, options: Sequence[SamplingOptions], prompts: Sequence[Tensor], vocab_size: int, device: torch.device
+    ) -> None:
+        column = lambda values: torch.tensor(values, dtype=torch.float64, device=device)[:, None]  # noqa: E731
+        self._repetition = column([o.repetition_penalty for o in options])
+        self._presence = column([o.presence_penalty for o in options])
+        self._frequency = column([o.frequency_penalty for o in options])
+        self._in_prompt = torch.zeros(len(options), vocab_size, dtype=torch.bool, device=device)
+        for seen, prompt in zip(self._in_prompt, prompts, strict=True):
+            seen[prompt.to(device)] = True
+        self._counts = torch.zeros(len(options), vocab_size, dtype=torch.int32, device=device)
+
+    def __getitem__(self, rows: Sequence[int]) -> Self:
+        """Return the penalties of some sequences."""
+        return self._of(lambda x: x[list(rows)])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """Join the penalties of several batches, in order."""
+        others = [iter(vars(part).values()) for part in parts[1:]]
+        return parts[0]._of(lambda x: torch.cat([x, *map(next, others)]))
+
+    def _of(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return a copy with a function applied to each tensor, in the order of the attributes."""
+        copied = object.__new__(type(self))
+        vars(copied).update({name: function(x) for name, x in vars(self).items()})
+        return copied
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Return logits (B, V) with the penalties of what was drawn so far."""
+        drawn = self._counts > 0
+        scaled = torch.where(logits > 0, logits / self._repetition, logits * self._repetition)
+        logits = torch.where(drawn | self._in_prompt, scaled, logits)
+        return logits - self._presence * drawn - self._frequency * self._counts
+
+    def count(self, token: Tensor) -> None:
+        """Count a drawn token of every sequence, int64 (B,)."""
+        self._counts.scatter_add_(1, token[:, None], torch.ones_like(token[:, None], dtype=torch.int32))
+
+
+class _Rows(NamedTuple):
+    """Rows of a batch that have an option: their indices, int64 (b,), and its values, (b, 1)."""
+
+    index: Tensor
+    values: Tensor
+
+
+class Filters:
+    """Temperature, top_k, top_p and min_p of B sequences.
+
+    Args:
+        options: options of each sequence, whose temperature is not 0.
+        vocab_size: number of tokens V.
+        device: device of the logits.
+    """
+
+    def __init__(self, options: Sequence[SamplingOptions], vocab_size: int, device: torch.device) -> None:
+        def rows(values: Sequence[float | int | None], dtype: torch.dtype = torch.float64) -> _Rows | None:
+            """Return the rows whose value is not None; None if there are none."""
+            index = [row for row, value in enumerate(values) if value is not None]
+            chosen = torch.tensor([values[row] for row in index], dtype=dtype, device=device)
+            return _Rows(torch.tensor(index, device=device), chosen[:, None]) if index else None
+
+        # The temperature stays within the normal numbers of the dtype: 0 / 0 and -inf / inf are no logits.
+        limits = torch.finfo(torch.float64)
+        temperatures = [min(max(o.temperature, limits.tiny), limits.max) for o in options]
+        self._temperature = torch.tensor(temperatures, dtype=torch.float64, device=device)[:, None]
+        top_ks = [o.top_k if o.top_k is not None and o.top_k < vocab_size else None for o in options]
+        self._most, self._top_k = max([k for k in top_ks if k is not None], default=0), rows(top_ks, torch.int64)
+        self._top_p = rows([o.top_p if o.top_p is not None and o.top_p < 1 else None for o in options])
+        self._least = rows([math.log(o.min_p) if o.min_p else None for o in options])
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return logits, float64 (B, V), that are -inf for tokens that are no choice."""
+        logits = (logits - logits.amax(-1, keepdim=True)) / self._temperature
+        if self._top_k is not None:
+            logits = _replaced(logits, self._top_k, self._within_top_k)
+        if self._top_p is not None:
+            logits = _replaced(logits, self._top_p, _within_top_p)
+        if self._least is not None:
+            logits = _replaced(logits, self._least, lambda x, least: x.masked_fill(x < least, -torch.inf))
+        return logits
+
+    def _within_top_k(self, logits: Tensor, top_k: Tensor) -> Tensor:
+        """Exclude tokens less likely than number ``top_k``, (B, 1)."""
+        least = logits.topk(self._most).values.gather(-1, top_k - 1)
+        return logits.masked_fill(logits < least, -torch.inf)
+
+
+def _replaced(logits: Tensor, rows: _Rows, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return logits (B, V) with a function of some rows and their values in the place of these rows."""
+    return logits.index_copy(0, rows.index, function(logits[rows.index], rows.values))
+
+
+class Sampler:
+    """Sampler of B sequences.
+
+    Args:
+        options: options of each sequence.
+        uniform: returns a random number in [0, 1) for every sequence, float64 (B,), call after call.
+        penalties: penalties of the sequences whose options penalise, in order; None where there are none.
+    """
+
+    def __init__(
+        self, options: Sequence[SamplingOptions], uniform: Callable[[], Tensor], penalties: Penalties | None
+    ) -> None:
+        self._options, self._uniform, self._penalties = list(options), uniform, penalties
+        self._drawing = [row for row, o in enumerate(options) if o.temperature > 0]
+        self._penalised = [row for row, o in enumerate(options) if o.penalises]
+        self._filters: Filters | None = None  # made with the first logits, on their device
+
+    def __call__(self, logits: Tensor, top: int | None = None) -> Draw:
+        """Draw a token of every sequence.
+
+        Args:
+            logits: float (B, V); -inf for tokens that are excluded.
+            top: number of likeliest tokens whose log probabilities are returned, beside that of the drawn token; None
+                returns none.
+
+        Raises:
+            ResolventError: the largest logit of a sequence is not finite. On CUDA, this is not checked where all
+                temperatures are 0.
+        """
+        logits = at_least_float32(logits)
+        if not (logits.is_cuda and not self._drawing):
+            check_finite(logits.amax(-1))
+        adjusted, rows = logits, None
+        if self._penalties is not None:
+            rows = torch.tensor(self._penalised, device=logits.device)
+            adjusted = logits.double().index_copy(0, rows, self._penalties.apply(logits[rows].double()))
+        token = adjusted.argmax(-1) if len(self._drawing) < len(self._options) else None
+        if self._drawing:
+            token = self._draw(adjusted, token)
+        assert token is not None
+        if self._penalties is not None and rows is not None:
+            self._penalties.count(token[rows])
+        return Draw(token) if top is None else with_logprobs(logits, token, top)
+
+    def _draw(self, logits: Tensor, likeliest: Tensor | None) -> Tensor:
+        """Return tokens (B,): drawn where the temperature is > 0, ``likeliest`` elsewhere."""
+        uniform = self._uniform().to(logits.device)
+        if self._filters is None:
+            options = [self._options[row] for row in self._drawing]
+            self._filters = Filters(options, logits.shape[-1], logits.device)
+        if likeliest is None:
+            return _inverse(self._filters(logits.double()), uniform)
+        rows = torch.tensor(self._drawing, device=logits.device)
+        return likeliest.index_copy(0, rows, _inverse(self._filters(logits[rows].double()), uniform[rows]))
+
+
+class RowSampler(Sampler):
+    """Sampler of B sequences with a source of randomness each, which join and leave a batch between two draws.
+
+    Args:
+        options: options of each sequence.
+        generators: sources of randomness of the sequences.
+        penalties: penalties of the sequences whose options penalise, in order; None where there are none.
+    """
+
+    def __init__(
+        self, options: Sequence[SamplingOptions], generators: RowGenerators, penalties: Penalties | None
+    ) -> None:
+        super().__init__(options, generators, penalties)
+        self._generators = generators
+
+    def __getitem__(self, rows: Sequence[int]) -> Self:
+        """Return the sampler of some sequences, in the order asked for."""
+        kept = [self._penalised.index(row) for row in rows if row in self._penalised]
+        penalties = None if self._penalties is None or not kept else self._penalties[kept]
+        return type(self)([self._options[row] for row in rows], self._generators[rows], penalties)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """Join the sequences of several samplers into one sampler, in order."""
+        penalties = [part._penalties for part in parts if part._penalties is not None]
+        return cls(
+            [option for part in parts for option in part._options],
+            RowGenerators.cat([part._generators for part in parts]),
+            Penalties.cat(penalties) if penalties else None,
+        )
+
+
+def device_uniform(sequences: int, device: torch.device, generator: torch.Generator | None) -> Callable[[], Tensor]:
+    """Return a source of random numbers for all sequences together, from one generator.
+
+    Args:
+        sequences: number of sequences B.
+        device: device of the logits, whose global generator is the default.
+        generator: the generator, on any device.
+    """
+
+    def uniform() -> Tensor:
+        if generator is not None:
+            return torch.rand(sequences, dtype=torch.float64, generator=generator, device=generator.device)
+        if device.type != "cuda":
+            return torch.rand(sequences, dtype=torch.float64, device=device)
+        with CAPTURING:  # a capture in another thread uses the generator of the device
+            return torch.rand(sequences, dtype=torch.float64, device=device)
+
+    return uniform
+
+
+def with_logprobs(logits: Tensor, token: Tensor, top: int) -> Draw:
+    """Return tokens (B,) with their log probabilities, and the ``top`` likeliest tokens with theirs."""
+    logprobs = at_least_float32(logits).log_softmax(-1)
+    likeliest = logprobs.topk(min(top, logprobs.shape[-1]))
+    return Draw(token, logprobs.gather(-1, token[:, None])[:, 0], likeliest.indices, likeliest.values)
+
+
+def check_finite(largest: Tensor) -> None:
+    """Raise a ResolventError unless the largest logit of every row, (B,), is finite."""
+    if not (finite := largest.isfinite()).all():
+        row = int((~finite).nonzero()[0])
+        raise ResolventError(
+            f"the largest logit of row {row} is {largest[row]}: the weights or the state are not finite, or "
+            "every token is excluded; load weights from before a divergence"
+        )
+
+
+def _within_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
+    """Exclude tokens outside the smallest set with probability ``top_p``, (B, 1), from logits (B, V)."""
+    ordered, index = logits.sort(descending=True)
+    probability = ordered.softmax(-1)
+    beyond = prefix_sum(probability) - probability >= top_p
+    beyond[:, 0] = False
+    return logits.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf)
+
+
+def _inverse(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Invert the cumulative distribution of logits (B, V) at numbers in [0, 1), (B,): the token of each row (B,)."""
+    cumulative = prefix_sum((logits - logits.amax(-1, keepdim=True)).exp())
+    total = cumulative[:, -1:]
+    # The product may round up to the total, which no sum exceeds.
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]

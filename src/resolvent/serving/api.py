@@ -1,0 +1,396 @@
+"""HTTP server with the OpenAI API: completions and chat, streamed or not; health and metrics."""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from tokenizers import Tokenizer
+
+from ..data import encode_documents
+from ..errors import ResolventError
+from .answers import Answers, Mailbox
+from .chat_template import ChatTemplate
+from .engine import Engine, Request
+from .errors import ApiError, api_error
+from .metrics import CONTENT_TYPE, Metrics
+from .replies import ChatReply, CompletionReply
+from .schemas import ChatBody, CompletionBody
+
+_log = logging.getLogger(__name__)
+
+_MOST_DISCARDED = 1 << 28
+"""Bytes of a body that is too long which are read before the answer: a client that still writes hears nothing."""
+_BODY_SECONDS = 60
+_GONE = 499
+"""Status in the metrics of requests whose client has gone."""
+
+Body = TypeVar("Body", CompletionBody, ChatBody)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Limits of a request.
+
+    Attributes:
+        prompt_tokens: largest number of tokens of a prompt.
+        new_tokens: largest number of tokens of an answer.
+        seconds: time for the answers.
+    """
+
+    prompt_tokens: int = 131_072
+    new_tokens: int = 4096
+    seconds: float = 600.0
+
+    @property
+    def body_bytes(self) -> int:
+        """Largest size of a body: a token of text has few bytes."""
+        return 16 * self.prompt_tokens + (1 << 16)
+
+
+class Service:
+    """Endpoints of one model.
+
+    Args:
+        engine: the engine; it starts and closes with the application.
+        tokenizer: the tokenizer.
+        template: the chat template.
+        name: name of the model.
+        limits: limits of a request.
+        keys: API keys; None lets everybody in who names the server by an address of ``hosts``.
+        hosts: names of the server without a key: web pages that reach it under another name are refused.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        name: str,
+        *,
+        limits: Limits,
+        keys: Sequence[str] | None,
+        hosts: Sequence[str] = ("localhost", "127.0.0.1", "::1"),
+    ) -> None:
+        self._engine, self._tokenizer, self._template, self.name = engine, tokenizer, template, name
+        self._limits, self._metrics, self._created = limits, Metrics(engine), int(time.time())
+        self._keys, self._hosts = keys, hosts
+
+    def application(self) -> ASGIApp:
+        """Return the ASGI application."""
+        routes = [
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+        ]
+        app = Starlette(
+            routes=routes,
+            lifespan=self._lifespan,
+            exception_handlers={
+                HTTPException: _http_error,
+                **dict.fromkeys((ApiError, ValidationError, ResolventError, Exception), _error),
+            },
+        )
+        paths = {route.path for route in routes}
+        return _Counted(_Guard(app, self._keys, self._hosts), self._metrics, paths)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Run the engine as long as the application."""
+        self._mailbox = Mailbox(asyncio.get_running_loop())
+        self._engine.start()
+        try:
+            yield
+        finally:
+            await run_in_threadpool(self._engine.close)
+
+    async def models(self, request: HttpRequest) -> Response:
+        """List the one model."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: HttpRequest) -> Response:
+        """Describe a model by name."""
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model())
+
+    async def health(self, request: HttpRequest) -> Response:
+        """Say whether the engine runs."""
+        alive = self._engine.alive
+        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+
+    async def metrics(self, request: HttpRequest) -> Response:
+        """Return the metrics."""
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+
+    async def completions(self, request: HttpRequest) -> Response:
+        """Continue texts."""
+        body = await self._body(request, CompletionBody)
+        prompts = await run_in_threadpool(self._prompts, body.prompts)
+        return await self._reply(request, body, prompts, body.max_tokens, body.logprobs, body.stop)
+
+    async def chat(self, request: HttpRequest) -> Response:
+        """Answer in a conversation."""
+        body = await self._body(request, ChatBody)
+        messages = [message.message() for message in body.messages]
+        prompt = await run_in_threadpool(lambda: self._template.encode(self._template.render(messages)))
+        most = body.max_completion_tokens or body.max_tokens or self._limits.new_tokens
+        logprobs = body.top_logprobs or 0 if body.logprobs else None
+        stop = [*body.stop, *self._template.stop]
+        return await self._reply(request, body, [self._checked(prompt)], most, logprobs, stop)
+
+    async def _reply(
+        self,
+        request: HttpRequest,
+        body: CompletionBody | ChatBody,
+        prompts: list[np.ndarray],
+        max_tokens: int,
+        logprobs: int | None,
+        stop: list[str],
+    ) -> Response:
+        """Submit the prompts, and return the answers or a stream of them."""
+        if max_tokens > (most := self._limits.new_tokens):
+            raise ApiError(400, f"max_tokens must be at most {most}, got {max_tokens}", param="max_tokens")
+        try:
+            options, seeds = body.sampling(), body.seeds(len(prompts))
+        except ValueError as error:
+            raise ApiError(400, str(error), param=str(error).partition(" ")[0], code="invalid_value") from error
+        requests = [
+            Request(
+                tokens=prompt,
+                max_tokens=max_tokens,
+                options=options,
+                seeds=own,
+                ends=self._template.ends,
+                logprobs=logprobs,
+                seconds=self._limits.seconds,
+            )
+            for prompt, own in zip(prompts, seeds, strict=True)
+        ]
+        answers = Answers(self._engine, self._mailbox, self._metrics, self._tokenizer, requests, stop)
+        reply = (ChatReply if isinstance(body, ChatBody) else CompletionReply)(self.name)
+        if body.stream:
+            return _Stream(_chunks(answers, reply, body.stream_options.include_usage), answers)
+        with answers:
+            whole = await _unless_gone(request, _whole(answers, reply))
+        return Response(status_code=_GONE) if whole is None else JSONResponse(whole)
+
+    async def _body(self, request: HttpRequest, schema: type[Body]) -> Body:
+        """Read and check the body of a request.
+
+        Raises:
+            ApiError: it is too long, of another type or for another model.
+            ValidationError: it is not valid.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, f"the Content-Type must be application/json, got {kind!r}", code="unsupported_type")
+        body = schema.model_validate_json(await self._content(request))
+        self._check_model(body.model)
+        return body
+
+    async def _content(self, request: HttpRequest) -> bytes:
+        content, length, most = bytearray(), 0, self._limits.body_bytes
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                async for part in request.stream():
+                    length += len(part)
+                    if length <= most:
+                        content += part
+                    if length > _MOST_DISCARDED:
+                        break
+        except TimeoutError as error:
+            raise ApiError(408, f"the body did not arrive within {_BODY_SECONDS} s", code="timeout") from error
+        if length > most:
+            raise ApiError(413, f"the body is longer than {most:,} bytes; shorten the prompt", code="body_too_large")
+        return bytes(content)
+
+    def _prompts(self, prompts: list[str] | list[list[int]]) -> list[np.ndarray]:
+        """Return the tokens of prompts; a text begins as a document does."""
+        encoded = [
+            encode_documents([prompt], self._tokenizer).tokens[:-1] if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+        return [self._checked(prompt) for prompt in encoded]
+
+    def _checked(self, prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the tokens of a prompt as an array.
+
+        Raises:
+            ApiError: there are none, too many, or some that the vocabulary lacks.
+        """
+        if not len(prompt):
+            raise ApiError(400, "the prompt has no token; give at least one", param="prompt")
+        if len(prompt) > (most := self._limits.prompt_tokens):
+            raise ApiError(
+                400,
+                f"the prompt has {len(prompt):,} tokens, more than {most:,}; shorten it",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        size = self._tokenizer.get_vocab_size()
+        if wrong := [token for token in (min(prompt), max(prompt)) if not 0 <= token < size]:
+            raise ApiError(400, f"token {wrong[0]} is outside the vocabulary (0..{size - 1})", param="prompt")
+        return np.asarray(prompt, np.int64)
+
+    def _check_model(self, name: str) -> None:
+        if name != self.name:
+            raise ApiError(
+                404,
+                f"there is no model {name!r}; this server has {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self._created, "owned_by": "resolvent"}
+
+
+async def _whole(answers: Answers, reply: CompletionReply) -> dict[str, Any]:
+    """Return the reply with all answers, once they are complete."""
+    texts = [""] * len(answers.answers)
+    async for number, _, text in answers.pieces():
+        texts[number] += text
+    return reply.whole(answers.answers, texts, answers.usage())
+
+
+async def _chunks(answers: Answers, reply: CompletionReply, usage: bool) -> AsyncIterator[bytes]:
+    """Yield the events of a stream; an error ends it, as an event of its own."""
+    try:
+        for number in range(len(answers.answers)):
+            if opening := reply.opening(number):
+                yield _event(opening)
+        async for number, answer, text in answers.pieces():
+            if text or answer.finish is not None:
+                yield _event(reply.chunk(number, answer, text))
+        if usage:
+            yield _event(reply.usage(answers.usage()))
+        yield b"data: [DONE]\n\n"
+    except Exception as error:  # the status has been sent
+        yield _event(_logged(error).body())
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
+class _Stream(StreamingResponse):
+    """Stream of answers, whose places are free when it ends, however that happens."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], answers: Answers) -> None:
+        super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._answers:
+            await super().__call__(scope, receive, send)
+
+
+async def _unless_gone(request: HttpRequest, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the result of ``work``; None as soon as the client has gone."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return await tasks[0] if tasks[0] in done else None
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _http_error(request: HttpRequest, error: Exception) -> Response:
+    """Return an error of the routes."""
+    assert isinstance(error, HTTPException)
+    told = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse(ApiError(error.status_code, told).body(), error.status_code, headers=error.headers)
+
+
+async def _error(request: HttpRequest, error: Exception) -> Response:
+    told = _logged(error)
+    headers = {"Retry-After": "1"} if told.status == 503 else None
+    return JSONResponse(told.body(), told.status, headers=headers)
+
+
+def _logged(error: Exception) -> ApiError:
+    """Return the error that a client gets, and log what is no fault of a client."""
+    told = api_error(error)
+    if told.status == 500:
+        _log.error("a request failed", exc_info=error)
+    return told
+
+
+class _Guard:
+    """Lets only clients with a key use the API or, without keys, only clients that name the server by its address."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str] | None, hosts: Sequence[str]) -> None:
+        self._app, self._hosts = app, hosts
+        self._keys = None if keys is None else [f"Bearer {key}".encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = self._error(scope) if scope["type"] == "http" else None
+        if error is not None:
+            await JSONResponse(error.body(), error.status)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _error(self, scope: Scope) -> ApiError | None:
+        headers = Headers(scope=scope)
+        if self._keys is None:
+            name = _host_name(headers.get("host", ""))
+            if name in self._hosts:
+                return None
+            return ApiError(
+                403, f"the server is not known as {name!r}: it answers at {self._hosts[0]}", code="wrong_host"
+            )
+        if not scope["path"].startswith("/v1/"):
+            return None
+        given = headers.get("authorization", "").encode()
+        if any([hmac.compare_digest(given, key) for key in self._keys]):  # all of them: time tells nothing
+            return None
+        return ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key")
+
+
+def _host_name(host: str) -> str:
+    """Return the name in a Host header, without port and brackets."""
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0].lower()
+
+
+class _Counted:
+    """Counts requests by path and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: set[str]) -> None:
+        self._app, self._metrics, self._paths = app, metrics, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"] if scope["path"] in self._paths else "other"
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.requests.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        await self._app(scope, receive, counted)
