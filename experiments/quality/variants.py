@@ -89,6 +89,9 @@ OPTIONS = {
     "gated-ffn": Switch("SwiGLU instead of Linear, GELU, Linear", {"ffn_gated": False}),
     "scale": Switch("tokens enter at the size of what blocks add", {"embedding_scale": 1.0}),
     "snr-training": Switch("the SNR filter's strength is trained", {"snr_trained": False}),
+    "base-decay": Switch(
+        "the slowest head starts at 1 % per token, instead of 0.015 %", {"base_decay": 1.5e-4, "least_decay": 1e-4}
+    ),
     "reach": Switch("a least decay of 0.01 % per token, instead of 1 %", {"base_decay": 0.015, "least_decay": 0.01}),
 }
 """Further switches, which the report does not name."""
