@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from experiments.quality import language, models, mqar, needle, report, results, variants
+from experiments.quality import language, models, mqar, needle, report, results, tracking, variants
 from experiments.quality.training import Clock, Mode, OutOfTimeError
 from resolvent.evaluation.needle import NEAREST
 
@@ -24,7 +24,12 @@ console = Console(stderr=True)
 
 _RECALL_RATES = ",".join(f"{rate:.3g}" for rate in mqar.LEARNING_RATES)
 
-GROUPS = {"peers": (*models.PEERS, "phase2"), "ablation": variants.ABLATION, "mixers": (*mqar.MIXERS, "phase2")}
+GROUPS = {
+    "peers": (*models.PEERS, "phase2"),
+    "ablation": variants.ABLATION,
+    "mixers": (*mqar.MIXERS, "phase2"),
+    "rotations": tracking.MODELS,
+}
 """Names that stand for several models."""
 
 Models = Annotated[str, typer.Option(help=f"Names, parted by commas; {', '.join(GROUPS)} stand for several.")]
@@ -172,6 +177,37 @@ def learn_recall(
             def experiment(name: str, width: int = width, count: int = count) -> mqar.Experiment:
                 entry = mqar.build(name, width, count, plan.vocabulary, device)
                 return mqar.Experiment(entry, plan, mode, data)
+
+            for name in expand(names):
+                run_all(jobs, name, experiment, clock)
+
+
+@app.command("tracking")
+def learn_tracking(
+    out: Out,
+    commit: Annotated[str, typer.Option(help="Commit of the code, for the records.")],
+    tasks: Annotated[str, typer.Option(help=f"Of {', '.join(tracking.TASKS)}, parted by commas.")] = "parity",
+    names: Annotated[str, typer.Option("--models", help=Models.__metadata__[0].help)] = "rotations",
+    rates: Rates = "3e-3",
+    layers: Annotated[str, typer.Option(help="Numbers of layers, parted by commas.")] = "1",
+    seeds: Seeds = 1,
+    first_seed: FirstSeed = 0,
+    budget_seconds: Budget = 500.0,
+    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = tracking.Plan.steps,
+    longest: Annotated[int, typer.Option(min=3, help="Largest length in training.")] = tracking.Plan.longest,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help=Compile.__metadata__[0].help)] = False,
+    capture: Capture = True,
+) -> None:
+    """Train models to track the state of a group, and test them on longer sequences."""
+    clock, device = Clock.of(budget_seconds), pick_device()
+    mode = mode_for(device, compiled, capture, autocast=False)
+    with until(clock):
+        for task, count in [(task, int(n)) for task in tasks.split(",") for n in layers.split(",")]:
+            plan = tracking.Plan(task, layers=count, steps=steps, longest=longest)
+            jobs = Jobs(out, plan.settings(), rates, range(first_seed, first_seed + seeds), "accuracy", False)
+
+            def experiment(name: str, plan: tracking.Plan = plan) -> tracking.Experiment:
+                return tracking.Experiment(tracking.build(name, plan, device), plan, mode, commit)
 
             for name in expand(names):
                 run_all(jobs, name, experiment, clock)

@@ -214,6 +214,22 @@ def _recall(records: list[Record]) -> list[Table]:
     return [table, _rates_table("accuracy by learning rate", models, "accuracy", 3)]
 
 
+def _tracking(records: list[Record]) -> list[Table]:
+    """Return a table of accuracies by length: the median over the seeds, and every seed."""
+    lengths = list(records[0]["accuracies"])
+    table = _table(_title(records), "model", "lr", "seeds", "not finite", *(f"{length}: median" for length in lengths))
+    for length in lengths:
+        table.add_column(f"{length}: seeds", justify="right")
+    for name, of in sorted(_by_model(records).items()):
+        for rate in sorted({run["learning_rate"] for run in of}):
+            runs = sorted((run for run in of if run["learning_rate"] == rate), key=lambda run: run["seed"])
+            scores = [[run["accuracies"][length] for run in runs] for length in lengths]
+            row = [name, f"{rate:.3g}", str(len(runs)), str(sum(not run["finite"] for run in runs))]
+            row += [f"{statistics.median(values):.3f}" for values in scores]
+            table.add_row(*row, *(" ".join(f"{value:.3f}" for value in values) for values in scores))
+    return [table]
+
+
 class Recalled(NamedTuple):
     """Accuracies of a model of a size at its best learning rate, over seeds."""
 
@@ -315,4 +331,9 @@ def _needle_without(runs: list[Record]) -> list[Table]:
     return [table]
 
 
-_TABLES: dict[str, Callable[[list[Record]], list[Table]]] = {"language": _language, "mqar": _recall, "needle": _needle}
+_TABLES: dict[str, Callable[[list[Record]], list[Table]]] = {
+    "language": _language,
+    "mqar": _recall,
+    "needle": _needle,
+    "tracking": _tracking,
+}

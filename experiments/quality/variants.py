@@ -12,6 +12,8 @@
     phase2/hybrid/window-512     ... over the last 512 tokens
     phase2/hybrid/window-all     ... over all tokens
     phase2/attention             with attention over all tokens in every block
+    phase2/rotation              with rotating memories
+    phase2/rotation-0.1          ... whose projection to angles starts at a tenth of the spread of other projections
 
 BK-Core, Γ in the Hamiltonian and the positions have no switch in the configuration: what leads them to the stream (the
 projection `bk_proj`, the strength κ, the positions' gain) is held at zero instead.
@@ -110,6 +112,8 @@ class Variant:
         attends: ``hybrid`` for attention in every third block, ``attention`` for attention in all.
         window: tokens to which they attend, ``all`` or a number; None for half a training sequence in a hybrid, and for
             all tokens where every block attends.
+        rotation_start: initial standard deviation of the projections to angles, over that of other projections; None
+            for the model's own.
     """
 
     config: dict[str, Any]
@@ -117,6 +121,7 @@ class Variant:
     original: bool = False
     attends: str | None = None
     window: str | None = None
+    rotation_start: float | None = None
 
     def at(self, layers: int, length: int) -> Variant:
         """Return the variant with the blocks that attend in a model of ``layers``, trained on ``length`` tokens.
@@ -152,6 +157,10 @@ class Variant:
             self._share(model, seed)
         for parameter in _ending(model, self.zeros):
             parameter.zero_()
+        if self.rotation_start is not None:
+            for weight in _ending(model, ("hebbian.rotation_proj.weight",)):
+                spread = self.rotation_start * weight.shape[1] ** -0.5
+                weight.copy_(torch.randn(weight.shape, generator=generator) * spread)
 
     def _share(self, model: Phase2IntegratedModel, seed: int) -> None:
         """Take the weights of the unchanged model: a part that is left out would else give all others other draws."""
@@ -185,14 +194,14 @@ def parse_variant(name: str) -> Variant:
     """
     _, *parts = name.split("/")
     off, original, config = set[str](), False, dict[str, Any]()
-    attends = window = None
+    attends = window = rotation_start = None
     for part in parts:
         mechanism = part.removeprefix("no-")
         if part == "bare":
             off |= set(MECHANISMS)
         elif part == "original":
             original = True
-            config = {
+            config |= {
                 "base_decay": 0.015,
                 "least_decay": 0.01,
                 "tie_embeddings": False,
@@ -204,11 +213,14 @@ def parse_variant(name: str) -> Variant:
             attends = part
         elif re.fullmatch(r"window-(all|[1-9]\d*)", part):
             window = part.removeprefix("window-")
+        elif start := re.fullmatch(r"rotation(?:-(\d+(?:\.\d+)?))?", part):
+            config["memory_rotation"] = True
+            rotation_start = None if start[1] is None else float(start[1])
         elif mechanism not in MECHANISMS | OPTIONS:
             known = ", ".join(["bare", "original", *MECHANISMS, *OPTIONS])
             raise ValueError(
                 f"{name}: there is no {part!r}; known are {known}, each but the first two also with no-, hybrid, "
-                "attention, window-all and window-512, say"
+                "attention, window-all and window-512, rotation and rotation-0.1, say"
             )
         elif part == mechanism:
             off.discard(part)
@@ -220,7 +232,7 @@ def parse_variant(name: str) -> Variant:
     for switch in switches:
         config |= switch.config
     zeros = tuple(zero for switch in switches for zero in switch.zeros)
-    return Variant(config, zeros, original, attends, window)
+    return Variant(config, zeros, original, attends, window, rotation_start)
 
 
 def original_initialisation(model: Phase2IntegratedModel, generator: torch.Generator) -> None:

@@ -1,0 +1,230 @@
+"""State tracking: the product of all group elements read so far, at every position.
+
+A token is an element of a group, and the label of a position is the product of the tokens up to it: parity (sums modulo
+2), sums modulo 3 and 5, and the permutations of three elements, which do not commute. Every token is drawn uniformly,
+so every label is uniform and a guess is right once in as many times as the group has elements.
+
+The sequences of a training step have one length, drawn uniformly between ``shortest`` and an end that grows linearly
+to ``longest`` in the first part of training. Accuracy is measured on longer sequences, over their last positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.quality.models import Entry, phase2_state_bytes
+from experiments.quality.training import Clock, Mode, Schedule, Trainer
+from experiments.quality.variants import parse_variant
+from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
+from resolvent.ops import linear_cross_entropy
+
+MODELS = ("phase2", "phase2/rotation")
+_TEST_SEED = 1_000_000
+
+
+# ------------------------------------------------------------------------------------------------------- the tasks
+
+
+def cyclic(order: int) -> Tensor:
+    """Return the table of sums modulo ``order``, int64 (order, order)."""
+    return (torch.arange(order)[:, None] + torch.arange(order)) % order
+
+
+def symmetric(points: int) -> Tensor:
+    """Return the table of permutations in lexicographic order, int64 (G, G): ``table[p, q]`` applies p, and then q."""
+    elements = list(itertools.permutations(range(points)))
+    return torch.tensor([[elements.index(tuple(q[i] for i in p)) for q in elements] for p in elements])
+
+
+TASKS = {"parity": cyclic(2), "mod3": cyclic(3), "mod5": cyclic(5), "s3": symmetric(3)}
+"""Products of two elements, int64 (G, G). Element 0 is the identity."""
+
+
+def products(tokens: Tensor, table: Tensor) -> Tensor:
+    """Return the product of the tokens up to each position, int64 (..., N), for tokens (..., N)."""
+    state, states = torch.zeros_like(tokens[..., 0]), []
+    for token in tokens.unbind(-1):
+        state = table[state, token]
+        states.append(state)
+    return torch.stack(states, dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------------------- a run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings that all runs of a comparison share.
+
+    Attributes:
+        task: one of TASKS.
+        layers: blocks of the model.
+        width: of the residual stream.
+        heads: of every memory, which share the width.
+        steps: of training.
+        batch: sequences of a step.
+        shortest, longest: least and largest length in training.
+        growth: part of training in which the largest length grows.
+        warmup: steps in which the learning rate rises; it falls in a cosine to a hundredth.
+        weight_decay: of matrices.
+        test: lengths of the test sequences.
+        last: positions at the end of a test sequence that count.
+        examples: test sequences of a length.
+    """
+
+    task: str
+    layers: int = 1
+    width: int = 64
+    heads: int = 2
+    steps: int = 3000
+    batch: int = 64
+    shortest: int = 3
+    longest: int = 40
+    growth: float = 0.5
+    warmup: int = 100
+    weight_decay: float = 0.01
+    test: tuple[int, ...] = (40, 128, 256)
+    last: int = 16
+    examples: int = 512
+
+    @property
+    def table(self) -> Tensor:
+        """Products of two elements.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        if self.task not in TASKS:
+            raise ValueError(f"there is no task {self.task!r}; known are {', '.join(TASKS)}")
+        return TASKS[self.task]
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that comparable runs share."""
+        values = dataclasses.asdict(self)
+        return {"task": "tracking", "group": values.pop("task"), **values, "test": list(self.test)}
+
+    def lengths(self, generator: torch.Generator) -> list[int]:
+        """Draw the length of every step."""
+        grown = torch.arange(self.steps, dtype=torch.float64) / max(1.0, self.growth * self.steps)
+        spans = ((self.longest - self.shortest) * grown.clamp(max=1)).floor() + 1
+        drawn = torch.rand(self.steps, generator=generator, dtype=torch.float64) * spans
+        return (self.shortest + drawn.long()).tolist()
+
+    def sequences(self, count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw tokens and their labels, int64 (count, length) each."""
+        tokens = torch.randint(len(self.table), (count, length), generator=generator)
+        return tokens, products(tokens, self.table)
+
+
+def build(name: str, plan: Plan, device: torch.device | str = "cpu") -> Entry:
+    """Build a variant of Phase 2 for the plan, with weights yet to be drawn.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name.partition("/")[0] != "phase2":
+        raise ValueError(f"there is no model {name!r}; known are phase2 and its variants phase2/...")
+    variant = parse_variant(name).at(plan.layers, plan.longest)
+    sizes: dict[str, Any] = dict(
+        vocab_size=len(plan.table),
+        d_model=plan.width,
+        n_layers=plan.layers,
+        n_seq=plan.longest,
+        num_heads=plan.heads,
+        head_dim=plan.width // plan.heads,
+        dropout=0.0,
+    )
+    model = Phase2IntegratedModel(Phase2Config(**(sizes | variant.config)), init=False)
+    variant.hold(model)
+    model.to(device)
+    return Entry(name, model, lambda seed: variant.reset(model, seed), phase2_state_bytes(model, plan.longest))
+
+
+class Experiment:
+    """One entry, prepared once for all seeds and learning rates.
+
+    Args:
+        entry: on the device.
+        plan: its settings.
+        mode: mode of the steps.
+        commit: of the code, for the records.
+    """
+
+    def __init__(self, entry: Entry, plan: Plan, mode: Mode, commit: str) -> None:
+        self.entry, self.plan, self.commit = entry, plan, commit
+        device = next(entry.model.parameters()).device
+        shape = (plan.steps, plan.batch, plan.longest)
+        self.tokens, self.labels = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+        lengths = range(plan.shortest, plan.longest + 1)
+        losses = [lambda step, length=length: self._loss(step, length) for length in lengths]
+        entry.reset(0)
+        self.trainer = Trainer(entry.model, losses, plan.steps, mode, weight_decay=plan.weight_decay)
+
+    @cached_property
+    def seconds(self) -> float:
+        """Approximate duration of a run, without its test."""
+        return self.trainer.seconds(self._draw(0))
+
+    def run(self, learning_rate: float, seed: int, clock: Clock) -> dict[str, Any]:
+        """Train and test; return the results.
+
+        Raises:
+            OutOfTimeError: the run would not end in time.
+        """
+        clock.check(self.seconds)
+        self.entry.reset(seed)
+        torch.manual_seed(seed)
+        kinds = self._draw(seed)
+        self.trainer.start(Schedule(self.plan.steps, self.plan.warmup, 0.01).rates(learning_rate))
+        started = time.perf_counter()
+        finite = self.trainer.advance(kinds, clock)
+        seconds = time.perf_counter() - started
+        accuracies = {str(length): self._accuracy(length) for length in self.plan.test}
+        return {
+            "commit": self.commit,
+            "parameters": self.entry.parameters,
+            "state_bytes": self.entry.state_bytes,
+            "finite": finite,
+            "accuracy": sum(accuracies.values()) / len(accuracies),
+            "accuracies": accuracies,
+            "train_loss": sum(last := self.trainer.losses()[-50:]) / len(last) if finite else None,
+            "seconds": seconds,
+            "device": self.trainer.step.device.type,
+        }
+
+    def _draw(self, seed: int) -> list[int]:
+        """Draw the training sequences of a seed, and return the kind of every step."""
+        generator = torch.Generator().manual_seed(seed)
+        lengths = self.plan.lengths(generator)
+        drawn = self.plan.sequences(self.plan.steps * self.plan.batch, self.plan.longest, generator)
+        for kept, values in zip((self.tokens, self.labels), drawn, strict=True):
+            kept.copy_(values.view_as(kept))
+        return [length - self.plan.shortest for length in lengths]
+
+    def _loss(self, step: Tensor, length: int) -> Tensor:
+        tokens, labels = (x.index_select(0, step)[0, :, :length] for x in (self.tokens, self.labels))
+        hidden, _ = self.entry.model.hidden_states(tokens)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.entry.model.lm_head.weight, labels.flatten())
+
+    @torch.no_grad()
+    def _accuracy(self, length: int) -> float:
+        """Return the part of the last positions whose likeliest label is right; none where the model is not finite."""
+        model, last, right = self.entry.model.eval(), min(self.plan.last, length), 0
+        generator = torch.Generator().manual_seed(_TEST_SEED + length)
+        tokens, labels = self.plan.sequences(self.plan.examples, length, generator)
+        batches = (x.to(self.tokens.device).split(self.plan.batch) for x in (tokens, labels))
+        with self.trainer.evaluating(), torch.compiler.set_stance("force_eager"):
+            for read, wanted in zip(*batches, strict=True):
+                logits = model.lm_head(model.hidden_states(read)[0][:, -last:])
+                right += ((logits.argmax(-1) == wanted[:, -last:]) & logits.isfinite().all(-1)).sum()
+        model.train()
+        return int(right) / (math.prod(labels.shape) // length * last)
