@@ -96,20 +96,31 @@ def test_options_without_effect_are_refused(
     assert outcome.code == 2 and message in words(outcome.err)
 
 
-def test_dry_run_leaves_nothing(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
+def test_dry_run_leaves_only_the_tokens(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
     arguments = ["--data", text_file, "--out", tmp_path / "run", "--steps", 10, "--dry-run", *small]
     outcome = resolvent("train", *arguments, "--json", "-")
     assert outcome.code == 0, outcome.err
     figures = json.loads(outcome.out)
-    assert [*tmp_path.iterdir()] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["token-cache"]
     assert figures["tokens"] == 10 * 2 * 65
     assert figures["passes"] == figures["tokens"] / figures["text_tokens"]
     assert figures["timed_steps"] == 5 and figures["tokens_per_second"] > 0
     assert 257 * 32 == figures["embedding_parameters"] < figures["parameters"]
 
 
+def test_a_run_reads_the_tokens_of_its_dry_run(
+    resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arguments = ["--data", text_file, "--out", tmp_path / "run", "--steps", 1, *small]
+    assert resolvent("train", *arguments, "--dry-run", "--tokens-per-second", 1000).code == 0
+    monkeypatch.setattr("resolvent.data.cache.write_tokens", lambda *_: pytest.fail("tokenized again"))
+    outcome = resolvent("train", *arguments)
+    assert outcome.code == 0, outcome.err
+
+
 def test_dry_run_takes_a_speed(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):
-    arguments = ["--data", text_file, "--steps", 1000, "--final-eval-tokens", 1, "--eval-interval", 0]
+    arguments = ["--data", text_file, "--out", tmp_path / "run", "--steps", 1000]
+    arguments += ["--final-eval-tokens", 1, "--eval-interval", 0]
     outcome = resolvent("train", *arguments, *small, "--dry-run", "--tokens-per-second", 1000)
     assert outcome.code == 0, outcome.err
     assert "Time      2:10 at 1,000 tokens/s, as given" in outcome.out
@@ -124,7 +135,7 @@ def test_learning_rates_are_tried_without_a_run(
     outcome = resolvent("train", *arguments)
     assert outcome.code == 0, outcome.err
     assert "learning rate" in outcome.out and "try --learning-rate" in outcome.out
-    assert [path.name for path in tmp_path.iterdir()] == ["lr.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lr.svg", "token-cache"]
 
 
 def test_a_run_is_plotted(resolvent: Resolvent, text_file: Path, small: list[str], tmp_path: Path):

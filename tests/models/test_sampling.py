@@ -180,7 +180,7 @@ def test_repetition_penalty_does_not_see_padding(model):
         dict(logprobs=-1),
         dict(seeds=[1, 2]),
         dict(seeds=[-1]),
-        dict(seeds=[1], generator=torch.Generator()),
+        pytest.param(dict(seeds=[1], generator=torch.Generator()), id="seeds and generator"),
     ],
     ids=str,
 )

@@ -69,9 +69,13 @@ def test_matches_the_reference_gradients_included(backend, window, groups, fresh
     sources = [*values, *state]
     gradients = torch.autograd.grad((found.float() * weights).sum(), sources)
     exact = torch.autograd.grad((expected * weights).sum(), sources)
+    largest = max(b.double().norm() for b in exact)
     for a, b in zip(gradients, exact, strict=True):
         assert a.isfinite().all()
-        assert relative(a, b) <= 2e-2
+        if b.double().norm() > 1e-9 * largest:
+            assert relative(a, b) <= 2e-2
+        else:  # the softmax over a window of one token is constant: no gradient reaches queries and keys
+            assert window == 1 and a.double().norm() <= 1e-4 * largest
 
 
 @torch.no_grad()

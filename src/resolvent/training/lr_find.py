@@ -70,9 +70,10 @@ class RangeTest:
 
 
 def find_learning_rate(config: TrainingConfig, *, console: Console | None = None) -> RangeTest:
-    """Train from the configuration's weights at rising learning rates until the loss rises. No run folder is made.
+    """Train from the configuration's weights at rising learning rates until the loss rises.
 
-    With Muon, its learning rate rises too, in the ratio to AdamW's that the configuration has.
+    No run folder is made; the cache keeps the tokens for the run. With Muon, its learning rate rises too, in the ratio
+    to AdamW's that the configuration has.
 
     Args:
         config: the run.

@@ -93,7 +93,7 @@ class RunPlan:
 def plan_run(
     config: TrainingConfig, *, tokens_per_second: float | None = None, console: Console | None = None
 ) -> RunPlan:
-    """Work out what a run would take. No run folder is made.
+    """Work out what a run would take. No run folder is made; the cache keeps the tokens for the run.
 
     Args:
         config: the run.
