@@ -32,6 +32,7 @@ def test_all_sections_are_measured_and_written(resolvent: Resolvent, tmp_path: P
         ("operators", "head and loss forward + backward, T100 D32 V257"),
         ("training", "tiny, B1 N100"),
         ("training", "tiny, B1 N100, peak memory"),
+        ("training", "tiny, B1 N100, consolidation"),
         ("memory", "tiny, B1 N256"),
         ("decoding", "tiny, B1, reading 200 tokens"),
         ("decoding", "tiny, B1, generating after 20 tokens"),
@@ -39,7 +40,10 @@ def test_all_sections_are_measured_and_written(resolvent: Resolvent, tmp_path: P
         ("decoding", "tiny, B1, generating, after 200 / after 20"),
         ("serving", "tiny, 3 answers of 6 tokens"),
     ]
-    assert all(row["ours"] > 0 and not row["failures"] for row in figures["rows"])
+    assert not any(row["failures"] for row in figures["rows"])
+    share = figures["rows"][9]["ours"]  # the difference of two speeds, which noise may turn negative
+    assert share < 1
+    assert all(row["ours"] > 0 for row in figures["rows"] if row is not figures["rows"][9])
     errors = [row["error"] for row in figures["rows"] if row["unit"] in ("ms", "tokens/s")]
     assert all(error < 1e-4 for error in errors)
     training = figures["rows"][7]

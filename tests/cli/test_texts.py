@@ -156,9 +156,10 @@ def test_file_that_is_not_text_is_a_one_line_error(
 
 @pytest.mark.parametrize("value", ["", "runs"])
 def test_path_that_is_empty_is_not_the_working_directory(
-    resolvent: Resolvent, run_dir: Path, tmp_path: Path, value: str
+    resolvent: Resolvent, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ):
     """As a variable of the shell is that has no value."""
+    monkeypatch.chdir(tmp_path)
     outcome = resolvent("train", "--data", value, "--out", tmp_path / "run")
     assert outcome.code != 0 and not (tmp_path / "run").exists()
     outcome = resolvent("evaluate", run_dir, "--data", value)

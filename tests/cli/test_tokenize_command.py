@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from .conftest import words
+
 Resolvent = Callable[..., Any]
 
 
@@ -39,7 +41,7 @@ def test_a_run_learns_from_tokens_as_from_their_text(resolvent: Resolvent, text:
 def test_a_folder_in_use_is_an_error_of_usage(resolvent: Resolvent, text: Path, tmp_path: Path):
     (tmp_path / "mine").mkdir()
     outcome = resolvent("tokenize", "--data", text, "--text-field", "body", "--out", tmp_path / "mine")
-    assert outcome.code == 2 and "choose another one with --out" in outcome.err
+    assert outcome.code == 2 and "choose another one with --out" in words(outcome.err)
     assert not any((tmp_path / "mine").iterdir())
 
 

@@ -213,13 +213,18 @@ def test_greedy_generation_equals_generate(pair):
     assert torch.equal(hf.generate(ids, **GREEDY), model.generate(ids, 12, temperature=0))
 
 
-def test_sampling_equals_generate(pair):
+def test_sampling_draws_from_the_distribution_of_the_model(pair):
+    """Transformers draws with its own sampler, whose random numbers are those of ``multinomial``."""
     model, hf = pair
     ids = tokens(20)
     torch.manual_seed(3)
     found = hf.generate(ids, max_new_tokens=12, do_sample=True, temperature=0.8, top_k=20, top_p=1.0)
     torch.manual_seed(3)
-    assert torch.equal(found, model.generate(ids, 12, temperature=0.8, top_k=20))
+    for _ in range(12):
+        logits = model(ids)[:, -1] / 0.8
+        logits = logits.masked_fill(logits < logits.topk(20).values[:, -1:], -torch.inf)
+        ids = torch.cat([ids, logits.softmax(-1).multinomial(1)], dim=1)
+    assert torch.equal(found, ids)
 
 
 def test_without_a_cache_the_same_is_generated(pair):

@@ -13,7 +13,7 @@ from resolvent.data import encode_documents, load_documents, load_tokenizer
 from resolvent.models import load_model
 from tests.cli.conftest import Outcome, call
 
-GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "format-3"
+GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "format-5"
 RUN, TEXT = GOLDEN / "run", GOLDEN / "verses.txt"
 OPTIONS = ("--data", TEXT, "--device", "cpu", "--length", 256, "--horizon", 32, "--joined")
 

@@ -139,6 +139,7 @@ def test_only_heads_that_are_read_have_a_cost():
     for number, block in enumerate(model.blocks):
         columns = block.hebbian.out_proj.weight.view(48, 3, 16)
         columns[:, [0, 1, 2] if number != 1 else [0, 1]] = 0
+        columns *= 4  # the one head that is read is heard
         if block.dissipative_bk.potential.memory_to_potential is not None:
             block.dissipative_bk.potential.memory_to_potential.weight.zero_()
     reading = read_texts(model, random_texts(), LENGTH, ())
