@@ -149,7 +149,7 @@ class Trainer:
         self.preparation_seconds = time.perf_counter() - started
 
     def seconds(self, kinds: Sequence[int]) -> float:
-        """About what steps of these kinds of batches take. What is learnt is to be forgotten: start anew afterwards."""
+        """Estimate the seconds of steps of these kinds of batches. They change the weights: start anew afterwards."""
         cost = {}
         for kind in set(kinds):
             self.step.zero_()

@@ -17,7 +17,7 @@ Resolvent = Callable[..., Any]
 
 
 def dumped(resolvent: Resolvent, *arguments: object) -> dict[str, Any]:
-    """What --dump-config prints."""
+    """Return the output of --dump-config."""
     outcome = resolvent("train", *arguments, "--dump-config")
     assert outcome.code == 0, outcome.err
     return yaml.safe_load(outcome.out)

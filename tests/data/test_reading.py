@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from resolvent.data import EOT, load_documents, pieces, reading
 from resolvent.data.content import HEAD_BYTES, NotText
-from resolvent.data.reading import Reading, read_documents, zstd
+from resolvent.data.reading import Reading, read_pieces, zstd
 from resolvent.errors import DataError
 
 ENCODINGS = {
@@ -45,6 +45,16 @@ TEXTS = ["A line.\nAnother, número ‰.\n", "\U0001f600 {", "[1]\n\n\n", "a\tb,
 def encoded(text, encoding):
     codec, mark = ENCODINGS[encoding]
     return mark + text.encode(codec)
+
+
+def read_documents(path, reading):
+    """Yield the documents of one file, counted by `reading`."""
+    parts = []
+    for piece in read_pieces(path, reading):
+        parts.append(reading.take(path, piece.text))
+        if piece.last:
+            yield "".join(parts)
+            parts = []
 
 
 def read(path, **options):

@@ -208,7 +208,7 @@ def test_projections_of_low_rank_are_matrices_of_their_own():
 
 
 def compare_shards(steps: int) -> list[bool]:
-    """Whether matrices, then momenta, whose rows several processes share out equal those of this process alone."""
+    """Return True for matrices, then momenta, that are equal in one process and in several that share their rows."""
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 

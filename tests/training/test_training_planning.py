@@ -1,4 +1,4 @@
-"""What a run would take, and at which learning rate."""
+"""Plans of runs and learning-rate range tests."""
 
 import dataclasses
 import os

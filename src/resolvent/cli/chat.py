@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from resolvent.cli.console import print_text
 from resolvent.cli.loading import Device, Directory
 from resolvent.runs import load_trained, run_of
 from resolvent.seeds import MOST_SEED
@@ -19,7 +20,9 @@ _PROMPT = "> "
 
 def chat(
     directory: Directory,
-    system: Annotated[str, typer.Option(help="What the model is told before.", show_default="nothing")] = "",
+    system: Annotated[
+        str, typer.Option(help="System message, which the model reads first.", show_default="nothing")
+    ] = "",
     load: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Go on with a saved conversation.", show_default=False)
     ] = None,
@@ -82,13 +85,10 @@ def _lines() -> Iterator[str]:
 
 
 def _show(pieces: Generator[str, None, None]) -> None:
-    """Print an answer while it is written; Ctrl-C ends it. A terminal obeys none of it."""
-    from resolvent.terminal import for_terminal
-
+    """Print an answer while it is written; Ctrl-C ends it. On a terminal, control characters are escaped."""
     try:
         for piece in pieces:
-            sys.stdout.buffer.write(for_terminal(piece, sys.stdout).encode())
-            sys.stdout.buffer.flush()
+            print_text(piece)
     except KeyboardInterrupt:
         pieces.close()
         print()

@@ -3,12 +3,13 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resolvent.terminal import plain
+from resolvent.terminal import for_terminal, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +43,12 @@ def report_console(json_path: Path | None) -> "Console":
 def progress_console(json_path: Path | None) -> "Console":
     """Return the console for progress: standard output, or standard error if JSON goes to standard output."""
     return make_console(stderr=json_path == STDOUT)
+
+
+def print_text(text: str) -> None:
+    """Write text to standard output as UTF-8 and flush; control characters are escaped on a terminal."""
+    sys.stdout.buffer.write(for_terminal(text, sys.stdout).encode())
+    sys.stdout.buffer.flush()
 
 
 def status(text: str) -> AbstractContextManager[object]:

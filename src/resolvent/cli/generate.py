@@ -1,12 +1,12 @@
 """`resolvent generate`."""
 
 import secrets
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from resolvent.cli.console import print_text
 from resolvent.cli.loading import Device, Directory, given_text
 from resolvent.runs import load_trained
 from resolvent.seeds import MOST_SEED
@@ -88,15 +88,15 @@ def generate(
         texts = _written(model, tokenizer, prompt, max_new_tokens, stop or [], seed, samples, sampling)
         for number, pieces in enumerate(texts):
             if samples > 1:
-                _print("\n" * bool(number) + f"--- {number + 1} of {samples} ---\n")
-            _print(prompt)
+                print_text("\n" * bool(number) + f"--- {number + 1} of {samples} ---\n")
+            print_text(prompt)
             for piece in pieces if stream else ["".join(pieces)]:
-                _print(piece)
-            _print("\n")
+                print_text(piece)
+            print_text("\n")
 
 
 def _check(sampling: dict[str, Any]) -> None:
-    """Blame the command line for an option of sampling that is out of range."""
+    """Raise a usage error for an option of sampling that is out of range."""
     from resolvent.models.sampling import SamplingOptions
 
     try:
@@ -142,11 +142,3 @@ def _written(
     drawn = [token.tolist() for token in tokens]
     for row in range(samples):
         yield decode_until(tokenizer, [token[row] for token in drawn], ids[1:].tolist(), stop=stop, end=end)
-
-
-def _print(text: str) -> None:
-    """Write text as UTF-8 and flush; control characters are escaped on a terminal."""
-    from resolvent.terminal import for_terminal
-
-    sys.stdout.buffer.write(for_terminal(text, sys.stdout).encode())
-    sys.stdout.buffer.flush()

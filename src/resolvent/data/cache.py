@@ -108,7 +108,7 @@ class TokenCache:
         return open_tokens(folder, tokenizer)
 
     def _key(self, kind: str, text: Text, *rest: Any) -> str:
-        return _hash([FORMAT, kind, self._source(text), text.text_field, *rest])[:32]
+        return _key(kind, self._source(text), text, *rest)
 
     def _source(self, text: Text) -> str:
         """Return the digest of a text's files, which is kept for as long as nothing tells that they have changed."""
@@ -181,10 +181,15 @@ def tokenize(
             sample = list(_sample([text], validation_fraction)) if tokenizer == "bpe" else []
             chosen = build_tokenizer(tokenizer, sample, vocab_size)
             source = text.digest() or text.file_digest()
-            key = _hash([FORMAT, "tokens", source, text_field, validation_fraction, tokenizer_digest(chosen)])[:32]
+            key = _key("tokens", source, text, validation_fraction, tokenizer_digest(chosen))
             if not _holds(out, key):
                 _write(out, key, text, chosen, validation_fraction, console)
     return open_tokens(out, chosen)
+
+
+def _key(kind: str, source: str, text: Text, *rest: Any) -> str:
+    """Return the key of what is made of a text, whose digest is ``source``."""
+    return _hash([FORMAT, kind, source, text.text_field, *rest])[:32]
 
 
 def _holds(folder: Path, key: str) -> bool:
@@ -274,7 +279,7 @@ def progress_of(console: Console, text: Text) -> Iterator[Any]:
 
 
 def _sample(texts: list[Text], fraction: float | None) -> Iterator[str]:
-    """Yield what is learnt from of texts, or `SAMPLE_BYTES` of it, evenly spread."""
+    """Yield the training part of texts, or an evenly spread sample of `SAMPLE_BYTES` of it."""
     splits = [text.held_out_from(fraction)[0] for text in texts]
     total, read, taken = sum(int(held.sum()) for held in splits), 0, 0
     for text, held in zip(texts, splits, strict=True):
@@ -288,7 +293,7 @@ def _sample(texts: list[Text], fraction: float | None) -> Iterator[str]:
 
 
 def _identities(files: list[Path]) -> list[tuple[Any, ...]]:
-    """Return what changes with files."""
+    """Return paths, sizes, times and inodes of files, which change with their contents."""
     found = []
     for path in files:
         try:

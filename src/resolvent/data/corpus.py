@@ -9,7 +9,7 @@ from pathlib import Path
 
 from resolvent.data.content import NotText
 from resolvent.data.folders import files_below
-from resolvent.data.pieces import EOT, Piece, evenly
+from resolvent.data.pieces import EOT, Piece, documents_of, evenly
 from resolvent.data.reading import Reading, faults_of, read_pieces
 from resolvent.errors import DataError
 
@@ -42,14 +42,11 @@ def load_documents(path: str | Path | Sequence[str | Path] | None = None, *, tex
         DataError: nothing at the path, no text in it, a file that cannot be read or understood, or one that is too
             large for the memory.
     """
-    reading, documents, parts = Reading(text_field), list[str](), list[str]()
-    for piece in stream_documents(path, reading):
-        parts.append(reading.take(_name_of(path), piece.text))
-        if piece.last:
-            documents.append("".join(parts))
-            parts = []
+    reading, name = Reading(text_field), _name_of(path)
+    pieces = stream_documents(path, reading)
+    documents = list(documents_of(Piece(reading.take(name, text), last) for text, last in pieces))
     _warn(reading)
-    return [text for text in documents if text and not text.isspace()]
+    return documents
 
 
 def stream_documents(path: str | Path | Sequence[str | Path] | None, reading: Reading) -> Iterator[Piece]:

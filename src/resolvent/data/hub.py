@@ -16,7 +16,7 @@ import numpy as np
 from resolvent.data.folders import files_below
 from resolvent.data.pieces import Piece, evenly
 from resolvent.data.reading import Reading, faults_of
-from resolvent.data.split import DocumentKey
+from resolvent.data.split import DocumentKey, share_warning
 from resolvent.data.text import Fragment, Plan, Text
 from resolvent.errors import ConfigError, DataError
 
@@ -144,7 +144,7 @@ class HubText(Text):
         """Return the text of a row.
 
         Raises:
-            DataError: it is none.
+            DataError: the value is no text.
         """
         if not isinstance(text, str):
             raise DataError(f'{self.name}: the column "{self.text_field}" holds {text!r:.50} in row {row}, and no text')
@@ -197,8 +197,6 @@ class _StreamPlan(Plan):
 
     def closing_warnings(self, held_out: int, total: int) -> list[str]:
         """Return a warning where the rows that are held out miss their share."""
-        from resolvent.data.split import share_warning
-
         if self.fraction is None:
             return []
         warning = share_warning(np.array([total]), np.array([total - held_out]), self.fraction)

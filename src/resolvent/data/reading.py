@@ -123,16 +123,6 @@ class Reading:
             )
 
 
-def read_documents(path: Path, reading: Reading) -> Iterator[str]:
-    """Yield the documents of one file, whole and counted by `reading`; rules and errors are those of `read_pieces`."""
-    parts: list[str] = []
-    for piece in read_pieces(path, reading):
-        parts.append(reading.take(path, piece.text))
-        if piece.last:
-            yield "".join(parts)
-            parts = []
-
-
 def read_pieces(path: Path, reading: Reading) -> Iterator[Piece]:
     """Yield the documents of one file in pieces, which take little memory however long a plain text is.
 
@@ -183,7 +173,7 @@ def read_pieces(path: Path, reading: Reading) -> Iterator[Piece]:
 def read_text(file: BinaryIO, path: Path) -> str:
     """Return an open file, which may be a pipe, as one text.
 
-    It may be compressed and encoded as in `read_documents`, and a file that is not text is refused as there. Text is
+    It may be compressed and encoded as in `read_pieces`, and a file that is not text is refused as there. Text is
     taken as it is: there are no documents, records or tables in it.
 
     Args:

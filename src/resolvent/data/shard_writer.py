@@ -1,4 +1,4 @@
-"""Write shards of tokens. What is written is kept when the process is killed, and the next one goes on from there."""
+"""Write shards of tokens. If the process is killed, the next one continues from the last saved position."""
 
 import hashlib
 import os
@@ -202,7 +202,7 @@ class _StreamWriter:
             file.close()
 
     def sync(self) -> None:
-        """Bring what was written to the disk."""
+        """Flush the files to the disk."""
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())

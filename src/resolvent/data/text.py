@@ -63,7 +63,7 @@ class Text:
     """
 
     holds_tokens = False
-    """Whether its fragments are of ids."""
+    """True if the fragments are token ids."""
 
     def __init__(self, paths: list[str] | None, text_field: str = "text") -> None:
         self.paths, self.text_field = paths, text_field
@@ -154,7 +154,7 @@ class Text:
         return None
 
     def file_digest(self) -> str:
-        """Return a SHA-256 of the contents of the files and of what in their names the rules of reading look at.
+        """Return a SHA-256 of the contents of the files and of the parts of their names that decide how they are read.
 
         Raises:
             NotText: a file that is named is not text; within a folder it is left out.

@@ -147,10 +147,10 @@ class TokenText(Text):
             read = 0
             for ids in document:
                 ends = read + np.cumsum(self._bytes_of[ids])
-                learnt = int(np.searchsorted(ends, first_held, side="right"))
-                if learnt:
-                    yield Fragment(False, first_held if read == 0 else None, ids[:learnt])
-                if learnt < len(ids):
+                trained = int(np.searchsorted(ends, first_held, side="right"))
+                if trained:
+                    yield Fragment(False, first_held if read == 0 else None, ids[:trained])
+                if trained < len(ids):
                     opens = read <= first_held
-                    yield Fragment(True, size - first_held if opens else None, ids[learnt:])
+                    yield Fragment(True, size - first_held if opens else None, ids[trained:])
                 read = int(ends[-1])

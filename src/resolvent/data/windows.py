@@ -56,7 +56,39 @@ class Window(NamedTuple):
     openings: np.ndarray
 
 
-class PackedBatches:
+class _Batches:
+    """Batches of windows, which a subclass numbers through all epochs.
+
+    Args:
+        seq_len: predictions of a window.
+        batch_size: windows of a batch.
+        seed: another seed gives other windows in another order.
+    """
+
+    def __init__(self, seq_len: int, batch_size: int, seed: int) -> None:
+        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Predictions of a batch."""
+        return self.batch_size * self.seq_len
+
+    def __getitem__(self, step: int) -> Batch:
+        """Return the batch of a step, counted from 0.
+
+        Raises:
+            IndexError: a negative step.
+        """
+        if step < 0:
+            raise IndexError(f"step must be >= 0, got {step}")
+        return _batch([self.window(step * self.batch_size + i) for i in range(self.batch_size)])
+
+    def window(self, number: int) -> Window:
+        """Return the window of a number, counted from 0 through all epochs."""
+        raise NotImplementedError
+
+
+class PackedBatches(_Batches):
     """Batches of windows for training, as a function of the step: `batches[step]`.
 
     An epoch cuts the stream, closed to a ring, into windows of `seq_len` predictions from a random position on
@@ -84,10 +116,8 @@ class PackedBatches:
                 f"the data has {stream.num_predictions} tokens to predict, a window of seq_len={seq_len} needs "
                 f"{seq_len}; give more text or a seq_len of at most {stream.num_predictions}"
             )
+        super().__init__(seq_len, batch_size, seed)
         self.stream = stream
-        self.seq_len = seq_len
-        self.batch_size = batch_size
-        self.seed = seed
         self._epoch: tuple[int, np.ndarray] = (0, self._shuffled_windows(0))
 
     @property
@@ -100,21 +130,7 @@ class PackedBatches:
         """Number of batches in which every window of the first epoch is used."""
         return -(-self.windows_per_epoch // self.batch_size)
 
-    @property
-    def tokens_per_batch(self) -> int:
-        """Predictions of a batch."""
-        return self.batch_size * self.seq_len
-
-    def __getitem__(self, step: int) -> Batch:
-        """Return the batch of a step, counted from 0.
-
-        Raises:
-            IndexError: a negative step.
-        """
-        return _batch([self.window(number) for number in _numbers(step, self.batch_size)])
-
     def window(self, number: int) -> Window:
-        """Return the window of a number, counted from 0 through all epochs."""
         epoch, place = divmod(number, self.windows_per_epoch)
         ring = self.stream.num_predictions
         start = int(self._windows_of(epoch)[place]) % ring
@@ -136,7 +152,7 @@ class PackedBatches:
         return first + self.seq_len * random.permutation(self.windows_per_epoch)
 
 
-class MixedBatches:
+class MixedBatches(_Batches):
     """Batches of windows of several streams, mixed by weight, by the number of the step alone: `batches[step]`.
 
     Of every `MIXED_WINDOWS` windows, each stream gives its share, in an order drawn from seed and block. The windows
@@ -156,25 +172,12 @@ class MixedBatches:
     def __init__(
         self, streams: Sequence[tuple[TokenStream, float]], seq_len: int = 256, batch_size: int = 8, seed: int = 0
     ) -> None:
+        super().__init__(seq_len, batch_size, seed)
         self.parts = [PackedBatches(stream, seq_len, batch_size, seed) for stream, _ in streams]
-        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.counts = _shares([weight for _, weight in streams])
         self._block: tuple[int, np.ndarray] = (0, self._order(0))
 
-    @property
-    def tokens_per_batch(self) -> int:
-        """Predictions of a batch."""
-        return self.batch_size * self.seq_len
-
-    def __getitem__(self, step: int) -> Batch:
-        """The batch of a step, counted from 0.
-
-        Raises:
-            IndexError: a negative step.
-        """
-        return _batch([self._window(number) for number in _numbers(step, self.batch_size)])
-
-    def _window(self, number: int) -> Window:
+    def window(self, number: int) -> Window:
         block, place = divmod(number, MIXED_WINDOWS)
         if self._block[0] != block:
             self._block = (block, self._order(block))
@@ -184,7 +187,7 @@ class MixedBatches:
         return self.parts[stream].window(block * int(self.counts[stream]) + earlier)
 
     def _order(self, block: int) -> np.ndarray:
-        """(`MIXED_WINDOWS`,) the stream of every window of a block."""
+        """Return the stream of every window of a block, (`MIXED_WINDOWS`,)."""
         streams = np.repeat(np.arange(len(self.counts)), self.counts)
         return np.random.default_rng((self.seed, block)).permutation(streams)
 
@@ -223,13 +226,6 @@ def documents_as_windows(stream: TokenStream, max_tokens: int) -> Iterator[Batch
         last = int(fitting[-1]) if len(fitting) else first + max_tokens
         yield _batch([_window(stream, first, last)])
         first = last
-
-
-def _numbers(step: int, batch_size: int) -> range:
-    """Return the numbers of the windows of a step."""
-    if step < 0:
-        raise IndexError(f"step must be >= 0, got {step}")
-    return range(step * batch_size, (step + 1) * batch_size)
 
 
 def _window(stream: TokenStream, start: int, end: int) -> Window:

@@ -32,7 +32,7 @@ class Heads(NamedTuple):
 
 
 class HeadsLayer(nn.Module):
-    """What the memory and the attention share: a subclass reads the heads in between.
+    """Parts that memory and attention share; a subclass computes the read-out of the heads.
 
     A short causal convolution mixes neighbouring tokens before q, k and v. Queries and keys are L2-normalised. The
     read-out of each head is RMS-normalised and multiplied by a gate of low rank.

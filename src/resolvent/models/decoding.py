@@ -94,8 +94,7 @@ def token_step(model: StreamingModel[State], state: State) -> Callable[[Tensor],
             "a model that attends to all tokens (attention_window=None) has no step with a state of fixed size: "
             "set attention_window, or read token by token with forward"
         )
-    state = state.map(lambda x: x.clone(memory_format=torch.contiguous_format)).with_position_on(state.device)
-    state = state.reusable()
+    state = state.clone().with_position_on(state.device).reusable()
     return model.fused_step(state) or _plain_step(model, state)
 
 

@@ -198,6 +198,14 @@ def _prefill(
         if (last < 0).any():
             raise ValueError("attention_mask leaves a prompt without any token; a prompt needs at least one")
         return hidden[torch.arange(len(last)), last], state
+    return read_prompts(model, input_ids, state)
+
+
+def read_prompts(model: StreamingModel[State], input_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    """Read prompts (B, N) without padding, N >= 1, in pieces of ``PREFILL`` tokens.
+
+    Returns the hidden state of the last token, (B, D), and the state after it.
+    """
     hidden = None
     for piece in input_ids.split(PREFILL, dim=1):
         hidden, state = model.hidden_states(piece, state=state)
@@ -211,7 +219,7 @@ def _stepper(model: StreamingModel[State], state: State, tokens: int) -> Callabl
         if not model.state_grows:
             return CapturedStep(model, state)
         _log.info("no captured steps: the model attends to all tokens, and its state grows")
-    state = state.reusable()  # what the prompt left behind is nobody else's
+    state = state.reusable()  # this function holds the only reference
 
     def step(token: Tensor) -> Tensor:
         nonlocal state

@@ -65,7 +65,7 @@ class SamplingOptions:
 
     @property
     def penalises(self) -> bool:
-        """A penalty changes logits."""
+        """True if a penalty changes logits."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
@@ -113,7 +113,7 @@ class RowGenerators:
 
 
 class Penalties:
-    """Penalties of B sequences, with the tokens that they look at.
+    """Penalties of B sequences, with the tokens that they depend on.
 
     Args:
         options: options of each sequence.

@@ -83,6 +83,10 @@ class ModelState:
         """Return the state without its graph: later losses have no gradient in earlier tokens."""
         return self.map(Tensor.detach)
 
+    def clone(self) -> Self:
+        """Return a copy in memory of its own: views of larger tensors, which they would hold, become small tensors."""
+        return self.map(lambda x: x.clone(memory_format=torch.contiguous_format))
+
     def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         """Return the state with its layers on another device, in another precision or both.
 

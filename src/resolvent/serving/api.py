@@ -35,7 +35,7 @@ from .schemas import ChatBody, CompletionBody
 _log = logging.getLogger(__name__)
 
 _MOST_DISCARDED = 1 << 28
-"""Bytes of a body that is too long which are read before the answer: a client that still writes hears nothing."""
+"""Bytes of a body that is too long which are read before the answer: many clients read only after they wrote."""
 _BODY_SECONDS = 60
 _GONE = 499
 """Status in the metrics of requests whose client has gone."""

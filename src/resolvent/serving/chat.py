@@ -11,7 +11,7 @@ from ..models.sampling import SamplingOptions
 from .conversation import Conversation
 
 HELP = """\
-/system [TEXT]     what the model is told before the conversation; nothing removes it
+/system [TEXT]     set the system message, which the model reads first; without TEXT, remove it
 /set NAME VALUE    temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, max_tokens
 /undo              take the last turn back
 /save FILE         write the conversation to a file, with the state
@@ -28,7 +28,7 @@ class Chat:
         conversation: the conversation.
 
     Attributes:
-        over: the user wants to end.
+        over: True once the user has ended the chat.
     """
 
     def __init__(self, conversation: Conversation) -> None:
@@ -44,7 +44,7 @@ class Chat:
         }
 
     def respond(self, line: str) -> Generator[str, None, None]:
-        """Yield the pieces of what a line is responded with; an error is a response, too."""
+        """Yield the response to a line, piece by piece; an error is a response, too."""
         line = line.strip()
         if not line:
             return

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from ..models import IntegratedModel
 from ..models.decoding import read_token
-from ..models.generation import PREFILL
+from ..models.generation import read_prompts
 from ..models.inference import inference_view
 from ..models.sampling import Penalties, RowGenerators, RowSampler, SamplingOptions
 from ..models.state import EXTRA, ModelState
@@ -35,7 +35,7 @@ _SNAPSHOTS = 16
 
 @dataclass(frozen=True)
 class _Read:
-    """What has been read.
+    """Text that a model has read, with the state after it.
 
     Attributes:
         text: rendered conversation.
@@ -220,14 +220,11 @@ class Conversation:
 
     def _read_ids(self, ids: list[int], text: str) -> Tensor:
         """Read tokens, after which the whole text is ``text``; return the last hidden state, (1, D)."""
-        state, hidden = self._read.state, None
-        for piece in torch.tensor([ids], device=self._model.lm_head.weight.device).split(PREFILL, dim=1):
-            hidden, state = self._model.hidden_states(piece, state=state)
-        assert hidden is not None and state is not None
-        # A copy, which does not hold the activations of a piece.
-        state = state.map(lambda x: x.clone(memory_format=torch.contiguous_format))
+        tokens = torch.tensor([ids], device=self._model.lm_head.weight.device)
+        hidden, state = read_prompts(self._model, tokens, self._read.state)
+        state = state.clone()  # which does not hold the activations of a piece
         self._read = _Read(text, (*self._read.tokens, *ids), state)
-        return hidden[:, -1]
+        return hidden
 
     def _fingerprint(self) -> str:
         """Return the SHA-256 of the model's weights."""

@@ -102,7 +102,7 @@ class Ticket:
         deliver: takes the events, in the engine's thread; it must return at once and raise nothing.
         deadline: time of ``time.monotonic`` at which the request fails.
         cached: tokens of the prompt that came from the prefix cache.
-        cancelled: nobody waits for the answers any more.
+        cancelled: True if the answers are not wanted any more.
         stopped: numbers of the answers that are complete for their reader, at a stop string.
     """
 
@@ -114,7 +114,7 @@ class Ticket:
     stopped: set[int] = field(default_factory=set)
 
     def cancel(self) -> None:
-        """Give the places of the request free before the next step. No event follows it for long."""
+        """Free the places of the request before the next step. Events of the current step may still follow."""
         self.cancelled = True
 
 
@@ -162,7 +162,7 @@ class _Row:
 
     @property
     def dropped(self) -> bool:
-        """Nobody waits for more tokens."""
+        """True if no more tokens are wanted."""
         return self.ticket.cancelled or self.answer in self.ticket.stopped
 
 
@@ -226,7 +226,7 @@ class Engine:
         self._device = model.lm_head.weight.device
         self._vocab_size = model.vocab_size
         self.max_sequences, self._max_queue, self._block = max_sequences, max_queue, block
-        self._cache: PrefixCache = PrefixCache(cache_bytes)
+        self._cache = PrefixCache(cache_bytes)
         self._queue: deque[Ticket] = deque()
         self._reading: deque[_Reading] = deque()
         self._batch: _Batch | None = None
@@ -247,7 +247,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """The thread runs."""
+        """True while the thread runs."""
         return self._thread.is_alive()
 
     @property
@@ -279,7 +279,7 @@ class Engine:
 
         Raises:
             OverloadedError: there are too many requests in the queue, or the engine closes.
-            ConfigError: a request wants more answers at once than there are places.
+            ConfigError: a request has more answers at once than there are places.
         """
         for request in requests:
             if len(request.seeds) > self.max_sequences:
@@ -312,7 +312,7 @@ class Engine:
                 self._admit()
                 self._read()
                 self._step()
-        finally:  # after an error, too, nobody waits for an answer that does not come
+        finally:  # after an error, too, so that no reader waits for ever
             with self._changed:
                 self._closing = True
             self._fail(self._tickets(), OverloadedError("the server shut down before the answer was complete"))
@@ -345,7 +345,7 @@ class Engine:
             ticket.deliver(Failure(error))
 
     def _remove(self) -> None:
-        """Give the places of cancelled requests free."""
+        """Free the places of cancelled requests."""
         with self._changed:
             if any(ticket.cancelled for ticket in self._queue):
                 self._queue = deque(ticket for ticket in self._queue if not ticket.cancelled)
@@ -390,8 +390,7 @@ class Engine:
         """Read a block; return the hidden state of the last token, (1, D), once the prompt is complete."""
         ids = torch.from_numpy(piece)[None].to(self._device)
         hidden, state = self._model.hidden_states(ids, state=reading.state)
-        # Copies: what is kept shall not hold the activations of a block.
-        reading.state = state.map(lambda x: x.clone(memory_format=torch.contiguous_format))
+        reading.state = state.clone()  # which does not hold the activations of the block
         self.counters.read += len(piece)
         if reading.blocks == len(reading.keys):
             return hidden[:, -1]

@@ -30,7 +30,7 @@ def block_keys(tokens: np.ndarray, block: int) -> list[bytes]:
 
 
 class PrefixCache:
-    """States of one sequence each, of which those that were used least recently make place for others.
+    """States of one sequence each, of which the least recently used are evicted.
 
     Args:
         most_bytes: limit on the size of all states; 0 keeps none.
@@ -57,7 +57,7 @@ class PrefixCache:
         return 0, None
 
     def store(self, key: bytes, state: ModelState) -> None:
-        """Keep a state; nobody may change its tensors. A state that is larger than the limit is not kept."""
+        """Keep a state, whose tensors must not change. A state that is larger than the limit is not kept."""
         if key in self._states or state.nbytes > self._most_bytes:
             return
         self._states[key] = state

@@ -1,6 +1,6 @@
 """Bodies of requests, as the OpenAI API has them, with a few sampling options more.
 
-Unknown fields are refused: nobody is to think that an option had an effect. Fields that are null are left out.
+Unknown fields are refused, so that no option is ignored silently. Fields that are null are left out.
 """
 
 import secrets

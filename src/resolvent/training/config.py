@@ -233,7 +233,7 @@ class TrainingConfig:
         return (FROM_RATE if self.start_from is not None else 1.0) * fresh
 
     def peak_muon_learning_rate(self, d_model: int) -> float:
-        """Return the highest learning rate of Muon, the default worked out."""
+        """Return the peak learning rate of Muon, with the default resolved."""
         given = self.muon_learning_rate
         return _MUON_RATIO * self.peak_learning_rate(d_model) if given is None else given
 

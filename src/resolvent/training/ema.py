@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from resolvent.training.sharding import local_tensor
 
 _SUFFIX = "/ema"
 
@@ -35,7 +36,9 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """Take in the weights after a step, counted from one."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        averages, weights = ([_local(x) for x in tensors.values()] for tensors in (self._averages, self._weights))
+        averages, weights = (
+            [local_tensor(x).detach() for x in tensors.values()] for tensors in (self._averages, self._weights)
+        )
         get_ema_multi_avg_fn(decay)(averages, weights, step)
 
     @contextmanager
@@ -61,8 +64,3 @@ class WeightAverage:
 def is_average(name: str) -> bool:
     """Return True for the name of an average in a checkpoint."""
     return name.endswith(_SUFFIX)
-
-
-def _local(x: Tensor) -> Tensor:
-    """Return the shard of this process, or a tensor that is no shard as it is, without its history."""
-    return (x.to_local() if isinstance(x, DTensor) else x).detach()

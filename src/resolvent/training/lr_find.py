@@ -48,7 +48,7 @@ class RangeTest:
 
     @property
     def advice(self) -> str:
-        """What to train with, in a sentence."""
+        """Recommended learning rates, in a sentence."""
         if self.suggestion is None:
             return "The loss did not fall at any learning rate: look at the text and the model"
         lowest = self.rates[self.losses.index(min(self.losses))]

@@ -28,6 +28,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from resolvent.training.sharding import local_tensor
+
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _SHIFT, _OFFSET = _B / (2 * _C), _A - _B**2 / (4 * _C)
 _STEPS = 5
@@ -36,7 +38,7 @@ _STEPS = 5
 class Muon(torch.optim.Optimizer):
     """Muon for the parameter groups that name ``parts``, AdamW for the others.
 
-    A step makes the CPU wait for nothing on the device. Once every parameter has had a gradient, it allocates nothing
+    A step never synchronises the CPU with the device. Once every parameter has had a gradient, it allocates nothing
     that outlives it: then a CUDA graph can record it, with learning rates that are tensors. Sharded matrices (DTensors)
     are gathered as they are multiplied, with one collective for all parameters of a shape, and every process
     orthogonalises all of them: the step equals that of one process.
@@ -48,8 +50,8 @@ class Muon(torch.optim.Optimizer):
         momentum: of Muon, in Nesterov's form.
 
     Attributes:
-        found_inf: float32 (); as long as it is 1, steps change neither weights nor averages. PyTorch's fused kernels
-            look at it, so that Python need not.
+        found_inf: float32 (); while it is 1, steps change neither weights nor averages. PyTorch's fused kernels read
+            it, without a synchronisation with the CPU.
     """
 
     found_inf: Tensor | None = None
@@ -109,9 +111,9 @@ class Muon(torch.optim.Optimizer):
         Of a sharded matrix, r rows are here. SGD that starts at zero, with a learning rate of −1, ends there.
         """
         parameters = [p for each in alike for p in each]
-        buffers: list[Any] = [_local(self._state(p, "momentum_buffer")["momentum_buffer"]) for p in parameters]
-        gradients = [_local(p.grad) for p in parameters if p.grad is not None]
-        ahead = [_local(each[0]).new_zeros(len(each), *_local(each[0]).shape) for each in alike]
+        buffers: list[Any] = [local_tensor(self._state(p, "momentum_buffer")["momentum_buffer"]) for p in parameters]
+        gradients = [local_tensor(p.grad) for p in parameters if p.grad is not None]
+        ahead = [local_tensor(each[0]).new_zeros(len(each), *local_tensor(each[0]).shape) for each in alike]
         places = [place for batch in ahead for place in batch.unbind()]
         settings = dict(weight_decay=0.0, dampening=0.0, nesterov=True, maximize=False, fused=True)
         sgd(places, gradients, buffers, lr=-1.0, momentum=momentum, found_inf=self.found_inf, **settings)
@@ -123,7 +125,7 @@ class Muon(torch.optim.Optimizer):
         for parameters, direction in zip(alike, directions, strict=True):
             shifts = _scatter(direction.reshape(len(parameters), *parameters[0].shape), parameters[0])
             weights, steps = of_factor[math.sqrt(max(1.0, direction.shape[1] / direction.shape[2]))]
-            weights += [_local(p) for p in parameters]
+            weights += [local_tensor(p) for p in parameters]
             steps += shifts.to(parameters[0].dtype).unbind()
         settings = dict(momentum=0.0, dampening=0.0, nesterov=False, maximize=False, fused=True)
         for factor, (weights, steps) in of_factor.items():
@@ -192,11 +194,6 @@ def _of_norm_one(x: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
     return torch.div(x, norms.clamp_min(torch.finfo(torch.float32).tiny), out=torch.empty_like(x))
-
-
-def _local(x: Tensor) -> Tensor:
-    """Return the rows that this process holds."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _gather(rows: Tensor, like: Tensor) -> Tensor:

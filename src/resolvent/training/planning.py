@@ -1,4 +1,4 @@
-"""A run before it begins: its sizes, memory, arithmetic and expected time."""
+"""Plan of a run: sizes, memory, arithmetic and expected time."""
 
 import dataclasses
 import time
@@ -57,7 +57,7 @@ class RunPlan:
 
     @property
     def passes(self) -> float:
-        """How often the run reads the text."""
+        """Number of times that the run reads the text."""
         return self.tokens / self.text_tokens
 
     @property
@@ -93,7 +93,7 @@ class RunPlan:
 def plan_run(
     config: TrainingConfig, *, tokens_per_second: float | None = None, console: Console | None = None
 ) -> RunPlan:
-    """Work out what a run would take. No run folder is made; the cache keeps the tokens for the run.
+    """Return the sizes and the expected time of a run. No run folder is made; the cache keeps the tokens for the run.
 
     Args:
         config: the run.

@@ -82,6 +82,11 @@ def whole_tensor(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def local_tensor(x: Tensor) -> Tensor:
+    """Return the shard of this process. A tensor that is not sharded is returned unchanged."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def whole_weights(model: IntegratedModel) -> dict[str, Tensor]:
     """Gather all weights of a sharded model on the CPU of the first process; all processes call this.
 
