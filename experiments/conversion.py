@@ -32,9 +32,8 @@ from resolvent.training.corpus import load_corpus
 from resolvent.training.metrics import FILE_NAME
 from resolvent.training.run_folder import read_run
 
-SECOND_HALF = (
-    1_000_000  # added to the seed of the second half, which otherwise would read the batches of the first half again
-)
+SECOND_HALF = 1_000_000
+"""Added to the seed of the second half, which otherwise would read the batches of the first half again."""
 
 console = Console(stderr=True)
 
@@ -112,9 +111,8 @@ def measure(plan: Plan, seed: int) -> Outcome:
         return TrainingConfig(out=str(folder / name), seed=seed, data=data, **size, **reports, **model)
 
     first = run("phase1", plan.steps, seed, phase=1, preset=None, model=plan.model)
-    own = {
-        name: getattr(Phase2Config(), name) for name in ("embedding_scale", "ffn_gated")
-    }  # the runs that need no conversion
+    # Fields that `from_phase1` sets for a conversion, which fresh weights do not need.
+    own = {name: getattr(Phase2Config(), name) for name in ("embedding_scale", "ffn_gated")}
     fresh = run("phase2", 2 * plan.steps, seed, preset=None, model=Phase2Config.from_phase1(plan.model, **own))
     go_on = [
         run(f"{source}-continued", plan.steps, seed + SECOND_HALF, start_from=str(folder / source))

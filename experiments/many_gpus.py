@@ -54,9 +54,8 @@ def tokens_per_second(processes: int, steps: int, options: list[str]) -> float:
         run = Path(folder) / "run"
         train = ["-m", "resolvent", "train", "--out", str(run), "--steps", str(steps)]
         reports = ["--eval-interval", "0", "--final-eval-tokens", "1", "--checkpoint-interval", "0"]
-        subprocess.run(
-            [*launch, *train, *reports, *options], check=True, stdout=2
-        )  # torchrun prints its own beside our errors
+        # Standard error takes the output of the run, beside the messages of torchrun.
+        subprocess.run([*launch, *train, *reports, *options], check=True, stdout=2)
         records = [json.loads(line) for line in (run / FILE_NAME).read_text().splitlines()]
     speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
     return statistics.median(speeds[WARM_UP:])

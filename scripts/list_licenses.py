@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def rows() -> list[str]:
-    """A row of the table for every package, in order of name."""
+    """Return a row of the table for every package, in order of name."""
     found = {canonicalize_name(package.name): package for package in run_time_packages("resolvent")}
     versions = {name: package.version.partition("+")[0] for name, package in found.items()}
     return [f"| {name} | {versions[name]} | {licence(found[name])} |" for name in sorted(found)]
@@ -52,7 +52,7 @@ def needs(package: Distribution) -> list[str]:
 
 
 def licence(package: Distribution) -> str:
-    """As the metadata have it: an SPDX expression, classifiers, or a first line of text."""
+    """Return the licence of the metadata: an SPDX expression, classifiers, or a first line of text."""
     metadata = package.metadata
     if expression := metadata.get("License-Expression"):
         return expression

@@ -17,7 +17,7 @@ def main() -> None:
 
 
 def try_command(command: Path, folder: Path) -> None:
-    """Every step, in a folder that is there.
+    """Run every step in an existing folder.
 
     Raises:
         SystemExit: naming the first step that failed, or did not write what it should.

@@ -236,7 +236,7 @@ class Mechanisms:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return all figures, for JSON."""
         heads = [dataclasses.asdict(head) | {"half_life": head.half_life} for head in self.heads]
         return dataclasses.asdict(self) | {"heads": heads}
 

@@ -220,7 +220,7 @@ def read_nats(
     advance: Advance,
     look: Callable[[Phase2Trace], None] | None = None,
 ) -> tuple[Tensor, Phase2State]:
-    """Nats of labels (B, N) after inputs (B, N) and a state, float64 (B, N), and the state after them.
+    """Return the nats of labels (B, N) after inputs (B, N) and a state, float64 (B, N), and the state after them.
 
     ``look`` is given the trace of every piece.
     """
@@ -246,7 +246,7 @@ def with_memories(state: Phase2State, memories: Sequence[Tensor]) -> Phase2State
 
 
 def memory_of(layer: LayerState) -> MemoryState:
-    """The memory of a layer.
+    """Return the memory of a layer.
 
     Raises:
         ConfigError: the layer attends instead.

@@ -337,7 +337,7 @@ def planned(plan: str, **given: Any) -> language.Plan:
 
 
 def mode_for(device: torch.device, compiled: bool, captured: bool, autocast: bool) -> Mode:
-    """Compilation, capture and half precision are for CUDA; float32 products there run on its matrix units."""
+    """Return the mode: on CUDA with compilation, capture and half precision, and TF32 products."""
     cuda = device.type == "cuda"
     torch.set_float32_matmul_precision("high" if cuda else "highest")
     return Mode(compiled and cuda, captured and cuda, autocast and cuda)

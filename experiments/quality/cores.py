@@ -107,7 +107,7 @@ class UnitLowerInverse(torch.autograd.Function):
 
 
 def _carry(written: Tensor, keep: Tensor) -> Tensor:
-    """The state before each chunk (B, M, H, K, V), of what each writes (B, M, H, K, V) and keeps (B, M, H, K, 1)."""
+    """Return the state before each chunk, (B, M, H, K, V), given its writes and kept shares (B, M, H, K, 1)."""
     state = torch.zeros_like(written[:, 0])
     states = []
     for m in range(written.shape[1]):
@@ -117,11 +117,11 @@ def _carry(written: Tensor, keep: Tensor) -> Tensor:
 
 
 def _to_chunks(x: Tensor) -> Tensor:
-    """(B, N, H, X) -> (B, M, H, C, X), at least float32, with zeros behind the end."""
+    """Cut into chunks: (B, N, H, X) -> (B, M, H, C, X), at least float32, with zeros behind the end."""
     x = F.pad(at_least_float32(x), (0, 0, 0, 0, 0, -x.shape[1] % CHUNK))
     return x.unflatten(1, (-1, CHUNK)).transpose(2, 3)
 
 
 def _from_chunks(y: Tensor, like: Tensor) -> Tensor:
-    """(B, M, H, C, V) -> (B, N, H, V) of the length and dtype of ``like``."""
+    """Join chunks: (B, M, H, C, V) -> (B, N, H, V) of the length and dtype of ``like``."""
     return y.transpose(2, 3).flatten(1, 2)[:, : like.shape[1]].to(like.dtype)

@@ -59,7 +59,7 @@ class Text:
 
     @classmethod
     def of_corpus(cls, corpus: Sequence[Path], tokenizer: str, vocab_size: int) -> Text:
-        """Tokens of text files. Of each, 5 % of the bytes are held out, always the same ones.
+        """Encode text files. Of each, 5 % of the bytes are held out, always the same ones.
 
         Args:
             corpus: files and folders, as ``resolvent train --data`` takes them.
@@ -73,7 +73,7 @@ class Text:
 
     @classmethod
     def of_documents(cls, train: list[str], held_out: list[str], tokenizer: Tokenizer) -> Text:
-        """Tokens of documents, with the tokenizer's separator between them."""
+        """Return the tokens of documents, with the tokenizer's separator between them."""
         separator = np.array([tokenizer.token_to_id(EOT)], dtype=np.uint16)
         learned, validated = (
             [np.array(code.ids, dtype=np.uint16) for code in tokenizer.encode_batch(texts)]
@@ -89,7 +89,7 @@ class Text:
 
     @classmethod
     def of_characters(cls, corpus: Sequence[Path]) -> Text:
-        """Characters of one text; its last tenth is held out."""
+        """Read the characters of one text; its last tenth is held out."""
         text = "".join(document for path in corpus for document in load_documents(path))
         alphabet = {letter: i for i, letter in enumerate(sorted(set(text)))}
         ids = np.array([alphabet[letter] for letter in text], dtype=np.uint16)
@@ -124,7 +124,7 @@ class Text:
         return sum(len(ids) - 1 for ids in self.validation)
 
     def windows(self, length: int) -> tuple[Tensor, Tensor]:
-        """The held-out documents cut into windows that are read from a fresh start: tokens and labels, int64 (W, N).
+        """Cut the held-out documents into windows with a fresh state each: tokens and labels, int64 (W, N).
 
         Every token but a document's first is predicted once; the last window of a document is filled up.
         """
@@ -137,7 +137,7 @@ class Text:
         return torch.cat(ids), torch.cat(labels)
 
     def stretches(self, length: int) -> tuple[Tensor, Tensor]:
-        """The held-out documents in a row, cut into as many stretches as there are whole: tokens and labels (W, N)."""
+        """Join the held-out documents and cut them into whole stretches: tokens and labels, int64 (W, N)."""
         row = torch.from_numpy(np.concatenate(self.validation).astype(np.int64))
         count = (len(row) - 1) // length
         return row[: count * length].view(count, length), row[1 : count * length + 1].view(count, length)
@@ -291,7 +291,7 @@ class Experiment:
         self.starts.copy_(torch.from_numpy(starts))
 
     def _window(self, step: Tensor) -> Tensor:
-        """The tokens that a step reads and predicts, int64 (B, N + 1)."""
+        """Return the tokens that a step reads and predicts, int64 (B, N + 1)."""
         starts = self.starts.index_select(0, step).view(-1, 1)
         return self.stream[starts + torch.arange(self.plan.length + 1, device=self.device)].long()
 
@@ -305,7 +305,7 @@ class Experiment:
         return self._nats(ids, labels, batch=max(1, 4 * self.plan.batch))
 
     def _long(self) -> dict[str, Any]:
-        """Nats by position in long stretches, and of the same tokens in windows of the length of training."""
+        """Return the nats by position in long stretches, and those of the same tokens in windows of training."""
         ids, labels = (x.to(self.device) for x in self.text.stretches(self.plan.extrapolate))
         long = self._nats(ids, labels, batch=1)
         short = self._nats(*(x.reshape(-1, self.plan.length) for x in (ids, labels)), batch=4 * self.plan.batch)
@@ -335,7 +335,7 @@ class Experiment:
 
 @torch.no_grad()
 def token_nats(model: Any, ids: Tensor, labels: Tensor, batch: int, context: torch.autocast) -> Tensor:
-    """Nats of every label (W, N), float64 on the CPU, NaN where there is none; nothing is compiled."""
+    """Return the nats of every label (W, N), float64 on the CPU, NaN where there is none; nothing is compiled."""
     rows = []
     with evaluating(model), context, torch.compiler.set_stance("force_eager"):
         for inputs, wanted in zip(ids.split(batch), labels.split(batch), strict=True):
@@ -355,7 +355,7 @@ def difference(nats: Tensor, others: Tensor) -> tuple[float, float | None]:
 
 
 def by_position(nats: Tensor) -> dict[str, float]:
-    """Mean nats (W, N) by position: below 64, and then each time to twice as far."""
+    """Return the mean of nats (W, N) by position: below 64, then in buckets that double."""
     length, start, means = nats.shape[1], 0, {}
     while start < length:
         end = min(length, max(64, 2 * start))

@@ -193,7 +193,7 @@ class GatedDeltaNet(Mixer):
 
 
 def short_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """Causal depthwise convolution of x (B, N, D) with weight (W, D), from a fresh start."""
+    """Compute a causal depthwise convolution of x (B, N, D) with weight (W, D), from a fresh start."""
     tail = x.new_zeros(x.shape[0], len(weight) - 1, x.shape[-1])
     return causal_conv(x, weight.to(x.dtype), tail)
 
@@ -204,7 +204,7 @@ def reset_conv(weight: Tensor) -> None:
 
 
 def reset_rates(dt_bias: Tensor, log_a: Tensor, generator: torch.Generator) -> None:
-    """Mamba-2's start: steps log-uniform in 0.001..0.1 behind the softplus, rates uniform in 1..16."""
+    """Initialise as Mamba-2: steps log-uniform in 0.001..0.1 behind the softplus, rates uniform in 1..16."""
     dt = torch.exp(torch.rand(dt_bias.shape, generator=generator) * math.log(100) + math.log(1e-3))
     dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
     log_a.copy_((1 + 15 * torch.rand(log_a.shape, generator=generator)).log())

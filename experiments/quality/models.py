@@ -158,7 +158,7 @@ class Entry:
 
 
 def build(name: str, size: Size, device: torch.device | str = "cpu") -> Entry:
-    """An entry of a size, with weights yet to be drawn.
+    """Build an entry of a size, with uninitialised weights.
 
     Raises:
         ValueError: there is none of this name, or it cannot have so few or so many parameters.
@@ -236,5 +236,5 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
-    """N(0, std²), drawn on the CPU."""
+    """Draw from N(0, std²) on the CPU."""
     weight.copy_(torch.randn(weight.shape, generator=generator) * std)

@@ -162,7 +162,7 @@ _WIDE = "/wide"
 
 
 def build(name: str, width: int, heads: int, vocabulary: int, device: torch.device | str = "cpu") -> Entry:
-    """A model of two layers, with weights yet to be drawn.
+    """Build a model of two layers, with uninitialised weights.
 
     Raises:
         ValueError: there is none of this name.
@@ -230,12 +230,12 @@ class Plan:
         return self.epochs * sum(self.batches)
 
     def rates(self, peak: float) -> Tensor:
-        """Learning rates of all steps: a cosine that falls after each pass, (steps,)."""
+        """Return the learning rates of all steps: a cosine that falls after each pass, (steps,)."""
         epochs = torch.arange(self.epochs)
         return (peak * (1 + torch.cos(math.pi * epochs / self.epochs)) / 2).repeat_interleave(sum(self.batches))
 
     def order(self, seed: int) -> tuple[list[int], Tensor]:
-        """Of every step, the slice and the number of its batch in it, (steps,)."""
+        """Return the slice of every step, and the number of its batch within the slice, (steps,)."""
         pairs = torch.tensor([(kind, i) for kind, count in enumerate(self.batches) for i in range(count)])
         generator = torch.Generator().manual_seed(seed)
         shuffled = torch.cat([pairs[torch.randperm(len(pairs), generator=generator)] for _ in range(self.epochs)])
@@ -303,7 +303,7 @@ class Experiment:
 
     @torch.no_grad()
     def _accuracy(self, recall: Recall) -> float:
-        """Part of the queries whose likeliest answer is right; none where the model is not finite."""
+        """Return the share of the queries whose likeliest answer is right; logits that are not finite are wrong."""
         model, right = self.entry.model.eval(), 0
         batches = (x.split(max(1, self.plan.batch // 2)) for x in (recall.inputs, recall.positions, recall.answers))
         with self.trainer.evaluating(), torch.compiler.set_stance("force_eager"):
@@ -315,13 +315,13 @@ class Experiment:
 
 
 def hidden_at(model: Any, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """Final hidden states (B, P, D) of tokens (B, N) at positions (B, P)."""
+    """Return the final hidden states (B, P, D) of tokens (B, N) at positions (B, P)."""
     hidden, _ = model.hidden_states(input_ids)
     return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def draw(plan: Plan, device: torch.device) -> tuple[list[Recall], list[Recall]]:
-    """Sequences to learn from and to be tested on, the same for all models and seeds."""
+    """Draw training and test sequences, the same for all models and seeds."""
     found = []
     for parts, offset, whole in ((plan.train, 0, plan.part), (plan.test, _TEST_SEED, 1.0)):
         seeds: Sequence[int] = range(offset, offset + len(parts))

@@ -62,7 +62,7 @@ class Phrases:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Phrases:
-        """All that a tokenizer allows."""
+        """Return the phrases of all keys that the tokenizer can write."""
 
         def encode(template: str) -> list[list[int]]:
             texts = [template.format(key=key) for key in PASS_KEYS]
@@ -99,7 +99,7 @@ class Probe:
         return [NEAREST << 2 * i for i in range(32) if NEAREST << 2 * i <= self.longest]
 
     def sequences(self, phrases: Phrases, text: NDArray[np.int64], distance: int) -> Tensor:
-        """A lead of text, the fact, more of the text, and the question with its answer: int64 (S, N).
+        """Return sequences of text, fact, more text, and the question with its answer: int64 (S, N).
 
         Args:
             phrases: to write into the text.
@@ -214,7 +214,7 @@ class Experiment(language.Experiment):
         return super()._window(step).scatter(1, positions, written)
 
     def _recall(self, distances: Sequence[int]) -> dict[str, dict[str, float | None]]:
-        """Scores by distance."""
+        """Return the scores by distance."""
         found = {}
         for distance in distances:
             found[str(distance)] = summary(*self._ask(self.probe.sequences(self.phrases, self.held_out, distance)))

@@ -43,7 +43,7 @@ Draw = Callable[[Axes], None]
 
 
 def _language(records: Sequence[Record]) -> Draw | None:
-    """Models of the setting with the most of them that are no variants of Phase 2."""
+    """Draw the setting with the most models, without variants of Phase 2."""
     rows = max(losses(records), key=len, default=[])
     return (lambda axes: _dots(axes, rows, "held-out loss, nats per token")) if rows else None
 
@@ -75,7 +75,7 @@ def _recall(records: Sequence[Record]) -> Draw | None:
 
 
 def _needle(records: Sequence[Record]) -> Draw | None:
-    """Models of the setting with the most of them."""
+    """Draw the setting with the most models."""
     rows = max(needles(records), key=len, default=[])
 
     def draw(axes: Axes) -> None:
@@ -98,7 +98,7 @@ def _look(model: str, number: int) -> dict[str, Any]:
 
 
 def _dots(axes: Axes, rows: Sequence[Row], label: str) -> None:
-    """A row for every name, the smallest mean on top."""
+    """Draw a row for every name, the smallest mean on top."""
     rows = sorted(rows, key=lambda row: statistics.mean(row.values), reverse=True)
     for height, row in enumerate(rows):
         colour = _OURS if row.name == "phase2" else _OTHERS
@@ -127,7 +127,7 @@ _NAMES = {
 
 
 def _whole_name(model: str) -> str:
-    """Of a model; where a variant is all there is, `_name` says what it leaves out."""
+    """Return the name of a model with all parts of its variant; `_name` has the change alone."""
     return "Phase 2, " + ", ".join(model.split("/")[1:]) if "/" in model else _name(model)
 
 

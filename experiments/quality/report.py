@@ -48,7 +48,7 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def losses(records: Sequence[Record]) -> list[list[Row]]:
-    """For each setting, the losses of every model but variants of Phase 2 at its best learning rate."""
+    """Return, per setting, the losses of every model but variants of Phase 2 at its best learning rate."""
     found = []
     for runs in _by_setting(_of_task(records, "language")):
         whole = {name: of for name, of in _by_model(runs).items() if not name.startswith("phase2/")}
@@ -92,7 +92,7 @@ def _by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def _at_best(runs: list[Record], score: str, smallest: bool) -> tuple[float, list[Record]]:
-    """A model's best learning rate, and its runs there that stayed finite."""
+    """Return a model's best learning rate, and its finite runs at that rate."""
     best = best_learning_rate(runs, score, smallest)
     assert best is not None
     return best, [run for run in runs if run["learning_rate"] == best and run["finite"]]
@@ -180,7 +180,7 @@ def _rates_table(title: str, models: dict[str, list[Record]], score: str, digits
 def _positions_table(
     title: str, models: dict[str, list[Record]], positions: Callable[[Record], dict[str, float]]
 ) -> Table:
-    """Means over the seeds at each model's best learning rate."""
+    """Tabulate the means over the seeds at each model's best learning rate."""
     kept = {name: _at_best(runs, "loss", smallest=True)[1] for name, runs in models.items()}
     kept = {name: runs for name, runs in kept.items() if runs}
     buckets = list(dict.fromkeys(bucket for runs in kept.values() for run in runs for bucket in positions(run)))
@@ -241,7 +241,7 @@ class Recalled(NamedTuple):
 
 
 def recalls(records: Sequence[Record]) -> list[Recalled]:
-    """A row for every model and size, in the order of names and sizes."""
+    """Return a row for every model and size, in the order of names and sizes."""
     rows = []
     for runs in _by_setting(_of_task(records, "mqar")):
         for name, of in _by_model(runs).items():
@@ -253,7 +253,7 @@ def recalls(records: Sequence[Record]) -> list[Recalled]:
 
 
 def _recall_curve(records: list[Record]) -> Table:
-    """Accuracy against the size of the state: a line for every model and size."""
+    """Tabulate accuracy against the size of the state: a line for every model and size."""
     table = _table(
         "recall by state bytes, each at its best learning rate", "model", "state KB", "accuracy", "width", "heads"
     )

@@ -15,7 +15,7 @@ Records of ``history.jsonl`` are of models with older defaults; ``from`` names t
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
-    """The runs of files, of which a missing one holds none. A line that was cut off in writing is left out."""
+    """Read the runs of files. A missing file has none; an incomplete last line is left out."""
     lines = [line for path in paths if path.exists() for line in path.read_text(encoding="utf-8").splitlines(True)]
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -41,7 +41,7 @@ def setting(record: Record) -> str:
 
 
 def best_learning_rate(records: Iterable[Record], score: str, smallest: bool) -> float | None:
-    """The learning rate with the best mean score; one at which any run did not stay finite comes last.
+    """Return the learning rate with the best mean score; rates with a run that is not finite come last.
 
     Args:
         records: runs of one model under the same settings.

@@ -31,7 +31,7 @@ _LEAST_ERROR = 1e-3
 
 
 def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Of tensors as one."""
+    """Return the relative error of all tensors together."""
     wrong = sum((a - b).square().sum().item() for a, b in zip(found, exact, strict=True))
     return math.sqrt(wrong / sum(b.square().sum().item() for b in exact))
 
@@ -66,7 +66,7 @@ class Clock:
         return cls(time.monotonic() + seconds)
 
     def left(self) -> float:
-        """Seconds left."""
+        """Return the seconds left."""
         return self.deadline - time.monotonic()
 
     def check(self, seconds: float = 0.0) -> None:
@@ -99,7 +99,7 @@ class Schedule:
     final: float
 
     def rates(self, peak: float) -> Tensor:
-        """Of all steps, float32 (steps,)."""
+        """Return the learning rates of all steps, float32 (steps,)."""
         shape = dict(steps=self.steps, warmup=self.warmup, schedule="cosine", min_ratio=self.final)
         return torch.tensor([peak * learning_rate_factor(step, **shape) for step in range(self.steps)])
 
@@ -187,11 +187,11 @@ class Trainer:
         return True
 
     def losses(self) -> list[float]:
-        """Of the steps taken."""
+        """Return the losses of the steps taken."""
         return self.history[: int(self.step)].tolist()
 
     def evaluating(self) -> torch.autocast:
-        """The context in which the model predicts as it does in training."""
+        """Return the context in which the model predicts as in training."""
         return torch.autocast(self.step.device.type, torch.bfloat16, enabled=self.mode.autocast)
 
     def _compile(self, loss: Loss) -> float | None:
@@ -211,7 +211,7 @@ class Trainer:
         return error
 
     def _gradient(self, loss: Loss, exact: bool = False) -> list[Tensor]:
-        """Of the first batch, on the CPU; ``exact`` without half precision."""
+        """Return the gradient of the first batch, on the CPU; ``exact`` without half precision."""
         torch.manual_seed(0)
         self.step.zero_()
         self.optimizer.zero_grad(set_to_none=True)

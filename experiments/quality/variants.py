@@ -187,7 +187,7 @@ def mechanisms_of(name: str) -> dict[str, Switch]:
 
 
 def parse_variant(name: str) -> Variant:
-    """The variant of a name such as `phase2/no-snr`.
+    """Return the variant of a name such as `phase2/no-snr`.
 
     Raises:
         ValueError: a part of the name is unknown.
@@ -236,7 +236,7 @@ def parse_variant(name: str) -> Variant:
 
 
 def original_initialisation(model: Phase2IntegratedModel, generator: torch.Generator) -> None:
-    """The weights as the report's original drew them, in the layers that there were.
+    """Draw weights as the report's original did, in the layers that it had.
 
     Every linear map but the head has the singular values 0.02 / γ_i; the token table is a wave pattern of the token's
     number at the amplitude 0.02, beside positions of the amplitude one; and every head starts with Γ = softplus(0).

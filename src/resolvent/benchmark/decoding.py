@@ -251,5 +251,5 @@ def _tokens(bench: Bench, case: Case, count: int) -> Tensor:
 
 
 def _tolerance(bench: Bench) -> float:
-    """Of logits, relative to float64."""
+    """Return the tolerance of logits, relative to float64."""
     return 5e-2 if bench.dtype == torch.bfloat16 else 1e-4

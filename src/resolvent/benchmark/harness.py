@@ -167,7 +167,7 @@ class Bench:
             self.say(f"{name}: other processes used {share:.0%} of the CPU meanwhile: measure again when it is idle")
 
     def _clear(self) -> None:
-        """Free the memory and the caches of the entry before."""
+        """Free the memory and the caches of the previous entry."""
         gc.collect()
         if self.device.type == "cuda":
             torch.compiler.reset()

@@ -37,7 +37,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def advance(self, count: int) -> None:
-        """Every layer has stored `count` new tokens."""
+        """Count `count` new tokens, which every layer has stored."""
         self.length += count
 
 
@@ -66,7 +66,7 @@ class RingCache:
         return all_keys, all_values
 
     def advance(self, count: int) -> None:
-        """Every layer has stored `count` new tokens."""
+        """Count `count` new tokens, which every layer has stored."""
         self.length += count
 
 

@@ -28,7 +28,7 @@ class Target:
     at_most: bool = True
 
     def verdict(self, figure: float) -> str:
-        """``met``, ``will do`` or ``missed``."""
+        """Return ``met``, ``will do`` or ``missed``."""
         sign = 1 if self.at_most else -1
         if sign * figure <= sign * self.goal:
             return "met"

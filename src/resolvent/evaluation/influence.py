@@ -75,7 +75,7 @@ class Influences:
         return f"Influences({self.sequences} texts, {len(self.rows)} rows up to distance {self.rows[-1].last:,})"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return all figures, for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -117,9 +117,8 @@ def measure_influence(
     buckets = doubling_buckets(length)
     device = next(model.parameters()).device
     gradients, divergences = [], []
-    replaced = sum(
-        replacements * bucket.last for bucket in buckets
-    )  # about: a replaced token may be anywhere in its bucket
+    # An upper bound: a replaced token may be anywhere in its bucket.
+    replaced = sum(replacements * bucket.last for bucket in buckets)
     with progress_bar("Reading", sequences * (5 * length + replaced), progress) as advance:
         for text in texts:
             tokens = torch.from_numpy(np.insert(text, 0, separator_of(stream))).to(device)

@@ -82,7 +82,7 @@ class NeedleScores:
         return 1 / self.candidates
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return all figures, for JSON."""
         return {**dataclasses.asdict(self), "chance": self.chance}
 
 

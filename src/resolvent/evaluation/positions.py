@@ -72,7 +72,7 @@ class PositionScores:
         return f"PositionScores({len(self.rows)} rows up to token {self.rows[-1].last:,})"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return all figures, for JSON."""
         rows = [dataclasses.asdict(row) | {"perplexity": row.perplexity} for row in self.rows]
         return {"training_length": self.training_length, "rows": rows}
 

@@ -142,7 +142,7 @@ class Inspection:
         return f"Inspection({self.name!r}, {len(self.tokens):,} tokens, {len(self.layers)} layers)"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return all figures, for JSON."""
         return dataclasses.asdict(self)
 
 

@@ -27,7 +27,7 @@ def zeta_zeros(count: int) -> Tensor:
 
 
 def _wave_frequencies(count: int) -> Tensor:
-    """Inverses of the first ``count`` zeros, float64 (count,)."""
+    """Return the inverses of the first ``count`` zeros, float64 (count,)."""
     return 1 / zeta_zeros(count)
 
 

@@ -394,7 +394,7 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """False: ``generate`` makes no cache of keys and values."""
+        """Return False: ``generate`` makes no cache of keys and values."""
         return False
 
     def _prepare_cache_for_generation(
@@ -512,7 +512,7 @@ def _teach_trainer() -> None:
 
 
 def _predicted_batch(trainer: Trainer, batch: Batch) -> Batch:
-    """The batch of a trainer of one of our models, adapters on it or not, with the labels that tokens predict."""
+    """Return the batch of a trainer of one of our models, with adapters or not, with predicted labels only."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(model, _ForCausalLM):

@@ -53,7 +53,7 @@ class ModelState:
     layers: tuple[NamedTuple, ...]
 
     def __len__(self) -> int:
-        """Number of sequences B."""
+        """Return the number of sequences B."""
         return len(self.position)
 
     def __repr__(self) -> str:

@@ -72,7 +72,7 @@ def build_muon(
     betas: tuple[float, float],
     momentum: float = 0.95,
 ) -> Muon:
-    """Muon for a model's matrices; AdamW for embeddings, head, narrow matrices, vectors and scalars.
+    """Return Muon for a model's matrices, with AdamW for embeddings, head, narrow matrices, vectors and scalars.
 
     Args:
         model: the model, whose head is ``lm_head``; its layers name the projections that lie on top of each other in a

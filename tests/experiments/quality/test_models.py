@@ -61,7 +61,7 @@ def test_a_change_leaves_all_other_weights_as_they_are(mechanism: str):
     own = {
         "zeta-init": potential,
         "reach": ("gamma_bias",),
-        "floor": ("gamma_bias",),
+        "base-decay": ("gamma_bias",),
         "gated-ffn": ("ffn.0.weight", "ffn.0.bias", "ffn.2.weight", "ffn.2.bias"),
     }
     for name, parameter in changed.model.named_parameters():
