@@ -79,11 +79,11 @@ class StopText:
         if self.stopped is not None:
             return ""
         text = self._held + piece
-        found = [(place + len(stop), place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
+        found = [(index + len(stop), index, stop) for stop in self._stops if (index := text.find(stop)) >= 0]
         if found:  # the first that is complete, so that the sizes of the pieces do not matter
-            _, place, self.stopped = min(found)
+            _, index, self.stopped = min(found)
             self._held = ""
-            return text[:place]
+            return text[:index]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -214,12 +214,12 @@ class _StreamWriter:
 
     def _write(self, ids: np.ndarray) -> None:
         while len(ids):
-            room = SHARD_TOKENS - self.tokens % SHARD_TOKENS
-            part = ids[:room]
+            left = SHARD_TOKENS - self.tokens % SHARD_TOKENS
+            part = ids[:left]
             self._files[0].write(part.tobytes())
             self.tokens += len(part)
             ids = ids[len(part) :]
-            if len(part) == room:
+            if len(part) == left:
                 self.sync()
                 self._files[0].close()
                 self._files[0] = self._open(shard_name(self.name, self.tokens // SHARD_TOKENS), 0)

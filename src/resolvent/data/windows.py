@@ -131,9 +131,9 @@ class PackedBatches(_Batches):
         return -(-self.windows_per_epoch // self.batch_size)
 
     def window(self, number: int) -> Window:
-        epoch, place = divmod(number, self.windows_per_epoch)
+        epoch, index = divmod(number, self.windows_per_epoch)
         ring = self.stream.num_predictions
-        start = int(self._windows_of(epoch)[place]) % ring
+        start = int(self._windows_of(epoch)[index]) % ring
         end = start + self.seq_len
         if end <= ring:
             return _window(self.stream, start, end)
@@ -178,12 +178,12 @@ class MixedBatches(_Batches):
         self._block: tuple[int, np.ndarray] = (0, self._order(0))
 
     def window(self, number: int) -> Window:
-        block, place = divmod(number, MIXED_WINDOWS)
+        block, index = divmod(number, MIXED_WINDOWS)
         if self._block[0] != block:
             self._block = (block, self._order(block))
         order = self._block[1]
-        stream = int(order[place])
-        earlier = int(np.count_nonzero(order[:place] == stream))
+        stream = int(order[index])
+        earlier = int(np.count_nonzero(order[:index] == stream))
         return self.parts[stream].window(block * int(self.counts[stream]) + earlier)
 
     def _order(self, block: int) -> np.ndarray:

@@ -96,14 +96,14 @@ class LocalAttentionLayer(HeadsLayer):
     def distances(self, x: Tensor) -> Tensor:
         """Return how many tokens each head looks back on average, (B, N, H), in texts (B, N, D) from their start on.
 
-        The positions take the place of the values: no matrix of weights is made.
+        Positions replace the values: no matrix of weights is made.
         """
         heads = self.heads(self.qkv_proj(x), None, None)
         position = torch.arange(x.shape[1], device=x.device)
         q, k = self.rotated(heads, position.unsqueeze(0))
-        places = torch.zeros_like(heads.v)
-        places[..., 0] = position[:, None].to(places)
-        mean, _ = local_attention(q, k, places, self.temperature, self.window, backend=self.backend)
+        values = torch.zeros_like(heads.v)
+        values[..., 0] = position[:, None].to(values)
+        mean, _ = local_attention(q, k, values, self.temperature, self.window, backend=self.backend)
         return (position[:, None] - mean[..., 0]).clamp(min=0)
 
     def forward(

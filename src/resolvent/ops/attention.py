@@ -317,20 +317,20 @@ def _packed_bands(
     """
     sequences, tokens = len(filled_SW), q_1THK.shape[1]
     device, before = q_1THK.device, window * torch.arange(1, sequences + 1, device=q_1THK.device)
-    # 1. Look up what stands at each place of the row: slots of windows and tokens, which stay in their order.
+    # 1. Look up what stands at each index of the row: slots of windows and tokens, which stay in their order.
     begin = layout.offset + before - window
     number_L = sequence_numbers(
         torch.cat([begin, begin.new_full((1,), tokens) + before[-1]]), sequences * window + tokens
     )
-    place_L = torch.arange(len(number_L), device=device) - begin[number_L]
-    is_token_L = place_L >= window
-    token_L = (layout.offset[number_L] + place_L - window).clamp(0, tokens - 1)
-    slot_L = (number_L * window + place_L).clamp(max=sequences * window - 1)
+    index_L = torch.arange(len(number_L), device=device) - begin[number_L]
+    is_token_L = index_L >= window
+    token_L = (layout.offset[number_L] + index_L - window).clamp(0, tokens - 1)
+    slot_L = (number_L * window + index_L).clamp(max=sequences * window - 1)
     source_L = torch.where(is_token_L, sequences * window + token_L, slot_L)
     keys, values = (torch.cat([a.flatten(0, 1), b[0]])[source_L].unsqueeze(0) for a, b in zip(old, new, strict=True))
     seen_L = is_token_L | filled_SW.flatten()[slot_L]
     numbers_1L = torch.where(seen_L, number_L, _NO_SEQUENCE).unsqueeze(0)
-    # 2. Attend from every place behind the first window, and keep what the tokens read.
+    # 2. Attend from every index behind the first window, and keep what the tokens read.
     readout = _bands(q_1THK[:, token_L[window:]], keys, values, numbers_1L, window)
     number_T = sequence_numbers(torch.cat([layout.offset, layout.offset.new_full((1,), tokens)]), tokens)
     return readout[:, torch.arange(tokens, device=device) + window * number_T]
@@ -479,19 +479,19 @@ def _behind_windows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Put the tokens that the windows hold before those of each sequence; return offsets, keys and values.
 
-    The row has a place for every slot. Those of empty slots are behind the last sequence: zero, and without gradient,
+    The row has an index for every slot. Those of empty slots are behind the last sequence: zero, and without gradient,
     since the kernel does not write the gradients of keys that it does not read.
     """
     sequences, capacity = state.keys.shape[:2]
     held = layout.start.clamp(max=capacity)
     keys = F.pad((queries.diff() + held).cumsum(0), (1, 0))
-    places = torch.arange(sequences * capacity + len(k_TJK), device=k_TJK.device)
-    number = (torch.searchsorted(keys, places, right=True) - 1).clamp(max=sequences - 1)
-    place = places - keys[number]
-    slot = number * capacity + (layout.start - held)[number].add(place) % capacity
-    token = sequences * capacity + (layout.offset - held)[number] + place
-    source = torch.where(place < held[number], slot, token).clamp(max=len(places) - 1)
-    used = (places < keys[-1])[:, None, None]
+    row = torch.arange(sequences * capacity + len(k_TJK), device=k_TJK.device)
+    number = (torch.searchsorted(keys, row, right=True) - 1).clamp(max=sequences - 1)
+    index = row - keys[number]
+    slot = number * capacity + (layout.start - held)[number].add(index) % capacity
+    token = sequences * capacity + (layout.offset - held)[number] + index
+    source = torch.where(index < held[number], slot, token).clamp(max=len(row) - 1)
+    used = (row < keys[-1])[:, None, None]
     k, v = (
         torch.where(used, torch.cat([old.flatten(0, 1), new])[source], new.new_zeros(()))
         for old, new in zip(state, (k_TJK, v_TJV), strict=True)

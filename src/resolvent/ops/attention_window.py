@@ -104,7 +104,7 @@ def capacity_for(length: int, position: Tensor | None, cu_seqlens: Tensor | None
 
 
 def with_capacity(state: WindowState, capacity: int) -> WindowState:
-    """Return the window with room for at least so many tokens: those that have no slot yet get one at the end."""
+    """Return the window with at least so many slots: tokens that have no slot yet get one at the end."""
     missing = capacity - state.keys.shape[1]
     return state if missing <= 0 else type(state)(*(padded(x, 0, missing) for x in state))
 

@@ -167,14 +167,14 @@ def _without_beginning(marked: str, beginning: str, mark: str) -> str:
     """
     if marked.startswith(beginning):
         return marked[len(beginning) :]
-    place = 0
+    index = 0
     for character in beginning:
-        while marked[place : place + 1] == mark:
-            place += 1
-        if marked[place : place + 1] != character:
+        while marked[index : index + 1] == mark:
+            index += 1
+        if marked[index : index + 1] != character:
             raise ValueError("the rendered conversation does not begin with the text that was read")
-        place += 1
-    return marked[place:]
+        index += 1
+    return marked[index:]
 
 
 def _source(directory: Path, settings: dict[str, Any]) -> str | None:

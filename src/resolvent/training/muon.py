@@ -114,9 +114,9 @@ class Muon(torch.optim.Optimizer):
         buffers: list[Any] = [local_tensor(self._state(p, "momentum_buffer")["momentum_buffer"]) for p in parameters]
         gradients = [local_tensor(p.grad) for p in parameters if p.grad is not None]
         ahead = [local_tensor(each[0]).new_zeros(len(each), *local_tensor(each[0]).shape) for each in alike]
-        places = [place for batch in ahead for place in batch.unbind()]
+        targets = [target for batch in ahead for target in batch.unbind()]
         settings = dict(weight_decay=0.0, dampening=0.0, nesterov=True, maximize=False, fused=True)
-        sgd(places, gradients, buffers, lr=-1.0, momentum=momentum, found_inf=self.found_inf, **settings)
+        sgd(targets, gradients, buffers, lr=-1.0, momentum=momentum, found_inf=self.found_inf, **settings)
         return ahead
 
     def _move(self, alike: Sequence[Sequence[Tensor]], directions: Sequence[Tensor], group: dict[str, Any]) -> None:

@@ -73,62 +73,17 @@ class Phase2Block(Block[Phase2Record]):
 
     def __init__(self, config: Phase2Config, layer: int = 0):
         super().__init__()
-        attends = layer in config.attention_layers
-        heads, head_dim, width = config.num_heads, config.head_dim, config.d_model
+        attends, width = layer in config.attention_layers, config.d_model
         self.ln1 = nn.LayerNorm(width)
-        self.dissipative_bk = DissipativeBKLayer(
-            NonHermitianPotential(
-                width,
-                heads,
-                config.base_decay,
-                config.adaptive_decay,
-                config.hebbian_dt,
-                memory_width=heads * head_dim if config.memory_feedback and layer else 0,
-                memory_scale=config.feedback_scale,
-                least_decay=config.least_decay,
-            ),
-            backend=config.backend if config.use_triton_bk else "torch",
-            block_size=config.triton_block_size,
-        )
-        self.bk_proj = nn.Linear(2 * heads, width, bias=False)
-        options = (config.conv_size, config.output_norm, config.output_gate, config.backend)
-        self.hebbian = (
-            None
-            if attends
-            else DissipativeHebbianLayer(
-                width, heads, head_dim, config.hebbian_eta, config.hebbian_dt, *options, config.memory_rotation
-            )
-        )
-        self.attention = (
-            LocalAttentionLayer(width, heads, head_dim, config.attention_window, *options) if attends else None
-        )
+        self.dissipative_bk = _bk_layer(config, layer)
+        self.bk_proj = nn.Linear(2 * config.num_heads, width, bias=False)
+        self.hebbian = None if attends else _memory(config)
+        self.attention = _attention(config) if attends else None
         self.consolidation_interval = config.consolidation_interval
-        self.snr_filter = (
-            SNRMemoryFilter(
-                heads,
-                config.snr_threshold,
-                config.snr_gamma_boost,
-                config.snr_eta_boost,
-                config.snr_temperature,
-                config.snr_trained,
-                config.memory_rotation,
-            )
-            if config.snr_enabled and not attends
-            else None
-        )
-        self.resonance = (
-            MemoryResonanceLayer(heads, head_dim, config.resonance_energy_threshold)
-            if config.resonance_enabled and not attends
-            else None
-        )
+        self.snr_filter = None if attends else _snr_filter(config)
+        self.resonance = None if attends else _resonance(config)
         self.ln_ssm = nn.LayerNorm(width) if config.ar_ssm_rank else None
-        self.ar_ssm = (
-            AdaptiveRankSemiseparableLayer(
-                width, config.ar_ssm_rank, config.gate_width, config.ar_ssm_bounded, config.backend
-            )
-            if config.ar_ssm_rank
-            else None
-        )
+        self.ar_ssm = _semiseparable(config)
         self.ln2 = nn.LayerNorm(width)
         self.ffn = (
             GatedFeedForward(width, config.ffn_width)
@@ -242,6 +197,77 @@ class Phase2Block(Block[Phase2Record]):
         assert self.attention is not None
         window, cache = (None, read.state) if self.attention.window is None else (read.state, None)
         return LayerState(resolvent, None, read.conv_tail, ar_ssm, None, window, cache)
+
+
+def _bk_layer(config: Phase2Config, layer: int) -> DissipativeBKLayer:
+    potential = NonHermitianPotential(
+        config.d_model,
+        config.num_heads,
+        config.base_decay,
+        config.adaptive_decay,
+        config.hebbian_dt,
+        memory_width=config.num_heads * config.head_dim if config.memory_feedback and layer else 0,
+        memory_scale=config.feedback_scale,
+        least_decay=config.least_decay,
+    )
+    backend = config.backend if config.use_triton_bk else "torch"
+    return DissipativeBKLayer(potential, backend=backend, block_size=config.triton_block_size)
+
+
+def _memory(config: Phase2Config) -> DissipativeHebbianLayer:
+    return DissipativeHebbianLayer(
+        config.d_model,
+        config.num_heads,
+        config.head_dim,
+        config.hebbian_eta,
+        config.hebbian_dt,
+        config.conv_size,
+        config.output_norm,
+        config.output_gate,
+        config.backend,
+        config.memory_rotation,
+    )
+
+
+def _attention(config: Phase2Config) -> LocalAttentionLayer:
+    return LocalAttentionLayer(
+        config.d_model,
+        config.num_heads,
+        config.head_dim,
+        config.attention_window,
+        config.conv_size,
+        config.output_norm,
+        config.output_gate,
+        config.backend,
+    )
+
+
+def _snr_filter(config: Phase2Config) -> SNRMemoryFilter | None:
+    if not config.snr_enabled:
+        return None
+    return SNRMemoryFilter(
+        config.num_heads,
+        config.snr_threshold,
+        config.snr_gamma_boost,
+        config.snr_eta_boost,
+        config.snr_temperature,
+        config.snr_trained,
+        config.memory_rotation,
+    )
+
+
+def _resonance(config: Phase2Config) -> MemoryResonanceLayer | None:
+    if not config.resonance_enabled:
+        return None
+    return MemoryResonanceLayer(config.num_heads, config.head_dim, config.resonance_energy_threshold)
+
+
+def _semiseparable(config: Phase2Config) -> AdaptiveRankSemiseparableLayer | None:
+    if not config.ar_ssm_rank:
+        return None
+    return AdaptiveRankSemiseparableLayer(
+        config.d_model, config.ar_ssm_rank, config.gate_width, config.ar_ssm_bounded, config.backend
+    )
 
 
 Phase2Model = IntegratedModel[Phase2Config, Phase2Record, Phase2State]
