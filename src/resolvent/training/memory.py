@@ -20,8 +20,12 @@ _BYTES_PER_PARAMETER = 16
 """Weight, gradient, and AdamW's two averages, in float32."""
 _BYTES_SAVED_BY_MUON = 4
 """It keeps one average of a matrix."""
+_LIBRARIES = 40_000_000
+"""Bytes of code and buffers that PyTorch loads with the first training step."""
 _KEPT_WHEN_RECOMPUTED = 11
 """Numbers per token and unit of width that a block keeps under activation checkpointing."""
+_BLOCKS_RECOMPUTED = 1.6
+"""Blocks whose tensors the backward pass holds at once under activation checkpointing: one and its gradients."""
 _CERTAIN_PART = 2 / 3
 """An estimate is within a factor of 1.5 of the memory taken."""
 
@@ -35,19 +39,21 @@ class Estimate:
     Attributes:
         parameters: bytes of weights, gradients and optimiser state.
         activations: bytes of the tensors that the forward pass saves for the backward pass.
+        libraries: bytes of code and buffers that PyTorch loads with the first step.
     """
 
     parameters: int
     activations: int
+    libraries: int = _LIBRARIES
 
     @property
     def total(self) -> int:
-        """Bytes of both parts."""
-        return self.parameters + self.activations
+        """Bytes of all parts."""
+        return self.parameters + self.activations + self.libraries
 
     def times(self, copies: int) -> "Estimate":
         """Return the memory of several processes that train at once."""
-        return Estimate(copies * self.parameters, copies * self.activations)
+        return Estimate(copies * self.parameters, copies * self.activations, copies * self.libraries)
 
 
 def estimate_memory(
@@ -62,9 +68,9 @@ def estimate_memory(
 ) -> Estimate:
     """Estimate the memory of a training step.
 
-    A block keeps about `7 D + 31 H K + 4 F` numbers per token: D is the width of the model, H K that of the memory's
+    A block keeps about `7 D + 27 H K + 4 F` numbers per token: D is the width of the model, H K that of the memory's
     heads (Phase 2 only) and F that of the feed-forward network. The backward pass works on one block more. With
-    `recompute`, a block keeps `11 D` numbers, and the backward pass works on two whole blocks. Logits are computed in
+    `recompute`, a block keeps `11 D` numbers, and the backward pass holds 1.6 whole blocks. Logits are computed in
     chunks, so that the vocabulary counts only through the parameters, of 16 bytes each, or 12 if Muon moves them.
 
     Args:
@@ -79,15 +85,15 @@ def estimate_memory(
     config = model.config
     heads = config.num_heads * config.head_dim if isinstance(config, Phase2Config) else 0
     feed_forward = 4 * config.d_model if config.ffn_dim is None else config.ffn_dim
-    block = 7 * config.d_model + 31 * heads + 4 * feed_forward
+    block = 7 * config.d_model + 27 * heads + 4 * feed_forward
     if recompute:
-        numbers = config.n_layers * _KEPT_WHEN_RECOMPUTED * config.d_model + 2 * block
+        numbers = config.n_layers * _KEPT_WHEN_RECOMPUTED * config.d_model + _BLOCKS_RECOMPUTED * block
     else:
         numbers = (config.n_layers + 1) * block
     kept = (_BYTES_PER_PARAMETER + 4 * averaged) * model.num_parameters()
     if optimizer == "muon":
         kept -= _BYTES_SAVED_BY_MUON * sum(x.numel() for x in parts_of_matrices(model))
-    return Estimate(kept // shares, tokens * numbers * bytes_per_number)
+    return Estimate(kept // shares, round(tokens * numbers * bytes_per_number))
 
 
 def memory_of_run(
