@@ -29,6 +29,14 @@ def state(model):
         return model(tokens(30), return_state=True)[1]
 
 
+def test_clone_is_equal_in_memory_of_its_own(state):
+    view = state.repeat(3)[1:2]  # whose tensors hold the memory of three sequences
+    copied = view.clone()
+    for mine, other in zip(copied.tensors(), view.tensors(), strict=True):
+        assert torch.equal(mine, other) and mine.data_ptr() != other.data_ptr()
+        assert mine.untyped_storage().nbytes() == mine.nbytes
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.complex64])
 def test_state_refuses_half_and_integer_dtypes(state, dtype):
     for attempt in (lambda: state.to(dtype), lambda: state.to("cpu", dtype), lambda: state.to(dtype=dtype)):

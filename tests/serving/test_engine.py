@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from resolvent.models.sampling import SamplingOptions
-from resolvent.serving.engine import DeadlineError, Engine, Failure, OverloadedError, Request
+from resolvent.serving.engine import Engine
+from resolvent.serving.requests import DeadlineError, Failure, OverloadedError, Request
 from tests.models.small import FULL, HYBRID, PHASE1, PHASE2
 
 BLOCK = 16

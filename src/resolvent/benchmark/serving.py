@@ -20,7 +20,8 @@ from resolvent.benchmark.report import Target
 from resolvent.benchmark.timing import synchronize
 from resolvent.models.phase2 import Phase2IntegratedModel
 from resolvent.models.sampling import SamplingOptions
-from resolvent.serving.engine import Engine, Failure, Request, TokenEvent
+from resolvent.serving.engine import Engine
+from resolvent.serving.requests import Failure, Request, TokenEvent
 
 SECTION = "serving"
 _SHORTEST, _LONGEST = 8, 64

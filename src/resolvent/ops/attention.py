@@ -317,7 +317,7 @@ def _packed_bands(
     """
     sequences, tokens = len(filled_SW), q_1THK.shape[1]
     device, before = q_1THK.device, window * torch.arange(1, sequences + 1, device=q_1THK.device)
-    # 1. Look up what stands at each index of the row: slots of windows and tokens, which stay in their order.
+    # 1. Look up the source of each entry of the row: slots of windows and tokens, which stay in their order.
     begin = layout.offset + before - window
     number_L = sequence_numbers(
         torch.cat([begin, begin.new_full((1,), tokens) + before[-1]]), sequences * window + tokens
@@ -330,7 +330,7 @@ def _packed_bands(
     keys, values = (torch.cat([a.flatten(0, 1), b[0]])[source_L].unsqueeze(0) for a, b in zip(old, new, strict=True))
     seen_L = is_token_L | filled_SW.flatten()[slot_L]
     numbers_1L = torch.where(seen_L, number_L, _NO_SEQUENCE).unsqueeze(0)
-    # 2. Attend from every index behind the first window, and keep what the tokens read.
+    # 2. Attend from every entry behind the first window, and keep what the tokens read.
     readout = _bands(q_1THK[:, token_L[window:]], keys, values, numbers_1L, window)
     number_T = sequence_numbers(torch.cat([layout.offset, layout.offset.new_full((1,), tokens)]), tokens)
     return readout[:, torch.arange(tokens, device=device) + window * number_T]
@@ -479,7 +479,7 @@ def _behind_windows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Put the tokens that the windows hold before those of each sequence; return offsets, keys and values.
 
-    The row has an index for every slot. Those of empty slots are behind the last sequence: zero, and without gradient,
+    The row has an entry for every slot. Those of empty slots are behind the last sequence: zero, and without gradient,
     since the kernel does not write the gradients of keys that it does not read.
     """
     sequences, capacity = state.keys.shape[:2]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 
 from ..data.detokenization import StopText, TextStream, added_texts
-from .engine import TokenEvent
+from .requests import TokenEvent
 
 _CONTEXT = 32
 """Tokens of a prompt that decide how the next token is written, with many to spare."""

@@ -11,8 +11,9 @@ from typing import Self
 from tokenizers import Tokenizer
 
 from .answer import Answer
-from .engine import Engine, Failure, Request, TokenEvent
+from .engine import Engine
 from .metrics import Metrics
+from .requests import Failure, Request, TokenEvent
 
 Event = TokenEvent | Failure
 

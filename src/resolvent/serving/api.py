@@ -26,10 +26,11 @@ from ..data import encode_documents
 from ..errors import ResolventError
 from .answers import Answers, Mailbox
 from .chat_template import ChatTemplate
-from .engine import Engine, Request
+from .engine import Engine
 from .errors import ApiError, api_error
 from .metrics import CONTENT_TYPE, Metrics
 from .replies import ChatReply, CompletionReply
+from .requests import Request
 from .schemas import ChatBody, CompletionBody
 
 _log = logging.getLogger(__name__)

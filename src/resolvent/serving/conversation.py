@@ -25,7 +25,7 @@ from ..ops.precision import at_least_float32, wide_dtype
 from ..tensors import read_tensors
 from .answer import Answer
 from .chat_template import ChatTemplate, Message, Rendering
-from .engine import TokenEvent
+from .requests import TokenEvent
 
 _TOKENS, _RECORD = f"{EXTRA}conversation.tokens", f"{EXTRA}conversation.record"
 """Names in a conversation file: the tokens that the state has read, and JSON as bytes."""

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import ConfigError, DataError, ResolventError
-from .engine import DeadlineError, OverloadedError
+from .requests import DeadlineError, OverloadedError
 
 
 class ApiError(Exception):
