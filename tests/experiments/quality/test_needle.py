@@ -183,6 +183,7 @@ def test_phase2_is_asked_again_without_each_mechanism(text: Text, phrases: Phras
     assert phase2.run(1e30, 0, FOREVER)["needle_without"] is None
 
 
+@pytest.mark.slow
 def test_the_command_makes_missing_runs_and_the_report_shows_them(text: Text, tmp_path: Path):
     text.save(tmp_path / "text.npz")
     out = tmp_path / "runs.jsonl"

@@ -57,6 +57,7 @@ def test_checkpointed_blocks_compile_to_one_graph():
 
 
 @needs_interpreter
+@pytest.mark.slow
 def test_any_number_of_packed_sequences_compiles_to_one_graph():
     offsets = ([0, 10, 30], [0, 5, 7, 30])
     check("triton", torch.randint(0, 97, (1, 31)), [{"cu_seqlens": torch.tensor(x)} for x in offsets])
