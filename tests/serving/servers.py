@@ -12,9 +12,9 @@ import uvicorn
 from openai import OpenAI
 
 from resolvent.data import EOT, build_tokenizer, encode_documents
+from resolvent.data.chat_template import ChatTemplate
 from resolvent.data.detokenization import decode_until
 from resolvent.serving.api import Limits, Service
-from resolvent.serving.chat_template import ChatTemplate
 from resolvent.serving.engine import Engine
 from resolvent.serving.server import listen
 from tests.models.small import PHASE2

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from resolvent.data import EOT, build_tokenizer
+from resolvent.data.chat_template import ChatTemplate
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.models.sampling import SamplingOptions
 from resolvent.serving.chat import Chat
-from resolvent.serving.chat_template import ChatTemplate
 from resolvent.serving.conversation import Conversation
 from tests.models.small import FULL, HYBRID, PHASE1, PHASE2
 

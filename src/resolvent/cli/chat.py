@@ -47,9 +47,9 @@ def chat(
     if not temperature < float("inf"):
         raise typer.BadParameter(f"{temperature} is not in the range 0<=x<inf.", param_hint="--temperature")
     model, tokenizer = load_trained(directory, device)
+    from resolvent.data.chat_template import ChatTemplate
     from resolvent.models.sampling import SamplingOptions
     from resolvent.serving.chat import Chat
-    from resolvent.serving.chat_template import ChatTemplate
     from resolvent.serving.conversation import Conversation
 
     conversation = Conversation(

@@ -47,7 +47,7 @@ def serve(
         from resolvent.serving.server import check_address, listen, read_keys, run
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}: pip install 'resolvent[serve]'") from error
-    from resolvent.serving.chat_template import ChatTemplate
+    from resolvent.data.chat_template import ChatTemplate
     from resolvent.serving.engine import Engine
 
     keys = None

@@ -189,7 +189,7 @@ def tokenize(
 
 def _key(kind: str, source: str, text: Text, *rest: Any) -> str:
     """Return the key of what is made of a text, whose digest is ``source``."""
-    return _hash([FORMAT, kind, source, text.text_field, *rest])[:32]
+    return _hash([FORMAT, kind, source, *text.read_as, *rest])[:32]
 
 
 def _holds(folder: Path, key: str) -> bool:

@@ -74,6 +74,7 @@ class Reading:
 
     Attributes:
         text_field: the field or column of records that holds their text.
+        structured: True to take any value of the field of JSON records, as JSON.
         most_bytes: limit of the memory of all documents: a quarter of the free memory; tokens need the rest.
         taken: memory of the documents so far.
         repairs: number of invalid sequences that were replaced, by file.
@@ -81,6 +82,7 @@ class Reading:
     """
 
     text_field: str = "text"
+    structured: bool = False
     most_bytes: int = field(default_factory=lambda: machine_memory().available // 4)
     taken: int = 0
     repairs: Counter[Path] = field(default_factory=Counter)
@@ -300,7 +302,8 @@ def _decoded_chunks(
 
 def _json_lines(chunks: Iterable[str], path: Path, reading: Reading) -> Iterator[Piece]:
     lines = lines_of(_bounded_lines(chunks, path, reading))
-    documents = json_lines(lines, path, reading.text_field, partial(reading.repaired, path))
+    repaired = partial(reading.repaired, path)
+    documents = json_lines(lines, path, reading.text_field, repaired, structured=reading.structured)
     return _whole(documents, path, reading)
 
 
@@ -324,7 +327,8 @@ def _maybe_json_array(chunks: Iterator[str], path: Path, reading: Reading) -> It
     text = "".join(_remembered(chunks, seen, path, reading))
     if looks_like_json_array(text, reading.text_field):
         seen.clear()
-        documents = json_array(text, path, reading.text_field, partial(reading.repaired, path))
+        repaired = partial(reading.repaired, path)
+        documents = json_array(text, path, reading.text_field, repaired, structured=reading.structured)
         return (Piece(document, True) for document in documents)
     if content_suffix(path) == ".json":
         refuse_json(path)

@@ -74,13 +74,16 @@ def looks_like_json_array(text: str, text_field: str) -> bool:
     return isinstance(value, dict) and text_field in value
 
 
-def json_lines(lines: Iterable[str], path: Path, text_field: str, count: Callable[[int], None]) -> Iterator[str]:
+def json_lines(
+    lines: Iterable[str], path: Path, text_field: str, count: Callable[[int], None], *, structured: bool = False
+) -> Iterator[str]:
     """Yield the documents of JSON Lines.
 
     Args:
         lines: lines of the file.
         path: path of the file, for errors.
         text_field: the field that holds the text.
+        structured: True to take any value of the field, as JSON.
         count: called with the number of lone surrogates in a document. JSON can express half of a surrogate pair, which
             no encoding of text can hold; U+FFFD replaces it.
 
@@ -95,10 +98,12 @@ def json_lines(lines: Iterable[str], path: Path, text_field: str, count: Callabl
                 raise DataError(
                     f"{path}:{number}: not a JSON object ({_fault(error)}); repair or remove the line"
                 ) from error
-            yield _document(record, f"{path}:{number}", text_field, count)
+            yield _document(record, f"{path}:{number}", text_field, count, structured)
 
 
-def json_array(text: str, path: Path, text_field: str, count: Callable[[int], None]) -> Iterator[str]:
+def json_array(
+    text: str, path: Path, text_field: str, count: Callable[[int], None], *, structured: bool = False
+) -> Iterator[str]:
     """Yield the documents of a JSON array of objects; arguments and errors are those of `json_lines`."""
     position, line, seen = 0, 1, 0
     try:
@@ -106,7 +111,7 @@ def json_array(text: str, path: Path, text_field: str, count: Callable[[int], No
         while text[(position := _skip_space(text, position)) : position + 1] != "]":
             line, seen = line + text.count("\n", seen, position), position
             record, position = _DECODER.raw_decode(text, position)
-            yield _document(record, f"{path}:{line}", text_field, count)
+            yield _document(record, f"{path}:{line}", text_field, count, structured)
             position = _skip_space(text, position)
             if text[position : position + 1] != "]":
                 position = _after(text, position, ",")
@@ -225,7 +230,7 @@ def _fault(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def _document(record: object, place: str, text_field: str, count: Callable[[int], None]) -> str:
+def _document(record: object, place: str, text_field: str, count: Callable[[int], None], structured: bool) -> str:
     if not isinstance(record, dict) or text_field not in record:
         held = f"the fields {shown(sorted(record)[:20])}" if isinstance(record, dict) else f"a {_kind(record)}"
         raise DataError(
@@ -233,12 +238,22 @@ def _document(record: object, place: str, text_field: str, count: Callable[[int]
             "--text-field"
         )
     value = record[text_field]
+    if structured:
+        value = json.dumps(value, ensure_ascii=False, default=_as_python)
     if not isinstance(value, str):
         raise DataError(f'{place}: the field "{text_field}" must be a string, got {value!r:.50}')
     document, lone_surrogates = _LONE_SURROGATE.subn("\ufffd", value)
     if lone_surrogates:
         count(lone_surrogates)
     return document
+
+
+def _as_python(number: _Number) -> int | float:
+    """Return a number; infinity for an integer with thousands of digits."""
+    try:
+        return int(number.literal)
+    except ValueError:
+        return float(number.literal)
 
 
 def _kind(value: object) -> str:

@@ -68,7 +68,7 @@ def write_tokens(
             work.mkdir()
         names = (TRAIN,) if fraction is None else (TRAIN, HELD_OUT)
         with Encoder(tokenizer, 0 if text.holds_tokens else _processes(text.num_bytes)) as encoder:
-            streams = {name: _StreamWriter(work, name, encoder) for name in names}
+            streams = {name: _StreamWriter(work, name, encoder, signed=text.signed) for name in names}
             _encode(work, key, streams, plan, text.holds_tokens, encoder, advance)
         save_tokenizer(tokenizer, work)
         _write_index(work, key, streams.values(), tokenizer, fraction, plan)
@@ -167,9 +167,10 @@ def _batches(plan: Plan, fragments: Iterable[Fragment]) -> Iterator[tuple[tuple[
 class _StreamWriter:
     """Appends documents to the shards of one stream."""
 
-    def __init__(self, folder: Path, name: str, encoder: Encoder) -> None:
-        self.folder, self.name, self.dtype = folder, name, encoder.dtype
-        self.separator = np.array([encoder.separator], encoder.dtype)
+    def __init__(self, folder: Path, name: str, encoder: Encoder, *, signed: bool) -> None:
+        self.folder, self.name, self.signed = folder, name, signed
+        self.dtype = np.dtype(np.int32) if signed else encoder.dtype
+        self.separator = np.array([~encoder.separator if signed else encoder.separator], self.dtype)
         self.small_files = [f"{name}.starts", f"{name}.bytes", f"{name}.digests"]
         self.tokens, self.documents = 0, 0
         self._files: list[Any] = []
@@ -190,7 +191,8 @@ class _StreamWriter:
             for file, value in zip(self._files[1:], (self.tokens, fragment.part_bytes), strict=True):
                 file.write(np.int64(value).tobytes())
             self.documents += 1
-            self._write(self.separator)
+            if not self.signed:
+                self._write(self.separator)
         self._write(ids.astype(self.dtype))
         return len(ids)
 

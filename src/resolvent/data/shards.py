@@ -5,7 +5,8 @@ streams (`train`, and `held-out` if something is) its sizes and the SHA-256 of i
 
 - `train.starts` and `train.bytes`: (D,) int64, where documents begin in the stream, and the bytes of their texts.
 - `train.digests`: the first 16 bytes of the SHA-256 of every `BLOCK_TOKENS` tokens of the stream.
-- `train-00000.tokens`, ...: the tokens, uint16 or uint32, `shard_tokens` in every file but the last.
+- `train-00000.tokens`, ...: the tokens, uint16 or uint32, or int32 of conversations (see `TokenStream`),
+  `shard_tokens` in every file but the last.
 
 The small files are compared with the index when a folder is opened, and the sizes of the shards too. A block of tokens
 is compared with its digest when a process reads from it for the first time.

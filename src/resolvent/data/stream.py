@@ -12,8 +12,10 @@ from tokenizers import Tokenizer
 from resolvent.data.encoding import Encoder
 from resolvent.data.pieces import pieces
 from resolvent.errors import DataError
+from resolvent.ops import IGNORED
 
 _BATCH_CHARACTERS = 1 << 21
+_COUNTED_TOKENS = 1 << 20
 
 
 class TokenArray(Protocol):
@@ -34,10 +36,14 @@ class TokenArray(Protocol):
 class TokenStream:
     """Documents end to end, a separator before each and after the last: EOT d1 EOT d2 ... EOT dD EOT.
 
+    A signed stream holds conversations, of which some tokens are predicted (the answers) and all are read. The
+    complement `~id` stands for a token that is read only. Separators before conversations are left to their template:
+    d1 d2 ... dD EOT.
+
     Attributes:
-        tokens: (T,) uint16, or uint32 where the vocabulary needs it; in memory or in files.
-        starts: (D,) int64, the positions of the separators that open a document; the first is 0.
-        byte_lengths: (D,) int64, the bytes of each document's text as UTF-8.
+        tokens: (T,) uint16, or uint32 where the vocabulary needs it; int32 of a signed stream; in memory or in files.
+        starts: (D,) int64, the positions where documents begin, with their separator; the first is 0.
+        byte_lengths: (D,) int64, the bytes of each document's text, or of its answers, as UTF-8.
     """
 
     tokens: TokenArray
@@ -53,6 +59,18 @@ class TokenStream:
     def num_predictions(self) -> int:
         """T - 1: every token but the first is predicted, including the separators at the ends of documents."""
         return len(self.tokens) - 1
+
+    @property
+    def signed(self) -> bool:
+        """True if some tokens are read only."""
+        return self.tokens.dtype.kind == "i"
+
+    def count_targets(self) -> int:
+        """Return the number of tokens that are predicted; reads a signed stream for that."""
+        if not self.signed:
+            return self.num_predictions
+        starts = range(1, len(self.tokens), _COUNTED_TOKENS)
+        return sum(int((self.tokens[start : start + _COUNTED_TOKENS] >= 0).sum()) for start in starts)
 
     @property
     def num_bytes(self) -> int:
@@ -101,6 +119,26 @@ def _stream(documents: list[str], encoder: Encoder, progress: bool) -> TokenStre
         starts=np.array(starts, np.int64),
         byte_lengths=np.array([byte_length(text) for text in documents], np.int64),
     )
+
+
+def token_ids(tokens: np.ndarray) -> np.ndarray:
+    """Return the ids of a stream's tokens as int64, those that are read only among them."""
+    tokens = tokens.astype(np.int64)
+    return np.maximum(tokens, ~tokens)
+
+
+def inputs_and_labels(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the inputs and labels of consecutive tokens of a stream.
+
+    Args:
+        tokens: (N + 1,), of a signed stream or not.
+
+    Returns:
+        (N,) int64 ids, and (N,) int64, the token after each of them, or -100 for one that is read only.
+    """
+    labels = tokens[1:].astype(np.int64)
+    labels[labels < 0] = IGNORED
+    return token_ids(tokens[:-1]), labels
 
 
 def byte_length(text: str) -> int:

@@ -64,6 +64,8 @@ class Text:
 
     holds_tokens = False
     """True if the fragments are token ids."""
+    signed = False
+    """True if the fragments are ids of which some are read only, as in a signed `TokenStream`."""
 
     def __init__(self, paths: list[str] | None, text_field: str = "text") -> None:
         self.paths, self.text_field = paths, text_field
@@ -72,6 +74,11 @@ class Text:
     def num_bytes(self) -> int | None:
         """Bytes of all documents; None if they are not known before the text was read."""
         return self.survey.num_bytes
+
+    @property
+    def read_as(self) -> list[str]:
+        """Values beside the files that decide what is read, for the key of a cache."""
+        return [self.text_field]
 
     @property
     def name(self) -> str:

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resolvent.data.stream import TokenStream
+from resolvent.data.stream import TokenStream, inputs_and_labels
 from resolvent.errors import ConfigError, DataError
+from resolvent.ops import IGNORED
 
 MIXED_WINDOWS = 4096
 """Windows of which every stream of a mixture gives its share: weights are rounded to a part of so many."""
@@ -19,7 +20,7 @@ class Batch(NamedTuple):
 
     Attributes:
         input_ids: (1, T) int64.
-        labels: (1, T) int64, the token after each of the `input_ids`.
+        labels: (1, T) int64, the token after each of the `input_ids`, or -100 where it is not predicted.
         cu_seqlens: (S + 1,) int64, where the segments begin, from 0, and T.
     """
 
@@ -47,7 +48,7 @@ class Window(NamedTuple):
 
     Attributes:
         inputs: (N,) tokens.
-        labels: (N,), the token after each of them.
+        labels: (N,), the token after each of them, or -100 where it is not predicted.
         openings: positions in the window where a document begins.
     """
 
@@ -96,6 +97,9 @@ class PackedBatches(_Batches):
     without a state. Batches take the windows of one epoch after another, so that each window is used exactly once per
     epoch, even if the batch size does not divide their number. Iteration does not end.
 
+    In a signed stream, no window predicts the rest of a conversation that begins in another one, if a window could hold
+    the whole: the answers in the rest lack their questions.
+
     Args:
         stream: the documents.
         seq_len: predictions of a window.
@@ -136,8 +140,20 @@ class PackedBatches(_Batches):
         start = int(self._windows_of(epoch)[index]) % ring
         end = start + self.seq_len
         if end <= ring:
-            return _window(self.stream, start, end)
-        return _end_to_end([_window(self.stream, start, ring), _window(self.stream, 0, end - ring)])
+            window = _window(self.stream, start, end)
+        else:
+            window = _end_to_end([_window(self.stream, start, ring), _window(self.stream, 0, end - ring)])
+        if self.stream.signed:
+            window.labels[: self._without_question(start)] = IGNORED
+        return window
+
+    def _without_question(self, start: int) -> int:
+        """Return the number of predictions in the rest of a conversation that a window could hold whole."""
+        starts = self.stream.starts
+        following = int(np.searchsorted(starts, start, side="right"))
+        end = int(starts[following]) if following < len(starts) else self.stream.num_predictions
+        first = int(starts[following - 1])
+        return end - start if first < start and end - first <= self.seq_len else 0
 
     def _windows_of(self, epoch: int) -> np.ndarray:
         """Return the shuffled windows of an epoch, cached for the epoch: shuffling costs more than reading a batch."""
@@ -230,8 +246,8 @@ def documents_as_windows(stream: TokenStream, max_tokens: int) -> Iterator[Batch
 
 def _window(stream: TokenStream, start: int, end: int) -> Window:
     first, last = np.searchsorted(stream.starts, (start, end))
-    tokens = stream.tokens[start : end + 1]
-    return Window(tokens[:-1], tokens[1:], stream.starts[first:last] - start)
+    inputs, labels = inputs_and_labels(stream.tokens[start : end + 1])
+    return Window(inputs, labels, stream.starts[first:last] - start)
 
 
 def _end_to_end(windows: Sequence[Window]) -> Window:
@@ -246,8 +262,6 @@ def _batch(windows: Sequence[Window]) -> Batch:
     opened = [window._replace(openings=np.union1d(window.openings, [0])) for window in windows]
     inputs, labels, openings = _end_to_end(opened)
 
-    def tensor(ids: np.ndarray) -> Tensor:
-        return torch.from_numpy(ids.astype(np.int64))
-
     bounds = np.append(openings, len(inputs))
-    return Batch(input_ids=tensor(inputs)[None], labels=tensor(labels)[None], cu_seqlens=tensor(bounds))
+    input_ids, labels, cu_seqlens = map(torch.from_numpy, (inputs, labels, bounds))
+    return Batch(input_ids[None], labels[None], cu_seqlens)

@@ -14,6 +14,7 @@ from resolvent.data import TokenStream, encode_documents
 from resolvent.errors import DataError, ResolventError
 from resolvent.evaluation.scoring import Advance, progress_bar, rectangle, side_by_side
 from resolvent.models.inference import inference_view
+from resolvent.ops import IGNORED
 
 _STRETCH_TOKENS = 2048
 """Longest stretch of a sample: longer ones sample fewer positions, shorter ones more tokens of little context."""
@@ -27,7 +28,7 @@ class LanguageScore:
         loss: mean negative log-likelihood in nats per token; the end of text after a document counts as a token.
         perplexity: `exp(loss)`, at most `exp(700)`, near the largest float.
         bits_per_byte: all bits divided by the bytes of the text, which is comparable across tokenizers.
-        tokens: number of predicted tokens.
+        tokens: number of predicted tokens; of conversations, those of the answers.
     """
 
     loss: float
@@ -56,7 +57,8 @@ class Stretches:
     """Parts of a text, each read from a fresh state.
 
     Attributes:
-        sequences: tokens of each part; all but the first of a part are predicted.
+        sequences: tokens of each part, as in a `TokenStream`; all but the first of a part are predicted, unless they
+            are read only.
         num_bytes: bytes of the predicted tokens.
     """
 
@@ -66,7 +68,7 @@ class Stretches:
     @property
     def num_predictions(self) -> int:
         """Number of predicted tokens."""
-        return sum(len(sequence) - 1 for sequence in self.sequences)
+        return sum(int((sequence[1:] >= 0).sum()) for sequence in self.sequences)
 
 
 def evaluate_documents(
@@ -125,6 +127,8 @@ def sample_stretches(stream: TokenStream, max_tokens: int) -> Stretches:
     ends, and begins with a fresh state: the first tokens of a stretch within a document have less context than in the
     whole document. The bytes of a cut document are counted in proportion to its tokens.
 
+    Conversations stay whole: the sample has about `max_tokens` tokens, and their answers are predicted.
+
     Args:
         stream: the documents.
         max_tokens: number of tokens to predict; 0 for all.
@@ -132,6 +136,8 @@ def sample_stretches(stream: TokenStream, max_tokens: int) -> Stretches:
     total = stream.num_predictions
     if not max_tokens or total <= max_tokens:
         return Stretches(document_tokens(stream), stream.num_bytes)
+    if stream.signed:
+        return _sample_documents(stream, total, max_tokens)
     count = -(-max_tokens // _STRETCH_TOKENS)
     number = np.arange(count + 1)
     chosen, left_out = number * max_tokens // count, number * (total - max_tokens) // count
@@ -150,6 +156,15 @@ def sample_stretches(stream: TokenStream, max_tokens: int) -> Stretches:
     return Stretches(sequences, round(float(num_bytes)))
 
 
+def _sample_documents(stream: TokenStream, total: int, max_tokens: int) -> Stretches:
+    """Return whole documents at equal distances, in number such that they have about `max_tokens` of ``total``."""
+    count = max(1, stream.num_documents * max_tokens // total)
+    chosen = np.arange(count) * stream.num_documents // count
+    ends = np.append(stream.starts[1:], total)
+    sequences = [stream.tokens[start : end + 1] for start, end in zip(stream.starts[chosen], ends[chosen], strict=True)]
+    return Stretches(sequences, int(stream.byte_lengths[chosen].sum()))
+
+
 def sum_of_nats(
     model: nn.Module,
     sequences: Sequence[np.ndarray],
@@ -162,10 +177,10 @@ def sum_of_nats(
 
     Args:
         model: a model with the streaming interface; its mode is the caller's choice.
-        sequences: token ids.
+        sequences: tokens, as in a `TokenStream`; those that are read only are not predicted.
         batch_tokens: most tokens in one call of the model.
         piece_tokens: longest piece of a sequence.
-        advance: called after every call of the model with the number of tokens that it predicted.
+        advance: called after every call of the model with the number of tokens that it read.
     """
     device = next(model.parameters()).device
     # Not inference_mode: FSDP makes buffers in the first forward pass, which training uses afterwards.
@@ -180,10 +195,9 @@ def sum_of_nats(
                     state = state[: len(pieces)]
                 inputs, labels = rectangle(pieces)
                 loss, state = model(inputs.to(device), labels=labels.to(device), state=state, return_state=True)
-                predicted = sum(map(len, pieces)) - len(pieces)
-                total += loss.double() * predicted
+                total += loss.double() * int((labels != IGNORED).sum())
                 if advance is not None:
-                    advance(predicted)
+                    advance(sum(map(len, pieces)) - len(pieces))
         return total.item()
 
 

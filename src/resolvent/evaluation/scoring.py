@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 from resolvent.data import TokenStream
+from resolvent.data.stream import inputs_and_labels
 from resolvent.errors import DataError
 from resolvent.models import IntegratedModel
 from resolvent.ops import IGNORED
@@ -77,14 +78,14 @@ def score_tokens(model: IntegratedModel, hidden: Tensor, labels: Tensor) -> Toke
 def rectangle(pieces: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Return inputs (B, N) and labels of pieces of at most N + 1 tokens.
 
-    Inputs are padded with token 0, labels with -100.
+    Inputs are padded with token 0, labels with -100, which also stands for tokens that are read only.
     """
     inputs = torch.zeros(len(pieces), max(map(len, pieces)) - 1, dtype=torch.int64)
     labels = torch.full_like(inputs, IGNORED)
     for row, piece in enumerate(pieces):
-        tokens = torch.from_numpy(piece.astype(np.int64))
-        inputs[row, : len(piece) - 1] = tokens[:-1]
-        labels[row, : len(piece) - 1] = tokens[1:]
+        ids, following = map(torch.from_numpy, inputs_and_labels(piece))
+        inputs[row, : len(ids)] = ids
+        labels[row, : len(ids)] = following
     return inputs, labels
 
 

@@ -23,9 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from ..data import encode_documents
+from ..data.chat_template import ChatTemplate
 from ..errors import ResolventError
 from .answers import Answers, Mailbox
-from .chat_template import ChatTemplate
 from .engine import Engine
 from .errors import ApiError, api_error
 from .metrics import CONTENT_TYPE, Metrics

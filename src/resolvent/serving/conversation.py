@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ..data.chat_template import ChatTemplate, Message, Rendering
 from ..errors import CheckpointError, ConfigError
 from ..models import IntegratedModel
 from ..models.decoding import read_token
@@ -24,7 +25,6 @@ from ..native import panics_are_errors
 from ..ops.precision import at_least_float32, wide_dtype
 from ..tensors import read_tensors
 from .answer import Answer
-from .chat_template import ChatTemplate, Message, Rendering
 from .requests import TokenEvent
 
 _TOKENS, _RECORD = f"{EXTRA}conversation.tokens", f"{EXTRA}conversation.record"

@@ -90,6 +90,11 @@ class TrainingConfig:
         metavar="PATH[:WEIGHT]",
         default_text="State of the Union addresses",
     )
+    format: Literal["text", "chat"] = setting(
+        "text",
+        TEXT,
+        "chat: the data are conversations, JSON records with `messages`, and only the assistant's answers are learnt.",
+    )
     text_field: str = setting(
         "text", TEXT, "Field of JSON objects, or column of Parquet files, that holds their text.", metavar="NAME"
     )
@@ -279,6 +284,8 @@ class TrainingConfig:
             faults.append(f"decay_fraction has no effect on a {self.schedule} schedule: leave it out, or take wsd")
         if self.validation_data is not None and self.validation_fraction != TrainingConfig.validation_fraction:
             faults.append("validation_fraction has no effect beside validation_data: leave out one of them")
+        if self.format == "chat":
+            faults += self._faults_of_chat()
         if self.optimizer != "muon":
             idle = [
                 name
@@ -308,6 +315,14 @@ class TrainingConfig:
                 faults.append(f"model: {error}")
         if faults:
             raise ConfigError.of(self, faults)
+
+    def _faults_of_chat(self) -> Iterator[str]:
+        if self.data is None:
+            yield "format chat needs data: name a file of conversations"
+        if self.text_field != TrainingConfig.text_field:
+            yield "text_field has no effect with the format chat, whose field is messages: leave it out"
+        if self.tokenizer == "bpe":
+            yield "tokenizer bpe learns from text, and the format is chat: take another one, or start_from a model"
 
     def named_texts(self) -> Iterator[tuple[str, list[str]]]:
         """Yield the fields that name texts, with their paths; an empty list gives one empty path."""

@@ -19,6 +19,8 @@ from resolvent.data import (
     split_documents,
 )
 from resolvent.data.cache import FOLDER_NAME, VARIABLE, TokenCache
+from resolvent.data.chat_template import ChatTemplate
+from resolvent.data.conversations import Conversations
 from resolvent.data.hub import PREFIX, text_of
 from resolvent.data.pieces import documents_of
 from resolvent.data.shards import HELD_OUT, TRAIN, TokenFolder, is_token_folder, joined, open_tokens, stored_documents
@@ -39,6 +41,7 @@ class Corpus:
         validation: the held-out text.
         fingerprint: a hash of every token, those that separate documents included.
         mixture: where texts are mixed by weight, the parts of `train` with their weights.
+        template: the chat template of conversations.
     """
 
     tokenizer: Tokenizer
@@ -46,6 +49,7 @@ class Corpus:
     validation: TokenStream
     fingerprint: str
     mixture: tuple[tuple[TokenStream, float], ...] = ()
+    template: ChatTemplate | None = None
 
     def batches(self, *, seq_len: int, batch_size: int, seed: int) -> PackedBatches | MixedBatches:
         """Return the batches to learn from, by the number of the step.
@@ -61,19 +65,24 @@ class Corpus:
     def tokens_per_byte(self) -> float:
         """Tokens to predict over bytes of the text that is learnt from, in the proportions of the mixture."""
         if not self.mixture:
-            return self.train.num_predictions / self.train.num_bytes
-        num_bytes = sum(weight * stream.num_bytes / stream.num_predictions for stream, weight in self.mixture)
+            return self.train.count_targets() / self.train.num_bytes
+        num_bytes = sum(weight * stream.num_bytes / stream.count_targets() for stream, weight in self.mixture)
         return sum(weight for _, weight in self.mixture) / num_bytes
 
 
 def load_corpus(
-    config: TrainingConfig, tokenizer: Tokenizer | None = None, *, console: Console | None = None
+    config: TrainingConfig,
+    tokenizer: Tokenizer | None = None,
+    *,
+    template_folder: Path | None = None,
+    console: Console | None = None,
 ) -> Corpus:
     """Return the text that a configuration names, tokenized now or, if the cache holds it, before.
 
     Args:
         config: names the text, how to split it, the tokenizer and the cache.
         tokenizer: used in place of the configuration's (a resumed run's own).
+        template_folder: the folder of a model whose chat template makes tokens of conversations; None for the default.
         console: where to say what takes long.
 
     Raises:
@@ -85,12 +94,15 @@ def load_corpus(
     groups, weights = _groups(config.data)
     if tokenizer is None:
         tokenizer = _tokenizer(config, cache, groups, fraction)
-    folders = [_open(config, group, cache, tokenizer, fraction) for group in groups]
+    template = None
+    if config.format == "chat":
+        template = ChatTemplate.load(template_folder, tokenizer) if template_folder else ChatTemplate.default(tokenizer)
+    folders = [_open(config, group, cache, tokenizer, fraction, template) for group in groups]
     if config.validation_data is None:
         held_out, stream = folders, HELD_OUT
     else:
         groups = _validation_groups(config.validation_data)
-        held_out, stream = [_open(config, group, cache, tokenizer, None) for group in groups], TRAIN
+        held_out, stream = [_open(config, group, cache, tokenizer, None, template) for group in groups], TRAIN
     opened = folders if held_out is folders else [*folders, *held_out]
     for warning in (warning for folder in opened for warning in folder.warnings):
         logger.warning(warning)
@@ -101,6 +113,7 @@ def load_corpus(
         joined([folder.streams[stream] for folder in held_out]),
         _fingerprint(opened, weights),
         tuple(zip(train, weights, strict=True)) if weights else (),
+        template,
     )
 
 
@@ -166,14 +179,25 @@ def _tokenizer(
 
 
 def _open(
-    config: TrainingConfig, group: list[str] | None, cache: TokenCache, tokenizer: Tokenizer, fraction: float | None
+    config: TrainingConfig,
+    group: list[str] | None,
+    cache: TokenCache,
+    tokenizer: Tokenizer,
+    fraction: float | None,
+    template: ChatTemplate | None,
 ) -> TokenFolder:
     """Return the tokens of a text, or of a folder of tokens that is split as the run asks for.
 
     Raises:
-        DataError: the folder is split in another way.
+        DataError: the folder is split in another way, or holds tokens where the run learns from conversations.
     """
     path = Path() if group is None else Path(group[0])
+    if template is not None:
+        if group is None or _holds_tokens(group[0]) or group[0].startswith(PREFIX):
+            raise DataError(
+                f"{text_name(group)} holds no records of messages: the format chat reads files and folders of JSON"
+            )
+        return cache.tokens(Conversations(group, template), tokenizer, fraction)
     if is_token_file(path):
         return cache.tokens(TokenText(path, tokenizer), tokenizer, fraction)
     if not is_token_folder(path):
@@ -200,7 +224,15 @@ def split_corpus(config: TrainingConfig) -> tuple[list[str], list[str]]:
     """Return training and held-out documents, read into memory.
 
     The split does not depend on the run's seed, so that runs can be compared.
+
+    Raises:
+        DataError: text that cannot be used, or the run learnt from conversations.
     """
+    if config.format == "chat":
+        raise DataError(
+            f"the run learnt from conversations, {text_name(config.data)}, which are no text: name a text with --data, "
+            "without --held-out"
+        )
     fraction = config.validation_fraction if config.validation_data is None else None
     parts = [_documents(group, config.text_field, fraction) for group in _groups(config.data)[0]]
     train, held_out = ([text for part in parts for text in part[side]] for side in (0, 1))

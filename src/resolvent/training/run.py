@@ -28,7 +28,7 @@ from resolvent.models.phase2 import Phase2Config
 from resolvent.models.phases import PHASES
 from resolvent.models.storage import write_config
 from resolvent.ops.hebbian import CHUNK
-from resolvent.runs import fixed_files, load_trained
+from resolvent.runs import fixed_files, load_trained, run_of
 from resolvent.terminal import say, shell_word
 from resolvent.training.checkpoint import (
     checkpoint_of,
@@ -94,7 +94,8 @@ def new_trainer(config: TrainingConfig, console: Console | None = None) -> Itera
         tokenizer = _saved_tokenizer(config)
         accelerator = _accelerator(config)
         console = _console(console, accelerator)
-        corpus = load_corpus(config, tokenizer, console=console)
+        template_folder = None if config.start_from is None else run_of(Path(config.start_from))
+        corpus = load_corpus(config, tokenizer, template_folder=template_folder, console=console)
         model = _initial_model(config, corpus, accelerator)
         if accelerator.is_main_process:
             _warn_of_what_is_not_trained(model)
@@ -110,6 +111,8 @@ def _begin(trainer: Trainer, overwrite: bool) -> TrainingResult:
         with beginning(run_dir) if first else nullcontext():
             if first:
                 save_tokenizer(corpus.tokenizer, run_dir)
+                if corpus.template is not None:
+                    corpus.template.save(run_dir)
                 write_config(trainer.raw_model, run_dir)
             if config.start_from is not None or accelerator.num_processes > 1:
                 trainer.save()  # so that any number of processes can resume, also without the folder of --from
@@ -209,7 +212,7 @@ def _resume(
         return finished
     for _, paths in config.named_texts():
         say(console, f"Reading   {text_name(paths)}")
-    corpus = load_corpus(config, load_tokenizer(run_dir), console=console)
+    corpus = load_corpus(config, load_tokenizer(run_dir), template_folder=run_dir, console=console)
     if corpus.fingerprint != fingerprint:
         raise CheckpointError(
             f"{text_name(config.data)} has changed since the run {run_dir} began (fingerprint "

@@ -19,12 +19,14 @@ from tokenizers import Tokenizer
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from resolvent.data import Batch
+from resolvent.data.stream import token_ids
 from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.language import Stretches, calls_of_model, sample_stretches, sum_of_nats
 from resolvent.models import IntegratedModel
 from resolvent.models.inference import evaluating
 from resolvent.models.phases import phase_of
+from resolvent.ops import IGNORED
 from resolvent.terminal import shell_word
 from resolvent.training.average import Average
 from resolvent.training.checkpoint import (
@@ -297,6 +299,7 @@ class Trainer:
         accelerator, config = self.accelerator, self.config
         mine = range(accelerator.process_index, self.batches_per_step, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = len(mine)
+        weights = self._weights(step)
         loss_sum = torch.zeros((), device=self.device)
         for number in mine:
             # Randomness, too, is a function of the batch alone: a resumed run needs no generator's state, nor as many
@@ -306,11 +309,24 @@ class Trainer:
             batch = self.batches[step * self.batches_per_step + number]
             with accelerator.accumulate(self.model):
                 loss, penalty = self._loss(batch)
+                loss = loss * weights[number]
                 accelerator.backward(loss + penalty)
             loss_sum += loss.detach()
             if self.replayed and number == mine[0] != mine[-1]:
                 self._move_gradients()
         return loss_sum / len(mine)
+
+    def _weights(self, step: int) -> list[float]:
+        """Return the weights of a step's batches: of the mean over all tokens that the step predicts.
+
+        Batches of text predict equally many tokens. How many those of conversations predict depends on the answers.
+        """
+        count = self.batches_per_step
+        if count == 1 or not self.corpus.train.signed:
+            return [1.0] * count
+        batches = (self.batches[step * count + number] for number in range(count))
+        predicted = [int((batch.labels != IGNORED).sum()) for batch in batches]
+        return [count * part / max(1, sum(predicted)) for part in predicted]
 
     def _over_processes(self, loss: torch.Tensor, stopping: bool) -> torch.Tensor:
         """Return (2,) on the device: the mean loss of all processes, and a number above zero if any is to stop."""
@@ -571,7 +587,7 @@ class Trainer:
 
     def _tracking(self) -> Tracking:
         tokens = np.concatenate(sample_stretches(self.corpus.validation, _PROBE_TOKENS).sequences)
-        probe = torch.from_numpy(tokens[:_PROBE_TOKENS].astype(np.int64))
+        probe = torch.from_numpy(token_ids(tokens[:_PROBE_TOKENS]))
         return Tracking(self.accelerator, self.config, self.state.step, probe)
 
     def _introduce(self) -> None:

@@ -5,6 +5,7 @@ Transformers gives it. Only the template makes special tokens: the same words in
 """
 
 import datetime
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -12,23 +13,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
 
+import numpy as np
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from ..data import EOT
 from ..errors import CheckpointError, DataError
-from ..files import read_bytes, read_json
+from ..files import read_bytes, read_json, write_json
 from ..native import panics_are_errors
+from .corpus import EOT
+from .tokenization import TOKENIZER_FILES
 
-TEMPLATE_FILE, SETTINGS_FILE, GENERATION_FILE = "chat_template.jinja", "tokenizer_config.json", "generation_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+_, SETTINGS_FILE, GENERATION_FILE = TOKENIZER_FILES
 """Files of Transformers in a model's folder."""
 
 DEFAULT = (
+    "{% set names = {'system': 'System', 'user': 'User', 'assistant': 'Assistant'} %}"
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "{{ {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[message.role] }}:\n{{ message.content }}"
+    "{{ names[message.role] if message.role in names else raise_exception('unknown role: ' ~ message.role) }}"
+    ":\n{{ message.content }}"
     "{{ eos_token if message.role == 'assistant' }}\n\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
@@ -76,13 +82,14 @@ class ChatTemplate:
         self, source: str | None, tokenizer: Tokenizer, variables: dict[str, str], ends: frozenset[int]
     ) -> None:
         self._tokenizer, self._variables, self.ends = tokenizer, variables, ends
+        self._source = DEFAULT if source is None else source
         self.stop = DEFAULT_STOP if source is None else ()
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         functions: dict[str, Any] = {"raise_exception": _raise, "strftime_now": _now}
         environment.globals.update(functions)
         try:
-            self._template = environment.from_string(DEFAULT if source is None else source)
+            self._template = environment.from_string(self._source)
         except TemplateError as error:
             raise CheckpointError(f"the chat template is not valid Jinja: {error}") from error
 
@@ -90,15 +97,40 @@ class ChatTemplate:
     def load(cls, directory: Path, tokenizer: Tokenizer) -> Self:
         """Read the template of a model's folder: `chat_template.jinja`, or else from `tokenizer_config.json`.
 
+        A folder with neither has the default template.
+
         Raises:
             CheckpointError: a file cannot be read, or holds no template.
         """
         settings = _optional_json(directory / SETTINGS_FILE)
+        return cls._of(_source(directory, settings), settings, _optional_json(directory / GENERATION_FILE), tokenizer)
+
+    @classmethod
+    def default(cls, tokenizer: Tokenizer) -> Self:
+        """Return the default template."""
+        return cls._of(None, {}, {}, tokenizer)
+
+    @classmethod
+    def _of(
+        cls, source: str | None, settings: dict[str, Any], generation: dict[str, Any], tokenizer: Tokenizer
+    ) -> Self:
+        """Return a template with the special tokens that Transformers' files name."""
         special = {name: _token_text(settings.get(name)) or EOT for name in ("bos_token", "eos_token")}
-        end = _optional_json(directory / GENERATION_FILE).get("eos_token_id")
+        end = generation.get("eos_token_id")
         ids = [*(end if isinstance(end, list) else [end]), *map(tokenizer.token_to_id, (EOT, special["eos_token"]))]
         ends = frozenset(token for token in ids if isinstance(token, int))
-        return cls(_source(directory, settings), tokenizer, special, ends)
+        return cls(source, tokenizer, special, ends)
+
+    def save(self, directory: Path) -> None:
+        """Write the template into the files that `save_tokenizer` has written, where Transformers finds it, too."""
+        settings, generation = directory / SETTINGS_FILE, directory / GENERATION_FILE
+        write_json(settings, read_json(settings) | self._variables | {"chat_template": self._source})
+        write_json(generation, read_json(generation) | {"eos_token_id": sorted(self.ends)})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything but the tokenizer that decides the tokens of a conversation."""
+        return hashlib.sha256(json.dumps([self._source, self._variables, sorted(self.ends)]).encode()).hexdigest()
 
     def render(self, messages: Sequence[Message], *, answer: bool = True) -> Rendering:
         """Return the text of a conversation.
@@ -126,6 +158,38 @@ class ChatTemplate:
             after: beginning of its text that is left out.
         """
         return self._tokens(_without_beginning(rendering.marked, after, rendering.mark), rendering.mark)
+
+    def encode_answers(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of a conversation up to its last answer, and the mask of those that a model has to write.
+
+        Prompts and answers are encoded one after the other, as a model reads and writes them. An answer ends with the
+        first token that ends answers; what the template writes after that is read only.
+
+        Returns:
+            (T,) int64 and (T,) bool: the tokens, and True for those of the assistant's answers.
+
+        Raises:
+            DataError: the template does not take these messages, or writes earlier turns differently once more follow.
+        """
+        ids: list[int] = []
+        written: list[bool] = []
+        before = ""
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt, whole = self.render(messages[:number]), self.render(messages[: number + 1], answer=False)
+            try:
+                read, answer = self.encode(prompt, after=before), self.encode(whole, after=prompt.text)
+            except ValueError as error:
+                raise DataError(
+                    f"the chat template writes the turns before message {number + 1} differently once it follows, so "
+                    "that its tokens cannot be told from theirs: split the conversation there, or change the template"
+                ) from error
+            end = next((i for i, token in enumerate(answer) if token in self.ends), len(answer))
+            ids += read + answer
+            written += [False] * len(read) + [i <= end for i in range(len(answer))]
+            before = whole.text
+        return np.array(ids, np.int64), np.array(written, bool)
 
     def _mark(self, messages: Sequence[Message]) -> str:
         """Return a code point that the messages do not hold."""

@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from resolvent.data import EOT, build_tokenizer
+from resolvent.data.chat_template import DEFAULT, ChatTemplate
 from resolvent.errors import CheckpointError, DataError
-from resolvent.serving.chat_template import DEFAULT, ChatTemplate
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

@@ -1,0 +1,121 @@
+"""Conversations in the place of documents: records of messages, of which a model learns the assistant's answers."""
+
+import json
+from array import array
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from resolvent.data.chat_template import ChatTemplate, Message
+from resolvent.data.corpus import stream_documents
+from resolvent.data.pieces import Piece, documents_of
+from resolvent.data.reading import Reading
+from resolvent.data.split import DocumentKey
+from resolvent.data.stream import byte_length
+from resolvent.data.text import Fragment, Survey, Text
+from resolvent.errors import DataError
+
+FIELD = "messages"
+"""Field of a record that holds the messages, as in the OpenAI API."""
+ASSISTANT = "assistant"
+
+
+class Conversations(Text):
+    """Files of conversations: JSON Lines or JSON arrays of objects with `messages`, compressed or not.
+
+    A conversation goes whole to one side of the split. Its size is that of its answers.
+
+    Args:
+        paths: of files and folders.
+        template: makes the tokens of a conversation.
+    """
+
+    holds_tokens = True
+    signed = True
+
+    def __init__(self, paths: list[str], template: ChatTemplate) -> None:
+        super().__init__(paths, FIELD)
+        self._template = template
+
+    @property
+    def read_as(self) -> list[str]:
+        """The field, and a hash of the template."""
+        return [self.text_field, self._template.digest]
+
+    def pieces(self, reading: Reading | None = None) -> Iterator[Piece]:
+        """Yield the messages of all conversations as JSON, in pieces."""
+        reading = reading or Reading(self.text_field)
+        reading.structured = True
+        return stream_documents(self.paths, reading)
+
+    def conversations(self, reading: Reading | None = None) -> Iterator[list[Message]]:
+        """Yield the messages of all conversations.
+
+        Raises:
+            DataError: files that cannot be read, or something else than messages, at least one of the assistant.
+        """
+        for number, document in enumerate(documents_of(self.pieces(reading)), start=1):
+            yield self._checked(document, number)
+
+    @cached_property
+    def survey(self) -> Survey:
+        """Keys and sizes of the conversations."""
+        reading = Reading(self.text_field)
+        keys, sizes = array("Q"), array("q")
+        for messages in self.conversations(reading):
+            key = DocumentKey()
+            key.update(json.dumps(messages).encode())
+            keys.append(key.value())
+            sizes.append(_answer_bytes(messages))
+        return Survey(np.frombuffer(keys, np.uint64), np.frombuffer(sizes, np.int64), reading.warnings)
+
+    def _cut(self, parts: Mapping[int, float]) -> dict[int, int | None]:
+        """Cut no conversation."""
+        return dict.fromkeys(parts)
+
+    def fragments(self, held: np.ndarray, *, cut: bool = True) -> Iterator[Fragment]:
+        """Yield the tokens of each conversation, the complement of those that are not in an answer."""
+        for number, messages in enumerate(self.conversations()):
+            size = _answer_bytes(messages)
+            if number >= len(held) or size != self.survey.sizes[number]:
+                raise self._changed()
+            try:
+                ids, written = self._template.encode_answers(messages)
+            except DataError as error:
+                raise DataError(f"{self.name}: conversation {number + 1}: {error}") from error
+            yield Fragment(bool(held[number] < size), size, np.where(written, ids, ~ids))
+
+    def _checked(self, document: str, number: int) -> list[Message]:
+        """Return the messages of a conversation that was read as JSON.
+
+        Raises:
+            DataError: something else than messages, at least one of the assistant.
+        """
+        place = f"{self.name}: conversation {number}"
+        try:
+            messages: Any = json.loads(document)
+        except ValueError as error:
+            raise DataError(
+                f'{place}: not JSON ({error}); the format chat reads JSON Lines of objects with a list "{FIELD}"'
+            ) from error
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
+            raise DataError(
+                f'{place}: "{FIELD}" must be a list of objects with a "role" and a "content" that are strings, got '
+                f"{document!r:.200}"
+            )
+        if not _answer_bytes(messages):
+            raise DataError(
+                f'{place}: no message with the role "{ASSISTANT}" has words to learn: remove the conversation, or add '
+                "the answer"
+            )
+        return messages
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
+
+
+def _answer_bytes(messages: list[Message]) -> int:
+    return sum(byte_length(message["content"]) for message in messages if message["role"] == ASSISTANT)
