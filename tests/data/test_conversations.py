@@ -1,6 +1,7 @@
-"""Conversations as streams: which tokens are predicted, computed by hand; packed windows; errors that name the place."""
+"""Conversations as streams: labels computed by hand; packed windows; errors that name the conversation."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +49,16 @@ def template(source: str | None = None, tokenizer: Tokenizer | None = None) -> C
 
 
 def stream(path: Path, cache: Path, **options: Any) -> TokenStream:
-    text = Conversations([str(path)], template(**options))
-    return (
-        TokenCache(cache).tokens(text, options.get("tokenizer") or build_tokenizer("bytes", []), None).streams["train"]
-    )
+    text, tokenizer = Conversations([str(path)], template(**options)), options.get("tokenizer")
+    return TokenCache(cache).tokens(text, tokenizer or build_tokenizer("bytes", []), None).streams["train"]
 
 
 def test_labels_equal_a_mask_computed_by_hand(tmp_path: Path):
     talk = [{"role": "system", "content": "S"}, *turn("Hi", "Yo!"), *turn("1", "é")]
     found = stream(write(tmp_path / "chat.jsonl", talk, turn("a", "b")), tmp_path / "cache")
     ids = [
-        *(
-            END,
-            *b"System:\nS\n\nUser:\nHi\n\nAssistant:\nYo!",
-            END,
-            *b"\n\nUser:\n1\n\nAssistant:\n\xc3\xa9",
-            END,
-            *b"\n\n",
-        ),
+        *(END, *b"System:\nS\n\nUser:\nHi\n\nAssistant:\nYo!", END, *b"\n\n"),
+        *(*b"User:\n1\n\nAssistant:\n\xc3\xa9", END, *b"\n\n"),
         *(END, *b"User:\na\n\nAssistant:\nb", END, *b"\n\n"),
         END,
     ]
@@ -99,10 +92,12 @@ def test_window_keeps_conversations_apart_and_predicts_answers_only(tmp_path: Pa
         inputs, labels = batch.input_ids[0].tolist(), batch.labels[0].tolist()
         bounds = batch.cu_seqlens.tolist()
         assert {0, 100, 200} <= set(bounds)
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in pairwise(bounds):
             said = bytes(token for token in labels[start:end] if 0 <= token < END)
             whole = bytes(token for token in inputs[start:end] if token < END)
-            if not whole.startswith(b"User:\nq"):  # the rest of a conversation, without its question
+            if inputs[start] != END or not whole.startswith(
+                b"User:\nq"
+            ):  # the rest of a conversation, without its question
                 assert said == b""
             elif end not in (100, 200):
                 assert said == b"answer " + whole[7 : whole.index(b"\n\n")]
@@ -145,7 +140,10 @@ def test_another_template_makes_other_tokens_from_the_same_cache(tmp_path: Path)
         ([{"role": "user"}], "must be a list of objects"),
         ([{"role": "user", "content": 1e3}], "must be a list of objects"),
         ([{"role": "user", "content": "Hi"}], "has words to learn"),
-        ([*turn("a", "b"), {"role": "nobody", "content": "c"}, *turn("d", "e")], "does not take these messages"),
+        (
+            [*turn("a", "b"), {"role": "nobody", "content": "c"}, *turn("d", "e")],
+            "does not take these messages: unknown role: nobody",
+        ),
     ],
 )
 def test_error_names_the_conversation(messages: Any, fault: str, tmp_path: Path):

@@ -186,7 +186,15 @@ def _train(
         write_result(json_path, _summary(result))
         if plot_path is not None:
             result.plot(plot_path)
-        say(console, f"Generate text: resolvent generate {shell_word(result.run_dir)} --prompt 'The' --stream")
+        say(console, _next_command(result.run_dir))
+
+
+def _next_command(run_dir: Path) -> str:
+    from resolvent.training.run_folder import read_run
+
+    if read_run(run_dir)[0].format == "chat":
+        return f"Talk to it: resolvent chat {shell_word(run_dir)}"
+    return f"Generate text: resolvent generate {shell_word(run_dir)} --prompt 'The' --stream"
 
 
 def _prints() -> bool:
