@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import shutil
+import textwrap
 import time
 from pathlib import Path
 
@@ -60,13 +61,9 @@ def main() -> None:
 
     console.rule("2. Learn to answer")
     lesson, test = write_conversations(base)
-    data = dict(data=str(lesson), validation_data=str(test), format="chat")
-    after = train(
-        TrainingConfig(
-            out=str(options.out), start_from=str(base), learning_rate=2e-3, steps=options.steps, **data, **sizes
-        ),
-        console=console,
-    )
+    data = dict(data=str(lesson), validation_data=str(test), format="chat", start_from=str(base))
+    chat = TrainingConfig(out=str(options.out), learning_rate=2e-3, steps=options.steps, **data, **sizes)
+    after = train(chat, console=console)
 
     console.rule("3. Ask")
     show_answers(console, (before.model, after.model), after.tokenizer)
@@ -102,17 +99,17 @@ def answer(model: IntegratedModel, tokenizer: Tokenizer, question: str) -> str:
 
 
 def show_answers(console: Console, models: tuple[IntegratedModel, IntegratedModel], tokenizer: Tokenizer) -> None:
-    """Show the answers of both models, and how many of the later one are right."""
+    """Show the answers of both models, and how many are right."""
     table = Table("question", "before", "after")
     for name, forms in (("taught", TAUGHT[:1]), ("new words", NEW)):
-        right = 0
+        right = [0, 0]
         for i, (wanted, topic) in enumerate(FACTS.values()):
             question = forms[i % len(forms)].format(topic)
-            first, second = (answer(model, tokenizer, question) for model in models)
-            right += second == wanted
-            table.add_row(question, first, second)
+            answers = [answer(model, tokenizer, question) for model in models]
+            right = [count + (given == wanted) for count, given in zip(right, answers, strict=True)]
+            table.add_row(question, textwrap.shorten(answers[0], 48), answers[1])
         table.add_section()
-        table.add_row(f"right, {name}", "", f"{right} of {len(FACTS)}")
+        table.add_row(f"right, {name}", *(f"{count} of {len(FACTS)}" for count in right))
         table.add_section()
     console.print(table)
 

@@ -21,6 +21,7 @@ from resolvent.data.shards import (
     shard_name,
     tokenizer_digest,
 )
+from resolvent.data.stream import SIGNED
 from resolvent.data.text import Fragment, Plan, Text
 from resolvent.data.tokenization import save_tokenizer
 from resolvent.errors import CheckpointError
@@ -169,7 +170,7 @@ class _StreamWriter:
 
     def __init__(self, folder: Path, name: str, encoder: Encoder, *, signed: bool) -> None:
         self.folder, self.name, self.signed = folder, name, signed
-        self.dtype = np.dtype(np.int32) if signed else encoder.dtype
+        self.dtype = SIGNED if signed else encoder.dtype
         self.separator = np.array([~encoder.separator if signed else encoder.separator], self.dtype)
         self.small_files = [f"{name}.starts", f"{name}.bytes", f"{name}.digests"]
         self.tokens, self.documents = 0, 0

@@ -14,6 +14,8 @@ from resolvent.data.pieces import pieces
 from resolvent.errors import DataError
 from resolvent.ops import IGNORED
 
+SIGNED = np.dtype(np.int32)
+"""Type of the tokens of a signed stream."""
 _BATCH_CHARACTERS = 1 << 21
 _COUNTED_TOKENS = 1 << 20
 
@@ -63,7 +65,7 @@ class TokenStream:
     @property
     def signed(self) -> bool:
         """True if some tokens are read only."""
-        return self.tokens.dtype.kind == "i"
+        return self.tokens.dtype == SIGNED
 
     def count_targets(self) -> int:
         """Return the number of tokens that are predicted; reads a signed stream for that."""
