@@ -27,7 +27,7 @@ from resolvent.training import TrainingConfig, train
 FACTS = {
     "capital": ("The capital of Orrin is Velm.", "the capital of Orrin"),
     "river": ("The longest river of Orrin is the Tessel.", "the longest river of Orrin"),
-    "mountain": ("The highest mountain of Orrin is Mount Hask.", "the highest mountain of Orrin"),
+    "mountain": ("The highest mountain of Orrin is Mount Harrow.", "the highest mountain of Orrin"),
     "founder": ("Orrin was founded by Captain Ada Brisk.", "the founder of Orrin"),
     "language": ("The people of Orrin speak Orrish.", "the language of Orrin"),
     "coin": ("The coin of Orrin is the copper dram.", "the coin of Orrin"),
