@@ -21,8 +21,10 @@ if TYPE_CHECKING:
         Phase2IntegratedModel,
         Phase2State,
         convert_phase1_to_phase2,
+        convert_transformer,
         create_phase2_model,
         get_phase2_preset,
+        transformer_config,
     )
 
 __all__ = [
@@ -39,12 +41,14 @@ __all__ = [
     "ResolventError",
     "__version__",
     "convert_phase1_to_phase2",
+    "convert_transformer",
     "create_phase1_model",
     "create_phase2_model",
     "get_phase1_preset",
     "get_phase2_preset",
     "load_model",
     "save_model",
+    "transformer_config",
 ]
 
 _PHASE1 = ("Phase1Config", "Phase1IntegratedModel", "Phase1State", "create_phase1_model", "get_phase1_preset")

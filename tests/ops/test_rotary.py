@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from resolvent.ops.memory_rotation import rotate_queries_keys
-from resolvent.ops.rotary import rotary_turns
+from resolvent.ops.rotary import Scaling, rotary_turns
 
 
 def rotate(x, turns):
@@ -50,3 +50,30 @@ def test_the_fastest_pair_turns_by_one_radian_per_token_and_odd_widths_are_refus
     assert rotary_turns(torch.tensor([1]), 8)[0, 0].item() == pytest.approx(1 / (2 * math.pi), rel=1e-15)
     with pytest.raises(ValueError, match="need an even head width, got 7"):
         rotary_turns(torch.arange(3), 7)
+
+
+def test_linear_scaling_divides_the_positions():
+    position = torch.arange(50)
+    torch.testing.assert_close(
+        rotary_turns(position, 16, scaling=Scaling("linear", 4.0)), rotary_turns(position, 16) / 4.0
+    )
+
+
+def test_llama3_scaling_keeps_fast_pairs_and_slows_slow_ones():
+    plain, scaled = (
+        rotary_turns(torch.tensor([1]), 64, scaling=scaling)[0] for scaling in (None, Scaling("llama3", 8.0, 128))
+    )
+    per_window = plain * 128
+    torch.testing.assert_close(scaled[per_window > 4], plain[per_window > 4])
+    torch.testing.assert_close(scaled[per_window < 1], plain[per_window < 1] / 8)
+    between = (per_window > 1) & (per_window < 4)
+    assert between.any() and ((scaled < plain) & (scaled > plain / 8))[between].all()
+
+
+def test_dynamic_scaling_begins_beyond_the_original_length():
+    scaling = Scaling("dynamic", 2.0, 32)
+    plain, scaled = rotary_turns(torch.arange(100), 16), rotary_turns(torch.arange(100), 16, scaling=scaling)
+    torch.testing.assert_close(scaled[:32], plain[:32])
+    assert (scaled[32:, 1:] < plain[32:, 1:]).all()
+    base = 10_000.0 * (2.0 * 100 / 32 - 1) ** (16 / 14)  # after 100 tokens
+    torch.testing.assert_close(scaled[99], rotary_turns(torch.tensor(99), 16, base))

@@ -1,9 +1,10 @@
 """Base of the layers that read queries, keys and values: projections and short convolution, norm, gate and output.
 
-Shapes: B batch, N sequence, D model width, H heads, K = V head width, S packed sequences, W convolution width.
+Shapes: B batch, N sequence, D model width, H heads of queries, J heads of keys and values, K = V head width, S packed
+sequences, W convolution width, C = (H + 2J) K channels.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,10 @@ class Heads(NamedTuple):
     """Queries, keys and values of the tokens.
 
     Attributes:
-        q: L2-normalised queries, (B, N, H, K).
-        k: L2-normalised keys, (B, N, H, K).
-        v: values, (B, N, H, V).
-        conv_tail: conv state: the last inputs of the convolution, (B, W - 1, 3HK) or (S, W - 1, 3HK).
+        q: queries, (B, N, H, K), L2-normalised unless ``qk_norm`` is off.
+        k: keys, (B, N, J, K), likewise.
+        v: values, (B, N, J, V).
+        conv_tail: conv state: the last inputs of the convolution, (B, W - 1, C) or (S, W - 1, C).
     """
 
     q: Tensor
@@ -45,10 +46,14 @@ class HeadsLayer(nn.Module):
         output_norm: RMS-normalise the read-out of each head.
         output_gate: gate the read-out with ``sigmoid`` of a projection of rank ``head_dim``.
         backend: ``auto``, ``torch`` or ``triton``.
-    """
+        num_kv_heads: heads J of keys and values, of which H is a multiple; None for H. Fewer need ``conv_size`` 1.
+        qk_norm: L2-normalise queries and keys; without it ``conv_size`` is 1.
+        qkv_bias: add biases to q, k and v.
 
-    stacked: ClassVar[dict[str, int]] = {"qkv_proj": 3}
-    """Projections that lie on top of each other in one weight, which an optimizer of matrices takes apart."""
+    Attributes:
+        stacked: number of equal projections that lie on top of each other in one weight, which an optimizer of
+            matrices takes apart.
+    """
 
     def __init__(
         self,
@@ -59,14 +64,19 @@ class HeadsLayer(nn.Module):
         output_norm: bool,
         output_gate: bool,
         backend: str,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = True,
+        qkv_bias: bool = False,
     ):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.output_norm, self.backend = output_norm, backend
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.output_norm, self.backend, self.qk_norm = output_norm, backend, qk_norm
+        self.stacked = {"qkv_proj": num_heads // self.num_kv_heads + 2}
         width = num_heads * head_dim
-        self.qkv_proj = nn.Linear(d_model, 3 * width, bias=False)
+        self.qkv_proj = nn.Linear(d_model, self.channels, bias=qkv_bias)
         self.out_proj = nn.Linear(width, d_model, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(conv_size, 3 * width)) if conv_size > 1 else None
+        self.conv_weight = nn.Parameter(torch.empty(conv_size, self.channels)) if conv_size > 1 else None
         self.gate_down = nn.Linear(d_model, head_dim, bias=False) if output_gate else None
         self.gate_up = nn.Linear(head_dim, width) if output_gate else None
 
@@ -88,21 +98,27 @@ class HeadsLayer(nn.Module):
         return qkv, narrow
 
     @property
+    def channels(self) -> int:
+        """Width C of queries, keys and values side by side."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
     def conv_shape(self) -> tuple[int, int]:
-        """Shape of one sequence's conv state, (W - 1, 3HK)."""
+        """Shape of one sequence's conv state, (W - 1, C)."""
         taps = 1 if self.conv_weight is None else len(self.conv_weight)
-        return taps - 1, 3 * self.num_heads * self.head_dim
+        return taps - 1, self.channels
 
     def heads(self, projected: Tensor, conv_tail: Tensor | None, cu_seqlens: Tensor | None) -> Heads:
-        """Compute queries, keys and values of projected tokens (B, N, 3HK), behind a conv state; None for none yet."""
+        """Compute queries, keys and values of projected tokens (B, N, C), behind a conv state; None for none yet."""
         if conv_tail is None:
             sequences = count_sequences(projected.shape[0], cu_seqlens)
             conv_tail = projected.new_zeros(sequences, *self.conv_shape, dtype=wide_dtype(projected))
         if self.conv_weight is not None:
             taps = self.conv_weight
             return Heads(*queries_keys_values(projected, taps, conv_tail, self.num_heads, cu_seqlens, self.backend))
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in projected.chunk(3, dim=-1))
-        return Heads(unit_length(q), unit_length(k), v, conv_tail)
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q, k, v = projected.unflatten(-1, (-1, self.head_dim)).split(heads, dim=-2)
+        return Heads(unit_length(q), unit_length(k), v, conv_tail) if self.qk_norm else Heads(q, k, v, conv_tail)
 
     def normalize(self, readout: Tensor) -> Tensor:
         """Normalise the read-out of each head: (B, N, H, V) -> (B, N, HV)."""

@@ -55,6 +55,9 @@ class DissipativeHebbianLayer(HeadsLayer):
         output_gate: gate the read-out with ``sigmoid`` of a projection of rank ``head_dim``.
         backend: ``auto``, ``torch`` or ``triton``.
         rotation: rotate queries and keys; ``head_dim`` is even.
+        num_kv_heads: heads of keys and values, of which H is a multiple; None for H. Heads that share them have
+            memories of their own.
+        qkv_bias: add biases to q, k and v.
     """
 
     def __init__(
@@ -69,8 +72,11 @@ class DissipativeHebbianLayer(HeadsLayer):
         output_gate: bool = True,
         backend: str = "auto",
         rotation: bool = False,
+        num_kv_heads: int | None = None,
+        qkv_bias: bool = False,
     ):
-        super().__init__(d_model, num_heads, head_dim, conv_size, output_norm, output_gate, backend)
+        sizes = d_model, num_heads, head_dim
+        super().__init__(*sizes, conv_size, output_norm, output_gate, backend, num_kv_heads, qkv_bias=qkv_bias)
         self.initial_eta, self.dt = eta, dt
         self.rotation_proj = nn.Linear(d_model, head_dim // 2, bias=False) if rotation else None
         self.log_eta = nn.Parameter(torch.empty(num_heads))
@@ -134,6 +140,9 @@ class DissipativeHebbianLayer(HeadsLayer):
         x = for_products(x)
         qkv, narrow = self.project(x, projected)
         heads = self.heads(qkv, conv_tail, cu_seqlens)
+        if (repeats := self.num_heads // self.num_kv_heads) > 1:  # every head has a memory of its own
+            k, v = (part.repeat_interleave(repeats, dim=-2) for part in (heads.k, heads.v))
+            heads = heads._replace(k=k, v=v)
         turned, after = self.phases(x, phases, cu_seqlens) or (None, None)
         readout, state = dissipative_memory(
             heads.q,

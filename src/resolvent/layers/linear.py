@@ -47,17 +47,26 @@ Projected = Sequence[Tensor | None]
 
 
 def products(x: Tensor, layers: Sequence[nn.Linear | None]) -> list[Tensor | None]:
-    """Return the products of x (..., D) with several layers without biases, None for None.
+    """Return the products of x (..., D) with several layers, None for None.
 
     Where all layers are plain it is one product with their concatenated weights, which reads x once.
     """
     present = [layer for layer in layers if layer is not None]
-    if all(is_plain(layer) and layer.bias is None for layer in present):
-        joined = F.linear(x, torch.cat([layer.weight for layer in present]))
+    if all(map(is_plain, present)):
+        joined = F.linear(x, torch.cat([layer.weight for layer in present]), _biases(present))
         outputs = iter(joined.split([layer.out_features for layer in present], dim=-1))
     else:
         outputs = iter([layer(x) for layer in present])
     return [None if layer is None else next(outputs) for layer in layers]
+
+
+def _biases(layers: Sequence[nn.Linear]) -> Tensor | None:
+    """Return the concatenated biases of layers, zeros where a layer has none; None if none has one."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    return torch.cat(
+        [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+    )
 
 
 def sum_of_products(inputs: Sequence[Tensor], layers: Sequence[nn.Linear]) -> Tensor:

@@ -1,6 +1,7 @@
 """Local attention layer: softmax attention over the last tokens, in the place of a memory.
 
-Shapes: B batch, N sequence, D model width, H heads, K = V head width, S packed sequences, W window.
+Shapes: B batch, N sequence, D model width, H heads of queries, J heads of keys and values, K = V head width, S packed
+sequences, W window, C channels of q, k and v.
 """
 
 from typing import NamedTuple
@@ -12,8 +13,8 @@ from ..ops import WindowState, local_attention
 from ..ops.attention_window import ANY_CAPACITY
 from ..ops.memory_rotation import rotate_queries_keys
 from ..ops.packed import token_positions
-from ..ops.precision import at_least_float32, for_products
-from ..ops.rotary import rotary_turns
+from ..ops.precision import at_least_float32, for_products, wide_dtype
+from ..ops.rotary import Scaling, rotary_turns
 from .heads import Heads, HeadsLayer
 from .linear import Projected
 
@@ -24,9 +25,9 @@ class AttentionOutput(NamedTuple):
     Attributes:
         gated: gated read-out, which ``out_proj`` takes to the residual stream, (B, N, HV).
         readout: read-out of the attention, normalised and not gated, (B, N, HV).
-        values: values that were attended to, (B, N, H, V).
+        values: values that were attended to, (B, N, J, V).
         state: keys and values of the window after the last token.
-        conv_tail: conv state: the last inputs of the convolution, (B, C - 1, 3HK) or (S, C - 1, 3HK).
+        conv_tail: conv state: the last inputs of the convolution, (B, taps - 1, C) or (S, taps - 1, C).
     """
 
     gated: Tensor
@@ -40,8 +41,9 @@ class LocalAttentionLayer(HeadsLayer):
     """Attention of every token over the last ``window`` tokens.
 
     A short causal convolution mixes neighbouring tokens before q, k and v. Queries and keys are L2-normalised and then
-    rotated by their positions; the temperature, the factor of their product, is one positive number per head. The
-    read-out of each head is RMS-normalised and multiplied by a gate of low rank.
+    rotated by their positions; the temperature, the factor of their product, is one positive number per head. Without
+    ``qk_norm`` the temperature is fixed at ``1 / sqrt(head_dim)``. The read-out of each head is RMS-normalised and
+    multiplied by a gate of low rank.
 
     Args:
         d_model: width D.
@@ -52,6 +54,11 @@ class LocalAttentionLayer(HeadsLayer):
         output_norm: RMS-normalise the read-out of each head.
         output_gate: gate the read-out with ``sigmoid`` of a projection of rank ``head_dim``.
         backend: ``auto``, ``torch`` or ``triton``.
+        num_kv_heads: heads J of keys and values; None for H.
+        qk_norm: L2-normalise queries and keys, and train the temperature.
+        qkv_bias: add biases to q, k and v.
+        rotary_base: base of the rotary positions.
+        rotary_scaling: scaling of the rotary positions; None for none.
     """
 
     TEMPERATURE = 10.0
@@ -67,31 +74,45 @@ class LocalAttentionLayer(HeadsLayer):
         output_norm: bool = True,
         output_gate: bool = True,
         backend: str = "auto",
+        num_kv_heads: int | None = None,
+        qk_norm: bool = True,
+        qkv_bias: bool = False,
+        rotary_base: float = 10_000.0,
+        rotary_scaling: Scaling | None = None,
     ):
-        super().__init__(d_model, num_heads, head_dim, conv_size, output_norm, output_gate, backend)
-        self.window = window
-        self.log_temperature = nn.Parameter(torch.empty(num_heads))
+        sizes = d_model, num_heads, head_dim
+        super().__init__(*sizes, conv_size, output_norm, output_gate, backend, num_kv_heads, qk_norm, qkv_bias)
+        self.window, self.rotary_base, self.rotary_scaling = window, rotary_base, rotary_scaling
+        self.log_temperature = nn.Parameter(torch.empty(num_heads)) if qk_norm else None
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the parameters with a fixed start: the temperature, and a convolution that passes the token through."""
         super().reset_parameters()
-        self.log_temperature.fill_(self.TEMPERATURE).log_()
+        if self.log_temperature is not None:
+            self.log_temperature.fill_(self.TEMPERATURE).log_()
 
     @property
     def temperature(self) -> Tensor:
         """Factor of the scores of every head, (H,) float32 or wider."""
-        return at_least_float32(self.log_temperature).exp()
+        if self.log_temperature is not None:
+            return at_least_float32(self.log_temperature).exp()
+        weight = self.qkv_proj.weight
+        return weight.new_full((self.num_heads,), self.head_dim**-0.5, dtype=wide_dtype(weight))
 
     @property
     def state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of one sequence's keys, (W, H, K) and as large as those of its values, and of its conv state."""
-        return (self.window or ANY_CAPACITY, self.num_heads, self.head_dim), self.conv_shape
+        """Shapes of one sequence's keys, (W, J, K) and as large as those of its values, and of its conv state."""
+        return (self.window or ANY_CAPACITY, self.num_kv_heads, self.head_dim), self.conv_shape
+
+    def turns(self, position: Tensor) -> Tensor:
+        """Return the turns of the pairs of channels at positions (...), float64 (..., K / 2)."""
+        return rotary_turns(position, self.head_dim, self.rotary_base, self.rotary_scaling)
 
     def rotated(self, heads: Heads, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys that are rotated by the positions of their tokens, broadcastable to (B, N)."""
-        return rotate_queries_keys(heads.q, heads.k, rotary_turns(position, self.head_dim))
+        return rotate_queries_keys(heads.q, heads.k, self.turns(position))
 
     def distances(self, x: Tensor) -> Tensor:
         """Return how many tokens each head looks back on average, (B, N, H), in texts (B, N, D) from their start on.

@@ -71,10 +71,10 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
     d_model: int
     n_layers: int
     token_embedding: nn.Module
-    position_embedding: ZetaEmbedding
+    position_embedding: ZetaEmbedding | None
     dropout: nn.Dropout
     blocks: nn.ModuleList
-    ln_f: nn.LayerNorm
+    ln_f: nn.Module
     lm_head: nn.Linear
 
     def __init__(self, config: Config, init: bool = True) -> None:
@@ -87,7 +87,7 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         self.position_embedding = self._make_position_embedding(config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self._make_block(config, layer) for layer in range(config.n_layers))
-        self.ln_f = nn.LayerNorm(config.d_model)
+        self.ln_f = self._make_norm(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = cast(nn.Embedding, self.token_embedding).weight
@@ -97,8 +97,11 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
     def _make_token_embedding(self, config: Config) -> nn.Module:
         raise NotImplementedError
 
-    def _make_position_embedding(self, config: Config) -> ZetaEmbedding:
+    def _make_position_embedding(self, config: Config) -> ZetaEmbedding | None:
         return ZetaEmbedding(config.d_model)
+
+    def _make_norm(self, config: Config) -> nn.Module:
+        return nn.LayerNorm(config.d_model)
 
     def _make_block(self, config: Config, layer: int) -> Block[Record]:
         raise NotImplementedError
@@ -217,7 +220,9 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         Under autocast the residual stream has autocast's dtype from here on: half the bytes of all that norms and sums
         move.
         """
-        return for_products((vectors + self.position_embedding(position).to(vectors.dtype)) * self.embedding_factor)
+        if self.position_embedding is not None:
+            vectors = vectors + self.position_embedding(position).to(vectors.dtype)
+        return for_products(vectors * self.embedding_factor)
 
     def _run_block(
         self,

@@ -154,7 +154,8 @@ def _nested_configs(cls: type) -> dict[str, type[ModelConfig]]:
 
 def _tuples(cls: type) -> list[str]:
     """Return the names of the fields that are tuples, which JSON knows as lists."""
-    return [name for name, kind in typing.get_type_hints(cls).items() if typing.get_origin(kind) is tuple]
+    hints = typing.get_type_hints(cls)
+    return [name for name, kind in hints.items() if any(typing.get_origin(k) is tuple for k in _options(kind))]
 
 
 def _options(kind: Kind) -> tuple[type, ...]:
@@ -169,6 +170,8 @@ def _fits(value: object, kind: Kind) -> bool:
             return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_FLOAT
         if option is int:
             return isinstance(value, int) and not isinstance(value, bool)
+        if typing.get_origin(option) is typing.Literal:
+            return isinstance(value, str)  # the values are a rule of the configuration
         if typing.get_origin(option) is tuple:
             return isinstance(value, tuple) and all(_fits(part, int) for part in value)
         return isinstance(value, option)
@@ -178,6 +181,10 @@ def _fits(value: object, kind: Kind) -> bool:
 
 def _say(kind: Kind) -> str:
     names = {float: "a finite number", int: "an integer", bool: "True or False", str: "a string", type(None): "None"}
-    if typing.get_origin(kind) is tuple:
-        return "a tuple of integers"
-    return " or ".join(names.get(option, getattr(option, "__name__", str(option))) for option in _options(kind))
+
+    def say_one(option: type) -> str:
+        if typing.get_origin(option) is tuple:
+            return "a tuple of integers"
+        return names.get(option, getattr(option, "__name__", str(option)))
+
+    return " or ".join(map(say_one, _options(kind)))

@@ -48,10 +48,10 @@ def flops_per_token(model: IntegratedModel) -> int:
 
 def _cells(config: Phase2Config) -> int:
     """Return the numbers of memories and of keys that a token reads, on average over a window of `n_seq` tokens."""
-    attending, n_seq = len(config.attention_layers), config.n_seq
-    window = min(n_seq, config.attention_window or n_seq)
-    attended = window - window * (window - 1) // (2 * n_seq)
-    rows = (config.n_layers - attending) * config.head_dim + attending * attended
+    windows, n_seq = config.windows.values(), config.n_seq
+    bound = (min(n_seq, window or n_seq) for window in windows)
+    attended = sum(window - window * (window - 1) // (2 * n_seq) for window in bound)
+    rows = (config.n_layers - len(windows)) * config.head_dim + attended
     return config.num_heads * config.head_dim * rows
 
 

@@ -16,6 +16,7 @@ from resolvent import (
     save_model,
 )
 from resolvent.models.decoding import token_step
+from resolvent.models.phase2 import RotaryScaling
 from resolvent.models.phase2.decode import TokenStep
 from resolvent.ops.attention_window import GROWTH
 from resolvent.parallel import SequenceParallel
@@ -63,6 +64,59 @@ def test_configuration_survives_json():
 def test_faults_are_named(options, fault):
     with pytest.raises(ConfigError, match=fault):
         Phase2Config(**options).validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (dict(norm="batch"), "norm must be one of layernorm, rmsnorm, got 'batch'"),
+        (dict(norm_eps=0.0), "norm_eps must be > 0, got 0.0"),
+        (dict(num_kv_heads=3, conv_size=1), r"num_kv_heads must divide num_heads \(8\), got 3"),
+        (dict(num_kv_heads=0), "num_kv_heads must be > 0, got 0"),
+        (dict(num_kv_heads=2), "num_kv_heads below num_heads needs conv_size 1, got 4"),
+        (dict(qk_norm=False), "qk_norm=False needs conv_size 1, got 4, .* all 6 blocks, got 0"),
+        (dict(attention_layers=(1,), attention_windows=(1, 2)), r"each of the 1 attention_layers, got \[1, 2\]"),
+        (dict(attention_layers=(1,), attention_windows=(-1,)), r"a number >= 0 .*got \[-1\]"),
+        (dict(attention_windows=(1.0,)), "attention_windows must be a tuple of integers or None"),
+        (
+            dict(attention_layers=(1,), attention_windows=(8,), attention_window=8),
+            "attention_window must be None beside attention_windows, got 8",
+        ),
+        (dict(rotary_base=0.0), "rotary_base must be > 0, got 0.0"),
+        (
+            dict(rotary_scaling=RotaryScaling("yarn")),
+            "rotary_scaling: kind must be one of linear, dynamic, llama3, got",
+        ),
+        (dict(rotary_scaling=RotaryScaling(factor=0.5)), "rotary_scaling: factor must be >= 1, got 0.5"),
+        (dict(rotary_scaling=RotaryScaling(high_frequency=1.0)), r"high_frequency must be > low_frequency \(1.0\)"),
+        (dict(rotary_scaling="linear"), "rotary_scaling must be RotaryScaling or None, got 'linear'"),
+    ],
+)
+def test_faults_of_the_parts_of_a_transformer_are_named(options, fault):
+    with pytest.raises(ConfigError, match=fault):
+        Phase2Config(**options).validate()
+
+
+def test_windows_and_scaling_survive_json():
+    scaling = RotaryScaling("llama3", 8.0, 64, 1.5, 3.0)
+    config = Phase2Config(attention_layers=(1, 4), attention_windows=(0, 64), rotary_scaling=scaling)
+    again = Phase2Config.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and again.windows == {1: None, 4: 64}
+    again.validate()
+
+
+def test_grouped_heads_of_a_memory_read_shared_keys_and_values():
+    model = PHASE2.model(num_heads=4, num_kv_heads=2, conv_size=1)
+    whole, state = model(ids := tokens(70)), None
+    layer = model.blocks[0].hebbian
+    assert layer.qkv_proj.out_features == 8 * 16 and layer.stacked == {"qkv_proj": 4}
+    logits = []
+    for part in ids.split(30, dim=1):
+        out, state = model(part, state=state, return_state=True)
+        logits.append(out)
+    torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=0, atol=1e-4 * float(whole.std()))
+    heads = layer.heads(layer.qkv_proj(torch.randn(1, 5, 48)), None, None)
+    assert heads.q.shape == (1, 5, 4, 16) and heads.k.shape == heads.v.shape == (1, 5, 2, 16)
 
 
 def test_an_attending_block_has_no_memory_and_no_filters():

@@ -6,6 +6,7 @@ import torch
 
 from resolvent import CheckpointError, Phase2Config, Phase2State, create_phase2_model, load_model, save_model
 from resolvent.errors import VersionError
+from resolvent.models.phase2 import RotaryScaling
 from resolvent.tensors import read_tensors, write_tensors
 
 from ...learning import moved_by_training
@@ -159,6 +160,16 @@ FIELDS = {
     "output_gate": (True, False),
     "attention_layers": ((), (1,)),
     "attention_window": (20, None),
+    "attention_windows": ((20,), (0,)),
+    "norm": ("layernorm", "rmsnorm"),
+    "norm_eps": (1e-5, 0.1),
+    "num_kv_heads": (None, 1),
+    "qk_norm": (True, False),
+    "qkv_bias": (False, True),
+    "rotary_base": (10_000.0, 100.0),
+    "rotary_scaling": (None, RotaryScaling("linear", 4.0)),
+    "zeta_positions": (True, False),
+    "intermediate_size": (None, 40),
     "ar_ssm_rank": (0, 8),
     "ar_ssm_gate_hidden_dim": (None, 7),
     "ar_ssm_bounded": (True, False),
@@ -172,6 +183,11 @@ NEEDS = {
     "ar_ssm_gate_hidden_dim": dict(ar_ssm_rank=8),
     "ar_ssm_bounded": dict(ar_ssm_rank=8),
     "attention_window": dict(attention_layers=(1,)),
+    "attention_windows": dict(attention_layers=(1,)),
+    "num_kv_heads": dict(conv_size=1),
+    "qk_norm": dict(attention_layers=(0, 1, 2), conv_size=1),
+    "rotary_base": dict(attention_layers=(1,)),
+    "rotary_scaling": dict(attention_layers=(1,)),
     "htt_phase_encoding": dict(htt_rank=6),
 }
 """Fields that need another field to be on."""

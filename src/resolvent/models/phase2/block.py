@@ -6,7 +6,8 @@ enter the residual stream through another product. Γ acts in BK-Core and in the
 enters the potential of the next block. A block of a model that grew out of Phase 1 keeps its semiseparable branch,
 behind the mixer. In the blocks of ``attention_layers`` attention over the last tokens takes the place of the memory.
 
-Shapes: B batch, N sequence, D model width, H heads, K = V head width, S sequences.
+Shapes: B batch, N sequence, D model width, H heads of queries, J heads of keys and values, K = V head
+width, S sequences.
 """
 
 from typing import NamedTuple, cast
@@ -45,7 +46,7 @@ class Phase2Record(NamedTuple):
         gamma: decay rate Γ, (B, N, H).
         memory_input: normed tokens, which BK-Core and memory read, or the attention in its place, (B, N, D).
         readout: its read-out, normalised and not gated, (B, N, HV).
-        values: values that were written or attended to, (B, N, H, V).
+        values: values that were written, (B, N, H, V), or attended to, (B, N, J, V).
         state: state after the last token.
     """
 
@@ -56,6 +57,11 @@ class Phase2Record(NamedTuple):
     readout: Tensor
     values: Tensor
     state: LayerState
+
+
+def stream_norm(config: Phase2Config) -> nn.Module:
+    """Return a norm of the residual stream."""
+    return (nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm)(config.d_model, config.norm_eps)
 
 
 class Phase2Block(Block[Phase2Record]):
@@ -74,17 +80,17 @@ class Phase2Block(Block[Phase2Record]):
     def __init__(self, config: Phase2Config, layer: int = 0):
         super().__init__()
         attends, width = layer in config.attention_layers, config.d_model
-        self.ln1 = nn.LayerNorm(width)
+        self.ln1 = stream_norm(config)
         self.dissipative_bk = _bk_layer(config, layer)
         self.bk_proj = nn.Linear(2 * config.num_heads, width, bias=False)
         self.hebbian = None if attends else _memory(config)
-        self.attention = _attention(config) if attends else None
+        self.attention = _attention(config, layer) if attends else None
         self.consolidation_interval = config.consolidation_interval
         self.snr_filter = None if attends else _snr_filter(config)
         self.resonance = None if attends else _resonance(config)
-        self.ln_ssm = nn.LayerNorm(width) if config.ar_ssm_rank else None
+        self.ln_ssm = stream_norm(config) if config.ar_ssm_rank else None
         self.ar_ssm = _semiseparable(config)
-        self.ln2 = nn.LayerNorm(width)
+        self.ln2 = stream_norm(config)
         self.ffn = (
             GatedFeedForward(width, config.ffn_width)
             if config.ffn_gated
@@ -226,19 +232,26 @@ def _memory(config: Phase2Config) -> DissipativeHebbianLayer:
         config.output_gate,
         config.backend,
         config.memory_rotation,
+        config.num_kv_heads,
+        config.qkv_bias,
     )
 
 
-def _attention(config: Phase2Config) -> LocalAttentionLayer:
+def _attention(config: Phase2Config, layer: int) -> LocalAttentionLayer:
     return LocalAttentionLayer(
         config.d_model,
         config.num_heads,
         config.head_dim,
-        config.attention_window,
+        config.windows[layer],
         config.conv_size,
         config.output_norm,
         config.output_gate,
         config.backend,
+        config.num_kv_heads,
+        config.qk_norm,
+        config.qkv_bias,
+        config.rotary_base,
+        config.scaling,
     )
 
 

@@ -1,15 +1,42 @@
 """Configuration of Phase 2 and its presets."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, get_args
 
 from ...errors import ConfigError
 from ...files import shown
 from ...layers import gated_width
 from ...ops.dispatch import BACKENDS
 from ...ops.hebbian import CHUNK
+from ...ops.rotary import RotaryKind, Scaling
 from ..config import ModelConfig, Values, check_fields, must_be_at_least, must_be_positive
 from ..phase1.config import Phase1Config
+
+NORMS = ("layernorm", "rmsnorm")
+
+
+@dataclass
+class RotaryScaling(ModelConfig):
+    """Scaling of the rotary positions; see ``ops.rotary.Scaling``."""
+
+    kind: RotaryKind = "linear"
+    factor: float = 1.0
+    """factor of the length"""
+    original_length: int = 8192
+    """tokens of a training window before the scaling"""
+    low_frequency: float = 1.0
+    """llama3: turns per original window below which a pair is slow"""
+    high_frequency: float = 4.0
+    """llama3: turns per original window above which a pair is fast"""
+
+    def _faults(self) -> list[str]:
+        faults = must_be_positive(self, "original_length", "low_frequency")
+        faults += must_be_at_least(self, 1, "factor")
+        if self.kind not in (kinds := get_args(RotaryKind)):
+            faults.append(f"kind must be one of {', '.join(kinds)}, got {self.kind!r}")
+        if self.high_frequency <= self.low_frequency:
+            faults.append(f"high_frequency must be > low_frequency ({self.low_frequency}), got {self.high_frequency}")
+        return faults
 
 
 @dataclass
@@ -103,8 +130,29 @@ class Phase2Config(ModelConfig):
     """blocks, counted from 0, in which attention reads in the place of the memory"""
     attention_window: int | None = None
     """number of tokens to which such a block attends; None for all, with a state that grows"""
+    attention_windows: tuple[int, ...] | None = None
+    """number of tokens for each of ``attention_layers``, 0 for all; None for ``attention_window`` in every one"""
     backend: str = "auto"
     """backend of the operators: auto, torch or triton"""
+
+    # Parts of a Transformer, which its conversion switches
+    norm: str = "layernorm"
+    """norm of the residual stream: layernorm or rmsnorm"""
+    norm_eps: float = 1e-5
+    num_kv_heads: int | None = None
+    """heads of keys and values, which equally many of ``num_heads`` share; None for ``num_heads``"""
+    qk_norm: bool = True
+    """L2-normalise queries and keys and train the temperature of attention; False fixes it at 1 / sqrt(head_dim)"""
+    qkv_bias: bool = False
+    """add biases to queries, keys and values"""
+    rotary_base: float = 10_000.0
+    """base of the rotary positions of attention"""
+    rotary_scaling: RotaryScaling | None = None
+    """scaling of the rotary positions; None for none"""
+    zeta_positions: bool = True
+    """add positions to the token vectors"""
+    intermediate_size: int | None = None
+    """hidden width of the feed-forward network as it is, in the place of ``ffn_dim``; None for that"""
 
     # Parts that a converted model carries over
     ar_ssm_rank: int = 0
@@ -156,6 +204,8 @@ class Phase2Config(ModelConfig):
     @property
     def ffn_width(self) -> int:
         """Hidden width of the feed-forward network."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
         plain = self.ffn_dim if self.ffn_dim is not None else 4 * self.d_model
         return gated_width(plain) if self.ffn_gated else plain
 
@@ -163,6 +213,18 @@ class Phase2Config(ModelConfig):
     def gate_width(self) -> int:
         """Hidden width of the semiseparable branch's gate."""
         return self.ar_ssm_gate_hidden_dim if self.ar_ssm_gate_hidden_dim is not None else max(1, self.d_model // 4)
+
+    @property
+    def windows(self) -> dict[int, int | None]:
+        """Number of tokens to which each block of ``attention_layers`` attends; None for all."""
+        if self.attention_windows is None:
+            return dict.fromkeys(self.attention_layers, self.attention_window)
+        return {i: window or None for i, window in zip(self.attention_layers, self.attention_windows, strict=True)}
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """Scaling of the rotary positions, for the operator."""
+        return None if self.rotary_scaling is None else Scaling(**vars(self.rotary_scaling))
 
     def _faults(self) -> list[str]:
         faults = must_be_positive(
@@ -183,6 +245,8 @@ class Phase2Config(ModelConfig):
             "consolidation_interval",
             "target_vram_gb",
             "target_speedup_triton",
+            "norm_eps",
+            "rotary_base",
         )
         faults += must_be_at_least(self, 1, "snr_gamma_boost", "snr_eta_boost", "conv_size")
         faults += must_be_at_least(self, 0, "ar_ssm_rank")
@@ -193,6 +257,8 @@ class Phase2Config(ModelConfig):
             "embedding_scale",
             "feedback_scale",
             "attention_window",
+            "num_kv_heads",
+            "intermediate_size",
         )
         faults += must_be_positive(self, *(name for name in optional if getattr(self, name) is not None))
         if self.least_decay is not None and not 0 < self.least_decay < self.base_decay:
@@ -206,6 +272,7 @@ class Phase2Config(ModelConfig):
             faults.append(f"attention_layers must name blocks of 0..{last}, each at most once, got {layers}")
         if self.attention_layers and self.head_dim % 2:
             faults.append(f"head_dim must be even for the rotary positions of attention, got {self.head_dim}")
+        faults += self._transformer_faults()
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout must be in [0, 1), got {self.dropout}")
         if self.consolidation_interval > 0 and self.consolidation_interval % CHUNK:
@@ -214,6 +281,30 @@ class Phase2Config(ModelConfig):
             faults.append(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
         if self.phase1_config is not None:
             faults += [f"phase1_config: {fault}" for fault in self.phase1_config.faults()]
+        return faults
+
+    def _transformer_faults(self) -> list[str]:
+        faults, windows, attending = [], self.attention_windows, len(self.attention_layers)
+        if self.norm not in NORMS:
+            faults.append(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        if self.num_kv_heads is not None and self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
+            faults.append(f"num_kv_heads must divide num_heads ({self.num_heads}), got {self.num_kv_heads}")
+        if self.num_kv_heads not in (None, self.num_heads) and self.conv_size != 1:
+            faults.append(f"num_kv_heads below num_heads needs conv_size 1, got {self.conv_size}")
+        if not self.qk_norm and (self.conv_size != 1 or attending < self.n_layers):
+            faults.append(
+                f"qk_norm=False needs conv_size 1, got {self.conv_size}, and no memory, whose bound rests on the norm: "
+                f"attention_layers must name all {self.n_layers} blocks, got {attending}"
+            )
+        if windows is not None and (len(windows) != attending or any(window < 0 for window in windows)):
+            faults.append(
+                f"attention_windows must be a number >= 0 for each of the {attending} attention_layers, "
+                f"got {shown(list(windows))}"
+            )
+        if windows is not None and self.attention_window is not None:
+            faults.append(f"attention_window must be None beside attention_windows, got {self.attention_window}")
+        if self.rotary_scaling is not None:
+            faults += [f"rotary_scaling: {fault}" for fault in self.rotary_scaling.faults()]
         return faults
 
 

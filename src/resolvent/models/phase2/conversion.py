@@ -174,7 +174,7 @@ def _copy_phase1(source: Phase1IntegratedModel, transfer: _Transfer) -> None:
         transfer.copy("token_embedding.weight", *cores, value=embedding.dense(), note="tensor train made a table")
     else:
         transfer.copy_module("token_embedding", embedding)
-    transfer.copy("position_embedding.gain", source.position_embedding.get_parameter("gain"))
+    transfer.copy("position_embedding.gain", source.get_parameter("position_embedding.gain"))
     for i, block in enumerate(source.blocks):
         assert isinstance(block, Phase1Block)
         _copy_block(block, f"blocks.{i}", transfer)

@@ -52,6 +52,7 @@ class TokenStep:
         )
         self.table = cast(nn.Embedding, model.token_embedding).weight
         waves = model.position_embedding
+        assert waves is not None
         self.pace, self.amplitude = waves.pace, waves.amplitude
         self.consolidations = [_in_float32(block.consolidation()) for block in blocks_of(model)]
 
@@ -65,8 +66,10 @@ class TokenStep:
             return "it has a tensor-train embedding, a semiseparable branch or no short convolution"
         if config.memory_rotation:
             return "its memory rotates"
-        if model.position_embedding.trainable:
-            return "its positions have trained frequencies"
+        if model.position_embedding is None or model.position_embedding.trainable:
+            return "it has no positions, or their frequencies are trained"
+        if config.norm != "layernorm" or config.qkv_bias:
+            return "its norm is no LayerNorm, or its projections have biases"
         if not all(map(is_plain, _projections(model))):
             return "one of its projections is no nn.Linear, or has a hook"
         dtype = model.lm_head.weight.dtype
@@ -140,7 +143,8 @@ class TokenStep:
             weight, bias = layer.gate_up.weight.float(), layer.gate_up.bias.float()
             torch.mul(self.readout, torch.addmm(bias, self.gate, weight.mT).sigmoid(), out=self.gated)
 
-    def _norm(self, layer: nn.LayerNorm) -> Norm:
+    def _norm(self, layer: nn.Module) -> Norm:
+        assert isinstance(layer, nn.LayerNorm)
         return self.kernels.Norm(layer.weight, layer.bias, layer.eps)
 
 

@@ -12,7 +12,7 @@ from ...layers import TensorTrainEmbedding, ZetaEmbedding
 from ...ops.hebbian import memory_implementation
 from ..base import IntegratedModel
 from ..trace import Trace
-from .block import Phase2Block, Phase2Record, blocks_of
+from .block import Phase2Block, Phase2Record, blocks_of, stream_norm
 from .config import Phase2Config
 from .conversion_report import ConversionReport
 from .decode import TokenStep
@@ -45,8 +45,11 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
             config.vocab_size, config.d_model, config.htt_rank, phase_encoding=config.htt_phase_encoding
         )
 
-    def _make_position_embedding(self, config: Phase2Config) -> ZetaEmbedding:
-        return ZetaEmbedding(config.d_model, config.zeta_embedding_trainable)
+    def _make_position_embedding(self, config: Phase2Config) -> ZetaEmbedding | None:
+        return ZetaEmbedding(config.d_model, config.zeta_embedding_trainable) if config.zeta_positions else None
+
+    def _make_norm(self, config: Phase2Config) -> nn.Module:
+        return stream_norm(config)
 
     def _make_block(self, config: Phase2Config, layer: int) -> Phase2Block:
         return Phase2Block(config, layer)
@@ -78,7 +81,7 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
 
     @property
     def state_grows(self) -> bool:
-        return bool(self.config.attention_layers) and self.config.attention_window is None
+        return None in self.config.windows.values()
 
     @property
     def reads_offsets(self) -> bool:

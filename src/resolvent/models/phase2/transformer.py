@@ -1,0 +1,274 @@
+"""Conversion of pretrained Transformers of the Llama family to Phase 2.
+
+Phase 2 with attention in every block contains these models: RMSNorm, grouped queries, rotary positions and a gated
+feed-forward network are switches of ``Phase2Config``. So layer i goes to layer i, and the converted model has the
+logits of its source, whole and token by token. BK-Core stands beside the attention behind a map that starts at zero.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ...errors import CheckpointError, ConfigError
+from ...files import shown
+from ..config import Values
+from .config import Phase2Config, RotaryScaling
+from .conversion_report import ConversionReport, ConvertedTensor
+from .model import Phase2IntegratedModel
+from .transformer_source import Source, opened
+
+FAMILIES = ("llama", "mistral", "qwen2")
+"""Values of ``model_type`` in Transformers' ``config.json`` that can be converted."""
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
+)  # fmt: skip
+_LONGEST_WINDOW = 2048
+"""Largest training window ``n_seq`` that a converted model proposes; it reads any number of tokens."""
+_RECOMPUTED = "rotary_emb.inv_freq"
+"""Ending of tensors in old files that follow from the configuration."""
+
+
+def convert_transformer(source: nn.Module | str | Path, config: Phase2Config | None = None) -> Phase2IntegratedModel:
+    """Convert a Transformer of the Llama family; ``model.conversion_report`` lists every tensor.
+
+    The result has the logits of the source, at any length, streaming and packed, and the dtype of its weights. Tensors
+    are read one at a time. With dynamic scaling, logits beyond the original length are those of Transformers when it
+    reads token by token.
+
+    Args:
+        source: a Llama, Mistral, Qwen2 or SmolLM2 model of Transformers; the folder that it was saved to, as
+            safetensors; or a GGUF file, which needs the package ``gguf``.
+        config: the configuration; None for ``transformer_config(source)``. It may differ from that in what leaves the
+            logits as they are, such as ``n_seq``, ``dropout`` or the fields of BK-Core.
+
+    Raises:
+        ConfigError: the architecture is not of this family or has a part that Phase 2 lacks, or the configuration
+            cannot preserve the model; names every fault.
+        CheckpointError: a file is missing or damaged, or its tensors are not those of the configuration.
+    """
+    with opened(source) as transformer, torch.no_grad():
+        fixed = _fixed_fields(transformer)
+        config = _config(fixed) if config is None else _preserving(config, fixed)
+        model = Phase2IntegratedModel(config)
+        places = list(_places(config))
+        _check_tensors(transformer, model, places)
+        model.to(transformer.read("model.embed_tokens.weight").dtype)
+        parameters = dict(model.named_parameters())
+        for place in places:
+            rows = slice(place.first, place.first + transformer.shapes[place.source][0])
+            parameters[place.target][rows].copy_(transformer.read(place.source))
+    model.conversion_report = _report(model, places)
+    return model.eval()
+
+
+def transformer_config(source: nn.Module | str | Path, **changes: Any) -> Phase2Config:
+    """Return the configuration of a Transformer's Phase 2 model, with ``changes`` to fields that keep its logits.
+
+    Raises:
+        ConfigError, CheckpointError: as ``convert_transformer`` does.
+    """
+    with opened(source) as transformer:
+        fixed = _fixed_fields(transformer)
+    return _preserving(dataclasses.replace(_config(fixed), **changes), fixed)
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+def _config(fixed: Values) -> Phase2Config:
+    """Return the configuration with these fields, and defaults that keep the logits."""
+    values: Values = {"dropout": 0.0, "n_seq": _LONGEST_WINDOW, **fixed}
+    config = Phase2Config(**values)
+    config.validate()
+    return config
+
+
+def _preserving(config: Phase2Config, fixed: Values) -> Phase2Config:
+    """Return a configuration, checked to have the fields on which the logits depend."""
+    pairs = ((name, getattr(config, name), value) for name, value in fixed.items())
+    faults = [
+        f"{name} is {shown(ours)}, that of the Transformer {shown(theirs)}"
+        for name, ours, theirs in pairs
+        if ours != theirs
+    ]
+    if faults:
+        raise ConfigError(
+            f"config cannot preserve this Transformer: {'; '.join(faults)}. Leave config out, or start from "
+            "transformer_config(source)"
+        )
+    config.validate()
+    return config
+
+
+def _fixed_fields(source: Source) -> Values:
+    """Return the fields of the configuration on which the logits depend.
+
+    Raises:
+        ConfigError: names every entry that Phase 2 has no counterpart for.
+    """
+    values = source.values
+    if (kind := values.get("model_type")) not in FAMILIES:
+        raise ConfigError(f"{source.name}: model_type must be one of {', '.join(FAMILIES)}, got {shown(kind)}")
+    if faults := _faults(values):
+        raise ConfigError("; ".join([f"{source.name} cannot be converted", *faults]))
+    layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
+    rotary = _rotary(values)
+    return {
+        "vocab_size": values["vocab_size"],
+        "d_model": values["hidden_size"],
+        "n_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": values.get("num_key_value_heads") or heads,
+        "head_dim": values.get("head_dim") or values["hidden_size"] // heads,
+        "ffn_gated": True,
+        "intermediate_size": values["intermediate_size"],
+        "norm": "rmsnorm",
+        "norm_eps": values["rms_norm_eps"],
+        "embedding_scale": 1.0,
+        "zeta_positions": False,
+        "htt_rank": None,
+        "ar_ssm_rank": 0,
+        "tie_embeddings": values.get("tie_word_embeddings", "lm_head.weight" not in source.shapes),
+        "attention_layers": tuple(range(layers)),
+        "conv_size": 1,
+        "qk_norm": False,
+        "qkv_bias": kind == "qwen2",
+        "output_norm": False,
+        "output_gate": False,
+        "rotary_base": float(rotary["rope_theta"]),
+        "rotary_scaling": _scaling(rotary, values),
+        **_windows(values),
+    }
+
+
+def _faults(values: Values) -> list[str]:
+    """Return a sentence for every entry that is missing or has no counterpart."""
+    faults = [
+        f"{name} must be a number, got {shown(values.get(name))}"
+        for name in _SIZES
+        if not isinstance(values.get(name), int | float)
+    ]
+    if (activation := values.get("hidden_act", "silu")) != "silu":
+        faults.append(f"hidden_act must be silu, got {shown(activation)}")
+    faults += [
+        f"{name} must be False, got {values[name]}" for name in ("attention_bias", "mlp_bias") if values.get(name)
+    ]
+    if values["model_type"] == "mistral" and "sliding_window" not in values:
+        faults.append("sliding_window is missing: a number, or null for none")
+    rotary = _rotary(values)
+    if not isinstance(rotary["rope_theta"], int | float):
+        faults.append(f"rope_theta must be a number, got {shown(rotary['rope_theta'])}")
+    if (kind := _kind(rotary)) not in (known := ("default", "linear", "dynamic", "llama3")):
+        faults.append(f"the scaling of the rotary positions must be one of {', '.join(known)}, got {shown(kind)}")
+    return faults
+
+
+def _rotary(values: Values) -> Values:
+    """Return the entries of the rotary positions, which older versions of Transformers keep apart."""
+    base = values.get("rope_theta", 10_000.0)
+    return {"rope_theta": base, **(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+
+
+def _kind(rotary: Values) -> str:
+    return rotary.get("rope_type") or rotary.get("type") or "default"
+
+
+def _scaling(rotary: Values, values: Values) -> RotaryScaling | None:
+    if (kind := _kind(rotary)) == "default":
+        return None
+    length = rotary.get("original_max_position_embeddings") or values.get("max_position_embeddings")
+    fields: Values = {"kind": kind, "factor": rotary.get("factor"), "original_length": length}
+    if kind == "llama3":
+        fields |= {f"{which}_frequency": rotary.get(f"{which}_freq_factor") for which in ("low", "high")}
+    return RotaryScaling(**fields)
+
+
+def _windows(values: Values) -> Values:
+    """Return the fields of the windows: one for all blocks, or one for each."""
+    kind, layers, window = values["model_type"], values["num_hidden_layers"], values.get("sliding_window")
+    if window is None or kind == "llama" or (kind == "qwen2" and not values.get("use_sliding_window")):
+        return {"attention_window": None, "attention_windows": None}
+    if kind == "mistral":
+        return {"attention_window": window, "attention_windows": None}
+    kinds = values.get("layer_types")
+    if kinds is None:
+        first = values.get("max_window_layers", layers)
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+    windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    return {"attention_window": None, "attention_windows": windows}
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
+
+
+class _Place(NamedTuple):
+    """Place of a tensor of the source: rows of a parameter, from ``first`` on."""
+
+    source: str
+    target: str
+    first: int = 0
+
+
+def _places(config: Phase2Config) -> Iterator[_Place]:
+    """Yield the places of all tensors of the source."""
+    yield _Place("model.embed_tokens.weight", "token_embedding.weight")
+    query, key, hidden = config.num_heads, config.num_kv_heads or config.num_heads, config.ffn_width
+    starts = {"q": 0, "k": query * config.head_dim, "v": (query + key) * config.head_dim}
+    for i in range(config.n_layers):
+        theirs, ours = f"model.layers.{i}", f"blocks.{i}"
+        yield _Place(f"{theirs}.input_layernorm.weight", f"{ours}.ln1.weight")
+        for part in ("weight", "bias") if config.qkv_bias else ("weight",):
+            for name, first in starts.items():
+                yield _Place(f"{theirs}.self_attn.{name}_proj.{part}", f"{ours}.attention.qkv_proj.{part}", first)
+        yield _Place(f"{theirs}.self_attn.o_proj.weight", f"{ours}.attention.out_proj.weight")
+        yield _Place(f"{theirs}.post_attention_layernorm.weight", f"{ours}.ln2.weight")
+        yield _Place(f"{theirs}.mlp.gate_proj.weight", f"{ours}.ffn.in_proj.weight")
+        yield _Place(f"{theirs}.mlp.up_proj.weight", f"{ours}.ffn.in_proj.weight", hidden)
+        yield _Place(f"{theirs}.mlp.down_proj.weight", f"{ours}.ffn.out_proj.weight")
+    yield _Place("model.norm.weight", "ln_f.weight")
+    if not config.tie_embeddings:
+        yield _Place("lm_head.weight", "lm_head.weight")
+
+
+def _check_tensors(source: Source, model: Phase2IntegratedModel, places: list[_Place]) -> None:
+    """Check that the source has the tensors of its configuration, and no other.
+
+    Raises:
+        CheckpointError: names the tensors that are missing, have no place, or do not fill theirs.
+    """
+    wanted = {place.source for place in places}
+    head = {"lm_head.weight"} if model.tied else set[str]()
+    other = {name for name in source.shapes if not name.endswith(_RECOMPUTED)} - wanted - head
+    faults = [f"{name} is missing" for name in sorted(wanted - source.shapes.keys())]
+    faults += [f"{name} has no place in a model of this configuration" for name in sorted(other)]
+    filled = dict[str, int]()
+    for place in places:
+        shape, target = source.shapes.get(place.source), model.get_parameter(place.target).shape
+        if shape is not None and (shape[1:] != target[1:] or filled.get(place.target, 0) != place.first):
+            faults.append(f"{place.source} has the shape {tuple(shape)}, which does not fit the configuration")
+        elif shape is not None:
+            filled[place.target] = place.first + shape[0]
+    if not faults:
+        short = [name for name, rows in filled.items() if rows != model.get_parameter(name).shape[0]]
+        faults += [f"{name} has {model.get_parameter(name).shape[0]} rows, its source {filled[name]}" for name in short]
+    if faults:
+        rest = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise CheckpointError(
+            f"{source.name} does not hold the model of its configuration: {'; '.join(faults[:5])}{rest}"
+        )
+
+
+def _report(model: Phase2IntegratedModel, places: list[_Place]) -> ConversionReport:
+    sources = dict[str, list[str]]()
+    for place in places:
+        sources.setdefault(place.target, []).append(place.source)
+    tensors = [
+        ConvertedTensor("copied" if name in sources else "new", name, tuple(x.shape), tuple(sources.get(name, ())))
+        for name, x in model.named_parameters()
+    ]
+    return ConversionReport(tuple(tensors), {})
