@@ -276,7 +276,8 @@ def mean_gamma_at(reading: Reading, chosen: Tensor) -> Iterator[None]:
         return replace
 
     pairs = zip(reading.blocks, reading.gamma_means, strict=True)
-    handles = [block.dissipative_bk.potential.register_forward_hook(hook(mean)) for block, mean in pairs]
+    potential = "dissipative_bk.potential"
+    handles = [block.get_submodule(potential).register_forward_hook(hook(mean)) for block, mean in pairs]
     try:
         yield
     finally:

@@ -57,6 +57,14 @@ def test_a_folder_becomes_a_model_with_its_tokenizer_and_template(resolvent: Res
     assert text.code == 0 and text.out.startswith("Rhyme")
 
 
+def test_mechanisms_are_left_out(resolvent: Resolvent, folder: Path, tmp_path: Path):
+    report = json.loads(resolvent("convert", folder, tmp_path / "out", "--mechanisms", "none", "--json", "-").out)
+    assert {tensor["status"] for tensor in report["tensors"]} == {"copied"}
+    outcome = resolvent("convert", tmp_path / "out", tmp_path / "again", "--mechanisms", "none")
+    assert outcome.code == 2 and "--mechanisms" in words(outcome.err)
+    assert resolvent("generate", tmp_path / "out", "--max-new-tokens", 3).code == 0
+
+
 def test_a_gguf_file_has_the_logits_of_the_folder(folder: Path, tmp_path: Path):
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     write_gguf(theirs, tmp_path / "model.gguf")

@@ -1,7 +1,7 @@
 """`resolvent convert`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -36,6 +36,10 @@ def convert(
     keep_tensor_train: Annotated[
         bool, typer.Option("--keep-tensor-train", help="Keep a token embedding that is one; otherwise make it a table.")
     ] = False,
+    mechanisms: Annotated[
+        Literal["all", "none"],
+        typer.Option(help="all: a Transformer gets BK-Core behind a map at zero; none: it gets nothing new."),
+    ] = "all",
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the new weights.")] = 0,
     json_path: JsonFile = None,
 ) -> None:
@@ -61,12 +65,15 @@ def convert(
     if (pretrained := pretrained_source(directory)) is not None:
         if keep_tensor_train:
             raise typer.BadParameter("a Transformer has no tensor train", param_hint="--keep-tensor-train")
-        report = _convert_transformer(pretrained, out, change or [], seed)
+        changes = [*(change or []), *(["bk_core=false"] if mechanisms == "none" else [])]
+        report = _convert_transformer(pretrained, out, changes, seed)
         write_result(json_path, report.to_dict())
         console = report_console(json_path)
         _show(report, console)
         say(console, f"Talk to it: resolvent chat {shell_word(out)}")
         return
+    if mechanisms == "none":
+        raise typer.BadParameter("only the conversion of a Transformer leaves them out", param_hint="--mechanisms")
     source, tokenizer = load_trained(directory, "cpu")
     import torch
 

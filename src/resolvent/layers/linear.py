@@ -74,7 +74,7 @@ def sum_of_products(inputs: Sequence[Tensor], layers: Sequence[nn.Linear]) -> Te
 
     Where all layers are plain it is one product of the concatenated columns.
     """
-    if all(is_plain(layer) and layer.bias is None for layer in layers):
+    if len(layers) > 1 and all(is_plain(layer) and layer.bias is None for layer in layers):
         return F.linear(torch.cat(list(inputs), dim=-1), torch.cat([layer.weight for layer in layers], dim=1))
     first, *others = (layer(x) for x, layer in zip(inputs, layers, strict=True))
     return sum(others, start=first)

@@ -82,8 +82,9 @@ def init_weights(model: Parts, generator: torch.Generator | None, zeta_potential
     for module in model.modules():
         if isinstance(module, _WITH_A_FIXED_START):
             module.reset_parameters()
-    for block in model.blocks:
-        block.get_parameter("bk_proj.weight").zero_()
+    for name, parameter in model.blocks.named_parameters():
+        if name.endswith("bk_proj.weight"):
+            parameter.zero_()
 
 
 def _scale(model: Parts, name: str) -> float:

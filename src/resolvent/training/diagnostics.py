@@ -67,8 +67,9 @@ def _phase2(found: Phase2Diagnostics, state: Phase2State) -> Diagnostics:
     for i, layer in enumerate(state.layers):
         gamma, stability = found["gamma_values"][i], found["stability_metrics"][i]
         snr, resonance = found["snr_stats"][i], found["resonance_info"][i]
-        histograms[_name("gamma", i)] = gamma
-        scalars[_name("gamma_mean", i)] = gamma.mean().item()
+        if gamma is not None:
+            histograms[_name("gamma", i)] = gamma
+            scalars[_name("gamma_mean", i)] = gamma.mean().item()
         if layer.memory is None:  # it attends
             continue
         scalars[_name("energy", i)] = stability["energy"].mean().item()

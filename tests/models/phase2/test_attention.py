@@ -69,6 +69,7 @@ def test_faults_are_named(options, fault):
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
+        (dict(bk_core=False, attention_layers=(0,)), "bk_core=False needs no memory, .* all 6 blocks, got 1"),
         (dict(norm="batch"), "norm must be one of layernorm, rmsnorm, got 'batch'"),
         (dict(norm_eps=0.0), "norm_eps must be > 0, got 0.0"),
         (dict(num_kv_heads=3, conv_size=1), r"num_kv_heads must divide num_heads \(8\), got 3"),

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from resolvent import CheckpointError, ConfigError, load_model, save_model
+from resolvent.inspection.trace import trace_text
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel, convert_transformer, transformer_config
 
 SIZES = dict(
@@ -125,6 +126,24 @@ def test_dynamic_scaling_equals_transformers_that_read_token_by_token():
         cache = out.past_key_values
         logits.append(out.logits)
     assert error(ours(ids), torch.cat(logits, 1)) < 1e-4
+
+
+@torch.no_grad()
+def test_a_part_that_is_left_out_has_no_parameter_and_no_state(pair, tmp_path):
+    theirs, gated = pair
+    ours, ids = convert_transformer(theirs, transformer_config(theirs, bk_core=False)), tokens(50)
+    assert ours.num_parameters() == sum(x.numel() for x in theirs.parameters())
+    assert not ours.conversion_report.new
+    assert torch.equal(ours(ids), gated(ids))
+    logits, state = ours(ids[:, :30], return_state=True)
+    assert all(layer.resolvent is layer.memory is None for layer in state.layers)
+    after, _ = ours(ids[:, 30:], state=state, return_state=True)
+    assert error(torch.cat([logits, after], 1), theirs(ids).logits) < 1e-4
+    assert ours(ids, return_diagnostics=True)[1]["gamma_values"] == [None] * 3
+    save_model(ours, tmp_path / "model")
+    assert torch.equal(load_model(tmp_path / "model", device="cpu")(ids), ours(ids))
+    with pytest.raises(ConfigError, match="no BK-Core to inspect in a model with bk_core=False"):
+        trace_text(ours, ids[0])
 
 
 @torch.no_grad()

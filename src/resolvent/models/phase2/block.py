@@ -42,8 +42,8 @@ class Phase2Record(NamedTuple):
 
     Attributes:
         output: residual stream behind the block, (B, N, D).
-        features: features [Re g, Im g] of the resolvent, (B, N, 2H).
-        gamma: decay rate Γ, (B, N, H).
+        features: features [Re g, Im g] of the resolvent, (B, N, 2H); None without BK-Core.
+        gamma: decay rate Γ, (B, N, H); None without BK-Core.
         memory_input: normed tokens, which BK-Core and memory read, or the attention in its place, (B, N, D).
         readout: its read-out, normalised and not gated, (B, N, HV).
         values: values that were written, (B, N, H, V), or attended to, (B, N, J, V).
@@ -51,8 +51,8 @@ class Phase2Record(NamedTuple):
     """
 
     output: Tensor
-    features: Tensor
-    gamma: Tensor
+    features: Tensor | None
+    gamma: Tensor | None
     memory_input: Tensor
     readout: Tensor
     values: Tensor
@@ -73,6 +73,7 @@ class Phase2Block(Block[Phase2Record]):
             ``attention_layers`` attend.
 
     Attributes:
+        dissipative_bk: BK-Core; None where it is left out.
         hebbian: the memory; None where the block attends.
         attention: the attention in its place; None where it does not.
     """
@@ -82,7 +83,7 @@ class Phase2Block(Block[Phase2Record]):
         attends, width = layer in config.attention_layers, config.d_model
         self.ln1 = stream_norm(config)
         self.dissipative_bk = _bk_layer(config, layer)
-        self.bk_proj = nn.Linear(2 * config.num_heads, width, bias=False)
+        self.bk_proj = nn.Linear(2 * config.num_heads, width, bias=False) if config.bk_core else None
         self.hebbian = None if attends else _memory(config)
         self.attention = _attention(config, layer) if attends else None
         self.consolidation_interval = config.consolidation_interval
@@ -123,17 +124,19 @@ class Phase2Block(Block[Phase2Record]):
     @property
     def projections(self) -> list[nn.Linear | None]:
         """The maps of the normed tokens: of V, of Γ, of q, k and v, and of the gate."""
-        return [*self.dissipative_bk.potential.projections, *self.mixer.projections]
+        of_potential = [] if self.dissipative_bk is None else self.dissipative_bk.potential.projections
+        return [*of_potential, *self.mixer.projections]
 
     def state_shapes(self) -> list[tuple[int, ...]]:
-        resolvent, ar_ssm = (self.dissipative_bk.potential.num_heads,), self.ar_ssm.state_shape if self.ar_ssm else ()
+        bk, ar_ssm = self.dissipative_bk, self.ar_ssm.state_shape if self.ar_ssm else ()
+        resolvent = [] if bk is None else [(bk.potential.num_heads,)]
         if self.attention is not None:
             window, conv_tail = self.attention.state_shape
-            return [resolvent, conv_tail, *ar_ssm, window, window]
+            return [*resolvent, conv_tail, *ar_ssm, window, window]
         assert self.hebbian is not None
         memory, conv_tail = self.hebbian.state_shape
         phases = [] if self.hebbian.rotation_proj is None else [(memory[1] // 2,)]
-        return [resolvent, memory, memory[:1], conv_tail, *ar_ssm, *phases]
+        return [*resolvent, memory, memory[:1], conv_tail, *ar_ssm, *phases]
 
     def compute(
         self,
@@ -155,14 +158,18 @@ class Phase2Block(Block[Phase2Record]):
         resolvent, ar_ssm = (None, None) if state is None else (state.resolvent, state.ar_ssm)
         # 1. One norm and one product in.
         given = for_products(self.ln1(x))
-        of_v, of_gamma, *of_heads = products(given, self.projections)
+        *of_potential, of_qkv, of_gate = products(given, self.projections)
         # 2. BK-Core: the resolvent of the tokens' Hamiltonian.
-        features, gamma, resolvent = self.dissipative_bk(given, readout, resolvent, cu_seqlens, (of_v, of_gamma))
+        features, gamma = None, None
+        if self.dissipative_bk is not None:
+            features, gamma, resolvent = self.dissipative_bk(given, readout, resolvent, cu_seqlens, of_potential)
         # 3. Memory, with the same Γ, or attention.
-        read = self._read(given, gamma, state, position, cu_seqlens, of_heads)
+        read = self._read(given, gamma, state, position, cu_seqlens, (of_qkv, of_gate))
         # 4. One product out.
-        outputs = (read.gated, features.to(read.gated.dtype))
-        x = x + self.dropout(sum_of_products(outputs, (self.mixer.out_proj, self.bk_proj)))
+        outputs, maps = [read.gated], [self.mixer.out_proj]
+        if features is not None and self.bk_proj is not None:
+            outputs, maps = [*outputs, features.to(read.gated.dtype)], [*maps, self.bk_proj]
+        x = x + self.dropout(sum_of_products(outputs, maps))
         # 5. The semiseparable branch of a converted model.
         if self.ar_ssm is not None and self.ln_ssm is not None:
             output, _, ar_ssm = self.ar_ssm(self.ln_ssm(x), ar_ssm, cu_seqlens)
@@ -174,7 +181,7 @@ class Phase2Block(Block[Phase2Record]):
     def _read(
         self,
         given: Tensor,
-        gamma: Tensor,
+        gamma: Tensor | None,
         state: LayerState | None,
         position: Tensor | None,
         cu_seqlens: Tensor | None,
@@ -183,6 +190,7 @@ class Phase2Block(Block[Phase2Record]):
         """Read the memory, or attend."""
         conv_tail = None if state is None else state.conv_tail
         if self.hebbian is not None:
+            assert gamma is not None
             memory, phases = (None, None) if state is None else (state.memory, state.phases)
             return self.hebbian(
                 given, gamma, memory, conv_tail, position, cu_seqlens, self.consolidation(), phases, projected
@@ -196,7 +204,7 @@ class Phase2Block(Block[Phase2Record]):
         return self.attention(given, window, conv_tail, position, cu_seqlens, projected)
 
     def _state(
-        self, read: HebbianOutput | AttentionOutput, resolvent: Tensor, ar_ssm: SemiseparableState | None
+        self, read: HebbianOutput | AttentionOutput, resolvent: Tensor | None, ar_ssm: SemiseparableState | None
     ) -> LayerState:
         if isinstance(read, HebbianOutput):
             return LayerState(resolvent, read.state, read.conv_tail, ar_ssm, read.phases)
@@ -205,7 +213,9 @@ class Phase2Block(Block[Phase2Record]):
         return LayerState(resolvent, None, read.conv_tail, ar_ssm, None, window, cache)
 
 
-def _bk_layer(config: Phase2Config, layer: int) -> DissipativeBKLayer:
+def _bk_layer(config: Phase2Config, layer: int) -> DissipativeBKLayer | None:
+    if not config.bk_core:
+        return None
     potential = NonHermitianPotential(
         config.d_model,
         config.num_heads,

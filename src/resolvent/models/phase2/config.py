@@ -136,6 +136,8 @@ class Phase2Config(ModelConfig):
     """backend of the operators: auto, torch or triton"""
 
     # Parts of a Transformer, which its conversion switches
+    bk_core: bool = True
+    """BK-Core beside the attention; False leaves it out, where every block attends"""
     norm: str = "layernorm"
     """norm of the residual stream: layernorm or rmsnorm"""
     norm_eps: float = 1e-5
@@ -295,6 +297,11 @@ class Phase2Config(ModelConfig):
             faults.append(
                 f"qk_norm=False needs conv_size 1, got {self.conv_size}, and no memory, whose bound rests on the norm: "
                 f"attention_layers must name all {self.n_layers} blocks, got {attending}"
+            )
+        if not self.bk_core and attending < self.n_layers:
+            faults.append(
+                f"bk_core=False needs no memory, which reads its Γ: attention_layers must name all {self.n_layers} "
+                f"blocks, got {attending}"
             )
         if windows is not None and (len(windows) != attending or any(window < 0 for window in windows)):
             faults.append(

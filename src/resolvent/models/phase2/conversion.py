@@ -138,6 +138,8 @@ def _config_for_phase1(source: Phase1Config, wanted: Phase2Config | None) -> Pha
         faults.append(f"htt_rank is {config.htt_rank}, but the Phase 1 model's token embedding {has}")
     if config.ffn_gated:
         faults.append("ffn_gated is True, but a Phase 1 model's feed-forward network has no gate")
+    if not config.bk_core:
+        faults.append("bk_core is False, but a Phase 1 model is BK-Core")
     if config.tie_embeddings:
         faults.append("tie_embeddings is True, but a Phase 1 model's head is a matrix of its own")
     if faults:

@@ -68,8 +68,8 @@ class TokenStep:
             return "its memory rotates"
         if model.position_embedding is None or model.position_embedding.trainable:
             return "it has no positions, or their frequencies are trained"
-        if config.norm != "layernorm" or config.qkv_bias:
-            return "its norm is no LayerNorm, or its projections have biases"
+        if config.norm != "layernorm" or config.qkv_bias or not config.bk_core:
+            return "its norm is no LayerNorm, its projections have biases, or it has no BK-Core"
         if not all(map(is_plain, _projections(model))):
             return "one of its projections is no nn.Linear, or has a hook"
         dtype = model.lm_head.weight.dtype
@@ -92,6 +92,7 @@ class TokenStep:
     def _read(self, block: Phase2Block, state: LayerState, rule: Consolidation | None, first: bool) -> None:
         """Run one block, branch after branch."""
         kernels, x, layer = self.kernels, self.x, block.mixer
+        assert state.resolvent is not None and block.dissipative_bk is not None and block.bk_proj is not None
         chain, norm = torch.view_as_real(state.resolvent), self._norm(block.ln1)
         gate, readout = (None, self.readout) if layer.gate_down is None else (self.gate, self.gated)
         gating = None if layer.gate_down is None else (layer.gate_down.weight, self.gate)
@@ -160,8 +161,10 @@ def _projections(model: Phase2Model) -> list[nn.Module]:
     """Return the modules that multiply by a matrix."""
     found: list[nn.Module | None] = [model.lm_head]
     for block in blocks_of(model):
-        potential, mixer = block.dissipative_bk.potential, block.mixer
-        found += [potential.v_proj, potential.gamma_proj, potential.memory_to_potential, block.bk_proj]
+        mixer = block.mixer
+        if block.dissipative_bk is not None:
+            potential = block.dissipative_bk.potential
+            found += [potential.v_proj, potential.gamma_proj, potential.memory_to_potential, block.bk_proj]
         found += [mixer.qkv_proj, mixer.gate_down, mixer.gate_up, mixer.out_proj, *_maps(block)]
     return [layer for layer in found if layer is not None]
 

@@ -23,7 +23,7 @@ class Phase2Diagnostics(TypedDict):
         input_embeddings: scaled and with positions, (B, N, D).
         final_hidden_states: behind the final norm, (B, N, D).
         layer_outputs: residual stream behind the layer, (B, N, D).
-        gamma_values: decay rates Γ, (B, N, H).
+        gamma_values: decay rates Γ, (B, N, H); None without BK-Core.
         snr_stats: SNR of the memory after the last token, and the ``strength`` of the SNR filter, each (S, H); see
             ``SNRMemoryFilter.statistics``. Empty without the filter, and where the layer attends.
         resonance_info: modes of that memory; see ``MemoryResonanceLayer.statistics``. Empty without resonance.
@@ -34,7 +34,7 @@ class Phase2Diagnostics(TypedDict):
     input_embeddings: Tensor
     final_hidden_states: Tensor
     layer_outputs: list[Tensor]
-    gamma_values: list[Tensor]
+    gamma_values: list[Tensor | None]
     snr_stats: list[dict[str, Tensor]]
     resonance_info: list[dict[str, Tensor]]
     stability_metrics: list[dict[str, Tensor]]
@@ -48,7 +48,7 @@ def diagnose(blocks: Sequence[Phase2Block], trace: Trace[Phase2Record, Phase2Sta
         "input_embeddings": trace.restore(trace.embedded.detach()),
         "final_hidden_states": trace.restore(trace.normed.detach()),
         "layer_outputs": [trace.restore(record.output.detach()) for record in trace.layers],
-        "gamma_values": [trace.restore(record.gamma.detach()) for record in trace.layers],
+        "gamma_values": [None if r.gamma is None else trace.restore(r.gamma.detach()) for r in trace.layers],
         "snr_stats": [_statistics(block.snr_filter, S) for block, S in zip(blocks, memories, strict=True)],
         "resonance_info": [_statistics(block.resonance, S) for block, S in zip(blocks, memories, strict=True)],
         "stability_metrics": [_stability(block, trace, layer) for layer, block in enumerate(blocks)],
@@ -64,7 +64,7 @@ def _stability(block: Phase2Block, trace: Trace[Phase2Record, Phase2State], laye
     """Return the stability metrics of a layer, per sequence and head; none where the layer attends."""
     hebbian, record, lengths = block.hebbian, trace.layers[layer], trace.batch.lengths
     after = record.state.memory
-    if hebbian is None or after is None:
+    if hebbian is None or after is None or record.gamma is None:
         return {}
     before = None if trace.before is None else trace.before.layers[layer].memory
     before = before or MemoryState(*map(torch.zeros_like, after))

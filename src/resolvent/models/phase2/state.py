@@ -18,7 +18,7 @@ class LayerState(NamedTuple):
     """State of one block.
 
     Attributes:
-        resolvent: g of the last token, complex64 (B, H).
+        resolvent: g of the last token, complex64 (B, H); None without BK-Core.
         memory: the Hebbian memory, float32; None where the block attends.
         conv_tail: conv state: the last inputs of the short convolution, float32 (B, W - 1, 3HK).
         ar_ssm: sum and conv state of the semiseparable layer, where a block has one.
@@ -27,7 +27,7 @@ class LayerState(NamedTuple):
         cache: keys and values of all tokens, where a block attends to all.
     """
 
-    resolvent: Tensor
+    resolvent: Tensor | None
     memory: MemoryState | None
     conv_tail: Tensor
     ar_ssm: SemiseparableState | None = None
