@@ -152,3 +152,12 @@ def test_memory_of_machine_and_device_is_read(monkeypatch: pytest.MonkeyPatch):
     assert 2**28 < memory.available <= memory.total
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3, 5))
     assert memory_of(torch.device("cuda")) == Memory(total=5, available=3)
+
+
+def test_a_given_width_of_the_feed_forward_network_counts():
+    with torch.device("meta"):
+        by_ratio, given = (
+            Phase2IntegratedModel(dataclasses.replace(get_phase2_preset("base"), **width), init=False)
+            for width in (dict(ffn_dim=2304), dict(intermediate_size=1536))
+        )
+    assert estimate_memory(given, tokens=1024) == estimate_memory(by_ratio, tokens=1024)

@@ -49,10 +49,10 @@ Projected = Sequence[Tensor | None]
 def products(x: Tensor, layers: Sequence[nn.Linear | None]) -> list[Tensor | None]:
     """Return the products of x (..., D) with several layers, None for None.
 
-    Where all layers are plain it is one product with their concatenated weights, which reads x once.
+    Where all of several layers are plain it is one product with their concatenated weights, which reads x once.
     """
     present = [layer for layer in layers if layer is not None]
-    if all(map(is_plain, present)):
+    if len(present) > 1 and all(map(is_plain, present)):
         joined = F.linear(x, torch.cat([layer.weight for layer in present]), _biases(present))
         outputs = iter(joined.split([layer.out_features for layer in present], dim=-1))
     else:

@@ -85,6 +85,8 @@ def estimate_memory(
     config = model.config
     heads = config.num_heads * config.head_dim if isinstance(config, Phase2Config) else 0
     feed_forward = 4 * config.d_model if config.ffn_dim is None else config.ffn_dim
+    if isinstance(config, Phase2Config) and config.intermediate_size is not None:  # a gated one has two thirds of F
+        feed_forward = config.intermediate_size * 3 // 2 if config.ffn_gated else config.intermediate_size
     block = 7 * config.d_model + 27 * heads + 4 * feed_forward
     if recompute:
         numbers = config.n_layers * _KEPT_WHEN_RECOMPUTED * config.d_model + _BLOCKS_RECOMPUTED * block
