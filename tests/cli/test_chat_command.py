@@ -10,7 +10,18 @@ Resolvent = Callable[..., Any]
 
 
 def talk(run_dir: Path, text: str, *options: object) -> str:
-    command = [sys.executable, "-m", "resolvent", "chat", run_dir, "--device", "cpu", "--max-tokens", "20", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "resolvent",
+        "chat",
+        run_dir,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "20",
+        *options,
+    ]
     done = subprocess.run(list(map(str, command)), input=text.encode(), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stderr == b""

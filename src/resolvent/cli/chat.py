@@ -30,7 +30,9 @@ def chat(
         int | None, typer.Option(min=0, max=MOST_SEED, help="Makes the answers repeatable.", show_default="random")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Lower is safer; 0 takes the likeliest token.")] = 0.8,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    max_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Most tokens of an answer.")
+    ] = 512,
     device: Device = "auto",
 ) -> None:
     """Talk to a model.
