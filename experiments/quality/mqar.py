@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.quality.accuracy import AccuracyExperiment
 from experiments.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mixer, reset_conv, short_conv
 from experiments.quality.models import Entry, PeerModel, Size, phase2_state_bytes
 from experiments.quality.training import Clock, Mode, Trainer
@@ -242,8 +242,8 @@ class Plan:
         return shuffled[:, 0].tolist(), shuffled[:, 1].contiguous()
 
 
-class Experiment:
-    """One entry, prepared once for all seeds and learning rates.
+class Experiment(AccuracyExperiment):
+    """Recall of one entry, prepared once for all seeds and learning rates.
 
     Args:
         entry: on the device.
@@ -253,7 +253,8 @@ class Experiment:
     """
 
     def __init__(self, entry: Entry, plan: Plan, mode: Mode, data: tuple[list[Recall], list[Recall]]) -> None:
-        self.entry, self.plan, (self.train, self.test) = entry, plan, data
+        super().__init__(entry)
+        self.plan, (self.train, self.test) = plan, data
         device = next(entry.model.parameters()).device
         self.numbers = torch.zeros(plan.steps, dtype=torch.int64, device=device)
         entry.reset(0)
@@ -265,32 +266,20 @@ class Experiment:
         """Approximate duration of a run, without its test."""
         return self.trainer.seconds(self.plan.order(0)[0])
 
-    def run(self, learning_rate: float, seed: int, clock: Clock) -> dict[str, Any]:
-        """Train and test; return the results.
-
-        Raises:
-            OutOfTimeError: the run would not end in time.
-        """
-        clock.check(self.seconds)
-        self.entry.reset(seed)
-        torch.manual_seed(seed)
+    def draw(self, seed: int) -> list[int]:
         kinds, numbers = self.plan.order(seed)
         self.numbers.copy_(numbers)
-        self.trainer.start(self.plan.rates(learning_rate))
-        started = time.perf_counter()
-        finite = self.trainer.advance(kinds, clock)
-        seconds = time.perf_counter() - started
-        accuracies = {str(part): self._accuracy(recall) for part, recall in zip(self.plan.test, self.test, strict=True)}
-        return {
-            "parameters": self.entry.parameters,
-            "state_bytes": self.entry.state_bytes,
-            "finite": finite,
-            "accuracy": sum(accuracies.values()) / len(accuracies),
-            "accuracies": accuracies,
-            "train_loss": sum(last := self.trainer.losses()[-50:]) / len(last) if finite else None,
-            "seconds": seconds,
-            "preparation_seconds": self.trainer.preparation_seconds,
-        }
+        return kinds
+
+    def rates(self, peak: float) -> Tensor:
+        return self.plan.rates(peak)
+
+    def accuracies(self) -> dict[str, float]:
+        return {str(part): self._accuracy(recall) for part, recall in zip(self.plan.test, self.test, strict=True)}
+
+    def run(self, learning_rate: float, seed: int, clock: Clock) -> dict[str, Any]:
+        found = super().run(learning_rate, seed, clock)
+        return found | {"preparation_seconds": self.trainer.preparation_seconds}
 
     def _loss(self, step: Tensor, recall: Recall) -> Tensor:
         number = self.numbers.index_select(0, step)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.quality.accuracy import AccuracyExperiment
 from experiments.quality.models import Entry, phase2_state_bytes
 from experiments.quality.training import Clock, Mode, Schedule, Trainer
 from experiments.quality.variants import parse_variant
@@ -149,8 +149,8 @@ def build(name: str, plan: Plan, device: torch.device | str = "cpu") -> Entry:
     return Entry(name, model, lambda seed: variant.reset(model, seed), phase2_state_bytes(model, plan.longest))
 
 
-class Experiment:
-    """One entry, prepared once for all seeds and learning rates.
+class Experiment(AccuracyExperiment):
+    """State tracking of one entry, prepared once for all seeds and learning rates.
 
     Args:
         entry: on the device.
@@ -160,7 +160,8 @@ class Experiment:
     """
 
     def __init__(self, entry: Entry, plan: Plan, mode: Mode, commit: str) -> None:
-        self.entry, self.plan, self.commit = entry, plan, commit
+        super().__init__(entry)
+        self.plan, self.commit = plan, commit
         device = next(entry.model.parameters()).device
         shape = (plan.steps, plan.batch, plan.longest)
         self.tokens, self.labels = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
@@ -172,39 +173,21 @@ class Experiment:
     @cached_property
     def seconds(self) -> float:
         """Approximate duration of a run, without its test."""
-        kinds = self._draw(0)
+        kinds = self.draw(0)
         self.trainer.seconds(kinds[:1])  # the very first steps take longer
         return self.trainer.seconds(kinds)
 
+    def rates(self, peak: float) -> Tensor:
+        return Schedule(self.plan.steps, self.plan.warmup, 0.01).rates(peak)
+
+    def accuracies(self) -> dict[str, float]:
+        return {str(length): self._accuracy(length) for length in self.plan.test}
+
     def run(self, learning_rate: float, seed: int, clock: Clock) -> dict[str, Any]:
-        """Train and test; return the results.
+        found = super().run(learning_rate, seed, clock)
+        return {"commit": self.commit, **found, "device": self.trainer.step.device.type}
 
-        Raises:
-            OutOfTimeError: the run would not end in time.
-        """
-        clock.check(self.seconds)
-        self.entry.reset(seed)
-        torch.manual_seed(seed)
-        kinds = self._draw(seed)
-        self.trainer.start(Schedule(self.plan.steps, self.plan.warmup, 0.01).rates(learning_rate))
-        started = time.perf_counter()
-        finite = self.trainer.advance(kinds, clock)
-        seconds = time.perf_counter() - started
-        accuracies = {str(length): self._accuracy(length) for length in self.plan.test}
-        return {
-            "commit": self.commit,
-            "parameters": self.entry.parameters,
-            "state_bytes": self.entry.state_bytes,
-            "finite": finite,
-            "accuracy": sum(accuracies.values()) / len(accuracies),
-            "accuracies": accuracies,
-            "train_loss": sum(last := self.trainer.losses()[-50:]) / len(last) if finite else None,
-            "seconds": seconds,
-            "device": self.trainer.step.device.type,
-        }
-
-    def _draw(self, seed: int) -> list[int]:
-        """Draw the training sequences of a seed, and return the kind of every step."""
+    def draw(self, seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
         lengths = self.plan.lengths(generator)
         drawn = self.plan.sequences(self.plan.steps * self.plan.batch, self.plan.longest, generator)

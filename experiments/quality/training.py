@@ -38,7 +38,7 @@ def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 @contextmanager
 def collecting_no_garbage() -> Iterator[None]:
-    """Collect garbage before, none within: what compiling left shall not unload kernels while a graph is recorded."""
+    """Collect garbage before the block and not within: old objects could unload kernels while a graph is recorded."""
     gc.collect()
     gc.disable()
     try:

@@ -24,7 +24,7 @@ def call(*arguments: object) -> int:
     """Run the command as a shell would, but for the process; return its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["resolvent", *map(str, arguments)])
-        patch.setenv("GOMP_SPINCOUNT", "10000")  # the command sets it, and this test alone shall see it
+        patch.setenv("GOMP_SPINCOUNT", "10000")  # the command sets it; only this test may see it
         try:
             main()
         except SystemExit as stop:

@@ -141,8 +141,8 @@ def test_another_template_makes_other_tokens_from_the_same_cache(tmp_path: Path)
         ([{"role": "user", "content": 1e3}], "must be a list of objects"),
         ([{"role": "user", "content": "Hi"}], "has words to learn"),
         (
-            [*turn("a", "b"), {"role": "nobody", "content": "c"}, *turn("d", "e")],
-            "does not take these messages: unknown role: nobody",
+            [*turn("a", "b"), {"role": "narrator", "content": "c"}, *turn("d", "e")],
+            "does not take these messages: unknown role: narrator",
         ),
     ],
 )

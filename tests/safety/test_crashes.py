@@ -31,7 +31,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A run that nobody disturbed, and how often it touched its folder."""
+    """An undisturbed run, and the number of its operations on its folder."""
     folder = tmp_path_factory.mktemp("whole")
     process = start(text, folder / "run", count_into=folder / "count")
     process.join()
@@ -82,7 +82,7 @@ def test_killed_between_two_accesses_of_the_folder(whole: tuple[Path, int], text
 
 @pytest.mark.parametrize("part", [0.3, pytest.param(0.7, marks=pytest.mark.slow)])
 def test_killed_tracked_run_has_the_same_entry(whole: tuple[Path, int], text: Path, tmp_path: Path, part: float):
-    """And the run itself is that which nobody tracked."""
+    """The run itself equals one without a tracker."""
     assert start(text, tmp_path / "whole", tracker="tensorboard").join() is None
     die_and_resume(text, tmp_path / "run", die_at=round(part * whole[1]), tracker="tensorboard")
     assert scalars(tmp_path / "run") == scalars(tmp_path / "whole") != {}

@@ -138,7 +138,7 @@ def test_files_replaced_while_they_are_compared_are_read_again(
     check(tmp_path)
     assert not contents
     write_file(tmp_path / "a", b"5")
-    with pytest.raises(CheckpointError, match="another SHA-256"):  # nobody is writing
+    with pytest.raises(CheckpointError, match="another SHA-256"):  # no process is writing
         check(tmp_path)
 
 

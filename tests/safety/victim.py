@@ -1,4 +1,4 @@
-"""A minute run in a process of its own, which shall be killed. Processes are forked from one that has loaded torch."""
+"""A short run in a process of its own, which the test kills. Processes are forked from one that has loaded torch."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""The server, asked by OpenAI's client: answers equal those of ``generate``; errors are named and disturb nobody."""
+"""The server with OpenAI's client: answers equal those of ``generate``; an error affects its own request only."""
 
 import json
 import re
@@ -221,7 +221,7 @@ def test_unknown_paths_and_methods_are_named(server: Running):
         assert path in response.json()["error"]["message"]
 
 
-def test_prompt_of_ten_megabytes_is_refused_and_disturbs_nobody(server: Running, client: openai.OpenAI):
+def test_prompt_of_ten_megabytes_is_refused_and_others_are_answered(server: Running, client: openai.OpenAI):
     with pytest.raises(
         openai.APIStatusError, match="the body is longer than 129,536 bytes; shorten the prompt"
     ) as caught:
@@ -244,7 +244,7 @@ def test_client_that_goes_away_frees_its_place(server: Running, client: openai.O
     test_completion_equals_generate(server, client, {})
 
 
-def test_full_queue_is_named_and_disturbs_nobody():
+def test_full_queue_is_named_and_others_are_answered():
     with (
         serving(small_model(), ends=frozenset(), max_sequences=1, max_queue=2, limits=LIMITS) as server,
         server.client() as client,

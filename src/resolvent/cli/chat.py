@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.console import print_text
-from resolvent.cli.loading import Device, Directory
+from resolvent.cli.loading import Device, Directory, sampling_options
 from resolvent.runs import load_trained, run_of
 from resolvent.seeds import MOST_SEED
 
@@ -46,11 +46,9 @@ def chat(
 
     Example: [bold]resolvent chat runs/tiny --temperature 0.7[/bold]
     """
-    if not temperature < float("inf"):
-        raise typer.BadParameter(f"{temperature} is not in the range 0<=x<inf.", param_hint="--temperature")
+    options = sampling_options(temperature=temperature)
     model, tokenizer = load_trained(directory, device)
     from resolvent.data.chat_template import ChatTemplate
-    from resolvent.models.sampling import SamplingOptions
     from resolvent.serving.chat import Chat
     from resolvent.serving.conversation import Conversation
 
@@ -59,7 +57,7 @@ def chat(
         tokenizer,
         ChatTemplate.load(run_of(directory), tokenizer),
         seed=secrets.randbelow(MOST_SEED) if seed is None else seed,
-        options=SamplingOptions(temperature=temperature),
+        options=options,
         max_tokens=max_tokens,
     )
     if system:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resolvent.cli.console import print_text
-from resolvent.cli.loading import Device, Directory, given_text
+from resolvent.cli.loading import Device, Directory, given_text, sampling_options
 from resolvent.runs import load_trained
 from resolvent.seeds import MOST_SEED
 
@@ -79,7 +79,7 @@ def generate(
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
     }
-    _check(sampling)
+    sampling_options(**sampling)
     model, tokenizer = load_trained(directory, device)
     from resolvent.device import deterministic
 
@@ -93,17 +93,6 @@ def generate(
             for piece in pieces if stream else ["".join(pieces)]:
                 print_text(piece)
             print_text("\n")
-
-
-def _check(sampling: dict[str, Any]) -> None:
-    """Raise a usage error for an option of sampling that is out of range."""
-    from resolvent.models.sampling import SamplingOptions
-
-    try:
-        SamplingOptions(**sampling)
-    except ValueError as error:
-        name, _, fault = str(error).partition(" ")
-        raise typer.BadParameter(fault, param_hint=f"--{name.replace('_', '-')}") from error
 
 
 def _written(
@@ -122,12 +111,14 @@ def _written(
     """
     import torch
 
-    from resolvent.data import EOT, encode_documents
+    from resolvent.data import EOT
     from resolvent.data.detokenization import decode_until
+    from resolvent.data.encoding import Encoder
+    from resolvent.data.stream import encode_prompt
 
     first = secrets.randbelow(MOST_SEED) if seed is None else seed
     end = tokenizer.token_to_id(EOT)
-    ids = torch.from_numpy(encode_documents([prompt], tokenizer).tokens[:-1].astype("int64"))
+    ids = torch.from_numpy(encode_prompt(prompt, Encoder(tokenizer)))
     tokens = model.stream(
         ids[None].to(next(model.parameters()).device),
         max_new_tokens,

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from resolvent.runs import RUN_FILE, run_of
 from resolvent.terminal import shell_word
 
 if TYPE_CHECKING:
+    from resolvent.models.sampling import SamplingOptions
     from resolvent.training.config import TrainingConfig
 
 Directory = Annotated[
@@ -48,6 +49,17 @@ def wrong_usage(option: str | None = None) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def sampling_options(**options: Any) -> "SamplingOptions":
+    """Return options of sampling; one that is out of range is a usage error of the option of its name."""
+    from resolvent.models.sampling import SamplingOptions
+
+    try:
+        return SamplingOptions(**options)
+    except ValueError as error:
+        name, _, fault = str(error).partition(" ")
+        raise typer.BadParameter(fault, param_hint=f"--{name.replace('_', '-')}") from error
 
 
 def check_output(path: Path, option: str) -> None:

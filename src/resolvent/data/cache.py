@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -19,7 +18,7 @@ from tokenizers import Tokenizer
 
 from resolvent.data.folders import CACHE_TAG
 from resolvent.data.hub import text_of
-from resolvent.data.shard_writer import write_tokens
+from resolvent.data.shard_writer import Advance, write_tokens
 from resolvent.data.shards import INDEX, TokenFolder, open_tokens, tokenizer_digest
 from resolvent.data.stream import byte_length
 from resolvent.data.text import Text
@@ -107,12 +106,12 @@ class TokenCache:
                     _write(folder, key, text, tokenizer, fraction, self.console)
         return open_tokens(folder, tokenizer)
 
-    def _key(self, kind: str, text: Text, *rest: Any) -> str:
+    def _key(self, kind: str, text: Text, *rest: object) -> str:
         return _key(kind, self._source(text), text, *rest)
 
     def _source(self, text: Text) -> str:
         """Return the digest of a text's files, which is kept for as long as nothing tells that they have changed."""
-        if (digest := text.digest()) is not None:
+        if (digest := text.digest) is not None:
             return digest
         files = text.files()
         identities = _identities(files)
@@ -180,14 +179,14 @@ def tokenize(
         with _locked(out.with_name(f".{out.name}.lock"), console):
             sample = list(_sample([text], validation_fraction)) if tokenizer == "bpe" else []
             chosen = build_tokenizer(tokenizer, sample, vocab_size)
-            source = text.digest() or text.file_digest()
+            source = text.digest or text.file_digest()
             key = _key("tokens", source, text, validation_fraction, tokenizer_digest(chosen))
             if not _holds(out, key):
                 _write(out, key, text, chosen, validation_fraction, console)
     return open_tokens(out, chosen)
 
 
-def _key(kind: str, source: str, text: Text, *rest: Any) -> str:
+def _key(kind: str, source: str, text: Text, *rest: object) -> str:
     """Return the key of what is made of a text, whose digest is ``source``."""
     return _hash([FORMAT, kind, source, *text.read_as, *rest])[:32]
 
@@ -267,7 +266,7 @@ def is_cache(path: Path) -> bool:
 
 
 @contextmanager
-def progress_of(console: Console, text: Text) -> Iterator[Any]:
+def progress_of(console: Console, text: Text) -> Iterator[Advance]:
     """Show how far a text is encoded; yields the function that says so."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Tokenizing", total=None)
@@ -292,7 +291,7 @@ def _sample(texts: list[Text], fraction: float | None) -> Iterator[str]:
                 read += size
 
 
-def _identities(files: list[Path]) -> list[tuple[Any, ...]]:
+def _identities(files: list[Path]) -> list[tuple[str, int, int, int, int, int]]:
     """Return paths, sizes, times and inodes of files, which change with their contents."""
     found = []
     for path in files:
@@ -305,5 +304,5 @@ def _identities(files: list[Path]) -> list[tuple[Any, ...]]:
     return found
 
 
-def _hash(value: Any) -> str:
+def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

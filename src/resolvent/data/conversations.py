@@ -1,9 +1,7 @@
 """Conversations in the place of documents: records of messages, of which a model learns the assistant's answers."""
 
 import json
-from array import array
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ from resolvent.data.pieces import Piece, documents_of
 from resolvent.data.reading import Reading
 from resolvent.data.split import DocumentKey
 from resolvent.data.stream import byte_length
-from resolvent.data.text import Fragment, Survey, Text
+from resolvent.data.text import Fragment, Text
 from resolvent.errors import DataError
 
 FIELD = "messages"
@@ -59,17 +57,8 @@ class Conversations(Text):
         for number, document in enumerate(documents_of(self.pieces(reading)), start=1):
             yield self._checked(document, number)
 
-    @cached_property
-    def survey(self) -> Survey:
-        """Keys and sizes of the conversations."""
-        reading = Reading(self.text_field)
-        keys, sizes = array("Q"), array("q")
-        for messages in self.conversations(reading):
-            key = DocumentKey()
-            key.update(json.dumps(messages).encode())
-            keys.append(key.value())
-            sizes.append(_answer_bytes(messages))
-        return Survey(np.frombuffer(keys, np.uint64), np.frombuffer(sizes, np.int64), reading.warnings)
+    def _keys_and_sizes(self, reading: Reading) -> Iterator[tuple[int, int]]:
+        return ((_key(messages), _answer_bytes(messages)) for messages in self.conversations(reading))
 
     def _cut(self, parts: Mapping[int, float]) -> dict[int, int | None]:
         """Cut no conversation."""
@@ -111,6 +100,12 @@ class Conversations(Text):
                 "the answer"
             )
         return messages
+
+
+def _key(messages: list[Message]) -> int:
+    key = DocumentKey()
+    key.update(json.dumps(messages).encode())
+    return key.value()
 
 
 def _is_message(value: object) -> bool:

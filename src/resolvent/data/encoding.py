@@ -6,7 +6,7 @@ import queue
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self, TypeVar
@@ -22,10 +22,25 @@ from resolvent.memory import machine_memory
 from resolvent.native import LibraryPanic, call
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 _FEW_CHARACTERS = 1 << 21
 _BYTES_PER_CHARACTER = 200
 """Most memory that the library takes while it encodes."""
+
+
+def batched(items: Iterable[Item], characters: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """Yield the items in lists; each ends with the item at which it has ``most`` characters or more."""
+    batch: list[Item] = []
+    held = 0
+    for item in items:
+        batch.append(item)
+        held += characters(item)
+        if held >= most:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 class Encoder:

@@ -74,8 +74,9 @@ class HubText(Text):
     def _check(self, path: Path) -> None:
         """Take any file: the library knows what it reads."""
 
+    @cached_property
     def digest(self) -> str | None:
-        """Return a hash of all texts; of a stream, of its name alone, or None for that of local files."""
+        """A hash of all texts; of a stream, of its name alone, or None for that of local files."""
         digest = hashlib.sha256()
         if self.streaming:
             digest.update(repr((self._place, self._split, self._version)).encode())

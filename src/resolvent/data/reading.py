@@ -165,11 +165,8 @@ def read_pieces(path: Path, reading: Reading) -> Iterator[Piece]:
             texts = parquet_documents(path, reading.text_field, lambda data: _decoded(data, path, reading))
             yield from evenly(_whole(texts, path, reading))
             return
-        head = file.read(HEAD_BYTES)
-        file.seek(0)
-        compression = compression_of(head)
-        source = _DECOMPRESSORS[compression](file)
-        yield from evenly(_text_pieces(source, path, reading, compressed=compression is not None))
+        source, compressed = _decompressed(file)
+        yield from evenly(_text_pieces(source, path, reading, compressed=compressed))
 
 
 def read_text(file: BinaryIO, path: Path) -> str:
@@ -191,9 +188,8 @@ def read_text(file: BinaryIO, path: Path) -> str:
         while part := file.read(_CHUNK_BYTES):
             data += part
             reading.check(path, len(data))
-        compression = compression_of(bytes(data[:HEAD_BYTES]))
-        source = _DECOMPRESSORS[compression](io.BytesIO(data))
-        _, chunks = _decoded_chunks(source, path, reading, compressed=compression is not None)
+        source, compressed = _decompressed(io.BytesIO(data))
+        _, chunks = _decoded_chunks(source, path, reading, compressed=compressed)
         return "".join(reading.take(path, chunk) for chunk in chunks)
 
 
@@ -206,10 +202,8 @@ def check_beginning(path: Path) -> None:
     """
     with faults_of(path), _open(path) as file:
         if not _is_parquet(file, path):
-            compression = compression_of(file.read(HEAD_BYTES))
-            file.seek(0)
-            start = _DECOMPRESSORS[compression](file).read(HEAD_BYTES)
-            text_head(path, start, compressed=compression is not None)
+            source, compressed = _decompressed(file)
+            text_head(path, source.read(HEAD_BYTES), compressed=compressed)
 
 
 @contextmanager
@@ -242,6 +236,13 @@ def _open(path: Path) -> BinaryIO:
         what = next((name for test, name in _SPECIAL.items() if test(mode)), "no regular file")
         raise NotText(path, what, "write its text into a file, and name that")
     return open_regular(path)
+
+
+def _decompressed(file: BinaryIO) -> tuple[io.BufferedIOBase | BinaryIO, bool]:
+    """Return the content of a file from its beginning, and True if the file is compressed."""
+    compression = compression_of(file.read(HEAD_BYTES))
+    file.seek(0)
+    return _DECOMPRESSORS[compression](file), compression is not None
 
 
 def _is_parquet(file: BinaryIO, path: Path) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 from tokenizers import Tokenizer
 
-from resolvent.data.encoding import Encoder
+from resolvent.data.encoding import Encoder, batched
 from resolvent.data.shards import (
     BLOCK_TOKENS,
     FORMAT_VERSION,
@@ -153,15 +153,7 @@ def _processes(num_bytes: int | None) -> int:
 
 def _batches(plan: Plan, fragments: Iterable[Fragment]) -> Iterator[tuple[tuple[list[Fragment], Any], list[Any]]]:
     """Yield batches with the state of reading after them, and their contents."""
-    batch: list[Fragment] = []
-    characters = 0
-    for fragment in fragments:
-        batch.append(fragment)
-        characters += len(fragment.content)
-        if characters >= _BATCH_CHARACTERS:
-            yield (batch, plan.state()), [fragment.content for fragment in batch]
-            batch, characters = [], 0
-    if batch:
+    for batch in batched(fragments, lambda fragment: len(fragment.content), _BATCH_CHARACTERS):
         yield (batch, plan.state()), [fragment.content for fragment in batch]
 
 

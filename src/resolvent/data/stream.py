@@ -1,6 +1,6 @@
 """Documents as one stream of tokens."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from tokenizers import Tokenizer
 
-from resolvent.data.encoding import Encoder
+from resolvent.data.encoding import Encoder, batched
 from resolvent.data.pieces import pieces
 from resolvent.errors import DataError
 from resolvent.ops import IGNORED
@@ -93,8 +93,25 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer, *, progress: bo
     """
     if not documents:
         raise DataError("there are no documents to encode; give at least one")
+    return _encoded(documents, Encoder(tokenizer), progress)
+
+
+def encode_prompt(text: str, encoder: Encoder) -> np.ndarray:
+    """Return the tokens of the beginning of a document, (N,) int64: the separator, then those of the text.
+
+    Args:
+        text: the text, which may be empty.
+        encoder: of the tokenizer; making one reads the whole vocabulary.
+
+    Raises:
+        DataError: the tokenizer has no tokens for the text.
+    """
+    return _encoded([text], encoder, progress=False).tokens[:-1].astype(np.int64)
+
+
+def _encoded(documents: list[str], encoder: Encoder, progress: bool) -> TokenStream:
     try:
-        return _stream(documents, Encoder(tokenizer), progress)
+        return _stream(documents, encoder, progress)
     except MemoryError as error:
         raise DataError(
             f"the tokens of {len(documents):,} document(s) with {sum(map(len, documents)):,} characters do not fit "
@@ -150,17 +167,6 @@ def byte_length(text: str) -> int:
 
 def _batches(documents: list[str], cut: bool) -> Iterator[tuple[list[tuple[int, int]], list[str]]]:
     """Yield batches of pieces: of each, the number of its document and its characters; and their texts."""
-    numbers: list[tuple[int, int]] = []
-    texts: list[str] = []
-    characters = 0
-    for number, text in enumerate(documents):
-        parts: Iterable[str] = pieces(text) if cut else (text,)
-        for piece in parts:
-            numbers.append((number, len(piece)))
-            texts.append(piece)
-            characters += len(piece)
-            if characters >= _BATCH_CHARACTERS:
-                yield numbers, texts
-                numbers, texts, characters = [], [], 0
-    if texts:
-        yield numbers, texts
+    parts = ((number, piece) for number, text in enumerate(documents) for piece in (pieces(text) if cut else (text,)))
+    for batch in batched(parts, lambda part: len(part[1]), _BATCH_CHARACTERS):
+        yield [(number, len(piece)) for number, piece in batch], [piece for _, piece in batch]

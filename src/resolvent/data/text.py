@@ -48,6 +48,15 @@ class Survey(NamedTuple):
     sizes: np.ndarray
     warnings: list[str]
 
+    @classmethod
+    def of(cls, documents: Iterable[tuple[int, int]], warnings: list[str]) -> "Survey":
+        """Collect the key and the size of every document; ``warnings`` may grow meanwhile."""
+        keys, sizes = array("Q"), array("q")
+        for key, size in documents:
+            keys.append(key)
+            sizes.append(size)
+        return cls(np.frombuffer(keys, np.uint64), np.frombuffer(sizes, np.int64), warnings)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all documents."""
@@ -110,7 +119,10 @@ class Text:
             DataError: text that cannot be read.
         """
         reading = Reading(self.text_field)
-        keys, sizes = array("Q"), array("q")
+        return Survey.of(self._keys_and_sizes(reading), reading.warnings)
+
+    def _keys_and_sizes(self, reading: Reading) -> Iterator[tuple[int, int]]:
+        """Yield the key and the size of every document; ``reading`` takes up warnings."""
         key, size, blank = DocumentKey(), 0, True
         for piece in self.pieces(reading):
             data = piece.text.encode()
@@ -118,10 +130,8 @@ class Text:
             size += len(data)
             blank = blank and (not data or piece.text.isspace())
             if piece.last:
-                keys.append(key.value())
-                sizes.append(0 if blank else size)
+                yield key.value(), 0 if blank else size
                 key, size, blank = DocumentKey(), 0, True
-        return Survey(np.frombuffer(keys, np.uint64), np.frombuffer(sizes, np.int64), reading.warnings)
 
     def held_out_from(self, fraction: float | None) -> tuple[np.ndarray, list[str]]:
         """Split the text as `split_documents` does.
@@ -156,8 +166,9 @@ class Text:
         """
         return Plan(self, fraction)
 
+    @cached_property
     def digest(self) -> str | None:
-        """Return a hash by which the text is known; None for that of its files."""
+        """A hash by which the text is known; None for that of its files."""
         return None
 
     def file_digest(self) -> str:
@@ -176,7 +187,7 @@ class Text:
                     raise
                 continue
             with faults_of(path), open_regular(path) as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+                content = hashlib.file_digest(file, "sha256").hexdigest()
             digest.update(json.dumps([content_suffix(path), path.suffix.lower(), content]).encode())
         return digest.hexdigest()
 

@@ -5,17 +5,16 @@ separators; in Megatron's files, also between the bounds of the index.
 """
 
 import struct
-from array import array
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders
 
 from resolvent.data.corpus import EOT
+from resolvent.data.reading import Reading
 from resolvent.data.split import DocumentKey
-from resolvent.data.text import Fragment, Survey, Text
+from resolvent.data.text import Fragment, Text
 from resolvent.errors import DataError
 
 _MAGIC = b"MMIDIDX\0\0"
@@ -110,18 +109,13 @@ class TokenText(Text):
             )
         return ids
 
-    @cached_property
-    def survey(self) -> Survey:
-        """Keys and sizes of the documents."""
-        keys, sizes = array("Q"), array("q")
+    def _keys_and_sizes(self, reading: Reading) -> Iterator[tuple[int, int]]:
         for document in self._documents():
             key, size = DocumentKey(), 0
             for ids in document:
                 key.update(ids.tobytes())
                 size += int(self._bytes_of[ids].sum())
-            keys.append(key.value())
-            sizes.append(size)
-        return Survey(np.frombuffer(keys, np.uint64), np.frombuffer(sizes, np.int64), [])
+            yield key.value(), size
 
     def _cut(self, parts: Mapping[int, float]) -> dict[int, int | None]:
         """Cut documents between two tokens."""

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from resolvent._version import __version__
-from resolvent.data import encode_documents
 from resolvent.data.detokenization import TextStream, added_texts
+from resolvent.data.encoding import Encoder
+from resolvent.data.stream import encode_prompt
 from resolvent.errors import CheckpointError, DataError, ResolventError
 from resolvent.evaluation.influence import input_gradients
 from resolvent.files import read_lines
@@ -170,7 +171,7 @@ def inspect_model(
         DataError: there is no text.
         ResolventError: a value of the model is not finite.
     """
-    ids = torch.from_numpy(encode_documents([text], tokenizer).tokens[:-1][:length].astype(np.int64))
+    ids = torch.from_numpy(encode_prompt(text, Encoder(tokenizer))[:length])
     if len(ids) < 2:
         raise DataError("there is no text to inspect: it is empty, or the length leaves no token of it")
     ids = ids.to(next(model.parameters()).device)

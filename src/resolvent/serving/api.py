@@ -22,8 +22,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Tokenizer
 
-from ..data import encode_documents
 from ..data.chat_template import ChatTemplate
+from ..data.encoding import Encoder
+from ..data.stream import encode_prompt
 from ..errors import ResolventError
 from .answers import Answers, Mailbox
 from .engine import Engine
@@ -90,7 +91,7 @@ class Service:
     ) -> None:
         self._engine, self._tokenizer, self._template, self.name = engine, tokenizer, template, name
         self._limits, self._metrics, self._created = limits, Metrics(engine), int(time.time())
-        self._keys, self._hosts = keys, hosts
+        self._keys, self._hosts, self._encoder = keys, hosts, Encoder(tokenizer)
 
     def application(self) -> ASGIApp:
         """Return the ASGI application."""
@@ -225,10 +226,7 @@ class Service:
 
     def _prompts(self, prompts: list[str] | list[list[int]]) -> list[np.ndarray]:
         """Return the tokens of prompts; a text begins as a document does."""
-        encoded = [
-            encode_documents([prompt], self._tokenizer).tokens[:-1] if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
+        encoded = [encode_prompt(prompt, self._encoder) if isinstance(prompt, str) else prompt for prompt in prompts]
         return [self._checked(prompt) for prompt in encoded]
 
     def _checked(self, prompt: Sequence[int] | np.ndarray) -> np.ndarray:

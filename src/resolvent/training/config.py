@@ -222,6 +222,11 @@ class TrainingConfig:
         """Return the number of warm-up steps, with the default resolved."""
         return min(200, self.steps // 20) if self.warmup_steps is None else self.warmup_steps
 
+    @property
+    def held_out_fraction(self) -> float | None:
+        """Return the share of the bytes of the data to hold out; None where another text is validated on."""
+        return self.validation_fraction if self.validation_data is None else None
+
     def window(self, n_seq: int) -> int:
         """Return the tokens in a training window, by default the length that the model is configured for."""
         return n_seq if self.seq_len is None else self.seq_len

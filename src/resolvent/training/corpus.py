@@ -90,7 +90,7 @@ def load_corpus(
         DataError: text, tokenizer or cache that cannot be used.
     """
     cache = TokenCache(cache_folder(config), console)
-    fraction = config.validation_fraction if config.validation_data is None else None
+    fraction = config.held_out_fraction
     groups, weights = _groups(config.data)
     if tokenizer is None:
         tokenizer = _tokenizer(config, cache, groups, fraction)
@@ -233,7 +233,7 @@ def split_corpus(config: TrainingConfig) -> tuple[list[str], list[str]]:
             f"the run learnt from conversations, {text_name(config.data)}, which are no text: name a text with --data, "
             "without --held-out"
         )
-    fraction = config.validation_fraction if config.validation_data is None else None
+    fraction = config.held_out_fraction
     parts = [_documents(group, config.text_field, fraction) for group in _groups(config.data)[0]]
     train, held_out = ([text for part in parts for text in part[side]] for side in (0, 1))
     if config.validation_data is not None:

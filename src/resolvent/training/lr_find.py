@@ -100,8 +100,8 @@ def find_learning_rate(config: TrainingConfig, *, console: Console | None = None
             losses.append(average.update(loss))
             if losses[-1] > _DIVERGED * min(losses):
                 break
-        muon = learning_rates(trainer.raw_optimizer).get("muon_lr")
-        ratio = None if muon is None else muon / learning_rates(trainer.raw_optimizer)["lr"]
+        last = learning_rates(trainer.raw_optimizer)
+    ratio = last["muon_lr"] / last["lr"] if "muon_lr" in last else None
     return RangeTest(rates, losses, _suggestion(rates, losses), ratio)
 
 

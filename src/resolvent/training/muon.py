@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
@@ -111,7 +111,9 @@ class Muon(torch.optim.Optimizer):
         Of a sharded matrix, r rows are here. SGD that starts at zero, with a learning rate of −1, ends there.
         """
         parameters = [p for each in alike for p in each]
-        buffers: list[Any] = [local_tensor(self._state(p, "momentum_buffer")["momentum_buffer"]) for p in parameters]
+        buffers: list[Tensor | None] = [
+            local_tensor(self._state(p, "momentum_buffer")["momentum_buffer"]) for p in parameters
+        ]
         gradients = [local_tensor(p.grad) for p in parameters if p.grad is not None]
         ahead = [local_tensor(each[0]).new_zeros(len(each), *local_tensor(each[0]).shape) for each in alike]
         targets = [target for batch in ahead for target in batch.unbind()]
@@ -130,7 +132,7 @@ class Muon(torch.optim.Optimizer):
         settings = dict(momentum=0.0, dampening=0.0, nesterov=False, maximize=False, fused=True)
         for factor, (weights, steps) in of_factor.items():
             decay = group["weight_decay"] / factor  # so that it takes lr * weight_decay off the weights
-            buffers: list[Any] = [None] * len(weights)
+            buffers: list[Tensor | None] = [None] * len(weights)
             rate = group["lr"] * factor
             sgd(weights, steps, buffers, lr=rate, weight_decay=decay, found_inf=self.found_inf, **settings)
 
@@ -218,6 +220,6 @@ def _scatter(matrices: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(matrices, like.device_mesh, _of_batch(like), src_data_rank=None).to_local()
 
 
-def _of_batch(like: DTensor) -> list[Any]:
+def _of_batch(like: DTensor) -> list[Placement]:
     """Return how a batch of matrices is sharded if each of them is sharded as a parameter is."""
     return [Shard(each.dim + 1) if isinstance(each, Shard) else each for each in like.placements]

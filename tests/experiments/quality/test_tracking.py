@@ -62,7 +62,7 @@ def test_an_unknown_task_is_an_error():
 
 def test_training_reads_the_sequences_of_its_step():
     experiment = Experiment(build("phase2/rotation", SMALL), SMALL, PLAIN, "abc")
-    kinds = experiment._draw(3)
+    kinds = experiment.draw(3)
     assert len(kinds) == 4 and all(0 <= kind <= 5 for kind in kinds)
     assert torch.equal(experiment.labels, experiment.tokens.cumsum(-1) % 2)
     model = experiment.entry.model

@@ -91,7 +91,7 @@ def check(dtype, values, start=None, rule=None, position=None, offsets=None):
 
 @pytest.fixture(autouse=True)
 def _poison_memory(monkeypatch):
-    """Free memory is full of NaN before every kernel: an output that nobody wrote shows."""
+    """Free memory is full of NaN before every kernel: an unwritten output shows."""
     new_empty = torch.Tensor.new_empty
 
     def poisoned(self, *args, **kwargs):

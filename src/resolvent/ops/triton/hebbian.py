@@ -373,7 +373,7 @@ def _memory(
     rule: Rule,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the read-out, the final state and, if it shall ``save`` them, the tensors that the gradient needs.
+    """Return the read-out, the final state and, with ``save``, the tensors that the gradient needs.
 
     These are the memory before every chunk and the states that met the boundaries, with a row for every chunk and
     boundary that there may be. Without consolidation the final Γ̄ has no meaning. Without tables in ``sequences`` Python
