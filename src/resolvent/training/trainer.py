@@ -44,6 +44,7 @@ from resolvent.training.config import FROM_RATE, TrainingConfig
 from resolvent.training.corpus import Corpus
 from resolvent.training.ema import WeightAverage
 from resolvent.training.interrupt import StopRequest, TrainingInterrupted
+from resolvent.training.lora import whole_model
 from resolvent.training.metrics import FILE_NAME, History, MetricsLog, read_history
 from resolvent.training.nonfinite import NonFiniteError, offending_gradient, offending_weight
 from resolvent.training.optimizer import learning_rates, optimizer_of_run
@@ -248,7 +249,7 @@ class Trainer:
                 write_result(self.run_dir, self.state.step, scores)
         self.display.say(f"Done in {format_duration(time.perf_counter() - started)}; the model is in {self.run_dir}")
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)  # removes autocast
-        return TrainingResult(self.run_dir, self.raw_model.eval(), self.corpus.tokenizer, *scores)
+        return TrainingResult(self.run_dir, whole_model(self.raw_model).eval(), self.corpus.tokenizer, *scores)
 
     def _step(self, stop: StopRequest) -> None:
         """Take a step, and report those that are computed."""
@@ -593,6 +594,8 @@ class Trainer:
     def _introduce(self) -> None:
         """Show the model, the text and the settings of the run."""
         config, train, held_out = self.config, self.corpus.train, self.corpus.validation
+        total, trained = self.raw_model.num_parameters(), self.raw_model.num_parameters(trainable_only=True)
+        of_them = f" of which {trained:,} are trained ({trained / total:.1%})," if trained < total else ""
         precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
         epochs = config.steps * self.tokens_per_step / train.num_predictions
         origin = f"from {config.start_from}" if config.start_from else config.preset or "own configuration"
@@ -602,11 +605,11 @@ class Trainer:
         rate = f"Training  {config.schedule} schedule with a peak learning rate of {self.peak_learning_rate:.2g}"
         if (muon := learning_rates(self.raw_optimizer).get("muon_lr")) is not None:
             rate += f" (AdamW) and {muon:.2g} (Muon)"
-        if config.start_from and config.learning_rate is None:
+        if config.start_from and config.learning_rate is None and config.lora is None:
             rate += f", {FROM_RATE:g} of that for fresh weights, since the model is trained already (--learning-rate)"
         self.display.say(
             f"Model     Phase {phase_of(self.raw_model)}, {origin}: "
-            f"{self.raw_model.num_parameters():,} parameters, {precision} on {self.device}\n"
+            f"{total:,} parameters,{of_them} {precision} on {self.device}\n"
             f"Text      {train.num_bytes:,} bytes in {train.num_documents:,} document(s) to learn from\n"
             f"Held out  {held_out.num_bytes:,} bytes in {held_out.num_documents:,} document(s){share}\n"
             f"Tokens    {train.num_predictions:,} to learn from, vocabulary of "
