@@ -4,6 +4,7 @@ Transformers reads these folders. Folders that Transformers writes are read here
 entries, the names of their weights may begin with ``model.``, and their weights may be in several files.
 """
 
+import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -95,6 +96,15 @@ def named_weights(model: IntegratedModel) -> dict[str, Tensor]:
     if model.tied:
         del tensors[_TIED]
     return tensors
+
+
+def weights_digest(model: IntegratedModel) -> str:
+    """Return the SHA-256 of a model's weights, names and shapes included."""
+    digest = hashlib.sha256()
+    for name, x in model.state_dict().items():
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_model(directory: str | Path, device: torch.device | str | None = None) -> IntegratedModel:
