@@ -33,6 +33,7 @@ INDEX = f"{WEIGHTS}.index.json"
 
 TRANSFORMERS_ENTRIES = (
     "architectures",
+    "auto_map",
     "bos_token_id",
     "dtype",
     "eos_token_id",

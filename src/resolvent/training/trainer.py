@@ -5,10 +5,11 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -300,34 +301,37 @@ class Trainer:
         accelerator, config = self.accelerator, self.config
         mine = range(accelerator.process_index, self.batches_per_step, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = len(mine)
-        weights = self._weights(step)
         loss_sum = torch.zeros((), device=self.device)
-        for number in mine:
+        for number, batch, weight in self._weighted_batches(step, mine):
             # Randomness, too, is a function of the batch alone: a resumed run needs no generator's state, nor as many
             # processes as before.
             seeds = np.random.SeedSequence((config.seed, step, number))
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-            batch = self.batches[step * self.batches_per_step + number]
             with accelerator.accumulate(self.model):
                 loss, penalty = self._loss(batch)
-                loss = loss * weights[number]
+                loss = loss * weight
                 accelerator.backward(loss + penalty)
             loss_sum += loss.detach()
             if self.replayed and number == mine[0] != mine[-1]:
                 self._move_gradients()
         return loss_sum / len(mine)
 
-    def _weights(self, step: int) -> list[float]:
-        """Return the weights of a step's batches: of the mean over all tokens that the step predicts.
+    def _weighted_batches(self, step: int, mine: range) -> Iterator[tuple[int, Batch, torch.Tensor | float]]:
+        """Yield this process's batches with number and weight, in the mean over all tokens that the step predicts.
 
-        Batches of text predict equally many tokens. How many those of conversations predict depends on the answers.
+        Batches of text predict equally many tokens. How many those of conversations predict depends on the answers, so
+        that the processes add up their counts.
         """
         count = self.batches_per_step
+        batches = (self.batches[step * count + number] for number in mine)
         if count == 1 or not self.corpus.train.signed:
-            return [1.0] * count
-        batches = (self.batches[step * count + number] for number in range(count))
-        predicted = [int((batch.labels != IGNORED).sum()) for batch in batches]
-        return [count * part / max(1, sum(predicted)) for part in predicted]
+            yield from zip(mine, batches, repeat(1.0), strict=False)
+            return
+        held = list(batches)
+        predicted = torch.tensor([int((batch.labels != IGNORED).sum()) for batch in held], dtype=torch.float64)
+        total = self.accelerator.reduce(predicted.sum().to(self.device), reduction="sum")
+        weights = (count * predicted.to(self.device) / total.clamp(min=1)).float()
+        yield from zip(mine, held, weights, strict=True)
 
     def _over_processes(self, loss: torch.Tensor, stopping: bool) -> torch.Tensor:
         """Return (2,) on the device: the mean loss of all processes, and a number above zero if any is to stop."""
