@@ -6,7 +6,6 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -23,7 +22,7 @@ from resolvent.data import Batch
 from resolvent.data.stream import token_ids
 from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
-from resolvent.evaluation.language import Stretches, calls_of_model, sample_stretches, sum_of_nats
+from resolvent.evaluation.language import Stretches, sample_stretches
 from resolvent.models import IntegratedModel
 from resolvent.models.inference import evaluating
 from resolvent.models.phases import phase_of
@@ -53,6 +52,7 @@ from resolvent.training.progress import TrainingDisplay, format_duration
 from resolvent.training.run_folder import Scores, write_result
 from resolvent.training.sharding import is_sharded, whole_tensor
 from resolvent.training.tracking import Tracking
+from resolvent.training.validation import StoppedInValidation, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +99,6 @@ class TrainingResult:
     def __repr__(self) -> str:
         loss, bits = self.validation.loss, self.validation.bits_per_byte
         return f"TrainingResult({str(self.run_dir)!r}, validation loss {loss:.4f}, {bits:.4f} bits per byte)"
-
-
-class _StoppedInValidation(Exception):
-    """Signal that a process was asked to stop during a validation."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +183,13 @@ class Trainer:
         else:
             self.model, self.optimizer = accelerator.prepare(model, self.raw_optimizer)
         self.average = WeightAverage(model, config.ema) if config.ema else None
+        self.validator = Validator(
+            accelerator,
+            self.model,
+            batch_tokens=self.batches.tokens_per_batch,
+            sharded=self.sharded,
+            eager=self.sharded and config.compile,
+        )
 
     @property
     def batches_per_step(self) -> int:
@@ -467,7 +470,7 @@ class Trainer:
             try:
                 self._validate(stop)
                 state.validation_due = False
-            except _StoppedInValidation:
+            except StoppedInValidation:
                 stopping = True
         if stopping:
             self.display.say(f"Stopping after step {step}: saving a checkpoint (once more to stop at once)")
@@ -482,7 +485,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: the loss is not finite.
-            _StoppedInValidation: a process was asked to stop.
+            StoppedInValidation: a process was asked to stop.
         """
         step = self.state.step
         sample = sample_stretches(
@@ -506,51 +509,14 @@ class Trainer:
 
     def _score(self, sample: Stretches, stop: StopRequest | None) -> LanguageScore:
         """Score a sample by the weights that the model has."""
-        count = self.accelerator.num_processes
-        shares = [sample.sequences[first::count] for first in range(count)]
-        total = self.accelerator.reduce(self._nats_of_share(shares, stop)).item()
+        total = self.validator.nats(sample, self.display, stop)
         if not math.isfinite(total):
             raise self._not_finite(self.state.step, "the validation loss", f"the loss of a validation is {total}")
         return LanguageScore.from_totals(total, sample.num_predictions, sample.num_bytes)
 
-    def _nats_of_share(self, shares: list[list[np.ndarray]], stop: StopRequest | None) -> torch.Tensor:
-        """Return the nats of this process's tokens. All processes take equally many rounds, so that all can stop."""
-        accelerator = self.accelerator
-        mine = shares[accelerator.process_index]
-        model = accelerator.unwrap_model(self.model, keep_torch_compile=False)  # pieces have many shapes
-        sizes = dict(batch_tokens=max(self.batches.tokens_per_batch, 4096), piece_tokens=512)
-        calls = [calls_of_model(share, **sizes) for share in shares]
-        # Blocks that are compiled one by one see many shapes, too.
-        eager = torch.compiler.set_stance("force_eager") if self.sharded and self.config.compile else nullcontext()
-        with eager, evaluating(model), self.display.validating(sum(map(len, mine)) - len(mine)) as show:
-
-            def advance(tokens: int) -> None:
-                show(tokens)
-                if stop is not None and self._is_asked_to_stop(stop):
-                    raise _StoppedInValidation
-
-            nats = sum_of_nats(model, mine, **sizes, advance=advance)
-            for _ in range(max(calls) - calls[accelerator.process_index]):
-                if self.sharded:  # every call needs all processes, also those that have read their share
-                    self._call_idly()
-                advance(0)
-        return torch.tensor(nats, dtype=torch.float64, device=self.device)
-
-    def _is_asked_to_stop(self, stop: StopRequest) -> bool:
-        """Return True if any process was asked to stop; all processes call this."""
-        asked = stop.signal_number is not None
-        if self.accelerator.num_processes == 1:
-            return asked
-        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.device)).item())
-
     def _is_checked(self, step: int) -> bool:
         """Return True if a validation and diagnostics follow a step."""
         return _is_due(step, self.config.eval_interval) or step == self.config.steps
-
-    def _call_idly(self) -> None:
-        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        with torch.no_grad():
-            self.model(token)
 
     def save(self) -> None:
         """Write a checkpoint, and the weights into the run folder, so that its model can be used at any time.
