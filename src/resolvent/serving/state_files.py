@@ -89,12 +89,12 @@ class StateFiles:
         except CheckpointError as error:
             if path.exists():  # otherwise another server has removed it
                 _log.warning("A state of the prefix cache is damaged and will be removed: %s", error)
-                path.unlink(missing_ok=True)
+                _remove(path)
             return None
         try:
             os.utime(path)
-        except FileNotFoundError:
-            _log.debug("%s was removed while it was read", path)
+        except OSError as error:  # another server has removed it, or owns it
+            _log.debug("%s counts as used when it was written: %s", path, error)
         return state
 
     def store(self, key: bytes, state: ModelState) -> None:
@@ -120,12 +120,14 @@ class StateFiles:
         return state
 
     def _write_all(self) -> None:
-        """Write states until the end is queued. A state that cannot be written is lost, with a warning."""
+        """Write states until the end is queued. A state that cannot be written is lost, and the log says so."""
         while (item := self._queue.get()) is not None:
             try:
                 self._write(*item)
             except OSError as error:
                 _log.warning("A state of the prefix cache could not be written: %s", error)
+            except Exception:  # the thread must go on: the engine waits for it
+                _log.exception("a state of the prefix cache could not be written")
 
     @torch.inference_mode()
     def _write(self, key: bytes, state: ModelState) -> None:
@@ -165,6 +167,13 @@ class StateFiles:
     def _partial(self, name: str) -> Path:
         """Return a name that no other process uses."""
         return self._folder / f"{name}.{secrets.token_hex(8)}{_PARTIAL}"
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        _log.warning("The state cannot be removed: %s", error)
 
 
 def _salt(model: IntegratedModel, block: int) -> bytes:
