@@ -59,10 +59,11 @@ def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokeni
     from resolvent.errors import CheckpointError, ConfigError
     from resolvent.manifest import check_files
     from resolvent.models import load_model
+    from resolvent.models.adapters import ADAPTER_WEIGHTS
     from resolvent.models.storage import INDEX, WEIGHTS
     from resolvent.terminal import shell_word
 
-    if not any((directory / name).exists() for name in (WEIGHTS, INDEX)):
+    if not any((directory / name).exists() for name in (WEIGHTS, INDEX, ADAPTER_WEIGHTS)):
         if (directory / RUN_FILE).exists():
             raise CheckpointError(
                 f"{directory} holds no model: its run was stopped before its first checkpoint. Begin it again with: "

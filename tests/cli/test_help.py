@@ -115,7 +115,7 @@ def completed(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch, line: str) 
         ("resolvent evaluate n", ["needle"]),
         ("resolvent evaluate runs/x --js", ["--json"]),
         ("resolvent evaluate a b --js", ["--json"]),
-        ("resolvent train --l", ["--lr-find", "--learning-rate", "--lr", "--log-interval"]),
+        ("resolvent train --l", ["--lr-find", "--lora", "--learning-rate", "--lr", "--log-interval"]),
         ("resolvent train --schedule w", ["wsd"]),
     ],
 )
