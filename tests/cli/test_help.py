@@ -91,6 +91,20 @@ def test_docstring_becomes_one_line_per_paragraph():
     assert flowing(command) == "Do something.\n\nIt has two lines."
 
 
+def test_no_arguments_show_five_things_to_try(resolvent: Resolvent):
+    outcome = resolvent()
+    assert outcome.code == 0 and not outcome.err
+    tried = re.findall(r"^  resolvent (\w+)(.*)$", outcome.out, re.MULTILINE)
+    assert len(tried) == 5
+    for name, rest in tried:
+        options = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+        assert name == "evaluate" or set(re.findall(r"--[\w-]+", rest)) <= options
+
+
+def test_flags_show_no_type(resolvent: Resolvent):
+    assert "<bool>" not in resolvent("generate", "--help").out
+
+
 def test_help_needs_no_unicode(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch):
     command = [sys.executable, "-m", "resolvent", "evaluate", "positions", "--help"]
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")

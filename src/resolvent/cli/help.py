@@ -9,10 +9,14 @@ from typer.core import TyperCommand, TyperGroup
 
 
 class _FoldedHelp:
-    """Mixin for commands: the help folds names that are too long for their column."""
+    """Mixin for commands: the help folds names that are too long for their column, and shows no type of flags."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _fold_names()
+        parameters: Any = self
+        for parameter in parameters.get_params(ctx):
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
         inherited: Any = super()
         inherited.format_help(ctx, formatter)
 
