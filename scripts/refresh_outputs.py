@@ -1,10 +1,11 @@
 """Run the commands that pages show with their output, and put the output of today into the pages.
 
     python scripts/refresh_outputs.py README.md docs/tutorial.md
-    python scripts/refresh_outputs.py --pictures README.md     # the pictures of the inspection page, too (needs Chromium)
+    python scripts/refresh_outputs.py --pictures README.md
 
-A block of the language `console` holds commands behind `$ ` and their output. Where the output begins with the line `...`,
-only as many last lines are shown as before. The commands of a page run in order, in one new folder.
+`--pictures` also takes the pictures of the inspection page, which needs Chromium. A block of the language `console` holds
+commands behind `$ ` and their output. Where the output begins with the line `...`, only as many last lines are shown
+as before. The commands of a page run in order, in one new folder.
 """
 
 import argparse
