@@ -3,7 +3,7 @@
     python scripts/refresh_outputs.py README.md docs/tutorial.md
     python scripts/refresh_outputs.py --pictures README.md
 
-`--pictures` also takes the pictures of the inspection page, which needs Chromium. A block of the language `console` holds
+`--pictures` also takes the pictures of the inspection page, which needs Chromium. A block of `console` holds
 commands behind `$ ` and their output. Where the output begins with the line `...`, only as many last lines are shown
 as before. The commands of a page run in order, in one new folder.
 """
