@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(?<=```console\n).*?(?=```)", re.DOTALL)
 CUT = "..."
 PICTURE = ROOT / "docs" / "images"
-SIZE = (830, 1010)
+SIZE = (830, 860)
 """Width and height of the pictures: README pages are 830 pixels wide."""
 
 
