@@ -71,6 +71,11 @@ function probe() {
     found.text_is_covered ||= tipText() !== "";
   }
   selectToken(3);
+  found.heights = [...new Set(range(20).map((i) => {
+    selectToken(i);
+    return document.body.scrollHeight;
+  }))].length;
+  selectToken(3);
   found.guesses = all(".guess").map((row) => row.textContent);
   for (const element of Object.values(charts)) {
     hideTip();

@@ -113,7 +113,11 @@ def test_slow_heads_stand_first_and_bytes_form_words(wide: dict[str, Any]):
 
 
 def test_the_likeliest_tokens_are_shown_with_the_one_in_the_text(wide: dict[str, Any]):
-    assert len(wide["guesses"]) in (5, 6) and sum("← the text" in row for row in wide["guesses"]) == 1
+    assert len(wide["guesses"]) == 6 and [row.endswith("← the text") for row in wide["guesses"]] == [False] * 5 + [True]
+
+
+def test_choosing_a_token_moves_nothing_on_the_page(wide: dict[str, Any], narrow: dict[str, Any], two: dict[str, Any]):
+    assert wide["heights"] == narrow["heights"] == two["heights"] == 1
 
 
 def test_a_hybrid_shows_where_it_looks(hybrid: dict[str, Any]):

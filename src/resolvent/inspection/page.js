@@ -348,17 +348,16 @@ function drawGuesses() {
   place.replaceChildren();
   if (i === 0) return html("p", "", place, "The text begins here. Choose another token to see what the model expected.");
   const loss = data.nats[i - 1], before = data.tokens.slice(Math.max(1, i - (BYTES ? 30 : 8)), i).join("");
-  const line = html("p", "", place, "After ");
+  const line = html("p", "", place, "Expected after ");
   html("span", "token", line, `…${shownText(before)}`);
-  line.append(" the model expected:");
-  const rows = data.expected[i - 1].map(([text, p]) => [shownText(text), p, text === data.tokens[i]]);
-  if (!rows.some(([, , right]) => right)) rows.push([shown(i), Math.exp(-loss), true]);
-  for (const [text, p, right] of rows) {
-    const row = html("div", right ? "guess right" : "guess", place);
-    html("span", "token", row, text);
+  // As many rows at every token, so that nothing below moves.
+  const rows = [...data.expected[i - 1], [data.tokens[i], Math.exp(-loss)]];
+  rows.forEach(([text, p], r) => {
+    const last = r === rows.length - 1, row = html("div", last ? "guess right" : "guess", place);
+    html("span", "token", row, shownText(text));
     html("span", "share", html("span", "track", row)).style.width = `${100 * p}%`;
-    html("span", "value", row, `${percent(p)}${right ? " ← the text" : ""}`);
-  }
+    html("span", "value", row, `${percent(p)}${last ? " ← the text" : ""}`);
+  });
 }
 
 function drawInfluence() {
@@ -436,7 +435,8 @@ function drawDecay() {
   inner.addEventListener("pointermove", (event) => {
     const box = inner.getBoundingClientRect(), i = clamp(Math.floor((event.clientX - box.left) / cell), COUNT), row = rows[clamp(Math.floor((event.clientY - box.top) / tall), rows.length)];
     selectToken(i);
-    showTip(`${named(i)}, layer ${row.l + 1}, head ${row.h + 1}\nΓ = ${number(row.gamma[i])}, half is forgotten in ${tokens(Math.LN2 / (row.gamma[i] * data.dt))} tokens`, event.clientX, box.top);
+    const { top } = inner.getBoundingClientRect();
+    showTip(`${named(i)}, layer ${row.l + 1}, head ${row.h + 1}\nΓ = ${number(row.gamma[i])}, half is forgotten in ${tokens(Math.LN2 / (row.gamma[i] * data.dt))} tokens`, event.clientX, top);
   });
   inner.addEventListener("pointerleave", hideTip);
   window.addEventListener("keydown", (event) => {
