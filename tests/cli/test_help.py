@@ -101,8 +101,10 @@ def test_no_arguments_show_five_things_to_try(resolvent: Resolvent):
         assert name == "evaluate" or set(re.findall(r"--[\w-]+", rest)) <= options
 
 
-def test_flags_show_no_type(resolvent: Resolvent):
-    assert "<bool>" not in resolvent("generate", "--help").out
+def test_flags_show_no_type_and_seeds_no_upper_bound(resolvent: Resolvent):
+    page = resolvent("generate", "--help").out
+    assert "<bool>" not in page and "[x>=0]" in page and "92233720368" not in page
+    assert resolvent("generate", "nowhere", "--seed", 2**63).code == 2
 
 
 def test_help_needs_no_unicode(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch):
