@@ -69,9 +69,9 @@ def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokeni
                 f"{directory} holds no model: its run was stopped before its first checkpoint. Begin it again with: "
                 f"resolvent train --resume {shell_word(directory)}"
             )
+        missing = f"there is no {WEIGHTS} in it" if directory.exists() else "there is no such folder"
         raise CheckpointError(
-            f"{directory} holds no model: there is no {WEIGHTS} in it. `resolvent train` saves one with every "
-            "checkpoint and at the end"
+            f"{directory} holds no model: {missing}. `resolvent train` saves one with every checkpoint and at the end"
         )
     try:
         model = load_model(directory, device=pick_device(device))

@@ -473,7 +473,7 @@ class Trainer:
             except StoppedInValidation:
                 stopping = True
         if stopping:
-            self.display.say(f"Stopping after step {step}: saving a checkpoint (once more to stop at once)")
+            self.display.say(f"Stopping after step {step}: saving a checkpoint (a second signal stops at once)")
             self._report_all_but(0)
         if saving or stopping:
             self._save()
