@@ -105,7 +105,11 @@ class DissipativeHebbianLayer(HeadsLayer):
                 projected = F.linear(at_least_float32(x), at_least_float32(self.rotation_proj.weight))
         else:
             projected = at_least_float32(self.rotation_proj(x))
-        return accumulate_phases(torch.tanh(projected) * (self.dt / 2), start, cu_seqlens)
+        return accumulate_phases(self.turns(projected) * self.dt, start, cu_seqlens)
+
+    def turns(self, projected: Tensor) -> Tensor:
+        """Return the turns per unit time of projected tokens (B, N, K / 2)."""
+        return torch.tanh(projected) / 2
 
     @property
     def state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
