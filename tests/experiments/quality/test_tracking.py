@@ -96,7 +96,7 @@ def test_accuracy_counts_the_last_positions():
     assert experiment._accuracy(24) == 0
 
 
-@pytest.mark.parametrize(("name", "spread"), [("rotation", 0.01), ("rotation-0.1", 0.1), ("rotation-1", 1.0)])
+@pytest.mark.parametrize(("name", "spread"), [("rotation", 0.5), ("rotation-0.1", 0.1), ("rotation-1", 1.0)])
 def test_rotation_start_and_shared_weights(name: str, spread: float):
     plain, turned = build("phase2", Plan("parity")), build(f"phase2/{name}", Plan("parity"))
     plain.reset(0)
