@@ -17,7 +17,13 @@ from resolvent.ops import (
 )
 from resolvent.ops.consolidation import consolidate_gradient
 from resolvent.ops.hebbian import CHUNK
-from resolvent.ops.memory_rotation import accumulate_phases, angles_of, plateau_turns, rotate_memory, rotate_queries_keys
+from resolvent.ops.memory_rotation import (
+    accumulate_phases,
+    angles_of,
+    plateau_turns,
+    rotate_memory,
+    rotate_queries_keys,
+)
 
 from .test_hebbian import KINDS, consolidation, inputs, relative, state, tensors_of
 

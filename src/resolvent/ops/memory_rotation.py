@@ -30,8 +30,8 @@ def plateau_turns(projected: Tensor) -> Tensor:
     are none, whatever the projection's own error is.
 
     Example:
-        >>> plateau_turns(torch.tensor([-0.9, -0.5, -0.2, 0.0, 0.1, 0.5, 0.8])).tolist()
-        [-0.5, -0.25, 0.0, 0.0, 0.0, 0.25, 0.5]
+        >>> plateau_turns(torch.tensor([-0.9, -0.5, 0.0, 0.2, 0.5, 0.8])).tolist()
+        [-0.5, -0.25, 0.0, 0.0, 0.25, 0.5]
     """
     return F.softshrink(projected, 0.25).clamp(-0.5, 0.5)
 
