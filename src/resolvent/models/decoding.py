@@ -97,10 +97,6 @@ class TokenReader(Generic[State]):
         self._step: Callable[[Tensor], Tensor] | None = None
         self._begun = False
 
-    def of(self, state: State) -> "TokenReader[State]":
-        """Return a reader of other sequences with the same model; their state may be overwritten."""
-        return TokenReader(self._model, state.reusable())
-
     def __call__(self, token: Tensor) -> Tensor:
         """Read a token of every sequence, int64 (B,), and return the logits of the next, (B, V)."""
         if not self._begun and self.state.device.type == "cpu":

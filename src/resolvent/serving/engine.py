@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..models import IntegratedModel
-from ..models.decoding import TokenReader
+from ..models.decoding import read_token
 from ..models.inference import inference_view
 from ..models.sampling import Draw, Penalties, RowGenerators, RowSampler
 from ..models.state import ModelState
@@ -88,13 +88,13 @@ class _Batch:
 
     Attributes:
         rows: the sequences.
-        reader: reader of the tokens, with the state after all but the last.
+        state: state after all tokens but the last.
         token: last token of each sequence, int64 (B,).
         sampler: sampler of the sequences.
     """
 
     rows: list[_Row]
-    reader: TokenReader
+    state: ModelState
     token: Tensor
     sampler: RowSampler
 
@@ -106,14 +106,13 @@ class _Batch:
             return None
         index = torch.tensor(kept)
         token = self.token[index.to(self.token.device)]
-        rows = [self.rows[row] for row in kept]
-        return _Batch(rows, self.reader.of(self.reader.state[index]), token, self.sampler[kept])
+        return _Batch([self.rows[row] for row in kept], self.state[index], token, self.sampler[kept])
 
     def join(self, other: "_Batch") -> "_Batch":
         """Return the batch of the sequences of both."""
-        state = ModelState.cat([self.reader.state, other.reader.state])
+        state = ModelState.cat([self.state, other.state])
         sampler = RowSampler.cat([self.sampler, other.sampler])
-        return _Batch([*self.rows, *other.rows], self.reader.of(state), torch.cat([self.token, other.token]), sampler)
+        return _Batch([*self.rows, *other.rows], state, torch.cat([self.token, other.token]), sampler)
 
 
 class Engine:
@@ -326,9 +325,7 @@ class Engine:
         logits = at_least_float32(self._model.logits(hidden)).expand(answers, -1)
         draw = sampler(logits, request.logprobs)
         rows = [_Row(reading.ticket, answer) for answer in range(answers)]
-        # The batch has the only reference to its state, whose parts may be written in place.
-        reader = TokenReader(self._model, state.repeat(answers).reusable())
-        started = _Batch(rows, reader, draw.token, sampler)
+        started = _Batch(rows, state.repeat(answers), draw.token, sampler)
         if (started := started.keep(self._deliver(rows, draw))) is not None:
             self._batch = started if self._batch is None else self._batch.join(started)
 
@@ -345,7 +342,8 @@ class Engine:
         if (batch := self._batch) is None:
             return
         try:
-            logits = batch.reader(batch.token)
+            # The batch has the only reference to its state, whose parts may be written in place.
+            logits, batch.state = read_token(self._model, batch.token, batch.state.reusable())
             tops = [row.ticket.request.logprobs for row in batch.rows]
             draw = batch.sampler(logits, max((top for top in tops if top is not None), default=None))
             batch.token = draw.token
