@@ -62,12 +62,13 @@ def products(x: Tensor, layers: Sequence[nn.Linear | None]) -> list[Tensor | Non
 
 
 def _joins(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
-    """Return True if one product with the concatenated weights of layers takes the place of a product with each.
+    """Return True if one product with the concatenated weights of layers takes the place of a product with each."""
+    return len(layers) > 1 and _launches_cost(x.device) and all(map(is_plain, layers))
 
-    On a CPU it does not: the launches that it saves cost nothing there, and the weights, which are concatenated anew at
-    every call, are more bytes than a few tokens.
-    """
-    return x.device.type != "cpu" and len(layers) > 1 and all(map(is_plain, layers))
+
+def _launches_cost(device: torch.device) -> bool:
+    """Return True if a launch costs more than the concatenation of weights, anew at every call: not on a CPU."""
+    return device.type != "cpu"
 
 
 def _biases(layers: Sequence[nn.Linear]) -> Tensor | None:
