@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.console import print_text
-from resolvent.cli.loading import Device, Directory, sampling_options
-from resolvent.runs import load_trained, run_of
+from resolvent.cli.loading import Device, Directory, Weights, load_for_generation, sampling_options
+from resolvent.runs import run_of
 from resolvent.seeds import MOST_SEED
 
 _PROMPT = "> "
@@ -34,6 +34,7 @@ def chat(
         int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Most tokens of an answer.")
     ] = 512,
     device: Device = "auto",
+    weights: Weights = "full",
 ) -> None:
     """Talk to a model.
 
@@ -47,7 +48,7 @@ def chat(
     Example: [bold]resolvent chat runs/tiny --temperature 0.7[/bold]
     """
     options = sampling_options(temperature=temperature)
-    model, tokenizer = load_trained(directory, device)
+    model, tokenizer = load_for_generation(directory, device, weights)
     from resolvent.data.chat_template import ChatTemplate
     from resolvent.serving.chat import Chat
     from resolvent.serving.conversation import Conversation

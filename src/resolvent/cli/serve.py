@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.console import report_console
-from resolvent.cli.loading import Device, Directory, wrong_usage
-from resolvent.runs import load_trained, run_of
+from resolvent.cli.loading import Device, Directory, Weights, load_for_generation, wrong_usage
+from resolvent.runs import run_of
 from resolvent.terminal import say
 
 
@@ -38,6 +38,7 @@ def serve(
     ] = None,
     prefix_cache_dir_mb: Annotated[int, typer.Option(min=1, help="Most disk space for them.")] = 10_240,
     device: Device = "auto",
+    weights: Weights = "full",
 ) -> None:
     """Answer requests over HTTP as the OpenAI API has them.
 
@@ -66,7 +67,7 @@ def serve(
             keys = read_keys(api_key_file)
     with wrong_usage("--host"):
         check_address(host, has_keys=keys is not None)
-    model, tokenizer = load_trained(directory, device)
+    model, tokenizer = load_for_generation(directory, device, weights)
     run_dir, files = run_of(directory), None
     if prefix_cache_dir is not None:
         with wrong_usage("--prefix-cache-dir"):

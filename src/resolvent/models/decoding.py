@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import Generic, Protocol
 
 import torch
 from torch import Tensor
@@ -78,6 +78,36 @@ class CapturedStep:
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the stream on which steps are captured: cuBLAS keeps a workspace for every stream it has seen."""
     return torch.cuda.Stream(device)
+
+
+class TokenReader(Generic[State]):
+    """Reads one token of every sequence per call, on the CPU with the step of its own that a model has for it.
+
+    Args:
+        model: a model in evaluation mode.
+        state: state of the sequences. A step of its own works on a copy; otherwise a state that is ``reusable`` is
+            overwritten.
+
+    Attributes:
+        state: state after the tokens read so far; the next call may overwrite it.
+    """
+
+    def __init__(self, model: StreamingModel[State], state: State) -> None:
+        self._model, self.state = model, state
+        self._step: Callable[[Tensor], Tensor] | None = None
+        self._begun = False
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """Read a token of every sequence, int64 (B,), and return the logits of the next, (B, V)."""
+        if not self._begun and self.state.device.type == "cpu":
+            copy = self.state.clone()
+            if (step := self._model.fused_step(copy.reusable())) is not None:
+                self._step, self.state = step, copy
+        self._begun = True
+        if self._step is not None:
+            return self._step(token)
+        logits, self.state = read_token(self._model, token, self.state)
+        return logits
 
 
 def token_step(model: StreamingModel[State], state: State) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.precision import at_least_float32
 from ..seeds import check_seed
-from .decoding import CapturedStep, StreamingModel, read_token
+from .decoding import CapturedStep, StreamingModel, TokenReader
 from .inference import inference_view
 from .sampling import (
     Draw,
@@ -53,9 +53,9 @@ class Generation(nn.Module, Generic[State]):
         return False
 
     def fused_step(self, state: State) -> Callable[[Tensor], Tensor] | None:
-        """Return kernels that read one token after another (see ``models.decoding``); None where the model has none.
+        """Return a step of its own that reads one token after another (see ``models.decoding``); None for none.
 
-        The kernels update ``state``, whose position is on its device.
+        The step updates ``state``, whose position is on its device.
         """
         return None
 
@@ -219,14 +219,7 @@ def _stepper(model: StreamingModel[State], state: State, tokens: int) -> Callabl
         if not model.state_grows:
             return CapturedStep(model, state)
         _log.info("no captured steps: the model attends to all tokens, and its state grows")
-    state = state.reusable()  # this function holds the only reference
-
-    def step(token: Tensor) -> Tensor:
-        nonlocal state
-        logits, state = read_token(model, token, state)
-        return logits
-
-    return step
+    return TokenReader(model, state.reusable())  # which has the only reference
 
 
 def _penalties(

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.chat_template import ChatTemplate, Message, Rendering
 from ..errors import CheckpointError, ConfigError
 from ..models import IntegratedModel
-from ..models.decoding import read_token
+from ..models.decoding import TokenReader
 from ..models.generation import read_prompts
 from ..models.inference import inference_view
 from ..models.sampling import Penalties, RowGenerators, RowSampler, SamplingOptions
@@ -166,8 +166,9 @@ class Conversation:
         logits = self._read_text(rendered)
         before, answer = self._read, Answer(self._tokenizer, self._read.tokens, self._template.stop)
         written: list[int] = []
-        state, text, sampler = before.state, "", self._sampler()
-        assert state is not None
+        text, sampler = "", self._sampler()
+        assert before.state is not None
+        reader = TokenReader(self._model, before.state)
         try:
             while answer.finish is None:
                 token = sampler(logits).token
@@ -177,12 +178,12 @@ class Conversation:
                 if piece:
                     yield piece
                 if answer.finish != "stop":
-                    logits, state = read_token(self._model, token, state)
+                    logits = reader(token)
                     written.append(event.token)
         finally:
             whole = answer.finish is not None and text == answer.whole
             self.messages = [*messages, {"role": "assistant", "content": text}]
-            self._read = _Read(before.text + text, (*before.tokens, *written), state) if whole else before
+            self._read = _Read(before.text + text, (*before.tokens, *written), reader.state) if whole else before
             if not whole:  # the state has read tokens of which the text is not part of the conversation
                 self._append(text)
 
