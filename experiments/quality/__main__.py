@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -48,12 +49,15 @@ def tokens(
     out: Annotated[Path, typer.Option(help="File to write.")],
     tokenizer: Annotated[str, typer.Option(help="bpe, gpt2, bytes or characters.")] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Tokens of bpe.")] = 16384,
+    part_field: Annotated[
+        str | None, typer.Option(help="Field of JSON Lines that names the part of the corpus.")
+    ] = None,
 ) -> None:
     """Encode text into a file of tokens."""
     if tokenizer == "characters":
         text = language.Text.of_characters(corpus)
     else:
-        text = language.Text.of_corpus(corpus, tokenizer, vocab_size)
+        text = language.Text.of_corpus(corpus, tokenizer, vocab_size, part_field)
     text.save(out)
     say(f"{out}: {len(text.train):,} tokens to learn from, {text.predicted:,} held out, {text.vocabulary:,} different")
 
@@ -62,6 +66,7 @@ def tokens(
 def learn_language(
     text: Annotated[Path, typer.Option(help="Output file of `tokens`.")],
     out: Out,
+    commit: Annotated[str, typer.Option(help="Commit of the code, for the records.")],
     plan: Annotated[
         str, typer.Option(help=f"{', '.join(language.PLANS)}: what the options below start from.")
     ] = "corpus",
@@ -75,11 +80,15 @@ def learn_language(
     length: int | None = None,
     parameters: int | None = None,
     dropout: float | None = None,
+    evaluations: Annotated[int | None, typer.Option(help="Validations in a run, evenly spread.")] = None,
     extrapolate: Annotated[int | None, typer.Option(help="Tokens of long stretches to read at the end.")] = None,
+    books: Annotated[Path | None, typer.Option(help="Text of those stretches, in place of the held-out text.")] = None,
+    stretches: Annotated[int, typer.Option(min=1, help="Most stretches of a document of --books.")] = 2,
     muon_ratio: Annotated[
         float | None,
         typer.Option(help="Learning rate of Muon over --lr, which is AdamW's.", show_default="AdamW alone"),
     ] = None,
+    switching: Annotated[bool, typer.Option(help="Measure Phase 2 with each of its mechanisms off, too.")] = True,
     save: Annotated[Path | None, typer.Option(help="Folder for the Phase 2 models, one each.")] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help=Compile.__metadata__[0].help)] = True,
     capture: Capture = True,
@@ -93,16 +102,19 @@ def learn_language(
         length=length,
         parameters=parameters,
         dropout=dropout,
+        evaluations=evaluations,
         extrapolate=extrapolate,
         muon_ratio=muon_ratio,
     )
     corpus, device = language.Text.load(text), pick_device()
     mode = mode_for(device, compiled, capture, autocast=True)
     jobs = Jobs(out, language.settings(chosen, corpus), rates, range(first_seed, first_seed + seeds), "loss", True)
+    long = language.book_stretches(books, corpus.tokenizer, chosen.extrapolate, stretches) if books else None
+    origin = {"commit": commit, "corpus_sha256": corpus.digest}
 
     def experiment(name: str) -> language.Experiment:
         entry = models.build(name, chosen.size(corpus.vocabulary), device)
-        return language.Experiment(entry, corpus, chosen, mode)
+        return language.Experiment(entry, corpus, chosen, mode, long, switching)
 
     def keep(found: language.Experiment, record: results.Record) -> None:
         if save is not None:
@@ -110,7 +122,7 @@ def learn_language(
 
     with until(clock):
         for name in expand(names):
-            run_all(jobs, name, experiment, clock, keep)
+            run_all(jobs, name, experiment, clock, keep, origin)
 
 
 @app.command("needle")
@@ -266,7 +278,7 @@ class Jobs:
     def of(self, name: str) -> list[results.Record]:
         """Return the missing runs of a model; the first seed of each learning rate comes first."""
         done = [record for record in results.read([self.out]) if record["model"] == name]
-        ours = [record for record in done if record["settings"] == self.settings]
+        ours = [record for record in done if self._is_ours(record)]
         rates = [float(rate) for rate in self.rates.split(",")] if self.rates != "best" else [self._best(name, ours)]
         wanted = [
             {"settings": self.settings, "model": name, "learning_rate": rate, "seed": seed}
@@ -276,12 +288,15 @@ class Jobs:
         keys = {results.key(record) for record in ours}
         return [record for record in wanted if results.key(record) not in keys]
 
+    def _is_ours(self, record: results.Record) -> bool:
+        return results.setting(record) == results.setting({"settings": self.settings})
+
     def _best(self, name: str, runs: list[results.Record]) -> float:
         # A variant without runs takes the learning rate of its base model.
         kin = runs or [
             record
             for record in results.read([self.out])
-            if record["settings"] == self.settings and record["model"] == name.partition("/")[0]
+            if self._is_ours(record) and record["model"] == name.partition("/")[0]
         ]
         best = results.best_learning_rate(kin, self.score, self.smallest)
         if best is None:
@@ -295,8 +310,9 @@ def run_all(
     experiment: Callable[[str], Any],
     clock: Clock,
     keep: Callable[[Any, results.Record], None] = lambda found, record: None,
+    origin: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Make the missing runs of a model, and write each as soon as it ends.
+    """Make the missing runs of a model, and write each as soon as it ends, together with ``origin``.
 
     Raises:
         OutOfTimeError: the budget does not suffice for the next run.
@@ -308,7 +324,7 @@ def run_all(
     found = experiment(name)
     say(f"{name}: prepared in {found.trainer.preparation_seconds:.0f} s; a run takes about {found.seconds:.0f} s")
     for record in wanted:
-        record |= found.run(record["learning_rate"], record["seed"], clock)
+        record |= {**origin, **found.run(record["learning_rate"], record["seed"], clock)}
         results.append(jobs.out, record)
         keep(found, record)
         score = record[jobs.score] if record["finite"] else "not finite"

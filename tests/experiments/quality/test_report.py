@@ -197,7 +197,7 @@ def test_the_commands_from_text_to_table(tmp_path: Path):
         return result.output
 
     call("tokens", "--corpus", str(tmp_path / "text.txt"), "--tokenizer", "characters", "--out", str(text))
-    learn = ["language", "--text", str(text), "--plan", "tiny", "--out", str(out), "--steps", "2"]
+    learn = ["language", "--text", str(text), "--plan", "tiny", "--out", str(out), "--steps", "2", "--commit", "c0ffee"]
     call(*learn, "--models", "phase2/bare", "--lr", "1e-3,2e-3")
     assert [json.loads(line)["learning_rate"] for line in out.read_text().splitlines()] == [1e-3, 2e-3]
     call(*learn, "--models", "phase2/bare", "--lr", "1e-3,2e-3")
