@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.quality.attention import WindowedAttention
 from experiments.quality.cores import UnitLowerInverse, gated_delta_rule, gated_linear_attention
 from experiments.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mixer
 
@@ -12,6 +13,7 @@ MIXERS = [
     lambda: GLA(32, 2),
     lambda: Mamba2(32, head_dim=16, state=8),
     lambda: GatedDeltaNet(32, 2, expand=2),
+    lambda: WindowedAttention(32, 2, window=30),
 ]
 
 
@@ -103,7 +105,8 @@ def test_mixers_are_causal_and_read_everything_before(make):
     changed = x.clone()
     changed[0, 40] += 1
     differs = (mixer(changed) - mixer(x)).abs().amax(-1)[0] > 1e-9
-    assert not differs[:40].any() and differs[40:].all()
+    reach = 30 + mixer.layer.conv_shape[0] if isinstance(mixer, WindowedAttention) else 30
+    assert not differs[:40].any() and differs[40 : 40 + reach].all()
 
 
 def test_attention_is_a_softmax_over_turned_keys():
@@ -154,8 +157,10 @@ def test_mixers_compile_as_one_graph(make):
 
 
 def test_state_bytes_are_those_of_what_is_carried():
-    attention, gla, mamba, delta = (make() for make in MIXERS)
+    attention, gla, mamba, delta, windowed = (make() for make in MIXERS)
     assert attention.state_bytes(10) == 4 * 10 * 2 * 32
     assert gla.state_bytes(10) == 4 * 2 * 8 * 16
     assert mamba.state_bytes(10) == 4 * (4 * 16 * 8 + 3 * 80)
     assert delta.state_bytes(10) == 4 * (2 * 16 * 32 + 3 * 128)
+    assert windowed.state_bytes(10) == 4 * (2 * 10 * 32 + 3 * 96)
+    assert windowed.state_bytes(1000) == 4 * (2 * 30 * 32 + 3 * 96)

@@ -121,6 +121,8 @@ def test_only_missing_runs_are_made(tmp_path: Path):
     assert wanted("gla", "1e-3,4e-3", 2) == [(1e-3, 1), (4e-3, 1)]
     assert wanted("phase2/no-bk", "best", 1) == [(1e-3, 0)]
     assert wanted("gla", "1e-3", 1, SETTINGS | {"width": 9}) == [(1e-3, 0)]
+    measured = SETTINGS | {"evaluations": 1, "extrapolate": 512}  # changes no training
+    assert wanted("phase2", "1e-3,2e-3", 2, measured) == [(2e-3, 1)]
     with pytest.raises(typer.BadParameter, match="holds no run of mamba2 with these settings"):
         wanted("mamba2", "best", 1)
 
