@@ -39,6 +39,12 @@ Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds, from --first-s
 FirstSeed = Annotated[int, typer.Option(min=0, help="The first seed.")]
 Budget = Annotated[float, typer.Option(help="Seconds after which no run goes on; one that cannot end is not begun.")]
 Out = Annotated[Path, typer.Option(help="File of runs, a line each; what it holds is not run again.")]
+Commit = Annotated[str, typer.Option(help="Commit of the code, for the records.")]
+MuonRatio = Annotated[
+    float | None,
+    typer.Option(help="Learning rate of Muon over --lr, which is AdamW's.", show_default="AdamW alone"),
+]
+Switching = Annotated[bool, typer.Option(help="Measure Phase 2 with each of its mechanisms off, too.")]
 Compile = Annotated[bool, typer.Option(help="Compile the blocks (on CUDA).")]
 Capture = Annotated[bool, typer.Option(help="Replay each step as a CUDA graph (on CUDA).")]
 
@@ -66,7 +72,7 @@ def tokens(
 def learn_language(
     text: Annotated[Path, typer.Option(help="Output file of `tokens`.")],
     out: Out,
-    commit: Annotated[str, typer.Option(help="Commit of the code, for the records.")],
+    commit: Commit,
     plan: Annotated[
         str, typer.Option(help=f"{', '.join(language.PLANS)}: what the options below start from.")
     ] = "corpus",
@@ -84,11 +90,8 @@ def learn_language(
     extrapolate: Annotated[int | None, typer.Option(help="Tokens of long stretches to read at the end.")] = None,
     books: Annotated[Path | None, typer.Option(help="Text of those stretches, in place of the held-out text.")] = None,
     stretches: Annotated[int, typer.Option(min=1, help="Most stretches of a document of --books.")] = 2,
-    muon_ratio: Annotated[
-        float | None,
-        typer.Option(help="Learning rate of Muon over --lr, which is AdamW's.", show_default="AdamW alone"),
-    ] = None,
-    switching: Annotated[bool, typer.Option(help="Measure Phase 2 with each of its mechanisms off, too.")] = True,
+    muon_ratio: MuonRatio = None,
+    switching: Switching = True,
     save: Annotated[Path | None, typer.Option(help="Folder for the Phase 2 models, one each.")] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help=Compile.__metadata__[0].help)] = True,
     capture: Capture = True,
@@ -128,7 +131,8 @@ def learn_language(
 @app.command("needle")
 def learn_needle(
     text: Annotated[Path, typer.Option(help="Output file of `tokens`, with a tokenizer.")],
-    out: Out = Path("experiments/quality/results/needle.jsonl"),
+    out: Out,
+    commit: Commit,
     plan: Annotated[str, typer.Option(help=", ".join(language.PLANS))] = "corpus",
     names: Annotated[str, typer.Option("--models", help=Models.__metadata__[0].help)] = "peers",
     rates: Rates = "2e-3",
@@ -137,8 +141,10 @@ def learn_needle(
     budget_seconds: Budget = 500.0,
     steps: int | None = None,
     length: int | None = None,
+    muon_ratio: MuonRatio = None,
     longest: Annotated[int, typer.Option(min=NEAREST, help="Longest distance.")] = needle.Probe.longest,
     samples: Annotated[int, typer.Option(min=1, help="Keys asked for at every distance.")] = needle.Probe.samples,
+    switching: Switching = True,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help=Compile.__metadata__[0].help)] = True,
     capture: Capture = True,
 ) -> None:
@@ -146,7 +152,7 @@ def learn_needle(
     clock, corpus, device = Clock.of(budget_seconds), language.Text.load(text), pick_device()
     if not corpus.tokenizer:
         raise typer.BadParameter(f"{text} holds characters: questions take a tokenizer")
-    chosen, probe = planned(plan, steps=steps, length=length), needle.Probe(longest, samples)
+    chosen, probe = planned(plan, steps=steps, length=length, muon_ratio=muon_ratio), needle.Probe(longest, samples)
     phrases = needle.Phrases.of(Tokenizer.from_str(corpus.tokenizer))
     mode = mode_for(device, compiled, capture, autocast=True)
     seeds_wanted = range(first_seed, first_seed + seeds)
@@ -154,11 +160,11 @@ def learn_needle(
 
     def experiment(name: str) -> needle.Experiment:
         entry = models.build(name, chosen.size(corpus.vocabulary), device)
-        return needle.Experiment(entry, corpus, chosen, mode, phrases, probe)
+        return needle.Experiment(entry, corpus, chosen, mode, phrases, probe, switching)
 
     with until(clock):
         for name in expand(names):
-            run_all(jobs, name, experiment, clock)
+            run_all(jobs, name, experiment, clock, origin={"commit": commit, "corpus_sha256": corpus.digest})
 
 
 @app.command("mqar")
@@ -197,7 +203,7 @@ def learn_recall(
 @app.command("tracking")
 def learn_tracking(
     out: Out,
-    commit: Annotated[str, typer.Option(help="Commit of the code, for the records.")],
+    commit: Commit,
     tasks: Annotated[str, typer.Option(help=f"Of {', '.join(tracking.TASKS)}, parted by commas.")] = "parity",
     names: Annotated[str, typer.Option("--models", help=Models.__metadata__[0].help)] = "rotations",
     rates: Rates = "3e-3",

@@ -300,12 +300,18 @@ class Experiment:
     def seconds(self) -> float:
         """Approximate duration of a run, with its validations."""
         training = self.trainer.seconds([0] * self.plan.steps)
+        ids, labels = (x[: self._rows] for x in self.windows)
         started = time.perf_counter()
         for _ in range(2):  # the first one includes one-time preparations
             started = time.perf_counter()
-            self._validate()
-        validations = self.plan.evaluations + 3 * bool(self.plan.extrapolate)
-        return training + validations * (time.perf_counter() - started)
+            self._nats(ids, labels, batch=self._rows)
+        validation = (time.perf_counter() - started) * len(self.windows[0]) / len(ids)
+        return training + (self.plan.evaluations + 3 * bool(self.plan.extrapolate)) * validation
+
+    @property
+    def _rows(self) -> int:
+        """Windows in a forward pass of the validation."""
+        return max(1, 4 * self.plan.batch)
 
     def run(self, learning_rate: float, seed: int, clock: Clock) -> dict[str, Any]:
         """Train and validate; return the results.
@@ -375,14 +381,14 @@ class Experiment:
     def _validate(self) -> Tensor:
         """Return the nats of every held-out token, float64 (W, N) on the CPU, NaN at padding."""
         ids, labels = self.windows
-        return self._nats(ids, labels, batch=max(1, 4 * self.plan.batch))
+        return self._nats(ids, labels, batch=self._rows)
 
     def _long(self) -> dict[str, Any]:
         """Return the nats by position in long stretches, and those of the same tokens in windows of training."""
         stretches = self.text.stretches(self.plan.extrapolate) if self.long is None else self.long
         ids, labels = (x.to(self.device) for x in stretches)
         long = self._nats(ids, labels, batch=1)
-        short = self._nats(*(x.reshape(-1, self.plan.length) for x in (ids, labels)), batch=4 * self.plan.batch)
+        short = self._nats(*(x.reshape(-1, self.plan.length) for x in (ids, labels)), batch=self._rows)
         return {
             "stretches": len(ids),
             "by_position": by_position(long),

@@ -119,6 +119,9 @@ def _language(records: list[Record]) -> list[Table]:
     models = _by_model(records)
     found = [_models_table(_title(records), models), _rates_table("loss by learning rate", models, "loss", 4)]
     found.append(_positions_table("loss by position", models, lambda run: run["loss_by_position"]))
+    parts = [run for run in records if run["finite"] and run.get("loss_by_part")]
+    if parts:
+        found.append(_positions_table("loss by part of the corpus", _by_model(parts), lambda run: run["loss_by_part"]))
     long = [run for run in records if run["finite"] and run.get("long")]
     if long:
         found += [
@@ -134,7 +137,38 @@ def _language(records: list[Record]) -> list[Table]:
     (rows,) = differences(records)
     if rows:
         found.append(_differences_table(rows))
-    return found
+    return [*found, _pairs_table(models), _runs_table(records)]
+
+
+def paired(runs: Iterable[Record], others: Iterable[Record]) -> list[float]:
+    """Return the loss of runs less that of others with the same seed and learning rate."""
+    found = {(run["learning_rate"], run["seed"]): run["loss"] for run in others if run["finite"]}
+    pairs = [((run["learning_rate"], run["seed"]), run["loss"]) for run in runs if run["finite"]]
+    return [loss - found[key] for key, loss in pairs if key in found]
+
+
+def _pairs_table(models: dict[str, list[Record]]) -> Table:
+    """Tabulate the loss of each model (row) less that of each other one (column), paired by seed."""
+    table = _table("difference of loss, row less column, paired by seed and learning rate", "model", *models)
+    for name, runs in models.items():
+        gaps = ([] if name == other else paired(runs, models[other]) for other in models)
+        table.add_row(name, *(average(values, signed=True) for values in gaps))
+    return table
+
+
+def _runs_table(records: list[Record]) -> Table:
+    """Tabulate every run with what is needed to make it again."""
+    table = _table(
+        "runs",
+        *("model", "seed", "optimiser", "lr of AdamW", "lr of Muon", "loss", "tokens", "corpus", "commit"),
+    )
+    for run in sorted(records, key=lambda run: (run["model"], run["learning_rate"], run["seed"])):
+        ratio, rate = run["settings"].get("muon_ratio"), run["learning_rate"]
+        of_muon = "-" if ratio is None else f"{ratio * rate:.3g}"
+        loss = f"{run['loss']:.4f}" if run["finite"] else "not finite"
+        row = [run["model"], str(run["seed"]), "AdamW" if ratio is None else "Muon", f"{rate:.3g}", of_muon, loss]
+        table.add_row(*row, *(_plain(run.get(name, "-")) for name in ("tokens", "corpus_sha256", "commit")))
+    return table
 
 
 def _models_table(title: str, models: dict[str, list[Record]]) -> Table:
