@@ -70,7 +70,7 @@ def tokens(
 
 @app.command("language")
 def learn_language(
-    text: Annotated[Path, typer.Option(help="Output file of `tokens`.")],
+    text: Annotated[Path, typer.Option(help="Output file of `tokens`, or output folder of `resolvent tokenize`.")],
     out: Out,
     commit: Commit,
     plan: Annotated[

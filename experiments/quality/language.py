@@ -25,7 +25,8 @@ from torch import Tensor
 from experiments.quality.models import Entry, Size
 from experiments.quality.training import Clock, Mode, Schedule, Trainer
 from experiments.quality.variants import mechanisms_of
-from resolvent.data import EOT, build_tokenizer, load_documents, save_tokenizer, split_documents
+from resolvent.data import EOT, build_tokenizer, load_documents, load_tokenizer, save_tokenizer, split_documents
+from resolvent.data.shards import HELD_OUT, TRAIN, open_tokens
 from resolvent.evaluation.scoring import score_tokens
 from resolvent.evaluation.statistics import Estimate
 from resolvent.models import save_model
@@ -95,6 +96,25 @@ class Text:
         )
 
     @classmethod
+    def of_shards(cls, folder: Path) -> Text:
+        """Read a folder of shards, as ``resolvent tokenize`` writes it: two bytes per token in memory.
+
+        Raises:
+            ValueError: nothing is held out, or the vocabulary has more than 65,536 tokens.
+        """
+        tokenizer = load_tokenizer(folder)
+        streams = open_tokens(folder, tokenizer).streams
+        if HELD_OUT not in streams:
+            raise ValueError(f"{folder} holds nothing out: tokenize it with --validation-fraction 0.05, say")
+        train, held_out = streams[TRAIN], streams[HELD_OUT]
+        if train.tokens.dtype != np.uint16:
+            raise ValueError(f"{folder} has {tokenizer.get_vocab_size():,} different tokens; the harness takes 65,536")
+        ends = [*held_out.starts[1:].tolist(), len(held_out.tokens) - 1]
+        documents = [held_out.tokens[start : end + 1] for start, end in zip(held_out.starts, ends, strict=True)]
+        sizes = tokenizer.get_vocab_size(), tokenizer.to_str()
+        return cls(train.tokens[1:], documents, held_out.num_bytes, *sizes)
+
+    @classmethod
     def of_characters(cls, corpus: Sequence[Path]) -> Text:
         """Read the characters of one text; its last tenth is held out."""
         text = "".join(document for path in corpus for document in load_documents(path))
@@ -119,7 +139,9 @@ class Text:
 
     @classmethod
     def load(cls, path: Path) -> Text:
-        """Read a file of ``save``."""
+        """Read a file of ``save``, or a folder of shards."""
+        if path.is_dir():
+            return cls.of_shards(path)
         with np.load(path) as stored:
             ends = stored["lengths"].cumsum()[:-1]
             num_bytes, vocabulary = stored["numbers"].tolist()
@@ -259,9 +281,13 @@ class Plan:
 PLANS = {
     "corpus": Plan(),
     "characters": Plan(width=384, parameters=10_600_000, length=256, dropout=0.2, batch=64, steps=5000, evaluations=20),
+    "scale-10m": Plan(width=256, layers=6, parameters=10_000_000, muon_ratio=5.0),
+    "scale-30m": Plan(width=512, layers=6, parameters=30_000_000, muon_ratio=5.0),
+    "scale-71m": Plan(width=768, layers=8, parameters=71_000_000, muon_ratio=5.0),
     "tiny": Plan(width=128, layers=2, parameters=600_000, length=128, batch=4, steps=20, warmup=5, evaluations=2),
 }
-"""``characters`` is nanoGPT's experiment on tinyshakespeare: 5,000 steps of 64 windows, dropout 0.2."""
+"""``characters`` is nanoGPT's experiment on tinyshakespeare: 5,000 steps of 64 windows, dropout 0.2. ``scale-...`` are
+the points of a scaling line with a vocabulary of 16,384; --steps says how many tokens they read."""
 
 
 class Experiment:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments.quality.language import (
+    PLANS,
     Experiment,
     Plan,
     Text,
@@ -26,6 +27,7 @@ from experiments.quality.training import Clock, Mode, OutOfTimeError
 from experiments.quality.variants import ABLATION, mechanisms_of
 from resolvent import load_model
 from resolvent.data import build_tokenizer, load_tokenizer
+from resolvent.data.cache import tokenize
 from resolvent.ops import IGNORED
 
 PLAN = Plan(width=128, layers=1, parameters=250_000, length=32, batch=4, steps=12, warmup=2, evaluations=3)
@@ -97,6 +99,29 @@ def test_text_is_the_same_after_saving(text: Text, tmp_path: Path):
     assert all(np.array_equal(a, b) for a, b in zip(loaded.validation, text.validation, strict=True))
     names = ("validation_bytes", "vocabulary", "tokenizer", "predicted")
     assert all(getattr(loaded, name) == getattr(text, name) for name in names)
+
+
+def test_shards_are_a_text(tmp_path: Path):
+    documents = [f"Line {i}: {'so it goes, ' * (5 + i % 7)}" for i in range(60)]
+    (tmp_path / "text.txt").write_text("<|endoftext|>\n".join(documents))
+    source = dict(tokenizer="bytes", validation_fraction=0.05)
+    tokenize([str(tmp_path / "text.txt")], tmp_path / "tokens", **source)
+    found, expected = Text.load(tmp_path / "tokens"), Text.of_corpus([tmp_path / "text.txt"], "bytes", 0)
+    assert np.array_equal(found.train, expected.train)
+    for ours, theirs in zip(found.validation, expected.validation, strict=True):
+        assert np.array_equal(ours, theirs)
+    assert found.digest == expected.digest and found.validation_bytes == expected.validation_bytes
+    tokenize([str(tmp_path / "text.txt")], tmp_path / "all", **source | {"validation_fraction": None})
+    with pytest.raises(ValueError, match="holds nothing out: tokenize it with --validation-fraction"):
+        Text.load(tmp_path / "all")
+
+
+@pytest.mark.parametrize("name", [name for name in PLANS if name.startswith("scale")])
+def test_models_of_a_scaling_line_are_within_reach(name: str):
+    with torch.device("meta"):
+        for model in ("phase2", "phase2/hybrid", "phase2/attention", "transformer"):
+            size = PLANS[name].size(16384)
+            assert build(model, size, "meta").parameters == pytest.approx(size.parameters, rel=0.02)
 
 
 def test_characters_are_split_in_order(tmp_path: Path):
