@@ -6,6 +6,7 @@ They show every model at its best learning rate, the learning rates side by side
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
@@ -48,13 +49,50 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def losses(records: Sequence[Record]) -> list[list[Row]]:
-    """Return, per setting, the losses of every model but variants of Phase 2 at its best learning rate."""
+    """Return, per setting, the losses of every whole model at its best learning rate: nothing is left out of it."""
     found = []
     for runs in _by_setting(_of_task(records, "language")):
-        whole = {name: of for name, of in _by_model(runs).items() if not name.startswith("phase2/")}
+        whole = {name: of for name, of in _by_model(runs).items() if not _LEFT_OUT.search(name)}
         best = {name: _at_best(of, "loss", smallest=True)[1] for name, of in whole.items()}
         found.append([Row(name, [run["loss"] for run in kept]) for name, kept in best.items() if kept])
     return found
+
+
+_LEFT_OUT = re.compile(r"/(no-.*|bare|original)$")
+
+
+def left_out(records: Sequence[Record]) -> list[list[Row]]:
+    """Return, per setting, the loss of every model without a part less that of the model with it, paired by seed."""
+    found = []
+    for runs in _by_setting(_of_task(records, "language")):
+        models = _by_model(runs)
+        bases = {name: _LEFT_OUT.sub("", name) for name in models if _LEFT_OUT.search(name)}
+        gaps = {name: paired(models[name], models[base]) for name, base in bases.items() if base in models}
+        found.append([Row(name, values) for name, values in gaps.items() if values])
+    return found
+
+
+def positions(records: Sequence[Record], long: bool = False) -> list[dict[str, dict[int, float]]]:
+    """Return, per setting, the mean loss of every whole model by the end of a bucket of positions.
+
+    With ``long``, those of long stretches, and under ``... in windows`` those of the same tokens read in windows.
+    """
+    found = []
+    for runs in _by_setting(_of_task(records, "language")):
+        kept: dict[str, list[dict[str, float]]] = {}
+        for name, of in _by_model(runs).items():
+            for run in [] if _LEFT_OUT.search(name) else _at_best(of, "loss", smallest=True)[1]:
+                if not long:
+                    kept.setdefault(name, []).append(run["loss_by_position"])
+                elif run.get("long"):
+                    kept.setdefault(name, []).append(run["long"]["by_position"])
+                    kept.setdefault(f"{name} in windows", []).append(run["long"]["in_windows"])
+        found.append({name: _mean_by_end(buckets) for name, buckets in kept.items()})
+    return found
+
+
+def _mean_by_end(buckets: Sequence[dict[str, float]]) -> dict[int, float]:
+    return {int(name.split("-")[1]): statistics.mean(run[name] for run in buckets) for name in buckets[0]}
 
 
 def differences(records: Sequence[Record]) -> list[list[Row]]:
