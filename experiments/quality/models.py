@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.quality.attention import WindowedAttention
-from experiments.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mixer
+from experiments.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mamba3, Mixer
 from experiments.quality.variants import parse_variant
 from resolvent.layers import GatedFeedForward
 from resolvent.models.phase2 import Phase2Block, Phase2Config, Phase2IntegratedModel
@@ -25,11 +25,12 @@ PEERS: dict[str, Callable[[int], Mixer]] = {
     "transformer": lambda width: Attention(width, width // HEAD_DIM),
     "gla": lambda width: GLA(width, max(1, width // (2 * HEAD_DIM))),
     "mamba2": lambda width: Mamba2(width),
+    "mamba3": lambda width: Mamba3(width),
     "gated-deltanet": lambda width: GatedDeltaNet(width, width // HEAD_DIM),
 }
-"""Mixers of a width. Keys are 64 wide; GLA, Gated DeltaNet and Phase 2 hold memories of the same size, Mamba-2 of twice
-the size. Behind a name may stand `/hybrid`, for the attention layers of our hybrids in every third block, over half of
-a training sequence, and `/hybrid/window-512` or `/hybrid/window-all` for another window."""
+"""Mixers of a width. Keys are 64 wide; GLA, Gated DeltaNet and Phase 2 hold memories of the same size, Mamba-2 and
+Mamba-3 of twice the size. Behind a name may stand `/hybrid`, for the attention layers of our hybrids in every third
+block, over half of a training sequence, and `/hybrid/window-512` or `/hybrid/window-all` for another window."""
 
 
 @dataclass(frozen=True)

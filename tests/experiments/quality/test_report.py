@@ -185,7 +185,7 @@ def test_recall_is_shown_against_distance(tmp_path: Path):
 
 
 def test_groups_of_models():
-    assert expand("gla,peers,phase2") == ["gla", "transformer", "mamba2", "gated-deltanet", "phase2"]
+    assert expand("gla,peers,phase2") == ["gla", "transformer", "mamba2", "mamba3", "gated-deltanet", "phase2"]
     assert "phase2/no-snr" in expand("ablation")
 
 
