@@ -164,6 +164,7 @@ _NAMES = {
     "phase2/bare": "all of them",
     "gated-deltanet": "Gated DeltaNet",
     "mamba2": "Mamba-2",
+    "mamba3": "Mamba-3",
     "gla": "GLA",
     "transformer": "Transformer",
     "attention": "attention",
