@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.quality.report import Row, left_out, losses, needles, positions, recalls, standard_error
+from experiments.quality.report import Row, left_out, losses, needles, positions, recalls, standard_error, switched_off
 from experiments.quality.results import Record
 
 _OURS, _OTHERS = "#d55e00", "#0072b2"  # distinct for colour-blind readers, too
@@ -35,6 +35,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     drawn = (
         _language(records),
         _mechanisms(records),
+        _switched_off(records),
         _positions(records, long=False),
         _positions(records, long=True),
         _recall(records),
@@ -87,6 +88,23 @@ def _mechanisms(records: Sequence[Record]) -> Draw | None:
     return draw if rows else None
 
 
+def _switched_off(records: Sequence[Record]) -> Draw | None:
+    """Draw the setting with the most rows, its smallest costs on a linear scale."""
+    found = max(switched_off(records), key=len, default=[])
+    rows = [row for row in found if any(row.values) and not row.name.startswith("phase2/attention")]
+
+    def name(row: str) -> str:
+        model, mechanism = row.split(": ")
+        return f"{_name(mechanism)}, {_whole_name(model).partition(',')[0]}"
+
+    def draw(axes: Axes) -> None:
+        _dots(axes, rows, "cost of zeroing it, nats per token", name)
+        axes.set_xscale("symlog", linthresh=1e-3)
+        axes.axvline(0.0, color=_INK, linewidth=1)
+
+    return draw if rows else None
+
+
 def _positions(records: Sequence[Record], long: bool) -> Draw | None:
     """Draw the setting with the most models."""
     found = max(positions(records, long), key=len, default={})
@@ -97,7 +115,7 @@ def _positions(records: Sequence[Record], long: bool) -> Draw | None:
             dashed = {"linestyle": "--"} if name != model else {}
             label = _whole_name(model) + name.removeprefix(model)
             axes.plot(list(means), list(means.values()), label=label, **_look(model, i // (1 + long)), **dashed)
-        axes.set_xscale("log", base=2)
+        axes.set_xscale("log", base=8 if long else 2)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("tokens of books read" if long else "tokens read")
         axes.set_ylabel("nats per token")
@@ -141,19 +159,22 @@ def _needle(records: Sequence[Record]) -> Draw | None:
     return draw if rows else None
 
 
+_PEERS = ("transformer", "attention", "gla", "mamba2", "mamba3", "gated-deltanet")
+
+
 def _look(model: str, number: int) -> dict[str, Any]:
     return dict(color=_OURS if model.startswith("phase2") else _OTHERS, marker="ox^sDv"[number % 6])
 
 
-def _dots(axes: Axes, rows: Sequence[Row], label: str) -> None:
+def _dots(axes: Axes, rows: Sequence[Row], label: str, name: Callable[[str], str] | None = None) -> None:
     """Draw a row for every name, the smallest mean on top."""
     rows = sorted(rows, key=lambda row: statistics.mean(row.values), reverse=True)
     for height, row in enumerate(rows):
-        colour = _OURS if row.name.startswith("phase2") else _OTHERS
+        colour = _OTHERS if row.name in _PEERS else _OURS
         axes.errorbar(
             statistics.mean(row.values), height, xerr=standard_error(row.values), fmt="o", color=colour, capsize=3
         )
-    axes.set_yticks(range(len(rows)), [_name(row.name) for row in rows])
+    axes.set_yticks(range(len(rows)), [(name or _name)(row.name) for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(label)
@@ -172,8 +193,11 @@ _NAMES = {
     "phase2/no-kappa": "Γ in the Hamiltonian",
     "phase2/no-snr": "SNR filter",
     "phase2/no-zeta-init": "zeta initialisation",
+    "bk": "BK-Core",
+    "kappa": "Γ in the Hamiltonian",
+    "snr": "SNR filter",
     "phase2/hybrid/window-512": "hybrid, window 512",
-    "phase2/attention": "attention everywhere, our parts",
+    "phase2/attention": "attention, our parts",
     "phase2/attention/no-conv": "attention: convolution",
     "phase2/attention/no-qk-norm": "attention: norm of q and k",
     "phase2/attention/no-norm": "attention: norm of read-out",

@@ -59,6 +59,8 @@ def losses(records: Sequence[Record]) -> list[list[Row]]:
 
 
 _LEFT_OUT = re.compile(r"/(no-.*|bare|original)$")
+_STARTS = {"phase2/no-base-decay", "phase2/no-reach"}
+"""Variants that start elsewhere, and lack nothing."""
 
 
 def left_out(records: Sequence[Record]) -> list[list[Row]]:
@@ -68,7 +70,23 @@ def left_out(records: Sequence[Record]) -> list[list[Row]]:
         models = _by_model(runs)
         bases = {name: _LEFT_OUT.sub("", name) for name in models if _LEFT_OUT.search(name)}
         gaps = {name: paired(models[name], models[base]) for name, base in bases.items() if base in models}
-        found.append([Row(name, values) for name, values in gaps.items() if values])
+        found.append([Row(name, values) for name, values in gaps.items() if values and name not in _STARTS])
+    return found
+
+
+def switched_off(records: Sequence[Record]) -> list[list[Row]]:
+    """Return, per setting, what each whole model loses with a mechanism put to zero after training, a value a seed.
+
+    Rows are named ``model: mechanism``.
+    """
+    found = []
+    for runs in _by_setting(_of_task(records, "language")):
+        rows: dict[str, list[float]] = {}
+        for name, of in _by_model(runs).items():
+            for run in [] if _LEFT_OUT.search(name) else _at_best(of, "loss", smallest=True)[1]:
+                for mechanism, (loss, _) in (run.get("switched_off") or {}).items():
+                    rows.setdefault(f"{name}: {mechanism}", []).append(loss)
+        found.append([Row(name, values) for name, values in rows.items()])
     return found
 
 
