@@ -238,7 +238,7 @@ def _phase2(name: str, size: Size) -> Callable[[int], Entry]:
             tie_embeddings=True,
         )
         model = Phase2IntegratedModel(Phase2Config(**(sizes | variant.config)), init=False)
-        variant.change(model)
+        variant.hold(model)
         state_bytes = phase2_state_bytes(model, size.length)
         return Entry(name, model, lambda seed: variant.reset(model, seed), state_bytes, variant.rate_factors)
 

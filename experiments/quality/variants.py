@@ -151,8 +151,8 @@ class Variant:
         fields = {"attention_layers": chosen, "attention_window": None if window == "all" else int(window)}
         return dataclasses.replace(self, config=self.config | fields)
 
-    def change(self, model: Phase2IntegratedModel) -> None:
-        """Put other layers into a model where the configuration has no field, and keep training from what is zero."""
+    def hold(self, model: Phase2IntegratedModel) -> None:
+        """Keep training from what is held at zero, and put in the layers that no field of the configuration has."""
         if self.plain_scores:
             with_plain_scores(model)
         for parameter in _ending(model, self.zeros):
