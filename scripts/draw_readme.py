@@ -6,6 +6,7 @@ python scripts/draw_readme.py docs/images
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 RECORDS = Path(__file__).parents[1] / "experiments" / "quality" / "results" / "mixed.jsonl"
@@ -31,17 +32,31 @@ text { font: 15px system-ui, sans-serif; fill: #1f2328 }
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    (folder / "results.svg").write_text(chart(best_records()), "utf-8")
+    (folder / "results.svg").write_text(chart(mean_records()), "utf-8")
     (folder / "block.svg").write_text(block(), "utf-8")
 
 
-def best_records() -> dict[str, dict[str, Any]]:
-    """Return the record with the lowest loss of every model of the chart."""
+def mean_records() -> dict[str, dict[str, Any]]:
+    """Return, for every model of the chart, the means over the seeds of the setting with the most runs."""
     records = [json.loads(line) for line in RECORDS.read_text("utf-8").splitlines()]
-    return {
-        model: min((record for record in records if record["model"] == model), key=lambda record: record["loss"])
-        for model in LINES
-    }
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        training = {
+            name: value for name, value in record["settings"].items() if name not in ("evaluations", "extrapolate")
+        }
+        runs.setdefault(json.dumps([record["model"], record["learning_rate"], training], sort_keys=True), []).append(
+            record
+        )
+    found = {}
+    for model in LINES:
+        seeds = max((of for of in runs.values() if of[0]["model"] == model), key=len)
+        positions = seeds[0]["loss_by_position"]
+        found[model] = {
+            "loss": fmean(run["loss"] for run in seeds),
+            "loss_by_position": {name: fmean(run["loss_by_position"][name] for run in seeds) for name in positions},
+            "state_bytes": seeds[0]["state_bytes"],
+        }
+    return found
 
 
 def chart(records: dict[str, dict[str, Any]]) -> str:
