@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -38,6 +39,12 @@ Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds, from --first-s
 FirstSeed = Annotated[int, typer.Option(min=0, help="The first seed.")]
 Budget = Annotated[float, typer.Option(help="Seconds after which no run goes on; one that cannot end is not begun.")]
 Out = Annotated[Path, typer.Option(help="File of runs, a line each; what it holds is not run again.")]
+Commit = Annotated[str, typer.Option(help="Commit of the code, for the records.")]
+MuonRatio = Annotated[
+    float | None,
+    typer.Option(help="Learning rate of Muon over --lr, which is AdamW's.", show_default="AdamW alone"),
+]
+Switching = Annotated[bool, typer.Option(help="Measure Phase 2 with each of its mechanisms off, too.")]
 Compile = Annotated[bool, typer.Option(help="Compile the blocks (on CUDA).")]
 Capture = Annotated[bool, typer.Option(help="Replay each step as a CUDA graph (on CUDA).")]
 
@@ -48,20 +55,24 @@ def tokens(
     out: Annotated[Path, typer.Option(help="File to write.")],
     tokenizer: Annotated[str, typer.Option(help="bpe, gpt2, bytes or characters.")] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Tokens of bpe.")] = 16384,
+    part_field: Annotated[
+        str | None, typer.Option(help="Field of JSON Lines that names the part of the corpus.")
+    ] = None,
 ) -> None:
     """Encode text into a file of tokens."""
     if tokenizer == "characters":
         text = language.Text.of_characters(corpus)
     else:
-        text = language.Text.of_corpus(corpus, tokenizer, vocab_size)
+        text = language.Text.of_corpus(corpus, tokenizer, vocab_size, part_field)
     text.save(out)
     say(f"{out}: {len(text.train):,} tokens to learn from, {text.predicted:,} held out, {text.vocabulary:,} different")
 
 
 @app.command("language")
 def learn_language(
-    text: Annotated[Path, typer.Option(help="Output file of `tokens`.")],
+    text: Annotated[Path, typer.Option(help="Output file of `tokens`, or output folder of `resolvent tokenize`.")],
     out: Out,
+    commit: Commit,
     plan: Annotated[
         str, typer.Option(help=f"{', '.join(language.PLANS)}: what the options below start from.")
     ] = "corpus",
@@ -75,11 +86,12 @@ def learn_language(
     length: int | None = None,
     parameters: int | None = None,
     dropout: float | None = None,
+    evaluations: Annotated[int | None, typer.Option(help="Validations in a run, evenly spread.")] = None,
     extrapolate: Annotated[int | None, typer.Option(help="Tokens of long stretches to read at the end.")] = None,
-    muon_ratio: Annotated[
-        float | None,
-        typer.Option(help="Learning rate of Muon over --lr, which is AdamW's.", show_default="AdamW alone"),
-    ] = None,
+    books: Annotated[Path | None, typer.Option(help="Text of those stretches, in place of the held-out text.")] = None,
+    stretches: Annotated[int, typer.Option(min=1, help="Most stretches of a document of --books.")] = 2,
+    muon_ratio: MuonRatio = None,
+    switching: Switching = True,
     save: Annotated[Path | None, typer.Option(help="Folder for the Phase 2 models, one each.")] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help=Compile.__metadata__[0].help)] = True,
     capture: Capture = True,
@@ -93,16 +105,19 @@ def learn_language(
         length=length,
         parameters=parameters,
         dropout=dropout,
+        evaluations=evaluations,
         extrapolate=extrapolate,
         muon_ratio=muon_ratio,
     )
     corpus, device = language.Text.load(text), pick_device()
     mode = mode_for(device, compiled, capture, autocast=True)
     jobs = Jobs(out, language.settings(chosen, corpus), rates, range(first_seed, first_seed + seeds), "loss", True)
+    long = language.book_stretches(books, corpus.tokenizer, chosen.extrapolate, stretches) if books else None
+    origin = {"commit": commit, "corpus_sha256": corpus.digest}
 
     def experiment(name: str) -> language.Experiment:
         entry = models.build(name, chosen.size(corpus.vocabulary), device)
-        return language.Experiment(entry, corpus, chosen, mode)
+        return language.Experiment(entry, corpus, chosen, mode, long, switching)
 
     def keep(found: language.Experiment, record: results.Record) -> None:
         if save is not None:
@@ -110,13 +125,14 @@ def learn_language(
 
     with until(clock):
         for name in expand(names):
-            run_all(jobs, name, experiment, clock, keep)
+            run_all(jobs, name, experiment, clock, keep, origin)
 
 
 @app.command("needle")
 def learn_needle(
     text: Annotated[Path, typer.Option(help="Output file of `tokens`, with a tokenizer.")],
-    out: Out = Path("experiments/quality/results/needle.jsonl"),
+    out: Out,
+    commit: Commit,
     plan: Annotated[str, typer.Option(help=", ".join(language.PLANS))] = "corpus",
     names: Annotated[str, typer.Option("--models", help=Models.__metadata__[0].help)] = "peers",
     rates: Rates = "2e-3",
@@ -125,8 +141,10 @@ def learn_needle(
     budget_seconds: Budget = 500.0,
     steps: int | None = None,
     length: int | None = None,
+    muon_ratio: MuonRatio = None,
     longest: Annotated[int, typer.Option(min=NEAREST, help="Longest distance.")] = needle.Probe.longest,
     samples: Annotated[int, typer.Option(min=1, help="Keys asked for at every distance.")] = needle.Probe.samples,
+    switching: Switching = True,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help=Compile.__metadata__[0].help)] = True,
     capture: Capture = True,
 ) -> None:
@@ -134,7 +152,7 @@ def learn_needle(
     clock, corpus, device = Clock.of(budget_seconds), language.Text.load(text), pick_device()
     if not corpus.tokenizer:
         raise typer.BadParameter(f"{text} holds characters: questions take a tokenizer")
-    chosen, probe = planned(plan, steps=steps, length=length), needle.Probe(longest, samples)
+    chosen, probe = planned(plan, steps=steps, length=length, muon_ratio=muon_ratio), needle.Probe(longest, samples)
     phrases = needle.Phrases.of(Tokenizer.from_str(corpus.tokenizer))
     mode = mode_for(device, compiled, capture, autocast=True)
     seeds_wanted = range(first_seed, first_seed + seeds)
@@ -142,11 +160,11 @@ def learn_needle(
 
     def experiment(name: str) -> needle.Experiment:
         entry = models.build(name, chosen.size(corpus.vocabulary), device)
-        return needle.Experiment(entry, corpus, chosen, mode, phrases, probe)
+        return needle.Experiment(entry, corpus, chosen, mode, phrases, probe, switching)
 
     with until(clock):
         for name in expand(names):
-            run_all(jobs, name, experiment, clock)
+            run_all(jobs, name, experiment, clock, origin={"commit": commit, "corpus_sha256": corpus.digest})
 
 
 @app.command("mqar")
@@ -185,7 +203,7 @@ def learn_recall(
 @app.command("tracking")
 def learn_tracking(
     out: Out,
-    commit: Annotated[str, typer.Option(help="Commit of the code, for the records.")],
+    commit: Commit,
     tasks: Annotated[str, typer.Option(help=f"Of {', '.join(tracking.TASKS)}, parted by commas.")] = "parity",
     names: Annotated[str, typer.Option("--models", help=Models.__metadata__[0].help)] = "rotations",
     rates: Rates = "3e-3",
@@ -194,6 +212,7 @@ def learn_tracking(
     first_seed: FirstSeed = 0,
     budget_seconds: Budget = 500.0,
     steps: Annotated[int, typer.Option(min=1, help="Of training.")] = tracking.Plan.steps,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = tracking.Plan.batch,
     longest: Annotated[int, typer.Option(min=3, help="Largest length in training.")] = tracking.Plan.longest,
     weight_decay: Annotated[float, typer.Option(min=0.0, help="Of matrices.")] = tracking.Plan.weight_decay,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help=Compile.__metadata__[0].help)] = False,
@@ -204,7 +223,8 @@ def learn_tracking(
     mode = mode_for(device, compiled, capture, autocast=False)
     with until(clock):
         for task, count in [(task, int(n)) for task in tasks.split(",") for n in layers.split(",")]:
-            plan = tracking.Plan(task, layers=count, steps=steps, longest=longest, weight_decay=weight_decay)
+            shape = dict(layers=count, steps=steps, batch=batch, longest=longest)
+            plan = tracking.Plan(task, **shape, weight_decay=weight_decay)
             jobs = Jobs(out, plan.settings(), rates, range(first_seed, first_seed + seeds), "accuracy", False)
 
             def experiment(name: str, plan: tracking.Plan = plan) -> tracking.Experiment:
@@ -264,7 +284,7 @@ class Jobs:
     def of(self, name: str) -> list[results.Record]:
         """Return the missing runs of a model; the first seed of each learning rate comes first."""
         done = [record for record in results.read([self.out]) if record["model"] == name]
-        ours = [record for record in done if record["settings"] == self.settings]
+        ours = [record for record in done if self._is_ours(record)]
         rates = [float(rate) for rate in self.rates.split(",")] if self.rates != "best" else [self._best(name, ours)]
         wanted = [
             {"settings": self.settings, "model": name, "learning_rate": rate, "seed": seed}
@@ -274,12 +294,15 @@ class Jobs:
         keys = {results.key(record) for record in ours}
         return [record for record in wanted if results.key(record) not in keys]
 
+    def _is_ours(self, record: results.Record) -> bool:
+        return results.setting(record) == results.setting({"settings": self.settings})
+
     def _best(self, name: str, runs: list[results.Record]) -> float:
         # A variant without runs takes the learning rate of its base model.
         kin = runs or [
             record
             for record in results.read([self.out])
-            if record["settings"] == self.settings and record["model"] == name.partition("/")[0]
+            if self._is_ours(record) and record["model"] == name.partition("/")[0]
         ]
         best = results.best_learning_rate(kin, self.score, self.smallest)
         if best is None:
@@ -293,8 +316,9 @@ def run_all(
     experiment: Callable[[str], Any],
     clock: Clock,
     keep: Callable[[Any, results.Record], None] = lambda found, record: None,
+    origin: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Make the missing runs of a model, and write each as soon as it ends.
+    """Make the missing runs of a model, and write each as soon as it ends, together with ``origin``.
 
     Raises:
         OutOfTimeError: the budget does not suffice for the next run.
@@ -306,7 +330,7 @@ def run_all(
     found = experiment(name)
     say(f"{name}: prepared in {found.trainer.preparation_seconds:.0f} s; a run takes about {found.seconds:.0f} s")
     for record in wanted:
-        record |= found.run(record["learning_rate"], record["seed"], clock)
+        record |= {**origin, **found.run(record["learning_rate"], record["seed"], clock)}
         results.append(jobs.out, record)
         keep(found, record)
         score = record[jobs.score] if record["finite"] else "not finite"

@@ -14,6 +14,8 @@ from torch import Tensor
 from resolvent.ops.precision import at_least_float32
 
 CHUNK = 64
+_TINY = 8
+"""Largest matrices that are multiplied elementwise."""
 
 
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -46,7 +48,8 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: T
     """``S_t = exp(g_t) (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ``, ``y_t = S_tᵀ q_t``: what a key held is replaced.
 
     A chunk's corrections ``u_t = β_t (v_t - exp(g_t) S_{t-1}ᵀ k_t)`` solve a unit lower triangular system, the
-    WY form.
+    WY form. They are affine in the state before the chunk, and so is the state behind it: only ``S <- A S + B`` remains
+    to be computed chunk after chunk.
 
     Args:
         q: (B, N, H, K).
@@ -65,15 +68,11 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: T
         between = (g - g.mT).tril().exp().tril()
         inverse = UnitLowerInverse.apply((b * between * (k_ @ k_.mT)).tril(-1))
         new, old = inverse @ (b * v_), inverse @ (b * g.exp() * k_)
-        scores, queries = between * (q_ @ k_.mT), q_ * g.exp()
         keys, keep = k_ * (g[..., -1:, :] - g).exp(), g[..., -1:, :].exp()
-        state = torch.zeros_like(k_[:, 0].mT @ v_[:, 0])
-        outputs = []
-        for m in range(q_.shape[1]):
-            values = new[:, m] - old[:, m] @ state
-            outputs.append(queries[:, m] @ state + scores[:, m] @ values)
-            state = keep[:, m] * state + keys[:, m].mT @ values
-        return _from_chunks(torch.stack(outputs, dim=1), v)
+        identity = torch.eye(k_.shape[-1], dtype=k_.dtype, device=k_.device)
+        states = states_before(keep * identity - keys.mT @ old, keys.mT @ new)
+        y = (q_ * g.exp()) @ states + (between * (q_ @ k_.mT)) @ (new - old @ states)
+        return _from_chunks(y, v)
 
 
 class UnitLowerInverse(torch.autograd.Function):
@@ -91,7 +90,7 @@ class UnitLowerInverse(torch.autograd.Function):
             first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
             blocks = lower.unflatten(-1, (-1, 2 * width)).unflatten(-3, (-1, 2 * width))
             diagonal = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
-            below = -second @ diagonal[..., width:, :width] @ first
+            below = -_small_product(_small_product(second, diagonal[..., width:, :width]), first)
             top = torch.cat([first, torch.zeros_like(first)], dim=-1)
             inverse = torch.cat([top, torch.cat([below, second], dim=-1)], dim=-2)
             width *= 2
@@ -106,13 +105,53 @@ class UnitLowerInverse(torch.autograd.Function):
         return -(inverse.mT @ grad @ inverse.mT).tril(-1)
 
 
+class AffineRecurrence(torch.autograd.Function):
+    """``S_{m+1} = A_m S_m + B_m`` from ``S_0 = 0``: a product per chunk, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, factors: Tensor, terms: Tensor) -> Tensor:
+        state = torch.zeros_like(terms[0])
+        states = [state]
+        for factor, term in zip(factors[:-1].unbind(), terms[:-1].unbind(), strict=True):
+            state = torch.baddbmm(term, factor, state)
+            states.append(state)
+        stacked = torch.stack(states)
+        ctx.save_for_backward(factors, stacked)
+        return stacked
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        factors, states = ctx.saved_tensors
+        adjoint = torch.zeros_like(grad[0])
+        adjoints = [adjoint]
+        for factor, direct in zip(factors.unbind()[::-1], grad.unbind()[::-1], strict=True):
+            adjoint = torch.baddbmm(direct, factor.mT, adjoint)
+            adjoints.append(adjoint)
+        terms = torch.stack(adjoints[:-1][::-1])  # the gradient of S_{m+1}, without that of S_0
+        return terms @ states.mT, terms
+
+
+def states_before(factors: Tensor, terms: Tensor) -> Tensor:
+    """Return the state before each chunk, (B, M, H, K, V), where ``S <- A S + B`` with A (B, M, H, K, K)."""
+    batch = factors.shape[0]
+    rows = (x.transpose(0, 1).flatten(1, 2).contiguous() for x in (factors, terms))
+    states = AffineRecurrence.apply(*rows)
+    return states.unflatten(1, (batch, -1)).transpose(0, 1)
+
+
+def _small_product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply many small matrices; the tiniest take longer to launch than to compute."""
+    return a @ b if a.shape[-1] > _TINY else (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
+
+
 def _carry(written: Tensor, keep: Tensor) -> Tensor:
     """Return the state before each chunk, (B, M, H, K, V), given its writes and kept shares (B, M, H, K, 1)."""
     state = torch.zeros_like(written[:, 0])
     states = []
-    for m in range(written.shape[1]):
+    for kept, term in zip(keep.unbind(1), written.unbind(1), strict=True):
         states.append(state)
-        state = keep[:, m] * state + written[:, m]
+        state = kept * state + term
     return torch.stack(states, dim=1)
 
 

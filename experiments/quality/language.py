@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
+import json
+import lzma
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +25,8 @@ from torch import Tensor
 from experiments.quality.models import Entry, Size
 from experiments.quality.training import Clock, Mode, Schedule, Trainer
 from experiments.quality.variants import mechanisms_of
-from resolvent.data import EOT, build_tokenizer, load_documents, save_tokenizer, split_documents
+from resolvent.data import EOT, build_tokenizer, load_documents, load_tokenizer, save_tokenizer, split_documents
+from resolvent.data.shards import HELD_OUT, TRAIN, open_tokens
 from resolvent.evaluation.scoring import score_tokens
 from resolvent.evaluation.statistics import Estimate
 from resolvent.models import save_model
@@ -49,6 +53,7 @@ class Text:
         validation_bytes: of the held-out documents, in UTF-8.
         vocabulary: tokens.
         tokenizer: its JSON; empty for characters.
+        parts: part of the corpus that each held-out document belongs to; empty where the corpus names none.
     """
 
     train: NDArray[np.uint16]
@@ -56,20 +61,23 @@ class Text:
     validation_bytes: int
     vocabulary: int
     tokenizer: str
+    parts: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def of_corpus(cls, corpus: Sequence[Path], tokenizer: str, vocab_size: int) -> Text:
+    def of_corpus(cls, corpus: Sequence[Path], tokenizer: str, vocab_size: int, part_field: str | None = None) -> Text:
         """Encode text files. Of each, 5 % of the bytes are held out, always the same ones.
 
         Args:
             corpus: files and folders, as ``resolvent train --data`` takes them.
             tokenizer: ``gpt2``, ``bytes`` or ``bpe``, which is trained on the training part.
             vocab_size: of ``bpe``.
+            part_field: field of JSON Lines that names the part of the corpus; None for none.
         """
         splits = [split_documents(load_documents(path), VALIDATION_PART) for path in corpus]
         train, held_out = ([text for split in splits for text in split[side]] for side in (0, 1))
         built = build_tokenizer(tokenizer, train, vocab_size)
-        return cls.of_documents(train, held_out, built)
+        text = cls.of_documents(train, held_out, built)
+        return text if part_field is None else dataclasses.replace(text, parts=_parts(corpus, held_out, part_field))
 
     @classmethod
     def of_documents(cls, train: list[str], held_out: list[str], tokenizer: Tokenizer) -> Text:
@@ -86,6 +94,25 @@ class Text:
             tokenizer.get_vocab_size(),
             tokenizer.to_str(),
         )
+
+    @classmethod
+    def of_shards(cls, folder: Path) -> Text:
+        """Read a folder of shards, as ``resolvent tokenize`` writes it: two bytes per token in memory.
+
+        Raises:
+            ValueError: nothing is held out, or the vocabulary has more than 65,536 tokens.
+        """
+        tokenizer = load_tokenizer(folder)
+        streams = open_tokens(folder, tokenizer).streams
+        if HELD_OUT not in streams:
+            raise ValueError(f"{folder} holds nothing out: tokenize it with --validation-fraction 0.05, say")
+        train, held_out = streams[TRAIN], streams[HELD_OUT]
+        if train.tokens.dtype != np.uint16:
+            raise ValueError(f"{folder} has {tokenizer.get_vocab_size():,} different tokens; the harness takes 65,536")
+        ends = [*held_out.starts[1:].tolist(), len(held_out.tokens) - 1]
+        documents = [held_out.tokens[start : end + 1] for start, end in zip(held_out.starts, ends, strict=True)]
+        sizes = tokenizer.get_vocab_size(), tokenizer.to_str()
+        return cls(train.tokens[1:], documents, held_out.num_bytes, *sizes)
 
     @classmethod
     def of_characters(cls, corpus: Sequence[Path]) -> Text:
@@ -106,17 +133,29 @@ class Text:
             lengths=np.array([len(ids) for ids in self.validation]),
             numbers=np.array([self.validation_bytes, self.vocabulary]),
             tokenizer=np.frombuffer(self.tokenizer.encode(), np.uint8),
+            parts=np.array(self.parts, dtype=np.str_),
         )
         path.write_bytes(buffer.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Text:
-        """Read a file of ``save``."""
+        """Read a file of ``save``, or a folder of shards."""
+        if path.is_dir():
+            return cls.of_shards(path)
         with np.load(path) as stored:
             ends = stored["lengths"].cumsum()[:-1]
             num_bytes, vocabulary = stored["numbers"].tolist()
             tokenizer = stored["tokenizer"].tobytes().decode()
-            return cls(stored["train"], np.split(stored["validation"], ends), num_bytes, vocabulary, tokenizer)
+            parts = stored["parts"].tolist()
+            return cls(stored["train"], np.split(stored["validation"], ends), num_bytes, vocabulary, tokenizer, parts)
+
+    @cached_property
+    def digest(self) -> str:
+        """First 16 digits of the SHA-256 of all tokens, to learn from and held out."""
+        found = hashlib.sha256(self.train.tobytes())
+        for ids in self.validation:
+            found.update(ids.tobytes())
+        return found.hexdigest()[:16]
 
     @property
     def predicted(self) -> int:
@@ -136,11 +175,54 @@ class Text:
             labels.append(F.pad(document[1:], (0, missing), value=IGNORED).view(-1, length))
         return torch.cat(ids), torch.cat(labels)
 
+    def window_parts(self, length: int) -> list[str]:
+        """Return the part of the corpus of each of the ``windows``; empty where the corpus names none."""
+        counts = [-(-(len(document) - 1) // length) for document in self.validation]
+        return (
+            [part for part, count in zip(self.parts, counts, strict=True) for _ in range(count)] if self.parts else []
+        )
+
     def stretches(self, length: int) -> tuple[Tensor, Tensor]:
         """Join the held-out documents and cut them into whole stretches: tokens and labels, int64 (W, N)."""
         row = torch.from_numpy(np.concatenate(self.validation).astype(np.int64))
         count = (len(row) - 1) // length
         return row[: count * length].view(count, length), row[1 : count * length + 1].view(count, length)
+
+
+def _parts(corpus: Sequence[Path], held_out: Sequence[str], field: str) -> list[str]:
+    """Return the part of each held-out document, which may be the end of a document of the corpus.
+
+    Raises:
+        ValueError: no record holds a document.
+    """
+    known = {}
+    for path in corpus:
+        with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
+            known.update((row["text"], row[field]) for row in map(json.loads, file))
+    found = []
+    for text in held_out:
+        part = known.get(text) or next((part for whole, part in known.items() if whole.endswith(text)), None)
+        if part is None:
+            raise ValueError(f"no record of the corpus holds the document {text[:60]!r}")
+        found.append(part)
+    return found
+
+
+def book_stretches(books: Path, tokenizer: str, length: int, most: int) -> tuple[Tensor, Tensor]:
+    """Return tokens and labels of the first whole stretches of every document of a file, int64 (W, N).
+
+    Args:
+        books: text that no model learns from.
+        tokenizer: its JSON.
+        length: N; a document that is shorter has no stretch.
+        most: of one document.
+    """
+    rows = []
+    for code in Tokenizer.from_str(tokenizer).encode_batch(load_documents(books)):
+        ids = torch.tensor(code.ids)
+        rows += [ids[i * length : (i + 1) * length + 1] for i in range(min(most, (len(ids) - 1) // length))]
+    stacked = torch.stack(rows)
+    return stacked[:, :-1], stacked[:, 1:]
 
 
 def window_starts(tokens: int, length: int, batch: int, steps: int, seed: int) -> NDArray[np.int64]:
@@ -199,9 +281,13 @@ class Plan:
 PLANS = {
     "corpus": Plan(),
     "characters": Plan(width=384, parameters=10_600_000, length=256, dropout=0.2, batch=64, steps=5000, evaluations=20),
+    "scale-10m": Plan(width=256, layers=6, parameters=10_000_000, muon_ratio=5.0),
+    "scale-30m": Plan(width=512, layers=6, parameters=30_000_000, muon_ratio=5.0),
+    "scale-71m": Plan(width=768, layers=8, parameters=71_000_000, muon_ratio=5.0),
     "tiny": Plan(width=128, layers=2, parameters=600_000, length=128, batch=4, steps=20, warmup=5, evaluations=2),
 }
-"""``characters`` is nanoGPT's experiment on tinyshakespeare: 5,000 steps of 64 windows, dropout 0.2."""
+"""``characters`` is nanoGPT's experiment on tinyshakespeare: 5,000 steps of 64 windows, dropout 0.2. ``scale-...`` are
+the points of a scaling line with a vocabulary of 16,384; --steps says how many tokens they read."""
 
 
 class Experiment:
@@ -212,9 +298,20 @@ class Experiment:
         text: to learn from.
         plan: what to do.
         mode: how steps run.
+        long: stretches to read at the end, tokens and labels (W, N); those of the held-out text if None.
+        switching: whether to measure Phase 2 with each of its mechanisms off.
     """
 
-    def __init__(self, entry: Entry, text: Text, plan: Plan, mode: Mode) -> None:
+    def __init__(
+        self,
+        entry: Entry,
+        text: Text,
+        plan: Plan,
+        mode: Mode,
+        long: tuple[Tensor, Tensor] | None = None,
+        switching: bool = True,
+    ) -> None:
+        self.long, self.switching = long, switching
         self.entry, self.text, self.plan, self.mode = entry, text, plan, mode
         self.device = next(entry.model.parameters()).device
         self.stream = torch.from_numpy(text.train.astype(np.int32)).to(self.device)
@@ -222,18 +319,25 @@ class Experiment:
         self.windows = tuple(x.to(self.device) for x in text.windows(plan.length))
         self.counted = (self.windows[1] != IGNORED).cpu()
         entry.reset(0)
-        self.trainer = Trainer(entry.model, [self._loss], plan.steps, mode, muon_ratio=plan.muon_ratio)
+        shape = dict(muon_ratio=plan.muon_ratio, rate_factors=entry.rate_factors)
+        self.trainer = Trainer(entry.model, [self._loss], plan.steps, mode, **shape)
 
     @cached_property
     def seconds(self) -> float:
         """Approximate duration of a run, with its validations."""
         training = self.trainer.seconds([0] * self.plan.steps)
+        ids, labels = (x[: self._rows] for x in self.windows)
         started = time.perf_counter()
         for _ in range(2):  # the first one includes one-time preparations
             started = time.perf_counter()
-            self._validate()
-        validations = self.plan.evaluations + 3 * bool(self.plan.extrapolate)
-        return training + validations * (time.perf_counter() - started)
+            self._nats(ids, labels, batch=self._rows)
+        validation = (time.perf_counter() - started) * len(self.windows[0]) / len(ids)
+        return training + (self.plan.evaluations + 3 * bool(self.plan.extrapolate)) * validation
+
+    @property
+    def _rows(self) -> int:
+        """Windows in a forward pass of the validation."""
+        return max(1, 4 * self.plan.batch)
 
     def run(self, learning_rate: float, seed: int, clock: Clock) -> dict[str, Any]:
         """Train and validate; return the results.
@@ -269,6 +373,7 @@ class Experiment:
             "curve": [(step, loss if math.isfinite(loss) else None) for step, loss in curve],
             "train_loss": _mean(self.trainer.losses()[-50:]) if finite else None,
             "loss_by_position": by_position(nats) if finite else None,
+            "loss_by_part": by_part(nats, self.text.window_parts(plan.length)) if finite else None,
             "long": self._long() if finite and plan.extrapolate else None,
             "switched_off": self._without_each(lambda: difference(self._validate(), nats)) if finite else None,
             "seconds": seconds,
@@ -302,13 +407,14 @@ class Experiment:
     def _validate(self) -> Tensor:
         """Return the nats of every held-out token, float64 (W, N) on the CPU, NaN at padding."""
         ids, labels = self.windows
-        return self._nats(ids, labels, batch=max(1, 4 * self.plan.batch))
+        return self._nats(ids, labels, batch=self._rows)
 
     def _long(self) -> dict[str, Any]:
         """Return the nats by position in long stretches, and those of the same tokens in windows of training."""
-        ids, labels = (x.to(self.device) for x in self.text.stretches(self.plan.extrapolate))
+        stretches = self.text.stretches(self.plan.extrapolate) if self.long is None else self.long
+        ids, labels = (x.to(self.device) for x in stretches)
         long = self._nats(ids, labels, batch=1)
-        short = self._nats(*(x.reshape(-1, self.plan.length) for x in (ids, labels)), batch=4 * self.plan.batch)
+        short = self._nats(*(x.reshape(-1, self.plan.length) for x in (ids, labels)), batch=self._rows)
         return {
             "stretches": len(ids),
             "by_position": by_position(long),
@@ -320,7 +426,7 @@ class Experiment:
     def _without_each(self, measure: Callable[[], T]) -> dict[str, T]:
         """Return a measurement of a Phase 2 model with each of its mechanisms off, by name; empty for a peer."""
         model, found = self.entry.model, {}
-        if isinstance(model, Phase2IntegratedModel):
+        if isinstance(model, Phase2IntegratedModel) and self.switching:
             for name, switch in mechanisms_of(self.entry.name).items():
                 with switch.off(model):
                     found[name] = measure()
@@ -362,6 +468,12 @@ def by_position(nats: Tensor) -> dict[str, float]:
         means[f"{start}-{end}"] = nats[:, start:end].nanmean().item()
         start = end
     return means
+
+
+def by_part(nats: Tensor, parts: Sequence[str]) -> dict[str, float]:
+    """Return the mean of nats (W, N), NaN where there is none, over the windows of each part; empty without parts."""
+    chosen = {part: torch.tensor([other == part for other in parts]) for part in sorted(set(parts))}
+    return {part: nats[rows].nanmean().item() for part, rows in chosen.items()}
 
 
 def evaluation_steps(steps: int, count: int) -> list[int]:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from experiments.quality.cores import gated_delta_rule, gated_linear_attention
 from resolvent.benchmark.peers import rotate, rotations
 from resolvent.ops import dissipative_memory
+from resolvent.ops.memory_rotation import angles_of
 from resolvent.ops.normalize import unit_length, unit_rms
 from resolvent.ops.precision import at_least_float32
+from resolvent.ops.prefix_sum import prefix_sum
 from resolvent.ops.short_conv import causal_conv
 
 FLOAT_BYTES = 4
@@ -147,6 +149,77 @@ class Mamba2(Mixer):
     def state_bytes(self, length: int) -> int:
         tail = (self.CONV - 1) * self.conv_weight.shape[1]
         return FLOAT_BYTES * (self.heads * self.head_dim * self.state + tail)
+
+
+class Mamba3(Mixer):
+    """The form of Mamba-3 (2026): no convolution, keys and queries with norm and bias, rotation by data, trapezoid.
+
+    The state turns by the angle ``π tanh(a_t) Δ_t`` and decays by ``exp(-Δ_t A_t)``. A token writes ``k_t v_tᵀ`` twice:
+    times ``λ_t Δ_t`` at once, and times ``(1 - λ) Δ`` of the next token with the decay and the turn of that. Half of
+    the channels of keys and queries turn. The gated read-out is normalised, as in Mamba-2.
+
+    Args:
+        width: D; the inner width is 2 D.
+        head_dim: V.
+        state: K, a multiple of 4.
+    """
+
+    LEAST_RATE = 1e-4
+
+    def __init__(self, width: int, head_dim: int = 64, state: int = 64) -> None:
+        super().__init__()
+        inner = 2 * width
+        self.heads, self.head_dim, self.state = inner // head_dim, head_dim, state
+        self.parts = [inner, inner, state, state, *[self.heads] * 3, state // 4]
+        self.in_proj = nn.Linear(width, sum(self.parts), bias=False)
+        self.dt_bias, self.skip = (nn.Parameter(torch.empty(self.heads)) for _ in range(2))
+        self.key_weight, self.query_weight = (nn.Parameter(torch.empty(state)) for _ in range(2))
+        self.key_bias, self.query_bias = (nn.Parameter(torch.empty(self.heads * state)) for _ in range(2))
+        self.norm_weight = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, width, bias=False)
+
+    def reset(self, generator: torch.Generator) -> None:
+        reset_rates(self.dt_bias, torch.empty_like(self.dt_bias), generator)
+        vectors = (self.skip, self.key_weight, self.query_weight, self.key_bias, self.query_bias, self.norm_weight)
+        for parameter in vectors:
+            parameter.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, v, k, q, dt, rate, mix, angle = self.in_proj(x).split(self.parts, dim=-1)
+        v = v.unflatten(-1, (self.heads, -1))
+        dt = F.softplus(at_least_float32(dt) + self.dt_bias)
+        decay = dt * F.softplus(at_least_float32(rate)).clamp(min=self.LEAST_RATE)
+        now = dt * torch.sigmoid(at_least_float32(mix))
+        turns = 0.5 * torch.tanh(at_least_float32(angle)).unsqueeze(-2) * dt.unsqueeze(-1)
+        phases = prefix_sum(turns.double(), dim=1)
+        k = self._turned(unit_rms(k) * self.key_weight, self.key_bias, phases)
+        q = self._turned(unit_rms(q) * self.query_weight, self.query_bias, phases)
+        ones = torch.ones_like(self.skip)
+        y, _ = dissipative_memory(q, k, (v * now.unsqueeze(-1)).to(v.dtype), decay, ones)
+        late = ((dt - now) * torch.exp(-decay)).unsqueeze(-1) * one_later(v)
+        y_late, _ = dissipative_memory(q, one_later(k), late.to(v.dtype), decay, ones)
+        y = (y + y_late + self.skip.unsqueeze(-1) * v).flatten(-2)
+        return self.out_proj(unit_rms(y * F.silu(gate)) * self.norm_weight)
+
+    def _turned(self, x: Tensor, bias: Tensor, phases: Tensor) -> Tensor:
+        """Add the bias of each head to keys (B, N, K), and turn half of the channels by phases (B, N, H, K / 4)."""
+        heads = (x.unsqueeze(-2) + bias.view(self.heads, -1)).to(x.dtype)
+        turning, still = heads.chunk(2, dim=-1)
+        angles = angles_of(phases, at_least_float32(heads).dtype)
+        cos, sin = angles.cos(), angles.sin()
+        a, b = turning.chunk(2, dim=-1)
+        return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), still], dim=-1)
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of memory, phases (eight each), and the key and value of the last token."""
+        memory = self.heads * self.head_dim * self.state
+        last = self.heads * (self.state + self.head_dim)
+        return FLOAT_BYTES * (memory + last + 2 * self.heads * self.state // 4)
+
+
+def one_later(x: Tensor) -> Tensor:
+    """Shift tokens (B, N, H, X) by one; the first is zero."""
+    return F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0))
 
 
 class GatedDeltaNet(Mixer):

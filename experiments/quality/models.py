@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from experiments.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mixer
+from experiments.quality.attention import WindowedAttention
+from experiments.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mamba3, Mixer
 from experiments.quality.variants import parse_variant
 from resolvent.layers import GatedFeedForward
 from resolvent.models.phase2 import Phase2Block, Phase2Config, Phase2IntegratedModel
@@ -23,10 +25,12 @@ PEERS: dict[str, Callable[[int], Mixer]] = {
     "transformer": lambda width: Attention(width, width // HEAD_DIM),
     "gla": lambda width: GLA(width, max(1, width // (2 * HEAD_DIM))),
     "mamba2": lambda width: Mamba2(width),
+    "mamba3": lambda width: Mamba3(width),
     "gated-deltanet": lambda width: GatedDeltaNet(width, width // HEAD_DIM),
 }
-"""Mixers of a width. Keys are 64 wide; GLA, Gated DeltaNet and Phase 2 hold memories of the same size, Mamba-2 of twice
-the size."""
+"""Mixers of a width. Keys are 64 wide; GLA, Gated DeltaNet and Phase 2 hold memories of the same size, Mamba-2 and
+Mamba-3 of twice the size. Behind a name may stand `/hybrid`, for the attention layers of our hybrids in every third
+block, over half of a training sequence, and `/hybrid/window-512` or `/hybrid/window-all` for another window."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +86,24 @@ class PeerModel(nn.Module):
         mixer: makes a block's mixer.
         hidden: width of the feed-forward parts; 0 for none.
         embedding_factor: factor of the embeddings; sqrt(width), as in Phase 2, if None.
+        third: makes the mixer of every third block; None for ``mixer``.
     """
 
     def __init__(
-        self, size: Size, mixer: Callable[[int], Mixer], hidden: int, embedding_factor: float | None = None
+        self,
+        size: Size,
+        mixer: Callable[[int], Mixer],
+        hidden: int,
+        embedding_factor: float | None = None,
+        third: Callable[[int], Mixer] | None = None,
     ) -> None:
         super().__init__()
         self.vocab_size = size.vocabulary
         self.embedding_factor = size.width**0.5 if embedding_factor is None else embedding_factor
         self.token_embedding = nn.Embedding(size.vocabulary, size.width)
         self.dropout = nn.Dropout(size.dropout)
-        self.blocks = nn.ModuleList(
-            PeerBlock(mixer(size.width), size.width, hidden, size.dropout) for _ in range(size.layers)
-        )
+        makers = [third if third and i % 3 == 2 else mixer for i in range(size.layers)]
+        self.blocks = nn.ModuleList(PeerBlock(make(size.width), size.width, hidden, size.dropout) for make in makers)
         self.ln_f = nn.RMSNorm(size.width, eps=1e-5)
         self.lm_head = nn.Linear(size.width, size.vocabulary, bias=False)
         self.lm_head.weight = self.token_embedding.weight
@@ -144,12 +153,14 @@ class Entry:
         model: has ``hidden_states`` and ``forward(input_ids, labels=...)``.
         reset: draws fresh weights in place, from a seed.
         state_bytes: size of its state at the end of a training sequence, in float32.
+        rate_factors: factors of the learning rate of AdamW, by the endings of the names of parameters.
     """
 
     name: str
     model: Any
     reset: Callable[[int], None]
     state_bytes: int
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -163,7 +174,9 @@ def build(name: str, size: Size, device: torch.device | str = "cpu") -> Entry:
     Raises:
         ValueError: there is none of this name, or it cannot have so few or so many parameters.
     """
-    for like in (name.partition("/")[0], name):  # a variant keeps the widths of Phase 2, and so its weights, if it can
+    base = name.partition("/")[0]
+    # A variant keeps the widths of Phase 2, and so its weights, if it can.
+    for like in (base, name) if base == "phase2" else (name,):
         entry = _maker(name, size)(_feed_forward_width(_maker(like, size), size.parameters))
         if abs(entry.parameters / size.parameters - 1) <= TOLERANCE:
             entry.model.to(device)
@@ -178,15 +191,31 @@ def _feed_forward_width(make: Callable[[int], Entry], parameters: int) -> int:
 
 
 def _maker(name: str, size: Size) -> Callable[[int], Entry]:
-    return _peer(name, size) if name in PEERS else _phase2(name, size)
+    return _peer(name, size) if name.partition("/")[0] in PEERS else _phase2(name, size)
 
 
 def _peer(name: str, size: Size) -> Callable[[int], Entry]:
+    base, *parts = name.split("/")
+    third = _attention_of_hybrid(name, parts, size) if parts else None
+
     def make(hidden: int) -> Entry:
-        model = PeerModel(size, PEERS[name], hidden)
+        model = PeerModel(size, PEERS[base], hidden, third=third)
         return Entry(name, model, model.reset, model.state_bytes(size.length))
 
     return make
+
+
+def _attention_of_hybrid(name: str, parts: list[str], size: Size) -> Callable[[int], Mixer]:
+    """Return what makes the attention of a peer's hybrid, given the parts behind the peer's name."""
+    found = re.fullmatch(r"hybrid(?:/window-(all|[1-9]\d*))?", "/".join(parts))
+    if not found or size.layers < 3:
+        raise ValueError(
+            f"there is no {name!r} of {size.layers} blocks: a peer's variants are /hybrid, with three "
+            "blocks and more, and /hybrid/window-512, say"
+        )
+    chosen = found[1] or str(size.length // 2)
+    window = None if chosen == "all" else int(chosen)
+    return lambda width: WindowedAttention(width, width // HEAD_DIM, window)
 
 
 def _phase2(name: str, size: Size) -> Callable[[int], Entry]:
@@ -210,7 +239,8 @@ def _phase2(name: str, size: Size) -> Callable[[int], Entry]:
         )
         model = Phase2IntegratedModel(Phase2Config(**(sizes | variant.config)), init=False)
         variant.hold(model)
-        return Entry(name, model, lambda seed: variant.reset(model, seed), phase2_state_bytes(model, size.length))
+        state_bytes = phase2_state_bytes(model, size.length)
+        return Entry(name, model, lambda seed: variant.reset(model, seed), state_bytes, variant.rate_factors)
 
     return make
 

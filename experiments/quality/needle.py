@@ -167,15 +167,25 @@ class Experiment(language.Experiment):
         mode: how steps run.
         phrases: of the text's tokenizer.
         probe: what comes after the training.
+        switching: whether to measure Phase 2 with each of its mechanisms off.
     """
 
-    def __init__(self, entry: Entry, text: Text, plan: Plan, mode: Mode, phrases: Phrases, probe: Probe) -> None:
+    def __init__(
+        self,
+        entry: Entry,
+        text: Text,
+        plan: Plan,
+        mode: Mode,
+        phrases: Phrases,
+        probe: Probe,
+        switching: bool = True,
+    ) -> None:
         self.phrases, self.probe = phrases, probe
         self.held_out = np.concatenate(text.validation).astype(np.int64)
         device = next(entry.model.parameters()).device
         shape = (plan.steps, plan.batch, QUESTIONS * phrases.tokens)
         self.positions, self.written = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
-        super().__init__(entry, text, plan, mode)
+        super().__init__(entry, text, plan, mode, switching=switching)
 
     @cached_property
     def seconds(self) -> float:

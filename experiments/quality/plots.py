@@ -1,7 +1,8 @@
-"""Plots of runs: losses, gains of mechanisms, and recall against the size of the state and against distance."""
+"""Plots of runs: losses, also by position, costs of what is left out, recall by size of the state and by distance."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,11 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.quality.report import Row, differences, losses, needles, recalls, standard_error
+from experiments.quality.report import Row, left_out, losses, needles, positions, recalls, standard_error, switched_off
 from experiments.quality.results import Record
 
 _OURS, _OTHERS = "#d55e00", "#0072b2"  # distinct for colour-blind readers, too
-_PANEL = (5.0, 3.4)  # inches
+_PANEL = (5.0, 3.6)  # inches
+_COLUMNS = 2
+_INK, _PAPER = "#010203", "#fdfeff"  # stand for colours that depend on the reader's scheme
+_SCHEMES = (
+    "<style>svg { --ink: #1f2328; --paper: #ffffff }"
+    "@media (prefers-color-scheme: dark) { svg { --ink: #e6edf3; --paper: #0d1117 } }</style>"
+)
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
@@ -25,37 +32,96 @@ def plot(records: Sequence[Record], path: Path) -> None:
     Raises:
         ValueError: there is nothing to draw.
     """
-    drawn = (_language(records), _mechanisms(records), _recall(records), _needle(records))
+    drawn = (
+        _language(records),
+        _mechanisms(records),
+        _switched_off(records),
+        _positions(records, long=False),
+        _positions(records, long=True),
+        _recall(records),
+        _needle(records),
+    )
     panels = [panel for panel in drawn if panel is not None]
     if not panels:
         raise ValueError("the files hold no runs of a language, mqar or needle that stayed finite")
-    width, height = _PANEL
-    figure = Figure(figsize=(width * len(panels), height), layout="constrained")
-    for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw(axes)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "runs"}):  # the same runs give the same file
+    columns = min(_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
+    # The same runs give the same file.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "runs", "axes.facecolor": _PAPER, **ink}):
+        size = _PANEL[0] * columns, _PANEL[1] * rows
+        figure = Figure(figsize=size, layout="constrained", facecolor=_PAPER)
+        places = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes, draw in zip(places, panels, strict=False):
+            draw(axes)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+        for axes in places[len(panels) :]:
+            axes.set_visible(False)
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    if path.suffix == ".svg":
+        _follow_the_scheme(path)
+
+
+def _follow_the_scheme(path: Path) -> None:
+    """Let a picture be dark where the reader's pages are."""
+    picture = path.read_text(encoding="utf-8").replace(_INK, "var(--ink)").replace(_PAPER, "var(--paper)")
+    path.write_text(picture.replace("<defs>", f"{_SCHEMES}<defs>", 1), encoding="utf-8")
 
 
 Draw = Callable[[Axes], None]
 
 
 def _language(records: Sequence[Record]) -> Draw | None:
-    """Draw the setting with the most models, without variants of Phase 2."""
+    """Draw the setting with the most models."""
     rows = max(losses(records), key=len, default=[])
     return (lambda axes: _dots(axes, rows, "held-out loss, nats per token")) if rows else None
 
 
 def _mechanisms(records: Sequence[Record]) -> Draw | None:
-    rows = max(differences(records), key=len, default=[])
+    rows = max(left_out(records), key=len, default=[])
 
     def draw(axes: Axes) -> None:
         _dots(axes, rows, "cost of leaving it out, nats per token")
-        axes.axvline(0.0, color="0.3", linewidth=1)
+        axes.axvline(0.0, color=_INK, linewidth=1)
 
     return draw if rows else None
+
+
+def _switched_off(records: Sequence[Record]) -> Draw | None:
+    """Draw the setting with the most rows, its smallest costs on a linear scale."""
+    found = max(switched_off(records), key=len, default=[])
+    rows = [row for row in found if any(row.values) and not row.name.startswith("phase2/attention")]
+
+    def name(row: str) -> str:
+        model, mechanism = row.split(": ")
+        return f"{_name(mechanism)}, {_whole_name(model).partition(',')[0]}"
+
+    def draw(axes: Axes) -> None:
+        _dots(axes, rows, "cost of zeroing it, nats per token", name)
+        axes.set_xscale("symlog", linthresh=1e-3)
+        axes.axvline(0.0, color=_INK, linewidth=1)
+
+    return draw if rows else None
+
+
+def _positions(records: Sequence[Record], long: bool) -> Draw | None:
+    """Draw the setting with the most models."""
+    found = max(positions(records, long), key=len, default={})
+
+    def draw(axes: Axes) -> None:
+        for i, (name, means) in enumerate(found.items()):
+            model = name.removesuffix(" in windows")
+            dashed = {"linestyle": "--"} if name != model else {}
+            label = _whole_name(model) + name.removeprefix(model)
+            axes.plot(list(means), list(means.values()), label=label, **_look(model, i // (1 + long)), **dashed)
+        axes.set_xscale("log", base=8 if long else 2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlabel("tokens of books read" if long else "tokens read")
+        axes.set_ylabel("nats per token")
+        axes.legend(frameon=False, fontsize="small")
+
+    return draw if found else None
 
 
 def _recall(records: Sequence[Record]) -> Draw | None:
@@ -93,19 +159,22 @@ def _needle(records: Sequence[Record]) -> Draw | None:
     return draw if rows else None
 
 
+_PEERS = ("transformer", "attention", "gla", "mamba2", "mamba3", "gated-deltanet")
+
+
 def _look(model: str, number: int) -> dict[str, Any]:
     return dict(color=_OURS if model.startswith("phase2") else _OTHERS, marker="ox^sDv"[number % 6])
 
 
-def _dots(axes: Axes, rows: Sequence[Row], label: str) -> None:
+def _dots(axes: Axes, rows: Sequence[Row], label: str, name: Callable[[str], str] | None = None) -> None:
     """Draw a row for every name, the smallest mean on top."""
     rows = sorted(rows, key=lambda row: statistics.mean(row.values), reverse=True)
     for height, row in enumerate(rows):
-        colour = _OURS if row.name == "phase2" else _OTHERS
+        colour = _OTHERS if row.name in _PEERS else _OURS
         axes.errorbar(
             statistics.mean(row.values), height, xerr=standard_error(row.values), fmt="o", color=colour, capsize=3
         )
-    axes.set_yticks(range(len(rows)), [_name(row.name) for row in rows])
+    axes.set_yticks(range(len(rows)), [(name or _name)(row.name) for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(label)
@@ -116,6 +185,7 @@ _NAMES = {
     "phase2/bare": "all of them",
     "gated-deltanet": "Gated DeltaNet",
     "mamba2": "Mamba-2",
+    "mamba3": "Mamba-3",
     "gla": "GLA",
     "transformer": "Transformer",
     "attention": "attention",
@@ -123,12 +193,22 @@ _NAMES = {
     "phase2/no-kappa": "Γ in the Hamiltonian",
     "phase2/no-snr": "SNR filter",
     "phase2/no-zeta-init": "zeta initialisation",
+    "bk": "BK-Core",
+    "kappa": "Γ in the Hamiltonian",
+    "snr": "SNR filter",
+    "phase2/hybrid/window-512": "hybrid, window 512",
+    "phase2/attention": "attention, our parts",
+    "phase2/attention/no-conv": "attention: convolution",
+    "phase2/attention/no-qk-norm": "attention: norm of q and k",
+    "phase2/attention/no-norm": "attention: norm of read-out",
+    "phase2/attention/no-gate": "attention: gate",
 }
 
 
 def _whole_name(model: str) -> str:
     """Return the name of a model with all parts of its variant; `_name` has the change alone."""
-    return "Phase 2, " + ", ".join(model.split("/")[1:]) if "/" in model else _name(model)
+    known = model in _NAMES and "/no-" not in model
+    return _NAMES[model] if known else ", ".join(["Phase 2", *model.split("/")[1:]]) if "/" in model else _name(model)
 
 
 def _name(model: str) -> str:

@@ -6,6 +6,7 @@ They show every model at its best learning rate, the learning rates side by side
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
@@ -48,13 +49,68 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def losses(records: Sequence[Record]) -> list[list[Row]]:
-    """Return, per setting, the losses of every model but variants of Phase 2 at its best learning rate."""
+    """Return, per setting, the losses of every whole model at its best learning rate: nothing is left out of it."""
     found = []
     for runs in _by_setting(_of_task(records, "language")):
-        whole = {name: of for name, of in _by_model(runs).items() if not name.startswith("phase2/")}
+        whole = {name: of for name, of in _by_model(runs).items() if not _LEFT_OUT.search(name)}
         best = {name: _at_best(of, "loss", smallest=True)[1] for name, of in whole.items()}
         found.append([Row(name, [run["loss"] for run in kept]) for name, kept in best.items() if kept])
     return found
+
+
+_LEFT_OUT = re.compile(r"/(no-.*|bare|original)$")
+_STARTS = {"phase2/no-base-decay", "phase2/no-reach"}
+"""Variants that start elsewhere, and lack nothing."""
+
+
+def left_out(records: Sequence[Record]) -> list[list[Row]]:
+    """Return, per setting, the loss of every model without a part less that of the model with it, paired by seed."""
+    found = []
+    for runs in _by_setting(_of_task(records, "language")):
+        models = _by_model(runs)
+        bases = {name: _LEFT_OUT.sub("", name) for name in models if _LEFT_OUT.search(name)}
+        gaps = {name: paired(models[name], models[base]) for name, base in bases.items() if base in models}
+        found.append([Row(name, values) for name, values in gaps.items() if values and name not in _STARTS])
+    return found
+
+
+def switched_off(records: Sequence[Record]) -> list[list[Row]]:
+    """Return, per setting, what each whole model loses with a mechanism put to zero after training, a value a seed.
+
+    Rows are named ``model: mechanism``.
+    """
+    found = []
+    for runs in _by_setting(_of_task(records, "language")):
+        rows: dict[str, list[float]] = {}
+        for name, of in _by_model(runs).items():
+            for run in [] if _LEFT_OUT.search(name) else _at_best(of, "loss", smallest=True)[1]:
+                for mechanism, (loss, _) in (run.get("switched_off") or {}).items():
+                    rows.setdefault(f"{name}: {mechanism}", []).append(loss)
+        found.append([Row(name, values) for name, values in rows.items()])
+    return found
+
+
+def positions(records: Sequence[Record], long: bool = False) -> list[dict[str, dict[int, float]]]:
+    """Return, per setting, the mean loss of every whole model by the end of a bucket of positions.
+
+    With ``long``, those of long stretches, and under ``... in windows`` those of the same tokens read in windows.
+    """
+    found = []
+    for runs in _by_setting(_of_task(records, "language")):
+        kept: dict[str, list[dict[str, float]]] = {}
+        for name, of in _by_model(runs).items():
+            for run in [] if _LEFT_OUT.search(name) else _at_best(of, "loss", smallest=True)[1]:
+                if not long:
+                    kept.setdefault(name, []).append(run["loss_by_position"])
+                elif run.get("long"):
+                    kept.setdefault(name, []).append(run["long"]["by_position"])
+                    kept.setdefault(f"{name} in windows", []).append(run["long"]["in_windows"])
+        found.append({name: _mean_by_end(buckets) for name, buckets in kept.items()})
+    return found
+
+
+def _mean_by_end(buckets: Sequence[dict[str, float]]) -> dict[int, float]:
+    return {int(name.split("-")[1]): statistics.mean(run[name] for run in buckets) for name in buckets[0]}
 
 
 def differences(records: Sequence[Record]) -> list[list[Row]]:
@@ -119,6 +175,9 @@ def _language(records: list[Record]) -> list[Table]:
     models = _by_model(records)
     found = [_models_table(_title(records), models), _rates_table("loss by learning rate", models, "loss", 4)]
     found.append(_positions_table("loss by position", models, lambda run: run["loss_by_position"]))
+    parts = [run for run in records if run["finite"] and run.get("loss_by_part")]
+    if parts:
+        found.append(_positions_table("loss by part of the corpus", _by_model(parts), lambda run: run["loss_by_part"]))
     long = [run for run in records if run["finite"] and run.get("long")]
     if long:
         found += [
@@ -134,7 +193,38 @@ def _language(records: list[Record]) -> list[Table]:
     (rows,) = differences(records)
     if rows:
         found.append(_differences_table(rows))
-    return found
+    return [*found, _pairs_table(models), _runs_table(records)]
+
+
+def paired(runs: Iterable[Record], others: Iterable[Record]) -> list[float]:
+    """Return the loss of runs less that of others with the same seed and learning rate."""
+    found = {(run["learning_rate"], run["seed"]): run["loss"] for run in others if run["finite"]}
+    pairs = [((run["learning_rate"], run["seed"]), run["loss"]) for run in runs if run["finite"]]
+    return [loss - found[key] for key, loss in pairs if key in found]
+
+
+def _pairs_table(models: dict[str, list[Record]]) -> Table:
+    """Tabulate the loss of each model (row) less that of each other one (column), paired by seed."""
+    table = _table("difference of loss, row less column, paired by seed and learning rate", "model", *models)
+    for name, runs in models.items():
+        gaps = ([] if name == other else paired(runs, models[other]) for other in models)
+        table.add_row(name, *(average(values, signed=True) for values in gaps))
+    return table
+
+
+def _runs_table(records: list[Record]) -> Table:
+    """Tabulate every run with what is needed to make it again."""
+    table = _table(
+        "runs",
+        *("model", "seed", "optimiser", "lr of AdamW", "lr of Muon", "loss", "tokens", "corpus", "commit"),
+    )
+    for run in sorted(records, key=lambda run: (run["model"], run["learning_rate"], run["seed"])):
+        ratio, rate = run["settings"].get("muon_ratio"), run["learning_rate"]
+        of_muon = "-" if ratio is None else f"{ratio * rate:.3g}"
+        loss = f"{run['loss']:.4f}" if run["finite"] else "not finite"
+        row = [run["model"], str(run["seed"]), "AdamW" if ratio is None else "Muon", f"{rate:.3g}", of_muon, loss]
+        table.add_row(*row, *(_plain(run.get(name, "-")) for name in ("tokens", "corpus_sha256", "commit")))
+    return table
 
 
 def _models_table(title: str, models: dict[str, list[Record]]) -> Table:

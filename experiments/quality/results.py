@@ -35,9 +35,14 @@ def key(record: Record) -> tuple[str, str, str, int]:
     return setting(record), record["model"], f"{record['learning_rate']:.3g}", record["seed"]
 
 
+_MEASURING = {"evaluations", "extrapolate"}
+"""Settings that say what is measured and change no training."""
+
+
 def setting(record: Record) -> str:
     """Return what runs must have in common to be compared: settings and, in `history.jsonl`, the file of origin."""
-    return json.dumps([record.get("from"), record["settings"]], sort_keys=True)
+    training = {name: value for name, value in record["settings"].items() if name not in _MEASURING}
+    return json.dumps([record.get("from"), training], sort_keys=True)
 
 
 def best_learning_rate(records: Iterable[Record], score: str, smallest: bool) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -115,6 +115,7 @@ class Trainer:
         clip: largest norm of a gradient; None for no end.
         weight_decay: of matrices.
         muon_ratio: learning rate of Muon over that of AdamW; None for AdamW alone.
+        rate_factors: factors of the learning rate of AdamW, by the endings of the names of parameters.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Trainer:
         clip: float | None = 1.0,
         weight_decay: float = 0.1,
         muon_ratio: float | None = None,
+        rate_factors: Mapping[str, float] | None = None,
     ) -> None:
         self.model, self.mode, self.steps, self.clip = model, mode, steps, clip
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -142,11 +144,32 @@ class Trainer:
         self.muon_rate, self.muon_ratio = torch.zeros((), device=device), muon_ratio or 1.0
         for group in self.optimizer.param_groups:
             group.update(lr=self.muon_rate if group.get("parts") else self.rate, capturable=self.cuda)
+        self.scaled_rates = [self._scale_rate(*item) for item in (rate_factors or {}).items()]
         started = time.perf_counter()
         model.train()
         self.compiled_error = self._compile(losses[0]) if mode.compiled else None
         self._advances = [self._prepared(loss) for loss in losses]
         self.preparation_seconds = time.perf_counter() - started
+
+    def _scale_rate(self, ending: str, factor: float) -> tuple[Tensor, float]:
+        """Move the parameters whose names end so to groups of their own; return the learning rate of those groups.
+
+        Raises:
+            ValueError: Muon moves one of them, or there is none.
+        """
+        chosen = {p for name, p in self.model.named_parameters() if name.endswith(ending) and p.requires_grad}
+        rate, moved = torch.zeros_like(self.rate), 0
+        for group in list(self.optimizer.param_groups):
+            taken = [p for p in group["params"] if p in chosen]
+            if taken and group.get("parts"):
+                raise ValueError(f"Muon moves {ending}: only learning rates of AdamW can be multiplied")
+            if taken:
+                moved += len(taken)
+                group["params"] = [p for p in group["params"] if p not in chosen]
+                self.optimizer.add_param_group(group | {"params": taken, "lr": rate})
+        if not moved:
+            raise ValueError(f"no trained parameter's name ends with {ending}")
+        return rate, factor
 
     def seconds(self, kinds: Sequence[int]) -> float:
         """Estimate the seconds of steps of these kinds of batches. They change the weights: start anew afterwards."""
@@ -245,6 +268,8 @@ class Trainer:
             clip_grad_norm_(self.parameters, self.clip)
         self.rate.copy_(self.rates.index_select(0, self.step).squeeze(0))
         self.muon_rate.copy_(self.rate * self.muon_ratio)
+        for rate, factor in self.scaled_rates:
+            rate.copy_(self.rate * factor)
         self.optimizer.step()
         self.history.index_copy_(0, self.step, nats.float().unsqueeze(0))
         self.step += 1

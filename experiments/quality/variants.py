@@ -11,9 +11,12 @@
     phase2/hybrid                with attention in every third block, over half of a training sequence
     phase2/hybrid/window-512     ... over the last 512 tokens
     phase2/hybrid/window-all     ... over all tokens
+    phase2/one                   with attention in the block in the middle alone, over half of a training sequence
     phase2/attention             with attention over all tokens in every block
     phase2/rotation              with rotating memories
     phase2/rotation-0.1          ... whose projection to angles starts at a tenth of the spread of other projections
+    phase2/attention/no-qk-norm  with q and k as they are, and scores that are divided by the root of a head's width
+    phase2/gamma-rate-10         with ten times the learning rate for the biases of Γ
 
 BK-Core, Γ in the Hamiltonian and the positions have no switch in the configuration: what leads them to the stream (the
 projection `bk_proj`, the strength κ, the positions' gain) is held at zero instead.
@@ -24,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.quality.attention import with_plain_scores
 from resolvent.evaluation import switched_off
 from resolvent.layers import NonHermitianPotential, ZetaInitializer
 from resolvent.layers.zeta import zeta_zeros
@@ -109,11 +113,14 @@ class Variant:
         config: fields of its configuration.
         zeros: endings of names of parameters that are held at zero.
         original: whether the weights are drawn as in the report's original.
-        attends: ``hybrid`` for attention in every third block, ``attention`` for attention in all.
-        window: tokens to which they attend, ``all`` or a number; None for half a training sequence in a hybrid, and for
-            all tokens where every block attends.
+        attends: ``hybrid`` for attention in every third block, ``one`` for the block in the middle, ``attention`` for
+            attention in all.
+        window: tokens to which they attend, ``all`` or a number; None for all tokens where every block attends, and
+            for half a training sequence elsewhere.
         rotation_start: initial standard deviation of the projections to angles, over that of other projections; None
             for the model's own.
+        plain_scores: whether attention takes q and k without L2 norm and temperature.
+        rate_factors: factors of the learning rate, by the endings of names of parameters.
     """
 
     config: dict[str, Any]
@@ -122,6 +129,8 @@ class Variant:
     attends: str | None = None
     window: str | None = None
     rotation_start: float | None = None
+    plain_scores: bool = False
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
 
     def at(self, layers: int, length: int) -> Variant:
         """Return the variant with the blocks that attend in a model of ``layers``, trained on ``length`` tokens.
@@ -131,15 +140,21 @@ class Variant:
         """
         if self.attends is None:
             return self
-        chosen = tuple(range(2, layers, 3) if self.attends == "hybrid" else range(layers))
+        chosen = {
+            "hybrid": tuple(range(2, layers, 3)),
+            "one": (layers // 2,),
+            "attention": tuple(range(layers)),
+        }[self.attends]
         if not chosen:
             raise ValueError(f"a hybrid attends in every third block, and there are {layers}: take phase2/attention")
-        window = self.window or (str(length // 2) if self.attends == "hybrid" else "all")
+        window = self.window or ("all" if self.attends == "attention" else str(length // 2))
         fields = {"attention_layers": chosen, "attention_window": None if window == "all" else int(window)}
         return dataclasses.replace(self, config=self.config | fields)
 
     def hold(self, model: Phase2IntegratedModel) -> None:
-        """Keep training from what is held at zero."""
+        """Keep training from what is held at zero, and put in the layers that no field of the configuration has."""
+        if self.plain_scores:
+            with_plain_scores(model)
         for parameter in _ending(model, self.zeros):
             parameter.requires_grad_(False)
 
@@ -195,6 +210,7 @@ def parse_variant(name: str) -> Variant:
     _, *parts = name.split("/")
     off, original, config = set[str](), False, dict[str, Any]()
     attends = window = rotation_start = None
+    plain_scores, rate_factors = False, dict[str, float]()
     for part in parts:
         mechanism = part.removeprefix("no-")
         if part == "bare":
@@ -209,30 +225,34 @@ def parse_variant(name: str) -> Variant:
                 "ffn_gated": False,
                 "snr_trained": False,
             }
-        elif part in ("hybrid", "attention"):
+        elif part in ("hybrid", "one", "attention"):
             attends = part
         elif re.fullmatch(r"window-(all|[1-9]\d*)", part):
             window = part.removeprefix("window-")
         elif start := re.fullmatch(r"rotation(?:-(\d+(?:\.\d+)?))?", part):
             config["memory_rotation"] = True
             rotation_start = None if start[1] is None else float(start[1])
+        elif part == "no-qk-norm":
+            plain_scores = True
+        elif factor := re.fullmatch(r"gamma-rate-(\d+(?:\.\d+)?)", part):
+            rate_factors["gamma_bias"] = float(factor[1])
         elif mechanism not in MECHANISMS | OPTIONS:
             known = ", ".join(["bare", "original", *MECHANISMS, *OPTIONS])
             raise ValueError(
                 f"{name}: there is no {part!r}; known are {known}, each but the first two also with no-, hybrid, "
-                "attention, window-all and window-512, rotation and rotation-0.1, say"
+                "one, attention, window-all and window-512, rotation and rotation-0.1, no-qk-norm, gamma-rate-10, say"
             )
         elif part == mechanism:
             off.discard(part)
         else:
             off.add(mechanism)
     if window and not attends:
-        raise ValueError(f"{name}: window-{window} needs hybrid or attention")
+        raise ValueError(f"{name}: window-{window} needs hybrid, one or attention")
     switches = [switch for key, switch in (MECHANISMS | OPTIONS).items() if key in off]
     for switch in switches:
         config |= switch.config
     zeros = tuple(zero for switch in switches for zero in switch.zeros)
-    return Variant(config, zeros, original, attends, window, rotation_start)
+    return Variant(config, zeros, original, attends, window, rotation_start, plain_scores, rate_factors)
 
 
 def original_initialisation(model: Phase2IntegratedModel, generator: torch.Generator) -> None:

@@ -205,7 +205,7 @@ def test_context_of_the_transformer(
     case = decoding.Case("tiny", few=20, many=40, piece=50, context=context, generated=2)
     read: list[int] = []
 
-    def speed(bench: Bench, case: decoding.Case, context: int, compiled: bool) -> float:
+    def speed(bench: Bench, case: decoding.Case, context: int, *options: object) -> float:
         read.append(context)
         return float(context)
 

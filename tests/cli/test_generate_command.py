@@ -1,9 +1,15 @@
+import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from resolvent.data.tokenization import TOKENIZER_FILES
+from resolvent.models import load_model
+from resolvent.models.storage import save_model
 from tests.data.test_detokenization import metaspace
 
 from .conftest import call
@@ -122,3 +128,19 @@ def metaspace_run(tmp_path_factory: pytest.TempPathFactory, small: list[str]) ->
     options = ["--data", folder / "text.txt", "--tokenizer", folder / "tokenizer.json", "--steps", 60]
     assert call("train", *options, "--learning-rate", "1e-2", "--out", folder / "run", *small) == 0
     return folder / "run"
+
+
+def test_int8_weights_generate_or_are_refused(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
+    outcome = resolvent("generate", run_dir, "--weights", "int8")
+    assert outcome.code == 2
+    assert "at least 256 rows and columns" in " ".join(outcome.err.replace("│", "").split())
+    model = load_model(run_dir, "cpu")
+    torch.manual_seed(0)
+    wide = type(model)(dataclasses.replace(model.config, d_model=256, num_heads=4, head_dim=64))
+    save_model(wide, tmp_path / "run")
+    for name in TOKENIZER_FILES:
+        shutil.copy(run_dir / name, tmp_path / "run" / name)
+    options = ["generate", tmp_path / "run", "--prompt", "Rhyme", "--max-new-tokens", 5, "--temperature", 0]
+    outcomes = [resolvent(*options, "--weights", weights) for weights in ("full", "int8")]
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    assert all(outcome.out.startswith("Rhyme") for outcome in outcomes)

@@ -2,11 +2,19 @@ import pytest
 import torch
 from torch import nn
 
+from resolvent.layers import linear
 from resolvent.layers.linear import LowRankLinear, is_plain, products, sum_of_products
 
 
 class Wrapped(nn.Linear):
     pass
+
+
+@pytest.fixture(params=[True, False], ids=["joined", "apart"], autouse=True)
+def joined(request, monkeypatch):
+    """Products as on CUDA, joined, and as on a CPU."""
+    monkeypatch.setattr(linear, "_launches_cost", lambda device: request.param)
+    return request.param
 
 
 def test_a_linear_map_is_plain_until_something_acts_on_its_calls():
@@ -21,9 +29,10 @@ def test_a_linear_map_is_plain_until_something_acts_on_its_calls():
     assert is_plain(post)
 
 
-def test_products_of_several_layers_are_those_of_each():
+def test_products_of_several_layers_are_those_of_each(joined):
     layers, x = [nn.Linear(8, 5, bias=False), None, nn.Linear(8, 3, bias=False)], torch.randn(2, 7, 8)
     found = products(x, layers)
+    assert (found[0]._base is found[2]._base is not None) == joined  # views of one product
     assert found[1] is None
     for layer, out in zip(layers, found, strict=True):
         assert layer is None or torch.allclose(out, layer(x), atol=1e-6)

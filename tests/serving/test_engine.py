@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from resolvent.models import reading
+from resolvent.models import decoding, reading
 from resolvent.models.sampling import SamplingOptions
 from resolvent.serving import engine as engine_module
-from resolvent.serving import runner
 from resolvent.serving.engine import Engine
 from resolvent.serving.requests import DeadlineError, Failure, OverloadedError, Request
 from resolvent.serving.runner import CapturedRunner
@@ -210,7 +209,8 @@ def test_failing_step_fails_its_requests_alone(engine, model, monkeypatch, caplo
     inbox, _ = submit(engine, prompt_of(5), max_tokens=1_000_000)
     inbox.events.get(timeout=60)
     with monkeypatch.context() as patch:
-        patch.setattr(engine._model, "hidden_states", lambda *_, **__: 1 / 0)
+        for part in ("logits", "hidden_states"):  # of a step, and of reading a prompt
+            patch.setattr(engine._model, part, lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             inbox.complete()
         with pytest.raises(ZeroDivisionError):
@@ -233,7 +233,7 @@ def test_closing_fails_what_is_not_answered(model):
 
 @pytest.mark.parametrize("model", [PHASE1, HYBRID], ids=["phase1", "hybrid"], indirect=True)
 def test_slots_of_captured_steps_equal_single_runs(model, monkeypatch):
-    for module in (reading, runner):
+    for module in (reading, decoding):
         monkeypatch.setattr(module, "captured", launched)
     monkeypatch.setattr(engine_module, "make_runner", lambda model, *sizes: CapturedRunner(model, CPU, *sizes))
     engine = Engine(model, max_sequences=6, max_queue=20, cache_bytes=1 << 24, block=BLOCK)

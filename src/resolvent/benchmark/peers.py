@@ -121,7 +121,7 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """Return an empty cache for `capacity` tokens per sequence."""
-        weight = self.lm_head.weight
+        weight = self.ln_f.weight
         shape = (len(self.blocks), batch_size, self.num_heads, capacity, self.head_dim)
         return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
 

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.console import print_text
-from resolvent.cli.loading import Device, Directory, sampling_options
-from resolvent.runs import load_trained, run_of
+from resolvent.cli.loading import Device, Directory, Weights, load_for_generation, sampling_options
+from resolvent.runs import run_of
 from resolvent.seeds import MOST_SEED
 
 _PROMPT = "> "
@@ -34,20 +34,21 @@ def chat(
         int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Most tokens of an answer.")
     ] = 512,
     device: Device = "auto",
+    weights: Weights = "full",
 ) -> None:
     """Talk to a model.
 
-    A line is said to the model, whose answer is shown while it is written; /help lists the commands. The state is kept
-    between turns: a turn costs its own tokens, however long the conversation. /save writes it to a file, and /load goes
-    on from there. Where standard input is no terminal, every line of it is said.
+    Each line is sent to the model, and the answer appears while it is written; /help lists the commands. The state is
+    kept between turns, so a turn costs its own tokens, however long the conversation is. /save writes the state to a
+    file, and --load reads it. Where standard input is no terminal, every line of it is sent.
 
-    A model answers as well as it was taught to. Its chat template is taken from the run folder (chat_template.jinja or
+    The chat template is taken from the run folder (chat_template.jinja or
     tokenizer_config.json); without one, lines that name the speakers stand between the turns.
 
     Example: [bold]resolvent chat runs/tiny --temperature 0.7[/bold]
     """
     options = sampling_options(temperature=temperature)
-    model, tokenizer = load_trained(directory, device)
+    model, tokenizer = load_for_generation(directory, device, weights)
     from resolvent.data.chat_template import ChatTemplate
     from resolvent.serving.chat import Chat
     from resolvent.serving.conversation import Conversation

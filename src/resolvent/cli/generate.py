@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resolvent.cli.console import print_text
-from resolvent.cli.loading import Device, Directory, given_text, sampling_options
-from resolvent.runs import load_trained
+from resolvent.cli.loading import Device, Directory, Weights, given_text, load_for_generation, sampling_options
 from resolvent.seeds import MOST_SEED
 
 if TYPE_CHECKING:
@@ -53,6 +52,7 @@ def generate(
     samples: Annotated[int, typer.Option(min=1, help="Texts to generate from one reading of the prompt.")] = 1,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text during generation.")] = False,
     device: Device = "auto",
+    weights: Weights = "full",
 ) -> None:
     """Generate text with a trained model.
 
@@ -80,7 +80,7 @@ def generate(
         "frequency_penalty": frequency_penalty,
     }
     sampling_options(**sampling)
-    model, tokenizer = load_trained(directory, device)
+    model, tokenizer = load_for_generation(directory, device, weights)
     from resolvent.device import deterministic
 
     prompt = given_text(prompt_file, prompt)

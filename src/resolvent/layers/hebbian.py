@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import Consolidation, MemoryState, dissipative_memory
-from ..ops.memory_rotation import accumulate_phases
+from ..ops.memory_rotation import accumulate_phases, plateau_turns
 from ..ops.packed import count_sequences
 from ..ops.precision import at_least_float32, for_products
 from .heads import HeadsLayer
@@ -42,7 +42,8 @@ class DissipativeHebbianLayer(HeadsLayer):
 
     A short causal convolution mixes neighbouring tokens before q, k and v. Queries and keys are L2-normalised; η is one
     positive number per head. The read-out of each head is RMS-normalised and multiplied by a gate of low rank. With
-    ``rotation``, every token turns the pairs of channels of q and k of all heads by ``π tanh(rotation_proj(x)) dt``.
+    ``rotation``, every token rotates the pairs of channels of q and k of all heads by
+    ``plateau_turns(rotation_proj(x)) dt`` turns.
 
     Args:
         d_model: width D.
@@ -105,7 +106,7 @@ class DissipativeHebbianLayer(HeadsLayer):
                 projected = F.linear(at_least_float32(x), at_least_float32(self.rotation_proj.weight))
         else:
             projected = at_least_float32(self.rotation_proj(x))
-        return accumulate_phases(torch.tanh(projected) * (self.dt / 2), start, cu_seqlens)
+        return accumulate_phases(plateau_turns(projected) * self.dt, start, cu_seqlens)
 
     @property
     def state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """Linear maps: of low rank, several of them in one product, and the test for plain ones."""
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class LowRankLinear(nn.Module):
         return (up @ down).to(self.up.weight.dtype), self.up.bias.cpu().clone()
 
 
-def is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Return True if a call of the module is a product with its weight, plus a bias, and nothing else.
 
     Such a module is no adapter, and no hook or wrapped ``forward`` has to gather the weight first.
@@ -49,15 +50,25 @@ Projected = Sequence[Tensor | None]
 def products(x: Tensor, layers: Sequence[nn.Linear | None]) -> list[Tensor | None]:
     """Return the products of x (..., D) with several layers, None for None.
 
-    Where all of several layers are plain it is one product with their concatenated weights, which reads x once.
+    Where joining pays (``_joins``) it is one product with their concatenated weights, which reads x once.
     """
     present = [layer for layer in layers if layer is not None]
-    if len(present) > 1 and all(map(is_plain, present)):
+    if _joins(x, present):
         joined = F.linear(x, torch.cat([layer.weight for layer in present]), _biases(present))
         outputs = iter(joined.split([layer.out_features for layer in present], dim=-1))
     else:
         outputs = iter([layer(x) for layer in present])
     return [None if layer is None else next(outputs) for layer in layers]
+
+
+def _joins(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
+    """Return True if one product with the concatenated weights of layers takes the place of a product with each."""
+    return len(layers) > 1 and _launches_cost(x.device) and all(map(is_plain, layers))
+
+
+def _launches_cost(device: torch.device) -> bool:
+    """Return True if a launch costs more than the concatenation of weights, anew at every call: not on a CPU."""
+    return device.type != "cpu"
 
 
 def _biases(layers: Sequence[nn.Linear]) -> Tensor | None:
@@ -72,9 +83,9 @@ def _biases(layers: Sequence[nn.Linear]) -> Tensor | None:
 def sum_of_products(inputs: Sequence[Tensor], layers: Sequence[nn.Linear]) -> Tensor:
     """Return the sum of the products of several inputs (..., D_i), each with its own layer without a bias: (..., R).
 
-    Where all layers are plain it is one product of the concatenated columns.
+    Where joining pays (``_joins``) it is one product of the concatenated columns.
     """
-    if len(layers) > 1 and all(is_plain(layer) and layer.bias is None for layer in layers):
+    if _joins(inputs[0], layers) and all(layer.bias is None for layer in layers):
         return F.linear(torch.cat(list(inputs), dim=-1), torch.cat([layer.weight for layer in layers], dim=1))
     first, *others = (layer(x) for x, layer in zip(inputs, layers, strict=True))
     return sum(others, start=first)

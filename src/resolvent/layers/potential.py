@@ -127,6 +127,16 @@ class DissipativeBKLayer(nn.Module):
         self.energy.copy_(torch.linspace(-1, 1, len(self.energy)) if len(self.energy) > 1 else torch.zeros(1))
         self.log_zeta.fill_(math.log(self.initial_zeta))
 
+    @property
+    def zeta(self) -> Tensor:
+        """ζ > 0 of every head, (H,) float32 or wider."""
+        return at_least_float32(self.log_zeta).exp()
+
+    @property
+    def coupling(self) -> Tensor:
+        """Modulus m >= 0 of the product of the hoppings of every head, (H,) float32 or wider."""
+        return (at_least_float32(self.h0_super) * at_least_float32(self.h0_sub)).abs()
+
     def forward(
         self,
         x: Tensor,
@@ -151,12 +161,10 @@ class DissipativeBKLayer(nn.Module):
         # Outside autocast: a resolvent near its pole has no digits to spare.
         with torch.autocast(x.device.type, enabled=False):
             kappa = _modulus(at_least_float32(self.kappa))
-            energy, zeta = at_least_float32(self.energy), at_least_float32(self.log_zeta).exp()
-            alpha = effective_diagonal(potential, gamma, kappa, energy, zeta)
-            coupling = (at_least_float32(self.h0_super) * at_least_float32(self.h0_sub)).abs()
+            alpha = effective_diagonal(potential, gamma, kappa, at_least_float32(self.energy), self.zeta)
             features, new_state = resolvent_features(
                 alpha,
-                coupling,
+                self.coupling,
                 initial_state=state,
                 cu_seqlens=cu_seqlens,
                 backend=self.backend,

@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,27 +41,20 @@ class StreamingModel(Protocol[State]):
 class CapturedStep:
     """One-token step of a model as a CUDA graph, which replays all its kernels with one launch.
 
-    Token and state are in memory of the graph. The graph holds the weights of the model by their addresses: change them
-    in place or capture again.
+    The graph holds token, state and weights by their addresses: change them in place or capture again.
 
     Args:
         model: a model on CUDA, in evaluation mode.
-        state: state of the sequences; it is copied.
+        state: state of the sequences, with the position on its device; every call updates its tensors.
+        token: tokens that a call reads, one of every sequence, int64 (B,).
     """
 
-    def __init__(self, model: StreamingModel[State], state: State) -> None:
-        device = state.device
-        self._token = torch.zeros(len(state), dtype=torch.int64, device=device)
-        trial = token_step(model, state)  # warming up uses its state up
-        self._step = token_step(model, state)
-        self._graph, self._logits = captured(device, lambda: self._step(self._token), lambda: trial(self._token))
+    def __init__(self, model: StreamingModel[State], state: State, token: Tensor) -> None:
+        trial, self._step = token_step(model, state), step_in_place(model, state)  # the trial has a copy
+        self._graph, self._logits = captured(state.device, lambda: self._step(token), lambda: trial(token))
 
-    def __call__(self, token: Tensor) -> Tensor:
-        """Read a token of every sequence, int64 (B,), and return the logits of the next, (B, V).
-
-        The next call overwrites the logits.
-        """
-        self._token.copy_(token)
+    def __call__(self) -> Tensor:
+        """Read the tokens, and return the logits of the next, (B, V), which the next call overwrites."""
         self._graph.replay()
         return self._logits
 
@@ -100,6 +93,36 @@ def captured(
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the stream on which steps are captured: cuBLAS keeps a workspace for every stream it has seen."""
     return torch.cuda.Stream(device)
+
+
+class TokenReader(Generic[State]):
+    """Reads one token of every sequence per call, on the CPU with the step of its own that a model has for it.
+
+    Args:
+        model: a model in evaluation mode.
+        state: state of the sequences. A step of its own works on a copy; otherwise a state that is ``reusable`` is
+            overwritten.
+
+    Attributes:
+        state: state after the tokens read so far; the next call may overwrite it.
+    """
+
+    def __init__(self, model: StreamingModel[State], state: State) -> None:
+        self._model, self.state = model, state
+        self._step: Callable[[Tensor], Tensor] | None = None
+        self._begun = False
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """Read a token of every sequence, int64 (B,), and return the logits of the next, (B, V)."""
+        if not self._begun and self.state.device.type == "cpu":
+            copy = self.state.clone()
+            if (step := self._model.fused_step(copy.reusable())) is not None:
+                self._step, self.state = step, copy
+        self._begun = True
+        if self._step is not None:
+            return self._step(token)
+        logits, self.state = read_token(self._model, token, self.state)
+        return logits
 
 
 def token_step(model: StreamingModel[State], state: State) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.precision import at_least_float32
 from ..seeds import check_seed
-from .decoding import StreamingModel, read_token
+from .decoding import StreamingModel, TokenReader
 from .inference import inference_view
 from .reading import read_prompts
 from .sampling import Draw, Penalties, RowGenerators, Sampler, SamplingOptions, device_uniform
@@ -48,9 +48,9 @@ class Generation(nn.Module, Generic[State]):
         return False
 
     def fused_step(self, state: State) -> Callable[[Tensor], Tensor] | None:
-        """Return kernels that read one token after another (see ``models.decoding``); None where the model has none.
+        """Return a step of its own that reads one token after another (see ``models.decoding``); None for none.
 
-        The kernels update ``state``, whose position is on its device.
+        The step updates ``state``, whose position is on its device.
         """
         return None
 
@@ -175,7 +175,8 @@ def _draws(
     if samples > 1:
         hidden, state = hidden.repeat_interleave(samples, dim=0), state.repeat(samples)
     logits = at_least_float32(model.logits(hidden))
-    writer = Writer(_Step(model, state), sampler, top, eos_token_id, logits)
+    reader = TokenReader(model, state.reusable())  # the only one that reads on from it, until the writer captures
+    writer = Writer(reader, sampler, top, eos_token_id, logits)
     draw = writer.first
     for remaining in range(max_new_tokens, 0, -1):
         yield draw
@@ -188,20 +189,6 @@ def _draws(
             else:
                 writer.capture(model, state)
         draw = writer()
-
-
-class _Step(Generic[State]):
-    """Forward pass that reads a token of every sequence, int64 (B,), and returns the logits of the next.
-
-    The tensors of the state are not overwritten before the second call.
-    """
-
-    def __init__(self, model: StreamingModel[State], state: State) -> None:
-        self._model, self._state = model, state
-
-    def __call__(self, token: Tensor) -> Tensor:
-        logits, self._state = read_token(self._model, token, self._state.reusable())
-        return logits
 
 
 def sample(

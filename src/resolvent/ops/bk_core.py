@@ -214,6 +214,10 @@ def _causal_torch(
     count_run("resolvent_diagonal", "torch")
     alpha_BNH = torch.view_as_complex(alpha_BNH2)
     batch, length, heads = alpha_BNH.shape
+    if length == 1 and cu_seqlens is None and initial_state_SH2 is not None:
+        final_BH = resolvent_step(alpha_BNH[:, 0], coupling_H, torch.view_as_complex(initial_state_SH2))
+        pairs_BH2 = torch.view_as_real(final_BH)
+        return pairs_BH2.unsqueeze(1), pairs_BH2
     starts, ends = _bounds(alpha_BNH, cu_seqlens)
     links_1NH = _links(coupling_H, starts, length)
 

@@ -10,8 +10,14 @@ from torch import Tensor
 
 from .precision import at_least_float32
 
+RMS_EPS = 1e-5
+"""Added to the mean square of a vector that is RMS-normalised."""
 
-def unit_rms(x: Tensor, eps: float = 1e-5) -> Tensor:
+LENGTH_EPS = 1e-12
+"""Added to the mean square of a vector that is L2-normalised."""
+
+
+def unit_rms(x: Tensor, eps: float = RMS_EPS) -> Tensor:
     """Return ``x / sqrt(mean(x²) + eps)`` over the last axis: (..., D) -> (..., D) in the dtype of x.
 
     Example:
@@ -32,7 +38,7 @@ def unit_length(x: Tensor) -> Tensor:
         >>> torch.allclose(y.norm(dim=-1), torch.ones(1, 70, 2), atol=1e-3)
         True
     """
-    return _Normalize.apply(x, x.shape[-1] ** -0.5, 1e-12)
+    return _Normalize.apply(x, x.shape[-1] ** -0.5, LENGTH_EPS)
 
 
 class _Normalize(torch.autograd.Function):

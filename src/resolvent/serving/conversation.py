@@ -1,6 +1,5 @@
 """Conversation whose state is kept between turns: a turn reads its own tokens only, however long the talk."""
 
-import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator
@@ -16,11 +15,12 @@ from torch import Tensor
 from ..data.chat_template import ChatTemplate, Message, Rendering
 from ..errors import CheckpointError, ConfigError
 from ..models import IntegratedModel
-from ..models.decoding import read_token
+from ..models.decoding import TokenReader
 from ..models.inference import inference_view
 from ..models.reading import read_prompts
 from ..models.sampling import Penalties, RowGenerators, RowSampler, SamplingOptions
 from ..models.state import EXTRA, ModelState
+from ..models.storage import weights_digest
 from ..native import panics_are_errors
 from ..ops.precision import at_least_float32, wide_dtype
 from ..tensors import read_tensors
@@ -130,7 +130,7 @@ class Conversation:
         if self._read.state is None:
             self._read_text(self._template.render(self.messages, answer=False))
         assert self._read.state is not None
-        record = {"messages": self.messages, "text": self._read.text, "weights": self._fingerprint()}
+        record = {"messages": self.messages, "text": self._read.text, "weights": weights_digest(self._model)}
         extra = {
             _TOKENS: torch.tensor(self._read.tokens),
             _RECORD: torch.from_numpy(np.frombuffer(json.dumps(record).encode(), np.uint8).copy()),
@@ -147,7 +147,7 @@ class Conversation:
         if missing := {_TOKENS, _RECORD} - tensors.keys():
             raise CheckpointError(f"{path} holds no conversation: it has no {min(missing)}")
         record = json.loads(tensors[_RECORD].numpy().tobytes())
-        if record["weights"] != self._fingerprint():
+        if record["weights"] != weights_digest(self._model):
             raise CheckpointError(f"{path} is a conversation with another model: load it where that model talks")
         weight = self._model.lm_head.weight
         state = self._model.state_type.load(path, weight.device)
@@ -166,8 +166,9 @@ class Conversation:
         logits = self._read_text(rendered)
         before, answer = self._read, Answer(self._tokenizer, self._read.tokens, self._template.stop)
         written: list[int] = []
-        state, text, sampler = before.state, "", self._sampler()
-        assert state is not None
+        text, sampler = "", self._sampler()
+        assert before.state is not None
+        reader = TokenReader(self._model, before.state)
         try:
             while answer.finish is None:
                 token = sampler(logits).token
@@ -177,12 +178,12 @@ class Conversation:
                 if piece:
                     yield piece
                 if answer.finish != "stop":
-                    logits, state = read_token(self._model, token, state)
+                    logits = reader(token)
                     written.append(event.token)
         finally:
             whole = answer.finish is not None and text == answer.whole
             self.messages = [*messages, {"role": "assistant", "content": text}]
-            self._read = _Read(before.text + text, (*before.tokens, *written), state) if whole else before
+            self._read = _Read(before.text + text, (*before.tokens, *written), reader.state) if whole else before
             if not whole:  # the state has read tokens of which the text is not part of the conversation
                 self._append(text)
 
@@ -225,11 +226,3 @@ class Conversation:
         state = state.clone()  # which does not hold the activations of a piece
         self._read = _Read(text, (*self._read.tokens, *ids), state)
         return hidden
-
-    def _fingerprint(self) -> str:
-        """Return the SHA-256 of the model's weights."""
-        digest = hashlib.sha256()
-        for name, x in self._model.state_dict().items():
-            digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
-            digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.decoding import captured, read_token, step_in_place, token_step
+from ..models.decoding import CapturedStep, TokenReader
 from ..models.reading import CapturedPiece
 from ..models.state import ModelState
 
@@ -30,7 +30,7 @@ class Runner:
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model, self._device = model, device
-        self._state: ModelState | None = None
+        self._reader: TokenReader[ModelState] | None = None
 
     def read(
         self, pieces: Sequence[np.ndarray], states: Sequence[ModelState | None]
@@ -54,21 +54,27 @@ class Runner:
 
     def join(self, state: ModelState) -> None:
         """Add sequences to the end of the batch."""
-        self._state = state if self._state is None else ModelState.cat([self._state, state])
+        self._begin(state if self._reader is None else ModelState.cat([self._reader.state, state]))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep some sequences of the batch, in rising order."""
-        self._state = self._state[rows] if self._state is not None and rows else None
+        assert self._reader is not None
+        if rows:
+            self._begin(self._reader.state[rows])
+        else:
+            self._reader = None
 
     def step(self, token: Tensor) -> Tensor:
         """Read a token of every sequence of the batch, int64 (B,), and return the logits of the next, (B, V).
 
         The next step may overwrite them.
         """
-        assert self._state is not None
-        # The runner has the only reference to its state, whose parts may be written in place.
-        logits, self._state = read_token(self._model, token, self._state.reusable())
-        return logits
+        assert self._reader is not None
+        return self._reader(token)
+
+    def _begin(self, state: ModelState) -> None:
+        """Let the steps go on from a state to which there is no other reference."""
+        self._reader = TokenReader(self._model, state.reusable())
 
 
 class CapturedRunner(Runner):
@@ -94,7 +100,7 @@ class CapturedRunner(Runner):
         fresh = state.map(torch.zeros_like)
         self._slots = fresh.repeat(most).clone().with_position_on(device)
         self._token, self._count = torch.zeros(most, dtype=torch.int64, device=device), 0
-        self._steps: dict[int, _CapturedSlots] = {}
+        self._steps: dict[int, CapturedStep] = {}
         self._piece = CapturedPiece(model, fresh, self.most_prompts, block)
 
     def read(
@@ -120,21 +126,9 @@ class CapturedRunner(Runner):
     def step(self, token: Tensor) -> Tensor:
         size = next(size for size in self._sizes if size >= self._count)
         if size not in self._steps:
-            self._steps[size] = _CapturedSlots(self._model, self._slots[:size], self._token[:size])
+            self._steps[size] = CapturedStep(self._model, self._slots[:size], self._token[:size])
         self._token[: self._count].copy_(token)
         return self._steps[size]()[: self._count]
-
-
-class _CapturedSlots:
-    """Step of some slots, whose state and tokens are read and written where they are."""
-
-    def __init__(self, model: Any, slots: ModelState, token: Tensor) -> None:
-        trial, self._step = token_step(model, slots), step_in_place(model, slots)  # the trial has a copy
-        self._graph, self._logits = captured(slots.device, lambda: self._step(token), lambda: trial(token))
-
-    def __call__(self) -> Tensor:
-        self._graph.replay()
-        return self._logits
 
 
 def make_runner(model: Any, most: int, block: int) -> Runner:

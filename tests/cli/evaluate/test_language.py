@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import json
 import math
 from collections.abc import Callable
@@ -40,3 +41,16 @@ def test_evaluate_as_a_table(resolvent: Resolvent, run_dir: Path, text_file: Pat
     table = resolvent("evaluate", run_dir, "--data", text_file).out
     assert "bits per byte" in table
     assert f"{values['bits_per_byte']:.4f}" in table
+
+
+def test_tasks_from_packages_are_scored(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
+    file = tmp_path / "HumanEval.jsonl.gz"
+    row = {"prompt": "def one():\n", "canonical_solution": "    return 1\n"}
+    file.write_bytes(gzip.compress((json.dumps(row) + "\n").encode()))
+    task = ("--tasks", "human_eval", "--task-path", file)
+    score = json.loads(resolvent("evaluate", run_dir, *task, "--json", "-").out)["human_eval"]
+    assert score["examples"] == 1 and score["accuracy"] is None and score["nats_per_byte"]["mean"] > 0
+    table = resolvent("evaluate", run_dir, *task).out
+    assert "nats per byte" in table and f"{score['nats_per_byte']['mean']:.4f}" in table
+    mixed = resolvent("evaluate", run_dir, "--tasks", "human_eval,hellaswag")
+    assert mixed.code == 2 and "hellaswag: evaluate them in a call of their own" in " ".join(mixed.err.split())

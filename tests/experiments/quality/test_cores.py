@@ -1,10 +1,13 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.quality.attention import WindowedAttention
 from experiments.quality.cores import UnitLowerInverse, gated_delta_rule, gated_linear_attention
-from experiments.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mixer
+from experiments.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mamba3, Mixer
 
 LENGTHS = [1, 63, 64, 130]
 MIXERS = [
@@ -12,6 +15,8 @@ MIXERS = [
     lambda: GLA(32, 2),
     lambda: Mamba2(32, head_dim=16, state=8),
     lambda: GatedDeltaNet(32, 2, expand=2),
+    lambda: WindowedAttention(32, 2, window=30),
+    lambda: Mamba3(32, head_dim=16, state=8),
 ]
 
 
@@ -103,7 +108,8 @@ def test_mixers_are_causal_and_read_everything_before(make):
     changed = x.clone()
     changed[0, 40] += 1
     differs = (mixer(changed) - mixer(x)).abs().amax(-1)[0] > 1e-9
-    assert not differs[:40].any() and differs[40:].all()
+    reach = 30 + mixer.layer.conv_shape[0] if isinstance(mixer, WindowedAttention) else 30
+    assert not differs[:40].any() and differs[40 : 40 + reach].all()
 
 
 def test_attention_is_a_softmax_over_turned_keys():
@@ -138,6 +144,40 @@ def test_mamba2_is_its_recurrence():
     torch.testing.assert_close(mixer(x)[0], exact, rtol=1e-9, atol=1e-9)
 
 
+def test_mamba3_is_its_recurrence():
+    mixer, x = fresh(MIXERS[5]), torch.randn(1, 70, 32, dtype=torch.float64)
+    gate, v, k, q, dt, rate, mix, angle = mixer.in_proj(x[0]).split([64, 64, 8, 8, 4, 4, 4, 2], dim=-1)
+    v, dt = v.unflatten(-1, (4, 16)), F.softplus(dt + mixer.dt_bias)
+    alpha = torch.exp(-dt * F.softplus(rate).clamp(min=1e-4))
+    turn = torch.polar(torch.ones(70, 4, 2).double(), -math.pi * angle.tanh()[:, None] * dt[..., None])
+
+    def normed(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+        return y[:, None] + bias.view(4, 8)
+
+    k, q = normed(k, mixer.key_weight, mixer.key_bias), normed(q, mixer.query_weight, mixer.query_bias)
+
+    def pairs(y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.complex(y[..., :2], y[..., 2:4]), y[..., 4:]
+
+    turning = torch.zeros(4, 2, 16, dtype=torch.complex128)
+    still, outputs = torch.zeros(4, 4, 16, dtype=torch.float64), []
+    for t in range(70):
+        keep, share = alpha[t, :, None, None], mix[t].sigmoid()
+        before = max(t - 1, 0)
+        late = ((1 - share) * dt[t])[:, None, None] * v[before, :, None] * (t > 0)
+        new = (share * dt[t])[:, None, None] * v[t, :, None]
+        (key, key_still), (old, old_still) = pairs(k[t]), pairs(k[before])
+        turning = turn[t][..., None] * keep * (turning + old[..., None] * late) + key[..., None] * new
+        still = keep * (still + old_still[..., None] * late) + key_still[..., None] * new
+        query, query_still = pairs(q[t])
+        read = (query.conj()[..., None] * turning).real.sum(1) + (query_still[..., None] * still).sum(1)
+        outputs.append(read + mixer.skip[:, None] * v[t])
+    y = torch.stack(outputs).flatten(1) * F.silu(gate)
+    exact = mixer.out_proj(y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm_weight)
+    torch.testing.assert_close(mixer(x)[0], exact, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("make", MIXERS)
 def test_mixers_compile_as_one_graph(make):
     mixer, x = fresh(make).float(), torch.randn(2, 70, 32)
@@ -154,8 +194,11 @@ def test_mixers_compile_as_one_graph(make):
 
 
 def test_state_bytes_are_those_of_what_is_carried():
-    attention, gla, mamba, delta = (make() for make in MIXERS)
+    attention, gla, mamba, delta, windowed, turning = (make() for make in MIXERS)
     assert attention.state_bytes(10) == 4 * 10 * 2 * 32
     assert gla.state_bytes(10) == 4 * 2 * 8 * 16
     assert mamba.state_bytes(10) == 4 * (4 * 16 * 8 + 3 * 80)
     assert delta.state_bytes(10) == 4 * (2 * 16 * 32 + 3 * 128)
+    assert turning.state_bytes(10) == 4 * (4 * 16 * 8 + 4 * (8 + 16)) + 8 * 4 * 2
+    assert windowed.state_bytes(10) == 4 * (2 * 10 * 32 + 3 * 96)
+    assert windowed.state_bytes(1000) == 4 * (2 * 30 * 32 + 3 * 96)

@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import lzma
 import math
 from pathlib import Path
 
@@ -8,9 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from experiments.quality.language import (
+    PLANS,
     Experiment,
     Plan,
     Text,
+    book_stretches,
+    by_part,
     by_position,
     difference,
     evaluation_steps,
@@ -22,6 +27,8 @@ from experiments.quality.training import Clock, Mode, OutOfTimeError
 from experiments.quality.variants import ABLATION, mechanisms_of
 from resolvent import load_model
 from resolvent.data import build_tokenizer, load_tokenizer
+from resolvent.data.cache import tokenize
+from resolvent.ops import IGNORED
 
 PLAN = Plan(width=128, layers=1, parameters=250_000, length=32, batch=4, steps=12, warmup=2, evaluations=3)
 PLAIN = Mode(compiled=False, captured=False, autocast=False)
@@ -55,6 +62,36 @@ def test_text_is_split_by_document_in_every_file(tmp_path: Path):
     assert 0.04 < text.validation_bytes / whole < 0.06
 
 
+def test_losses_are_told_by_part_of_the_corpus(tmp_path: Path):
+    path = tmp_path / "text.jsonl.xz"
+    rows = [{"text": f"{i}: {'so it goes, ' * 9}", "part": ("prose", "code")[i % 2]} for i in range(80)]
+    path.write_bytes(lzma.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    text = Text.of_corpus([path], "bytes", 0, part_field="part")
+    held_out = [bytes(ids[1:-1].tolist()).decode() for ids in text.validation]
+    assert text.parts == [("prose", "code")[int(document.partition(":")[0]) % 2] for document in held_out]
+    text.save(tmp_path / "text.npz")
+    assert Text.load(tmp_path / "text.npz").parts == text.parts
+    assert Text.load(tmp_path / "text.npz").digest == text.digest
+    assert dataclasses.replace(text, train=text.train[1:]).digest != text.digest
+    nats = torch.where(text.windows(32)[1] == IGNORED, math.nan, 1.0)
+    rows = torch.tensor([part == "code" for part in text.window_parts(32)])
+    nats[rows] *= 3
+    assert by_part(nats, text.window_parts(32)) == {"code": 3.0, "prose": 1.0}
+    assert by_part(nats, []) == {}
+
+
+def test_stretches_of_books_stay_within_a_book(text: Text, tmp_path: Path):
+    (tmp_path / "books.txt").write_text("<|endoftext|>\n".join(["a" * 50 + "\n", "b" * 90 + "\n", "c" * 20 + "\n"]))
+    ids, labels = book_stretches(tmp_path / "books.txt", text.tokenizer, 30, most=2)
+    assert ["".join(map(chr, row)) for row in ids.tolist()] == ["a" * 30, "b" * 30, "b" * 30]
+    assert torch.equal(ids[:, 1:], labels[:, :-1]) and labels[:, -1].tolist() == [97, 98, 98]
+    plan = dataclasses.replace(PLAN, extrapolate=64, steps=1)
+    stretches = book_stretches(tmp_path / "books.txt", text.tokenizer, 64, most=1)
+    experiment = Experiment(build("phase2", plan.size(text.vocabulary)), text, plan, PLAIN, stretches, switching=False)
+    record = experiment.run(1e-3, 0, FOREVER)
+    assert record["long"]["stretches"] == 1 and record["switched_off"] == {}
+
+
 def test_text_is_the_same_after_saving(text: Text, tmp_path: Path):
     text.save(tmp_path / "text.npz")
     loaded = Text.load(tmp_path / "text.npz")
@@ -62,6 +99,29 @@ def test_text_is_the_same_after_saving(text: Text, tmp_path: Path):
     assert all(np.array_equal(a, b) for a, b in zip(loaded.validation, text.validation, strict=True))
     names = ("validation_bytes", "vocabulary", "tokenizer", "predicted")
     assert all(getattr(loaded, name) == getattr(text, name) for name in names)
+
+
+def test_shards_are_a_text(tmp_path: Path):
+    documents = [f"Line {i}: {'so it goes, ' * (5 + i % 7)}" for i in range(60)]
+    (tmp_path / "text.txt").write_text("<|endoftext|>\n".join(documents))
+    source = dict(tokenizer="bytes", validation_fraction=0.05)
+    tokenize([str(tmp_path / "text.txt")], tmp_path / "tokens", **source)
+    found, expected = Text.load(tmp_path / "tokens"), Text.of_corpus([tmp_path / "text.txt"], "bytes", 0)
+    assert np.array_equal(found.train, expected.train)
+    for ours, theirs in zip(found.validation, expected.validation, strict=True):
+        assert np.array_equal(ours, theirs)
+    assert found.digest == expected.digest and found.validation_bytes == expected.validation_bytes
+    tokenize([str(tmp_path / "text.txt")], tmp_path / "all", **source | {"validation_fraction": None})
+    with pytest.raises(ValueError, match="holds nothing out: tokenize it with --validation-fraction"):
+        Text.load(tmp_path / "all")
+
+
+@pytest.mark.parametrize("name", [name for name in PLANS if name.startswith("scale")])
+def test_models_of_a_scaling_line_are_within_reach(name: str):
+    with torch.device("meta"):
+        for model in ("phase2", "phase2/hybrid", "phase2/attention", "transformer"):
+            size = PLANS[name].size(16384)
+            assert build(model, size, "meta").parameters == pytest.approx(size.parameters, rel=0.02)
 
 
 def test_characters_are_split_in_order(tmp_path: Path):

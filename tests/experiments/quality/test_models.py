@@ -2,7 +2,9 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from experiments.quality.attention import WindowedAttention
 from experiments.quality.models import PEERS, Size, build
 from experiments.quality.variants import ABLATION, MECHANISMS, OPTIONS, mechanisms_of, parse_variant
 
@@ -23,7 +25,11 @@ def test_all_have_as_many_parameters(name: str):
     assert loss_of(entry).item() == pytest.approx(torch.tensor(97.0).log().item(), abs=0.3)
 
 
-@pytest.mark.parametrize("name", [*PEERS, "phase2", "phase2/bare", "phase2/hybrid", "phase2/attention"])
+PARTS = ("conv", "qk-norm", "norm", "gate")
+OURS = ("phase2", "phase2/bare", "phase2/hybrid", "phase2/one", "phase2/attention", "gated-deltanet/hybrid")
+
+
+@pytest.mark.parametrize("name", [*PEERS, *OURS, *(f"phase2/attention/no-{part}" for part in PARTS)])
 def test_the_experiment_s_size_is_within_reach(name: str):
     size = Size(vocabulary=16384, width=512, layers=6, parameters=30_000_000, length=1024)
     with torch.device("meta"):
@@ -45,6 +51,8 @@ def test_unknown_models_and_sizes_are_errors():
         build("lstm", SMALL)
     with pytest.raises(ValueError, match="there is no 'no-magic'; known are bare, original, bk, "):
         build("phase2/no-magic", SMALL)
+    with pytest.raises(ValueError, match="no 'gla/wide' of 2 blocks: a peer's variants are /hybrid, with three"):
+        build("gla/wide", SMALL)
     with pytest.raises(ValueError, match="parameters, not 10,000: change the width"):
         build("gla", Size(97, 128, 2, 10_000, 64))
 
@@ -109,16 +117,47 @@ def test_names_of_variants():
 def test_hybrids_attend_in_every_third_block():
     size = dataclasses.replace(SMALL, layers=6, parameters=2_000_000)
     windows = {
-        "hybrid": SMALL.length // 2, "hybrid/window-9": 9, "hybrid/window-all": None, "attention": None,
+        "hybrid": SMALL.length // 2, "hybrid/window-9": 9, "hybrid/window-all": None, "one": SMALL.length // 2,
+        "attention": None,
     }  # fmt: skip
+    blocks = {"hybrid": (2, 5), "one": (3,), "attention": tuple(range(6))}
     for name, window in windows.items():
         config = build(f"phase2/{name}", size).model.config
-        assert config.attention_layers == ((2, 5) if "hybrid" in name else tuple(range(6)))
+        assert config.attention_layers == blocks[name.partition("/")[0]]
         assert config.attention_window == window
     with pytest.raises(ValueError, match="every third block, and there are 2"):
         build("phase2/hybrid", SMALL)
-    with pytest.raises(ValueError, match="window-9 needs hybrid or attention"):
+    with pytest.raises(ValueError, match="window-9 needs hybrid, one or attention"):
         build("phase2/window-9", SMALL)
+
+
+def test_hybrids_of_peers_have_the_attention_of_ours():
+    size = dataclasses.replace(SMALL, layers=6, parameters=2_000_000)
+    for name, window in {"gated-deltanet/hybrid": SMALL.length // 2, "gla/hybrid/window-9": 9}.items():
+        entry = build(name, size)
+        entry.reset(3)
+        mixers = [block.mixer for block in entry.model.blocks]
+        assert [isinstance(mixer, WindowedAttention) for mixer in mixers] == 2 * [False, False, True]
+        assert mixers[2].layer.window == window
+        assert mixers[2].layer.temperature.tolist() == pytest.approx([10.0, 10.0])
+        assert mixers[2].layer.conv_weight[1:].eq(0).all()
+
+
+def test_scores_without_norms_are_products_of_q_and_k():
+    size = dataclasses.replace(SMALL, parameters=2_000_000)
+    normed, plain = build("phase2/attention", size), build("phase2/attention/no-qk-norm", size)
+    for entry in (normed, plain):
+        entry.reset(5)
+    ours, other = (entry.model.blocks[0].attention for entry in (plain, normed))
+    assert torch.equal(ours.qkv_proj.weight, other.qkv_proj.weight)
+    assert ours.temperature.tolist() == pytest.approx([1 / 8, 1 / 8])
+    tokens = torch.randn(2, 20, 3 * 128)
+    found, expected = ours.heads(tokens, None, None), other.heads(tokens, None, None)
+    q, k, v = F.silu(tokens).unflatten(-1, (3, 2, 64)).unbind(2)  # the convolution passes the token through
+    torch.testing.assert_close(found[:3], (q, k, v))
+    torch.testing.assert_close(F.normalize(found.q, dim=-1), expected.q, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="block 0 has a memory, whose bound needs L2-normalised keys"):
+        build("phase2/no-qk-norm", size)
 
 
 def test_attention_starts_with_the_weights_of_the_memory():

@@ -193,12 +193,26 @@ def test_the_command_makes_missing_runs_and_the_report_shows_them(text: Text, tm
         assert result.exit_code == 0, result.output
         return result.output
 
-    learn = ["needle", "--text", str(tmp_path / "text.npz"), "--out", str(out), "--plan", "tiny", "--steps", "2"]
+    learn = [
+        "needle",
+        "--text",
+        str(tmp_path / "text.npz"),
+        "--out",
+        str(out),
+        "--plan",
+        "tiny",
+        "--steps",
+        "2",
+        "--commit",
+        "c0ffee",
+    ]
     learn += ["--length", "400", "--longest", "64", "--samples", "3"]
     call(*learn, "--models", "transformer")
     assert "the same command goes on" in call(*learn, "--models", "transformer,gla", "--budget-seconds", "0.001")
     call(*learn, "--models", "transformer", "--seeds", "2")
-    assert [record["seed"] for record in results.read([out])] == [0, 1]
+    call(*learn, "--models", "transformer", "--muon-ratio", "5", "--no-switching")
+    assert [record["seed"] for record in results.read([out])] == [0, 1, 0]
+    assert results.read([out])[-1]["settings"]["muon_ratio"] == 5 and results.read([out])[-1]["commit"] == "c0ffee"
     output = call("report", str(out))
     assert "exact answers in percent by distance" in output and "± 0.0" in output
     assert "switched off" not in output
@@ -212,5 +226,6 @@ def test_the_command_makes_missing_runs_and_the_report_shows_them(text: Text, tm
 def test_characters_are_refused(tmp_path: Path):
     (tmp_path / "text.txt").write_text("so it goes\n" * 50)
     Text.of_characters([tmp_path / "text.txt"]).save(tmp_path / "text.npz")
-    result = CliRunner().invoke(app, ["needle", "--text", str(tmp_path / "text.npz"), "--out", str(tmp_path / "runs")])
+    learn = ["needle", "--text", str(tmp_path / "text.npz"), "--out", str(tmp_path / "runs"), "--commit", "c0ffee"]
+    result = CliRunner().invoke(app, learn)
     assert result.exit_code == 2 and "take a tokenizer" in " ".join(result.output.split())

@@ -12,7 +12,17 @@ from typer.testing import CliRunner
 from experiments.quality import results
 from experiments.quality.__main__ import Jobs, app, expand
 from experiments.quality.plots import plot
-from experiments.quality.report import average, differences, losses, needles, recalls, tables
+from experiments.quality.report import (
+    average,
+    differences,
+    left_out,
+    losses,
+    needles,
+    positions,
+    recalls,
+    switched_off,
+    tables,
+)
 
 RESULTS = Path(results.__file__).with_name("results")
 SETTINGS = {"task": "language", "width": 8}
@@ -121,6 +131,8 @@ def test_only_missing_runs_are_made(tmp_path: Path):
     assert wanted("gla", "1e-3,4e-3", 2) == [(1e-3, 1), (4e-3, 1)]
     assert wanted("phase2/no-bk", "best", 1) == [(1e-3, 0)]
     assert wanted("gla", "1e-3", 1, SETTINGS | {"width": 9}) == [(1e-3, 0)]
+    measured = SETTINGS | {"evaluations": 1, "extrapolate": 512}  # changes no training
+    assert wanted("phase2", "1e-3,2e-3", 2, measured) == [(2e-3, 1)]
     with pytest.raises(typer.BadParameter, match="holds no run of mamba2 with these settings"):
         wanted("mamba2", "best", 1)
 
@@ -141,6 +153,9 @@ def test_plots_show_the_tables(tmp_path: Path):
     for text in ("Phase 2", "GLA", "SNR filter", "cost of leaving it out", "held-out loss", "state, KB"):
         assert text in picture
     assert picture == drawn(RUNS + RECALLED)
+    assert "prefers-color-scheme: dark" in picture and "var(--ink)" in picture and "#010203" not in picture
+    zeroed = [run("phase2", 1e-3, 0, 3.0, switched_off={"bk": [0.2, 0.01]})]
+    assert "BK-Core, Phase 2" in drawn(zeroed)
     assert "cost of leaving it out" not in drawn(RECALLED)
     with pytest.raises(ValueError, match="no runs"):
         plot(RUNS[-1:], tmp_path / "none.svg")
@@ -153,6 +168,39 @@ def test_rows_of_pictures():
     assert gaps == pytest.approx([-0.1, -0.05, -0.05])
     rows = [(row.name, row.kilobytes, row.accuracies) for row in recalls(RECALLED)]
     assert rows == [("gla", 4.0, [0.5]), ("gla", 8.0, [0.8]), ("phase2", 4.0, [0.7])]
+
+
+def test_what_is_left_out_is_compared_with_the_same_model_with_it():
+    attention = [run("phase2/attention", 1e-3, seed, 2.0 + seed) for seed in (0, 1)]
+    without = [run("phase2/attention/no-conv", 1e-3, seed, 2.5 + seed) for seed in (1, 2)]
+    started = [run("phase2/no-reach", 1e-3, 0, 2.9)]
+    (rows,) = left_out([*RUNS, *attention, *without, *started])
+    assert [row.name for row in rows] == ["phase2/no-snr", "phase2/attention/no-conv"]
+    assert rows[1].values == [0.5]
+    ((names, _),) = [zip(*losses([*RUNS, *attention, *without])[0], strict=True)]
+    assert names == ("phase2", "gla", "phase2/attention")
+    table = lines([*attention, *without])
+    assert ["phase2/attention/no-conv", "+0.5000", "-"] in table
+
+
+def test_costs_of_mechanisms_and_losses_by_position_are_those_of_whole_models():
+    long = {"by_position": {"0-64": 3.0}, "in_windows": {"0-64": 3.5}, "stretches": 1}
+    off = {"switched_off": {"bk": [0.2, 0.01], "snr": [0.0, 0.0]}}
+    records = [run("phase2", 1e-3, seed, 3.0 + seed, **off, long=long) for seed in (0, 1)]
+    records.append(run("phase2/no-snr", 1e-3, 0, 3.0, switched_off={"bk": [0.3, 0.01]}))
+    (rows,) = switched_off(records)
+    assert rows == [("phase2: bk", [0.2, 0.2]), ("phase2: snr", [0.0, 0.0])]
+    assert positions(records) == [{"phase2": {64: 4.5, 128: 2.5}}]
+    assert positions(records, long=True) == [{"phase2": {64: 3.0}, "phase2 in windows": {64: 3.5}}]
+
+
+def test_every_run_is_listed_with_what_makes_it_again():
+    muon = run("gla", 4e-3, 1, 3.0, settings=SETTINGS | {"muon_ratio": 5.0}, commit="c0ffee", corpus_sha256="beef")
+    muon |= {"tokens": 32_768, "loss_by_part": {"code": 2.5}}
+    table = lines([muon])
+    assert ["gla", "1", "Muon", "0.004", "0.02", "3.0000", "32,768", "beef", "c0ffee"] in table
+    assert ["gla", "2.5000"] in table
+    assert ["gla", "0", "AdamW", "0.004", "-", "not", "finite", "-", "-", "-"] in lines(RUNS)
 
 
 def asked(model: str, seed: int, loss: float | None, *shares: float) -> results.Record:
@@ -183,7 +231,7 @@ def test_recall_is_shown_against_distance(tmp_path: Path):
 
 
 def test_groups_of_models():
-    assert expand("gla,peers,phase2") == ["gla", "transformer", "mamba2", "gated-deltanet", "phase2"]
+    assert expand("gla,peers,phase2") == ["gla", "transformer", "mamba2", "mamba3", "gated-deltanet", "phase2"]
     assert "phase2/no-snr" in expand("ablation")
 
 
@@ -197,7 +245,7 @@ def test_the_commands_from_text_to_table(tmp_path: Path):
         return result.output
 
     call("tokens", "--corpus", str(tmp_path / "text.txt"), "--tokenizer", "characters", "--out", str(text))
-    learn = ["language", "--text", str(text), "--plan", "tiny", "--out", str(out), "--steps", "2"]
+    learn = ["language", "--text", str(text), "--plan", "tiny", "--out", str(out), "--steps", "2", "--commit", "c0ffee"]
     call(*learn, "--models", "phase2/bare", "--lr", "1e-3,2e-3")
     assert [json.loads(line)["learning_rate"] for line in out.read_text().splitlines()] == [1e-3, 2e-3]
     call(*learn, "--models", "phase2/bare", "--lr", "1e-3,2e-3")

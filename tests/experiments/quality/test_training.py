@@ -31,7 +31,8 @@ def prepared(
         batch = ids.index_select(0, step)[0]
         return entry.model(batch[:, :-1].contiguous(), labels=batch[:, 1:].contiguous())
 
-    return entry, Trainer(entry.model, [loss], SCHEDULE.steps, mode, muon_ratio=muon_ratio), ids
+    shape = dict(muon_ratio=muon_ratio, rate_factors=entry.rate_factors)
+    return entry, Trainer(entry.model, [loss], SCHEDULE.steps, mode, **shape), ids
 
 
 def trained(entry, trainer, seed: int = 5, peak: float = 1e-2, steps: int = 8) -> list[float]:
@@ -93,6 +94,25 @@ def test_muon_takes_a_multiple_of_the_learning_rate():
     assert losses != trained(*prepared()[:2], peak=1e-3)
 
 
+@pytest.mark.parametrize("muon_ratio", [None, 5.0], ids=["adamw", "muon"])
+def test_parameters_may_take_a_multiple_of_the_learning_rate(muon_ratio: float | None):
+    entry, trainer, _ = prepared("phase2/gamma-rate-10", muon_ratio=muon_ratio)
+    losses = trained(entry, trainer, peak=1e-3)
+    *others, ours = trainer.optimizer.param_groups
+    assert [p is entry.model.blocks[0].dissipative_bk.potential.gamma_bias for p in ours["params"]] == [True]
+    assert ours["lr"].item() == pytest.approx(1e-3) and others[-1]["lr"].item() == pytest.approx(1e-4)
+    assert ours["weight_decay"] == 0.0
+    assert losses != trained(*prepared(muon_ratio=muon_ratio)[:2], peak=1e-3)
+
+
+def test_no_learning_rate_of_what_adamw_does_not_move_is_multiplied():
+    model = prepared()[0].model
+    with pytest.raises(ValueError, match=r"Muon moves out_proj\.weight"):
+        Trainer(model, [model], 8, PLAIN, muon_ratio=5.0, rate_factors={"out_proj.weight": 10.0})
+    with pytest.raises(ValueError, match="no trained parameter's name ends with nothing"):
+        Trainer(model, [model], 8, PLAIN, rate_factors={"nothing": 10.0})
+
+
 def test_it_learns_and_reports_the_losses_of_the_steps_taken():
     entry, trainer, _ = prepared()
     losses = trained(entry, trainer, steps=3)
@@ -146,7 +166,11 @@ def test_a_wrong_compiled_gradient_is_an_error(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
     ("name", "muon_ratio"),
-    [*((name, None) for name in ("transformer", "gla", "mamba2", "gated-deltanet", "phase2")), ("phase2", 5.0)],
+    [
+        *((name, None) for name in ("transformer", "gla", "mamba2", "gated-deltanet", "phase2")),
+        ("phase2", 5.0),
+        ("phase2/attention/no-qk-norm", 5.0),
+    ],
 )
 def test_captured_run_equals_an_eager_one(name: str, compiled: bool, muon_ratio: float | None):
     runs = []

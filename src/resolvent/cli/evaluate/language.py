@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.console import report_console, write_result
-from resolvent.cli.evaluate.tables import show
+from resolvent.cli.evaluate.tables import plus_minus, show
 from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text, TextField, documents_of
 from resolvent.runs import load_trained, run_of
 from resolvent.terminal import say
@@ -21,9 +21,15 @@ def language(
     text_field: TextField = None,
     held_out: HeldOut = False,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-evaluation-harness instead of a text, separated by commas.")
+        str | None,
+        typer.Option(
+            help="Tasks instead of a text, separated by commas: human_eval, bigbench/NAME, or those of "
+            "lm-evaluation-harness."
+        ),
     ] = None,
-    task_path: Annotated[Path | None, typer.Option(help="Folder with your own YAML tasks.")] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(help="Folder with your own YAML tasks, or the files of human_eval or bigbench.")
+    ] = None,
     json_path: JsonFile = None,
     batch_tokens: BatchTokens = 4096,
     device: Device = "auto",
@@ -38,7 +44,13 @@ def language(
     if tasks is not None:
         if data is not None or text_field is not None or held_out:
             raise typer.BadParameter("give a text or tasks, not both", param_hint="--tasks")
-        _evaluate_tasks(directory, tasks.split(","), task_path, device, json_path)
+        from resolvent.evaluation.choices import is_packaged
+
+        names = tasks.split(",")
+        if any(map(is_packaged, names)):
+            _evaluate_packaged(directory, names, task_path, device, batch_tokens, json_path)
+        else:
+            _evaluate_tasks(directory, names, task_path, device, json_path)
         return
     if task_path is not None:
         raise typer.BadParameter("says where tasks are; name them with --tasks", param_hint="--task-path")
@@ -55,6 +67,39 @@ def language(
         text = "its held-out documents" if data is None else f"held-out documents of {named}" if held_out else named
         columns = ("loss (nats per token)", "perplexity", "bits per byte", "tokens")
         show(json_path, f"{directory} on {text}", columns, [cells])
+
+
+def _evaluate_packaged(
+    directory: Path, names: list[str], files: Path | None, device: str, batch_tokens: int, json_path: Path | None
+) -> None:
+    """Evaluate tasks whose files come in packages."""
+    from resolvent.evaluation.choices import evaluate_examples, is_packaged, load_task
+
+    if others := [name for name in names if not is_packaged(name)]:
+        raise typer.BadParameter(f"{', '.join(others)}: evaluate them in a call of their own", param_hint="--tasks")
+
+    tasks = {name: load_task(name, files) for name in names}
+    model, tokenizer = load_trained(directory, device)
+    scores = {
+        name: evaluate_examples(model, tokenizer, examples, batch_tokens=batch_tokens, progress=True)
+        for name, examples in tasks.items()
+    }
+    rows = [
+        (
+            name,
+            f"{score.examples:,}",
+            *("-" if x is None else plus_minus(x, percent=True) for x in (score.accuracy, score.accuracy_per_byte)),
+            "-" if score.chance is None else f"{score.chance:.1%}",
+            plus_minus(score.nats_per_byte),
+            plus_minus(score.exact, percent=True),
+        )
+        for name, score in scores.items()
+    ]
+    columns = ("task", "questions", "accuracy", "by byte", "chance", "nats per byte", "exact")
+    try:
+        write_result(json_path, {name: score.to_dict() for name, score in scores.items()})
+    finally:
+        show(json_path, f"{directory}: choices by likelihood", columns, rows)
 
 
 def _evaluate_tasks(

