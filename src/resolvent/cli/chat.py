@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.console import print_text
-from resolvent.cli.loading import Device, Directory, sampling_options
+from resolvent.cli.loading import Device, Directory, WeightDtype, sampling_options
 from resolvent.runs import load_trained, run_of
 from resolvent.seeds import MOST_SEED
 
@@ -34,6 +34,7 @@ def chat(
         int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Most tokens of an answer.")
     ] = 512,
     device: Device = "auto",
+    dtype: WeightDtype = "float32",
 ) -> None:
     """Talk to a model.
 
@@ -47,7 +48,7 @@ def chat(
     Example: [bold]resolvent chat runs/tiny --temperature 0.7[/bold]
     """
     options = sampling_options(temperature=temperature)
-    model, tokenizer = load_trained(directory, device)
+    model, tokenizer = load_trained(directory, device, dtype=dtype)
     from resolvent.data.chat_template import ChatTemplate
     from resolvent.serving.chat import Chat
     from resolvent.serving.conversation import Conversation

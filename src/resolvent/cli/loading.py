@@ -21,6 +21,10 @@ Directory = Annotated[
     Path, typer.Argument(metavar="DIR", help="Run folder, or a checkpoint in it.", show_default=False)
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
+WeightDtype = Annotated[
+    Literal["float32", "stored"],
+    typer.Option("--dtype", help="Numbers of the weights; stored: as in the file, bfloat16 in half the memory."),
+]
 Text = Annotated[
     list[str] | None,
     typer.Option(

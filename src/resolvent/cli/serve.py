@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.console import report_console
-from resolvent.cli.loading import Device, Directory, wrong_usage
+from resolvent.cli.loading import Device, Directory, WeightDtype, wrong_usage
 from resolvent.runs import load_trained, run_of
 from resolvent.terminal import say
 
@@ -29,6 +29,7 @@ def serve(
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Most time for an answer, waiting included.")] = 600.0,
     cache_mb: Annotated[int, typer.Option(min=0, help="Memory for the states after beginnings of prompts.")] = 1024,
     device: Device = "auto",
+    dtype: WeightDtype = "float32",
 ) -> None:
     """Answer requests over HTTP as the OpenAI API has them.
 
@@ -56,7 +57,7 @@ def serve(
             keys = read_keys(api_key_file)
     with wrong_usage("--host"):
         check_address(host, has_keys=keys is not None)
-    model, tokenizer = load_trained(directory, device)
+    model, tokenizer = load_trained(directory, device, dtype=dtype)
     run_dir = run_of(directory)
     service = Service(
         Engine(model, max_sequences=max_sequences, max_queue=max_queue, cache_bytes=cache_mb << 20),

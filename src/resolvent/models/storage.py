@@ -7,6 +7,7 @@ entries, the names of their weights may begin with ``model.``, and their weights
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,8 +45,11 @@ TRANSFORMERS_ENTRIES = (
 """Entries of Transformers in ``config.json`` beside the fields."""
 
 _PREFIX = "model."
-_TIED = "lm_head.weight"
+_TIED, _TABLE = "lm_head.weight", "token_embedding.weight"
 """A tied head has no copy of its own in the file."""
+
+Dtype = Literal["float32", "stored"]
+"""Numbers of a model's weights: float32, or as its file has them."""
 
 
 def model_type(phase: int) -> str:
@@ -96,10 +100,15 @@ def named_weights(model: IntegratedModel) -> dict[str, Tensor]:
     return tensors
 
 
-def load_model(directory: str | Path, device: torch.device | str | None = None) -> IntegratedModel:
-    """Read a model that ``save_model`` or Transformers' ``save_pretrained`` wrote.
+def load_model(
+    directory: str | Path, device: torch.device | str | None = None, *, dtype: Dtype = "float32"
+) -> IntegratedModel:
+    """Read a model that ``save_model`` or Transformers' ``save_pretrained`` wrote, in evaluation mode.
 
-    It is in evaluation mode, on ``device`` (None for CUDA where there is one).
+    Args:
+        directory: the folder.
+        device: its device; None for CUDA where there is one.
+        dtype: ``float32``; or ``stored``, in which bfloat16 weights stay bfloat16, at half the memory.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.
@@ -118,9 +127,11 @@ def load_model(directory: str | Path, device: torch.device | str | None = None) 
         except ConfigError as error:
             raise CheckpointError(f"{directory / CONFIG}: {error}") from error
         tensors = {name.removeprefix(_PREFIX): x for part in parts for name, x in part.read().items()}
-    if model.tied:
-        tensors[_TIED] = model.lm_head.weight  # the table is there, under its own name
-    model.load_state_dict(tensors)
+    if tied := model.tied:
+        tensors[_TIED] = tensors[_TABLE]
+    model.load_state_dict(tensors, assign=dtype == "stored")
+    if tied:
+        model.lm_head.weight = model.get_parameter(_TABLE)
     device = device if device is not None else pick_device("auto")
     return model.to(device).eval()
 

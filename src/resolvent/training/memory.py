@@ -71,7 +71,8 @@ def estimate_memory(
     A block keeps about `7 D + 27 H K + 4 F` numbers per token: D is the width of the model, H K that of the memory's
     heads (Phase 2 only) and F that of the feed-forward network. The backward pass works on one block more. With
     `recompute`, a block keeps `11 D` numbers, and the backward pass holds 1.6 whole blocks. Logits are computed in
-    chunks, so that the vocabulary counts only through the parameters, of 16 bytes each, or 12 if Muon moves them.
+    chunks, so that the vocabulary counts only through the parameters, of 16 bytes each, 12 if Muon moves them, or 4 if
+    they are frozen.
 
     Args:
         model: the model.
@@ -92,7 +93,8 @@ def estimate_memory(
         numbers = config.n_layers * _KEPT_WHEN_RECOMPUTED * config.d_model + _BLOCKS_RECOMPUTED * block
     else:
         numbers = (config.n_layers + 1) * block
-    kept = (_BYTES_PER_PARAMETER + 4 * averaged) * model.num_parameters()
+    trained = model.num_parameters(trainable_only=True)
+    kept = (_BYTES_PER_PARAMETER + 4 * averaged) * trained + 4 * (model.num_parameters() - trained)
     if optimizer == "muon":
         kept -= _BYTES_SAVED_BY_MUON * sum(x.numel() for x in parts_of_matrices(model))
     return Estimate(kept // shares, round(tokens * numbers * bytes_per_number))

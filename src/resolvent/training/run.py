@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from resolvent.data import load_tokenizer, save_tokenizer
 from resolvent.data.cache import VARIABLE, is_cache
+from resolvent.data.chat_template import ChatTemplate
 from resolvent.data.hub import PREFIX
 from resolvent.device import deterministic, pick_device
 from resolvent.errors import CheckpointError, ConfigError
@@ -42,6 +43,7 @@ from resolvent.training.checkpoint import (
 from resolvent.training.config import Tracker, TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus, text_name
 from resolvent.training.ema import WeightAverage
+from resolvent.training.freezing import check_patterns, freeze
 from resolvent.training.memory import check_memory
 from resolvent.training.run_folder import beginning, check_new, new_run, read_result, read_run, write_run, write_steps
 from resolvent.training.sharding import is_sharded, shard
@@ -111,14 +113,22 @@ def _begin(trainer: Trainer, overwrite: bool) -> TrainingResult:
         with beginning(run_dir) if first else nullcontext():
             if first:
                 save_tokenizer(corpus.tokenizer, run_dir)
-                if corpus.template is not None:
-                    corpus.template.save(run_dir)
+                if (template := _template(config, corpus)) is not None:
+                    template.save(run_dir)
                 write_config(trainer.raw_model, run_dir)
             if config.start_from is not None or accelerator.num_processes > 1:
                 trainer.save()  # so that any number of processes can resume, also without the folder of --from
             if first:
                 write_run(run_dir, config, corpus.fingerprint, held)
         return trainer.run()
+
+
+def _template(config: TrainingConfig, corpus: Corpus) -> ChatTemplate | None:
+    """Return the chat template for a run folder: that of the conversations, or of the model to start from."""
+    if corpus.template is not None or config.start_from is None:
+        return corpus.template
+    template = ChatTemplate.load(run_of(Path(config.start_from)), corpus.tokenizer)
+    return None if template.is_default else template
 
 
 def resume(
@@ -238,7 +248,9 @@ def _resume(
 
 def _load(config: TrainingConfig, checkpoint: Path, accelerator: Accelerator) -> IntegratedModel:
     sharded = _shares_model(config, accelerator)
-    return load_weights(checkpoint, accelerator.device, sharded=sharded, compile=config.compile)
+    model = load_weights(checkpoint, accelerator.device, sharded=sharded, compile=config.compile)
+    freeze(model, config.freeze or [])
+    return model
 
 
 def _with_steps(config: TrainingConfig, steps: int | None, taken: int) -> TrainingConfig:
@@ -307,12 +319,16 @@ def _warn_of_what_is_not_trained(model: IntegratedModel) -> None:
 def _saved_tokenizer(config: TrainingConfig) -> Tokenizer | None:
     """Return the tokenizer of the model to start from; None for that of the configuration.
 
-    A missing model or an unknown preset raises here, before the data are read.
+    A missing model, an unknown preset or parameters to freeze that there are not raise here, before the data are read.
     """
     if config.start_from is not None:
-        return load_trained(Path(config.start_from), "cpu")[1]
-    _model_config(config)
-    return None
+        model, tokenizer = load_trained(Path(config.start_from), "cpu")
+    else:
+        model_config, tokenizer = _model_config(config), None
+        with torch.device("meta"):
+            model = PHASES[config.phase].model(model_config, init=False)
+    check_patterns(model, config.freeze or [])
+    return tokenizer
 
 
 def _model_config(config: TrainingConfig) -> Phase1Config | Phase2Config:
@@ -339,9 +355,9 @@ def _initial_model(config: TrainingConfig, corpus: Corpus, accelerator: Accelera
         initial_device = torch.device("meta" if sharded and not accelerator.is_main_process else "cpu")
         with initial_device:
             model = create(config=_model_config(config), vocab_size=vocab_size, device=initial_device)
-    if sharded:
-        return shard(model, accelerator.device, compile=config.compile)
-    return model.to(accelerator.device)
+    model = shard(model, accelerator.device, compile=config.compile) if sharded else model.to(accelerator.device)
+    freeze(model, config.freeze or [])
+    return model
 
 
 def _shares_model(config: TrainingConfig, accelerator: Accelerator) -> bool:

@@ -47,7 +47,7 @@ from resolvent.training.interrupt import StopRequest, TrainingInterrupted
 from resolvent.training.metrics import FILE_NAME, History, MetricsLog, read_history
 from resolvent.training.nonfinite import NonFiniteError, offending_gradient, offending_weight
 from resolvent.training.optimizer import learning_rates, optimizer_of_run
-from resolvent.training.progress import TrainingDisplay, format_duration
+from resolvent.training.progress import TrainingDisplay, format_duration, frozen_part
 from resolvent.training.run_folder import Scores, write_result
 from resolvent.training.sharding import is_sharded, whole_tensor
 from resolvent.training.tracking import Tracking
@@ -604,9 +604,10 @@ class Trainer:
             rate += f" (AdamW) and {muon:.2g} (Muon)"
         if config.start_from and config.learning_rate is None:
             rate += f", {FROM_RATE:g} of that for fresh weights, since the model is trained already (--learning-rate)"
+        count, trained = self.raw_model.num_parameters(), self.raw_model.num_parameters(trainable_only=True)
         self.display.say(
             f"Model     Phase {phase_of(self.raw_model)}, {origin}: "
-            f"{self.raw_model.num_parameters():,} parameters, {precision} on {self.device}\n"
+            f"{count:,} parameters{frozen_part(count, trained)}, {precision} on {self.device}\n"
             f"Text      {train.num_bytes:,} bytes in {train.num_documents:,} document(s) to learn from\n"
             f"Held out  {held_out.num_bytes:,} bytes in {held_out.num_documents:,} document(s){share}\n"
             f"Tokens    {train.num_predictions:,} to learn from, vocabulary of "

@@ -10,7 +10,17 @@ import typer
 
 from resolvent.cli.console import report_console, write_result
 from resolvent.cli.evaluate.tables import show
-from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text, TextField, documents_of
+from resolvent.cli.loading import (
+    BatchTokens,
+    Device,
+    Directory,
+    HeldOut,
+    JsonFile,
+    Text,
+    TextField,
+    WeightDtype,
+    documents_of,
+)
 from resolvent.runs import load_trained, run_of
 from resolvent.terminal import say
 
@@ -27,6 +37,7 @@ def language(
     json_path: JsonFile = None,
     batch_tokens: BatchTokens = 4096,
     device: Device = "auto",
+    dtype: WeightDtype = "float32",
 ) -> None:
     """Measure the loss of a model on text.
 
@@ -42,7 +53,7 @@ def language(
         return
     if task_path is not None:
         raise typer.BadParameter("says where tasks are; name them with --tasks", param_hint="--task-path")
-    model, tokenizer = load_trained(directory, device)
+    model, tokenizer = load_trained(directory, device, dtype=dtype)
     from resolvent.evaluation import evaluate_documents
 
     documents = documents_of(directory, data, text_field, held_out)

@@ -244,6 +244,8 @@ def _memory(config: Phase2Config) -> DissipativeHebbianLayer:
         config.memory_rotation,
         config.num_kv_heads,
         config.qkv_bias,
+        config.memory_norm_weight,
+        (config.rotary_base, config.scaling) if config.memory_rotation_bias else None,
     )
 
 
