@@ -10,7 +10,7 @@ Shapes: B batch, N sequence, H heads, K key width, P = K / 2 pairs, S packed seq
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +73,33 @@ def angles_of(phases: Tensor, dtype: torch.dtype) -> Tensor:
     return ((phases - phases.detach().round()) * (2 * math.pi)).to(dtype)
 
 
+class Rotation(NamedTuple):
+    """Rotation of the pairs of channels of all heads, without gradients: cosines and sines, (B, N, 1, P) each."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def by(cls, turns: Tensor, dtype: torch.dtype) -> "Rotation":
+        """Return the rotation by turns, float64 (B, N, P), for tensors of ``dtype``."""
+        angles = angles_of(turns, dtype).unsqueeze(-2)
+        return cls(angles.cos(), angles.sin())
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate the pairs of channels of all heads: x (B, N, H, K) in its dtype.
+
+    Example:
+        >>> x, turns = torch.randn(1, 70, 2, 16), torch.rand(1, 70, 8, dtype=torch.float64)
+        >>> rotated = rotate(x, Rotation.by(turns, torch.float32))
+        >>> rotated.shape, torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
+        (torch.Size([1, 70, 2, 16]), True)
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotate.apply(x, None, *rotation)
+    return _rotated(x, *rotation, -1).to(x.dtype)
+
+
 def rotate_queries_keys(q: Tensor, k: Tensor, phases: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate the pairs of channels of all heads: q, k (B, N, H, K) in their dtypes, phases in turns, float64 (B, N, P).
 
@@ -89,10 +116,10 @@ def rotate_queries_keys(q: Tensor, k: Tensor, phases: Tensor) -> tuple[Tensor, T
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotation by angles (..., 1, P), given with their cosines and sines, in at least float32."""
+    """Rotation by angles (..., 1, P), given with their cosines and sines, in at least float32; None for constants."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, angles: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, angles: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, cos, sin)
         y = _rotated(x, cos, sin, -1)
         return y if y.dtype == x.dtype else y.to(x.dtype)  # no second name for what is returned: see ops/__init__.py
