@@ -118,6 +118,18 @@ class LocalAttentionLayer(HeadsLayer):
         rotation = self.rotation(position, wide_dtype(heads.q))
         return rotate(heads.q, rotation), rotate(heads.k, rotation)
 
+    def _rotated_heads(
+        self, qkv: Tensor, conv_tail: Tensor | None, cu_seqlens: Tensor | None, rotation: Rotation
+    ) -> Heads:
+        """Return the heads of projected tokens (B, N, C), with queries and keys rotated."""
+        heads = self.heads(qkv, conv_tail, cu_seqlens)
+        if self.qk_norm or self.conv_weight is not None:
+            return heads._replace(q=rotate(heads.q, rotation), k=rotate(heads.k, rotation))
+        counts = self.num_heads, self.num_kv_heads  # side by side, they are rotated at once
+        together = qkv[..., : sum(counts) * self.head_dim].unflatten(-1, (-1, self.head_dim))
+        q, k = rotate(together, rotation).split(counts, dim=-2)
+        return heads._replace(q=q, k=k)
+
     def distances(self, x: Tensor) -> Tensor:
         """Return how many tokens each head looks back on average, (B, N, H), in texts (B, N, D) from their start on.
 
@@ -154,13 +166,12 @@ class LocalAttentionLayer(HeadsLayer):
         """
         x = for_products(x)
         qkv, narrow = self.project(x, projected)
-        heads = self.heads(qkv, conv_tail, cu_seqlens)
         if rotation is None:
-            rotation = self.rotation(token_positions(position, x, cu_seqlens), wide_dtype(heads.q))
-        q, k = rotate(heads.q, rotation), rotate(heads.k, rotation)
+            rotation = self.rotation(token_positions(position, x, cu_seqlens), wide_dtype(qkv))
+        heads = self._rotated_heads(qkv, conv_tail, cu_seqlens, rotation)
         readout, state = local_attention(
-            q,
-            k,
+            heads.q,
+            heads.k,
             heads.v,
             self.temperature,
             self.window,

@@ -74,7 +74,12 @@ def angles_of(phases: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Rotation(NamedTuple):
-    """Rotation of the pairs of channels of all heads, without gradients: cosines and sines, (B, N, 1, P) each."""
+    """Rotation of the pairs of channels of all heads, without gradients.
+
+    Attributes:
+        cos: cosines of both channels of the pairs, (B, N, 1, K).
+        sin: sines, those of the first channels with the sign changed, (B, N, 1, K).
+    """
 
     cos: Tensor
     sin: Tensor
@@ -83,7 +88,8 @@ class Rotation(NamedTuple):
     def by(cls, turns: Tensor, dtype: torch.dtype) -> "Rotation":
         """Return the rotation by turns, float64 (B, N, P), for tensors of ``dtype``."""
         angles = angles_of(turns, dtype).unsqueeze(-2)
-        return cls(angles.cos(), angles.sin())
+        sin = angles.sin()
+        return cls(torch.cat([angles.cos()] * 2, -1), torch.cat([-sin, sin], -1))
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -95,9 +101,8 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
         >>> rotated.shape, torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
         (torch.Size([1, 70, 2, 16]), True)
     """
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Rotate.apply(x, None, *rotation)
-    return _rotated(x, *rotation, -1).to(x.dtype)
+    wide = x.to(rotation.cos.dtype)
+    return torch.addcmul(wide * rotation.cos, wide.roll(x.shape[-1] // 2, -1), rotation.sin).to(x.dtype)
 
 
 def rotate_queries_keys(q: Tensor, k: Tensor, phases: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,10 +121,10 @@ def rotate_queries_keys(q: Tensor, k: Tensor, phases: Tensor) -> tuple[Tensor, T
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotation by angles (..., 1, P), given with their cosines and sines, in at least float32; None for constants."""
+    """Rotation by angles (..., 1, P), given with their cosines and sines, in at least float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, angles: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, angles: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, cos, sin)
         y = _rotated(x, cos, sin, -1)
         return y if y.dtype == x.dtype else y.to(x.dtype)  # no second name for what is returned: see ops/__init__.py

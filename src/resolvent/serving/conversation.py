@@ -166,8 +166,8 @@ class Conversation:
         logits = self._read_text(rendered)
         before, answer = self._read, Answer(self._tokenizer, self._read.tokens, self._template.stop)
         written: list[int] = []
-        assert before.state is not None
-        state, text, sampler = before.state.clone().reusable(), "", self._sampler()
+        state, text, sampler = before.state, "", self._sampler()
+        assert state is not None
         try:
             while answer.finish is None:
                 token = sampler(logits).token
@@ -182,7 +182,7 @@ class Conversation:
         finally:
             whole = answer.finish is not None and text == answer.whole
             self.messages = [*messages, {"role": "assistant", "content": text}]
-            self._read = _Read(before.text + text, (*before.tokens, *written), state.clone()) if whole else before
+            self._read = _Read(before.text + text, (*before.tokens, *written), state) if whole else before
             if not whole:  # the state has read tokens of which the text is not part of the conversation
                 self._append(text)
 
