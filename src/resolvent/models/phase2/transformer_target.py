@@ -91,10 +91,11 @@ def _faults(config: Phase2Config, i: int, block: Phase2Block) -> Iterator[str]:
         yield f"{name} norms of another kind: norm is {config.norm!r}, not 'rmsnorm'"
     if not config.ffn_gated:
         yield f"{name} a feed-forward network without gate: ffn_gated is False"
-    if window is not None and len({*config.windows.values()} - {None}) > 1:
-        yield f"{name} a window of its own, {window} tokens: these Transformers have one for all"
-    if not config.qkv_bias and len({*config.windows.values()}) > 1:
-        yield f"{name} no biases of q, k and v, and the layers different windows: only Qwen2 has these, with biases"
+    others = [x for x in config.windows.values() if x is not None or not config.qkv_bias]
+    if others and window != others[0] and (window is not None or not config.qkv_bias):
+        yield f"{name} a window of {window or 'all'} tokens, another block of {others[0] or 'all'}: " + (
+            "these Transformers have one" if config.qkv_bias else "only Qwen2, with biases of q, k and v, has two kinds"
+        )
 
 
 def _faults_around(config: Phase2Config) -> Iterator[str]:
@@ -132,7 +133,7 @@ def _values(config: Phase2Config, kind: str, table: Tensor) -> Values:
     }
     if scaling is not None:
         values["rope_scaling"] = _scaling(config)
-        if scaling.kind == "dynamic":  # which reads the original length here
+        if scaling.kind != "llama3":  # the others read the original length here
             values["max_position_embeddings"] = scaling.original_length
     return values | _window_values(config, kind)
 
