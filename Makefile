@@ -15,7 +15,7 @@ WORKERS := -n auto --maxprocesses 4
 CONSTRAINTS := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-oldest test-gpu lint format bench docs architecture wheel clean
+.PHONY: help setup demo test test-all test-oldest test-gpu lint format bench docs docs-serve architecture wheel clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,12 +47,13 @@ test-oldest: $(OLDEST)/.ready  ## run the tests with the oldest versions, in an 
 test-gpu:  ## run the CUDA tests, in the current environment
 	$(PYTHON) -m pytest -m gpu
 
-lint: setup  ## ruff, the type checker, the import contract and the spelling
+lint: setup  ## ruff, the type checker, the import contract, the spelling and the prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/codespell
+	$(BIN)/python scripts/check_prose.py
 
 format: setup  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
@@ -61,9 +62,15 @@ format: setup  ## let ruff rewrite the code
 bench: setup  ## measure speed and memory on the CPU beside a Transformer of the same size
 	$(BIN)/resolvent benchmark --device cpu
 
-docs: setup  ## build the documentation into build/site
+build/.docs: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@mkdir -p build && touch $@
+
+docs: build/.docs  ## build the documentation into build/site, which opens from disk
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+docs-serve: build/.docs  ## show the documentation at http://127.0.0.1:8000, rebuilt as files change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 architecture: setup  ## draw the packages and their imports anew, for docs/architecture.md
 	$(BIN)/python scripts/draw_architecture.py docs/images/architecture.svg

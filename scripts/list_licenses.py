@@ -21,10 +21,17 @@ A CUDA build of torch brings Triton (MIT) and NVIDIA's libraries (NVIDIA's own l
 | package | version | licence |
 |---|---|---|
 """
+TAIL = """
+The documentation holds files of two npm packages, with their licences beside them (`scripts/vendor_site_assets.py`).
+The wheel holds neither.
+
+* katex 0.19.1, MIT: `docs/assets/katex`
+* iframe-worker 1.0.4, MIT: `docs/assets/iframe-worker`
+"""
 
 
 def main() -> None:
-    print(HEAD + "\n".join(rows()))
+    print(HEAD + "\n".join(rows()) + "\n" + TAIL, end="")
 
 
 def rows() -> list[str]:

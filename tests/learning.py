@@ -9,7 +9,7 @@ from resolvent.models import IntegratedModel
 
 
 def next_token_loss(model: IntegratedModel, ids: Tensor, penalty_weight: float = 1.0) -> Tensor:
-    """Mean nats a token, and what the model asks to be added."""
+    """Mean nats per token, and what the model asks to be added."""
     logits, penalty = model(ids, return_penalty=True) if model.penalised else (model(ids), 0.0)
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) + penalty_weight * penalty
 

@@ -75,7 +75,11 @@ def test_readme_claim_about_equal_logits_holds():
         same(model(ids, attention_mask=mask)[1, kept], model(ids[1:, kept])[0])
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if re.search(r"^resolvent ", read(page), re.MULTILINE)])
+COMMAND = re.compile(r"^(?:\$ )?resolvent (\w+)(.*)$", re.MULTILINE)
+"""A command in a block of code: its name and the rest of its line."""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if COMMAND.search(read(page))])
 def test_the_commands_of_a_page_exist(page):
     from typer.main import get_command
 
@@ -83,7 +87,7 @@ def test_the_commands_of_a_page_exist(page):
     from resolvent.cli.evaluate import DEFAULT
 
     commands = get_command(app).commands
-    for name, rest in re.findall(r"^resolvent (\w+)(.*)$", read(page), re.MULTILINE):
+    for name, rest in COMMAND.findall(read(page)):
         command = commands[name]
         if name == "evaluate":
             command = command.commands.get(rest.split()[0], command.commands[DEFAULT])
@@ -92,19 +96,55 @@ def test_the_commands_of_a_page_exist(page):
 
 
 @pytest.mark.slow
-def test_the_tutorial_can_be_followed(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "least"), [("docs/tutorial.md", 10), ("README.md", 4), ("docs/ja/quickstart.md", 9)])
+def test_the_commands_of_a_page_can_be_followed(page, least, tmp_path, monkeypatch):
+    """In their order, with few steps of training."""
     from tests.cli.conftest import call
 
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^resolvent (.*)$", read("docs/tutorial.md"), re.MULTILINE)
-    assert len(commands) >= 6
+    Path("my_text.txt").write_text(
+        "\n<|endoftext|>\n".join(f"The {n} old cats sat on {n} mats. " * 40 for n in range(30))
+    )
+    monkeypatch.setenv("RESOLVENT_CACHE", str(tmp_path / "cache"))
+    blocks = re.findall(r"^```(?:bash|console)?\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL)
+    found = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    commands = [line for line in found if re.match(r"resolvent (train|generate|evaluate|inspect) ", line)]
+    assert len(commands) >= least
     for command in commands:
-        assert call(*shlex.split(command)) == 0, command
+        arguments = shlex.split(re.sub(r"--steps (\d)\d*", r"--steps \1", command), comments=True)[1:]
+        if arguments[0] == "train" and not {"--steps", "--resume"} & {*arguments}:
+            arguments += ["--steps", "2"]
+        assert call(*arguments) == 0, command
+
+
+@pytest.mark.slow
+def test_outputs_in_the_readme_have_the_form_of_today(tmp_path, monkeypatch):
+    """Every command runs; the output has the shown lines, but for numbers and the text that the model writes."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    scripts = runpy.run_path(str(ROOT / "scripts" / "refresh_outputs.py"))
+    page = read("README.md")
+    today = scripts["refresh"](page, scripts["run_in"](tmp_path))
+
+    def form(text):
+        written = re.compile(r"(\$ resolvent generate [^\n]*\n).*?(?=\n\$ )", re.DOTALL)
+        return re.sub(r"[\d.,:]+", "#", re.sub(r" +", " ", written.sub(r"\1", text)))
+
+    assert len(scripts["commands"](page)) == 4
+    assert form(today) == form(page)
+    assert (tmp_path / "runs" / "first" / "inspection.html").exists()
+
+
+def test_outputs_are_replaced_command_by_command():
+    refresh = runpy.run_path(str(ROOT / "scripts" / "refresh_outputs.py"))["refresh"]
+    page = "a\n```console\n$ one\nold\n$ two\n...\nold\n```\nb\n```\n$ three\n```\n"
+    expected = "a\n```console\n$ one\n1\n2\n$ two\n...\n2\n```\nb\n```\n$ three\n```\n"
+    assert refresh(page, lambda command: "1\n2\n") == expected
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_have_targets(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
+    pictures = re.findall(r'(?:src|srcset)="([^"]+)"', read(page))
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(page)) + pictures:
         if "://" not in target:
             path, _, section = target.partition("#")
             found = (ROOT / page).parent / path if path else ROOT / page

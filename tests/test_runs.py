@@ -33,7 +33,7 @@ def test_generating_loads_nothing_of_training_but_the_fields_of_its_options():
     code = (
         f"import sys; from resolvent.cli import main; sys.argv = {arguments!r}\ntry: main()\nexcept SystemExit: pass\n"
     )
-    names = ("training", "training.config", "training.schedule")
+    names = ("training", "training.config", "training.lora", "training.schedule")
     assert loaded_by(code) == {f"resolvent.{name}" for name in names}
 
 

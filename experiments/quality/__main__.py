@@ -194,6 +194,7 @@ def learn_tracking(
     first_seed: FirstSeed = 0,
     budget_seconds: Budget = 500.0,
     steps: Annotated[int, typer.Option(min=1, help="Of training.")] = tracking.Plan.steps,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = tracking.Plan.batch,
     longest: Annotated[int, typer.Option(min=3, help="Largest length in training.")] = tracking.Plan.longest,
     weight_decay: Annotated[float, typer.Option(min=0.0, help="Of matrices.")] = tracking.Plan.weight_decay,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help=Compile.__metadata__[0].help)] = False,
@@ -204,7 +205,8 @@ def learn_tracking(
     mode = mode_for(device, compiled, capture, autocast=False)
     with until(clock):
         for task, count in [(task, int(n)) for task in tasks.split(",") for n in layers.split(",")]:
-            plan = tracking.Plan(task, layers=count, steps=steps, longest=longest, weight_decay=weight_decay)
+            shape = dict(layers=count, steps=steps, batch=batch, longest=longest)
+            plan = tracking.Plan(task, **shape, weight_decay=weight_decay)
             jobs = Jobs(out, plan.settings(), rates, range(first_seed, first_seed + seeds), "accuracy", False)
 
             def experiment(name: str, plan: tracking.Plan = plan) -> tracking.Experiment:

@@ -3,16 +3,18 @@
 A sequence starts with pairs of a key and a value, all different. After them every key occurs once more, at positions
 drawn from a power law, and its value has to be predicted. All other tokens are random and may be keys or values.
 
-A model has two layers: a gated short convolution, and the mixer that is measured. There is no feed-forward part, the
-head is the embedding's table, products are in float32. Batches are of one length and number of pairs, and come in
-another order each pass; the learning rate falls from its peak to zero in a cosine, one step per pass, without warm-up
-and clipping. Only positions with an answer are predicted, so only their logits are computed.
+A model has two layers: a gated short convolution, and the mixer that is measured. A hybrid has three, of which the
+last attends. There is no feed-forward part, the head is the embedding's table, products are in float32. Batches are
+of one length and number of pairs, and come in another order each pass; the learning rate falls from its peak to zero
+in a cosine, one step per pass, without warm-up and clipping. Only positions with an answer are predicted, so only
+their logits are computed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -157,8 +159,9 @@ MIXERS: dict[str, Callable[[int, int], Mixer]] = {
     "gated-deltanet": lambda width, heads: GatedDeltaNet(width, heads, expand=2),
 }
 """Mixers of a width and a number of heads, as Zoology has them, but for Mamba-2, whose state is as large as Gated
-DeltaNet's. Phase 2 comes as a block without feed-forward part, and as `phase2/.../wide` with twice the heads."""
-_WIDE = "/wide"
+DeltaNet's. Phase 2 comes as a block without feed-forward part; as `phase2/.../wide` with twice the heads, and as
+`phase2/.../wide-30` with twice the heads of width 30, say."""
+_WIDE = re.compile(r"/wide(?:-(\d+))?$")
 
 
 def build(name: str, width: int, heads: int, vocabulary: int, device: torch.device | str = "cpu") -> Entry:
@@ -172,14 +175,19 @@ def build(name: str, width: int, heads: int, vocabulary: int, device: torch.devi
         model: Any = PeerModel(size, lambda _: MIXERS[name](width, heads), 0, embedding_factor=1.0)
         state_bytes, draw = model.state_bytes(size.length), model.reset
     elif name.partition("/")[0] == "phase2":
-        variant = parse_variant(name.removesuffix(_WIDE)).at(size.layers, size.length)
-        copies = 2 if name.endswith(_WIDE) else 1
-        sizes: dict[str, Any] = dict(vocab_size=vocabulary, d_model=width, n_layers=1, n_seq=size.length, dropout=0.0)
-        sizes |= dict(num_heads=copies * heads, head_dim=width // heads)
+        wide, variant = _WIDE.search(name), parse_variant(_WIDE.sub("", name))
+        layers = 3 if variant.attends == "hybrid" else 1
+        variant = variant.at(layers, size.length)
+        sizes: dict[str, Any] = dict(
+            vocab_size=vocabulary, d_model=width, n_layers=layers, n_seq=size.length, dropout=0.0
+        )
+        head_dim = int(wide[1]) if wide and wide[1] else width // heads
+        sizes |= dict(num_heads=2 * heads if wide else heads, head_dim=head_dim)
         sizes |= dict(embedding_scale=1.0, ffn_dim=1, tie_embeddings=True)
         model = Phase2IntegratedModel(Phase2Config(**(sizes | variant.config)), init=False)
         variant.hold(model)
-        model.blocks[0].ffn = NoFeedForward()
+        for block in model.blocks:
+            block.ffn = NoFeedForward()
         state_bytes, draw = phase2_state_bytes(model, size.length), lambda seed: variant.reset(model, seed)
     else:
         raise ValueError(

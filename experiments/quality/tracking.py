@@ -26,8 +26,11 @@ from experiments.quality.training import Clock, Mode, Schedule, Trainer
 from experiments.quality.variants import parse_variant
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
 from resolvent.ops import linear_cross_entropy
+from resolvent.ops.cross_entropy import IGNORED
 
 MODELS = ("phase2", "phase2/rotation")
+_READ = 16
+"""A training step reads a multiple of this many tokens, so that few CUDA graphs serve all lengths."""
 _TEST_SEED = 1_000_000
 
 
@@ -165,8 +168,9 @@ class Experiment(AccuracyExperiment):
         device = next(entry.model.parameters()).device
         shape = (plan.steps, plan.batch, plan.longest)
         self.tokens, self.labels = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
-        lengths = range(plan.shortest, plan.longest + 1)
-        losses = [lambda step, length=length: self._loss(step, length) for length in lengths]
+        self.lengths = torch.zeros(plan.steps, dtype=torch.int64, device=device)
+        reads = [min(read, plan.longest) for read in range(_READ, plan.longest + _READ, _READ)]
+        losses = [lambda step, read=read: self._loss(step, read) for read in reads]
         entry.reset(0)
         self.trainer = Trainer(entry.model, losses, plan.steps, mode, weight_decay=plan.weight_decay)
 
@@ -193,10 +197,14 @@ class Experiment(AccuracyExperiment):
         drawn = self.plan.sequences(self.plan.steps * self.plan.batch, self.plan.longest, generator)
         for kept, values in zip((self.tokens, self.labels), drawn, strict=True):
             kept.copy_(values.view_as(kept))
-        return [length - self.plan.shortest for length in lengths]
+        self.lengths.copy_(torch.tensor(lengths))
+        return [(length - 1) // _READ for length in lengths]
 
-    def _loss(self, step: Tensor, length: int) -> Tensor:
-        tokens, labels = (x.index_select(0, step)[0, :, :length] for x in (self.tokens, self.labels))
+    def _loss(self, step: Tensor, read: int) -> Tensor:
+        """Return the loss of the step's first tokens: models are causal, so that reading more changes nothing."""
+        tokens, labels = (x.index_select(0, step)[0, :, :read] for x in (self.tokens, self.labels))
+        counts = torch.arange(read, device=step.device) < self.lengths.index_select(0, step)
+        labels = labels.masked_fill(~counts, IGNORED)
         hidden, _ = self.entry.model.hidden_states(tokens)
         return linear_cross_entropy(hidden.flatten(0, 1), self.entry.model.lm_head.weight, labels.flatten())
 

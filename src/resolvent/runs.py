@@ -61,18 +61,19 @@ def load_trained(directory: Path, device: str, *, dtype: "Dtype" = "float32") ->
     from resolvent.errors import CheckpointError, ConfigError
     from resolvent.manifest import check_files
     from resolvent.models import load_model
+    from resolvent.models.adapters import ADAPTER_WEIGHTS
     from resolvent.models.storage import INDEX, WEIGHTS
     from resolvent.terminal import shell_word
 
-    if not any((directory / name).exists() for name in (WEIGHTS, INDEX)):
+    if not any((directory / name).exists() for name in (WEIGHTS, INDEX, ADAPTER_WEIGHTS)):
         if (directory / RUN_FILE).exists():
             raise CheckpointError(
                 f"{directory} holds no model: its run was stopped before its first checkpoint. Begin it again with: "
                 f"resolvent train --resume {shell_word(directory)}"
             )
+        missing = f"there is no {WEIGHTS} in it" if directory.exists() else "there is no such folder"
         raise CheckpointError(
-            f"{directory} holds no model: there is no {WEIGHTS} in it. `resolvent train` saves one with every "
-            "checkpoint and at the end"
+            f"{directory} holds no model: {missing}. `resolvent train` saves one with every checkpoint and at the end"
         )
     try:
         model = load_model(directory, device=pick_device(device), dtype=dtype)

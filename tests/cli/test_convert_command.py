@@ -108,3 +108,34 @@ def test_presets_of_both_phases_are_listed(resolvent: Resolvent, monkeypatch: py
     text = resolvent("presets", "--phase", 1).out
     assert all(name in text for name in ("8gb", "max_quality", "24 GB"))
     assert "large" in resolvent("presets").out
+
+
+def test_adapters_are_merged(resolvent: Resolvent, phase1_run: Path, text_file: Path, tmp_path: Path):
+    pytest.importorskip("peft")
+    adapted, merged = tmp_path / "adapted", tmp_path / "merged"
+    options = ("--lora", "r=4,alpha=8", "--data", text_file, "--steps", 3, "--lr", 1e-2, "--batch-size", 2)
+    outcome = resolvent("train", "--from", phase1_run, *options, "--seq-len", 64, "--device", "cpu", "--out", adapted)
+    assert outcome.code == 0, outcome.err
+    assert "of which" in outcome.out and "are trained" in outcome.out
+    outcome = resolvent("convert", adapted, merged, "--merge")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("Merged ")
+    assert not list(merged.glob("adapter*"))
+    model, source = load_model(merged, device="cpu"), load_model(phase1_run, device="cpu")
+    ids = torch.randint(0, 257, (1, 200))
+    torch.testing.assert_close(model(ids), load_model(adapted, device="cpu")(ids))
+    assert (model(ids) - source(ids)).abs().max() > 1e-3
+    scores = []
+    for folder in (adapted, adapted / "checkpoints" / "step-00000003", merged):
+        scores.append(resolvent("evaluate", folder, "--data", text_file, "--json", "-").out)
+        outcome = resolvent("generate", folder, "--prompt", "Rhyme", "--max-new-tokens", 5, "--seed", 1)
+        assert outcome.code == 0 and outcome.out.startswith("Rhyme")
+    assert len(set(scores)) == 1
+
+
+def test_merging_needs_adapters_and_nothing_else(resolvent: Resolvent, phase1_run: Path, tmp_path: Path):
+    outcome = resolvent("convert", phase1_run, tmp_path / "out", "--merge")
+    assert outcome.code == 1 and "has no adapters to merge" in outcome.err
+    outcome = resolvent("convert", phase1_run, tmp_path / "out", "--merge", "--keep-tensor-train")
+    assert outcome.code == 2 and "leave out all other options" in words(outcome.err)
+    assert not (tmp_path / "out").exists()

@@ -91,6 +91,22 @@ def test_docstring_becomes_one_line_per_paragraph():
     assert flowing(command) == "Do something.\n\nIt has two lines."
 
 
+def test_no_arguments_show_five_things_to_try(resolvent: Resolvent):
+    outcome = resolvent()
+    assert outcome.code == 0 and not outcome.err
+    tried = re.findall(r"^  resolvent (\w+)(.*)$", outcome.out, re.MULTILINE)
+    assert len(tried) == 5
+    for name, rest in tried:
+        options = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+        assert name == "evaluate" or set(re.findall(r"--[\w-]+", rest)) <= options
+
+
+def test_flags_show_no_type_and_seeds_no_upper_bound(resolvent: Resolvent):
+    page = resolvent("generate", "--help").out
+    assert "<bool>" not in page and "[x>=0]" in page and "92233720368" not in page
+    assert resolvent("generate", "nowhere", "--seed", 2**63).code == 2
+
+
 def test_help_needs_no_unicode(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch):
     command = [sys.executable, "-m", "resolvent", "evaluate", "positions", "--help"]
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
@@ -115,7 +131,7 @@ def completed(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch, line: str) 
         ("resolvent evaluate n", ["needle"]),
         ("resolvent evaluate runs/x --js", ["--json"]),
         ("resolvent evaluate a b --js", ["--json"]),
-        ("resolvent train --l", ["--lr-find", "--learning-rate", "--lr", "--log-interval"]),
+        ("resolvent train --l", ["--lr-find", "--lora", "--learning-rate", "--lr", "--log-interval"]),
         ("resolvent train --schedule w", ["wsd"]),
     ],
 )

@@ -23,7 +23,7 @@ DEVICE = ("--device", "cpu")
 def data_of(page: Path) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)
     assert found
-    return json.loads(found[1])
+    return json.loads(found[1])["runs"][0]
 
 
 def text_of(page: Path) -> str:
@@ -65,6 +65,18 @@ def test_given_text(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
     expected = inspect_model(model, tokenizer, "The old cat.", length=9, metrics=run_dir / "metrics.jsonl")
     assert data_of(out) | {"name": "model"} == json.loads(json.dumps(expected.to_dict()))
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_two_runs_are_shown_side_by_side(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
+    out = tmp_path / "page.html"
+    other = next(iter(sorted((run_dir / "checkpoints").iterdir())))
+    arguments = ("--text", "The old cat sat.", "--compare", other, "--out", out, *DEVICE, "--json", "-")
+    outcome = resolvent("inspect", run_dir, *arguments)
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert [run["name"] for run in found["runs"]] == [str(run_dir), str(other)]
+    assert found["comparison"]["words"] == ["The", " old", " cat", " sat."]
+    assert found["runs"][0] == data_of(out)
 
 
 def test_a_text_from_a_file(resolvent: Resolvent, run_dir: Path, tmp_path: Path):

@@ -90,3 +90,24 @@ def test_missing_packages_are_named(resolvent: Resolvent, run_dir: Path, monkeyp
     outcome = resolvent("serve", run_dir)
     assert outcome.code == 1
     assert "serving needs starlette" in outcome.err and "pip install 'resolvent[serve]'" in outcome.err
+
+
+def test_states_on_disk_survive_a_restart(run_dir: Path, tmp_path: Path):
+    body, replies = dict(model="rhymes", prompt="A rhyme about mats. " * 40, max_tokens=8, seed=3), []
+    for _ in range(2):
+        with serving(run_dir, "--prefix-cache-dir", tmp_path / "states") as (process, url):
+            replies.append(httpx2.post(f"{url}/completions", json=body, timeout=60).json())
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+            assert process.stderr is not None and process.stderr.read() == ""
+    first, again = replies
+    assert first["choices"] == again["choices"]
+    cached = [reply["usage"]["prompt_tokens_details"]["cached_tokens"] for reply in replies]
+    assert cached == [0, 512]
+
+
+def test_folder_of_states_that_cannot_be_written_is_named(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    outcome = resolvent("serve", run_dir, "--prefix-cache-dir", tmp_path / "file", "--device", "cpu")
+    assert outcome.code == 2
+    assert "cannot keep states in" in words(outcome.err)

@@ -51,7 +51,7 @@ function probe() {
     press(element, key);
     return view.token;
   };
-  const charts = Object.fromEntries(all("figure").map((figure) => [figure.id, figure.querySelector(".chart, .scroll")]));
+  const charts = Object.fromEntries(all("figure").map((figure) => [figure.id, figure.querySelector(".chart, .scroll")]).filter(([, chart]) => chart));
   if (found.sections.includes("decay")) {
     found.after_keys = { text: moved($("surprise-text"), "ArrowRight", 11) };
     found.reading = $("reading").textContent;
@@ -59,26 +59,52 @@ function probe() {
     found.after_keys.curve = moved(charts["influence-curve"], "ArrowLeft", 6);
     found.after_keys.path = moved(charts["resolvent-path"], "ArrowRight", 5);
     found.after_keys.strip = moved(charts["decay-map"], "PageDown", 6);
-    found.column_follows = document.querySelector(".column").offsetLeft === 16 * 14;
+    found.column_follows = document.querySelector(".column").offsetLeft === 16 * 9;
     found.after_keys.end = moved($("surprise-text"), "End", 5);
     found.after_keys.home = moved($("surprise-text"), "Home", 5);
   }
   selectToken(3);
   found.tips = {};
-  for (const element of [...all(".text"), ...Object.values(charts)]) {
+  for (const box of all(".text")) {
+    hideTip();
+    press(box, "ArrowRight");
+    found.text_is_covered ||= tipText() !== "";
+  }
+  selectToken(3);
+  found.heights = [...new Set(range(20).map((i) => {
+    selectToken(i);
+    return document.body.scrollHeight;
+  }))].length;
+  selectToken(3);
+  found.guesses = all(".guess").map((row) => row.textContent);
+  for (const element of Object.values(charts)) {
     hideTip();
     press(element, "ArrowRight");
-    const name = (element.closest("figure") ?? element).id;
+    const name = element.closest("figure").id;
     if (element.className === "scroll") {
       const box = element.firstChild.getBoundingClientRect();
       element.firstChild.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + 50, clientY: box.top + 30, bubbles: true }));
     }
     found.tips[name] = tipText();
   }
-  $("surprise-text").dispatchEvent(new FocusEvent("blur"));
+  charts["influence-curve"].dispatchEvent(new FocusEvent("blur"));
   found.tip_goes = tipText() === "";
 
-  const followers = ["energy-curve", "snr-bars", "resonance-map", "resolvent-path"].filter((id) => charts[id]);
+  found.findings = all("#findings a").map((link) => [link.textContent, document.querySelector(link.getAttribute("href")) !== null]);
+  found.links = all("#sections a").map((link) => link.getAttribute("href"));
+  const lines = () => charts["energy-curve"]?.querySelectorAll(".curve").length;
+  found.bounds = [lines()];
+  $("bounds")?.click();
+  found.bounds.push(lines());
+  found.largest_share = charts["resolvent-share"].getBoundingClientRect() && Math.max(...data.layers.flatMap((layer) => layer.real.flatMap((row, h) => row.map((x, i) => Math.hypot(x, layer.imaginary[h][i]) / layer.resolvent_bound[h][i]))));
+  found.rows = all("#decay-map .rows div").map((row) => row.textContent);
+  found.words = all("#decay-map .words span").map((span) => span.textContent);
+  found.attended = all("#looks-heads tr").map((row) => row.textContent);
+  found.compared = all("#comparison-text span").map((span) => span.textContent);
+  found.comparison_rows = all("#comparison-table tr").length;
+  found.runs = all("#run option").map((option) => option.textContent);
+
+  const followers = ["energy-curve", "snr-bars", "resonance-map", "resolvent-share", "resolvent-path"].filter((id) => charts[id]);
   const before = followers.map((id) => charts[id].innerHTML);
   $("layer").value = data.layers.length - 1;
   $("layer").dispatchEvent(new Event("change"));
@@ -94,7 +120,7 @@ function probe() {
   });
   found.width = innerWidth;
   found.scroll_width = document.documentElement.scrollWidth;
-  found.targets = all("button, select, input").flatMap((control) => { const box = control.getBoundingClientRect(); return [box.width, box.height]; });
+  found.targets = all("button, select, input").filter((control) => control.checkVisibility()).flatMap((control) => { const box = control.getBoundingClientRect(); return [box.width, box.height]; });
   found.unnamed = all("[tabindex], button, input, select").filter((e) => !(e.getAttribute("aria-label") ?? e.closest("label")?.textContent)).map((e) => e.outerHTML.slice(0, 80));
   found.pictures = all(".text, .chart, .scroll").length;
   found.focusable = all(".text, .chart, .scroll").filter((e) => e.tabIndex === 0).length;

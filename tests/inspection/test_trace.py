@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from resolvent.inspection.attention import largest_weights
 from resolvent.inspection.trace import trace_text
 from resolvent.models import observe
 from resolvent.models.phase1 import Phase1IntegratedModel
@@ -80,7 +81,7 @@ def test_distances_are_those_of_the_weights(window: int | None):
     model, ids = HYBRID.model(attention_window=window), tokens(60, 1)
     found = trace_text(model, ids[0])
     assert [layer.memory is None for layer in found.layers] == [False, True, False]
-    assert [layer.distance is None for layer in found.layers] == [True, False, True]
+    assert [layer.attention is None for layer in found.layers] == [True, False, True]
     attention, record = model.blocks[1].attention, observe(model, ids).layers[1]
     heads = attention.heads(attention.qkv_proj(record.memory_input), None, None)
     q, k = attention.rotated(heads, torch.arange(60).unsqueeze(0))
@@ -88,4 +89,22 @@ def test_distances_are_those_of_the_weights(window: int | None):
     scores = torch.einsum("qhk,shk->hqs", q[0] * attention.temperature[:, None], k[0])
     visible = (back >= 0) & (back < (window or 60))
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    torch.testing.assert_close(found.layers[1].distance, (weights * back).sum(-1).T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.layers[1].attention.distance, (weights * back).sum(-1).T, rtol=1e-4, atol=1e-4)
+    assert found.layers[1].attention is not None
+    largest, places = weights.topk(4, dim=-1)
+    torch.testing.assert_close(found.layers[1].attention.weights, largest, rtol=1e-4, atol=1e-5)
+    seen = largest > 1e-3
+    assert torch.equal(found.layers[1].attention.places[seen], places[seen])
+
+
+def test_largest_weights_in_several_blocks():
+    torch.manual_seed(0)
+    layer = HYBRID.model().blocks[1].attention
+    x = torch.randn(600, 48)
+    weights, places = largest_weights(layer, x)
+    assert weights.shape == places.shape == (3, 600, 4)
+    back = torch.arange(600)[:, None] - places
+    assert ((back >= 0) & (back < 24))[weights > 0].all()
+    first, _ = largest_weights(layer, x[:100])
+    torch.testing.assert_close(weights[:, :100], first)
+    assert largest_weights(layer, x[:2])[0].shape == (3, 2, 2)

@@ -252,6 +252,21 @@ def test_state_size_is_constant(phase, options, size):
 
 
 @torch.no_grad()
+@pytest.mark.slow
+def test_state_of_a_hybrid_is_as_large_after_a_million_tokens():
+    model = HYBRID.model(d_model=16, num_heads=1, attention_window=64)
+    sizes, state = [], None
+    for piece in tokens(1_000_000, batch=1).split(62_500, dim=1):
+        _, state = model.hidden_states(piece, state=state)
+        sizes.append(state.sizes)
+    assert state.position.item() == 1_000_000 and sizes == 16 * [sizes[0]]
+    memory, window = 4 * (16 * 16 + 1), 4 * 2 * 64 * 16  # S and Γ̄; keys and values of 64 tokens
+    attending = len(model.config.attention_layers)
+    assert sizes[0]["memory"] == (model.config.n_layers - attending) * memory
+    assert sizes[0]["window"] == attending * window and sum(sizes[0].values()) == state.nbytes
+
+
+@torch.no_grad()
 def test_greedy_generation_equals_argmax(model):
     out = model.generate(tokens(7), 80, temperature=0)
     assert torch.equal(out[:, 7:], model(out[:, :-1]).argmax(-1)[:, 6:])

@@ -17,7 +17,13 @@ from resolvent.ops import (
 )
 from resolvent.ops.consolidation import consolidate_gradient
 from resolvent.ops.hebbian import CHUNK
-from resolvent.ops.memory_rotation import accumulate_phases, angles_of, rotate_memory, rotate_queries_keys
+from resolvent.ops.memory_rotation import (
+    accumulate_phases,
+    angles_of,
+    plateau_turns,
+    rotate_memory,
+    rotate_queries_keys,
+)
 
 from .test_hebbian import KINDS, consolidation, inputs, relative, state, tensors_of
 
@@ -25,7 +31,7 @@ KEY = 16
 
 
 def turns_of(length, batch=2, dtype=torch.float64):
-    """Up to half a turn per token, as tanh gives it."""
+    """Up to half a turn per token, as ``plateau_turns`` gives it."""
     return torch.rand(batch, length, KEY // 2, dtype=dtype) - 0.5
 
 
@@ -36,6 +42,24 @@ def start_of(batch=2):
 def apart(a, b):
     """Return the largest distance of phases on the circle."""
     return (a - b - (a - b).round()).abs().max().item()
+
+
+def test_turns_have_plateaus_at_none_and_half():
+    p = torch.linspace(-2, 2, 4001, dtype=torch.float64).requires_grad_()
+    turns = plateau_turns(p)
+    (slope,) = torch.autograd.grad(turns.sum(), p)
+    size, none, half = p.detach().abs(), p.detach().abs() < 0.2499, p.detach().abs() > 0.7501
+    assert bool((turns[none] == 0).all()) and bool((turns[half].abs() == 0.5).all())
+    between = ~none & ~half & (size > 0.2501) & (size < 0.7499)
+    assert torch.equal(slope[between], torch.ones_like(slope[between]))
+    assert not slope[none | half].any() and torch.equal(turns[between].sign(), p[between].sign())
+
+
+def test_a_token_on_a_plateau_leaves_no_error_in_a_million():
+    """An error of 0.1 of the projection, which ``π tanh`` would turn into thousands of turns."""
+    projected = 0.9 + 0.1 * torch.rand(1, 1_000_000, 1, generator=torch.Generator().manual_seed(0))
+    _, last = accumulate_phases(plateau_turns(projected), torch.zeros(1, 1, dtype=torch.float64))
+    assert last.item() == 0.0
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 300])

@@ -1,5 +1,7 @@
 """Conversations: a turn reads its own tokens; saved, undone and cut conversations equal those that were not."""
 
+import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,3 +201,25 @@ def test_wrong_command_is_named_and_changes_nothing(model: Any, line: str, told:
     said = next(lines(Chat(conversation), line))
     assert said.startswith("Error: ") and told in said
     assert conversation.messages == [] and conversation.options == SamplingOptions(temperature=0)
+
+
+@pytest.mark.slow
+def test_first_token_of_turn_100_takes_the_time_of_turn_2(model: Any):
+    """Turns of both conversations alternate, in time of this process."""
+    conversations = [talk(model, max_tokens=16), talk(model, max_tokens=16)]
+    question = "What is the capital of Orrin, and how far is the river from it?"
+    for conversation, turns in zip(conversations, (1, 99), strict=True):
+        for _ in range(turns):
+            answer(conversation, question)
+    ratios = []
+    for _ in range(40):
+        seconds = []
+        for conversation in conversations:
+            started = time.process_time()
+            pieces = conversation.say(question)
+            next(pieces, None)
+            seconds.append(time.process_time() - started)
+            pieces.close()
+            conversation.undo()
+        ratios.append(seconds[1] / seconds[0])
+    assert statistics.median(ratios) < 1.1

@@ -25,6 +25,7 @@ from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupt
 from resolvent.training.checkpoint import find_checkpoint
 from resolvent.training.run_folder import has_begun
 from resolvent.training.trainer import Trainer
+from resolvent.training.validation import Validator
 from tests.processes import Failed, together
 
 MakeConfig = Callable[..., TrainingConfig]
@@ -298,24 +299,24 @@ def test_processes_stop_together_and_resume(make: MakeConfig, alone: Path, tmp_p
 
 def stop_last_in_validation(config: TrainingConfig) -> tuple[int, int]:
     """Train until the last process is interrupted in a validation; the step of all, and this one's calls in it."""
-    forward, read, calls = Phase2IntegratedModel.forward, Trainer._nats_of_share, [0]
+    forward, read, calls = Phase2IntegratedModel.forward, Validator._nats_of_share, [0]
 
     def counted(self: Phase2IntegratedModel, *arguments: Any, **options: Any) -> Any:
         calls[0] += not self.training and "labels" in options
         return forward(self, *arguments, **options)
 
-    def interrupted(self: Trainer, *arguments: Any) -> Tensor:
+    def interrupted(self: Validator, *arguments: Any) -> Tensor:
         if self.accelerator.process_index == self.accelerator.num_processes - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return read(self, *arguments)
 
-    Phase2IntegratedModel.forward, Trainer._nats_of_share = counted, interrupted
+    Phase2IntegratedModel.forward, Validator._nats_of_share = counted, interrupted
     try:
         train(config)
     except TrainingInterrupted as stop:
         return stop.step, calls[0]
     finally:
-        Phase2IntegratedModel.forward, Trainer._nats_of_share = forward, read
+        Phase2IntegratedModel.forward, Validator._nats_of_share = forward, read
     return config.steps, calls[0]
 
 

@@ -1,4 +1,4 @@
-"""Serving: tokens a second of many answers at once, beside a loop of ``generate``.
+"""Serving: tokens per second of many answers at once, beside a loop of ``generate``.
 
 The engine reads ragged prompts and writes greedy answers of equal lengths; the time of reading is included. The peer
 answers the same prompts one after the other, a few of them where there are many: its speed does not depend on their
@@ -71,7 +71,7 @@ def measure(bench: Bench) -> None:
 
 
 def _engine_speed(bench: Bench, case: Case, sequences: int, check: Check) -> float:
-    """Return tokens a second, from the first request to the last token; a first round is not timed."""
+    """Return tokens per second, from the first request to the last token; a first round is not timed."""
     engine = Engine(_model(bench, case), max_sequences=sequences, max_queue=sequences, cache_bytes=0)
     engine.start()
     try:
@@ -111,7 +111,7 @@ def _regret(exact: Phase2IntegratedModel, prompt: np.ndarray, answer: list[int])
 
 
 def _loop_speed(bench: Bench, case: Case, sequences: int) -> float:
-    """Return tokens a second of ``generate``, prompt after prompt."""
+    """Return tokens per second of ``generate``, prompt after prompt."""
     model, device = _model(bench, case), bench.device
     prompts: list[Tensor] = [torch.from_numpy(prompt)[None].to(device) for prompt in _prompts(case, sequences)]
     model.generate(prompts[0], case.tokens, temperature=0)

@@ -11,6 +11,7 @@ import typer
 from resolvent._version import __version__
 from resolvent.cli.benchmark import benchmark
 from resolvent.cli.chat import chat
+from resolvent.cli.console import report_console
 from resolvent.cli.convert import convert
 from resolvent.cli.evaluate import measures
 from resolvent.cli.generate import generate
@@ -57,13 +58,21 @@ def _printable_errors() -> Iterator[None]:
         raise
 
 
+FIRST_STEPS = {
+    "resolvent train --steps 300 --out runs/first": "train a small model on presidents' speeches (minutes)",
+    "resolvent generate runs/first --prompt 'The' --stream": "let it write",
+    "resolvent evaluate runs/first": "measure it on text that it has not seen",
+    "resolvent inspect runs/first": "make a page that shows what happens inside",
+    "resolvent train --data my_text.txt --tokenizer bpe --out runs/mine": "train on your own text",
+}
+"""Commands to try, each with its purpose."""
+
 app = typer.Typer(
     cls=Commands,
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with: resolvent train --out runs/first --steps 300",
 )
 for command in (train, tokenize, generate, chat, serve, inspect, convert, presets, benchmark):
     add_command(app, command)
@@ -78,6 +87,7 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def options(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Show the version and stop.")
     ] = False,
@@ -88,3 +98,15 @@ def options(
     """Train, measure and run linear-time language models."""
     if debug:
         os.environ["RESOLVENT_DEBUG"] = "1"
+    if ctx.invoked_subcommand is None:
+        _show_first_steps()
+
+
+def _show_first_steps() -> None:
+    from resolvent.terminal import say
+
+    console = report_console(None)
+    say(console, f"resolvent {__version__}: train, measure and run linear-time language models. Five things to try:")
+    for command, purpose in FIRST_STEPS.items():
+        say(console, f"\n  {command}\n      {purpose}")
+    say(console, "\nresolvent --help lists all commands, resolvent COMMAND --help the options of one.")

@@ -38,11 +38,11 @@ def chat(
 ) -> None:
     """Talk to a model.
 
-    A line is said to the model, whose answer is shown while it is written; /help lists the commands. The state is kept
-    between turns: a turn costs its own tokens, however long the conversation. /save writes it to a file, and /load goes
-    on from there. Where standard input is no terminal, every line of it is said.
+    Each line is sent to the model, and the answer appears while it is written; /help lists the commands. The state is
+    kept between turns, so a turn costs its own tokens, however long the conversation is. /save writes the state to a
+    file, and --load reads it. Where standard input is no terminal, every line of it is sent.
 
-    A model answers as well as it was taught to. Its chat template is taken from the run folder (chat_template.jinja or
+    The chat template is taken from the run folder (chat_template.jinja or
     tokenizer_config.json); without one, lines that name the speakers stand between the turns.
 
     Example: [bold]resolvent chat runs/tiny --temperature 0.7[/bold]

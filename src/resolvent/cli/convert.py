@@ -13,6 +13,9 @@ from resolvent.runs import load_trained, run_of
 from resolvent.seeds import MOST_SEED
 from resolvent.terminal import say, shell_word
 
+_MOST_BYTES = 1 << 28
+"""Largest file of a tokenizer."""
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -66,9 +69,12 @@ def convert(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the new weights.")] = 0,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="SOURCE is a run with --lora: add its adapters to the weights.")
+    ] = False,
     json_path: JsonFile = None,
 ) -> None:
-    """Convert a Phase 1 model, or a Transformer of the Llama family, to a Phase 2 model with the same logits.
+    """Convert a Phase 1 model, a Transformer of the Llama family, or a run with adapters, with the same logits.
 
     Prints a report of every tensor. The new parts of Phase 2 start at zero and are trainable. Transformers (Llama,
     Mistral, Qwen2, SmolLM2) are folders with safetensors, or GGUF files; smollm2 is the model of the package
@@ -80,13 +86,21 @@ def convert(
     Example: [bold]resolvent convert smollm2 runs/smollm2[/bold]
 
     Example: [bold]resolvent convert smollm2 runs/hybrid --keep-attention every:3 --attention-window 512[/bold]
+
+    Example: [bold]resolvent convert runs/adapted runs/merged --merge[/bold]
     """
     from resolvent.errors import ConfigError
 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} is not empty: choose another folder for the converted model")
-    pretrained = pretrained_source(directory)
     attention = {"--keep-attention": keep_attention, "--attention-window": attention_window, "--text": text}
+    if merge:
+        given = [*attention.values(), change, keep_tensor_train, mechanisms == "none", to == "llama"]
+        if any(given):
+            raise typer.BadParameter("it converts nothing: leave out all other options", param_hint="--merge")
+        _merge(directory, out, json_path)
+        return
+    pretrained = pretrained_source(directory)
     of_transformers = {"--mechanisms": mechanisms == "none", **attention}
     if to == "llama":
         _refuse(
@@ -150,6 +164,34 @@ def _convert_phase1(
     console = report_console(json_path)
     _show(report, console)
     say(console, f"Train it further: resolvent train --from {shell_word(out)}")
+
+
+def _merge(directory: Path, out: Path, json_path: Path | None) -> None:
+    """Write the model of a run with adapters, its tokenizer and its chat template into a folder, as one model."""
+    from resolvent.data.chat_template import TEMPLATE_FILE
+    from resolvent.data.tokenization import TOKENIZER_FILES
+    from resolvent.errors import CheckpointError
+    from resolvent.files import atomic_directory, read_bytes, write_file
+    from resolvent.manifest import write_manifest
+    from resolvent.models import save_model
+    from resolvent.models.adapters import Adapters, has_adapters
+    from resolvent.models.storage import CONFIG, WEIGHTS
+
+    if not has_adapters(directory):
+        raise CheckpointError(
+            f"{directory} has no adapters to merge: `resolvent train --from DIR --lora r=16` trains some"
+        )
+    model, _ = load_trained(directory, "cpu")
+    run_dir, count = run_of(directory), len(Adapters.read(directory).tensors) // 2
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_directory(out) as folder:
+        names = [name for name in (*TOKENIZER_FILES, TEMPLATE_FILE) if (run_dir / name).exists()]
+        for name in names:
+            write_file(folder / name, read_bytes(run_dir / name, _MOST_BYTES))
+        save_model(model, folder)
+        write_manifest(folder, [CONFIG, WEIGHTS, *names])
+    write_result(json_path, {"merged": count, "parameters": model.num_parameters()})
+    say(report_console(json_path), f"Merged {count} adapters into {model.num_parameters():,} parameters, in {out}")
 
 
 def _config(phase1: "Phase1Config", assignments: list[str], keep_tensor_train: bool) -> "Phase2Config":

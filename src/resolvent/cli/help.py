@@ -7,12 +7,22 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from resolvent.seeds import MOST_SEED
+
 
 class _FoldedHelp:
-    """Mixin for commands: the help folds names that are too long for their column."""
+    """Mixin for commands, whose help folds long names and shows neither the type of flags nor the bound of seeds."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _fold_names()
+        parameters: Any = self
+        for parameter in parameters.get_params(ctx):
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+            holders: Any = (parameter, getattr(parameter, "type", None))  # by version of Typer
+            for bounds in holders:
+                if getattr(bounds, "max", None) == MOST_SEED:
+                    bounds.max = None
         inherited: Any = super()
         inherited.format_help(ctx, formatter)
 

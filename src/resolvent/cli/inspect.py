@@ -1,7 +1,7 @@
 """`resolvent inspect`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,12 @@ from resolvent.cli.loading import (
 )
 from resolvent.runs import load_trained, run_of
 from resolvent.terminal import say
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from resolvent.inspection import Inspection
+    from resolvent.models import IntegratedModel
 
 PAGE = "inspection.html"
 
@@ -41,6 +47,12 @@ def inspect(
     ] = None,
     text_field: TextField = None,
     held_out: HeldOut = False,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Second run, or a checkpoint in it, to show beside the first.", show_default=False
+        ),
+    ] = None,
     length: Annotated[int, typer.Option(min=2, max=8192, help="Most tokens to read.")] = 500,
     out: Annotated[
         Path | None,
@@ -51,8 +63,8 @@ def inspect(
 ) -> None:
     """Write a page that shows the inside of a model on a text.
 
-    The HTML page opens in any browser and needs no network. It shows learning curves, the loss of every token, the
-    memories and their decay, and the influence of every token on the last prediction. Every picture has an explanation.
+    The HTML page opens in any browser and needs no network. Its findings stand first; pictures show the loss of every
+    token, the influence of every token on the last prediction, learning curves, decay rates, attention and memories.
 
     Example: [bold]resolvent inspect runs/tiny --text "My fellow citizens" --out page.html[/bold]
     """
@@ -65,31 +77,31 @@ def inspect(
     run_dir = run_of(directory)
     if out is not None:
         check_output(out, "--out")
-    model, tokenizer = load_trained(directory, device)
     from resolvent.files import write_file, write_output
-    from resolvent.inspection import inspect_model, render_page
-    from resolvent.training.metrics import FILE_NAME
+    from resolvent.inspection import page_data, render_page
 
+    trained = [(path, load_trained(path, device)) for path in (directory, compare) if path is not None]
     if text is None and file is None:
         text = documents_of(directory, data, text_field, held_out)[0]
     else:
         text = given_text(file, str(text))
-    metrics = run_dir / FILE_NAME
     with status("Reading"):
-        inspection = inspect_model(
-            model,
-            tokenizer,
-            text,
-            length=length,
-            name=str(directory),
-            metrics=metrics if metrics.exists() else None,
-        )
-    page = render_page(inspection).encode()
+        first, *others = [_inspect(path, *model, text, length) for path, model in trained]
+        page = render_page(first, *others).encode()
     if out is None:
         out = run_dir / PAGE
         write_file(out, page)
     else:
         write_output(out, page)
-    write_result(json_path, inspection.to_dict())
-    message = f"{out}: {len(inspection.tokens):,} tokens, {len(page) / 1e6:.1f} MB; open it in a browser"
+    write_result(json_path, page_data(first, *others) if others else first.to_dict())
+    message = f"{out}: {len(first.tokens):,} tokens, {len(page) / 1e6:.1f} MB; open it in a browser"
     say(progress_console(json_path), message)
+
+
+def _inspect(directory: Path, model: "IntegratedModel", tokenizer: "Tokenizer", text: str, length: int) -> "Inspection":
+    from resolvent.inspection import inspect_model
+    from resolvent.training.metrics import FILE_NAME
+
+    metrics = run_of(directory) / FILE_NAME
+    found = metrics if metrics.exists() else None
+    return inspect_model(model, tokenizer, text, length=length, name=str(directory), metrics=found)

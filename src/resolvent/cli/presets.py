@@ -14,7 +14,8 @@ def presets(
 ) -> None:
     """List the presets.
 
-    Parameters are counted with the vocabulary shown; `resolvent train` uses that of the tokenizer.
+    Parameters are counted with the vocabulary shown; `resolvent train` uses that of the tokenizer. Non-embedding
+    parameters are all but token embedding and head.
 
     Example: [bold]resolvent presets[/bold]
     """
@@ -23,14 +24,27 @@ def presets(
     from resolvent.models.phases import PHASES
 
     _, model, _, preset, names = PHASES[phase]
-    columns = ("preset", "parameters", "vocabulary", "d_model", "layers", "heads", "n_seq", "target VRAM")
+    columns = (
+        "preset",
+        "parameters",
+        "non-embedding",
+        "vocabulary",
+        "d_model",
+        "layers",
+        "heads",
+        "n_seq",
+        "target VRAM",
+    )
     configs, rows = {}, []
     for name in names:
         config = preset(name)
         with torch.device("meta"):  # sizes without the memory
-            parameters = model(config, init=False).num_parameters()
-        configs[name] = {"parameters": parameters, "config": config.to_dict()}
-        sizes = (parameters, config.vocab_size, config.d_model, config.n_layers, config.num_heads, config.n_seq)
+            built = model(config, init=False)
+        parameters = built.num_parameters()
+        outer = {*built.token_embedding.parameters(), *built.lm_head.parameters()}
+        inner = parameters - sum(weight.numel() for weight in outer)
+        configs[name] = {"parameters": parameters, "non_embedding_parameters": inner, "config": config.to_dict()}
+        sizes = (parameters, inner, config.vocab_size, config.d_model, config.n_layers, config.num_heads, config.n_seq)
         rows.append((name, *(f"{size:,}" for size in sizes), f"{config.target_vram_gb:g} GB"))
     write_result(json_path, {"phase": phase, "presets": configs})
     show_table(report_console(json_path), columns, rows, text=columns[:1])

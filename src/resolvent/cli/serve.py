@@ -28,6 +28,15 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 4096,
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Most time for an answer, waiting included.")] = 600.0,
     cache_mb: Annotated[int, typer.Option(min=0, help="Memory for the states after beginnings of prompts.")] = 1024,
+    prefix_cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep these states on disk, too, for the next start and for other servers.",
+            show_default="in memory only",
+        ),
+    ] = None,
+    prefix_cache_dir_mb: Annotated[int, typer.Option(min=1, help="Most disk space for them.")] = 10_240,
     device: Device = "auto",
     dtype: WeightDtype = "float32",
 ) -> None:
@@ -49,7 +58,8 @@ def serve(
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}: pip install 'resolvent[serve]'") from error
     from resolvent.data.chat_template import ChatTemplate
-    from resolvent.serving.engine import Engine
+    from resolvent.serving.engine import BLOCK, Engine
+    from resolvent.serving.state_files import StateFiles
 
     keys = None
     with wrong_usage("--api-key-file"):
@@ -58,9 +68,12 @@ def serve(
     with wrong_usage("--host"):
         check_address(host, has_keys=keys is not None)
     model, tokenizer = load_trained(directory, device, dtype=dtype)
-    run_dir = run_of(directory)
+    run_dir, files = run_of(directory), None
+    if prefix_cache_dir is not None:
+        with wrong_usage("--prefix-cache-dir"):
+            files = StateFiles(prefix_cache_dir, model, block=BLOCK, most_bytes=prefix_cache_dir_mb << 20)
     service = Service(
-        Engine(model, max_sequences=max_sequences, max_queue=max_queue, cache_bytes=cache_mb << 20),
+        Engine(model, max_sequences=max_sequences, max_queue=max_queue, cache_bytes=cache_mb << 20, files=files),
         tokenizer,
         ChatTemplate.load(run_dir, tokenizer),
         name if name is not None else run_dir.resolve().name,

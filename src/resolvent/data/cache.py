@@ -298,7 +298,7 @@ def _identities(files: list[Path]) -> list[tuple[str, int, int, int, int, int]]:
         try:
             status = path.stat()
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error}; check that it exists and is readable") from error
+            raise DataError(f"cannot read {path}: {error.strerror}; check that it exists and is readable") from error
         times = status.st_mtime_ns, status.st_ctime_ns
         found.append((str(path.resolve()), status.st_size, *times, status.st_ino, status.st_dev))
     return found

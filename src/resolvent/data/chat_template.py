@@ -33,9 +33,9 @@ DEFAULT = (
     "{% set names = {'system': 'System', 'user': 'User', 'assistant': 'Assistant'} %}"
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "{{ names[message.role] if message.role in names else raise_exception('unknown role: ' ~ message.role) }}"
-    ":\n{{ message.content }}"
-    "{{ eos_token if message.role == 'assistant' }}\n\n"
+    "{% set role = message['role'] %}"
+    "{{ (names[role] if role in names else raise_exception('unknown role: ' ~ role))"
+    " ~ ':\n' ~ message['content'] ~ (eos_token if role == 'assistant' else '') ~ '\n\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
@@ -140,8 +140,10 @@ class ChatTemplate:
         Raises:
             DataError: the template does not take these messages.
         """
-        mark = self._mark(messages)
-        marked = [self._marked(message, mark) for message in messages]
+        words = "".join(str(value) for message in messages for value in message.values())
+        mark, marked = next(mark for mark in _MARKS if mark not in words), messages
+        if self._special.search(words):  # nearly never, and a search of all words at once is quick
+            marked = [self._marked(message, mark) for message in messages]
         try:
             text = self._template.render(messages=marked, add_generation_prompt=answer, **self._variables)
         except Exception as error:  # a template may fail in as many ways as a program
@@ -188,11 +190,6 @@ class ChatTemplate:
             written += [False] * len(read) + [i <= end for i in range(len(answer))]
             before = whole.text
         return np.array(ids, np.int64), np.array(written, bool)
-
-    def _mark(self, messages: Sequence[Message]) -> str:
-        """Return a code point that the messages do not hold."""
-        text = "".join(str(value) for message in messages for value in message.values())
-        return next(mark for mark in _MARKS if mark not in text)
 
     def _marked(self, message: Message, mark: str) -> Message:
         """Return a message in which the mark splits the words of special tokens."""

@@ -218,7 +218,10 @@ def faults_of(path: Path) -> Generator[None, None, None]:
             f"{path}: the text does not fit into memory: give a part of it, or use a machine with more memory"
         ) from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError) as error:
-        raise DataError(f"cannot read {path}: {error}; check that it exists, is readable and is not damaged") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"cannot read {path}: {reason}; check that it exists, is readable and is not damaged"
+        ) from error
 
 
 def _open(path: Path) -> BinaryIO:

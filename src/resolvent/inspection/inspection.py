@@ -5,7 +5,6 @@ Shapes: N tokens of the text, P positions at which the memories are recorded, H 
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,10 @@ from resolvent.data.stream import encode_prompt
 from resolvent.errors import CheckpointError, DataError, ResolventError
 from resolvent.evaluation.influence import input_gradients
 from resolvent.files import read_lines
-from resolvent.inspection.trace import LayerTrace, MemoryTrace, trace_text
+from resolvent.inspection.findings import find
+from resolvent.inspection.trace import AttentionTrace, LayerTrace, MemoryTrace, trace_text
+from resolvent.inspection.values import Attention, Curves, Inspection, Layer, Memory, Modes, Row
+from resolvent.inspection.words import word_numbers
 from resolvent.models import IntegratedModel
 from resolvent.models.phase2 import Phase2Block, Phase2Config
 from resolvent.models.phases import phase_of
@@ -34,117 +36,8 @@ SNR_EDGES = np.geomspace(1e-3, 32, 46)
 _MOST_POINTS = 1000
 """Most points of a learning curve; a longer run is averaged over intervals of steps."""
 
-Row = list[float]
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Learning curves, from the metrics of a run.
-
-    Attributes:
-        step, bits_per_byte, grad_norm, lr: of the training steps, or means over intervals of steps.
-        validation_step, validation_bits_per_byte: of the validations.
-    """
-
-    step: Row
-    bits_per_byte: Row
-    grad_norm: Row
-    lr: Row
-    validation_step: Row
-    validation_bits_per_byte: Row
-
-
-@dataclass(frozen=True)
-class Modes:
-    """The modes of a layer's memory after the text: energies relative to their mean, and gates, both (H, K)."""
-
-    energy: list[Row]
-    gate: list[Row]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """A layer's memory.
-
-    Attributes:
-        energy, bound: ``||S||²`` and its upper bound, (H, P).
-        snr: share of the components in each bin of ``SNR_EDGES`` after the text, (H, bins).
-        signal: share of the components above the SNR threshold, (H,); None without an SNR filter.
-        strength: strength of the SNR filter, from 0 to 1, (H,); None without an SNR filter.
-        modes: None without resonance.
-    """
-
-    energy: list[Row]
-    bound: list[Row]
-    snr: list[Row]
-    signal: Row | None
-    strength: Row | None
-    modes: Modes | None
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer at every token.
-
-    Attributes:
-        real, imaginary: parts of the resolvent's g, (H, N).
-        resolvent_bound: upper bound of ``|g|``, (H, N).
-        gamma: decay rates, (H, N); None without dissipation.
-        memory: None without a memory.
-        distance: number of tokens that each head looks back on average, (H, N); None without attention.
-    """
-
-    real: list[Row]
-    imaginary: list[Row]
-    resolvent_bound: list[Row]
-    gamma: list[Row] | None
-    memory: Memory | None
-    distance: list[Row] | None
-
-
-@dataclass(frozen=True, repr=False)
-class Inspection:
-    """Inspection of a model on a text.
-
-    Attributes:
-        name: name of the model.
-        version: version of this package.
-        facts: properties of the model, by name.
-        curves: None without metrics.
-        tokens: text of the tokens, (N,); empty for a part of a character that a later token completes.
-        nats: loss of every token except the first.
-        expected: the likeliest tokens at every position except the first, each with its probability.
-        influence: norm of the gradient of the last token's loss in every earlier token's embedding, (N - 1,).
-        places: indices of the tokens after which the memories are recorded, (P,).
-        layers: the layers at every token.
-        snr_edges: bins of the SNR.
-        snr_threshold, resonance_threshold: thresholds; None without the mechanism.
-        consolidation_interval: tokens between two consolidations; None without any.
-        dt: time per token, in which a memory decays by ``1 - exp(-Γ dt)``.
-    """
-
-    name: str
-    version: str
-    facts: dict[str, str]
-    curves: Curves | None
-    tokens: list[str]
-    nats: Row
-    expected: list[list[tuple[str, float]]]
-    influence: Row
-    places: list[int]
-    layers: list[Layer]
-    snr_edges: Row
-    snr_threshold: float | None
-    resonance_threshold: float | None
-    consolidation_interval: int | None
-    dt: float
-
-    def __repr__(self) -> str:
-        return f"Inspection({self.name!r}, {len(self.tokens):,} tokens, {len(self.layers)} layers)"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all figures, for JSON."""
-        return dataclasses.asdict(self)
+_GUESSES = 5
+"""Number of the likeliest tokens that are kept at every position."""
 
 
 def inspect_model(
@@ -179,12 +72,15 @@ def inspect_model(
     nats, expected = _predictions(model, tokenizer, seen.hidden, ids)
     rules = [block.consolidation() for block in model.blocks if isinstance(block, Phase2Block)]
     consolidation = next((rule for rule in rules if rule is not None), None)
-    return Inspection(
+    tokens = token_texts(tokenizer, ids.tolist())
+    inspection = Inspection(
         name=name,
         version=__version__,
         facts=_facts(model),
+        findings=[],
         curves=read_curves(metrics) if metrics is not None else None,
-        tokens=token_texts(tokenizer, ids.tolist()),
+        tokens=tokens,
+        words=word_numbers(tokens),
         nats=nats,
         expected=expected,
         influence=_influence(model, ids),
@@ -196,6 +92,7 @@ def inspect_model(
         consolidation_interval=consolidation.interval if consolidation else None,
         dt=model.config.hebbian_dt if isinstance(model.config, Phase2Config) else 1.0,
     )
+    return dataclasses.replace(inspection, findings=find(inspection))
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
@@ -257,7 +154,7 @@ def _predictions(
     with torch.no_grad():
         log_p = at_least_float32(model.lm_head(hidden[:-1])).log_softmax(dim=-1)
     nats = -log_p.gather(1, ids[1:, None]).squeeze(1)
-    best = log_p.topk(min(3, model.vocab_size))
+    best = log_p.topk(min(_GUESSES, model.vocab_size))
     rows = zip(ids.tolist(), best.indices.tolist(), strict=False)  # no prediction after the last token is shown
     words = [added_texts(tokenizer, before, row) for before, row in rows]
     chances = _numbers(best.values.exp())
@@ -276,8 +173,12 @@ def _layer(seen: LayerTrace, block: torch.nn.Module) -> Layer:
         resolvent_bound=_numbers(seen.resolvent_bound.T),
         gamma=None if seen.gamma is None else _numbers(seen.gamma.T),
         memory=_memory(seen.memory, block) if seen.memory is not None and isinstance(block, Phase2Block) else None,
-        distance=None if seen.distance is None else _numbers(seen.distance.T),
+        attention=None if seen.attention is None else _attention(seen.attention),
     )
+
+
+def _attention(seen: AttentionTrace) -> Attention:
+    return Attention(_numbers(seen.distance.T), seen.places.tolist(), _numbers(seen.weights))
 
 
 def _memory(seen: MemoryTrace, block: Phase2Block) -> Memory:

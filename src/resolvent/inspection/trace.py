@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resolvent.errors import ConfigError
+from resolvent.inspection.attention import largest_weights
 from resolvent.layers import LyapunovStabilityMonitor, StaticBKLayer
 from resolvent.models import IntegratedModel, observe
 from resolvent.models.inference import inference_view
@@ -33,6 +34,21 @@ class MemoryTrace:
 
 
 @dataclass(frozen=True)
+class AttentionTrace:
+    """Trace of a layer's attention.
+
+    Attributes:
+        distance: number of tokens that each head looks back on average, at every token, (N, H).
+        weights: largest weights of every token, largest first, (H, N, T).
+        places: indices of the tokens that they belong to, (H, N, T).
+    """
+
+    distance: Tensor
+    weights: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True)
 class LayerTrace:
     """Trace of a layer.
 
@@ -41,15 +57,14 @@ class LayerTrace:
         resolvent_bound: upper bound of ``|g|``, ``1 / (κΓ + ζ)``, (N, H).
         gamma: Γ of every token, (N, H); None without dissipation.
         memory: None without a memory.
-        distance: number of tokens that each head looks back on average, at every token, (N, H); None where the layer
-            does not attend.
+        attention: None where the layer does not attend.
     """
 
     resolvent: Tensor
     resolvent_bound: Tensor
     gamma: Tensor | None
     memory: MemoryTrace | None
-    distance: Tensor | None = None
+    attention: AttentionTrace | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,15 +120,17 @@ def _layer(block: nn.Module, records: Sequence[Phase1Record | Phase2Record], end
     bk = block.dissipative_bk
     assert bk is not None
     bound = 1 / (bk.kappa.detach().abs() * gamma + bk.log_zeta.detach().exp())
-    return LayerTrace(g, bound, gamma, _memory(block, dissipative, gamma, ends), _distance(block, dissipative))
+    return LayerTrace(g, bound, gamma, _memory(block, dissipative, gamma, ends), _attention(block, dissipative))
 
 
-def _distance(block: Phase2Block, records: Sequence[Phase2Record]) -> Tensor | None:
-    """Return how far a layer that attends looks back, (N, H)."""
+def _attention(block: Phase2Block, records: Sequence[Phase2Record]) -> AttentionTrace | None:
+    """Return the trace of the attention of a layer; None where the layer does not attend."""
     if block.attention is None:
         return None
+    x = torch.cat([record.memory_input for record in records], dim=1)
     with torch.no_grad():
-        return block.attention.distances(torch.cat([record.memory_input for record in records], dim=1))[0]
+        distance = block.attention.distances(x)[0]
+    return AttentionTrace(distance, *largest_weights(block.attention, x[0]))
 
 
 def _memory(block: Phase2Block, records: Sequence[Phase2Record], gamma: Tensor, ends: Tensor) -> MemoryTrace | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import Consolidation, MemoryState, dissipative_memory
-from ..ops.memory_rotation import accumulate_phases
+from ..ops.memory_rotation import accumulate_phases, plateau_turns
 from ..ops.packed import count_sequences
 from ..ops.precision import at_least_float32, for_products
 from ..ops.rotary import Scaling, rotary_turns
@@ -43,8 +43,9 @@ class DissipativeHebbianLayer(HeadsLayer):
 
     A short causal convolution mixes neighbouring tokens before q, k and v. Queries and keys are L2-normalised; η is one
     positive number per head. The read-out of each head is RMS-normalised and multiplied by a gate of low rank. With
-    ``rotation``, every token turns the pairs of channels of q and k of all heads by ``π tanh(rotation_proj(x)) dt``;
-    with ``rotary``, the map has a bias that starts at rotary positions.
+    ``rotation``, every token rotates the pairs of channels of q and k of all heads by
+    ``plateau_turns(rotation_proj(x)) dt`` turns; with ``rotary``, the map has a bias that starts at
+    rotary positions.
 
     Args:
         d_model: width D.
@@ -96,7 +97,7 @@ class DissipativeHebbianLayer(HeadsLayer):
         self.log_eta.fill_(self.initial_eta).log_()
         if self.rotation_proj is not None and self.rotary is not None:
             turns = rotary_turns(torch.ones((), dtype=torch.int64), self.head_dim, *self.rotary)
-            self.rotation_proj.bias.copy_(torch.atanh(turns * 2 / self.dt))
+            self.rotation_proj.bias.copy_(turns / self.dt + 0.25)  # the inverse of plateau_turns
 
     @property
     def eta(self) -> Tensor:
@@ -117,7 +118,7 @@ class DissipativeHebbianLayer(HeadsLayer):
                 projected = F.linear(at_least_float32(x), at_least_float32(weight), bias)
         else:
             projected = at_least_float32(self.rotation_proj(x))
-        return accumulate_phases(torch.tanh(projected) * (self.dt / 2), start, cu_seqlens)
+        return accumulate_phases(plateau_turns(projected) * self.dt, start, cu_seqlens)
 
     @property
     def state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

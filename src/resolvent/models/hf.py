@@ -11,9 +11,11 @@ Shapes: B batch, N sequence, D model width, V vocabulary.
 import copy
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -38,6 +40,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 
 from ..errors import ConfigError
+from ..files import read_json, write_file, write_json
 from ..layers.linear import is_plain
 from ..layers.zeta import ExactConstant
 from ..ops import IGNORED
@@ -47,7 +50,7 @@ from .config import check_fields
 from .phase1 import Phase1Config, Phase1IntegratedModel
 from .phase2 import Phase2Config, Phase2IntegratedModel
 from .state import ModelState
-from .storage import FORMAT_VERSION, TRANSFORMERS_ENTRIES, in_todays_format, model_type
+from .storage import CONFIG, FORMAT_VERSION, TRANSFORMERS_ENTRIES, in_todays_format, model_type
 from .token_batch import check_attention_mask
 from .trace import Trace
 
@@ -56,6 +59,15 @@ Batch = dict[str, Any]
 
 _ARGUMENTS = ("model_type", "name_or_path", "num_labels", "attn_implementation", "experts_implementation")
 """Arguments of Transformers' configurations that are no fields of them."""
+
+_PORTABLE = "modeling_resolvent"
+"""Name of the module that ``save_pretrained`` writes into a portable folder."""
+_PORTABLE_SOURCE = '''"""Classes of an installed resolvent, for Transformers' trust_remote_code."""
+
+from resolvent.hf import Phase1ForCausalLM, Phase1HFConfig, Phase2ForCausalLM, Phase2HFConfig
+
+__all__ = ["Phase1ForCausalLM", "Phase1HFConfig", "Phase2ForCausalLM", "Phase2HFConfig"]
+'''
 
 _GENERATION_MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -101,6 +113,10 @@ class _HFConfig(PretrainedConfig):
         self.tie_word_embeddings = False  # Phase 2 has its own say on this in the next line
         for name, value in config.to_dict().items():
             setattr(self, name, value)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "") -> None:
+        """Do nothing; see the method of the same name of the models."""
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -251,6 +267,41 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
             fresh = dict(self.integrated(self.config.to_dataclass()).named_parameters())
             for name, parameter in missing.items():
                 parameter.copy_(fresh[name])
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "") -> None:
+        """Do nothing: Transformers would copy this module into the folders of models that came with a portable one."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        *arguments: Any,
+        portable: bool | None = None,
+        **options: Any,
+    ) -> None:
+        """Write the model as every model of Transformers does.
+
+        Args:
+            save_directory: the folder.
+            is_main_process: False in all processes but the one that writes.
+            *arguments: those of Transformers, as ``options``.
+            portable: also write a module that imports these classes from an installed resolvent. With
+                ``trust_remote_code=True``, Transformers then reads the folder without ``import resolvent.hf``. None
+                does so if the model was read from such a folder.
+            **options: those of Transformers.
+        """
+        self._inherited.save_pretrained(save_directory, is_main_process, *arguments, **options)
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        entries = read_json(folder / CONFIG)
+        known = entries.pop("auto_map", None)
+        if portable or (portable is None and known):
+            classes = {"AutoConfig": self.config_class.__name__, "AutoModelForCausalLM": type(self).__name__}
+            entries["auto_map"] = {auto: f"{_PORTABLE}.{name}" for auto, name in classes.items()}
+            write_file(folder / f"{_PORTABLE}.py", _PORTABLE_SOURCE.encode())
+        write_json(folder / CONFIG, entries)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.token_embedding
@@ -531,14 +582,16 @@ def _register() -> None:
     By them it finds configurations, models and tokenizers, tells causal language models from others (label smoothing,
     pipelines, model cards), and looks up ``architectures``.
     """
-    package = sys.modules["transformers"]  # not the module of an early import, which Transformers replaces
+    # Transformers replaces its lazy module while it is imported, and `transformers serve` looks into an earlier one:
+    # names of their class are found in all of them.
+    packages: Any = type(sys.modules["transformers"])
     for model in (Phase1ForCausalLM, Phase2ForCausalLM):
         config, name = model.config_class, model.__name__
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForCausalLM.register(config, model, exist_ok=True)
         AutoTokenizer.register(config, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = name
-        setattr(package, name, model)
+        setattr(packages, name, model)
 
 
 _register()

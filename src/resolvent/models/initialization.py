@@ -56,8 +56,8 @@ def init_weights(model: Parts, generator: torch.Generator | None, zeta_potential
     ``zeta_potential`` those of the potential get the zeta spectrum at the same norm. The outputs of memory,
     attention and feed-forward network are scaled by ``1 / sqrt(2 L)`` for L blocks, so that all blocks together add
     about as much as one (Radford et al., 2019). The outputs of BK-Core and AR-SSM start at zero, the angles of a
-    rotating memory at a hundredth of their range. The input of AR-SSM's sum over all past tokens is scaled so that the
-    sum is of about unit size after ``n_seq`` tokens.
+    rotating memory between no turn and half a turn. The input of AR-SSM's sum over all past tokens is scaled so
+    that the sum is of about unit size after ``n_seq`` tokens.
 
     Args:
         model: the model; its weights are changed in place.
@@ -92,7 +92,7 @@ def _scale(model: Parts, name: str) -> float:
     if name.endswith(_TO_THE_STREAM):
         return (2 * len(model.blocks)) ** -0.5
     if name.endswith(".rotation_proj"):
-        return 0.01
+        return 0.5
     return model.n_seq**-0.5 if name.endswith(".ar_ssm.u_proj") else 1.0
 
 

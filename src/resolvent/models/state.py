@@ -68,7 +68,16 @@ class ModelState:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return sum(x.numel() * x.element_size() for x in self.tensors())
+        return sum(self.sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size in bytes of the position and of every field of the layers' states: of memories and windows apart."""
+        found = {"position": self.position.nbytes}
+        for name, x in self._layer_tensors():
+            field = name.split(".")[2]
+            found[field] = found.get(field, 0) + x.nbytes
+        return found
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,7 @@ Transformers reads these folders. Folders that Transformers writes are read here
 entries, the names of their weights may begin with ``model.``, and their weights may be in several files.
 """
 
+import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files import check_version, read_json, shown, write_json
 from ..manifest import read_checked
 from ..tensors import TensorFile, write_tensors
+from .adapters import Adapters, base_folder, has_adapters
 from .base import IntegratedModel
 from .config import ModelConfig, Values
 from .phase1 import Phase1Config
@@ -32,6 +34,7 @@ INDEX = f"{WEIGHTS}.index.json"
 
 TRANSFORMERS_ENTRIES = (
     "architectures",
+    "auto_map",
     "bos_token_id",
     "dtype",
     "eos_token_id",
@@ -100,10 +103,21 @@ def named_weights(model: IntegratedModel) -> dict[str, Tensor]:
     return tensors
 
 
+def weights_digest(model: IntegratedModel) -> str:
+    """Return the SHA-256 of a model's weights, names and shapes included."""
+    digest = hashlib.sha256()
+    for name, x in model.state_dict().items():
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def load_model(
     directory: str | Path, device: torch.device | str | None = None, *, dtype: Dtype = "float32"
 ) -> IntegratedModel:
     """Read a model that ``save_model`` or Transformers' ``save_pretrained`` wrote, in evaluation mode.
+
+    LoRA adapters are merged into it.
 
     Args:
         directory: the folder.
@@ -114,6 +128,23 @@ def load_model(
         CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.
     """
     directory = Path(directory)
+    if not has_adapters(directory):
+        return load_base(directory, device, dtype=dtype)
+    return load_base(base_folder(directory), device, Adapters.read(directory), dtype=dtype)
+
+
+def load_base(
+    directory: Path,
+    device: torch.device | str | None = None,
+    adapters: Adapters | None = None,
+    *,
+    dtype: Dtype = "float32",
+) -> IntegratedModel:
+    """Read a model as ``load_model`` does, with other adapters than those of its folder; None for none.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or weights or adapters do not fit the configuration.
+    """
     phase, config = read_config(directory / CONFIG)
     with ExitStack() as stack:
         parts = [stack.enter_context(TensorFile(path)) for path in _weight_files(directory)]
@@ -127,6 +158,11 @@ def load_model(
         except ConfigError as error:
             raise CheckpointError(f"{directory / CONFIG}: {error}") from error
         tensors = {name.removeprefix(_PREFIX): x for part in parts for name, x in part.read().items()}
+    if adapters is not None:
+        try:
+            adapters.merge(tensors)
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"the adapters do not fit the model in {directory}: {error}") from error
     if tied := model.tied:
         tensors[_TIED] = tensors[_TABLE]
     model.load_state_dict(tensors, assign=dtype == "stored")

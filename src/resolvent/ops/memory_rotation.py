@@ -22,6 +22,20 @@ from .precision import wide_dtype
 from .prefix_sum import prefix_sum
 
 
+def plateau_turns(projected: Tensor) -> Tensor:
+    """Return turns per unit time: ``sign(p) clamp(|p| - 1/4, 0, 1/2)`` of projections p.
+
+    Exactly no turn up to a quarter, exactly half a turn from three quarters on, and linear between. A phase sums up the
+    errors of all tokens, and training on short sequences leaves errors that longer ones show: on the two plateaus there
+    are none, whatever the projection's own error is.
+
+    Example:
+        >>> plateau_turns(torch.tensor([-0.9, -0.5, 0.0, 0.2, 0.5, 0.8])).tolist()
+        [-0.5, -0.25, 0.0, 0.0, 0.25, 0.5]
+    """
+    return F.softshrink(projected, 0.25).clamp(-0.5, 0.5)
+
+
 def accumulate_phases(turns: Tensor, start: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sum up the turns of the tokens.
 

@@ -1,6 +1,5 @@
 """Conversation whose state is kept between turns: a turn reads its own tokens only, however long the talk."""
 
-import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from ..models.generation import read_prompts
 from ..models.inference import inference_view
 from ..models.sampling import Penalties, RowGenerators, RowSampler, SamplingOptions
 from ..models.state import EXTRA, ModelState
+from ..models.storage import weights_digest
 from ..native import panics_are_errors
 from ..ops.precision import at_least_float32, wide_dtype
 from ..tensors import read_tensors
@@ -130,7 +130,7 @@ class Conversation:
         if self._read.state is None:
             self._read_text(self._template.render(self.messages, answer=False))
         assert self._read.state is not None
-        record = {"messages": self.messages, "text": self._read.text, "weights": self._fingerprint()}
+        record = {"messages": self.messages, "text": self._read.text, "weights": weights_digest(self._model)}
         extra = {
             _TOKENS: torch.tensor(self._read.tokens),
             _RECORD: torch.from_numpy(np.frombuffer(json.dumps(record).encode(), np.uint8).copy()),
@@ -147,7 +147,7 @@ class Conversation:
         if missing := {_TOKENS, _RECORD} - tensors.keys():
             raise CheckpointError(f"{path} holds no conversation: it has no {min(missing)}")
         record = json.loads(tensors[_RECORD].numpy().tobytes())
-        if record["weights"] != self._fingerprint():
+        if record["weights"] != weights_digest(self._model):
             raise CheckpointError(f"{path} is a conversation with another model: load it where that model talks")
         weight = self._model.lm_head.weight
         state = self._model.state_type.load(path, weight.device)
@@ -225,11 +225,3 @@ class Conversation:
         state = state.clone()  # which does not hold the activations of a piece
         self._read = _Read(text, (*self._read.tokens, *ids), state)
         return hidden
-
-    def _fingerprint(self) -> str:
-        """Return the SHA-256 of the model's weights."""
-        digest = hashlib.sha256()
-        for name, x in self._model.state_dict().items():
-            digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
-            digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()

@@ -26,6 +26,7 @@ from ..models.state import ModelState
 from ..ops.precision import at_least_float32
 from .prefix_cache import PrefixCache, block_keys
 from .requests import DeadlineError, Failure, OverloadedError, Request, Ticket, TokenEvent
+from .state_files import StateFiles
 
 _log = logging.getLogger(__name__)
 
@@ -121,8 +122,9 @@ class Engine:
         model: the model; its mode does not change.
         max_sequences: largest number of answers that are read or written at once.
         max_queue: largest number of requests that wait for a place.
-        cache_bytes: limit on the size of the prefix cache.
+        cache_bytes: limit on the size of the prefix cache in memory.
         block: tokens per block of a prompt.
+        files: the prefix cache on disk; None for none.
 
     Attributes:
         counters: totals since the start.
@@ -136,12 +138,13 @@ class Engine:
         max_queue: int = 256,
         cache_bytes: int = 1 << 30,
         block: int = BLOCK,
+        files: StateFiles | None = None,
     ) -> None:
         self._model: Any = inference_view(model)
         self._device = model.lm_head.weight.device
         self._vocab_size = model.vocab_size
         self.max_sequences, self._max_queue, self._block = max_sequences, max_queue, block
-        self._cache = PrefixCache(cache_bytes)
+        self._cache = PrefixCache(cache_bytes, files)
         self._queue: deque[Ticket] = deque()
         self._reading: deque[_Reading] = deque()
         self._batch: _Batch | None = None
@@ -180,7 +183,7 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        """Size of the states in the prefix cache."""
+        """Size of the states in the prefix cache in memory."""
         return self._cache.nbytes
 
     def submit(
@@ -231,6 +234,7 @@ class Engine:
             with self._changed:
                 self._closing = True
             self._fail(self._tickets(), OverloadedError("the server shut down before the answer was complete"))
+            self._cache.close()
 
     def _wait(self) -> bool:
         """Wait until there is something to do; return False once the engine closes."""

@@ -31,9 +31,11 @@ from resolvent.files import (
 )
 from resolvent.manifest import check_files, write_manifest
 from resolvent.models import IntegratedModel
+from resolvent.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_folder
 from resolvent.models.storage import (
     CONFIG,
     WEIGHTS,
+    load_base,
     load_model,
     named_weights,
     read_config,
@@ -44,6 +46,7 @@ from resolvent.runs import EMA_FOLDER
 from resolvent.tensors import read_tensors, write_tensors
 from resolvent.training.average import Average
 from resolvent.training.ema import WeightAverage, is_average
+from resolvent.training.lora import LoraOptions, add_adapters, is_adapted, load_adapters, write_adapters
 from resolvent.training.optimizer import load_optimizer_tensors, optimizer_tensors
 from resolvent.training.sharding import (
     empty_shards,
@@ -160,11 +163,11 @@ def save_checkpoint(
     elif not _is_whole(target):  # a run that stops right after resuming has it already
         own_directory(target.parent)
         with atomic_directory(target) as partial:
-            write_weights(named_weights(model), partial)
+            _write_weights(model, partial)
             write_tensors(partial / OPTIMIZER_FILE, optimizer_tensors(model, optimizer))
             if average is not None:
                 write_tensors(partial / EMA_FILE, average.tensors)
-            _complete(partial, model, state, ema=average is not None)
+            _complete(partial, model, state, ema=average is not None, adapters=is_adapted(model))
     if not is_sharded(model) or dist.get_rank() == 0:
         _remove_old(target, keep, keep_step)
     return target
@@ -246,9 +249,20 @@ def write_models(run_dir: Path, model: IntegratedModel, average: WeightAverage |
 
 
 def _write_model(model: IntegratedModel, folder: Path) -> None:
-    weights = whole_weights(model) if is_sharded(model) else named_weights(model)
-    if not is_sharded(model) or dist.get_rank() == 0:
+    if not is_sharded(model):
+        _write_weights(model, folder)
+        return
+    weights = whole_weights(model)
+    if dist.get_rank() == 0:
         write_weights(weights, folder)
+
+
+def _write_weights(model: IntegratedModel, folder: Path) -> None:
+    """Write the weights of a model that is not sharded; of one with adapters, those alone."""
+    if is_adapted(model):
+        write_adapters(model, folder)
+    else:
+        write_weights(named_weights(model), folder)
 
 
 def load_trainer_state(checkpoint: Path) -> TrainerState:
@@ -264,7 +278,14 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
         raise CheckpointError(f"{checkpoint / TRAINER_STATE_FILE} holds no trainer state: {error!r}") from error
 
 
-def load_weights(checkpoint: Path, device: torch.device, *, sharded: bool, compile: bool = False) -> IntegratedModel:
+def load_weights(
+    checkpoint: Path,
+    device: torch.device,
+    *,
+    sharded: bool,
+    compile: bool = False,
+    lora: LoraOptions | None = None,
+) -> IntegratedModel:
     """Return the model of a checkpoint.
 
     Args:
@@ -272,10 +293,16 @@ def load_weights(checkpoint: Path, device: torch.device, *, sharded: bool, compi
         device: device of the model; of a sharded model, the device of this process.
         sharded: shard the model over all processes, which all call this.
         compile: compile the blocks of a sharded model.
+        lora: adapters of the run, if it has some; the other weights are in the run folder.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.
     """
+    if lora is not None:
+        model = load_base(base_folder(checkpoint), "cpu")
+        add_adapters(model, lora)
+        load_adapters(model, checkpoint)
+        return model.to(device)
     if not sharded and not _shards(checkpoint):
         return load_model(checkpoint, device=device)
     phase, config = read_config(checkpoint / CONFIG)
@@ -295,7 +322,10 @@ def restore_weights(checkpoint: Path, model: IntegratedModel) -> None:
     Raises:
         CheckpointError: a file is damaged.
     """
-    read_shards(checkpoint, model, named_weights(model))
+    if is_adapted(model):
+        load_adapters(model, checkpoint)
+    else:
+        read_shards(checkpoint, model, named_weights(model))
 
 
 def load_average(checkpoint: Path, model: IntegratedModel, average: WeightAverage) -> None:
@@ -348,8 +378,9 @@ def _files(checkpoint: Path) -> list[str]:
     """Return the names of the files that the manifest of a checkpoint lists."""
     if shards := _shards(checkpoint):
         return [CONFIG, TRAINER_STATE_FILE, *shard_names(shards)]
-    averages = [EMA_FILE] if _read_trainer_state(checkpoint).get("ema") else []
-    return [CONFIG, TRAINER_STATE_FILE, WEIGHTS, OPTIMIZER_FILE, *averages]
+    state = _read_trainer_state(checkpoint)
+    weights = [ADAPTER_CONFIG, ADAPTER_WEIGHTS] if state.get("adapters") else [WEIGHTS]
+    return [CONFIG, TRAINER_STATE_FILE, *weights, OPTIMIZER_FILE, *([EMA_FILE] if state.get("ema") else [])]
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:

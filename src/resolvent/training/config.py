@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from resolvent.errors import ConfigError
 from resolvent.files import shown
 from resolvent.seeds import MOST_SEED
+from resolvent.training.lora import LoraOptions
 from resolvent.training.schedule import WSD_DECAY_FRACTION, decay_start, learning_rate_factor
 
 if TYPE_CHECKING:
@@ -89,6 +90,13 @@ class TrainingConfig:
         metavar="PATTERN",
         default_text="none",
     )
+    lora: str | None = setting(
+        None,
+        TEXT,
+        "With --from: train low-rank adapters of this rank and leave the weights as they are (LoRA).",
+        metavar="r=16[,alpha=32,dropout=0.05,targets=NAME,...]",
+        default_text="all weights are trained",
+    )
     data: Texts = setting(  # noqa: RUF009  every run has its own
         None,
         TEXT,
@@ -151,7 +159,7 @@ class TrainingConfig:
         "Highest learning rate; with muon, of what AdamW moves.",
         above=0,
         aliases=("--lr",),
-        default_text="0.004; with adamw 0.5 / d_model; a quarter of it with --from",
+        default_text="0.004; with adamw 0.5 / d_model; a quarter of it with --from, unless with --lora",
     )
     muon_learning_rate: float | None = setting(
         None,
@@ -247,7 +255,7 @@ class TrainingConfig:
         if self.learning_rate is not None:
             return self.learning_rate
         fresh = _MUON_RATE if self.optimizer == "muon" else 0.5 / d_model
-        return (FROM_RATE if self.start_from is not None else 1.0) * fresh
+        return (FROM_RATE if self.start_from is not None and self.lora is None else 1.0) * fresh
 
     def peak_muon_learning_rate(self, d_model: int) -> float:
         """Return the peak learning rate of Muon, with the default resolved."""
@@ -298,6 +306,8 @@ class TrainingConfig:
             faults.append("validation_fraction has no effect beside validation_data: leave out one of them")
         if self.format == "chat":
             faults += self._faults_of_chat()
+        if isinstance(self.lora, str):
+            faults += self._faults_of_lora(self.lora)
         if self.optimizer != "muon":
             idle = [
                 name
@@ -335,6 +345,21 @@ class TrainingConfig:
             yield "text_field has no effect with the format chat, whose field is messages: leave it out"
         if self.tokenizer == "bpe":
             yield "tokenizer bpe learns from text, and the format is chat: take another one, or start_from a model"
+
+    def _faults_of_lora(self, text: str) -> Iterator[str]:
+        try:
+            LoraOptions.parse(text)
+        except ConfigError as error:
+            yield str(error)
+        if self.start_from is None:
+            yield "lora adapts a trained model: name it with start_from"
+        if self.parallel == "fsdp":
+            yield "lora trains few parameters, which fsdp does not shard: leave parallel at ddp"
+
+    @property
+    def lora_options(self) -> LoraOptions | None:
+        """Options of the adapters; None where all weights are trained."""
+        return None if self.lora is None else LoraOptions.parse(self.lora)
 
     def named_texts(self) -> Iterator[tuple[str, list[str]]]:
         """Yield the fields that name texts, with their paths; an empty list gives one empty path."""

@@ -71,8 +71,8 @@ def estimate_memory(
     A block keeps about `7 D + 27 H K + 4 F` numbers per token: D is the width of the model, H K that of the memory's
     heads (Phase 2 only) and F that of the feed-forward network. The backward pass works on one block more. With
     `recompute`, a block keeps `11 D` numbers, and the backward pass holds 1.6 whole blocks. Logits are computed in
-    chunks, so that the vocabulary counts only through the parameters, of 16 bytes each, 12 if Muon moves them, or 4 if
-    they are frozen.
+    chunks, so that the vocabulary counts only through the parameters, of 16 bytes each, or 12 if Muon moves them, and 4
+    where they are not trained.
 
     Args:
         model: the model.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from resolvent.errors import CheckpointError
 from resolvent.models import IntegratedModel
 from resolvent.training.config import TrainingConfig
+from resolvent.training.lora import is_adapter
 from resolvent.training.muon import Muon
 
 _NARROWEST = 64
@@ -95,7 +96,10 @@ def build_muon(
 
 
 def parts_of_matrices(model: nn.Module) -> dict[Tensor, int]:
-    """Return the trained matrices that Muon moves, and for each the projections that lie on top of each other in it."""
+    """Return the trained matrices that Muon moves, and for each the projections that lie on top of each other in it.
+
+    AdamW moves adapters, whatever their rank: one half of each is zero at the start, where no direction is orthogonal.
+    """
     stacked, tables = dict[Tensor, int](), set[Tensor]([model.get_parameter("lm_head.weight")])
     for module in model.modules():
         for name, parts in getattr(module, "stacked", {}).items():
@@ -107,7 +111,8 @@ def parts_of_matrices(model: nn.Module) -> dict[Tensor, int]:
     def is_wide(x: Tensor) -> bool:
         return min(x.shape[0] // stacked.get(x, 1), x.shape[1]) >= _NARROWEST
 
-    trained = [x for x in model.parameters() if x.requires_grad and x not in tables]
+    named = model.named_parameters()
+    trained = [x for name, x in named if x.requires_grad and x not in tables and not is_adapter(name)]
     return {x: stacked.get(x, 1) for x in trained if x.ndim == 2 and is_wide(x)}
 
 

@@ -27,7 +27,7 @@ from resolvent.models import IntegratedModel
 from resolvent.models.phase1 import Phase1Config
 from resolvent.models.phase2 import Phase2Config
 from resolvent.models.phases import PHASES
-from resolvent.models.storage import write_config
+from resolvent.models.storage import write_config, write_weights
 from resolvent.ops.hebbian import CHUNK
 from resolvent.runs import fixed_files, load_trained, run_of
 from resolvent.terminal import say, shell_word
@@ -44,6 +44,7 @@ from resolvent.training.config import Tracker, TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus, text_name
 from resolvent.training.ema import WeightAverage
 from resolvent.training.freezing import check_patterns, freeze
+from resolvent.training.lora import add_adapters, base_weights, is_adapted, whole_model
 from resolvent.training.memory import check_memory
 from resolvent.training.run_folder import beginning, check_new, new_run, read_result, read_run, write_run, write_steps
 from resolvent.training.sharding import is_sharded, shard
@@ -93,12 +94,13 @@ def new_trainer(config: TrainingConfig, console: Console | None = None) -> Itera
         start_from=_absolute(config.start_from),
     )
     with deterministic(config.deterministic):
-        tokenizer = _saved_tokenizer(config)
+        saved = _saved_model(config)  # before the data: errors come at once
         accelerator = _accelerator(config)
         console = _console(console, accelerator)
         template_folder = None if config.start_from is None else run_of(Path(config.start_from))
+        tokenizer = None if saved is None else saved[1]
         corpus = load_corpus(config, tokenizer, template_folder=template_folder, console=console)
-        model = _initial_model(config, corpus, accelerator)
+        model = _initial_model(config, corpus, accelerator, None if saved is None else saved[0])
         if accelerator.is_main_process:
             _warn_of_what_is_not_trained(model)
         check_memory(model, config, accelerator.device, accelerator.num_processes)
@@ -116,6 +118,8 @@ def _begin(trainer: Trainer, overwrite: bool) -> TrainingResult:
                 if (template := _template(config, corpus)) is not None:
                     template.save(run_dir)
                 write_config(trainer.raw_model, run_dir)
+                if is_adapted(trainer.raw_model):
+                    write_weights(base_weights(trainer.raw_model), run_dir)
             if config.start_from is not None or accelerator.num_processes > 1:
                 trainer.save()  # so that any number of processes can resume, also without the folder of --from
             if first:
@@ -229,7 +233,7 @@ def _resume(
             f"{corpus.fingerprint[:12]}, was {fingerprint[:12]}): restore the text, or start a new run"
         )
     if checkpoint is None:
-        model = _initial_model(config, corpus, accelerator)
+        model = _initial_model(config, corpus, accelerator, None)
     else:
         model = _load(config, checkpoint, accelerator)
     check_memory(model, config, accelerator.device, accelerator.num_processes)
@@ -248,7 +252,9 @@ def _resume(
 
 def _load(config: TrainingConfig, checkpoint: Path, accelerator: Accelerator) -> IntegratedModel:
     sharded = _shares_model(config, accelerator)
-    model = load_weights(checkpoint, accelerator.device, sharded=sharded, compile=config.compile)
+    model = load_weights(
+        checkpoint, accelerator.device, sharded=sharded, compile=config.compile, lora=config.lora_options
+    )
     freeze(model, config.freeze or [])
     return model
 
@@ -298,7 +304,7 @@ def _finished(config: TrainingConfig, checkpoint: Path, taken: int, accelerator:
     if accelerator.is_main_process or is_sharded(model):
         write_models(run_dir, model, average)  # those in the folder may be damaged
     accelerator.wait_for_everyone()
-    return TrainingResult(run_dir, model.eval(), load_tokenizer(run_dir), *scores)
+    return TrainingResult(run_dir, whole_model(model).eval(), load_tokenizer(run_dir), *scores)
 
 
 def _warn_of_what_is_not_trained(model: IntegratedModel) -> None:
@@ -316,19 +322,24 @@ def _warn_of_what_is_not_trained(model: IntegratedModel) -> None:
         )
 
 
-def _saved_tokenizer(config: TrainingConfig) -> Tokenizer | None:
-    """Return the tokenizer of the model to start from; None for that of the configuration.
+def _saved_model(config: TrainingConfig) -> tuple[IntegratedModel, Tokenizer] | None:
+    """Return the model to start from, with fresh adapters if the run has some, and its tokenizer.
 
-    A missing model, an unknown preset or parameters to freeze that there are not raise here, before the data are read.
+    None if the run starts from fresh weights. A missing model or an unknown preset raises here, and so do
+    parameters to freeze that there are not.
     """
-    if config.start_from is not None:
-        model, tokenizer = load_trained(Path(config.start_from), "cpu")
-    else:
-        model_config, tokenizer = _model_config(config), None
+    if config.start_from is None:
+        model_config = _model_config(config)
         with torch.device("meta"):
-            model = PHASES[config.phase].model(model_config, init=False)
+            check_patterns(PHASES[config.phase].model(model_config, init=False), config.freeze or [])
+        return None
+    model, tokenizer = load_trained(Path(config.start_from), "cpu")
     check_patterns(model, config.freeze or [])
-    return tokenizer
+    model.config = _for_windows(model.config, config)
+    if config.lora_options is not None:
+        torch.manual_seed(config.seed)
+        add_adapters(model, config.lora_options)
+    return model, tokenizer
 
 
 def _model_config(config: TrainingConfig) -> Phase1Config | Phase2Config:
@@ -341,13 +352,15 @@ def _for_windows(model_config: Any, config: TrainingConfig) -> Any:
     return dataclasses.replace(model_config, n_seq=config.window(model_config.n_seq))
 
 
-def _initial_model(config: TrainingConfig, corpus: Corpus, accelerator: Accelerator) -> IntegratedModel:
-    """Return a saved model, or fresh weights, which depend on the seed and not on the number of processes."""
+def _initial_model(
+    config: TrainingConfig, corpus: Corpus, accelerator: Accelerator, model: IntegratedModel | None
+) -> IntegratedModel:
+    """Return a saved model, or fresh weights, which depend on the seed and not on the number of processes.
+
+    The model is on the device of this process, or sharded.
+    """
     sharded = _shares_model(config, accelerator)
-    if config.start_from is not None:
-        model = load_trained(Path(config.start_from), "cpu")[0]
-        model.config = _for_windows(model.config, config)
-    else:
+    if model is None:
         torch.manual_seed(config.seed)
         vocab_size = corpus.tokenizer.get_vocab_size()
         create = PHASES[config.phase].create

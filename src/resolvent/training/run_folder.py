@@ -152,13 +152,15 @@ def _clear(run_dir: Path) -> None:
     Raises:
         CheckpointError: something cannot be removed.
     """
+    from resolvent.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
     from resolvent.models.storage import WEIGHTS
     from resolvent.training.checkpoint import FOLDER
     from resolvent.training.metrics import FILE_NAME
     from resolvent.training.tracking import ID_FILE, TENSORBOARD_DIR
 
+    adapters = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
     try:
-        for name in (MANIFEST, STEPS_FILE, RESULT_FILE, FILE_NAME, ID_FILE, WEIGHTS, *fixed_files()):
+        for name in (MANIFEST, STEPS_FILE, RESULT_FILE, FILE_NAME, ID_FILE, WEIGHTS, *adapters, *fixed_files()):
             (run_dir / name).unlink(missing_ok=True)
         for folder in (run_dir / FOLDER, run_dir / EMA_FOLDER, run_dir / TENSORBOARD_DIR):
             remove(folder)

@@ -5,10 +5,10 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from resolvent.data import Batch
 from resolvent.data.stream import token_ids
 from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
-from resolvent.evaluation.language import Stretches, calls_of_model, sample_stretches, sum_of_nats
+from resolvent.evaluation.language import Stretches, sample_stretches
 from resolvent.models import IntegratedModel
 from resolvent.models.inference import evaluating
 from resolvent.models.phases import phase_of
@@ -44,13 +44,15 @@ from resolvent.training.config import FROM_RATE, TrainingConfig
 from resolvent.training.corpus import Corpus
 from resolvent.training.ema import WeightAverage
 from resolvent.training.interrupt import StopRequest, TrainingInterrupted
+from resolvent.training.lora import whole_model
 from resolvent.training.metrics import FILE_NAME, History, MetricsLog, read_history
 from resolvent.training.nonfinite import NonFiniteError, offending_gradient, offending_weight
 from resolvent.training.optimizer import learning_rates, optimizer_of_run
-from resolvent.training.progress import TrainingDisplay, format_duration, frozen_part
+from resolvent.training.progress import TrainingDisplay, format_duration
 from resolvent.training.run_folder import Scores, write_result
 from resolvent.training.sharding import is_sharded, whole_tensor
 from resolvent.training.tracking import Tracking
+from resolvent.training.validation import StoppedInValidation, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +99,6 @@ class TrainingResult:
     def __repr__(self) -> str:
         loss, bits = self.validation.loss, self.validation.bits_per_byte
         return f"TrainingResult({str(self.run_dir)!r}, validation loss {loss:.4f}, {bits:.4f} bits per byte)"
-
-
-class _StoppedInValidation(Exception):
-    """Signal that a process was asked to stop during a validation."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +183,13 @@ class Trainer:
         else:
             self.model, self.optimizer = accelerator.prepare(model, self.raw_optimizer)
         self.average = WeightAverage(model, config.ema) if config.ema else None
+        self.validator = Validator(
+            accelerator,
+            self.model,
+            batch_tokens=self.batches.tokens_per_batch,
+            sharded=self.sharded,
+            eager=self.sharded and config.compile,
+        )
 
     @property
     def batches_per_step(self) -> int:
@@ -248,7 +253,7 @@ class Trainer:
                 write_result(self.run_dir, self.state.step, scores)
         self.display.say(f"Done in {format_duration(time.perf_counter() - started)}; the model is in {self.run_dir}")
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)  # removes autocast
-        return TrainingResult(self.run_dir, self.raw_model.eval(), self.corpus.tokenizer, *scores)
+        return TrainingResult(self.run_dir, whole_model(self.raw_model).eval(), self.corpus.tokenizer, *scores)
 
     def _step(self, stop: StopRequest) -> None:
         """Take a step, and report those that are computed."""
@@ -299,34 +304,37 @@ class Trainer:
         accelerator, config = self.accelerator, self.config
         mine = range(accelerator.process_index, self.batches_per_step, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = len(mine)
-        weights = self._weights(step)
         loss_sum = torch.zeros((), device=self.device)
-        for number in mine:
+        for number, batch, weight in self._weighted_batches(step, mine):
             # Randomness, too, is a function of the batch alone: a resumed run needs no generator's state, nor as many
             # processes as before.
             seeds = np.random.SeedSequence((config.seed, step, number))
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-            batch = self.batches[step * self.batches_per_step + number]
             with accelerator.accumulate(self.model):
                 loss, penalty = self._loss(batch)
-                loss = loss * weights[number]
+                loss = loss * weight
                 accelerator.backward(loss + penalty)
             loss_sum += loss.detach()
             if self.replayed and number == mine[0] != mine[-1]:
                 self._move_gradients()
         return loss_sum / len(mine)
 
-    def _weights(self, step: int) -> list[float]:
-        """Return the weights of a step's batches: of the mean over all tokens that the step predicts.
+    def _weighted_batches(self, step: int, mine: range) -> Iterator[tuple[int, Batch, torch.Tensor | float]]:
+        """Yield this process's batches with number and weight, in the mean over all tokens that the step predicts.
 
-        Batches of text predict equally many tokens. How many those of conversations predict depends on the answers.
+        Batches of text predict equally many tokens. How many those of conversations predict depends on the answers, so
+        that the processes add up their counts.
         """
         count = self.batches_per_step
+        batches = (self.batches[step * count + number] for number in mine)
         if count == 1 or not self.corpus.train.signed:
-            return [1.0] * count
-        batches = (self.batches[step * count + number] for number in range(count))
-        predicted = [int((batch.labels != IGNORED).sum()) for batch in batches]
-        return [count * part / max(1, sum(predicted)) for part in predicted]
+            yield from zip(mine, batches, repeat(1.0), strict=False)
+            return
+        held = list(batches)
+        predicted = torch.tensor([int((batch.labels != IGNORED).sum()) for batch in held], dtype=torch.float64)
+        total = self.accelerator.reduce(predicted.sum().to(self.device), reduction="sum")
+        weights = (count * predicted.to(self.device) / total.clamp(min=1)).float()
+        yield from zip(mine, held, weights, strict=True)
 
     def _over_processes(self, loss: torch.Tensor, stopping: bool) -> torch.Tensor:
         """Return (2,) on the device: the mean loss of all processes, and a number above zero if any is to stop."""
@@ -462,10 +470,10 @@ class Trainer:
             try:
                 self._validate(stop)
                 state.validation_due = False
-            except _StoppedInValidation:
+            except StoppedInValidation:
                 stopping = True
         if stopping:
-            self.display.say(f"Stopping after step {step}: saving a checkpoint (once more to stop at once)")
+            self.display.say(f"Stopping after step {step}: saving a checkpoint (a second signal stops at once)")
             self._report_all_but(0)
         if saving or stopping:
             self._save()
@@ -477,7 +485,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: the loss is not finite.
-            _StoppedInValidation: a process was asked to stop.
+            StoppedInValidation: a process was asked to stop.
         """
         step = self.state.step
         sample = sample_stretches(
@@ -501,51 +509,14 @@ class Trainer:
 
     def _score(self, sample: Stretches, stop: StopRequest | None) -> LanguageScore:
         """Score a sample by the weights that the model has."""
-        count = self.accelerator.num_processes
-        shares = [sample.sequences[first::count] for first in range(count)]
-        total = self.accelerator.reduce(self._nats_of_share(shares, stop)).item()
+        total = self.validator.nats(sample, self.display, stop)
         if not math.isfinite(total):
             raise self._not_finite(self.state.step, "the validation loss", f"the loss of a validation is {total}")
         return LanguageScore.from_totals(total, sample.num_predictions, sample.num_bytes)
 
-    def _nats_of_share(self, shares: list[list[np.ndarray]], stop: StopRequest | None) -> torch.Tensor:
-        """Return the nats of this process's tokens. All processes take equally many rounds, so that all can stop."""
-        accelerator = self.accelerator
-        mine = shares[accelerator.process_index]
-        model = accelerator.unwrap_model(self.model, keep_torch_compile=False)  # pieces have many shapes
-        sizes = dict(batch_tokens=max(self.batches.tokens_per_batch, 4096), piece_tokens=512)
-        calls = [calls_of_model(share, **sizes) for share in shares]
-        # Blocks that are compiled one by one see many shapes, too.
-        eager = torch.compiler.set_stance("force_eager") if self.sharded and self.config.compile else nullcontext()
-        with eager, evaluating(model), self.display.validating(sum(map(len, mine)) - len(mine)) as show:
-
-            def advance(tokens: int) -> None:
-                show(tokens)
-                if stop is not None and self._is_asked_to_stop(stop):
-                    raise _StoppedInValidation
-
-            nats = sum_of_nats(model, mine, **sizes, advance=advance)
-            for _ in range(max(calls) - calls[accelerator.process_index]):
-                if self.sharded:  # every call needs all processes, also those that have read their share
-                    self._call_idly()
-                advance(0)
-        return torch.tensor(nats, dtype=torch.float64, device=self.device)
-
-    def _is_asked_to_stop(self, stop: StopRequest) -> bool:
-        """Return True if any process was asked to stop; all processes call this."""
-        asked = stop.signal_number is not None
-        if self.accelerator.num_processes == 1:
-            return asked
-        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.device)).item())
-
     def _is_checked(self, step: int) -> bool:
         """Return True if a validation and diagnostics follow a step."""
         return _is_due(step, self.config.eval_interval) or step == self.config.steps
-
-    def _call_idly(self) -> None:
-        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        with torch.no_grad():
-            self.model(token)
 
     def save(self) -> None:
         """Write a checkpoint, and the weights into the run folder, so that its model can be used at any time.
@@ -593,6 +564,8 @@ class Trainer:
     def _introduce(self) -> None:
         """Show the model, the text and the settings of the run."""
         config, train, held_out = self.config, self.corpus.train, self.corpus.validation
+        total, trained = self.raw_model.num_parameters(), self.raw_model.num_parameters(trainable_only=True)
+        of_them = f" of which {trained:,} are trained ({trained / total:.1%})," if trained < total else ""
         precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
         epochs = config.steps * self.tokens_per_step / train.num_predictions
         origin = f"from {config.start_from}" if config.start_from else config.preset or "own configuration"
@@ -602,12 +575,11 @@ class Trainer:
         rate = f"Training  {config.schedule} schedule with a peak learning rate of {self.peak_learning_rate:.2g}"
         if (muon := learning_rates(self.raw_optimizer).get("muon_lr")) is not None:
             rate += f" (AdamW) and {muon:.2g} (Muon)"
-        if config.start_from and config.learning_rate is None:
+        if config.start_from and config.learning_rate is None and config.lora is None:
             rate += f", {FROM_RATE:g} of that for fresh weights, since the model is trained already (--learning-rate)"
-        count, trained = self.raw_model.num_parameters(), self.raw_model.num_parameters(trainable_only=True)
         self.display.say(
             f"Model     Phase {phase_of(self.raw_model)}, {origin}: "
-            f"{count:,} parameters{frozen_part(count, trained)}, {precision} on {self.device}\n"
+            f"{total:,} parameters,{of_them} {precision} on {self.device}\n"
             f"Text      {train.num_bytes:,} bytes in {train.num_documents:,} document(s) to learn from\n"
             f"Held out  {held_out.num_bytes:,} bytes in {held_out.num_documents:,} document(s){share}\n"
             f"Tokens    {train.num_predictions:,} to learn from, vocabulary of "

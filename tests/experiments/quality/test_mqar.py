@@ -72,7 +72,9 @@ def test_sequences_to_learn_and_to_test_differ_and_are_always_the_same():
     assert not torch.equal(first[0][0].inputs[:20], first[1][0].inputs)
 
 
-@pytest.mark.parametrize("name", [*MIXERS, "phase2", "phase2/bare", "phase2/original", "phase2/no-snr/wide"])
+@pytest.mark.parametrize(
+    "name", [*MIXERS, "phase2", "phase2/bare", "phase2/original", "phase2/no-snr/wide", "phase2/hybrid"]
+)
 def test_every_model_learns_from_the_places_asked_for(name: str):
     entry = build(name, 64, 2, 64)
     experiment = Experiment(entry, SMALL, PLAIN, mqar.draw(SMALL, torch.device("cpu")))
@@ -99,6 +101,20 @@ def test_snr_filter_keeps_no_second_memory_and_wide_doubles_the_heads():
     assert whole // memory == without // memory == 1
     assert wide // memory == 2
     assert build("phase2/wide", 64, 2, 64).model.config.num_heads == 4
+
+
+@pytest.mark.parametrize(("width", "head_dim"), [(64, 30), (128, 62)])
+def test_wide_fits_in_the_state_of_gated_deltanet(width: int, head_dim: int):
+    entry = build(f"phase2/wide-{head_dim}", width, 2, 64)
+    config, peer = entry.model.config, build("gated-deltanet", width, 2, 64).state_bytes
+    assert (config.num_heads, config.head_dim) == (4, head_dim) and 0.95 * peer < entry.state_bytes <= peer
+
+
+def test_a_hybrid_attends_in_the_last_of_three_blocks():
+    entry = build("phase2/hybrid/window-128", 64, 2, 64)
+    config = entry.model.config
+    assert config.n_layers == 3 and config.attention_layers == (2,) and config.attention_window == 128
+    assert entry.state_bytes - 2 * build("phase2", 64, 2, 64).state_bytes > 4 * 2 * 128 * 64
 
 
 def test_attention_learns_to_recall():

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -63,14 +64,23 @@ def test_an_unknown_task_is_an_error():
 def test_training_reads_the_sequences_of_its_step():
     experiment = Experiment(build("phase2/rotation", SMALL), SMALL, PLAIN, "abc")
     kinds = experiment.draw(3)
-    assert len(kinds) == 4 and all(0 <= kind <= 5 for kind in kinds)
+    assert kinds == [0, 0, 0, 0] and experiment.lengths.min() >= 3 and experiment.lengths.max() <= 8
     assert torch.equal(experiment.labels, experiment.tokens.cumsum(-1) % 2)
     model = experiment.entry.model
+    experiment.lengths[2] = 5
     hidden, _ = model.hidden_states(experiment.tokens[2, :, :5])
     exact = torch.nn.functional.cross_entropy(
         model.lm_head(hidden).flatten(0, 1), experiment.labels[2, :, :5].flatten()
     )
-    torch.testing.assert_close(experiment._loss(torch.tensor([2]), 5), exact)
+    torch.testing.assert_close(experiment._loss(torch.tensor([2]), 8), exact)
+
+
+def test_a_step_reads_a_multiple_of_16_tokens():
+    plan = dataclasses.replace(SMALL, longest=40, steps=64, growth=0.0)
+    experiment = Experiment(build("phase2", plan), plan, PLAIN, "abc")
+    kinds, lengths = torch.tensor(experiment.draw(0)), experiment.lengths
+    assert len(experiment.trainer._advances) == 3 and set(kinds.tolist()) == {0, 1, 2}
+    assert bool((lengths <= 16 * (kinds + 1)).all()) and bool((lengths > 16 * kinds).all())
 
 
 def test_accuracy_counts_the_last_positions():
@@ -86,7 +96,7 @@ def test_accuracy_counts_the_last_positions():
     assert experiment._accuracy(24) == 0
 
 
-@pytest.mark.parametrize(("name", "spread"), [("rotation", 0.01), ("rotation-0.1", 0.1), ("rotation-1", 1.0)])
+@pytest.mark.parametrize(("name", "spread"), [("rotation", 0.5), ("rotation-0.1", 0.1), ("rotation-1", 1.0)])
 def test_rotation_start_and_shared_weights(name: str, spread: float):
     plain, turned = build("phase2", Plan("parity")), build(f"phase2/{name}", Plan("parity"))
     plain.reset(0)

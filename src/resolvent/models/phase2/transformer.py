@@ -365,6 +365,8 @@ def _slow_memories(model: Phase2IntegratedModel) -> None:
             potential.set_decays(slowest * (max(slowest, _FASTEST_DECAY) / slowest) ** spread)
             if potential.gamma_proj is not None:
                 potential.gamma_proj.weight.zero_()
+            if block.hebbian.rotation_proj is not None:
+                block.hebbian.rotation_proj.weight.zero_()
 
 
 def _report(model: Phase2IntegratedModel, places: list[_Place], *, exact: bool) -> ConversionReport:

@@ -1,0 +1,78 @@
+"""Draw a conversation with `resolvent chat`, as it was on a terminal, into docs/images/chat.svg.
+
+    python examples/teach_facts.py
+    python scripts/capture_chat.py [runs/facts] [docs/images/chat.svg]
+
+The command runs in a terminal of its own (POSIX only), and types the lines below.
+"""
+
+import io
+import os
+import pty
+import re
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+LINES = (
+    "What is the capital of Orrin?",
+    "Please tell me the bird of Orrin.",
+    "Say, what is the founder of Orrin?",
+    "/undo",
+    "Tell me the coin of Orrin.",
+    "/save orrin.conv",
+    "/quit",
+)
+PROMPT = b"> "
+COLUMNS = 84
+
+
+def main() -> None:
+    run, out = (Path(given or default) for given, default in zip(_arguments(), DEFAULTS, strict=True))
+    command = [sys.executable, "-m", "resolvent", "chat", str(run.resolve()), "--temperature", "0", "--device", "cpu"]
+    out = out.resolve()
+    os.chdir(run)  # the conversation is saved there
+    shown = f"$ resolvent chat {DEFAULTS[0]} --temperature 0\n" + typed(command).replace("\r\n", "\n")
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
+    console.print(Text.from_ansi(shown.rstrip()))
+    svg = console.export_svg(title="resolvent chat", unique_id="chat")
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # fonts that a browser would fetch from elsewhere
+    out.write_text("\n".join(line.rstrip() for line in svg.splitlines()) + "\n", encoding="utf-8")
+    print(shown)
+
+
+DEFAULTS = ("runs/facts", "docs/images/chat.svg")
+
+
+def _arguments() -> list[str]:
+    return [*sys.argv[1:], "", ""][:2]
+
+
+def typed(command: list[str]) -> str:
+    """Return what a terminal shows while a command reads the lines, each typed at its prompt."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execvpe(command[0], command, {**os.environ, "TERM": "dumb", "COLUMNS": str(COLUMNS)})
+    shown = b""
+    for line in LINES:
+        while not shown.endswith(PROMPT):
+            shown += os.read(terminal, 4096)
+        os.write(terminal, line.encode() + b"\n")
+        shown += os.read(terminal, 1)  # the echo begins: the prompt before it is answered
+    while part := _rest(terminal):
+        shown += part
+    os.waitpid(child, 0)
+    return shown.decode()
+
+
+def _rest(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # Linux: the command has ended
+        return b""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Largest weights of an attention layer.
+
+Shapes: N tokens, D model width, H heads, T weights kept per token.
+"""
+
+import torch
+from torch import Tensor
+
+from resolvent.layers import LocalAttentionLayer
+
+_BLOCK = 256
+"""Queries of a block: no matrix of N x N weights is made."""
+
+
+@torch.no_grad()
+def largest_weights(layer: LocalAttentionLayer, x: Tensor, count: int = 4) -> tuple[Tensor, Tensor]:
+    """Return the largest weights of every token, largest first, and the tokens that they belong to.
+
+    Args:
+        layer: the layer.
+        x: inputs of the layer from the start of a text on, (N, D).
+        count: T, the number of weights; fewer where the text has fewer tokens.
+
+    Returns:
+        Weights and indices of tokens, both (H, N, T). Where a token sees fewer than T tokens, the last weights are 0.
+    """
+    length = len(x)
+    count = min(count, length)
+    heads = layer.heads(layer.qkv_proj(x[None]), None, None)
+    place = torch.arange(length, device=x.device)
+    q, k = layer.rotated(heads, place[None])
+    q_HNK = q[0].transpose(0, 1)
+    k_HNK = k[0].repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=1).transpose(0, 1)
+    found = []
+    for rows in place.split(_BLOCK):
+        first = 0 if layer.window is None else max(0, int(rows[0]) - layer.window + 1)
+        columns = torch.arange(first, int(rows[-1]) + 1, device=x.device)
+        back = rows[:, None] - columns
+        seen = (back >= 0) if layer.window is None else (back >= 0) & (back < layer.window)
+        scores = (q_HNK[:, rows] @ k_HNK[:, columns].mT).float() * torch.as_tensor(layer.temperature).reshape(-1, 1, 1)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+        best = weights.topk(min(count, len(columns)), dim=-1)
+        missing = count - best.values.shape[-1]
+        found.append(
+            [
+                torch.nn.functional.pad(best.values, (0, missing)),
+                torch.nn.functional.pad(columns[best.indices], (0, missing)),
+            ]
+        )
+    weights, places = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return weights, places
