@@ -1,7 +1,7 @@
 """Generation of text: sampling from a model that streams with a state."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Generic
 
 import torch
@@ -80,7 +80,7 @@ class Generation(nn.Module, Generic[State]):
         seeds: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         logprobs: int | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Collection[int] | None = None,
         attention_mask: Tensor | None = None,
         state: State | None = None,
         **sampling: Any,
@@ -103,8 +103,8 @@ class Generation(nn.Module, Generic[State]):
                 used.
             logprobs: number of likeliest tokens whose log probabilities are in every draw, beside that of the drawn
                 token; None for no log probabilities.
-            eos_token_id: token that ends a sequence, which yields this token from then on; the stream ends when all
-                sequences have ended.
+            eos_token_id: token that ends a sequence, or several of them. The sequence yields it from then on; the
+                stream ends when all sequences have ended.
             attention_mask: 1 for tokens, 0 for padding on either side, (B, N).
             state: state after the tokens before the prompt. The repetition penalty does not see those tokens.
             **sampling: fields of ``SamplingOptions``: temperature, top_k, top_p, min_p, repetition_penalty,
@@ -133,7 +133,7 @@ class Generation(nn.Module, Generic[State]):
             return sampler(logits, logprobs)
 
         model = inference_view(self)
-        return _draws(model, input_ids, max_new_tokens, samples, draw, eos_token_id, attention_mask, state)
+        return _draws(model, input_ids, max_new_tokens, samples, draw, _ends(eos_token_id), attention_mask, state)
 
 
 @torch.inference_mode()
@@ -143,7 +143,7 @@ def _draws(
     max_new_tokens: int,
     samples: int,
     sampler: Callable[[Tensor], Draw],
-    eos_token_id: int | None,
+    ends: list[int],
     attention_mask: Tensor | None,
     state: State | None,
 ) -> Iterator[Draw]:
@@ -156,19 +156,26 @@ def _draws(
         hidden, state = hidden.repeat_interleave(samples, dim=0), state.repeat(samples)
     step, logits = _stepper(model, state, max_new_tokens), at_least_float32(model.logits(hidden))
     done = torch.zeros(len(hidden), dtype=torch.bool, device=input_ids.device)
-    largest = logits.amax(-1)
+    largest, ending = logits.amax(-1), torch.tensor(ends, device=input_ids.device)
+    before = done
     for remaining in range(max_new_tokens, 0, -1):
         draw = sampler(logits)
         if logits.is_cuda:  # once not finite, always not finite
             largest = largest + logits.amax(-1)
-        if eos_token_id is not None:
-            draw = draw._replace(token=torch.where(done, eos_token_id, draw.token))
-            done = done | (draw.token == eos_token_id)
+        if ends:
+            draw = draw._replace(token=torch.where(done, before, draw.token))
+            before, done = draw.token, done | torch.isin(draw.token, ending)
         yield draw
-        if remaining == 1 or (eos_token_id is not None and done.all()):
+        if remaining == 1 or (ends and done.all()):
             check_finite(largest)
             return
         logits = step(draw.token)
+
+
+def _ends(eos_token_id: int | Collection[int] | None) -> list[int]:
+    if eos_token_id is None:
+        return []
+    return [eos_token_id] if isinstance(eos_token_id, int) else sorted(eos_token_id)
 
 
 def sample(

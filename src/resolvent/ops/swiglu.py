@@ -21,7 +21,12 @@ def swiglu(x: Tensor) -> Tensor:
         >>> torch.allclose(y, torch.nn.functional.silu(gate) * value)
         True
     """
-    return _SwiGLU.apply(x)
+    return _SwiGLU.apply(x) if torch.is_grad_enabled() and x.requires_grad else _gated(x)
+
+
+def _gated(x: Tensor) -> Tensor:
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 def swiglu_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -45,8 +50,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        gate, value = x.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return _gated(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
