@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from resolvent.models import IntegratedModel
+    from resolvent.models.storage import Dtype
 
 EMA_FOLDER = "ema"
 """Folder in a run folder with the moving average of the weights, as a model."""
@@ -40,7 +41,7 @@ def run_of(directory: Path) -> Path:
     return directory.parent if averaged else directory
 
 
-def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokenizer]":
+def load_trained(directory: Path, device: str, *, dtype: "Dtype" = "float32") -> "tuple[IntegratedModel, Tokenizer]":
     """Load a model and its tokenizer.
 
     A padded table (`resize_token_embeddings`) is cut to the size of the tokenizer, so that ids without a token have no
@@ -49,6 +50,7 @@ def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokeni
     Args:
         directory: a run folder, one of its checkpoints, or an output folder of `resolvent convert`.
         device: `auto`, `cpu` or `cuda`.
+        dtype: `float32`, or `stored` for that of the file.
 
     Raises:
         CheckpointError: there is no model, or it does not fit the tokenizer.
@@ -74,7 +76,7 @@ def load_trained(directory: Path, device: str) -> "tuple[IntegratedModel, Tokeni
             f"{directory} holds no model: {missing}. `resolvent train` saves one with every checkpoint and at the end"
         )
     try:
-        model = load_model(directory, device=pick_device(device))
+        model = load_model(directory, device=pick_device(device), dtype=dtype)
     except CheckpointError as error:
         if directory.exists():
             raise

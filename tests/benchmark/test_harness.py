@@ -237,5 +237,12 @@ def test_load_of_other_processes_is_reported(bench: Bench, monkeypatch: pytest.M
 
 def test_a_step_is_checked_on_a_shorter_sequence_on_the_cpu():
     case = training.Case("base", 1, 4096)
-    assert training._shortened(case).length == 1024
-    assert training._shortened(training.Case("tiny", 1, 100)).length == 100
+    assert training._shortened(case, CPU).length == 1024
+    assert training._shortened(training.Case("tiny", 1, 100), CPU).length == 100
+
+
+def test_the_transformer_with_our_parts_attends_everywhere_and_is_as_large():
+    peer, ours = training.new_transformer("tiny", CPU, "GPT with our parts"), training.new_model("tiny", CPU)
+    assert all(block.attention is not None and block.dissipative_bk is None for block in peer.blocks)
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (peer, ours)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)

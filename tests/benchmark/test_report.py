@@ -1,7 +1,11 @@
+import json
+from pathlib import Path
+
 import pytest
 
-from resolvent.benchmark.report import Report, Row, Target, number
+from resolvent.benchmark.report import Report, Row, StoredRun, Target, number
 from resolvent.benchmark.timing import Ceilings, Work
+from resolvent.errors import DataError
 
 LIMITS = Ceilings(bytes_per_second=1e12, flops_per_second=1e14)
 
@@ -72,3 +76,24 @@ def test_failures_are_listed_with_who_and_why():
 )
 def test_numbers_have_three_digits(value: float, text: str):
     assert number(value) == text
+
+
+def test_changes_against_a_stored_run(tmp_path: Path):
+    before = [Row("a", "fast", "ms", 2.0), Row("a", "failed", "ms", None), Row("a", "gone", "ms", 1.0)]
+    path = tmp_path / "figures.json"
+    path.write_text(json.dumps(Report("cuda", "a GPU", LIMITS, before).to_dict()))
+    stored = StoredRun.read(path)
+    now = [Row("a", "fast", "ms", 1.5), Row("a", "failed", "ms", 1.0), Row("b", "fast", "tokens/s", 3000.0)]
+    assert stored.device == "a GPU"
+    assert stored.changes(now).rows == [
+        ["a: fast", "ms", "2", "1.5", "-25.0 %"],
+        ["a: failed", "ms", "", "1", ""],
+        ["b: fast", "tokens/s", "", "3,000", ""],
+    ]
+
+
+def test_stored_run_of_another_kind_is_refused(tmp_path: Path):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"rows": [{"name": "x"}]}))
+    with pytest.raises(DataError, match=r"other\.json does not hold the figures of a benchmark \('section'\)"):
+        StoredRun.read(path)

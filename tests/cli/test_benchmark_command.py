@@ -31,6 +31,7 @@ def test_all_sections_are_measured_and_written(resolvent: Resolvent, tmp_path: P
         ("operators", "BK-Core forward + backward, B1 N130 H2"),
         ("operators", "head and loss forward + backward, T100 D32 V257"),
         ("training", "tiny, B1 N100"),
+        ("training", "tiny, B1 N100, ours / GPT"),
         ("training", "tiny, B1 N100, peak memory"),
         ("training", "tiny, B1 N100, consolidation"),
         ("memory", "tiny, B1 N256"),
@@ -41,14 +42,14 @@ def test_all_sections_are_measured_and_written(resolvent: Resolvent, tmp_path: P
         ("serving", "tiny, 3 answers of 6 tokens"),
     ]
     assert not any(row["failures"] for row in figures["rows"])
-    share = figures["rows"][9]["ours"]  # the difference of two speeds, which noise may turn negative
+    share = figures["rows"][10]["ours"]  # the difference of two speeds, which noise may turn negative
     assert share < 1
-    assert all(row["ours"] > 0 for row in figures["rows"] if row is not figures["rows"][9])
+    assert all(row["ours"] > 0 for row in figures["rows"] if row is not figures["rows"][10])
     errors = [row["error"] for row in figures["rows"] if row["unit"] in ("ms", "tokens/s")]
     assert all(error < 1e-4 for error in errors)
     training = figures["rows"][7]
-    assert list(training["peers"]) == ["GPT", "GPT, plain loss"]
-    peak = figures["rows"][8]
+    assert list(training["peers"]) == ["GPT", "GPT with our parts"]
+    peak = figures["rows"][9]
     assert peak["unit"] == "GiB" and len(peak["peers"]) == 1 and all(gib > 0 for gib in peak["peers"].values())
     assert 0 < training["fraction"] < 1 and training["times_better"] > 0
     assert figures["scale"] == "quick" and figures["ceilings"]["bytes_per_second"] > 1e8
@@ -88,3 +89,24 @@ def test_failures_are_shown_with_exit_code_1(resolvent: Resolvent, monkeypatch: 
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert [row["ours"] for row in figures["rows"]] == [2.0, None]
     assert figures["failures"] == [f"section, bad, ours: {why}"]
+
+
+def test_compare_shows_the_change_of_every_figure(
+    resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    figures, path = iter([2.0, 1.0]), tmp_path / "figures.json"
+
+    def measure(bench: Bench) -> None:
+        bench.add_figure("section", "row", "ms", next(figures))
+
+    monkeypatch.setattr(benchmark, "SECTIONS", {"section": measure})
+    assert resolvent("benchmark", "--quick", "--device", "cpu", "--json", path).code == 0
+    outcome = resolvent("benchmark", "--quick", "--device", "cpu", "--compare", path)
+    assert outcome.code == 0
+    assert "change against the stored run (CPU, PyTorch" in outcome.out
+    assert "section: row ms 2 1 -50.0 %" in " ".join(outcome.out.split())
+
+
+def test_a_stored_run_is_read_before_anything_is_measured(resolvent: Resolvent, tmp_path: Path):
+    outcome = resolvent("benchmark", "--compare", tmp_path / "missing.json")
+    assert outcome.code == 1 and "missing.json" in outcome.err and "copies at" not in outcome.out

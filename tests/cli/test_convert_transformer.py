@@ -65,6 +65,56 @@ def test_mechanisms_are_left_out(resolvent: Resolvent, folder: Path, tmp_path: P
     assert resolvent("generate", tmp_path / "out", "--max-new-tokens", 3).code == 0
 
 
+def test_layers_that_keep_attention_and_the_loss_of_the_others(resolvent: Resolvent, folder: Path, tmp_path: Path):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("A river, a stone, a cloud and a tower. " * 20)
+    less = ("--keep-attention", "every:2", "--attention-window", "32", "--mechanisms", "none", "--text", text)
+    outcome = resolvent("convert", folder, out, *less, "--json", tmp_path / "report.json")
+    assert outcome.code == 0
+    told = words(outcome.out)
+    assert "Not exact: 1 layers have memories in the place of attention, and attention reads 32 tokens" in told
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert not report["exact"] and report["loss"]["text"] == str(text) and report["loss"]["tokens"] > 300
+    assert f"{report['loss']['before']:.4f} nats per token before, {report['loss']['after']:.4f} after" in told
+    config = load_model(out, device="cpu").config
+    assert config.attention_layers == (1,) and config.attention_window == 32
+    assert config.bk_core and not config.snr_enabled and not config.resonance_enabled
+    trained = resolvent(
+        "train", "--from", out, "--data", text, "--steps", 2, "--seq-len", 64, "--freeze", "blocks.*.ffn.*",
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert trained.code == 0 and "are trained (" in trained.out
+    assert (tmp_path / "run" / "chat_template.jinja").exists() or TEMPLATE in (
+        tmp_path / "run" / "tokenizer_config.json"
+    ).read_text().replace('\\"', '"')
+    outcome = resolvent("convert", tmp_path / "run", tmp_path / "back", "--to", "llama")
+    assert outcome.code == 1 and "block 0 has a memory" in outcome.err and not (tmp_path / "back").exists()
+
+
+def test_back_to_llama_with_its_tokenizer(resolvent: Resolvent, folder: Path, tmp_path: Path):
+    resolvent("convert", folder, tmp_path / "ours")
+    outcome = resolvent("convert", tmp_path / "ours", tmp_path / "back", "--to", "llama")
+    assert outcome.code == 0 and "A Transformer (llama) is in" in outcome.out
+    theirs, back = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "back"))
+    assert all(torch.equal(back.state_dict()[name], x) for name, x in theirs.state_dict().items())
+    assert back.config.eos_token_id == theirs.config.eos_token_id
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == TEMPLATE
+    outcome = resolvent("convert", folder, tmp_path / "again", "--to", "llama")
+    assert outcome.code == 2 and "is a Transformer already" in words(outcome.err)
+
+
+def test_generation_ends_at_the_end_tokens_of_the_model(resolvent: Resolvent, folder: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    resolvent("convert", folder, out)
+    greedy = ("generate", out, "--prompt", "Rhyme", "--max-new-tokens", 12, "--temperature", 0)
+    model = load_model(out, device="cpu")
+    written = model.generate(torch.tensor([[256, *b"Rhyme"]]), 12, temperature=0, eos_token_id=256)[0, 6:].tolist()
+    settings = out / "generation_config.json"
+    settings.write_text(json.dumps({"eos_token_id": [256, written[2]]}))
+    ended = written[: written.index(written[2])]
+    assert resolvent(*greedy).out == "Rhyme" + bytes(ended).decode("utf-8", "replace") + "\n"
+
+
 def test_a_gguf_file_has_the_logits_of_the_folder(folder: Path, tmp_path: Path):
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     write_gguf(theirs, tmp_path / "model.gguf")
@@ -99,6 +149,7 @@ def test_bad_sources_are_named_and_nothing_is_written(resolvent: Resolvent, fold
 
     source = tmp_path / "source"
     shutil.copytree(folder, source)
+    (source / "few.txt").write_text("Too few.")
     refused("model_type must be one of llama, mistral, qwen2, got 'gpt_neox'", model_type="gpt_neox")
     refused(
         "must be one of default, linear, dynamic, llama3, got 'yarn'", rope_scaling={"type": "yarn"}, rope_parameters={}
@@ -106,6 +157,12 @@ def test_bad_sources_are_named_and_nothing_is_written(resolvent: Resolvent, fold
     refused("head_dim is 4, that of the Transformer 8", "--set", "head_dim=4", code=2)
     refused("unknown field of Phase2Config: 'window'", "--set", "window=4", code=2)
     refused("a Transformer has no tensor train", "--keep-tensor-train", code=2)
+    refused("must be layers such as 3,9,15, or every:N, got 'all'", "--keep-attention", "all", code=2)
+    refused("the model has layers 0..1, there is no layer 2", "--keep-attention", "0,2", code=2)
+    refused("every:N needs N in 1..2, got 3", "--keep-attention", "every:3", code=2)
+    refused("there is no loss to measure", "--text", str(folder / "config.json"), code=2)
+    refused("cannot read", "--attention-window", "8", "--text", str(tmp_path / "nothing"))
+    refused("too few to measure a conversion", "--attention-window", "8", "--text", str(source / "few.txt"))
     bytes_tokenizer().save(str(source / "tokenizer.json"))
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 257, "content": "<|more|>"})

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from resolvent.data import EOT, build_tokenizer
-from resolvent.data.chat_template import DEFAULT, ChatTemplate
+from resolvent.data.chat_template import DEFAULT, ChatTemplate, end_tokens
 from resolvent.errors import CheckpointError, DataError
 
 CHATML = (
@@ -114,3 +114,12 @@ def test_template_that_is_not_jinja_is_named(tmp_path: Path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match="cannot read the chat template"):
         ChatTemplate.load(tmp_path, tokenizer())
+
+
+def test_end_tokens_are_those_of_the_folder_and_the_separator(tmp_path: Path):
+    made = tokenizer()
+    eot, end = made.token_to_id(EOT), made.token_to_id("<|im_end|>")
+    assert end_tokens(tmp_path, made) == {eot}
+    assert end_tokens(folder(tmp_path, eos_token="<|im_end|>"), made) == {eot, end}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, end]}))
+    assert end_tokens(tmp_path, made) == {7, eot, end}

@@ -87,6 +87,16 @@ def test_generation_stops_when_all_sequences_have_ended(model):
     assert out.shape[1] == (max(end, int(other[0])) + 1 if len(other) else 30)
 
 
+def test_several_tokens_end_a_sequence_each_with_its_own(model):
+    prompt = torch.randint(0, 50, (2, 5))
+    free = model.generate(prompt, 30, temperature=0)[:, 5:]
+    ends = {int(free[0, 3]), int(free[1, 5])}
+    out = model.generate(prompt, 30, temperature=0, eos_token_id=ends)[:, 5:]
+    for row, text in zip(out.tolist(), free.tolist(), strict=True):
+        end = next(i for i, token in enumerate(text) if token in ends)
+        assert row[: end + 1] == text[: end + 1] and set(row[end:]) == {text[end]}
+
+
 def test_zero_new_tokens_return_the_prompt(model):
     prompt = torch.randint(0, 50, (2, 5))
     assert torch.equal(model.generate(prompt, 0), prompt)

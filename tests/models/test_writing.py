@@ -23,8 +23,9 @@ PHASES = dict(phase1=PHASE1, phase2=PHASE2, hybrid=HYBRID)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("ends", [[], [*range(20)]], ids=["endless", "ending"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_captured_writer_draws_the_same_tokens(options, monkeypatch):
+def test_captured_writer_draws_the_same_tokens(options, ends, monkeypatch):
     monkeypatch.setattr(writing, "captured", launched)
     torch.manual_seed(0)
     model, prompt = HYBRID.model(), tokens(40, 3)
@@ -34,10 +35,12 @@ def test_captured_writer_draws_the_same_tokens(options, monkeypatch):
         of_rows = [SamplingOptions(**options)] * 3
         penalties = Penalties(of_rows, list(prompt), model.vocab_size, prompt.device) if of_rows[0].penalises else None
         sampler = Sampler(of_rows, RowGenerators.of_seeds([4, 5, 6]), penalties)
-        writer = Writer(token_step(model, state), sampler, 2, None, logits)
+        writer = Writer(token_step(model, state), sampler, 2, ends, logits)
         if captured:
             writer.capture(model, state)
-        return torch.stack([writer.first.token, *(writer().token for _ in range(30))])
+        drawn = torch.stack([writer.first.token, *(writer().token for _ in range(30))])
+        assert writer.ended.any() == bool(ends)
+        return drawn
 
     assert torch.equal(tokens_of(True), tokens_of(False))
 
@@ -82,7 +85,7 @@ def test_captured_streams_take_generators_of_any_device(model, monkeypatch):
 @pytest.mark.gpu
 def test_captured_streams_end_with_their_sequences(model, monkeypatch):
     free = streamed(model, monkeypatch, True, temperature=0, batch=2)
-    eos = int(free[10].token[0])
+    eos = [int(free[10].token[0]), int(free[5].token[1])]
     found, expected = (
         streamed(model, monkeypatch, captured, temperature=0, batch=2, eos_token_id=eos) for captured in (True, False)
     )

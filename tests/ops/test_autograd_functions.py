@@ -48,6 +48,7 @@ def calls() -> dict[type, tuple[Any, ...]]:
         hebbian._WithinChunk: (x, x, x, decay),
         memory_rotation._Rotate: (x, angles, angles.cos(), angles.sin()),
         swiglu._SwiGLU: (x,),
+        swiglu._SwiGLUProduct: (x, torch.randn(3, 4)),
     }
 
 

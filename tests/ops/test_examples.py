@@ -33,6 +33,7 @@ OPERATORS |= {
         short_conv.causal_conv,
         short_conv.next_tail,
         swiglu.swiglu,
+        swiglu.swiglu_product,
     )
 }
 

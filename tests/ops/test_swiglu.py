@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from resolvent.ops.swiglu import swiglu
+from resolvent.ops.swiglu import swiglu, swiglu_product
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:
@@ -25,3 +25,30 @@ def test_only_the_input_is_kept_for_the_gradient():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         swiglu(x)
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+
+
+def test_product_and_its_gradients_are_those_of_autograd():
+    x, weight = torch.randn(3, 50, 64).bfloat16().requires_grad_(), torch.randn(16, 32).bfloat16().requires_grad_()
+    grad, found, expected = torch.randn(3, 50, 16).bfloat16(), swiglu_product(x, weight), F.linear(plain(x), weight)
+    assert torch.equal(found, expected)
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (found, expected)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_of_the_product():
+    draw = {"dtype": torch.float64, "requires_grad": True}
+    assert torch.autograd.gradcheck(swiglu_product, (torch.randn(3, 5, 16, **draw), torch.randn(4, 8, **draw)))
+
+
+def test_the_product_keeps_its_inputs_alone():
+    x, weight, kept = torch.randn(100, 64, requires_grad=True), torch.randn(16, 32, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        swiglu_product(x, weight)
+    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr(), weight.data_ptr()]
+
+
+def test_a_frozen_weight_has_no_gradient():
+    x, weight = torch.randn(10, 64, requires_grad=True), torch.randn(16, 32)
+    (grad,) = torch.autograd.grad(swiglu_product(x, weight).sum(), x)
+    (expected,) = torch.autograd.grad((swiglu(x) @ weight.mT).sum(), x)
+    torch.testing.assert_close(grad, expected)

@@ -53,7 +53,7 @@ class Running:
     ) -> str:
         """Return the text that follows tokens."""
         tokens = self.model.stream(torch.tensor([ids]), max_tokens, seeds=[seed], **options)
-        return "".join(decode_until(TOKENIZER, (int(token) for token in tokens), ids, stop=stop, end=END))
+        return "".join(decode_until(TOKENIZER, (int(token) for token in tokens), ids, stop=stop, ends=(END,)))
 
 
 def small_model() -> Any:

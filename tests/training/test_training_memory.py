@@ -98,6 +98,43 @@ def test_estimate_of_a_preset_is_within_15_percent(phase: int, preset: str, wind
     assert estimated == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("preset", "windows", "window", "recompute", "optimizer"),
+    [
+        ("small", 8, 512, False, "muon"),
+        ("base", 8, 1024, False, "muon"),
+        ("base", 8, 1024, False, "adamw"),
+        ("base", 8, 1024, True, "muon"),
+        ("base-hybrid", 8, 1024, False, "muon"),
+        ("large", 4, 2048, False, "muon"),
+    ],
+)
+def test_estimate_on_cuda_is_within_15_percent(preset: str, windows: int, window: int, recompute: bool, optimizer: Any):
+    model = build(2, preset).cuda().train()
+    if recompute:
+        model.recompute_blocks()
+    moves = optimizer_of_run(TrainingConfig(learning_rate=1e-4, optimizer=optimizer), model)
+    ids = torch.randint(256, (windows, window), device="cuda")
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(ids, labels=ids)
+        loss.backward()
+        moves.step()
+        moves.zero_grad()
+    estimate = estimate_memory(
+        model,
+        tokens=windows * window,
+        bytes_per_number=2,
+        recompute=recompute,
+        optimizer=optimizer,
+        cuda=True,
+        keeps_gradients=False,
+    )
+    assert estimate.total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+
+
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(
     small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

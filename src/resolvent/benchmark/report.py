@@ -3,11 +3,14 @@
 import dataclasses
 import platform
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from resolvent.benchmark.timing import Ceilings, Work
+from resolvent.errors import DataError
+from resolvent.files import read_json
 
 SMALLER_IS_BETTER = {"ms": True, "GiB": True, "tokens/s": False}
 """Units in which peers are compared."""
@@ -124,8 +127,51 @@ class Report:
         return [_table(section, [row for row in self.rows if row.section == section]) for section in sections]
 
 
+@dataclass(frozen=True)
+class StoredRun:
+    """Figures of an earlier run, as ``Report.to_dict`` writes them.
+
+    Attributes:
+        device: name of its device.
+        torch: version of its PyTorch.
+        figures: our figure of every row, by section and name of the row; None where it could not be measured.
+    """
+
+    device: str
+    torch: str
+    figures: dict[tuple[str, str], float | None]
+
+    @classmethod
+    def read(cls, path: Path) -> "StoredRun":
+        """Read the JSON file of a run.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is not JSON.
+            DataError: it does not hold the figures of a run.
+        """
+        values = read_json(path)
+        try:
+            figures = {(row["section"], row["name"]): row["ours"] for row in values["rows"]}
+            return cls(values["device"], values["torch"], figures)
+        except (KeyError, TypeError) as fault:
+            raise DataError(
+                f"{path} does not hold the figures of a benchmark ({fault}): give a file that "
+                "`resolvent benchmark --json FILE` wrote"
+            ) from fault
+
+    def changes(self, rows: list[Row]) -> "Table":
+        """Return a table of our figures in this run and in ``rows``, for all rows of the latter."""
+        cells = []
+        for row in rows:
+            before = self.figures.get((row.section, row.name))
+            change = "" if row.ours is None or not before else f"{100 * (row.ours / before - 1):+.1f} %"
+            figures = ("" if figure is None else number(figure) for figure in (before, row.ours))
+            cells.append([f"{row.section}: {row.name}", row.unit, *figures, change])
+        return Table("change", ["", "unit", "stored", "now", "change"], cells)
+
+
 class Table(NamedTuple):
-    """Return the rows of a section as cells, without empty columns."""
+    """Rows as cells."""
 
     title: str
     columns: list[str]
@@ -152,6 +198,7 @@ STYLES = {"met": "green", "will do": "yellow", "missed": "red", "failed": "red"}
 
 
 def _table(title: str, rows: list[Row]) -> Table:
+    """Return the rows of a section as cells, without empty columns."""
     cells = [_cells(row) for row in rows]
     shown = [i for i, header in enumerate(_COLUMNS) if header == "" or any(row[i] for row in cells)]
     return Table(title, [_COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in cells])

@@ -1,5 +1,6 @@
 """`resolvent benchmark`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from resolvent.benchmark import Report
+    from resolvent.benchmark.report import StoredRun
 
 
 def benchmark(
@@ -25,6 +27,10 @@ def benchmark(
         bool, typer.Option("--quick", help="Tiny sizes, to check that it runs; the figures mean nothing.")
     ] = False,
     json_path: JsonFile = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Show the change of every figure against a run that --json stored in FILE."),
+    ] = None,
     eager: Annotated[
         bool, typer.Option("--eager", help="Train our model without compiling it; the peer is compiled anyway.")
     ] = False,
@@ -39,27 +45,33 @@ def benchmark(
     Reading the tables: [bold]times better[/bold] compares with the best peer, [bold]% of limit[/bold] with the time
     that the bytes (MB) or the arithmetic (GFLOP) would take at the speed of a large copy or a large product of matrices
     in the same run, [bold]error[/bold] with a float64 reference. In a target such as "<= 0.055 (0.09)" the second
-    figure is acceptable. Targets are for one H100.
+    figure is acceptable. Targets of speed-ups are for one H200, the others for one H100.
 
     Figures that could not be measured are listed, and the exit code is 1. A missed target is no failure.
 
-    Example: [bold]resolvent benchmark --only operators,training --json figures.json[/bold]
+    Example: [bold]resolvent benchmark --only operators,training --json figures.json[/bold], and after a change
+    [bold]resolvent benchmark --only operators,training --compare figures.json[/bold]
     """
     import torch
 
     from resolvent.benchmark import SECTIONS, run
+    from resolvent.benchmark.report import StoredRun
     from resolvent.device import pick_device
 
     sections = only.split(",") if only is not None else list(SECTIONS)
     if unknown := [section for section in sections if section not in SECTIONS]:
         known = ", ".join(SECTIONS)
         raise typer.BadParameter(f"{', '.join(map(repr, unknown))} is none of {known}.", param_hint="--only")
+    stored = None if compare is None else StoredRun.read(compare)
     progress = progress_console(json_path)
     report = run(sections, device=pick_device(device), quick=quick, compiled=not eager, console=progress)
     try:
         write_result(json_path, report.to_dict())
     finally:
-        _show(report, torch.get_num_threads(), report_console(json_path))
+        console = report_console(json_path)
+        _show(report, torch.get_num_threads(), console)
+        if stored is not None:
+            _show_changes(report, stored, console)
     if report.failures:
         raise typer.Exit(1)
 
@@ -78,3 +90,11 @@ def _show(report: "Report", threads: int, console: "Console") -> None:
     )
     for failure in report.failures:
         say(console, f"failed: {failure}", style="red")
+
+
+def _show_changes(report: "Report", stored: "StoredRun", console: "Console") -> None:
+    from resolvent.benchmark.report import TEXT_COLUMNS
+
+    table = stored.changes(report.rows)
+    say(console, f"\nchange against the stored run ({stored.device}, PyTorch {stored.torch})")
+    show_table(console, table.columns, table.rows, text=TEXT_COLUMNS)

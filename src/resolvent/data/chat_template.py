@@ -76,13 +76,14 @@ class ChatTemplate:
 
     Attributes:
         stop: strings before which an answer ends.
+        is_default: it is the template of runs that have none.
     """
 
     def __init__(
         self, source: str | None, tokenizer: Tokenizer, variables: dict[str, str], ends: frozenset[int]
     ) -> None:
         self._tokenizer, self._variables, self.ends = tokenizer, variables, ends
-        self._source = DEFAULT if source is None else source
+        self._source, self.is_default = DEFAULT if source is None else source, source is None
         self.stop = DEFAULT_STOP if source is None else ()
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
@@ -116,10 +117,7 @@ class ChatTemplate:
     ) -> Self:
         """Return a template with the special tokens that Transformers' files name."""
         special = {name: _token_text(settings.get(name)) or EOT for name in ("bos_token", "eos_token")}
-        end = generation.get("eos_token_id")
-        ids = [*(end if isinstance(end, list) else [end]), *map(tokenizer.token_to_id, (EOT, special["eos_token"]))]
-        ends = frozenset(token for token in ids if isinstance(token, int))
-        return cls(source, tokenizer, special, ends)
+        return cls(source, tokenizer, special, _ends(special["eos_token"], generation, tokenizer))
 
     def save(self, directory: Path) -> None:
         """Write the template into the files that `save_tokenizer` has written, where Transformers finds it, too."""
@@ -252,6 +250,22 @@ def _source(directory: Path, settings: dict[str, Any]) -> str | None:
     if found is not None and not isinstance(found, str):
         raise CheckpointError(f"{directory / SETTINGS_FILE}: chat_template must be a text or a list with a default")
     return found
+
+
+def end_tokens(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that end a text of the model in a folder: its own, and `<|endoftext|>`.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    settings, generation = (_optional_json(directory / name) for name in (SETTINGS_FILE, GENERATION_FILE))
+    return _ends(_token_text(settings.get("eos_token")) or EOT, generation, tokenizer)
+
+
+def _ends(eos_token: str, generation: dict[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
+    end = generation.get("eos_token_id")
+    ids = [*(end if isinstance(end, list) else [end]), *map(tokenizer.token_to_id, (EOT, eos_token))]
+    return frozenset(token for token in ids if isinstance(token, int))
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Many decoders write a token differently when it stands alone: Metaspace and Unig
 WordPiece keeps its ##, and bytes form characters only together. So no token is decoded alone.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import takewhile
 
 from tokenizers import Tokenizer
@@ -109,7 +109,7 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int
 
 
 def decode_until(
-    tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int], *, stop: Sequence[str], end: int | None
+    tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int], *, stop: Sequence[str], ends: Container[int]
 ) -> Iterator[str]:
     """Decode tokens that arrive one by one until a text is complete; no token is taken after that.
 
@@ -118,10 +118,10 @@ def decode_until(
         ids: the tokens.
         prompt: tokens before the first one.
         stop: strings before which the text ends.
-        end: token that ends the text.
+        ends: tokens that end the text.
     """
     text = StopText(stop)
-    for piece in decode_stream(tokenizer, takewhile(lambda token: token != end, ids), prompt):
+    for piece in decode_stream(tokenizer, takewhile(lambda token: token not in ends, ids), prompt):
         if shown := text.push(piece):
             yield shown
         if text.stopped is not None:

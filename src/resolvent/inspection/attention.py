@@ -37,7 +37,7 @@ def largest_weights(layer: LocalAttentionLayer, x: Tensor, count: int = 4) -> tu
         columns = torch.arange(first, int(rows[-1]) + 1, device=x.device)
         back = rows[:, None] - columns
         seen = (back >= 0) if layer.window is None else (back >= 0) & (back < layer.window)
-        scores = (q_HNK[:, rows] @ k_HNK[:, columns].mT).float() * layer.temperature[:, None, None]
+        scores = (q_HNK[:, rows] @ k_HNK[:, columns].mT).float() * torch.as_tensor(layer.temperature).reshape(-1, 1, 1)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
         best = weights.topk(min(count, len(columns)), dim=-1)
         missing = count - best.values.shape[-1]

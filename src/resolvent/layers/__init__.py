@@ -6,6 +6,7 @@ from .linear import LowRankLinear
 from .local_attention import LocalAttentionLayer
 from .memory_resonance import MemoryResonanceLayer
 from .potential import DissipativeBKLayer, NonHermitianPotential, StaticBKLayer
+from .rms_norm import RMSNorm
 from .semiseparable import AdaptiveRankSemiseparableLayer, SemiseparableState
 from .snr_filter import SNRMemoryFilter
 from .tensor_train import TensorTrainEmbedding
@@ -21,6 +22,7 @@ __all__ = [
     "LyapunovStabilityMonitor",
     "MemoryResonanceLayer",
     "NonHermitianPotential",
+    "RMSNorm",
     "SNRMemoryFilter",
     "SemiseparableState",
     "StaticBKLayer",

@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..ops.swiglu import swiglu
+from ..ops.precision import for_products
+from ..ops.swiglu import swiglu, swiglu_product
+from .linear import is_plain
 
 _MULTIPLE = 32
 
@@ -30,7 +32,10 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) -> (..., D)."""
-        return self.out_proj(swiglu(self.in_proj(x)))
+        inner = self.in_proj(x)
+        if is_plain(self.out_proj):
+            return swiglu_product(inner, for_products(self.out_proj.weight))
+        return self.out_proj(swiglu(inner))
 
 
 def gated_width(plain: int) -> int:

@@ -49,6 +49,7 @@ class HeadsLayer(nn.Module):
         num_kv_heads: heads J of keys and values, of which H is a multiple; None for H. Fewer need ``conv_size`` 1.
         qk_norm: L2-normalise queries and keys; without it ``conv_size`` is 1.
         qkv_bias: add biases to q, k and v.
+        norm_weight: RMS-normalise the read-out, whatever ``output_norm``, and multiply it by trained weights.
 
     Attributes:
         stacked: number of equal projections that lie on top of each other in one weight, which an optimizer of
@@ -67,24 +68,28 @@ class HeadsLayer(nn.Module):
         num_kv_heads: int | None = None,
         qk_norm: bool = True,
         qkv_bias: bool = False,
+        norm_weight: bool = False,
     ):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
         self.num_kv_heads = num_kv_heads or num_heads
-        self.output_norm, self.backend, self.qk_norm = output_norm, backend, qk_norm
+        self.output_norm, self.backend, self.qk_norm = output_norm or norm_weight, backend, qk_norm
         self.stacked = {"qkv_proj": num_heads // self.num_kv_heads + 2}
         width = num_heads * head_dim
         self.qkv_proj = nn.Linear(d_model, self.channels, bias=qkv_bias)
         self.out_proj = nn.Linear(width, d_model, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(conv_size, self.channels)) if conv_size > 1 else None
+        self.norm_weight = nn.Parameter(torch.empty(width)) if norm_weight else None
         self.gate_down = nn.Linear(d_model, head_dim, bias=False) if output_gate else None
         self.gate_up = nn.Linear(head_dim, width) if output_gate else None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Let the convolution pass the token through."""
+        """Let the convolution and the norm pass the token through."""
         if self.conv_weight is not None:
             self.conv_weight.zero_()[0] = 1.0
+        if self.norm_weight is not None:
+            self.norm_weight.fill_(1.0)
 
     @property
     def projections(self) -> tuple[nn.Linear, nn.Linear | None]:
@@ -122,7 +127,8 @@ class HeadsLayer(nn.Module):
 
     def normalize(self, readout: Tensor) -> Tensor:
         """Normalise the read-out of each head: (B, N, H, V) -> (B, N, HV)."""
-        return (unit_rms(readout) if self.output_norm else readout).flatten(-2)
+        normed = (unit_rms(readout) if self.output_norm else readout).flatten(-2)
+        return normed if self.norm_weight is None else normed * self.norm_weight.to(normed.dtype)
 
     def gate(self, readout: Tensor, narrow: Tensor | None) -> Tensor:
         """Gate a read-out (B, N, HV), given the narrow side of its gate (B, N, K)."""

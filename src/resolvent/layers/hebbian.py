@@ -13,6 +13,7 @@ from ..ops import Consolidation, MemoryState, dissipative_memory
 from ..ops.memory_rotation import accumulate_phases, plateau_turns
 from ..ops.packed import count_sequences
 from ..ops.precision import at_least_float32, for_products
+from ..ops.rotary import Scaling, rotary_turns
 from .heads import HeadsLayer
 from .linear import Projected, is_plain
 
@@ -43,7 +44,8 @@ class DissipativeHebbianLayer(HeadsLayer):
     A short causal convolution mixes neighbouring tokens before q, k and v. Queries and keys are L2-normalised; η is one
     positive number per head. The read-out of each head is RMS-normalised and multiplied by a gate of low rank. With
     ``rotation``, every token rotates the pairs of channels of q and k of all heads by
-    ``plateau_turns(rotation_proj(x)) dt`` turns.
+    ``plateau_turns(rotation_proj(x)) dt`` turns; with ``rotary``, the map has a bias that starts at
+    rotary positions.
 
     Args:
         d_model: width D.
@@ -59,6 +61,8 @@ class DissipativeHebbianLayer(HeadsLayer):
         num_kv_heads: heads of keys and values, of which H is a multiple; None for H. Heads that share them have
             memories of their own.
         qkv_bias: add biases to q, k and v.
+        norm_weight: RMS-normalise the read-out, whatever ``output_norm``, and multiply it by trained weights.
+        rotary: base and scaling of the rotary positions at which a trained bias of the angles starts; None for no bias.
     """
 
     def __init__(
@@ -75,19 +79,25 @@ class DissipativeHebbianLayer(HeadsLayer):
         rotation: bool = False,
         num_kv_heads: int | None = None,
         qkv_bias: bool = False,
+        norm_weight: bool = False,
+        rotary: tuple[float, Scaling | None] | None = None,
     ):
         sizes = d_model, num_heads, head_dim
-        super().__init__(*sizes, conv_size, output_norm, output_gate, backend, num_kv_heads, qkv_bias=qkv_bias)
-        self.initial_eta, self.dt = eta, dt
-        self.rotation_proj = nn.Linear(d_model, head_dim // 2, bias=False) if rotation else None
+        options = dict(qkv_bias=qkv_bias, norm_weight=norm_weight)
+        super().__init__(*sizes, conv_size, output_norm, output_gate, backend, num_kv_heads, **options)
+        self.initial_eta, self.dt, self.rotary = eta, dt, rotary
+        self.rotation_proj = nn.Linear(d_model, head_dim // 2, bias=rotary is not None) if rotation else None
         self.log_eta = nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the parameters with a fixed start: η, and a convolution that passes the token through."""
+        """Set the parameters with a fixed start: η, the bias of the angles, and what passes the token through."""
         super().reset_parameters()
         self.log_eta.fill_(self.initial_eta).log_()
+        if self.rotation_proj is not None and self.rotary is not None:
+            turns = rotary_turns(torch.ones((), dtype=torch.int64), self.head_dim, *self.rotary)
+            self.rotation_proj.bias.copy_(turns / self.dt + 0.25)  # the inverse of plateau_turns
 
     @property
     def eta(self) -> Tensor:
@@ -103,7 +113,9 @@ class DissipativeHebbianLayer(HeadsLayer):
             start = torch.zeros(sequences, self.head_dim // 2, dtype=torch.float64, device=x.device)
         if is_plain(self.rotation_proj):  # in float32: the error of an angle stays for good
             with torch.autocast(x.device.type, enabled=False):
-                projected = F.linear(at_least_float32(x), at_least_float32(self.rotation_proj.weight))
+                weight, bias = self.rotation_proj.weight, self.rotation_proj.bias
+                bias = None if self.rotary is None else at_least_float32(bias)
+                projected = F.linear(at_least_float32(x), at_least_float32(weight), bias)
         else:
             projected = at_least_float32(self.rotation_proj(x))
         return accumulate_phases(plateau_turns(projected) * self.dt, start, cu_seqlens)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import WindowState, local_attention
 from ..ops.attention_window import ANY_CAPACITY
-from ..ops.memory_rotation import rotate_queries_keys
+from ..ops.memory_rotation import Rotation, rotate
 from ..ops.packed import token_positions
 from ..ops.precision import at_least_float32, for_products, wide_dtype
 from ..ops.rotary import Scaling, rotary_turns
@@ -94,12 +94,11 @@ class LocalAttentionLayer(HeadsLayer):
             self.log_temperature.fill_(self.TEMPERATURE).log_()
 
     @property
-    def temperature(self) -> Tensor:
-        """Factor of the scores of every head, (H,) float32 or wider."""
-        if self.log_temperature is not None:
-            return at_least_float32(self.log_temperature).exp()
-        weight = self.qkv_proj.weight
-        return weight.new_full((self.num_heads,), self.head_dim**-0.5, dtype=wide_dtype(weight))
+    def temperature(self) -> Tensor | float:
+        """Factor of the scores: of every head, (H,) float32 or wider, or one for all that is not trained."""
+        if self.log_temperature is None:
+            return self.head_dim**-0.5
+        return at_least_float32(self.log_temperature).exp()
 
     @property
     def state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -110,9 +109,26 @@ class LocalAttentionLayer(HeadsLayer):
         """Return the turns of the pairs of channels at positions (...), float64 (..., K / 2)."""
         return rotary_turns(position, self.head_dim, self.rotary_base, self.rotary_scaling)
 
+    def rotation(self, position: Tensor, dtype: torch.dtype) -> Rotation:
+        """Return the rotation of tokens at positions, broadcastable to (B, N), for queries and keys of ``dtype``."""
+        return Rotation.by(self.turns(position), dtype)
+
     def rotated(self, heads: Heads, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys that are rotated by the positions of their tokens, broadcastable to (B, N)."""
-        return rotate_queries_keys(heads.q, heads.k, self.turns(position))
+        rotation = self.rotation(position, wide_dtype(heads.q))
+        return rotate(heads.q, rotation), rotate(heads.k, rotation)
+
+    def _rotated_heads(
+        self, qkv: Tensor, conv_tail: Tensor | None, cu_seqlens: Tensor | None, rotation: Rotation
+    ) -> Heads:
+        """Return the heads of projected tokens (B, N, C), with queries and keys rotated."""
+        heads = self.heads(qkv, conv_tail, cu_seqlens)
+        if self.qk_norm or self.conv_weight is not None:
+            return heads._replace(q=rotate(heads.q, rotation), k=rotate(heads.k, rotation))
+        counts = self.num_heads, self.num_kv_heads  # side by side, they are rotated at once
+        together = qkv[..., : sum(counts) * self.head_dim].unflatten(-1, (-1, self.head_dim))
+        q, k = rotate(together, rotation).split(counts, dim=-2)
+        return heads._replace(q=q, k=k)
 
     def distances(self, x: Tensor) -> Tensor:
         """Return how many tokens each head looks back on average, (B, N, H), in texts (B, N, D) from their start on.
@@ -135,6 +151,7 @@ class LocalAttentionLayer(HeadsLayer):
         position: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         projected: Projected | None = None,
+        rotation: Rotation | None = None,
     ) -> AttentionOutput:
         """Attend to tokens.
 
@@ -145,14 +162,16 @@ class LocalAttentionLayer(HeadsLayer):
             position: tokens that each sequence has read before, (B,) or (S,).
             cu_seqlens: offsets of S packed sequences.
             projected: products of x with ``projections``, where they are known.
+            rotation: that of the tokens' positions, where it is known.
         """
         x = for_products(x)
         qkv, narrow = self.project(x, projected)
-        heads = self.heads(qkv, conv_tail, cu_seqlens)
-        q, k = self.rotated(heads, token_positions(position, x, cu_seqlens))
+        if rotation is None:
+            rotation = self.rotation(token_positions(position, x, cu_seqlens), wide_dtype(qkv))
+        heads = self._rotated_heads(qkv, conv_tail, cu_seqlens, rotation)
         readout, state = local_attention(
-            q,
-            k,
+            heads.q,
+            heads.k,
             heads.v,
             self.temperature,
             self.window,

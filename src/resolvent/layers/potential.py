@@ -62,10 +62,15 @@ class NonHermitianPotential(nn.Module):
         slowest = self.base_decay * self.dt
         slow, fast = max(1 / 20, slowest), max(1 / 2, 2 * slowest)
         others = slow * (fast / slow) ** torch.linspace(0, 1, max(1, self.num_heads - 1), dtype=torch.float64)
-        gamma = torch.cat([others.new_tensor([slowest]), others])[: self.num_heads] / self.dt - self.least_decay
-        self.gamma_bias.copy_(gamma + torch.log(-torch.expm1(-gamma)))  # the inverse of softplus
+        self.set_decays(torch.cat([others.new_tensor([slowest]), others])[: self.num_heads])
         if self.memory_to_potential is not None:
             self.memory_to_potential.weight.zero_()
+
+    @torch.no_grad()
+    def set_decays(self, decays: Tensor) -> None:
+        """Let every head decay by ``Γ dt`` at rest, float64 (H,), each above ``least_decay dt``."""
+        gamma = decays / self.dt - self.least_decay
+        self.gamma_bias.copy_(gamma + torch.log(-torch.expm1(-gamma)))  # the inverse of softplus
 
     @property
     def projections(self) -> tuple[nn.Linear, nn.Linear | None]:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ConfigError
 from ..layers import ZetaEmbedding
 from ..ops import linear_cross_entropy
+from ..ops.memory_rotation import Rotation
 from ..ops.packed import token_positions
 from ..ops.precision import at_least_float32, for_products, wide_dtype
 from .config import LanguageModelConfig
@@ -65,6 +66,9 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
     """``forward`` has a penalty to return, with ``return_penalty=True``, that training adds to the loss."""
 
     state_type: type[State]
+
+    _checked: tuple[object, ...] | None = None
+    """Signature of the last state that was checked, with that of the input."""
 
     config: Config
     vocab_size: int
@@ -195,13 +199,14 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         start = None if state is None else position
         # 2. Embed tokens and positions.
         vectors = self._embed_tokens(batch.input_ids)
-        embedded = self._add_positions(vectors, token_positions(start, batch.input_ids, batch.cu_seqlens))
+        places = token_positions(start, batch.input_ids, batch.cu_seqlens)
+        embedded, rotation = self._add_positions(vectors, places), self._rotation(places, wide_dtype(vectors))
         # 3. Run the blocks.
         x = entered = self.dropout(embedded)
         record, records, layers = None, [], []
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
-            record = self._run_block(block, x, record, before, start, batch.cu_seqlens)
+            record = self._run_block(block, x, record, before, start, batch.cu_seqlens, rotation)
             x = record.output
             layers.append(record.state)
             if recorded:
@@ -224,6 +229,10 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
             vectors = vectors + self.position_embedding(position).to(vectors.dtype)
         return for_products(vectors * self.embedding_factor)
 
+    def _rotation(self, position: Tensor, dtype: torch.dtype) -> Rotation | None:
+        """Return the rotary positions that all blocks share, for tensors of ``dtype``; None without attention."""
+        return None
+
     def _run_block(
         self,
         block: nn.Module,
@@ -232,6 +241,7 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         state: Any,
         start: Tensor | None,
         cu_seqlens: Tensor | None,
+        rotation: Rotation | None,
     ) -> Record:
         """Run a block on the residual stream.
 
@@ -242,6 +252,7 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
             state: the block's state before the first token; None for a fresh start.
             start: tokens that the sequences have read before, (S,); None for a fresh start.
             cu_seqlens: offsets of packed sequences.
+            rotation: rotary positions of the tokens.
         """
         raise NotImplementedError
 
@@ -293,8 +304,14 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
             return torch.zeros(batch.sequences, dtype=torch.long, device="cpu" if offsets is None else offsets.device)
         if not isinstance(state, ModelState):
             raise ValueError(f"state must be a ModelState, as the model returns it, got {type(state).__name__}")
-        dtype = wide_dtype(self.lm_head.weight)
-        state.check(self.state_shapes(), batch.sequences, batch.input_ids.device, dtype)
+        dtype, device = wide_dtype(self.lm_head.weight), batch.input_ids.device
+        if torch.compiler.is_compiling():
+            state.check(self.state_shapes(), batch.sequences, device, dtype)
+            return state.position
+        seen = (state.signature(), batch.sequences, device, dtype)
+        if seen != self._checked:  # token after token, the state stays as it is
+            state.check(self.state_shapes(), batch.sequences, device, dtype)
+            self._checked = seen
         return state.position
 
     def state_shapes(self) -> list[list[tuple[int, ...]]]:

@@ -102,26 +102,28 @@ class TokenReader(Generic[State]):
         model: a model in evaluation mode.
         state: state of the sequences. A step of its own works on a copy; otherwise a state that is ``reusable`` is
             overwritten.
-
-    Attributes:
-        state: state after the tokens read so far; the next call may overwrite it.
     """
 
     def __init__(self, model: StreamingModel[State], state: State) -> None:
-        self._model, self.state = model, state
+        self._model, self._state = model, state
         self._step: Callable[[Tensor], Tensor] | None = None
         self._begun = False
 
+    @property
+    def state(self) -> State:
+        """State after the tokens read so far; the next call of this reader, and no other, may overwrite it."""
+        return self._state.map(lambda x: x)
+
     def __call__(self, token: Tensor) -> Tensor:
         """Read a token of every sequence, int64 (B,), and return the logits of the next, (B, V)."""
-        if not self._begun and self.state.device.type == "cpu":
-            copy = self.state.clone()
-            if (step := self._model.fused_step(copy.reusable())) is not None:
-                self._step, self.state = step, copy
+        if not self._begun and self._state.device.type == "cpu":
+            copy = self._state.clone().reusable()
+            if (step := self._model.fused_step(copy)) is not None:
+                self._step, self._state = step, copy
         self._begun = True
         if self._step is not None:
             return self._step(token)
-        logits, self.state = read_token(self._model, token, self.state)
+        logits, self._state = read_token(self._model, token, self._state)
         return logits
 
 
@@ -148,7 +150,7 @@ def step_in_place(model: StreamingModel[State], state: State) -> Callable[[Tenso
             "a model that attends to all tokens (attention_window=None) has no step with a state of fixed size: "
             "set attention_window, or read token by token with forward"
         )
-    state = state.reusable()
+    state = state.in_place()
     return model.fused_step(state) or _plain_step(model, state)
 
 

@@ -1,7 +1,7 @@
 """Generation of text: sampling from a model that streams with a state."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Generic
 
 import torch
@@ -102,7 +102,7 @@ class Generation(nn.Module, Generic[State]):
         seeds: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         logprobs: int | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Collection[int] | None = None,
         attention_mask: Tensor | None = None,
         state: State | None = None,
         **sampling: Any,
@@ -125,8 +125,8 @@ class Generation(nn.Module, Generic[State]):
                 used.
             logprobs: number of likeliest tokens whose log probabilities are in every draw, beside that of the drawn
                 token; None for no log probabilities.
-            eos_token_id: token that ends a sequence, which yields this token from then on; the stream ends when all
-                sequences have ended.
+            eos_token_id: token that ends a sequence, or several of them. The sequence yields it from then on; the
+                stream ends when all sequences have ended.
             attention_mask: 1 for tokens, 0 for padding on either side, (B, N).
             state: state after the tokens before the prompt. The repetition penalty does not see those tokens.
             **sampling: fields of ``SamplingOptions``: temperature, top_k, top_p, min_p, repetition_penalty,
@@ -152,7 +152,7 @@ class Generation(nn.Module, Generic[State]):
         sampler = Sampler([options] * sequences, uniform, penalties)
 
         model = inference_view(self)
-        of_answers = samples, sampler, logprobs, eos_token_id
+        of_answers = samples, sampler, logprobs, _ends(eos_token_id)
         return _draws(model, input_ids, max_new_tokens, *of_answers, attention_mask, state)
 
 
@@ -164,7 +164,7 @@ def _draws(
     samples: int,
     sampler: Sampler,
     top: int | None,
-    eos_token_id: int | None,
+    ends: list[int],
     attention_mask: Tensor | None,
     state: State | None,
 ) -> Iterator[Draw]:
@@ -176,11 +176,11 @@ def _draws(
         hidden, state = hidden.repeat_interleave(samples, dim=0), state.repeat(samples)
     logits = at_least_float32(model.logits(hidden))
     reader = TokenReader(model, state.reusable())  # the only one that reads on from it, until the writer captures
-    writer = Writer(reader, sampler, top, eos_token_id, logits)
+    writer = Writer(reader, sampler, top, ends, logits)
     draw = writer.first
     for remaining in range(max_new_tokens, 0, -1):
         yield draw
-        if remaining == 1 or (eos_token_id is not None and writer.ended.all()):
+        if remaining == 1 or (ends and writer.ended.all()):
             writer.check()
             return
         if remaining == max_new_tokens and logits.is_cuda and remaining >= WORTH_CAPTURING:
@@ -189,6 +189,12 @@ def _draws(
             else:
                 writer.capture(model, state)
         draw = writer()
+
+
+def _ends(eos_token_id: int | Collection[int] | None) -> list[int]:
+    if eos_token_id is None:
+        return []
+    return [eos_token_id] if isinstance(eos_token_id, int) else sorted(eos_token_id)
 
 
 def sample(

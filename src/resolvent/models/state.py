@@ -4,7 +4,7 @@ Shapes: B sequences; the first axis of every tensor of a state counts them.
 """
 
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -121,7 +121,14 @@ class ModelState:
         return type(self)(self.position.to(device), self.layers)
 
     def reusable(self) -> Self:
-        """Return the state as one whose tensors the next step may overwrite: its caller holds the only reference."""
+        """Return the state as one whose tensors the next step may overwrite: its caller holds the only reference.
+
+        Its tensors may be copies, in a layout that is read faster.
+        """
+        return self
+
+    def in_place(self) -> Self:
+        """Return the state as one whose tensors the next step may overwrite, in the memory of these very tensors."""
         return self
 
     def check(
@@ -152,6 +159,10 @@ class ModelState:
                 )
             if x.dtype != (wanted := self._dtype(name, x, dtype)):
                 raise ValueError(f"{name} of the state is {x.dtype}, of the model {wanted}; use state.to({dtype})")
+
+    def signature(self) -> tuple[tuple[torch.Size, torch.dtype, torch.device], ...]:
+        """Return all that ``check`` looks at: of every tensor, its shape, dtype and device."""
+        return tuple((x.shape, x.dtype, x.device) for x in (self.position, *_flat(self.layers)))
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, always in the same order."""
@@ -276,6 +287,15 @@ def map_tensors(value: Structure, function: Callable[[Tensor], Tensor]) -> Struc
     if value is None or isinstance(value, Tensor):
         return cast(Structure, value if value is None else function(value))
     return type(value)(*(map_tensors(part, function) for part in cast(tuple, value)))
+
+
+def _flat(value: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors in a structure of tuples."""
+    for part in value:
+        if isinstance(part, Tensor):
+            yield part
+        elif part is not None:
+            yield from _flat(part)
 
 
 def named_tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:

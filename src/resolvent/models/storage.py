@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,8 +48,11 @@ TRANSFORMERS_ENTRIES = (
 """Entries of Transformers in ``config.json`` beside the fields."""
 
 _PREFIX = "model."
-_TIED = "lm_head.weight"
+_TIED, _TABLE = "lm_head.weight", "token_embedding.weight"
 """A tied head has no copy of its own in the file."""
+
+Dtype = Literal["float32", "stored"]
+"""Numbers of a model's weights: float32, or as its file has them."""
 
 
 def model_type(phase: int) -> str:
@@ -108,22 +112,33 @@ def weights_digest(model: IntegratedModel) -> str:
     return digest.hexdigest()
 
 
-def load_model(directory: str | Path, device: torch.device | str | None = None) -> IntegratedModel:
-    """Read a model that ``save_model`` or Transformers' ``save_pretrained`` wrote; LoRA adapters are merged into it.
+def load_model(
+    directory: str | Path, device: torch.device | str | None = None, *, dtype: Dtype = "float32"
+) -> IntegratedModel:
+    """Read a model that ``save_model`` or Transformers' ``save_pretrained`` wrote, in evaluation mode.
 
-    It is in evaluation mode, on ``device`` (None for CUDA where there is one).
+    LoRA adapters are merged into it.
+
+    Args:
+        directory: the folder.
+        device: its device; None for CUDA where there is one.
+        dtype: ``float32``; or ``stored``, in which bfloat16 weights stay bfloat16, at half the memory.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.
     """
     directory = Path(directory)
     if not has_adapters(directory):
-        return load_base(directory, device)
-    return load_base(base_folder(directory), device, Adapters.read(directory))
+        return load_base(directory, device, dtype=dtype)
+    return load_base(base_folder(directory), device, Adapters.read(directory), dtype=dtype)
 
 
 def load_base(
-    directory: Path, device: torch.device | str | None = None, adapters: Adapters | None = None
+    directory: Path,
+    device: torch.device | str | None = None,
+    adapters: Adapters | None = None,
+    *,
+    dtype: Dtype = "float32",
 ) -> IntegratedModel:
     """Read a model as ``load_model`` does, with other adapters than those of its folder; None for none.
 
@@ -148,9 +163,11 @@ def load_base(
             adapters.merge(tensors)
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"the adapters do not fit the model in {directory}: {error}") from error
-    if model.tied:
-        tensors[_TIED] = model.lm_head.weight  # the table is there, under its own name
-    model.load_state_dict(tensors)
+    if tied := model.tied:
+        tensors[_TIED] = tensors[_TABLE]
+    model.load_state_dict(tensors, assign=dtype == "stored")
+    if tied:
+        model.lm_head.weight = model.get_parameter(_TABLE)
     device = device if device is not None else pick_device("auto")
     return model.to(device).eval()
 

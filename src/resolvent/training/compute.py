@@ -7,6 +7,8 @@ from resolvent.models.phase2 import Phase2Config
 
 _PER_PARAMETER = 6
 """A product and a sum per token, in the forward pass and twice in the backward pass."""
+_PER_GRADIENT = 2
+"""Those for the gradient of the parameter, which a frozen one has not."""
 _PER_CELL = 12
 """The same for `k vᵀ`, which is written, and for `q S`, which is read; and for `q kᵀ` and the sum of v in attention."""
 
@@ -35,15 +37,17 @@ _PEAKS = {
 def flops_per_token(model: IntegratedModel) -> int:
     """Return the FLOPs that the model needs to train on a token, activation checkpointing not counted.
 
-    6 per parameter that a token is multiplied by, which leaves out the embedding; per head, 12 K V for a memory, and
-    12 K per attended token for attention.
+    6 per parameter that a token is multiplied by, which leaves out the embedding, and 4 where it is frozen; per head,
+    12 K V for a memory, and 12 K per attended token for attention.
     """
     multiplied = model.num_parameters() - embedding_parameters(model)
     if model.tied:  # the table is the head's, too
         multiplied += model.lm_head.weight.numel()
+    tables = set(model.token_embedding.parameters()) - {model.lm_head.weight}
+    frozen = sum(x.numel() for x in model.parameters() if not x.requires_grad and x not in tables)
     config = model.config
     cells = _cells(config) if isinstance(config, Phase2Config) else 0
-    return _PER_PARAMETER * multiplied + _PER_CELL * cells
+    return _PER_PARAMETER * multiplied - _PER_GRADIENT * frozen + _PER_CELL * cells
 
 
 def _cells(config: Phase2Config) -> int:

@@ -83,6 +83,13 @@ class TrainingConfig:
         metavar="DIR",
         default_text="fresh weights",
     )
+    freeze: list[str] | None = setting(  # noqa: RUF009
+        None,
+        TEXT,
+        "Leave these parameters as they are, named by a glob such as `blocks.*.ffn.*` (repeatable).",
+        metavar="PATTERN",
+        default_text="none",
+    )
     lora: str | None = setting(
         None,
         TEXT,

@@ -26,6 +26,12 @@ _KEPT_WHEN_RECOMPUTED = 11
 """Numbers per token and unit of width that a block keeps under activation checkpointing."""
 _BLOCKS_RECOMPUTED = 1.6
 """Blocks whose tensors the backward pass holds at once under activation checkpointing: one and its gradients."""
+_KEPT_BY_KERNELS = 0.54
+"""Numbers that the blocks keep with the kernels of CUDA, over those of the operators in plain PyTorch."""
+_KEPT_BY_KERNELS_WHEN_RECOMPUTED = 2
+"""Numbers per token and unit of width that a block keeps there under activation checkpointing."""
+_LOGITS = 2**29
+"""Most bytes of the logits that lie in memory together on CUDA."""
 _CERTAIN_PART = 2 / 3
 """An estimate is within a factor of 1.5 of the memory taken."""
 
@@ -65,14 +71,20 @@ def estimate_memory(
     averaged: bool = False,
     shares: int = 1,
     optimizer: Literal["muon", "adamw"] = "adamw",
+    cuda: bool = False,
+    keeps_gradients: bool = True,
 ) -> Estimate:
     """Estimate the memory of a training step.
 
-    A block keeps about `7 D + 27 H K + 4 F` numbers per token: D is the width of the model, H K that of the memory's
-    heads (Phase 2 only) and F that of the feed-forward network. The backward pass works on one block more. With
-    `recompute`, a block keeps `11 D` numbers, and the backward pass holds 1.6 whole blocks. Logits are computed in
+    On a CPU, a block keeps about `7 D + 27 H K + 3 F` numbers per token: D is the width of the model, H K that of the
+    memory's heads (Phase 2 only) and F that of the feed-forward network. The backward pass works on one block more.
+    With `recompute`, a block keeps `11 D` numbers, and the backward pass holds 1.6 whole blocks. Logits are computed in
     chunks, so that the vocabulary counts only through the parameters, of 16 bytes each, or 12 if Muon moves them, and 4
     where they are not trained.
+
+    On CUDA, the kernels of Phase 2 keep about half as many numbers, and the peak is where the backward pass begins:
+    there are logits and the gradient of the head, and no other gradient yet, unless steps accumulate or processes
+    share them.
 
     Args:
         model: the model.
@@ -82,22 +94,32 @@ def estimate_memory(
         averaged: whether there is a moving average of the weights.
         shares: processes that weights, gradients and optimiser state are sharded over.
         optimizer: optimizer of the run.
+        cuda: whether the model is trained on CUDA.
+        keeps_gradients: whether gradients of all parameters lie in memory when the backward pass begins.
     """
     config = model.config
     heads = config.num_heads * config.head_dim if isinstance(config, Phase2Config) else 0
     feed_forward = 4 * config.d_model if config.ffn_dim is None else config.ffn_dim
     if isinstance(config, Phase2Config) and config.intermediate_size is not None:  # a gated one has two thirds of F
         feed_forward = config.intermediate_size * 3 // 2 if config.ffn_gated else config.intermediate_size
-    block = 7 * config.d_model + 27 * heads + 4 * feed_forward
-    if recompute:
-        numbers = config.n_layers * _KEPT_WHEN_RECOMPUTED * config.d_model + _BLOCKS_RECOMPUTED * block
-    else:
-        numbers = (config.n_layers + 1) * block
+    block = 7 * config.d_model + 27 * heads + 3 * feed_forward
+    by_kernels = cuda and isinstance(config, Phase2Config)
+    kept, at_once = (
+        (_KEPT_BY_KERNELS_WHEN_RECOMPUTED, 1.0) if by_kernels else (_KEPT_WHEN_RECOMPUTED, _BLOCKS_RECOMPUTED)
+    )
+    if by_kernels:
+        block *= _KEPT_BY_KERNELS
+    numbers = config.n_layers * kept * config.d_model + at_once * block if recompute else (config.n_layers + 1) * block
+    activations = tokens * numbers * bytes_per_number
+    if by_kernels:
+        logits = min(_LOGITS, tokens * config.vocab_size * bytes_per_number)
+        activations += logits + (4 + bytes_per_number) * config.vocab_size * config.d_model
     trained = model.num_parameters(trainable_only=True)
-    kept = (_BYTES_PER_PARAMETER + 4 * averaged) * trained + 4 * (model.num_parameters() - trained)
+    per_parameter = _BYTES_PER_PARAMETER + 4 * averaged - 4 * (by_kernels and not keeps_gradients)
+    parameters = per_parameter * trained + 4 * (model.num_parameters() - trained)
     if optimizer == "muon":
-        kept -= _BYTES_SAVED_BY_MUON * sum(x.numel() for x in parts_of_matrices(model))
-    return Estimate(kept // shares, round(tokens * numbers * bytes_per_number))
+        parameters -= _BYTES_SAVED_BY_MUON * sum(x.numel() for x in parts_of_matrices(model))
+    return Estimate(parameters // shares, round(activations), 0 if cuda else _LIBRARIES)
 
 
 def memory_of_run(
@@ -121,6 +143,8 @@ def memory_of_run(
         averaged=config.ema > 0,
         shares=processes if config.parallel == "fsdp" else 1,
         optimizer=config.optimizer,
+        cuda=on_cuda,
+        keeps_gradients=config.accumulation > 1 or processes > 1,
     )
     return estimate.times(1 if on_cuda else processes)
 

@@ -12,7 +12,7 @@ from resolvent.terminal import say
 from resolvent.training.compute import embedding_parameters, flops_per_token
 from resolvent.training.config import TrainingConfig
 from resolvent.training.memory import Estimate, gib, memory_of, memory_of_run
-from resolvent.training.progress import format_duration
+from resolvent.training.progress import format_duration, frozen_part
 from resolvent.training.run import new_trainer
 from resolvent.training.trainer import Trainer
 
@@ -29,6 +29,7 @@ class RunPlan:
 
     Attributes:
         parameters: parameters of the model.
+        trained_parameters: those that the run trains.
         embedding_parameters: those of the token embedding.
         flops_per_token: FLOPs to train on a token.
         memory: estimated bytes at the peak; on the CPU, of all processes.
@@ -43,6 +44,7 @@ class RunPlan:
     """
 
     parameters: int
+    trained_parameters: int
     embedding_parameters: int
     flops_per_token: int
     memory: Estimate
@@ -78,7 +80,7 @@ class RunPlan:
         source = f"measured in {self.timed_steps} steps" if self.timed_steps else "as given"
         return (
             f"Model     {self.parameters:,} parameters, {self.parameters - self.embedding_parameters:,} without the "
-            "token embedding\n"
+            f"token embedding{frozen_part(self.parameters, self.trained_parameters)}\n"
             f"Compute   {self.flops_per_token / 1e6:,.1f} MFLOPs per token, "
             f"{self.flops_per_token * self.tokens / 1e12:,.1f} TFLOPs in all\n"
             f"Memory    about {gib(memory.total)}: {gib(memory.parameters)} for parameters and optimiser, "
@@ -115,6 +117,7 @@ def plan_run(
             say(trainer.console, f"Timing {_TIMED_STEPS} steps on {device}")
         return RunPlan(
             parameters=model.num_parameters(),
+            trained_parameters=model.num_parameters(trainable_only=True),
             embedding_parameters=embedding_parameters(model),
             flops_per_token=flops_per_token(model),
             memory=memory_of_run(model, config, device, processes, recompute=config.recompute),

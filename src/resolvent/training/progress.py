@@ -18,6 +18,11 @@ _SECONDS_BETWEEN_LINES = 15.0
 """Seconds between two lines of a validation if the output is no terminal."""
 
 
+def frozen_part(parameters: int, trained: int) -> str:
+    """Return a note on the parameters that are not trained; "" where all are."""
+    return "" if trained == parameters else f" ({parameters - trained:,} frozen)"
+
+
 def format_duration(seconds: float) -> str:
     """Return hours, minutes and seconds, such as 1:02:03 or 4:05."""
     minutes, rest = divmod(round(seconds), 60)

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from resolvent.data import load_tokenizer, save_tokenizer
 from resolvent.data.cache import VARIABLE, is_cache
+from resolvent.data.chat_template import ChatTemplate
 from resolvent.data.hub import PREFIX
 from resolvent.device import deterministic, pick_device
 from resolvent.errors import CheckpointError, ConfigError
@@ -42,6 +43,7 @@ from resolvent.training.checkpoint import (
 from resolvent.training.config import Tracker, TrainingConfig
 from resolvent.training.corpus import Corpus, load_corpus, text_name
 from resolvent.training.ema import WeightAverage
+from resolvent.training.freezing import check_patterns, freeze
 from resolvent.training.lora import add_adapters, base_weights, is_adapted, whole_model
 from resolvent.training.memory import check_memory
 from resolvent.training.run_folder import beginning, check_new, new_run, read_result, read_run, write_run, write_steps
@@ -113,8 +115,8 @@ def _begin(trainer: Trainer, overwrite: bool) -> TrainingResult:
         with beginning(run_dir) if first else nullcontext():
             if first:
                 save_tokenizer(corpus.tokenizer, run_dir)
-                if corpus.template is not None:
-                    corpus.template.save(run_dir)
+                if (template := _template(config, corpus)) is not None:
+                    template.save(run_dir)
                 write_config(trainer.raw_model, run_dir)
                 if is_adapted(trainer.raw_model):
                     write_weights(base_weights(trainer.raw_model), run_dir)
@@ -123,6 +125,14 @@ def _begin(trainer: Trainer, overwrite: bool) -> TrainingResult:
             if first:
                 write_run(run_dir, config, corpus.fingerprint, held)
         return trainer.run()
+
+
+def _template(config: TrainingConfig, corpus: Corpus) -> ChatTemplate | None:
+    """Return the chat template for a run folder: that of the conversations, or of the model to start from."""
+    if corpus.template is not None or config.start_from is None:
+        return corpus.template
+    template = ChatTemplate.load(run_of(Path(config.start_from)), corpus.tokenizer)
+    return None if template.is_default else template
 
 
 def resume(
@@ -242,9 +252,11 @@ def _resume(
 
 def _load(config: TrainingConfig, checkpoint: Path, accelerator: Accelerator) -> IntegratedModel:
     sharded = _shares_model(config, accelerator)
-    return load_weights(
+    model = load_weights(
         checkpoint, accelerator.device, sharded=sharded, compile=config.compile, lora=config.lora_options
     )
+    freeze(model, config.freeze or [])
+    return model
 
 
 def _with_steps(config: TrainingConfig, steps: int | None, taken: int) -> TrainingConfig:
@@ -313,12 +325,16 @@ def _warn_of_what_is_not_trained(model: IntegratedModel) -> None:
 def _saved_model(config: TrainingConfig) -> tuple[IntegratedModel, Tokenizer] | None:
     """Return the model to start from, with fresh adapters if the run has some, and its tokenizer.
 
-    None if the run starts from fresh weights. A missing model or an unknown preset raises here.
+    None if the run starts from fresh weights. A missing model or an unknown preset raises here, and so do
+    parameters to freeze that there are not.
     """
     if config.start_from is None:
-        _model_config(config)
+        model_config = _model_config(config)
+        with torch.device("meta"):
+            check_patterns(PHASES[config.phase].model(model_config, init=False), config.freeze or [])
         return None
     model, tokenizer = load_trained(Path(config.start_from), "cpu")
+    check_patterns(model, config.freeze or [])
     model.config = _for_windows(model.config, config)
     if config.lora_options is not None:
         torch.manual_seed(config.seed)
@@ -352,9 +368,9 @@ def _initial_model(
         initial_device = torch.device("meta" if sharded and not accelerator.is_main_process else "cpu")
         with initial_device:
             model = create(config=_model_config(config), vocab_size=vocab_size, device=initial_device)
-    if sharded:
-        return shard(model, accelerator.device, compile=config.compile)
-    return model.to(accelerator.device)
+    model = shard(model, accelerator.device, compile=config.compile) if sharded else model.to(accelerator.device)
+    freeze(model, config.freeze or [])
+    return model
 
 
 def _shares_model(config: TrainingConfig, accelerator: Accelerator) -> bool:

@@ -155,8 +155,10 @@ FIELDS = {
     "memory_feedback": (True, False),
     "feedback_scale": (None, 1.0),
     "memory_rotation": (False, True),
+    "memory_rotation_bias": (False, True),
     "conv_size": (4, 2),
     "output_norm": (True, False),
+    "memory_norm_weight": (False, True),
     "output_gate": (True, False),
     "attention_layers": ((), (1,)),
     "attention_window": (20, None),
@@ -181,6 +183,8 @@ FIELDS = {
 """Fields that change the logits, with two values each."""
 
 NEEDS = {
+    "memory_rotation_bias": {"memory_rotation": True},
+    "memory_norm_weight": {"output_norm": False},
     "ar_ssm_gate_hidden_dim": dict(ar_ssm_rank=8),
     "ar_ssm_bounded": dict(ar_ssm_rank=8),
     "attention_window": dict(attention_layers=(1,)),

@@ -10,7 +10,17 @@ import typer
 
 from resolvent.cli.console import report_console, write_result
 from resolvent.cli.evaluate.tables import plus_minus, show
-from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text, TextField, documents_of
+from resolvent.cli.loading import (
+    BatchTokens,
+    Device,
+    Directory,
+    HeldOut,
+    JsonFile,
+    StoredWeights,
+    Text,
+    TextField,
+    documents_of,
+)
 from resolvent.runs import load_trained, run_of
 from resolvent.terminal import say
 
@@ -33,6 +43,7 @@ def language(
     json_path: JsonFile = None,
     batch_tokens: BatchTokens = 4096,
     device: Device = "auto",
+    weights: StoredWeights = "full",
 ) -> None:
     """Measure the loss of a model on text.
 
@@ -54,7 +65,7 @@ def language(
         return
     if task_path is not None:
         raise typer.BadParameter("says where tasks are; name them with --tasks", param_hint="--task-path")
-    model, tokenizer = load_trained(directory, device)
+    model, tokenizer = load_trained(directory, device, dtype="stored" if weights == "stored" else "float32")
     from resolvent.evaluation import evaluate_documents
 
     documents = documents_of(directory, data, text_field, held_out)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import TensorTrainEmbedding
+from ...ops.memory_rotation import Rotation
 from ...ops.precision import wide_dtype
 from ..base import IntegratedModel
 from ..trace import Trace
@@ -56,6 +57,7 @@ class Phase1IntegratedModel(IntegratedModel[Phase1Config, Phase1Record, Phase1St
         state: Phase1LayerState | None,
         start: Tensor | None,
         cu_seqlens: Tensor | None,
+        rotation: Rotation | None,
     ) -> Phase1Record:
         return block(x, state, cu_seqlens)
 

@@ -8,7 +8,8 @@ from .diagnostics import Phase2Diagnostics
 from .factory import create_phase2_model
 from .model import Phase2IntegratedModel
 from .state import LayerState, Phase2State
-from .transformer import convert_transformer, transformer_config
+from .transformer import convert_transformer, match_readouts, transformer_config
+from .transformer_target import save_transformer
 
 __all__ = [
     "ConversionReport",
@@ -25,5 +26,7 @@ __all__ = [
     "convert_transformer",
     "create_phase2_model",
     "get_phase2_preset",
+    "match_readouts",
+    "save_transformer",
     "transformer_config",
 ]

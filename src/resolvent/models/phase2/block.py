@@ -23,6 +23,7 @@ from ...layers import (
     LocalAttentionLayer,
     MemoryResonanceLayer,
     NonHermitianPotential,
+    RMSNorm,
     SemiseparableState,
     SNRMemoryFilter,
 )
@@ -31,6 +32,7 @@ from ...layers.hebbian import HebbianOutput
 from ...layers.linear import Projected, products, sum_of_products
 from ...layers.local_attention import AttentionOutput
 from ...ops import Consolidation
+from ...ops.memory_rotation import Rotation
 from ...ops.precision import for_products
 from ..base import Block, IntegratedModel
 from .config import Phase2Config
@@ -61,7 +63,7 @@ class Phase2Record(NamedTuple):
 
 def stream_norm(config: Phase2Config) -> nn.Module:
     """Return a norm of the residual stream."""
-    return (nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm)(config.d_model, config.norm_eps)
+    return (RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm)(config.d_model, config.norm_eps)
 
 
 class Phase2Block(Block[Phase2Record]):
@@ -145,6 +147,7 @@ class Phase2Block(Block[Phase2Record]):
         state: LayerState | None,
         position: Tensor | None,
         cu_seqlens: Tensor | None,
+        rotation: Rotation | None = None,
     ) -> Phase2Record:
         """Run the block.
 
@@ -154,6 +157,7 @@ class Phase2Block(Block[Phase2Record]):
             state: the block's state before the first token; None for a fresh start.
             position: tokens that the sequences have read before, (S,); None for a fresh start.
             cu_seqlens: offsets of packed sequences.
+            rotation: rotary positions of the tokens; None where the block computes them, or does not attend.
         """
         resolvent, ar_ssm = (None, None) if state is None else (state.resolvent, state.ar_ssm)
         # 1. One norm and one product in.
@@ -164,19 +168,23 @@ class Phase2Block(Block[Phase2Record]):
         if self.dissipative_bk is not None:
             features, gamma, resolvent = self.dissipative_bk(given, readout, resolvent, cu_seqlens, of_potential)
         # 3. Memory, with the same Γ, or attention.
-        read = self._read(given, gamma, state, position, cu_seqlens, (of_qkv, of_gate))
+        read = self._read(given, gamma, state, position, cu_seqlens, (of_qkv, of_gate), rotation)
         # 4. One product out.
         outputs, maps = [read.gated], [self.mixer.out_proj]
         if features is not None and self.bk_proj is not None:
             outputs, maps = [*outputs, features.to(read.gated.dtype)], [*maps, self.bk_proj]
-        x = x + self.dropout(sum_of_products(outputs, maps))
+        x = x + self._dropped(sum_of_products(outputs, maps))
         # 5. The semiseparable branch of a converted model.
         if self.ar_ssm is not None and self.ln_ssm is not None:
             output, _, ar_ssm = self.ar_ssm(self.ln_ssm(x), ar_ssm, cu_seqlens)
-            x = x + self.dropout(output)
+            x = x + self._dropped(output)
         # 6. Feed-forward network.
-        x = x + self.dropout(self.ffn(self.ln2(x)))
+        x = x + self._dropped(self.ffn(self.ln2(x)))
         return Phase2Record(x, features, gamma, given, read.readout, read.values, self._state(read, resolvent, ar_ssm))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """Return what a branch adds to the residual stream, under dropout in training."""
+        return self.dropout(x) if self.training else x
 
     def _read(
         self,
@@ -186,6 +194,7 @@ class Phase2Block(Block[Phase2Record]):
         position: Tensor | None,
         cu_seqlens: Tensor | None,
         projected: Projected,
+        rotation: Rotation | None,
     ) -> HebbianOutput | AttentionOutput:
         """Read the memory, or attend."""
         conv_tail = None if state is None else state.conv_tail
@@ -201,7 +210,7 @@ class Phase2Block(Block[Phase2Record]):
             window = state.cache if self.attention.window is None else state.window
             if window is None:
                 raise ValueError("the state belongs to another model: one of its windows grows, or none of them does")
-        return self.attention(given, window, conv_tail, position, cu_seqlens, projected)
+        return self.attention(given, window, conv_tail, position, cu_seqlens, projected, rotation)
 
     def _state(
         self, read: HebbianOutput | AttentionOutput, resolvent: Tensor | None, ar_ssm: SemiseparableState | None
@@ -244,6 +253,8 @@ def _memory(config: Phase2Config) -> DissipativeHebbianLayer:
         config.memory_rotation,
         config.num_kv_heads,
         config.qkv_bias,
+        config.memory_norm_weight,
+        (config.rotary_base, config.scaling) if config.memory_rotation_bias else None,
     )
 
 

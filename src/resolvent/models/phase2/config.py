@@ -1,5 +1,6 @@
 """Configuration of Phase 2 and its presets."""
 
+import math
 from dataclasses import dataclass
 from typing import Self, get_args
 
@@ -120,10 +121,14 @@ class Phase2Config(ModelConfig):
     """factor of that read-out; None for the inverse square root of its width"""
     memory_rotation: bool = False
     """rotate queries and keys by accumulated angles that depend on the tokens, so that a memory can count"""
+    memory_rotation_bias: bool = False
+    """add a trained bias to these angles, which starts at the rotary positions of attention"""
     conv_size: int = 4
     """width of the short convolution before q, k, v in tokens; 1 for none"""
     output_norm: bool = True
     """RMS-normalise the memory read-out of each head"""
+    memory_norm_weight: bool = False
+    """RMS-normalise the memory read-out, whatever ``output_norm``, and multiply it by trained weights"""
     output_gate: bool = True
     """gate the memory read-out"""
     attention_layers: tuple[int, ...] = ()
@@ -144,7 +149,8 @@ class Phase2Config(ModelConfig):
     num_kv_heads: int | None = None
     """heads of keys and values, which equally many of ``num_heads`` share; None for ``num_heads``"""
     qk_norm: bool = True
-    """L2-normalise queries and keys and train the temperature of attention; False fixes it at 1 / sqrt(head_dim)"""
+    """L2-normalise queries and keys of attention and train its temperature; False fixes it at 1 / sqrt(head_dim).
+    Those of a memory, whose bound rests on the norm, always are"""
     qkv_bias: bool = False
     """add biases to queries, keys and values"""
     rotary_base: float = 10_000.0
@@ -267,6 +273,13 @@ class Phase2Config(ModelConfig):
             faults.append(f"least_decay must be > 0 and < base_decay ({self.base_decay}), got {self.least_decay}")
         if self.memory_rotation and self.head_dim % 2:
             faults.append(f"memory_rotation turns pairs of channels: head_dim must be even, got {self.head_dim}")
+        if self.memory_rotation_bias and not self.memory_rotation:
+            faults.append("memory_rotation_bias needs memory_rotation, got False")
+        if self.memory_rotation_bias and self.hebbian_dt * math.pi <= 1:
+            faults.append(
+                "memory_rotation_bias turns a pair by up to one radian per token, a memory by less than π hebbian_dt: "
+                f"hebbian_dt must be > 1/π, got {self.hebbian_dt}"
+            )
         if self.tie_embeddings and self.htt_rank is not None:
             faults.append(f"tie_embeddings needs a table to share: htt_rank must be None, got {self.htt_rank}")
         if len({*self.attention_layers} & {*range(self.n_layers)}) < len(self.attention_layers):
@@ -293,11 +306,8 @@ class Phase2Config(ModelConfig):
             faults.append(f"num_kv_heads must divide num_heads ({self.num_heads}), got {self.num_kv_heads}")
         if self.num_kv_heads not in (None, self.num_heads) and self.conv_size != 1:
             faults.append(f"num_kv_heads below num_heads needs conv_size 1, got {self.conv_size}")
-        if not self.qk_norm and (self.conv_size != 1 or attending < self.n_layers):
-            faults.append(
-                f"qk_norm=False needs conv_size 1, got {self.conv_size}, and no memory, whose bound rests on the norm: "
-                f"attention_layers must name all {self.n_layers} blocks, got {attending}"
-            )
+        if not self.qk_norm and self.conv_size != 1:
+            faults.append(f"qk_norm=False needs conv_size 1, got {self.conv_size}")
         if not self.bk_core and attending < self.n_layers:
             faults.append(
                 f"bk_core=False needs no memory, which reads its Γ: attention_layers must name all {self.n_layers} "

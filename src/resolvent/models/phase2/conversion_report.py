@@ -40,10 +40,12 @@ class ConversionReport:
         tensors: those of the target in its order, then those that were left behind.
         config_changes: fields in which the source requires another value than the configuration asked for, with the
             value asked for and the value used.
+        exact: the target has the logits of the source.
     """
 
     tensors: tuple[ConvertedTensor, ...]
     config_changes: ConfigChanges = dataclasses.field(default_factory=dict)
+    exact: bool = True
 
     def __repr__(self) -> str:
         return f"ConversionReport({self.summary()})"

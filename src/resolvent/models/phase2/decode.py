@@ -67,8 +67,8 @@ class TokenStep:
             return f"{len(state)} sequences are more than {MOST_SEQUENCES}"
         if not isinstance(model.token_embedding, nn.Embedding) or config.ar_ssm_rank or config.conv_size < 2:
             return "it has a tensor-train embedding, a semiseparable branch or no short convolution"
-        if config.memory_rotation:
-            return "its memory rotates"
+        if config.memory_rotation or config.memory_norm_weight:
+            return "its memory rotates, or the norm of its read-out has weights"
         if model.position_embedding is None or model.position_embedding.trainable:
             return "it has no positions, or their frequencies are trained"
         if config.norm != "layernorm" or config.qkv_bias or not config.bk_core:

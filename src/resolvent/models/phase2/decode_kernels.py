@@ -477,7 +477,8 @@ def attend(
 
 
 def allocate_parts(window: WindowState) -> Parts:
-    """Allocate memory for ``attend``, given a window with keys (B, L, H, K)."""
+    """Allocate memory for ``attend``, given a window with keys (B, L, H, K), in that order in memory."""
+    assert window.keys.is_contiguous() and window.values.is_contiguous()
     batch, slots, heads, width = window.keys.shape
     shape = batch, heads, triton.cdiv(slots, _SLOTS)
     device, block = window.keys.device, triton.next_power_of_2(width)

@@ -6,10 +6,12 @@ Shapes: B batch, N sequence, D model width, S sequences.
 import logging
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ...layers import TensorTrainEmbedding, ZetaEmbedding
 from ...ops.hebbian import memory_implementation
+from ...ops.memory_rotation import Rotation
 from ..base import IntegratedModel
 from ..trace import Trace
 from .block import Phase2Block, Phase2Record, blocks_of, stream_norm
@@ -63,9 +65,14 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
         state: LayerState | None,
         start: Tensor | None,
         cu_seqlens: Tensor | None,
+        rotation: Rotation | None,
     ) -> Phase2Record:
         readout = None if previous is None else previous.readout
-        return block(x, readout, state, start, cu_seqlens)
+        return block(x, readout, state, start, cu_seqlens, rotation)
+
+    def _rotation(self, position: Tensor, dtype: torch.dtype) -> Rotation | None:
+        attention = next((block.attention for block in self._blocks if block.attention is not None), None)
+        return None if attention is None else attention.rotation(position, dtype)
 
     def diagnostics(self, trace: Trace[Phase2Record, Phase2State]) -> Phase2Diagnostics:
         return diagnose(self._blocks, trace)

@@ -3,8 +3,9 @@
 Shapes: B sequences, H heads, K = V head width, W convolution width, D model width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self, cast
 
 from torch import Tensor
 
@@ -55,10 +56,22 @@ class Phase2State(ModelState):
     layers: tuple[LayerState, ...]
 
     def reusable(self) -> Self:
-        reused = [
-            layer._replace(
-                window=layer.window and ReusedWindow(*layer.window), cache=layer.cache and ReusedWindow(*layer.cache)
-            )
-            for layer in self.layers
-        ]
-        return type(self)(self.position, tuple(reused))
+        return type(self)(self.position, _with_windows(self.layers, ReusedWindow.of))
+
+    def in_place(self) -> Self:
+        return type(self)(self.position, _with_windows(self.layers, lambda window: ReusedWindow(*window)))
+
+    def _map_layers(self, function: Callable[[Tensor], Tensor]) -> tuple[LayerState, ...]:
+        """Apply a function to every tensor; the result may have other references, and is not to be overwritten."""
+        mapped = cast(tuple[LayerState, ...], super()._map_layers(function))
+        return _with_windows(mapped, lambda window: WindowState(*window))
+
+
+def _with_windows(
+    layers: tuple[LayerState, ...], function: Callable[[WindowState], WindowState]
+) -> tuple[LayerState, ...]:
+    """Return the states of all blocks with other windows."""
+    return tuple(
+        layer._replace(window=layer.window and function(layer.window), cache=layer.cache and function(layer.cache))
+        for layer in layers
+    )

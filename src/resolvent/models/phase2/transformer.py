@@ -3,19 +3,24 @@
 Phase 2 with attention in every block contains these models: RMSNorm, grouped queries, rotary positions and a gated
 feed-forward network are switches of ``Phase2Config``. So layer i goes to layer i, and the converted model has the
 logits of its source, whole and token by token. BK-Core stands beside the attention behind a map that starts at zero.
+
+A model of fewer attention layers, or of narrower windows, is not exact and starts from what it can take over: memories
+get the maps of the attention that they replace, and its rotary positions as their angles.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import CheckpointError, ConfigError
 from ...files import shown
+from ..base import observe
 from ..config import Values, check_fields
+from .block import blocks_of
 from .config import Phase2Config, RotaryScaling
 from .conversion_report import ConversionReport, ConvertedTensor
 from .model import Phase2IntegratedModel
@@ -31,20 +36,31 @@ _LONGEST_WINDOW = 2048
 """Largest training window ``n_seq`` that a converted model proposes; it reads any number of tokens."""
 _RECOMPUTED = "rotary_emb.inv_freq"
 """Ending of tensors in old files that follow from the configuration."""
+_ATTENTION = ("attention_layers", "attention_window", "attention_windows")
+"""Fields that say what a model attends to; with less than the Transformer does, it is not exact."""
+_FASTEST_DECAY = 1 / 8
+"""Γ dt at which the fastest head of a memory starts that takes the place of attention; that of the slowest is the
+inverse of a training window."""
 
 
-def convert_transformer(source: nn.Module | str | Path, config: Phase2Config | None = None) -> Phase2IntegratedModel:
+def convert_transformer(
+    source: nn.Module | str | Path | Source, config: Phase2Config | None = None
+) -> Phase2IntegratedModel:
     """Convert a Transformer of the Llama family; ``model.conversion_report`` lists every tensor.
 
     The result has the logits of the source, at any length, streaming and packed, and the dtype of its weights. Tensors
     are read one at a time. With dynamic scaling, logits beyond the original length are those of Transformers when it
     reads token by token.
 
+    Where the configuration names fewer ``attention_layers`` or narrower windows, the result has other logits, and
+    ``conversion_report.exact`` is False. The other blocks have memories with the q, k, v and output maps of the
+    attention; ``match_readouts`` brings their read-outs to its size, and training does the rest.
+
     Args:
         source: a Llama, Mistral, Qwen2 or SmolLM2 model of Transformers; the folder that it was saved to, as
-            safetensors; or a GGUF file, which needs the package ``gguf``.
+            safetensors; a GGUF file, which needs the package ``gguf``; or one of them that ``opened`` has opened.
         config: the configuration; None for ``transformer_config(source)``. It may differ from that in what leaves the
-            logits as they are, such as ``n_seq``, ``dropout`` or the fields of BK-Core.
+            logits as they are, such as ``n_seq``, ``dropout`` or the fields of BK-Core, and in what it attends to.
 
     Raises:
         ConfigError: the architecture is not of this family or has a part that Phase 2 lacks, or the configuration
@@ -62,12 +78,25 @@ def convert_transformer(source: nn.Module | str | Path, config: Phase2Config | N
         for place in places:
             rows = slice(place.first, place.first + transformer.shapes[place.source][0])
             parameters[place.target][rows].copy_(transformer.read(place.source))
-    model.conversion_report = _report(model, places)
+        _slow_memories(model)
+    model.conversion_report = _report(model, places, exact=config.windows == _config(fixed).windows)
     return model.eval()
 
 
-def transformer_config(source: nn.Module | str | Path, **changes: Any) -> Phase2Config:
-    """Return the configuration of a Transformer's Phase 2 model, with ``changes`` to fields that keep its logits.
+def transformer_config(
+    source: nn.Module | str | Path | Source,
+    *,
+    keep_attention: Sequence[int] | None = None,
+    attention_window: int | None = None,
+    **changes: Any,
+) -> Phase2Config:
+    """Return the configuration of a Transformer's Phase 2 model.
+
+    Args:
+        source: as of ``convert_transformer``.
+        keep_attention: layers, counted from 0, that keep their attention; the others become memories. None keeps all.
+        attention_window: number of tokens to which they attend at most; None for the windows of the Transformer.
+        **changes: other values of fields that keep the logits.
 
     Raises:
         ConfigError, CheckpointError: as ``convert_transformer`` does.
@@ -75,7 +104,31 @@ def transformer_config(source: nn.Module | str | Path, **changes: Any) -> Phase2
     check_fields(Phase2Config, changes)
     with opened(source) as transformer:
         fixed = _fixed_fields(transformer)
-    return _preserving(dataclasses.replace(_config(fixed), **changes), fixed)
+    config = _config(fixed)
+    if keep_attention is not None or attention_window is not None:
+        changes = _less_attention(config, keep_attention, attention_window) | changes
+    return _preserving(dataclasses.replace(config, **changes), fixed)
+
+
+@torch.no_grad()
+def match_readouts(model: Phase2IntegratedModel, exact: Phase2IntegratedModel, input_ids: Tensor) -> None:
+    """Fit the norm weights of memories, channel by channel, to the attention that they replace, by least squares.
+
+    Where the read-out of a memory has nothing in common with that of the attention, its weight becomes small.
+
+    Args:
+        model: a model of a Transformer some of whose blocks became memories; it is changed in place.
+        exact: the exact model of the same Transformer.
+        input_ids: tokens of the fit, (B, N).
+    """
+    trace = observe(exact, input_ids)
+    x, before = trace.entered, None
+    for block, attended in zip(blocks_of(model), trace.layers, strict=True):
+        if block.hebbian is not None and (weight := block.hebbian.norm_weight) is not None:
+            weight.fill_(1.0)
+            read, wanted = block(x, before, None, None, None).readout.float(), attended.readout.float()
+            weight.copy_((read * wanted).sum(dim=(0, 1)) / read.square().sum(dim=(0, 1)).clamp(min=1e-6))
+        x, before = attended.output, attended.readout
 
 
 # ------------------------------------------------------------------------------------------------------- configuration
@@ -89,20 +142,48 @@ def _config(fixed: Values) -> Phase2Config:
     return config
 
 
+def _less_attention(config: Phase2Config, layers: Sequence[int] | None, window: int | None) -> Values:
+    """Return the fields with which some layers keep their attention, within a window, and the others have memories."""
+    kept = config.attention_layers if layers is None else tuple(sorted(layers))
+    if window is not None and window < 1:
+        raise ConfigError(f"attention_window must be >= 1, got {window}")
+    if unknown := sorted({*kept} - {*config.attention_layers}):
+        raise ConfigError(
+            f"keep_attention must name layers of 0..{config.n_layers - 1}, got {', '.join(map(str, unknown))}"
+        )
+    windows = tuple(min((w for w in (config.windows[i], window) if w is not None), default=0) for i in kept)
+    same = len({*windows}) <= 1
+    values: Values = {
+        "attention_layers": kept,
+        "attention_window": (windows[0] or None) if same and windows else None,
+        "attention_windows": None if same else windows,
+    }
+    if len(kept) < config.n_layers:
+        values |= dict(memory_rotation=True, memory_rotation_bias=True, memory_norm_weight=True)
+    return values
+
+
 def _preserving(config: Phase2Config, fixed: Values) -> Phase2Config:
-    """Return a configuration, checked to have the fields on which the logits depend."""
-    pairs = ((name, getattr(config, name), value) for name, value in fixed.items())
+    """Return a configuration, checked to have the fields on which the logits depend, and to attend to no more."""
+    pairs = ((name, getattr(config, name), value) for name, value in fixed.items() if name not in _ATTENTION)
     faults = [
         f"{name} is {shown(ours)}, that of the Transformer {shown(theirs)}"
         for name, ours, theirs in pairs
         if ours != theirs
     ]
+    if not faults:
+        config.validate()
+        allowed = _config(fixed).windows
+        faults = [
+            f"block {i} attends to {window or 'all'} tokens, the Transformer to {most}"
+            for i, window in config.windows.items()
+            if (most := allowed[i]) is not None and (window is None or window > most)
+        ]
     if faults:
         raise ConfigError(
             f"config cannot preserve this Transformer: {'; '.join(faults)}. Leave config out, or start from "
             "transformer_config(source)"
         )
-    config.validate()
     return config
 
 
@@ -222,11 +303,12 @@ def _places(config: Phase2Config) -> Iterator[_Place]:
     starts = {"q": 0, "k": query * config.head_dim, "v": (query + key) * config.head_dim}
     for i in range(config.n_layers):
         theirs, ours = f"model.layers.{i}", f"blocks.{i}"
+        mixer = f"{ours}.attention" if i in config.attention_layers else f"{ours}.hebbian"
         yield _Place(f"{theirs}.input_layernorm.weight", f"{ours}.ln1.weight")
         for part in ("weight", "bias") if config.qkv_bias else ("weight",):
             for name, first in starts.items():
-                yield _Place(f"{theirs}.self_attn.{name}_proj.{part}", f"{ours}.attention.qkv_proj.{part}", first)
-        yield _Place(f"{theirs}.self_attn.o_proj.weight", f"{ours}.attention.out_proj.weight")
+                yield _Place(f"{theirs}.self_attn.{name}_proj.{part}", f"{mixer}.qkv_proj.{part}", first)
+        yield _Place(f"{theirs}.self_attn.o_proj.weight", f"{mixer}.out_proj.weight")
         yield _Place(f"{theirs}.post_attention_layernorm.weight", f"{ours}.ln2.weight")
         yield _Place(f"{theirs}.mlp.gate_proj.weight", f"{ours}.ffn.in_proj.weight")
         yield _Place(f"{theirs}.mlp.up_proj.weight", f"{ours}.ffn.in_proj.weight", hidden)
@@ -234,6 +316,15 @@ def _places(config: Phase2Config) -> Iterator[_Place]:
     yield _Place("model.norm.weight", "ln_f.weight")
     if not config.tie_embeddings:
         yield _Place("lm_head.weight", "lm_head.weight")
+
+
+def tensor_rows(model: Phase2IntegratedModel) -> Iterator[tuple[str, str, slice]]:
+    """Yield Transformers' name of each tensor, the parameter that holds it, and its rows in there."""
+    places = list(_places(model.config))
+    for place, following in zip(places, [*places[1:], None], strict=True):
+        rows = model.get_parameter(place.target).shape[0]
+        last = following.first if following is not None and following.target == place.target else rows
+        yield place.source, place.target, slice(place.first, last)
 
 
 def _check_tensors(source: Source, model: Phase2IntegratedModel, places: list[_Place]) -> None:
@@ -264,7 +355,21 @@ def _check_tensors(source: Source, model: Phase2IntegratedModel, places: list[_P
         )
 
 
-def _report(model: Phase2IntegratedModel, places: list[_Place]) -> ConversionReport:
+def _slow_memories(model: Phase2IntegratedModel) -> None:
+    """Let the memories decay slowly, whatever the token: attention forgets nothing."""
+    for block in blocks_of(model):
+        if block.hebbian is not None and block.dissipative_bk is not None:
+            potential = block.dissipative_bk.potential
+            slowest = max(1 / model.n_seq, 2 * potential.least_decay * potential.dt)
+            spread = torch.linspace(0, 1, potential.num_heads, dtype=torch.float64)
+            potential.set_decays(slowest * (max(slowest, _FASTEST_DECAY) / slowest) ** spread)
+            if potential.gamma_proj is not None:
+                potential.gamma_proj.weight.zero_()
+            if block.hebbian.rotation_proj is not None:
+                block.hebbian.rotation_proj.weight.zero_()
+
+
+def _report(model: Phase2IntegratedModel, places: list[_Place], *, exact: bool) -> ConversionReport:
     sources = dict[str, list[str]]()
     for place in places:
         sources.setdefault(place.target, []).append(place.source)
@@ -272,4 +377,4 @@ def _report(model: Phase2IntegratedModel, places: list[_Place]) -> ConversionRep
         ConvertedTensor("copied" if name in sources else "new", name, tuple(x.shape), tuple(sources.get(name, ())))
         for name, x in model.named_parameters()
     ]
-    return ConversionReport(tuple(tensors), {})
+    return ConversionReport(tuple(tensors), exact=exact)

@@ -70,15 +70,17 @@ class Source:
 
 
 @contextmanager
-def opened(source: nn.Module | str | Path) -> Iterator[Source]:
-    """Open a source for the time of a ``with`` block.
+def opened(source: "nn.Module | str | Path | Source") -> Iterator[Source]:
+    """Open a source for the time of a ``with`` block; one that is open is yielded as it is.
 
     Raises:
         CheckpointError: a file is missing or damaged.
         ConfigError: a module is no model of Transformers, or the package ``gguf`` is missing.
     """
     with ExitStack() as stack:
-        if isinstance(source, nn.Module):
+        if isinstance(source, Source):
+            yield source
+        elif isinstance(source, nn.Module):
             yield _of_model(source)
         elif Path(source).is_dir():
             yield _of_folder(Path(source), stack)

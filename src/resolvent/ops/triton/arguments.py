@@ -65,6 +65,22 @@ class State(NamedTuple):
     forgetting: Tensor | None = None
 
 
+class Met(NamedTuple):
+    """States that met the boundaries, as the gradient needs them; None where nothing is saved.
+
+    In a kernel: those of one head, as pointers or as values.
+
+    Attributes:
+        unit: memories in units of their rms, (boundaries, H, K, V), float16 where products are of half precision.
+        rms: (boundaries, H).
+        forgetting: Γ̄, (boundaries, H).
+    """
+
+    unit: Tensor | None = None
+    rms: Tensor | None = None
+    forgetting: Tensor | None = None
+
+
 class Filters(NamedTuple):
     """Strength (H,) of the SNR filter, basis (K, K), sharpness (H,) and bias (H,) of the resonance, or their gradients.
 

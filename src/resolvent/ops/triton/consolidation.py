@@ -34,14 +34,18 @@ def forgotten_share(forgetting):
 
 
 @_kernel
-def snr_factors(memory, forgetting, strength, constants, size):
-    """Return ``1 / rms``, ``p``, and the inverse of the divisor ``1 + m (1 - exp(-Γ̄))`` (see ``ops.consolidation``)."""
-    scale = tl.rsqrt(tl.sum(memory * memory) / size + _TINY)
-    keep = sigmoid(tl.abs(memory) * (scale / constants.temperature) - constants.threshold / constants.temperature)
-    forgotten = strength * forgotten_share(forgetting)
-    # The divisor lies in (0, gamma_boost]: two instructions for its inverse, where a division takes eight.
-    root = tl.rsqrt(1 + forgotten * (constants.damping - constants.span * keep))
-    return scale, keep, root * root
+def snr_factors(unit, forgotten, constants):
+    """Return ``1 / p``, ``1 / p - 1`` and ``p² / (1 + m (1 - exp(-Γ̄)))`` of a memory in units of its rms.
+
+    ``forgotten`` is the strength times ``1 - exp(-Γ̄)``. See ``ops.consolidation``: p and the divisor are quotients of
+    polynomials of ``1 / p - 1``, and one root gives the inverse of all: a division takes eight instructions.
+    """
+    steepness = LOG2_E / constants.temperature
+    odds = tl.exp2(tl.minimum(constants.threshold * steepness - tl.abs(unit) * steepness, 40.0))
+    inverse_keep = 1 + odds
+    divisor = inverse_keep * (1 + forgotten * constants.damping) - forgotten * constants.span  # over p
+    root = tl.rsqrt(inverse_keep * divisor)
+    return inverse_keep, odds, root * root
 
 
 @_kernel
@@ -54,18 +58,19 @@ def unit_rms(x, size, tiny):
 
 @_kernel
 def rotate(basis, x):
-    """Return ``basis @ x`` for x of unit rms: float16 holds it as well as tf32, whose products cost twice as much."""
+    """Return ``basis @ x`` for x near unit rms: float16 holds it as well as tf32, whose products cost twice as much."""
     return tl.dot(basis, x.to(basis.dtype), input_precision=PRECISION)
 
 
 @_kernel
-def resonate(memory, filters, constants, variant: constexpr):
-    """Return a memory's modes in units of its rms, their energies relative to the mean, the gate, and the rms."""
-    unit, rms = unit_rms(memory, variant.K * variant.V, _TINY)
+def resonate(unit, filters, constants, variant: constexpr):
+    """Return a memory's modes, their energies relative to the mean, the inverse of the mean, and the gate."""
     modes = rotate(tl.trans(filters.basis), unit)
-    relative = tl.sum(modes * modes, 1) / variant.V  # the basis is orthonormal: the mean energy of unit rms is V
+    energies = tl.sum(modes * modes, 1)
+    inverse_mean = 1 / (tl.sum(energies) / variant.K + _TINY)
+    relative = energies * inverse_mean
     gate = sigmoid(filters.sharpness * (relative - constants.energy_threshold) + filters.bias)
-    return modes, relative, gate, rms
+    return modes, relative, inverse_mean, gate
 
 
 @_kernel
@@ -79,71 +84,87 @@ def _beside(x, other):
 
 
 @_kernel
+def filtered(unit, forgetting, filters, constants, variant: constexpr):
+    """Return what the filters of a head leave of a memory in units of its rms."""
+    if variant.SNR:
+        inverse_keep, _, scale = snr_factors(unit, filters.strength * forgotten_share(forgetting), constants)
+        unit *= inverse_keep * inverse_keep * scale
+    if variant.RESONANCE:
+        modes, _, _, gate = resonate(unit, filters, constants, variant)
+        unit = rotate(filters.basis, gate[:, None] * modes)
+    return unit
+
+
+@_kernel
+def in_units(memory, variant: constexpr):
+    """Return a memory in units of its rms, and the rms."""
+    return unit_rms(memory, variant.K * variant.V, _TINY)
+
+
+@_kernel
 def consolidate(state, filters, constants, variant: constexpr):
     """Return the consolidated memory of a head, from its ``State`` and its ``Filters``."""
-    memory = state.memory
-    if variant.SNR:
-        _, _, inverse = snr_factors(memory, state.forgetting, filters.strength, constants, variant.K * variant.V)
-        memory *= inverse
-    if variant.RESONANCE:
-        modes, _, gate, rms = resonate(memory, filters, constants, variant)
-        memory = rotate(filters.basis, gate[:, None] * modes) * rms
-    return memory
+    unit, rms = in_units(state.memory, variant)
+    return filtered(unit, state.forgetting, filters, constants, variant) * rms
 
 
 @_kernel
-def _resonance_back(grad, memory, filters, constants, variant: constexpr):
-    """Return the gradients of a memory in front of the resonance, and of the sharpness and the bias by mode."""
-    K: tl.constexpr = variant.K
-    V: tl.constexpr = variant.V
-    modes, relative, gate, rms = resonate(memory, filters, constants, variant)
-    unit, grad_rms = unit_rms(grad, K * V, _LEAST)
-    grad_modes = rotate(tl.trans(filters.basis), unit)
-    grad_bias = tl.sum(grad_modes * modes, 1) * (gate * (1 - gate) * (grad_rms * rms))
-    grad_sharpness = grad_bias * (relative - constants.energy_threshold)
-    grad_relative = filters.sharpness * grad_bias
-    grad_energy = (grad_relative - tl.sum(grad_relative * relative) / K) * (2 / (V * rms))
-    grad_modes = grad_modes * (gate * grad_rms)[:, None] + modes * grad_energy[:, None]
-    unit, grad_rms = unit_rms(grad_modes, K * V, _LEAST)
-    return rotate(filters.basis, unit) * grad_rms, grad_sharpness, grad_bias
+def _resonance_back(grad, unit, filters, constants, variant: constexpr):
+    """Return the gradients of a memory in units of its rms, and, by mode, of the sharpness and the bias in these units.
+
+    ``unit`` is the memory in front of the resonance.
+    """
+    modes, relative, inverse_mean, gate = resonate(unit, filters, constants, variant)
+    # What comes through the energies is up to ``32 sharpness`` times as large: float16 shall hold it.
+    mean_square = tl.sum(grad * grad) / (variant.K * variant.V) + _LEAST
+    inverse, louder = tl.rsqrt(mean_square), 1 + tl.abs(filters.sharpness)
+    grad_modes = rotate(tl.trans(filters.basis), grad * (inverse / louder))
+    of_gate = tl.sum(grad_modes * modes, 1) * (gate * (1 - gate))
+    of_energy = (of_gate - tl.sum(of_gate * relative) / variant.K) * (2 * inverse_mean * filters.sharpness)
+    grad_modes = grad_modes * gate[:, None] + modes * of_energy[:, None]
+    scale = mean_square * inverse * louder
+    grad_bias = of_gate * scale
+    return rotate(filters.basis, grad_modes) * scale, grad_bias * (relative - constants.energy_threshold), grad_bias
 
 
 @_kernel
-def consolidate_back(grad, met, square, in_square, filters, constants, variant: constexpr, STRENGTH: tl.constexpr):
+def _sums(a, b):
+    """Return the sums of two matrices, whose last steps, between warps, are one."""
+    return tl.split(tl.sum(tl.join(tl.sum(a, 1), tl.sum(b, 1)), 0))
+
+
+@_kernel
+def consolidate_back(grad, met, filters, constants, variant: constexpr, STRENGTH: tl.constexpr):
     """Return the gradients of a boundary's inputs.
 
     They are those of the state that ``met`` the boundary, of the strength, and by mode of the sharpness and the bias.
-
-    The memory is read twice, where ``met`` points, rather than held: a program has few registers left.
     """
     BK: tl.constexpr = variant.BK
     grad_sharpness, grad_bias = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
     grad_forgetting, grad_strength = 0.0, 0.0
-    strength, forgetting = filters.strength, tl.load(met.forgetting)
-    size: tl.constexpr = variant.K * variant.V
+    unit, share = _beside(met.unit.to(tl.float32), grad), forgotten_share(met.forgetting)
+    behind_snr, forgotten = unit, filters.strength * share
+    if variant.SNR:
+        inverse_keep, odds, scale = snr_factors(unit, forgotten, constants)
+        inverse = inverse_keep * inverse_keep * scale
+        behind_snr = unit * inverse
     if variant.RESONANCE:
-        memory = _beside(tl.load(met.memory + square, mask=in_square, other=0.0), grad)
-        if variant.SNR:
-            _, _, inverse = snr_factors(memory, forgetting, strength, constants, size)
-            memory *= inverse
-        grad, grad_sharpness, grad_bias = _resonance_back(grad, memory, filters, constants, variant)
+        grad, grad_sharpness, grad_bias = _resonance_back(grad, behind_snr, filters, constants, variant)
+        grad_sharpness *= met.rms
+        grad_bias *= met.rms
     if variant.SNR:
         # 1. Through the quotient, to the memory directly and to its divisor.
-        memory = _beside(tl.load(met.memory + square, mask=in_square, other=0.0, volatile=True), grad)
-        scale, keep, inverse = snr_factors(memory, forgetting, strength, constants, size)
-        grad = grad * inverse
-        grad_divisor = -grad * (memory * inverse)
-        # 2. From the divisor to Γ̄ and the strength.
-        of_forgotten = tl.sum(grad_divisor * (constants.damping - constants.span * keep))
-        grad_forgetting += strength * tl.exp(-forgetting) * of_forgotten
+        grad *= inverse
+        along = grad * unit
+        # 2. From the divisor to p, and through the ratio |S| / rms to the memory, directly and through the rms.
+        slope = tl.abs(unit) * (forgotten * constants.span / constants.temperature) * (odds * scale)
+        relative = inverse_keep * scale * (constants.damping * inverse_keep - constants.span)
+        of_rms, of_forgotten = _sums(along * slope, along * relative)
+        grad = grad + grad * slope - unit * (of_rms / (variant.K * variant.V))
+        # 3. From the divisor to Γ̄ and the strength.
+        of_forgotten *= -met.rms
+        grad_forgetting += filters.strength * tl.exp(-met.forgetting) * of_forgotten
         if STRENGTH:
-            grad_strength += forgotten_share(forgetting) * of_forgotten
-        # 3. From the divisor to p, and through the ratio |S| / rms to the memory.
-        grad_keep = grad_divisor * (-constants.span * strength * forgotten_share(forgetting))
-        grad_ratio = grad_keep * (keep * (1 - keep) * (1 / constants.temperature))
-        # In units of the rms: the cube of the scale leaves the range of float32 before the memory's square does.
-        from_scale = tl.sum(grad_ratio * (tl.abs(memory) * scale)) * (scale * scale / size)
-        grad_ratio = tl.where(memory < 0, -grad_ratio, tl.where(memory > 0, grad_ratio, 0.0))
-        grad = grad + grad_ratio * scale - from_scale * memory
+            grad_strength += share * of_forgotten
     grad_state = State(grad, grad_forgetting)  # pyrefly: ignore[bad-argument-type]
     return grad_state, grad_strength, grad_sharpness, grad_bias

@@ -22,6 +22,7 @@ from .arguments import (
     Decays,
     Filters,
     Gradients,
+    Met,
     Rule,
     State,
     Strides,
@@ -38,7 +39,7 @@ from .segments import Layout, layout_of, most_chunks, tables_on_device
 _LAUNCH = {
     "narrow": {
         "walk": dict(num_warps=4, num_stages=3),
-        "walk_back": dict(num_warps=4, num_stages=2, STAGES=2),
+        "walk_back": dict(num_warps=8, num_stages=3, STAGES=3),
         "chunk_gradients": dict(num_warps=4, num_stages=1),
         "join": dict(num_warps=8),
         "join_back": dict(num_warps=8),
@@ -77,7 +78,7 @@ class Saved(NamedTuple):
     grad_total: Tensor | None = None
 
 
-_NO_STATE, _NOT_SAVED = State(), Saved()
+_NO_STATE, _NOT_SAVED, _NOT_MET = State(), Saved(), Met()
 
 
 # ------------------------------------------------------------------------------------------------------- the launches
@@ -97,7 +98,7 @@ class _Launches:
         self.tokens = Tokens(*(_rows(x.to(product_dtype(tokens))) for x in tokens))
         self.strides = Strides(*(stride for x in self.tokens for stride in x.stride()[:2]))
         self.eta = eta.float().contiguous()
-        self.filters = Filters(*(contiguous(x, torch.float32) for x in filters))
+        self.filters = Filters(*map(contiguous, filters))
         self.constants = constants_of(rule)
         self.segments = len(self.layout.segments)
         self.options = _LAUNCH["narrow" if max(self.variant.K, self.variant.V) <= 64 else "wide"]
@@ -138,7 +139,7 @@ class _Launches:
         start: State,
         final: State,
         before: Tensor | None,
-        met: State = _NO_STATE,
+        met: Met = _NOT_MET,
         consolidate: bool = True,
     ) -> None:
         """Walk over the segments from their ``start`` to their ``final`` states, and fill ``readout``.
@@ -171,7 +172,7 @@ class _Launches:
         grad_final: State,
         saved: Saved,
         grads: Gradients,
-        met: State = _NO_STATE,
+        met: Met = _NOT_MET,
         consolidate: bool = True,
     ) -> None:
         """Carry the gradient of the memory back to the start of the segments."""
@@ -234,7 +235,7 @@ class _Launches:
                 reverse,
             )
 
-    def join(self, ends: Tensor, totals: Tensor, start: State, starts: Tensor, final: State, met: State) -> None:
+    def join(self, ends: Tensor, totals: Tensor, start: State, starts: Tensor, final: State, met: Met) -> None:
         """Join with consolidation, from the state ``start`` through ``starts`` to ``final``.
 
         Saves the states that ``met`` the boundaries.
@@ -261,7 +262,7 @@ class _Launches:
         ends: Tensor,
         totals: Tensor,
         grad_final: State,
-        met: State,
+        met: Met,
         behind: State,
         grads: Gradients,
     ) -> None:
@@ -335,7 +336,7 @@ def _allocate(
     sequences: Sequences,
     rule: Rule,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate the results of ``_memory``."""
     (batch, length, heads, key), value = tokens.q.shape, tokens.v.shape[-1]
     count, goes_on = count_sequences(batch, sequences.cu_seqlens), sequences.position is not None
@@ -351,13 +352,16 @@ def _allocate(
     def allocate(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return decay.new_empty(shape, dtype=dtype)
 
+    of_products = product_dtype(tokens)
+    of_units = torch.float32 if of_products == torch.float32 else torch.float16
     return (
         allocate(batch, length, heads, value, dtype=tokens.v.dtype),
         allocate(count, heads, key, value),
         allocate(count, heads),
-        allocate(chunks, heads, key, value, dtype=product_dtype(tokens)),
-        # The gradient of a consolidation asks for digits that products do not.
-        allocate(boundaries, heads, key, value),
+        allocate(chunks, heads, key, value, dtype=of_products),
+        # In units of their rms, float16 keeps the digits that the gradient of a consolidation asks for.
+        allocate(boundaries, heads, key, value, dtype=of_units),
+        allocate(boundaries, heads),
         allocate(boundaries, heads),
     )
 
@@ -372,7 +376,7 @@ def _memory(
     sequences: Sequences,
     rule: Rule,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the read-out, the final state and, with ``save``, the tensors that the gradient needs.
 
     These are the memory before every chunk and the states that met the boundaries, with a row for every chunk and
@@ -381,9 +385,9 @@ def _memory(
     """
     launches = _Launches(tokens, decay, eta, filters, sequences, rule)
     outputs = _allocate(tokens, decay, eta, start, filters, sequences, rule, save)
-    readout, *final, before, met, met_forgetting = outputs
+    readout, *final, before, met_unit, met_rms, met_forgetting = outputs
     last = State(*final)
-    to_save, to_meet = (before, State(met, met_forgetting)) if save else (None, _NO_STATE)
+    to_save, to_meet = (before, Met(met_unit, met_rms, met_forgetting)) if save else (None, _NOT_MET)
     count_run("dissipative_memory", "triton")
     if not launches.layout.segmented:
         launches.walk(readout, start, last, to_save, to_meet)
@@ -410,7 +414,7 @@ def _allocate_gradients(
     eta: Tensor,
     filters: Filters,
     before: Tensor,
-    met: State,
+    met: Met,
     sequences: Sequences,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -444,7 +448,7 @@ def _memory_backward(
     eta: Tensor,
     filters: Filters,
     before: Tensor,
-    met: State,
+    met: Met,
     sequences: Sequences,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

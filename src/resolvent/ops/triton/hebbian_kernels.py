@@ -26,8 +26,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .arguments import Filters, State, constexpr
-from .consolidation import LOG2_E, PRECISION, consolidate, consolidate_back
+from .arguments import Filters, Met, constexpr
+from .consolidation import LOG2_E, PRECISION, consolidate_back, filtered, in_units
 
 _kernel: Any = triton.jit  # a kernel is launched on a grid, which no type of a function allows
 VARYING = ["heads"]
@@ -116,7 +116,7 @@ def resonance_of(filters, head, keys, variant: constexpr):
     BK: tl.constexpr = variant.BK
     basis, sharpness, bias = tl.zeros([BK, BK], tl.float32), 0.0, 0.0
     if variant.RESONANCE:
-        basis += _tile(filters.basis, variant.K, keys, keys, keys < variant.K, variant.K)
+        basis += _tile(filters.basis, variant.K, keys, keys, keys < variant.K, variant.K).to(tl.float32)
         sharpness += tl.load(filters.sharpness + head).to(tl.float32)
         bias += tl.load(filters.bias + head).to(tl.float32)
     if variant.HALF:
@@ -175,10 +175,28 @@ def _store_sums(grads, row, strength, sharpness, bias, STRENGTH: tl.constexpr, v
 
 
 @_kernel
-def _met_at(met, index, variant: constexpr):
-    """Return pointers to the state that met a boundary."""
+def _load_met(met, row, there, square, in_square, variant: constexpr):
+    """Load the state of a row that met a boundary; zeros if it is not ``there``.
+
+    This is done long before it is needed: memory is slow, and everything waits for a walk.
+    """
     KV: tl.constexpr = variant.K * variant.V
-    return State(met.memory + index * KV, met.forgetting + index)
+    inside = in_square & (square < tl.where(there, KV, 0))
+    unit = tl.load(met.unit + row * KV + square, mask=inside, other=0.0)
+    rms = tl.load(met.rms + row, mask=there, other=0.0)
+    return Met(unit, rms, tl.load(met.forgetting + row, mask=there, other=0.0))
+
+
+@_kernel
+def _meet_boundary(memory, forgetting, met, row, square, in_square, filters, constants, variant: constexpr):
+    """Return the consolidated memory; leave the state that met the boundary, unless ``met`` is None."""
+    unit, rms = in_units(memory, variant)
+    if met.unit is not None:
+        of_head = met.unit + row * (variant.K * variant.V)
+        tl.store(of_head + square, unit.to(met.unit.dtype.element_ty), mask=in_square)
+        tl.store(met.rms + row, rms)
+        tl.store(met.forgetting + row, forgetting)
+    return filtered(unit, forgetting, filters, constants, variant) * rms
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels
@@ -212,8 +230,8 @@ def walk(
 ):  # fmt: skip
     """Walk over a segment with the memory of a head.
 
-    ``readout``, ``before`` and the fields of ``start`` may be None; ``met`` is needed with ``before`` alone. Without
-    consolidation the final Γ̄ is the total decay of the segment.
+    ``readout``, ``before`` and the fields of ``start`` and ``met`` may be None. Without consolidation the final Γ̄ is
+    the total decay of the segment.
     """
     segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     CONSOLIDATE: tl.constexpr = variant.SNR or variant.RESONANCE
@@ -260,10 +278,11 @@ def walk(
         if CONSOLIDATE:
             forgetting += total
             if _is_boundary(since_boundary + i + 1, slot + (i + 1) * C, end, constants.interval, C):
-                if before is not None:
-                    store_state(met, boundary * heads + head, square, in_square, variant, memory, forgetting)
+                row_met = boundary * heads + head
+                memory = _meet_boundary(
+                    memory, forgetting, met, row_met, square, in_square, of_head, constants, variant
+                )
                 boundary += 1
-                memory = consolidate(State(memory, forgetting), of_head, constants, variant)
                 forgetting = 0.0
 
     # 6. The state that the segment leaves.
@@ -310,7 +329,10 @@ def walk_back(
     q, grad_readout = q + head * strides.q_head, grad_readout + head * V
     count = tl.where(end > first, tl.cdiv(end - slot, C), 0).to(tl.int32)
     if CONSOLIDATE:
+        first_boundary = boundary
         boundary += tl.maximum(end - slot + since_boundary * C, 0) // constants.interval
+        row_met = (boundary - 1) * heads + head
+        of_boundary = _load_met(met, row_met, boundary > first_boundary, square, in_square, variant)
     for j in tl.range(0, count, num_stages=STAGES):
         # 2. Load a chunk, the gradient of its read-out and its decays, from the last chunk on.
         i = count - 1 - j
@@ -325,18 +347,21 @@ def walk_back(
         segment_total += total
         if before is not None:
             memory = tl.load(before + index * K * V + square, mask=in_square, other=0.0).to(tl.float32)
-        # 3. Back through a boundary.
-        if CONSOLIDATE:  # noqa: SIM102 (the outer one when the kernel is compiled)
-            if _is_boundary(since_boundary + i + 1, slot + (i + 1) * C, end, constants.interval, C):
-                boundary -= 1
+        # 3. Back through a boundary; where nothing reads the final state, not through one behind the last token.
+        if CONSOLIDATE:
+            passed = _is_boundary(since_boundary + i + 1, slot + (i + 1) * C, end, constants.interval, C)
+            if passed & ((j > 0) | (grad_final.memory is not None)):
                 of_state, of_strength, of_sharpness, of_bias = consolidate_back(
-                    grad, _met_at(met, boundary * heads + head, variant), square, in_square, of_head, constants,
-                    variant, filters.strength is not None,
-                )  # fmt: skip
+                    grad, of_boundary, of_head, constants, variant, STRENGTH
+                )
                 grad, grad_forgetting = of_state
                 sum_strength += of_strength
                 sum_sharpness += of_sharpness
                 sum_bias += of_bias
+            if passed:
+                boundary -= 1
+                row_met = (boundary - 1) * heads + head
+                of_boundary = _load_met(met, row_met, boundary > first_boundary, square, in_square, variant)
         # 4. The gradients of what the chunk wrote, and of its total decay.
         if before is not None:
             tl.store(grad_written + index * K * V + square, grad.to(query.dtype), mask=in_square)
@@ -437,10 +462,16 @@ def chain(ends, totals, first_segment, start, starts, last, heads, size, BLOCK: 
 
 
 @_kernel
-def _boundary_behind(segments, segment, interval, C: tl.constexpr):
-    """Return True if a boundary lies behind a segment, and its index; a segment meets no other one."""
+def _segment_end(segments, segment, ends, totals, head, heads, square, in_square, constants, variant: constexpr):
+    """Load what a segment leaves behind: its memory, or the gradient of it, and its total decay.
+
+    Returns also whether a boundary lies behind the segment, which meets no other one, and the index of the boundary.
+    """
     first, end, slot, _, since_boundary, boundary = _segment(segments, segment)
-    return (end > first) & ((since_boundary * C + end - slot) % interval == 0), boundary
+    at_boundary = (end > first) & ((since_boundary * variant.C + end - slot) % constants.interval == 0)
+    row = segment * heads + head
+    memory = tl.load(ends + row * (variant.K * variant.V) + square, mask=in_square, other=0.0)
+    return memory, tl.load(totals + row), at_boundary, boundary
 
 
 @_kernel(do_not_specialize=VARYING)
@@ -462,22 +493,18 @@ def join(
     of_head = _filters_of(filters, head, keys, variant)
 
     # Load the next end before this one is consolidated: memory is slow, and everything waits for this walk.
-    written = tl.load(ends + (first * heads + head) * KV + square, mask=in_square, other=0.0)
+    upcoming = _segment_end(segments, first, ends, totals, head, heads, square, in_square, constants, variant)
     for j in range(0, (stop - first).to(tl.int32)):
         segment = first + j
-        index = segment * heads + head
-        tl.store(starts + index * KV + square, memory, mask=in_square)
-        following = tl.minimum(segment + 1, stop - 1) * heads + head
-        upcoming = tl.load(ends + following * KV + square, mask=in_square, other=0.0)
-        at_boundary, boundary = _boundary_behind(segments, segment, constants.interval, variant.C)
-        total = tl.load(totals + index)
+        written, total, at_boundary, boundary = upcoming
+        following = tl.minimum(segment + 1, stop - 1)
+        upcoming = _segment_end(segments, following, ends, totals, head, heads, square, in_square, constants, variant)
+        tl.store(starts + (segment * heads + head) * KV + square, memory, mask=in_square)
         memory, forgetting = memory * tl.exp(-total) + written, forgetting + total
         if at_boundary:
-            if met.memory is not None:
-                store_state(met, boundary * heads + head, square, in_square, variant, memory, forgetting)
-            memory = consolidate(State(memory, forgetting), of_head, constants, variant)
+            row_met = boundary * heads + head
+            memory = _meet_boundary(memory, forgetting, met, row_met, square, in_square, of_head, constants, variant)
             forgetting = 0.0
-        written = upcoming
 
     store_state(final, row, square, in_square, variant, memory, forgetting)
 
@@ -494,7 +521,6 @@ def join_back(
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     STRENGTH: constexpr = variant.SNR and filters.strength is not None
     BK: tl.constexpr = variant.BK
-    KV: tl.constexpr = variant.K * variant.V
     first, stop = tl.load(first_segment + sequence), tl.load(first_segment + sequence + 1)
     keys, values, row = tl.arange(0, variant.BK), tl.arange(0, variant.BV), sequence * heads + head
     square, in_square = cells_of(keys, values, variant.K, variant.V)
@@ -504,22 +530,28 @@ def join_back(
     of_head = _filters_of(filters, head, keys, variant)
     sum_strength, sum_sharpness, sum_bias = 0.0, tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
 
+    # Load what the segment before needs before this one is passed, as in ``join``.
+    last = stop - 1
+    upcoming = _segment_end(segments, last, ends, totals, head, heads, square, in_square, constants, variant)
+    upcoming_met = _load_met(met, upcoming[3] * heads + head, upcoming[2], square, in_square, variant)
     for j in range(0, (stop - first).to(tl.int32)):
-        segment = stop - 1 - j
-        index = segment * heads + head
-        end = tl.load(ends + index * KV + square, mask=in_square, other=0.0)
-        at_boundary, boundary = _boundary_behind(segments, segment, constants.interval, variant.C)
-        if at_boundary:
+        segment = last - j
+        end, total, at_boundary, _ = upcoming
+        of_boundary = upcoming_met
+        before = tl.maximum(segment - 1, first)
+        upcoming = _segment_end(segments, before, ends, totals, head, heads, square, in_square, constants, variant)
+        upcoming_met = _load_met(met, upcoming[3] * heads + head, upcoming[2], square, in_square, variant)
+        # Where nothing reads the final state, no gradient comes from behind the last boundary.
+        if at_boundary & ((j > 0) | (grad_final.memory is not None)):
             of_state, of_strength, of_sharpness, of_bias = consolidate_back(
-                grad, _met_at(met, boundary * heads + head, variant), square, in_square, of_head, constants, variant,
-                filters.strength is not None,
-            )  # fmt: skip
+                grad, of_boundary, of_head, constants, variant, STRENGTH
+            )
             grad, grad_forgetting = of_state
             sum_strength += of_strength
             sum_sharpness += of_sharpness
             sum_bias += of_bias
-        store_state(behind, index, square, in_square, variant, grad, grad_forgetting)
-        grad = grad * tl.exp(-tl.load(totals + index)) + end
+        store_state(behind, segment * heads + head, square, in_square, variant, grad, grad_forgetting)
+        grad = grad * tl.exp(-total) + end
 
     store_state(grads.state, row, square, in_square, variant, grad, grad_forgetting)
     _store_sums(grads.filters, row, sum_strength, sum_sharpness, sum_bias, STRENGTH, variant)
