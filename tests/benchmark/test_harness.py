@@ -165,10 +165,10 @@ def test_a_step_learns():
 @pytest.fixture
 def reader(bench: Bench) -> tuple[Any, Any, Any, torch.Tensor]:
     """Our model, the exact one, what the first has read, and a prompt."""
-    case = decoding.CASES["quick"]
-    model = decoding._model(bench, case)
-    state = decoding.read(model, decoding._tokens(bench, case, 100), 50)[2]
-    return model, decoding._exact_model(bench, case), state, decoding._tokens(bench, case, 1)
+    preset = decoding.CASES["quick"][0].preset
+    model = decoding._model(bench, preset)
+    state = decoding.read(model, decoding._tokens(bench, preset, 100))[2]
+    return model, decoding._exact_model(bench, preset), state, decoding._tokens(bench, preset, 1)
 
 
 def test_generation_is_checked_against_the_likeliest_tokens(reader, monkeypatch: pytest.MonkeyPatch):
@@ -185,15 +185,15 @@ def test_reading_in_pieces_is_checked(reader, monkeypatch: pytest.MonkeyPatch):
     model, exact, _, _ = reader
     ids = torch.randint(257, (1, 140))
     assert decoding.reading_error(model, exact, ids) < 1e-5
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda ids, state, **options: forward(ids, **options))
+    read = model.read
+    monkeypatch.setattr(model, "read", lambda ids, state: read(ids))
     assert decoding.reading_error(model, exact, ids) > 0.05
 
 
 def test_reading_is_measured_in_tokens_per_second(reader, bench: Bench, monkeypatch: pytest.MonkeyPatch):
     clock = iter([10.0, 12.0])
     monkeypatch.setattr(decoding.time, "perf_counter", lambda: next(clock))
-    speed, _, state = decoding.read(reader[0], torch.randint(257, (1, 60)), 25)
+    speed, _, state = decoding.read(reader[0], torch.randint(257, (1, 60)))
     assert speed == 30
     assert state.position.tolist() == [60]
 
@@ -209,12 +209,21 @@ def test_context_of_the_transformer(
         read.append(context)
         return float(context)
 
-    monkeypatch.setattr(decoding, "CASES", {"quick": case})
+    monkeypatch.setattr(decoding, "CASES", {"quick": [case]})
+    monkeypatch.setattr(decoding, "CROWDS", {"quick": []})
     monkeypatch.setattr(decoding, "_transformer_speed", speed)
     decoding.measure(bench)
     assert read == contexts
     few, many = (row for row in bench.rows if row.peers)
     assert [few.peers["GPT"], many.peers["GPT"]] == [contexts[0], contexts[-1]]
+
+
+def test_large_batches_are_measured_beside_the_transformer(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decoding, "CASES", {"quick": []})
+    decoding.measure(bench)
+    speed, ratio = bench.rows
+    assert speed.ours > 0 and speed.peers["GPT"] > 0 and not speed.failures
+    assert ratio.ours == pytest.approx(speed.ours / speed.peers["GPT"])
 
 
 def test_load_of_other_processes_is_reported(bench: Bench, monkeypatch: pytest.MonkeyPatch):

@@ -6,7 +6,8 @@ import torch
 from resolvent import create_phase2_model
 from resolvent.errors import ResolventError
 from resolvent.models.decoding import read_token
-from resolvent.models.generation import PREFILL, sample
+from resolvent.models.generation import sample
+from resolvent.models.reading import PIECE
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +36,13 @@ def test_stream_equals_generate_and_keeps_the_mode(model):
 
 
 def test_prompt_in_pieces_equals_one_forward(model):
-    prompt = torch.randint(0, 50, (1, PREFILL + 70))
+    prompt = torch.randint(0, 50, (1, PIECE + 70))
     out = model.generate(prompt, 1, temperature=0)
     assert out[0, -1] == model.eval()(prompt)[0, -1].argmax()
 
 
 def test_mask_without_padding_equals_no_mask(model, monkeypatch):
-    prompt, read = torch.randint(0, 50, (1, PREFILL + 70)), []
+    prompt, read = torch.randint(0, 50, (1, PIECE + 70)), []
     hidden_states = model.hidden_states
 
     def reading(ids, **more):
@@ -50,7 +51,7 @@ def test_mask_without_padding_equals_no_mask(model, monkeypatch):
 
     monkeypatch.setattr(model, "hidden_states", reading)
     out = model.generate(prompt, 1, temperature=0, attention_mask=torch.ones_like(prompt))
-    assert read == [PREFILL, 70]
+    assert read == [PIECE, 70]
     assert torch.equal(out, model.generate(prompt, 1, temperature=0))
     with pytest.raises(ValueError, match="attention_mask"):
         model.generate(prompt, 1, attention_mask=torch.ones(1, 5))

@@ -1,5 +1,6 @@
 """The engine: answers equal those of single runs, whoever else is in the batch."""
 
+import copy
 import queue
 import threading
 import time
@@ -9,12 +10,17 @@ import numpy as np
 import pytest
 import torch
 
+from resolvent.models import decoding, reading
 from resolvent.models.sampling import SamplingOptions
+from resolvent.serving import engine as engine_module
 from resolvent.serving.engine import Engine
 from resolvent.serving.requests import DeadlineError, Failure, OverloadedError, Request
+from resolvent.serving.runner import CapturedRunner
+from tests.models.graphs import launched
 from tests.models.small import FULL, HYBRID, PHASE1, PHASE2
 
 BLOCK = 16
+CPU = torch.device("cpu")
 
 
 class Inbox:
@@ -54,7 +60,8 @@ def submit(engine: Engine, prompt: np.ndarray, **options) -> tuple[Inbox, object
 
 def alone(model, prompt: np.ndarray, max_tokens: int = 12, **options) -> list[int]:
     """Return the answer of ``generate``."""
-    return model.generate(torch.from_numpy(prompt)[None], max_tokens, **options)[0, len(prompt) :].tolist()
+    ids = torch.from_numpy(prompt)[None].to(model.lm_head.weight.device)
+    return model.generate(ids, max_tokens, **options)[0, len(prompt) :].tolist()
 
 
 def prompt_of(length: int, seed: int = 0) -> np.ndarray:
@@ -202,7 +209,8 @@ def test_failing_step_fails_its_requests_alone(engine, model, monkeypatch, caplo
     inbox, _ = submit(engine, prompt_of(5), max_tokens=1_000_000)
     inbox.events.get(timeout=60)
     with monkeypatch.context() as patch:
-        patch.setattr(engine._model, "hidden_states", lambda *_, **__: 1 / 0)
+        for part in ("logits", "hidden_states"):  # of a step, and of reading a prompt
+            patch.setattr(engine._model, part, lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             inbox.complete()
         with pytest.raises(ZeroDivisionError):
@@ -221,3 +229,43 @@ def test_closing_fails_what_is_not_answered(model):
         inbox.complete()
     with pytest.raises(OverloadedError, match="shuts down"):
         submit(engine, prompt_of(5))
+
+
+@pytest.mark.parametrize("model", [PHASE1, HYBRID], ids=["phase1", "hybrid"], indirect=True)
+def test_slots_of_captured_steps_equal_single_runs(model, monkeypatch):
+    for module in (reading, decoding):
+        monkeypatch.setattr(module, "captured", launched)
+    monkeypatch.setattr(engine_module, "make_runner", lambda model, *sizes: CapturedRunner(model, CPU, *sizes))
+    engine = Engine(model, max_sequences=6, max_queue=20, cache_bytes=1 << 24, block=BLOCK)
+    engine.start()
+    try:
+        prompts = [prompt_of(3 + 5 * i, seed=i) for i in range(10)]
+        options = [OPTIONS[i % len(OPTIONS)] | dict(max_tokens=14 - i, seeds=[i]) for i in range(10)]
+        inboxes = [submit(engine, p, **o)[0] for p, o in zip(prompts, options, strict=True)]
+        found = [inbox.answers()[0] for inbox in inboxes]
+        assert found == [alone(model, p, **o) for p, o in zip(prompts, options, strict=True)]
+        assert {*engine._runner._steps} <= {1, 2, 4, 6}
+    finally:
+        engine.close()
+
+
+@pytest.mark.gpu
+@every_model
+def test_captured_batches_equal_single_runs(model):
+    """On CUDA, sequences join and leave without a new capture; the answers stay those of single runs."""
+    model = copy.deepcopy(model).cuda()
+    engine = Engine(model, max_sequences=8, max_queue=40, cache_bytes=1 << 24, block=BLOCK)
+    engine.start()
+    try:
+        prompts = [prompt_of(3 + 7 * i, seed=i) for i in range(12)]
+        options = [OPTIONS[i % len(OPTIONS)] | dict(max_tokens=5 + 3 * i, seeds=[i]) for i in range(12)]
+        for _ in range(2):  # the second time, the prompts are in the cache
+            inboxes = [submit(engine, p, **o)[0] for p, o in zip(prompts, options, strict=True)]
+            found = [inbox.answers()[0] for inbox in inboxes]
+            assert found == [alone(model, p, **o) for p, o in zip(prompts, options, strict=True)]
+        if isinstance(engine._runner, CapturedRunner):
+            assert len(engine._runner._steps) <= 4  # for 1, 2, 4 and 8 sequences
+        else:
+            assert model.state_grows
+    finally:
+        engine.close()

@@ -11,6 +11,7 @@ import torch
 
 from resolvent.errors import ConfigError
 from resolvent.models.sampling import SamplingOptions
+from resolvent.serving import state_files
 from resolvent.serving.engine import Engine
 from resolvent.serving.prefix_cache import PrefixCache, block_keys
 from resolvent.serving.requests import Failure, Request, TokenEvent
@@ -178,7 +179,7 @@ def test_states_of_others_are_not_found(model: Any, tmp_path: Path, monkeypatch:
     assert not files_of(tmp_path, model, block=2 * BLOCK).has(b"key")
     torch.manual_seed(1)
     assert not files_of(tmp_path, HYBRID.model()).has(b"key")
-    monkeypatch.setattr("resolvent.serving.state_files.__version__", "9.9")
+    monkeypatch.setattr(state_files, "__version__", "9.9")
     assert not files_of(tmp_path, model).has(b"key")
 
 

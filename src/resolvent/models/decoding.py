@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Callable
-from typing import Generic, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,17 +13,21 @@ from ..ops.precision import at_least_float32
 from .state import State
 
 WARM_UP = 2
-"""Steps that run before the capture, so that kernels are compiled and libraries have set themselves up."""
+"""Calls that run before a capture, so that kernels are compiled and libraries have set themselves up."""
+
+Result = TypeVar("Result")
 
 CAPTURING = threading.Lock()
-"""Held while a step is captured: one capture at a time, and no draw from the device's own generator meanwhile."""
+"""Held during a capture: one capture at a time, and no draw from the device's own generator meanwhile."""
 
 
 class StreamingModel(Protocol[State]):
     """Interface of a model that reads token by token."""
 
+    d_model: int
+
     def hidden_states(
-        self, input_ids: Tensor, *, state: State | None = None, attention_mask: Tensor | None = None
+        self, input_ids: Tensor, *, state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
@@ -37,41 +41,52 @@ class StreamingModel(Protocol[State]):
 class CapturedStep:
     """One-token step of a model as a CUDA graph, which replays all its kernels with one launch.
 
-    Token and state are in memory of the graph. The graph holds the weights of the model by their addresses: change them
-    in place or capture again.
+    The graph holds token, state and weights by their addresses: change them in place or capture again.
 
     Args:
         model: a model on CUDA, in evaluation mode.
-        state: state of the sequences; it is copied.
+        state: state of the sequences, with the position on its device; every call updates its tensors.
+        token: tokens that a call reads, one of every sequence, int64 (B,).
     """
 
-    def __init__(self, model: StreamingModel[State], state: State) -> None:
-        device = state.device
-        self._token = torch.zeros(len(state), dtype=torch.int64, device=device)
-        self._graph = torch.cuda.CUDAGraph()
-        stream = _capture_stream(device)
-        # The graph would outlive the casted weights that autocast caches.
-        precision = dict(enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"))
-        with CAPTURING, torch.autocast("cuda", **precision, cache_enabled=False):
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                trial = token_step(model, state)  # it has used up its state: the graph starts with another copy
-                for _ in range(WARM_UP):
-                    trial(self._token)
-            torch.cuda.current_stream(device).wait_stream(stream)
-            self._step = token_step(model, state)
-            # Allocations of other threads do not break the capture.
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                self._logits = self._step(self._token)
+    def __init__(self, model: StreamingModel[State], state: State, token: Tensor) -> None:
+        trial, self._step = token_step(model, state), step_in_place(model, state)  # the trial has a copy
+        self._graph, self._logits = captured(state.device, lambda: self._step(token), lambda: trial(token))
 
-    def __call__(self, token: Tensor) -> Tensor:
-        """Read a token of every sequence, int64 (B,), and return the logits of the next, (B, V).
-
-        The next call overwrites the logits.
-        """
-        self._token.copy_(token)
+    def __call__(self) -> Tensor:
+        """Read the tokens, and return the logits of the next, (B, V), which the next call overwrites."""
         self._graph.replay()
         return self._logits
+
+
+def captured(
+    device: torch.device, run: Callable[[], Result], trial: Callable[[], Any] | None = None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Capture a call as a CUDA graph.
+
+    The graph holds the tensors that the call reads and writes by their addresses.
+
+    Args:
+        device: the device.
+        run: the call. It launches kernels only, and Python reads none of their results.
+        trial: call that runs before the capture, twice; ``run`` if None.
+
+    Returns:
+        the graph, and the result of ``run``: tensors that every replay overwrites.
+    """
+    graph, stream, trial = torch.cuda.CUDAGraph(), _capture_stream(device), trial or run
+    # The graph would outlive the casted weights that autocast caches.
+    precision = dict(enabled=torch.is_autocast_enabled("cuda"), dtype=torch.get_autocast_dtype("cuda"))
+    with CAPTURING, torch.autocast("cuda", **precision, cache_enabled=False):
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                trial()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        # Allocations of other threads do not break the capture.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            result = run()
+    return graph, result
 
 
 @functools.lru_cache(maxsize=8)
@@ -87,34 +102,45 @@ class TokenReader(Generic[State]):
         model: a model in evaluation mode.
         state: state of the sequences. A step of its own works on a copy; otherwise a state that is ``reusable`` is
             overwritten.
-
-    Attributes:
-        state: state after the tokens read so far; the next call may overwrite it.
     """
 
     def __init__(self, model: StreamingModel[State], state: State) -> None:
-        self._model, self.state = model, state
+        self._model, self._state = model, state
         self._step: Callable[[Tensor], Tensor] | None = None
         self._begun = False
 
+    @property
+    def state(self) -> State:
+        """State after the tokens read so far; the next call of this reader, and no other, may overwrite it."""
+        return self._state.map(lambda x: x)
+
     def __call__(self, token: Tensor) -> Tensor:
         """Read a token of every sequence, int64 (B,), and return the logits of the next, (B, V)."""
-        if not self._begun and self.state.device.type == "cpu":
-            copy = self.state.clone()
-            if (step := self._model.fused_step(copy.reusable())) is not None:
-                self._step, self.state = step, copy
+        if not self._begun and self._state.device.type == "cpu":
+            copy = self._state.clone().reusable()
+            if (step := self._model.fused_step(copy)) is not None:
+                self._step, self._state = step, copy
         self._begun = True
         if self._step is not None:
             return self._step(token)
-        logits, self.state = read_token(self._model, token, self.state)
+        logits, self._state = read_token(self._model, token, self._state)
         return logits
 
 
 def token_step(model: StreamingModel[State], state: State) -> Callable[[Tensor], Tensor]:
+    """Return ``step_in_place`` of a copy of the state, with the position on its device.
+
+    Raises:
+        ConfigError: the state of the model grows, so that it cannot stay where it is.
+    """
+    return step_in_place(model, state.clone().with_position_on(state.device))
+
+
+def step_in_place(model: StreamingModel[State], state: State) -> Callable[[Tensor], Tensor]:
     """Return a function that reads one token of every sequence, int64 (B,), and returns logits (B, V), call after call.
 
-    It keeps a copy of the state, which Python never reads, so it can be captured. It uses the kernels for one token
-    where the model has them.
+    Each call updates the tensors of the state, whose position is on its device. Python never reads them, so the call
+    can be captured. It uses the kernels for one token where the model has them.
 
     Raises:
         ConfigError: the state of the model grows, so that it cannot stay where it is.
@@ -124,7 +150,7 @@ def token_step(model: StreamingModel[State], state: State) -> Callable[[Tensor],
             "a model that attends to all tokens (attention_window=None) has no step with a state of fixed size: "
             "set attention_window, or read token by token with forward"
         )
-    state = state.clone().with_position_on(state.device).reusable()
+    state = state.in_place()
     return model.fused_step(state) or _plain_step(model, state)
 
 

@@ -9,24 +9,15 @@ from torch import Tensor, nn
 
 from ..ops.precision import at_least_float32
 from ..seeds import check_seed
-from .decoding import CapturedStep, StreamingModel, TokenReader
+from .decoding import StreamingModel, TokenReader
 from .inference import inference_view
-from .sampling import (
-    Draw,
-    Penalties,
-    RowGenerators,
-    Sampler,
-    SamplingOptions,
-    check_finite,
-    device_uniform,
-)
+from .reading import read_prompts
+from .sampling import Draw, Penalties, RowGenerators, Sampler, SamplingOptions, device_uniform
 from .state import State
 from .token_batch import check_attention_mask, check_tokens
+from .writing import Writer
 
 _log = logging.getLogger(__name__)
-
-PREFILL = 2048
-"""Tokens of a prompt that one forward pass reads: without padding, longer prompts need no more memory."""
 
 WORTH_CAPTURING = 64
 """Number of new tokens from which on capturing the step as a CUDA graph saves time."""
@@ -36,11 +27,15 @@ class Generation(nn.Module, Generic[State]):
     """Base of models that generate: ``generate`` and ``stream`` from ``hidden_states`` and ``logits``."""
 
     vocab_size: int
+    d_model: int
 
     def hidden_states(
-        self, input_ids: Tensor, *, state: State | None = None, attention_mask: Tensor | None = None
+        self, input_ids: Tensor, *, state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Return final hidden states (B, N, D) of tokens (B, N), and the state after them."""
+        """Return final hidden states (B, N, D) of tokens (B, N), and the state after them.
+
+        ``cu_seqlens`` are offsets of S sequences packed in one row, integer (S + 1,).
+        """
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -58,6 +53,33 @@ class Generation(nn.Module, Generic[State]):
         The step updates ``state``, whose position is on its device.
         """
         return None
+
+    @torch.no_grad()
+    def read(
+        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """Read prompts of any length for the logits of the token that follows each.
+
+        The prompts are read in pieces of bounded size, and the head is applied to the last token alone: ``forward``
+        keeps the logits of all tokens in memory. Dropout is off, and the model keeps its mode.
+
+        Args:
+            input_ids: prompts, int64 (B, N).
+            attention_mask: 1 for tokens, 0 for padding on either side, (B, N).
+            state: state after the tokens before the prompts; None for a fresh start.
+
+        Returns:
+            logits (B, V) of the next tokens, and the state after the prompts.
+
+        Raises:
+            ValueError: tokens, mask or state do not fit each other or the model, or a prompt has no token.
+        """
+        check_tokens(input_ids, self.vocab_size)
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, input_ids)
+        model = inference_view(self)
+        hidden, state = read_prompts(model, input_ids, attention_mask, state)
+        return at_least_float32(model.logits(hidden)), state
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, *, samples: int = 1, **options: Any) -> Tensor:
         """Continue prompts: (B, N) int64 -> (B * samples, N + new) int64. The options are those of ``draws``."""
@@ -112,8 +134,8 @@ class Generation(nn.Module, Generic[State]):
 
         Raises:
             ConfigError: the model is in training mode and has no view.
-            ResolventError: logits are not finite. On CUDA at temperature 0 they are checked at the end of the stream:
-                a check per token would stall the queue.
+            ResolventError: logits are not finite. On CUDA they are checked at the end of the stream: a check per token
+                would stall the queue.
             ValueError: an option is out of range, or a prompt has an id outside the vocabulary.
         """
         check_tokens(input_ids, self.vocab_size)
@@ -129,11 +151,9 @@ class Generation(nn.Module, Generic[State]):
         penalties = _penalties(options, input_ids, attention_mask, samples, self.vocab_size)
         sampler = Sampler([options] * sequences, uniform, penalties)
 
-        def draw(logits: Tensor) -> Draw:
-            return sampler(logits, logprobs)
-
         model = inference_view(self)
-        return _draws(model, input_ids, max_new_tokens, samples, draw, _ends(eos_token_id), attention_mask, state)
+        of_answers = samples, sampler, logprobs, _ends(eos_token_id)
+        return _draws(model, input_ids, max_new_tokens, *of_answers, attention_mask, state)
 
 
 @torch.inference_mode()
@@ -142,34 +162,33 @@ def _draws(
     input_ids: Tensor,
     max_new_tokens: int,
     samples: int,
-    sampler: Callable[[Tensor], Draw],
+    sampler: Sampler,
+    top: int | None,
     ends: list[int],
     attention_mask: Tensor | None,
     state: State | None,
 ) -> Iterator[Draw]:
-    """Yield the draws of ``draws`` from a model in evaluation mode, with options in range.
-
-    ``sampler`` maps logits (B * samples, V) to a token of every row.
-    """
-    hidden, state = _prefill(model, input_ids, attention_mask, state)
+    """Yield the draws of ``draws`` from a model in evaluation mode, with options in range."""
+    if not max_new_tokens:
+        return
+    hidden, state = read_prompts(model, input_ids, attention_mask, state)
     if samples > 1:
         hidden, state = hidden.repeat_interleave(samples, dim=0), state.repeat(samples)
-    step, logits = _stepper(model, state, max_new_tokens), at_least_float32(model.logits(hidden))
-    done = torch.zeros(len(hidden), dtype=torch.bool, device=input_ids.device)
-    largest, ending = logits.amax(-1), torch.tensor(ends, device=input_ids.device)
-    before = done
+    logits = at_least_float32(model.logits(hidden))
+    reader = TokenReader(model, state.reusable())  # the only one that reads on from it, until the writer captures
+    writer = Writer(reader, sampler, top, ends, logits)
+    draw = writer.first
     for remaining in range(max_new_tokens, 0, -1):
-        draw = sampler(logits)
-        if logits.is_cuda:  # once not finite, always not finite
-            largest = largest + logits.amax(-1)
-        if ends:
-            draw = draw._replace(token=torch.where(done, before, draw.token))
-            before, done = draw.token, done | torch.isin(draw.token, ending)
         yield draw
-        if remaining == 1 or (ends and done.all()):
-            check_finite(largest)
+        if remaining == 1 or (ends and writer.ended.all()):
+            writer.check()
             return
-        logits = step(draw.token)
+        if remaining == max_new_tokens and logits.is_cuda and remaining >= WORTH_CAPTURING:
+            if model.state_grows:
+                _log.info("no captured steps: the model attends to all tokens, and its state grows")
+            else:
+                writer.capture(model, state)
+        draw = writer()
 
 
 def _ends(eos_token_id: int | Collection[int] | None) -> list[int]:
@@ -192,41 +211,6 @@ def sample(
     """
     options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p)
     return Sampler([options] * len(logits), device_uniform(len(logits), logits.device, generator), None)(logits).token
-
-
-def _prefill(
-    model: StreamingModel[State], input_ids: Tensor, mask: Tensor | None, state: State | None
-) -> tuple[Tensor, State]:
-    """Read the prompts; return the hidden state of each sequence's last token (B, D), and the state after it."""
-    if mask is not None and not mask.all():
-        hidden, state = model.hidden_states(input_ids, state=state, attention_mask=mask)
-        index = torch.arange(input_ids.shape[1], device=mask.device)
-        last = torch.where(mask.bool(), index, -1).amax(dim=1)
-        if (last < 0).any():
-            raise ValueError("attention_mask leaves a prompt without any token; a prompt needs at least one")
-        return hidden[torch.arange(len(last)), last], state
-    return read_prompts(model, input_ids, state)
-
-
-def read_prompts(model: StreamingModel[State], input_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-    """Read prompts (B, N) without padding, N >= 1, in pieces of ``PREFILL`` tokens.
-
-    Returns the hidden state of the last token, (B, D), and the state after it.
-    """
-    hidden = None
-    for piece in input_ids.split(PREFILL, dim=1):
-        hidden, state = model.hidden_states(piece, state=state)
-    assert hidden is not None and state is not None
-    return hidden[:, -1], state
-
-
-def _stepper(model: StreamingModel[State], state: State, tokens: int) -> Callable[[Tensor], Tensor]:
-    """Return a function that reads one token of every sequence, (B,), per call and returns the logits of the next."""
-    if state.device.type == "cuda" and tokens >= WORTH_CAPTURING:
-        if not model.state_grows:
-            return CapturedStep(model, state)
-        _log.info("no captured steps: the model attends to all tokens, and its state grows")
-    return TokenReader(model, state.reusable())  # which has the only reference
 
 
 def _penalties(

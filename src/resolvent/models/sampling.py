@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ResolventError
+from ..ops import likeliest
 from ..ops.precision import at_least_float32
 from ..ops.prefix_sum import prefix_sum
 from .decoding import CAPTURING
@@ -157,6 +158,10 @@ class Penalties:
         logits = torch.where(drawn | self._in_prompt, scaled, logits)
         return logits - self._presence * drawn - self._frequency * self._counts
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that ``count`` changes in place."""
+        return [self._counts]
+
     def count(self, token: Tensor) -> None:
         """Count a drawn token of every sequence, int64 (B,)."""
         self._counts.scatter_add_(1, token[:, None], torch.ones_like(token[:, None], dtype=torch.int32))
@@ -216,6 +221,14 @@ def _replaced(logits: Tensor, rows: _Rows, function: Callable[[Tensor, Tensor], 
     return logits.index_copy(0, rows.index, function(logits[rows.index], rows.values))
 
 
+class _Tables(NamedTuple):
+    """Rows whose temperature is > 0 and rows that are penalised, int64 on the device, and the filters of the former."""
+
+    drawing: Tensor
+    penalised: Tensor
+    filters: Filters | None
+
+
 class Sampler:
     """Sampler of B sequences.
 
@@ -231,7 +244,21 @@ class Sampler:
         self._options, self._uniform, self._penalties = list(options), uniform, penalties
         self._drawing = [row for row, o in enumerate(options) if o.temperature > 0]
         self._penalised = [row for row, o in enumerate(options) if o.penalises]
-        self._filters: Filters | None = None  # made with the first logits, on their device
+        self._tables: _Tables | None = None  # made with the first logits, on their device
+
+    @property
+    def random(self) -> bool:
+        """True if a sequence has a temperature above 0, so that a draw needs random numbers."""
+        return bool(self._drawing)
+
+    @property
+    def greedy(self) -> bool:
+        """True if every draw is the likeliest token."""
+        return not self._drawing and self._penalties is None
+
+    def numbers(self) -> Tensor:
+        """Return the next random number of every sequence, float64 (B,) in [0, 1), on any device."""
+        return self._uniform()
 
     def __call__(self, logits: Tensor, top: int | None = None) -> Draw:
         """Draw a token of every sequence.
@@ -245,31 +272,61 @@ class Sampler:
             ResolventError: the largest logit of a sequence is not finite. On CUDA, this is not checked where all
                 temperatures are 0.
         """
-        logits = at_least_float32(logits)
-        if not (logits.is_cuda and not self._drawing):
-            check_finite(logits.amax(-1))
-        adjusted, rows = logits, None
-        if self._penalties is not None:
-            rows = torch.tensor(self._penalised, device=logits.device)
-            adjusted = logits.double().index_copy(0, rows, self._penalties.apply(logits[rows].double()))
-        token = adjusted.argmax(-1) if len(self._drawing) < len(self._options) else None
-        if self._drawing:
-            token = self._draw(adjusted, token)
-        assert token is not None
-        if self._penalties is not None and rows is not None:
-            self._penalties.count(token[rows])
-        return Draw(token) if top is None else with_logprobs(logits, token, top)
+        numbers = self.numbers().to(logits.device) if self.random else None
+        draw, largest = self.draw(logits, numbers, top)
+        if not (logits.is_cuda and not self.random):
+            check_finite(largest)
+        return draw
 
-    def _draw(self, logits: Tensor, likeliest: Tensor | None) -> Tensor:
-        """Return tokens (B,): drawn where the temperature is > 0, ``likeliest`` elsewhere."""
-        uniform = self._uniform().to(logits.device)
-        if self._filters is None:
-            options = [self._options[row] for row in self._drawing]
-            self._filters = Filters(options, logits.shape[-1], logits.device)
-        if likeliest is None:
-            return _inverse(self._filters(logits.double()), uniform)
-        rows = torch.tensor(self._drawing, device=logits.device)
-        return likeliest.index_copy(0, rows, _inverse(self._filters(logits[rows].double()), uniform[rows]))
+    def draw(self, logits: Tensor, numbers: Tensor | None, top: int | None = None) -> tuple[Draw, Tensor]:
+        """Draw a token of every sequence without reading a number from the device, as a captured graph has to.
+
+        Tables of the options are made in the first call.
+
+        Args:
+            logits: float (B, V); -inf for tokens that are excluded.
+            numbers: random numbers of the sequences on the device of the logits, float64 (B,); None if none is random.
+            top: as in a call.
+
+        Returns:
+            the draw, and the largest logit of every sequence, (B,). Where that is not finite, the token has no meaning.
+        """
+        logits = at_least_float32(logits)
+        if self._tables is None:
+            self._tables = self._make_tables(logits)
+        tables, token, largest = self._tables, None, None
+        if self.greedy:
+            token, largest = likeliest(logits)
+        else:
+            largest, adjusted = logits.amax(-1), logits
+            if self._penalties is not None:
+                penalised = self._penalties.apply(logits[tables.penalised].double())
+                adjusted = logits.double().index_copy(0, tables.penalised, penalised)
+            token = self._choose(adjusted, numbers, tables)
+        if self._penalties is not None:
+            self._penalties.count(token[tables.penalised])
+        return Draw(token) if top is None else with_logprobs(logits, token, top), largest
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that a draw changes in place."""
+        return [] if self._penalties is None else self._penalties.tensors()
+
+    def _make_tables(self, logits: Tensor) -> _Tables:
+        def on_device(rows: list[int]) -> Tensor:
+            return torch.tensor(rows, dtype=torch.int64, device=logits.device)
+
+        options = [self._options[row] for row in self._drawing]
+        filters = Filters(options, logits.shape[-1], logits.device) if options else None
+        return _Tables(on_device(self._drawing), on_device(self._penalised), filters)
+
+    def _choose(self, logits: Tensor, numbers: Tensor | None, tables: _Tables) -> Tensor:
+        """Return tokens (B,): drawn where the temperature is > 0, the likeliest elsewhere."""
+        if numbers is None or tables.filters is None:
+            return logits.argmax(-1)
+        if len(self._drawing) == len(self._options):
+            return _inverse(tables.filters(logits.double()), numbers)
+        drawn = _inverse(tables.filters(logits[tables.drawing].double()), numbers[tables.drawing])
+        return logits.argmax(-1).index_copy(0, tables.drawing, drawn)
 
 
 class RowSampler(Sampler):
@@ -356,4 +413,5 @@ def _inverse(logits: Tensor, uniform: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     # The product may round up to the total, which no sum exceeds.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    token = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)  # where a logit is not a number

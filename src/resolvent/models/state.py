@@ -121,7 +121,14 @@ class ModelState:
         return type(self)(self.position.to(device), self.layers)
 
     def reusable(self) -> Self:
-        """Return the state as one whose tensors the next step may overwrite: its caller holds the only reference."""
+        """Return the state as one whose tensors the next step may overwrite: its caller holds the only reference.
+
+        Its tensors may be copies, in a layout that is read faster.
+        """
+        return self
+
+    def in_place(self) -> Self:
+        """Return the state as one whose tensors the next step may overwrite, in the memory of these very tensors."""
         return self
 
     def check(

@@ -17,6 +17,7 @@ from .bk_core import (
 from .consolidation import Consolidation, Resonance, SNRFilter, consolidate
 from .cross_entropy import IGNORED, linear_cross_entropy
 from .hebbian import dissipative_memory, dissipative_memory_reference, dissipative_memory_step
+from .likeliest import likeliest
 from .memory_state import MemoryState
 from .semiseparable import gated_prefix_sum, gated_prefix_sum_reference, gated_prefix_sum_step
 
@@ -36,6 +37,7 @@ __all__ = [
     "gated_prefix_sum",
     "gated_prefix_sum_reference",
     "gated_prefix_sum_step",
+    "likeliest",
     "linear_cross_entropy",
     "local_attention",
     "local_attention_reference",

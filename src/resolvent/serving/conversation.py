@@ -16,8 +16,8 @@ from ..data.chat_template import ChatTemplate, Message, Rendering
 from ..errors import CheckpointError, ConfigError
 from ..models import IntegratedModel
 from ..models.decoding import TokenReader
-from ..models.generation import read_prompts
 from ..models.inference import inference_view
+from ..models.reading import read_prompts
 from ..models.sampling import Penalties, RowGenerators, RowSampler, SamplingOptions
 from ..models.state import EXTRA, ModelState
 from ..models.storage import weights_digest
@@ -222,7 +222,7 @@ class Conversation:
     def _read_ids(self, ids: list[int], text: str) -> Tensor:
         """Read tokens, after which the whole text is ``text``; return the last hidden state, (1, D)."""
         tokens = torch.tensor([ids], device=self._model.lm_head.weight.device)
-        hidden, state = read_prompts(self._model, tokens, self._read.state)
+        hidden, state = read_prompts(self._model, tokens, state=self._read.state)
         state = state.clone()  # which does not hold the activations of a piece
         self._read = _Read(text, (*self._read.tokens, *ids), state)
         return hidden

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..models import IntegratedModel
-from ..models.decoding import read_token
 from ..models.inference import inference_view
 from ..models.sampling import Draw, Penalties, RowGenerators, RowSampler
 from ..models.state import ModelState
 from ..ops.precision import at_least_float32
 from .prefix_cache import PrefixCache, block_keys
 from .requests import DeadlineError, Failure, OverloadedError, Request, Ticket, TokenEvent
+from .runner import Runner, make_runner
 from .state_files import StateFiles
 
 _log = logging.getLogger(__name__)
@@ -84,17 +84,15 @@ class _Row:
 
 @dataclass
 class _Batch:
-    """Sequences that are written.
+    """Sequences that are written, of which the runner has the states after all tokens but the last.
 
     Attributes:
         rows: the sequences.
-        state: state after all tokens but the last.
         token: last token of each sequence, int64 (B,).
         sampler: sampler of the sequences.
     """
 
     rows: list[_Row]
-    state: ModelState
     token: Tensor
     sampler: RowSampler
 
@@ -104,15 +102,13 @@ class _Batch:
             return self
         if not kept:
             return None
-        index = torch.tensor(kept)
-        token = self.token[index.to(self.token.device)]
-        return _Batch([self.rows[row] for row in kept], self.state[index], token, self.sampler[kept])
+        token = self.token[torch.tensor(kept, device=self.token.device)]
+        return _Batch([self.rows[row] for row in kept], token, self.sampler[kept])
 
     def join(self, other: "_Batch") -> "_Batch":
         """Return the batch of the sequences of both."""
-        state = ModelState.cat([self.state, other.state])
         sampler = RowSampler.cat([self.sampler, other.sampler])
-        return _Batch([*self.rows, *other.rows], state, torch.cat([self.token, other.token]), sampler)
+        return _Batch([*self.rows, *other.rows], torch.cat([self.token, other.token]), sampler)
 
 
 class Engine:
@@ -148,6 +144,7 @@ class Engine:
         self._queue: deque[Ticket] = deque()
         self._reading: deque[_Reading] = deque()
         self._batch: _Batch | None = None
+        self._runner: Runner
         self._changed, self._closing = threading.Condition(), False
         self.counters = Counters()
         self._thread = threading.Thread(target=self._run, name="resolvent-engine", daemon=True)
@@ -225,6 +222,7 @@ class Engine:
     def _run(self) -> None:
         """Read and write until the engine closes."""
         try:
+            self._runner = make_runner(self._model, self.max_sequences, self._block)
             while self._wait():
                 self._drop()
                 self._admit()
@@ -270,8 +268,14 @@ class Engine:
                 self._queue = deque(ticket for ticket in self._queue if not ticket.cancelled)
         self._reading = deque(reading for reading in self._reading if not reading.ticket.cancelled)
         if self._batch is not None:
-            rows = self._batch.rows
-            self._batch = self._batch.keep([i for i, row in enumerate(rows) if not row.dropped])
+            self._keep([i for i, row in enumerate(self._batch.rows) if not row.dropped])
+
+    def _keep(self, rows: list[int]) -> None:
+        """Keep some sequences of the batch."""
+        assert self._batch is not None
+        if len(rows) < len(self._batch.rows):
+            self._runner.keep(rows)
+            self._batch = self._batch.keep(rows)
 
     def _admit(self) -> None:
         """Begin to read the prompts of waiting requests, in order, while there are places."""
@@ -287,35 +291,43 @@ class Engine:
     def _read(self) -> None:
         """Read blocks of prompts in turn, as many tokens as a block has at most; complete prompts join the batch."""
         left = self._block
-        while self._reading and left > 0:
+        while chosen := self._next_pieces(left):
+            readings, pieces = zip(*chosen, strict=True)
+            left -= sum(map(len, pieces))
+            try:
+                hidden, states = self._runner.read(pieces, [reading.state for reading in readings])
+                for i, reading in enumerate(readings):
+                    reading.state = states[i]
+                    self._go_on(reading, len(pieces[i]), hidden[i : i + 1])
+            except Exception as error:  # it concerns these requests alone
+                _log.exception(
+                    "prompts of %s tokens could not be read", [len(r.ticket.request.tokens) for r in readings]
+                )
+                self._fail([reading.ticket for reading in readings], error)
+
+    def _next_pieces(self, left: int) -> list[tuple[_Reading, np.ndarray]]:
+        """Take the next prompts to be read in one pass, each with its next block, of ``left`` tokens in all."""
+        chosen: list[tuple[_Reading, np.ndarray]] = []
+        while self._reading and len(chosen) < self._runner.most_prompts:
             reading = self._reading[0]
             start = reading.blocks * self._block
             piece = reading.ticket.request.tokens[start : start + self._block]
             if len(piece) > left:
-                return
+                break
             left -= len(piece)
-            self._reading.popleft()
-            try:
-                hidden = self._read_block(reading, piece)
-                if hidden is not None:
-                    self._begin(reading, hidden)
-                else:
-                    self._reading.append(reading)
-            except Exception as error:  # it concerns this request alone
-                _log.exception("a prompt of %d tokens could not be read", len(reading.ticket.request.tokens))
-                self._fail([reading.ticket], error)
+            chosen.append((self._reading.popleft(), piece))
+        return chosen
 
-    def _read_block(self, reading: _Reading, piece: np.ndarray) -> Tensor | None:
-        """Read a block; return the hidden state of the last token, (1, D), once the prompt is complete."""
-        ids = torch.from_numpy(piece)[None].to(self._device)
-        hidden, state = self._model.hidden_states(ids, state=reading.state)
-        reading.state = state.clone()  # which does not hold the activations of the block
-        self.counters.read += len(piece)
+    def _go_on(self, reading: _Reading, count: int, hidden: Tensor) -> None:
+        """Begin the answers to a prompt of which ``count`` more tokens are read, or keep its state and read on."""
+        assert reading.state is not None
+        self.counters.read += count
         if reading.blocks == len(reading.keys):
-            return hidden[:, -1]
+            self._begin(reading, hidden)
+            return
         self._cache.store(reading.keys[reading.blocks], reading.state)
         reading.blocks += 1
-        return None
+        self._reading.append(reading)
 
     def _begin(self, reading: _Reading, hidden: Tensor) -> None:
         """Write the first token of every answer to a prompt, and let the answers that go on join the batch."""
@@ -325,8 +337,9 @@ class Engine:
         logits = at_least_float32(self._model.logits(hidden)).expand(answers, -1)
         draw = sampler(logits, request.logprobs)
         rows = [_Row(reading.ticket, answer) for answer in range(answers)]
-        started = _Batch(rows, state.repeat(answers), draw.token, sampler)
-        if (started := started.keep(self._deliver(rows, draw))) is not None:
+        started = _Batch(rows, draw.token, sampler).keep(self._deliver(rows, draw))
+        if started is not None:
+            self._runner.join(state.repeat(len(started.rows)))
             self._batch = started if self._batch is None else self._batch.join(started)
 
     def _sampler(self, request: Request) -> RowSampler:
@@ -342,15 +355,14 @@ class Engine:
         if (batch := self._batch) is None:
             return
         try:
-            # The batch has the only reference to its state, whose parts may be written in place.
-            logits, batch.state = read_token(self._model, batch.token, batch.state.reusable())
+            logits = self._runner.step(batch.token)
             tops = [row.ticket.request.logprobs for row in batch.rows]
             draw = batch.sampler(logits, max((top for top in tops if top is not None), default=None))
             batch.token = draw.token
-            self._batch = batch.keep(self._deliver(batch.rows, draw))
+            self._keep(self._deliver(batch.rows, draw))
         except Exception as error:  # all answers in the batch share the step
             _log.exception("a step of %d sequences failed", len(batch.rows))
-            self._batch = None
+            self._keep([])
             self._fail([row.ticket for row in batch.rows], error)
         self.counters.steps += 1
 

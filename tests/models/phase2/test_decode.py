@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from resolvent.models.decoding import token_step
+from resolvent.models.phase2.config import RotaryScaling
 from resolvent.models.phase2.decode import MOST_SEQUENCES, TokenStep
 from resolvent.ops import dispatch
 
 from .conftest import small_model
 
 pytest.importorskip("triton")
+from resolvent.models.phase2.decode_products import MOST_VECTORS
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU")),
@@ -21,6 +23,7 @@ OPTIONS = {
     "bare": dict(snr_enabled=False, resonance_enabled=False, memory_feedback=False, output_gate=False),
     "fixed decay": dict(ffn_gated=False, adaptive_decay=False, output_norm=False, conv_size=2, resonance_enabled=False),
     "window": dict(attention_layers=(1,), attention_window=24, snr_enabled=False, resonance_enabled=False),
+    "wide window": dict(attention_layers=(1,), attention_window=300, snr_enabled=False, resonance_enabled=False),
     "windows alone": dict(attention_layers=(0, 1), attention_window=100, output_gate=False),
     "other widths": dict(num_heads=1, head_dim=24, d_model=40, conv_size=3, snr_enabled=False, tie_embeddings=True),
 }
@@ -51,11 +54,23 @@ def start(model, device, read=60, batch=2):
 @torch.no_grad()
 def test_steps_equal_the_forward_pass(device, options):
     fused, model = models_on(device, **options)
-    state = start(model, device)
+    assert_steps_equal(fused, model, start(model, device), count=4)  # the boundary is behind token 64
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["all", "fixed decay", "window"])
+@torch.no_grad()
+def test_products_of_matrices_equal_the_forward_pass(device, kind):
+    fused, model = models_on(device, **OPTIONS[kind])
+    assert_steps_equal(fused, model, start(model, device, batch=MOST_VECTORS + 2), count=1)
+
+
+def assert_steps_equal(fused, model, state, count):
+    """Assert that ``count`` steps have the logits and the state of forward passes."""
     step = token_step(fused, state)
     assert isinstance(step, TokenStep)
-    for _ in range(6):
-        token = torch.randint(model.vocab_size, (2,), device=device)
+    for _ in range(count):
+        token = torch.randint(model.vocab_size, (len(state),), device=state.device)
         hidden, state = model.hidden_states(token.unsqueeze(1), state=state)
         expected, found = model.lm_head(hidden[:, -1]), step(token)
         assert (found - expected).norm() <= 1e-5 * expected.norm()
@@ -114,6 +129,7 @@ def test_step_keeps_the_given_state(device):
         (dict(ar_ssm_rank=4), 2, "semiseparable"),
         (dict(conv_size=1), 2, "convolution"),
         (dict(zeta_embedding_trainable=True), 2, "frequencies"),
+        (dict(rotary_scaling=RotaryScaling("dynamic", 2.0), attention_layers=(1,), attention_window=24), 2, "scaling"),
         ({}, MOST_SEQUENCES + 1, "more than"),
     ],
 )
@@ -129,6 +145,13 @@ def test_step_falls_back_to_the_forward_pass(device, options, batch, reason):
 
 
 @torch.no_grad()
+def test_projections_of_several_dtypes_are_an_obstacle():
+    model, plain = models_on("cpu")
+    model.blocks[1].bk_proj.to(torch.bfloat16)
+    assert "several dtypes" in TokenStep.obstacle(model, start(plain, "cpu", read=5))
+
+
+@torch.no_grad()
 def test_replaced_projection_is_an_obstacle():
     model, plain = models_on("cpu")
     model.blocks[1].hebbian.out_proj = torch.nn.Sequential(model.blocks[1].hebbian.out_proj)
@@ -136,15 +159,18 @@ def test_replaced_projection_is_an_obstacle():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "tolerance"), [(2, 5e-3), (20, 2e-2)])  # products of matrices round their inputs
+@pytest.mark.parametrize("kind", ["all", "wide window"])
 @torch.no_grad()
-def test_half_precision_weights_equal_float64_on_the_gpu():
-    model, exact = models_on("cuda")
+def test_half_precision_weights_equal_float64_on_the_gpu(kind, batch, tolerance):
+    model, exact = models_on("cuda", **OPTIONS[kind])
     model.bfloat16()
     exact.load_state_dict(model.state_dict())
     exact.double()
-    state = start(model, "cuda")
-    wide = state.to(dtype=torch.float64)
-    step, ids = token_step(model, state), torch.randint(model.vocab_size, (2, 70), device="cuda")
+    state = start(model, "cuda", batch=batch)
+    wide = state.map(lambda x: x.to(torch.promote_types(x.dtype, torch.float64)) if x.dtype != torch.int64 else x)
+    step, ids = token_step(model, state), torch.randint(model.vocab_size, (batch, 70), device="cuda")
+    assert isinstance(step, TokenStep)
     found = torch.stack([step(token).clone() for token in ids.T], 1)
     expected = exact(ids, state=wide)
-    assert (found - expected).norm() <= 5e-3 * expected.norm()
+    assert (found - expected).norm() <= tolerance * expected.norm()

@@ -14,6 +14,7 @@ OPTIONS = {
     "full strength": dict(snr_trained=False),
     "bare": dict(snr_enabled=False, resonance_enabled=False, memory_feedback=False, output_gate=False),
     "fixed decay": dict(ffn_gated=False, adaptive_decay=False, output_norm=False, conv_size=2, resonance_enabled=False),
+    "norm weights": dict(memory_norm_weight=True, output_norm=False, output_gate=False),
     "biases": dict(qkv_bias=True, norm="rmsnorm", hebbian_dt=0.5),
     "window": dict(attention_layers=(1,), attention_window=24),
     "windows alone": dict(attention_layers=(0, 1), attention_window=100, output_gate=False, bk_core=False),

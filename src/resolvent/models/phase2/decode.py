@@ -1,6 +1,7 @@
-"""Decoding of one token at a time with the kernels of ``decode_kernels``: six launches per block.
+"""Decoding of one token at a time with the kernels of ``decode_products`` and ``decode_kernels``.
 
-Where a block attends, torch code reads the window between these kernels.
+A block is five launches: the products with its normed tokens, BK-Core with memory or attention, the product of read-out
+and features, and two for the feed-forward network.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from ...layers import GatedFeedForward, LocalAttentionLayer
+from ...layers import GatedFeedForward
 from ...layers.linear import is_plain
-from ...ops import Consolidation, local_attention_step
+from ...ops import Consolidation
 from ...ops.hebbian import memory_implementation
 from .block import Phase2Block, Phase2Model, blocks_of
-from .state import LayerState, Phase2State
+from .state import Phase2State
 
 if TYPE_CHECKING:  # it imports Triton
-    from .decode_kernels import Norm
+    from .decode_kernels import Chains, Reading
+    from .decode_products import Norm
 
-MOST_SEQUENCES = 8
-"""With more sequences, products of matrices are faster than products with one vector after another."""
+MOST_SEQUENCES = 256
+"""With more sequences, the products of cuBLAS are faster."""
 
 
 class TokenStep:
@@ -34,27 +36,28 @@ class TokenStep:
     """
 
     def __init__(self, model: Phase2Model, state: Phase2State) -> None:
-        from . import decode_kernels
+        from . import decode_kernels, decode_products
 
-        self.kernels, self.model, self.state = decode_kernels, model, state
+        self.kernels, self.products, self.model, self.state = decode_kernels, decode_products, model, state
         config, sequences, device = model.config, len(state), state.device
-        width = config.num_heads * config.head_dim
+        heads, width = config.num_heads, config.num_heads * config.head_dim
 
         def allocate(*shape: int) -> Tensor:
             return torch.empty(sequences, *shape, device=device)
 
         self.x, self.logits = allocate(config.d_model), allocate(config.vocab_size)
-        self.projected, self.readout, self.gated = allocate(3 * width), allocate(width), allocate(width)
-        self.gamma, self.gate, self.inner = (
-            allocate(config.num_heads),
-            allocate(config.head_dim),
-            allocate(config.ffn_width),
-        )
+        self.projected, self.gated, self.gate = allocate(3 * width), allocate(width), allocate(config.head_dim)
+        self.readouts = allocate(width), allocate(width)  # of this block and of the block before, in turn
+        self.v, self.gamma, self.features = allocate(heads), allocate(heads), allocate(2 * heads)
+        self.inner = allocate(config.ffn_width)
         self.table = cast(nn.Embedding, model.token_embedding).weight
         waves = model.position_embedding
         assert waves is not None
         self.pace, self.amplitude = waves.pace, waves.amplitude
         self.consolidations = [_in_float32(block.consolidation()) for block in blocks_of(model)]
+        one = torch.ones((), dtype=torch.int64, device=device)
+        self.parts = [None if x.window is None else decode_kernels.allocate_parts(x.window) for x in state.layers]
+        self.turns = [None if layer is None else layer.turns(one) for layer in (b.attention for b in blocks_of(model))]
 
     @staticmethod
     def obstacle(model: Phase2Model, state: Phase2State) -> str | None:
@@ -70,8 +73,12 @@ class TokenStep:
             return "it has no positions, or their frequencies are trained"
         if config.norm != "layernorm" or config.qkv_bias or not config.bk_core:
             return "its norm is no LayerNorm, its projections have biases, or it has no BK-Core"
+        if config.rotary_scaling is not None and config.rotary_scaling.kind == "dynamic":
+            return "the scaling of its rotary positions depends on the position"
         if not all(map(is_plain, _projections(model))):
             return "one of its projections is no nn.Linear, or has a hook"
+        if len({module.weight.dtype for module in _projections(model)}) > 1:
+            return "its projections have several dtypes"
         dtype = model.lm_head.weight.dtype
         ran_by = memory_implementation(config.backend, state.device, dtype, config.head_dim)
         return None if ran_by == "triton" else "its operators run in torch"
@@ -81,72 +88,59 @@ class TokenStep:
 
         The next call overwrites the logits.
         """
-        model, kernels = self.model, self.kernels
-        kernels.embed(token, self.state.position, self.table, self.pace, self.amplitude, model.embedding_factor, self.x)
-        for i, (block, layer) in enumerate(zip(blocks_of(model), self.state.layers, strict=True)):
-            self._read(block, layer, self.consolidations[i], first=i == 0)
-        kernels.linear(self.x, model.lm_head.weight, None, self.logits, self._norm(model.ln_f))
-        self.state.position.add_(1)
+        model, position, waves = self.model, self.state.position, (self.pace, self.amplitude)
+        self.products.embed(token, position, self.table, *waves, model.embedding_factor, self.x)
+        for i in range(model.n_layers):
+            self._read(i)
+        self.products.linear(self.x, [(model.lm_head.weight, self.logits)], norm=self._norm(model.ln_f))
         return self.logits
 
-    def _read(self, block: Phase2Block, state: LayerState, rule: Consolidation | None, first: bool) -> None:
-        """Run one block, branch after branch."""
-        kernels, x, layer = self.kernels, self.x, block.mixer
-        assert state.resolvent is not None and block.dissipative_bk is not None and block.bk_proj is not None
-        chain, norm = torch.view_as_real(state.resolvent), self._norm(block.ln1)
-        gate, readout = (None, self.readout) if layer.gate_down is None else (self.gate, self.gated)
-        gating = None if layer.gate_down is None else (layer.gate_down.weight, self.gate)
-        kernels.linear(x, layer.qkv_proj.weight, None, self.projected, norm, other=gating)
-        kernels.scatter(  # after what else reads x: it adds the features to x
-            x,
-            None if first else self.readout,
-            norm,
-            block.dissipative_bk,
-            block.bk_proj.weight,
-            chain,
-            self.gamma,
+    def _read(self, i: int) -> None:
+        """Run block ``i``."""
+        block, state, x, linear = blocks_of(self.model)[i], self.state.layers[i], self.x, self.products.linear
+        # 1. One norm and one product in.
+        layer, bk, narrow = block.mixer, block.dissipative_bk, None
+        assert bk is not None and block.bk_proj is not None and state.resolvent is not None
+        adaptive, gamma = bk.potential.gamma_proj, None
+        products = [(layer.qkv_proj.weight, self.projected), (bk.potential.v_proj.weight, self.v)]
+        if adaptive is not None:
+            gamma = self.gamma
+            products.append((adaptive.weight, gamma))
+        if layer.gate_down is not None:
+            narrow = self.gate
+            products.append((layer.gate_down.weight, narrow))
+        linear(x, products, norm=self._norm(block.ln1))
+        # 2. BK-Core, and memory or attention.
+        readout, before = self.readouts[i % 2], self.readouts[1 - i % 2] if i else None
+        reading = self.kernels.Reading(
+            self.projected, narrow, self.state.position, state.conv_tail, readout, self.gated
         )
-        if block.attention is not None:
-            self._attend(block.attention, state)
-        else:
-            assert block.hebbian is not None and state.memory is not None
-            kernels.remember(
-                self.projected,
-                self.gamma,
-                gate,
-                self.state.position,
-                block.hebbian,
-                rule,
-                None if block.snr_filter is None else block.snr_filter.strength_logit,
-                state.memory,
-                state.conv_tail,
-                self.readout,
-                self.gated,
-            )
-        kernels.linear(readout, layer.out_proj.weight, None, x, add=True)
+        g = torch.view_as_real(state.resolvent)
+        self._mix(i, reading, self.kernels.Chains(bk, self.v, gamma, before, g, self.features))
+        # 3. One product out.
+        features = self.products.Features(self.features, block.bk_proj.weight, block.bk_proj.in_features)
+        linear(readout if narrow is None else self.gated, [(layer.out_proj.weight, x)], add=True, features=features)
+        # 4. Feed-forward network.
         inner, outer = _maps(block)
         activation = "swiglu" if isinstance(block.ffn, GatedFeedForward) else "gelu"
-        kernels.linear(x, inner.weight, inner.bias, self.inner, self._norm(block.ln2), activation)
-        kernels.linear(self.inner, outer.weight, outer.bias, x, add=True)
+        norm = self._norm(block.ln2)
+        linear(x, [(inner.weight, self.inner)], bias=inner.bias, norm=norm, activation=activation)
+        linear(self.inner, [(outer.weight, x)], bias=outer.bias, add=True)
 
-    def _attend(self, layer: LocalAttentionLayer, state: LayerState) -> None:
-        """Read the window of a block, which is updated in place."""
-        assert state.window is not None
-        heads = layer.heads(self.projected.unsqueeze(1), state.conv_tail, None)
-        q, k = layer.rotated(heads, self.state.position.unsqueeze(1))
-        out, _ = local_attention_step(
-            q.squeeze(1), k.squeeze(1), heads.v.squeeze(1), layer.temperature, layer.window, state.window,
-            self.state.position,
-        )  # fmt: skip
-        state.conv_tail.copy_(heads.conv_tail)
-        self.readout.copy_(layer.normalize(out))
-        if layer.gate_up is not None:
-            weight, bias = layer.gate_up.weight.float(), layer.gate_up.bias.float()
-            torch.mul(self.readout, torch.addmm(bias, self.gate, weight.mT).sigmoid(), out=self.gated)
+    def _mix(self, i: int, reading: Reading, chains: Chains) -> None:
+        """Read the memory of block ``i``, or its window."""
+        block, state, turns, parts = blocks_of(self.model)[i], self.state.layers[i], self.turns[i], self.parts[i]
+        if block.attention is not None:
+            assert state.window is not None and turns is not None and parts is not None
+            self.kernels.attend(reading, chains, block.attention, turns, state.window, parts)
+            return
+        assert block.hebbian is not None and state.memory is not None
+        strength = None if block.snr_filter is None else block.snr_filter.strength_logit
+        self.kernels.remember(reading, chains, block.hebbian, self.consolidations[i], strength, state.memory)
 
     def _norm(self, layer: nn.Module) -> Norm:
         assert isinstance(layer, nn.LayerNorm)
-        return self.kernels.Norm(layer.weight, layer.bias, layer.eps)
+        return self.products.Norm(layer.weight, layer.bias, layer.eps)
 
 
 def _maps(block: Phase2Block) -> tuple[nn.Linear, nn.Linear]:

@@ -1,23 +1,21 @@
-"""Triton kernels for one token of a few sequences, in few launches per block.
+"""Triton kernels for one token of a few sequences: BK-Core with memory or attention, one launch a block.
 
-At this size a GPU waits for launches and for weights, so programs compute again what they can: norms are part of the
-product that follows them, activations and residual sums of the product before. Where the GPU can, a launch begins while
-the launch before it ends: it loads its weights and then waits for the results of the other. Everything but the weights
-is float32. The functions here update their arguments in place: the residual stream and the state.
+A program takes one head of one sequence. Everything but the weights is float32. The functions here update their
+arguments in place: the state and the read-outs. The products before and after are those of ``decode_products``.
 
-Shapes: B sequences, D width of the input, R rows of a weight, H heads, K = V head width, W convolution width, G width
-of the gate.
+Shapes: B sequences, H heads, K = V head width, W convolution width, G width of the gate, L slots of a window.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from ...layers import DissipativeBKLayer, DissipativeHebbianLayer
-from ...ops import Consolidation, MemoryState
+from ...layers import DissipativeBKLayer, DissipativeHebbianLayer, LocalAttentionLayer
+from ...layers.heads import HeadsLayer
+from ...ops import Consolidation, MemoryState, WindowState
 from ...ops.dispatch import count_run
 from ...ops.triton.arguments import Filters, State, constants_of, constexpr, make_variant, parts_of
 from ...ops.triton.bk_core import reciprocal
@@ -28,42 +26,68 @@ from ...ops.triton.queries_keys_values import TINY
 
 _kernel: Any = triton.jit
 _EPS = tl.constexpr(1e-5)  # that of ``ops.normalize.unit_rms``
-_ELEMENTS = 4096
-"""Weights that a program of a product holds: few enough for many programs, enough to hide their latency."""
+_SLOTS = 128
+"""Slots of a window that a program attends to."""
 
 
-class Norm(NamedTuple):
-    """A layer norm: weight (D,), bias (D,) and epsilon; Nones for none."""
+class Chains(NamedTuple):
+    """The resolvents of a block at one token.
 
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    eps: float = 0.0
+    Attributes:
+        layer: the layer.
+        v: products of the token with ``v_proj``, (B, H).
+        gamma: its products with ``gamma_proj``, (B, H); None where Γ is fixed.
+        readout: read-out of the block before, (B, HV); None in the first block.
+        g: g of the token before, (B, H, 2), which is updated.
+        features: allocated for the features [Re g, Im g], (B, 2H).
+    """
+
+    layer: DissipativeBKLayer
+    v: Tensor
+    gamma: Tensor | None
+    readout: Tensor | None
+    g: Tensor
+    features: Tensor
 
 
-class _Product(NamedTuple):
-    """Another product with the same input: weight (R, D), result (B, R) and R; Nones for none."""
+class Reading(NamedTuple):
+    """Tensors around the read-out of a block at one token.
 
-    weight: Tensor | None = None
-    out: Tensor | None = None
-    rows: int = 0
+    Attributes:
+        projected: queries, keys and values, (B, 3HK).
+        gate: the narrow side of the gate, (B, G), if there is one.
+        position: tokens read, this one among them, int64 (B,).
+        tail: conv state, (B, W - 1, 3HK), which is updated.
+        readout: allocated for the read-out, (B, HV).
+        gated: allocated for the gated read-out, (B, HV); stays as it is without a gate.
+    """
 
-
-_NO_NORM, _NO_PRODUCT = Norm(), _Product()
+    projected: Tensor
+    gate: Tensor | None
+    position: Tensor
+    tail: Tensor
+    readout: Tensor
+    gated: Tensor
 
 
 class _Potential(NamedTuple):
-    """Weights of V, of an adaptive Γ and of the memory's feedback, Γ's bias, and two numbers."""
+    """Products of the token with the weights of V and of an adaptive Γ, Γ's bias, the memory's feedback, and numbers.
+
+    The feedback is a weight (H, HV) and the read-out that it multiplies, (B, HV), Nones for none.
+    """
 
     v: Tensor
     gamma: Tensor | None
-    memory: Tensor | None
     gamma_bias: Tensor
+    feedback: Tensor | None
+    readout: Tensor | None
+    memory_width: int
     least_decay: float
     memory_scale: float
 
 
 class _Chain(NamedTuple):
-    """Parameters of the resolvent's chains, (H,) each, and their g (B, H, 2), which is updated in place."""
+    """Parameters of the resolvent's chains, (H,) each, their g (B, H, 2) and their features (B, 2H)."""
 
     h0_super: Tensor
     h0_sub: Tensor
@@ -71,6 +95,7 @@ class _Chain(NamedTuple):
     energy: Tensor
     log_zeta: Tensor
     g: Tensor
+    features: Tensor
 
 
 class _Conv(NamedTuple):
@@ -82,17 +107,38 @@ class _Conv(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """Numbers that ``_remember`` is compiled for besides a ``Variant``.
+    """Numbers that a kernel is compiled for besides the widths of a head.
 
     Attributes:
         W: taps of the convolution.
         BG: width of the gate, padded to a power of two.
+        BM: width of the feedback, padded to a power of two.
         NORM: RMS-normalise the read-out.
     """
 
     W: int
     BG: int
+    BM: int
     NORM: bool
+
+
+class _Widths(NamedTuple):
+    """Widths of an attending head.
+
+    Attributes:
+        K: width of keys and values.
+        BK, BP: K and K / 2 padded to powers of two.
+        SLOTS: slots of a part of the window.
+        SPLITS: parts.
+        BS: parts, padded to a power of two.
+    """
+
+    K: int
+    BK: int
+    BP: int
+    SLOTS: int
+    SPLITS: int
+    BS: int
 
 
 class _Gate(NamedTuple):
@@ -104,119 +150,108 @@ class _Gate(NamedTuple):
     width: int
 
 
-@_kernel
-def _normalized(x, norm, columns, inside, width):
-    """Apply a layer norm to a row."""
-    mean = tl.sum(x, 0) / width
-    centred = tl.where(inside, x - mean, 0.0)
-    scale = tl.rsqrt(tl.sum(centred * centred, 0) / width + norm.eps)
-    gain = tl.load(norm.weight + columns, mask=inside, other=0.0).to(tl.float32)
-    return centred * scale * gain + tl.load(norm.bias + columns, mask=inside, other=0.0).to(tl.float32)
+class _Window(NamedTuple):
+    """Keys and values of the last tokens, (B, L, H, K), and L; a tuple of Triton has ``values`` of its own."""
+
+    k: Tensor
+    v: Tensor
+    slots: int
+
+
+class Parts(NamedTuple):
+    """Memory for the parts of the windows, and how many of each window have ended, int32 (B, H), zero between launches.
+
+    A part has the greatest score and the sum of the weights relative to it, (B, H, parts), and the weighted sum of the
+    values, (B, H, parts, BK).
+    """
+
+    greatest: Tensor
+    total: Tensor
+    sums: Tensor
+    ended: Tensor
+
+
+# --------------------------------------------------------------------------------------------- what the kernels share
 
 
 @_kernel
-def _embed(
-    token, position, table, pace, amplitude, x, factor, D, BLOCK: tl.constexpr, EARLY: tl.constexpr
-):  # fmt: skip
-    let_next_begin(EARLY)
-    sequence, columns = tl.program_id(0), tl.arange(0, BLOCK)
-    inside = columns < D
-    wait_for_last(EARLY)
-    row = tl.load(table + tl.load(token + sequence) * D + columns, mask=inside, other=0.0).to(tl.float32)
-    turns = tl.load(position + sequence).to(tl.float64) * tl.load(pace + columns // 2, mask=inside, other=0.0)
-    phase = (turns - tl.floor(turns)).to(tl.float32) * 6.283185307179586
-    waves = tl.where(columns % 2 == 0, tl.sin(phase), tl.cos(phase))
-    row += tl.load(amplitude) * waves
-    tl.store(x + sequence * D + columns, row * factor, mask=inside)
+def _hopping_and_feedback(potential, chain, head, layer: constexpr):
+    """Load the parameters of a head's chain: constants of its site, and its weights of the feedback."""
+    energy = tl.load(chain.energy + head).to(tl.float32)
+    gamma_bias = tl.load(potential.gamma_bias + head).to(tl.float32)
+    kappa = tl.abs(tl.load(chain.kappa + head).to(tl.float32))
+    zeta = tl.exp(tl.load(chain.log_zeta + head).to(tl.float32))
+    hopping = tl.load(chain.h0_super + head).to(tl.float32) * tl.load(chain.h0_sub + head).to(tl.float32)
+    BM: tl.constexpr = layer.BM
+    feedback = tl.zeros([BM], tl.float32)
+    if potential.feedback is not None:
+        cells = tl.arange(0, layer.BM)
+        at = potential.feedback + head * potential.memory_width + cells
+        feedback += tl.load(at, mask=cells < potential.memory_width, other=0.0).to(tl.float32)
+    return energy, gamma_bias, kappa, zeta, tl.abs(hopping), feedback
 
 
 @_kernel
-def _linear(
-    x, norm, weight, bias, out, rows, other, batch, width, ACTIVATION: tl.constexpr, ADD: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    let_next_begin(EARLY)
-    program = tl.program_id(0)
-    if other.weight is not None:
-        first = tl.cdiv(rows, ROWS)
-        if program >= first:
-            weight, out, rows, program = other.weight, other.out, other.rows, program - first
-    columns, row = tl.arange(0, BLOCK), program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside, wanted = columns < width, row < rows
-    in_tile = wanted[:, None] & inside[None, :]
-    matrix = tl.load(weight + row[:, None] * width + columns[None, :], mask=in_tile, other=0.0).to(tl.float32)
-    if ACTIVATION == "swiglu":
-        tile = (rows + row)[:, None] * width + columns[None, :]
-        values = tl.load(weight + tile, mask=in_tile, other=0.0).to(tl.float32)
-    if bias is not None:
-        shift = tl.load(bias + row, mask=wanted, other=0.0).to(tl.float32)
-    wait_for_last(EARLY)
-    for sequence in range(batch):
-        given = tl.load(x + sequence * width + columns, mask=inside, other=0.0)
-        if norm.weight is not None:
-            given = _normalized(given, norm, columns, inside, width)
-        result = tl.sum(matrix * given[None, :], 1)
-        if bias is not None:
-            result += shift
-        if ACTIVATION == "gelu":
-            result *= 0.5 * (1 + tl.erf(result * 0.7071067811865476))
-        if ACTIVATION == "swiglu":
-            result *= tl.sigmoid(result) * tl.sum(values * given[None, :], 1)
-        at_out = out + sequence * rows + row
-        if ADD:
-            result += tl.load(at_out, mask=wanted, other=0.0)
-        tl.store(at_out, result, mask=wanted)
-
-
-@_kernel
-def _scatter(
-    x, readout, norm, weights, chain, bk_weight, gamma, D, H, memory_width, BLOCK: tl.constexpr, HEADS: tl.constexpr,
-    MEMORY: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """Compute the potential and a site of every chain, and add the features to the residual stream."""
-    let_next_begin(EARLY)
-    sequence, columns, heads = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, HEADS)
-    inside, there = columns < D, heads < H
-    # 1. Load everything before anything waits for a sum.
-    tile, in_tile = heads[:, None] * D + columns[None, :], there[:, None] & inside[None, :]
-    of_v, of_gamma = tl.load(weights.v + tile, mask=in_tile, other=0.0), tl.zeros([HEADS, BLOCK], tl.float32)
-    if weights.gamma is not None:
-        of_gamma += tl.load(weights.gamma + tile, mask=in_tile, other=0.0).to(tl.float32)
-    turned, in_turned = columns[:, None] * 2 * H + heads[None, :], inside[:, None] & there[None, :]
-    of_re = tl.load(bk_weight + turned, mask=in_turned, other=0.0).to(tl.float32)
-    of_im = tl.load(bk_weight + turned + H, mask=in_turned, other=0.0).to(tl.float32)
-    potential = -tl.load(chain.energy + heads, mask=there, other=0.0).to(tl.float32)
-    gamma_logit = tl.load(weights.gamma_bias + heads, mask=there, other=0.0).to(tl.float32)
-    kappa = tl.abs(tl.load(chain.kappa + heads, mask=there, other=0.0).to(tl.float32))
-    zeta = tl.exp(tl.load(chain.log_zeta + heads, mask=there, other=0.0).to(tl.float32))
-    hopping = tl.load(chain.h0_super + heads, mask=there, other=0.0).to(tl.float32)
-    hopping = tl.abs(hopping * tl.load(chain.h0_sub + heads, mask=there, other=0.0).to(tl.float32))
-    if weights.memory is not None:
-        cells = tl.arange(0, MEMORY)
-        back = heads[:, None] * memory_width + cells[None, :]
-        in_back = there[:, None] & (cells < memory_width)[None, :]
-        feedback = tl.load(weights.memory + back, mask=in_back, other=0.0).to(tl.float32)
-    wait_for_last(EARLY)
-    old = tl.load(x + sequence * D + columns, mask=inside, other=0.0)
-    at_g = chain.g + 2 * (sequence * H + heads)
-    g_re, g_im = tl.load(at_g, mask=there, other=0.0), tl.load(at_g + 1, mask=there, other=0.0)
-    if weights.memory is not None:
-        memory = tl.load(readout + sequence * memory_width + cells, mask=cells < memory_width, other=0.0)
-        potential += weights.memory_scale * tl.sum(feedback * memory[None, :], 1)
-    tl.debug_barrier()  # several threads read the same numbers: all of them, before one of them writes
-
-    # 2. V and Γ of every head.
-    given = _normalized(old, norm, columns, inside, D)[None, :]
-    potential += tl.sum(of_v.to(tl.float32) * given, 1)
-    gamma_logit += tl.sum(of_gamma * given, 1)
+def _site(constants, potential, chain, sequence, head, H, layer: constexpr):
+    """Return Γ of a head and g of its next site."""
+    energy, gamma_logit, kappa, zeta, hopping, feedback = constants
+    row = sequence * H + head
+    v = tl.load(potential.v + row) - energy
+    if potential.feedback is not None:
+        cells = tl.arange(0, layer.BM)
+        at = potential.readout + sequence * potential.memory_width + cells
+        memory = tl.load(at, mask=cells < potential.memory_width, other=0.0)
+        v += potential.memory_scale * tl.sum(feedback * memory, 0)
+    if potential.gamma is not None:
+        gamma_logit += tl.load(potential.gamma + row)
     softplus = tl.maximum(gamma_logit, 0.0) + tl.log(1 + tl.exp(-tl.abs(gamma_logit)))
-    gamma_of_heads = softplus + weights.least_decay
-    tl.store(gamma + sequence * H + heads, gamma_of_heads, mask=there)
-    # 3. A site of every chain, and its features.
-    re, im = reciprocal((potential - hopping * g_re, -(kappa * gamma_of_heads + zeta) - hopping * g_im))
-    tl.store(at_g, re, mask=there)
-    tl.store(at_g + 1, im, mask=there)
-    tl.store(x + sequence * D + columns, old + tl.sum(of_re * re[None, :] + of_im * im[None, :], 1), mask=inside)
+    gamma = softplus + potential.least_decay
+    g_re, g_im = tl.load(chain.g + 2 * row), tl.load(chain.g + 2 * row + 1)
+    re, im = reciprocal((v - hopping * g_re, -(kappa * gamma + zeta) - hopping * g_im))
+    return gamma, re, im
+
+
+@_kernel
+def _store_site(chain, sequence, head, H, re, im):
+    row, features = sequence * H + head, chain.features + 2 * sequence * H + head
+    tl.store(chain.g + 2 * row, re)
+    tl.store(chain.g + 2 * row + 1, im)
+    tl.store(features, re)
+    tl.store(features + H, im)
+
+
+@_kernel
+def _gate_weights(gate, channels, inside, BK: tl.constexpr, layer: constexpr):
+    """Load the weights of the gate of a head's channels, [BK, BG]; zeros without a gate."""
+    BG: tl.constexpr = layer.BG
+    up = tl.zeros([BK, BG], tl.float32)
+    if gate.x is not None:
+        down = tl.arange(0, layer.BG)
+        tile, mask = channels[:, None] * gate.width + down[None, :], inside[:, None] & (down < gate.width)[None, :]
+        up += tl.load(gate.weight + tile, mask=mask, other=0.0).to(tl.float32)
+    return up
+
+
+@_kernel
+def _opening(gate, up, sequence, channels, inside, BK: tl.constexpr, layer: constexpr):
+    """Return the logit of the gate of a head's channels; zeros without a gate."""
+    opening = tl.zeros([BK], tl.float32)
+    if gate.x is not None:
+        down = tl.arange(0, layer.BG)
+        narrow = tl.load(gate.x + sequence * gate.width + down, mask=down < gate.width, other=0.0)
+        opening += tl.sum(up * narrow[None, :], 1)
+        opening += tl.load(gate.bias + channels, mask=inside, other=0.0).to(tl.float32)
+    return opening
+
+
+@_kernel
+def _store_readout(out, opening, gate, readout, gated, cells, inside, K: tl.constexpr, layer: constexpr):
+    """Normalise, store and gate the read-out of a head."""
+    if layer.NORM:
+        out *= tl.rsqrt(tl.sum(out * out, 0) / K + _EPS)
+    tl.store(readout + cells, out, mask=inside)
+    if gate.x is not None:
+        tl.store(gated + cells, out * tl.sigmoid(opening), mask=inside)
 
 
 @_kernel
@@ -237,10 +272,13 @@ def _store_tail(tail, rows, sequence, channels, inside, C, W: tl.constexpr):
         tl.store(tail + (sequence * (W - 1) + W - 2 - j) * C + channels, rows[j], mask=inside)
 
 
+# ------------------------------------------------------------------------------------------------------- the kernels
+
+
 @_kernel
 def _remember(
-    conv, gamma, log_eta, state, position, filters, gate, readout, gated, dt, constants, H, variant: constexpr,
-    layer: constexpr, EARLY: tl.constexpr,
+    conv, potential, chain, log_eta, state, position, filters, gate, readout, gated, dt, constants, H,
+    variant: constexpr, layer: constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write the token into a head's memory and read it; ``filters`` have the logit of the strength in its place."""
     let_next_begin(EARLY)
@@ -252,163 +290,221 @@ def _remember(
     # The launch that last wrote the state belongs to the token before: it ended before this token's first launch began.
     square, in_square = cells_of(cells, cells, K, K)
     memory, forgetting = load_state(state, row, square, in_square, variant, variant.SNR or variant.RESONANCE)
-    if gate.x is not None:
-        down = tl.arange(0, layer.BG)
-        tile, mask = channels[:, None] * gate.width + down[None, :], inside[:, None] & (down < gate.width)[None, :]
-        up = tl.load(gate.weight + tile, mask=mask, other=0.0).to(tl.float32)
+    up = _gate_weights(gate, channels, inside, variant.BK, layer)
+    of_chain = _hopping_and_feedback(potential, chain, head, layer)
     wait_for_last(EARLY)
     query, q_rows = _convolved(conv, sequence, channels, inside, C, W)
     key, k_rows = _convolved(conv, sequence, H * K + channels, inside, C, W)
     value, v_rows = _convolved(conv, sequence, 2 * H * K + channels, inside, C, W)
-    opening = tl.zeros_like(value)
-    if gate.x is not None:
-        at_gate = gate.x + sequence * gate.width + down
-        opening += tl.sum(up * tl.load(at_gate, mask=down < gate.width, other=0.0)[None, :], 1)
-        opening += tl.load(gate.bias + channels, mask=inside, other=0.0).to(tl.float32)
+    gamma, re, im = _site(of_chain, potential, chain, sequence, head, H, layer)
+    opening = _opening(gate, up, sequence, channels, inside, variant.BK, layer)
     query *= tl.rsqrt(tl.sum(query * query, 0) + K * TINY)
     key *= tl.rsqrt(tl.sum(key * key, 0) + K * TINY) * tl.exp(tl.load(log_eta + head).to(tl.float32))
-    boundary = (tl.load(position + sequence) + 1) % tl.maximum(constants.interval, 1) == 0
+    boundary = tl.load(position + sequence) % tl.maximum(constants.interval, 1) == 0
     strength = 1.0
     if filters.strength is not None:
         strength *= tl.sigmoid(tl.load(filters.strength + head).to(tl.float32))
     tl.debug_barrier()  # several threads read the same numbers: all of them, before one of them writes
+    _store_site(chain, sequence, head, H, re, im)
     _store_tail(conv.tail, q_rows, sequence, channels, inside, C, W)
     _store_tail(conv.tail, k_rows, sequence, H * K + channels, inside, C, W)
     _store_tail(conv.tail, v_rows, sequence, 2 * H * K + channels, inside, C, W)
     out = advance(
-        Token(query, key, value, tl.load(gamma + row) * dt), State(memory, forgetting), state, boundary,
+        Token(query, key, value, gamma * dt), State(memory, forgetting), state, boundary,
         strength, filters, row, head, (square, in_square), constants, variant,
     )  # fmt: skip
-    if layer.NORM:
-        out *= tl.rsqrt(tl.sum(out * out, 0) / K + _EPS)
-    tl.store(readout + row * K + cells, out, mask=inside)
-    if gate.x is not None:
-        tl.store(gated + row * K + cells, out * tl.sigmoid(opening), mask=inside)
+    _store_readout(out, opening, gate, readout, gated, row * K + cells, inside, K, layer)
+
+
+@_kernel
+def _rotated(x, y, inverse, cos, sin):
+    """Return the two halves of a head's channels, scaled and turned pair by pair."""
+    return (x * cos - y * sin) * inverse, (x * sin + y * cos) * inverse
+
+
+@_kernel
+def _slots(window, at, index, K: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr):
+    """Load some slots of a head's window, which begin at ``at``: the halves of the keys, and the values."""
+    pairs, cells, there = tl.arange(0, BP)[None, :], tl.arange(0, BK)[None, :], (index < window.slots)[:, None]
+    first = tl.load(window.k + at[:, None] + pairs, mask=there & (pairs < K // 2), other=0.0)
+    second = tl.load(window.k + at[:, None] + K // 2 + pairs, mask=there & (pairs < K // 2), other=0.0)
+    return first, second, tl.load(window.v + at[:, None] + cells, mask=there & (cells < K), other=0.0)
+
+
+@_kernel
+def _joined(parts, row, cells, score, value, widths: constexpr):
+    """Return what the parts of a window and the token itself, with its score and its value, read together."""
+    SPLITS: tl.constexpr = widths.SPLITS
+    part, BK = tl.arange(0, widths.BS), widths.BK
+    there, at = part < SPLITS, row * SPLITS + part
+    greatest = tl.load(parts.greatest + at, mask=there, other=-float("inf"), cache_modifier=".cg")
+    totals = tl.load(parts.total + at, mask=there, other=0.0, cache_modifier=".cg")
+    sums = tl.load(parts.sums + at[:, None] * BK + cells[None, :], mask=there[:, None], other=0.0, cache_modifier=".cg")
+    above = tl.maximum(tl.max(greatest, 0), score)
+    scale, own = tl.exp(greatest - above), tl.exp(score - above)
+    return (tl.sum(sums * scale[:, None], 0) + own * value) / (tl.sum(totals * scale, 0) + own)
+
+
+@_kernel
+def _attend(
+    conv, potential, chain, log_temperature, pace, window, parts, position, gate, readout, gated, H, widths: constexpr,
+    layer: constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Attend to a part of a head's window; the program that ends last joins the parts and updates the state."""
+    let_next_begin(EARLY)
+    K: tl.constexpr = widths.K
+    W: tl.constexpr = layer.W
+    sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, cells, pairs = sequence * H + head, tl.arange(0, widths.BK), tl.arange(0, widths.BP)
+    inside, paired, C = cells < K, pairs < K // 2, 3 * H * K
+    channels, first, second = head * K + cells, head * K + pairs, head * K + K // 2 + pairs
+    # The window is complete but for this token: the launches that wrote it ended before this token's first began.
+    base = sequence.to(tl.int64) * window.slots * H * K + head * K
+    index = split * widths.SLOTS + tl.arange(0, widths.SLOTS)
+    first_keys, second_keys, values = _slots(window, base + index * H * K, index, K, widths.BK, widths.BP)
+    up = _gate_weights(gate, channels, inside, widths.BK, layer)
+    of_chain = _hopping_and_feedback(potential, chain, head, layer)
+    turns = tl.load(pace + pairs, mask=paired, other=0.0)
+    temperature = tl.exp(tl.load(log_temperature + head).to(tl.float32))
+    wait_for_last(EARLY)
+    # 1. Queries, keys and values of the token.
+    q_first, q_rows = _convolved(conv, sequence, first, paired, C, W)
+    q_second, q_more = _convolved(conv, sequence, second, paired, C, W)
+    k_first, k_rows = _convolved(conv, sequence, H * K + first, paired, C, W)
+    k_second, k_more = _convolved(conv, sequence, H * K + second, paired, C, W)
+    value, v_rows = _convolved(conv, sequence, 2 * H * K + channels, inside, C, W)
+    _, re, im = _site(of_chain, potential, chain, sequence, head, H, layer)
+    opening = _opening(gate, up, sequence, channels, inside, widths.BK, layer)
+    place = tl.load(position + sequence) - 1
+    turns *= place.to(tl.float64)
+    angle = (turns - tl.floor(turns + 0.5)).to(tl.float32) * 6.283185307179586
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    q_norm = tl.rsqrt(tl.sum(q_first * q_first + q_second * q_second, 0) + K * TINY)
+    k_norm = tl.rsqrt(tl.sum(k_first * k_first + k_second * k_second, 0) + K * TINY)
+    query = _rotated(q_first, q_second, q_norm * temperature, cos, sin)
+    k_first, k_second = _rotated(k_first, k_second, k_norm, cos, sin)
+    # 2. Attend to the slots of this part but for the token's own.
+    slot = place % window.slots
+    scores = tl.sum(first_keys.to(tl.float32) * query[0][None, :], 1)
+    scores += tl.sum(second_keys.to(tl.float32) * query[1][None, :], 1)
+    scores = tl.where((index < window.slots) & (index <= place) & (index != slot), scores, -float("inf"))
+    greatest = tl.max(scores, 0)
+    weights = tl.exp(scores - tl.maximum(greatest, -1e38))  # zeros where no slot is seen
+    part = row * widths.SPLITS + split
+    tl.store(parts.greatest + part, greatest)
+    tl.store(parts.total + part, tl.sum(weights, 0))
+    tl.store(parts.sums + part * widths.BK + cells, tl.sum(weights[:, None] * values.to(tl.float32), 0))
+    tl.debug_barrier()  # all threads have stored and read, before one of them says so
+    # 3. The last program joins the parts. All others have read the state, which it updates.
+    if tl.atomic_add(parts.ended + row, 1) == widths.SPLITS - 1:
+        tl.store(parts.ended + row, 0)
+        _store_site(chain, sequence, head, H, re, im)
+        _store_tail(conv.tail, q_rows, sequence, first, paired, C, W)
+        _store_tail(conv.tail, q_more, sequence, second, paired, C, W)
+        _store_tail(conv.tail, k_rows, sequence, H * K + first, paired, C, W)
+        _store_tail(conv.tail, k_more, sequence, H * K + second, paired, C, W)
+        _store_tail(conv.tail, v_rows, sequence, 2 * H * K + channels, inside, C, W)
+        first_key, second_key = k_first.to(window.k.dtype.element_ty), k_second.to(window.k.dtype.element_ty)
+        kept, at = value.to(window.v.dtype.element_ty), base + slot * H * K
+        tl.store(window.k + at + pairs, first_key, mask=paired)
+        tl.store(window.k + at + K // 2 + pairs, second_key, mask=paired)
+        tl.store(window.v + at + cells, kept, mask=inside)
+        score = tl.sum(query[0] * first_key.to(tl.float32) + query[1] * second_key.to(tl.float32), 0)
+        out = _joined(parts, row, cells, score, kept.to(tl.float32), widths)
+        _store_readout(out, opening, gate, readout, gated, row * K + cells, inside, K, layer)
 
 
 # ------------------------------------------------------------------------------------------------------- the launches
 
 
-def embed(
-    token: Tensor,
-    position: Tensor,
-    table: Tensor,
-    pace: Tensor,
-    amplitude: Tensor,
-    factor: float,
-    out: Tensor,
-) -> None:
-    """Compute ``out`` (B, D), ``factor`` times the sum of token and position embedding.
-
-    Args:
-        token: (B,).
-        position: tokens read before, (B,).
-        table: token embedding, (vocabulary, D).
-        pace: turns per token of the waves of ``ZetaEmbedding``, float64 (D / 2,).
-        amplitude: of the waves, ().
-        factor: factor of the sum.
-        out: allocated for the result.
-    """
-    width = table.shape[1]
-    sizes = (factor, width, triton.next_power_of_2(width))
-    with torch.cuda.device_of(out):
-        _embed[(len(token),)](
-            token.contiguous(), position, table, pace, amplitude, out, *sizes, num_warps=4, **early(out.device)
-        )
-
-
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    norm: Norm | None = None,
-    activation: Literal["gelu", "swiglu"] | None = None,
-    add: bool = False,
-    other: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """Compute ``activation(norm(x) weightᵀ + bias)`` into ``out`` (B, R), or with ``add`` add it to ``out``.
-
-    x is (B, D), the weight (R, D), the bias (R,). For ``swiglu`` the weight is (2R, D), gates and values, as
-    ``layers.GatedFeedForward`` has them. ``other`` is another weight, with the tensor for its product with the same
-    ``norm(x)``; neither product then has a bias.
-    """
-    (rows, width), block = weight.shape, triton.next_power_of_2(weight.shape[1])
-    matrices = 2 if activation == "swiglu" else 1
-    rows //= matrices
-    held = max(1, min(triton.next_power_of_2(rows), _ELEMENTS // (matrices * block)))
-    second = _NO_PRODUCT if other is None else _Product(*other, len(other[0]))
-    with torch.cuda.device_of(out):
-        _linear[(triton.cdiv(rows, held) + triton.cdiv(second.rows, held),)](
-            x, norm or _NO_NORM, weight, bias, out, rows, second, len(x), width,
-            ACTIVATION=activation, ADD=add, BLOCK=block, ROWS=held, num_warps=4, **early(out.device),
-        )  # fmt: skip
-
-
-def scatter(
-    x: Tensor, readout: Tensor | None, norm: Norm, layer: DissipativeBKLayer, bk_weight: Tensor, g: Tensor, out: Tensor
-) -> None:
-    """Add a token's resolvent features to x (B, D), write its Γ to ``out`` (B, H), and update g (B, H, 2).
-
-    ``readout`` is that of the block before, (B, HV), ``bk_weight`` the weight of the features, (D, 2H).
-    """
-    potential, (batch, width) = layer.potential, x.shape
-    adaptive, back = potential.gamma_proj, None if readout is None else potential.memory_to_potential
-    memory_width = 1 if back is None else back.in_features
-    gamma, memory = (None if linear is None else linear.weight for linear in (adaptive, back))
-    scale = potential.memory_scale
-    weights = _Potential(potential.v_proj.weight, gamma, memory, potential.gamma_bias, potential.least_decay, scale)
-    chain = _Chain(layer.h0_super, layer.h0_sub, layer.kappa, layer.energy, layer.log_zeta, g)
-    count_run("resolvent_diagonal", "triton")
-    with torch.cuda.device_of(out):
-        _scatter[(batch,)](
-            x, readout, norm, weights, chain, bk_weight, out, width, potential.num_heads, memory_width,
-            BLOCK=triton.next_power_of_2(width), HEADS=triton.next_power_of_2(potential.num_heads),
-            MEMORY=triton.next_power_of_2(memory_width), num_warps=8, **early(out.device),
-        )  # fmt: skip
-
-
 def remember(
-    projected: Tensor,
-    gamma: Tensor,
-    gate: Tensor | None,
-    position: Tensor,
+    reading: Reading,
+    chains: Chains,
     layer: DissipativeHebbianLayer,
     consolidation: Consolidation | None,
     strength_logit: Tensor | None,
     state: MemoryState,
-    tail: Tensor,
-    readout: Tensor,
-    gated: Tensor,
 ) -> None:
-    """Write a token into the memories of a layer and read them; the state and the tail are updated in place.
+    """Compute a site of every chain, write a token into the memories of a layer and read them.
 
     Args:
-        projected: queries, keys and values, (B, 3HK).
-        gamma: Γ, (B, H).
-        gate: the narrow side of the gate, (B, G), if there is one.
-        position: tokens read before, int64 (B,) on the device.
+        reading: tensors around the read-out.
+        chains: the resolvents.
         layer: the layer.
         consolidation: filters that act at its boundaries, the basis in float32.
         strength_logit: logit of the SNR filter's strength, (H,), which is read again for every token; None for full
             strength.
-        state: memory (B, H, K, V) and Γ̄ (B, H).
-        tail: conv state, (B, W - 1, 3HK).
-        readout: allocated for the read-out, (B, HV).
-        gated: allocated for the gated read-out, (B, HV); stays as it is without a gate.
+        state: memory (B, H, K, V) and Γ̄ (B, H), which are updated.
     """
     filters, rule = parts_of(consolidation)
     variant = make_variant(layer.head_dim, layer.head_dim, False, len(rule.snr) > 0, filters.basis is not None)
-    up, narrow, taps = layer.gate_up, 1 if gate is None else gate.shape[1], layer.conv_weight
-    assert taps is not None  # ``TokenStep`` refuses a model without a short convolution
+    conv, potential, chain, gate, numbers = _arguments(reading, chains, layer)
+    count_run("resolvent_diagonal", "triton")
     count_run("dissipative_memory", "triton")
-    with torch.cuda.device_of(gated):
-        _remember[(len(projected), layer.num_heads)](
-            _Conv(projected, tail, taps), gamma, layer.log_eta, State(*state), position,
-            Filters(strength_logit, *filters[1:]), _Gate(gate, *_of_linear(up), narrow), readout, gated, layer.dt,
-            constants_of(rule), layer.num_heads, variant,
-            _Layer(len(taps), triton.next_power_of_2(narrow), layer.output_norm), num_warps=8, **early(gated.device),
+    with torch.cuda.device_of(reading.gated):
+        _remember[(len(reading.projected), layer.num_heads)](
+            conv, potential, chain, layer.log_eta, State(*state), reading.position,
+            Filters(strength_logit, *filters[1:]), gate, reading.readout, reading.gated, layer.dt, constants_of(rule),
+            layer.num_heads, variant, numbers, num_warps=8, **early(reading.gated.device),
         )  # fmt: skip
+
+
+def attend(
+    reading: Reading, chains: Chains, layer: LocalAttentionLayer, pace: Tensor, window: WindowState, parts: Parts
+) -> None:
+    """Compute a site of every chain, put a token into the windows of a layer and attend to them.
+
+    Args:
+        reading: tensors around the read-out.
+        chains: the resolvents.
+        layer: the layer, which has a temperature per head.
+        pace: turns of the pairs of channels per token, float64 (K / 2,).
+        window: keys and values, (B, L, H, K), which are updated.
+        parts: what ``allocate_parts`` returned for the window; one launch at a time uses it.
+    """
+    conv, potential, chain, gate, numbers = _arguments(reading, chains, layer)
+    slots, block, splits = window.keys.shape[1], triton.next_power_of_2(layer.head_dim), parts.total.shape[-1]
+    held = min(_SLOTS, triton.next_power_of_2(slots))
+    widths = _Widths(layer.head_dim, block, max(1, block // 2), held, splits, triton.next_power_of_2(splits))
+    count_run("resolvent_diagonal", "triton")
+    count_run("local_attention", "triton")
+    with torch.cuda.device_of(reading.gated):
+        _attend[(len(reading.projected), layer.num_heads, splits)](
+            conv, potential, chain, layer.log_temperature, pace, _Window(*window, slots), parts, reading.position, gate,
+            reading.readout, reading.gated, layer.num_heads, widths, numbers, num_warps=8,
+            **early(reading.gated.device),
+        )  # fmt: skip
+
+
+def allocate_parts(window: WindowState) -> Parts:
+    """Allocate memory for ``attend``, given a window with keys (B, L, H, K), in that order in memory."""
+    assert window.keys.is_contiguous() and window.values.is_contiguous()
+    batch, slots, heads, width = window.keys.shape
+    shape = batch, heads, triton.cdiv(slots, _SLOTS)
+    device, block = window.keys.device, triton.next_power_of_2(width)
+    greatest, total = (torch.empty(shape, device=device) for _ in range(2))
+    ended = torch.zeros(shape[:2], dtype=torch.int32, device=device)
+    return Parts(greatest, total, torch.empty(*shape, block, device=device), ended)
+
+
+def _arguments(reading: Reading, chains: Chains, layer: HeadsLayer) -> tuple[_Conv, _Potential, _Chain, _Gate, _Layer]:
+    """Return what both kernels take."""
+    potential, up, taps = chains.layer.potential, layer.gate_up, layer.conv_weight
+    assert taps is not None  # ``TokenStep`` refuses a model without a short convolution
+    feedback = None if chains.readout is None else potential.memory_to_potential
+    width = 1 if feedback is None else feedback.in_features
+    narrow = 1 if reading.gate is None else reading.gate.shape[1]
+    bk = chains.layer
+    return (
+        _Conv(reading.projected, reading.tail, taps),
+        _Potential(
+            chains.v, chains.gamma, potential.gamma_bias, None if feedback is None else feedback.weight,
+            None if feedback is None else chains.readout, width, potential.least_decay, potential.memory_scale,
+        ),
+        _Chain(bk.h0_super, bk.h0_sub, bk.kappa, bk.energy, bk.log_zeta, chains.g, chains.features),
+        _Gate(reading.gate, *_of_linear(up), narrow),
+        _Layer(len(taps), triton.next_power_of_2(narrow), triton.next_power_of_2(width), layer.output_norm),
+    )  # fmt: skip
 
 
 def _of_linear(linear: nn.Linear | None) -> tuple[Tensor | None, Tensor | None]:

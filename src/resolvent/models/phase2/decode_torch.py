@@ -80,7 +80,7 @@ class _BlockStep:
         # Attributes of this object: a module looks its own up in Python.
         self.block, self.ln1, self.ln2, self.ffn = block, block.ln1, block.ln2, block.ffn
         self.layer, self.qkv_proj, self.out_proj = layer, layer.qkv_proj, layer.out_proj
-        self.heads, self.width = layer.num_heads, layer.head_dim
+        self.heads, self.width, self.norm_weight = layer.num_heads, layer.head_dim, layer.norm_weight
         self.taps = layer.conv_weight.flip(0)
         self.scale = self.taps.new_full((2, self.heads, 1), self.width**-0.5)
         if block.hebbian is not None:
@@ -132,6 +132,8 @@ class _BlockStep:
             assert gamma is not None
             readout = self._remember(q, k, v, gamma * block.hebbian.dt, state, ended)
         readout = (F.rms_norm(readout, (self.width,), eps=RMS_EPS) if self.layer.output_norm else readout).flatten(1)
+        if self.norm_weight is not None:
+            readout = readout * self.norm_weight
         gated = readout if narrow is None else self.layer.gate(readout, narrow)
         x = x + self.out_proj(gated)
         # 4. Feed-forward network.

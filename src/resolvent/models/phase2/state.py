@@ -58,6 +58,9 @@ class Phase2State(ModelState):
     def reusable(self) -> Self:
         return type(self)(self.position, _with_windows(self.layers, ReusedWindow.of))
 
+    def in_place(self) -> Self:
+        return type(self)(self.position, _with_windows(self.layers, lambda window: ReusedWindow(*window)))
+
     def _map_layers(self, function: Callable[[Tensor], Tensor]) -> tuple[LayerState, ...]:
         """Apply a function to every tensor; the result may have other references, and is not to be overwritten."""
         mapped = cast(tuple[LayerState, ...], super()._map_layers(function))
