@@ -1,6 +1,8 @@
 """Draw the pictures of the README: the loss by position, from the records of the quality experiments, and the block.
 
     python -m scripts.draw_readme docs/images
+
+The same records give the same files, whose colours follow the colour scheme of the reader.
 """
 
 import sys
