@@ -157,12 +157,14 @@ class Variant:
         fields = {"attention_layers": chosen, "attention_window": None if window == "all" else int(window)}
         return dataclasses.replace(self, config=self.config | fields)
 
-    def hold(self, model: Phase2IntegratedModel) -> None:
-        """Keep training from what is held at zero, and put in the layers that no field of the configuration has."""
+    def build(self, **sizes: Any) -> Phase2IntegratedModel:
+        """Return a model of these fields of the configuration, with weights yet to be drawn by ``reset``."""
+        model = Phase2IntegratedModel(Phase2Config(**(sizes | self.config)), init=False)
         if self.plain_scores:
             with_plain_scores(model)
         for parameter in _ending(model, self.zeros):
             parameter.requires_grad_(False)
+        return model
 
     @torch.no_grad()
     def reset(self, model: Phase2IntegratedModel, seed: int) -> None:
