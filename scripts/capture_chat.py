@@ -6,6 +6,7 @@
 The command runs in a terminal of its own (POSIX only), and types the lines below.
 """
 
+import argparse
 import io
 import os
 import pty
@@ -30,24 +31,20 @@ COLUMNS = 84
 
 
 def main() -> None:
-    run, out = (Path(given or default) for given, default in zip(_arguments(), DEFAULTS, strict=True))
-    command = [sys.executable, "-m", "resolvent", "chat", str(run.resolve()), "--temperature", "0", "--device", "cpu"]
-    out = out.resolve()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path, default=Path("runs/facts"))
+    parser.add_argument("out", nargs="?", type=Path, default=Path("docs/images/chat.svg"))
+    given = parser.parse_args()
+    run, out = given.run.resolve(), given.out.resolve()
     os.chdir(run)  # the conversation is saved there
-    shown = f"$ resolvent chat {DEFAULTS[0]} --temperature 0\n" + typed(command).replace("\r\n", "\n")
+    answers = typed([sys.executable, "-m", "resolvent", "chat", str(run), "--temperature", "0", "--device", "cpu"])
+    shown = f"$ resolvent chat {given.run} --temperature 0\n" + answers.replace("\r\n", "\n")
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(Text.from_ansi(shown.rstrip()))
     svg = console.export_svg(title="resolvent chat", unique_id="chat")
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # fonts that a browser would fetch from elsewhere
     out.write_text("\n".join(line.rstrip() for line in svg.splitlines()) + "\n", encoding="utf-8")
     print(shown)
-
-
-DEFAULTS = ("runs/facts", "docs/images/chat.svg")
-
-
-def _arguments() -> list[str]:
-    return [*sys.argv[1:], "", ""][:2]
 
 
 def typed(command: list[str]) -> str:

@@ -1,13 +1,16 @@
 """Draw the pictures of the README: the loss by position, from the records of the quality experiments, and the block.
 
-python scripts/draw_readme.py docs/images
+    python -m scripts.draw_readme docs/images
+
+The same records give the same files, whose colours follow the colour scheme of the reader.
 """
 
-import json
 import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from experiments.quality.results import read, setting
 
 RECORDS = Path(__file__).parents[1] / "experiments" / "quality" / "results" / "mixed.jsonl"
 LINES = {"transformer": "Transformer", "phase2/hybrid/window-512": "hybrid", "phase2": "pure"}
@@ -38,18 +41,13 @@ def main() -> None:
 
 def mean_records() -> dict[str, dict[str, Any]]:
     """Return, for every model of the chart, the means over the seeds of the setting with the most runs."""
-    records = [json.loads(line) for line in RECORDS.read_text("utf-8").splitlines()]
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        training = {
-            name: value for name, value in record["settings"].items() if name not in ("evaluations", "extrapolate")
-        }
-        runs.setdefault(json.dumps([record["model"], record["learning_rate"], training], sort_keys=True), []).append(
-            record
-        )
     found = {}
     for model in LINES:
-        seeds = max((of for of in runs.values() if of[0]["model"] == model), key=len)
+        groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for run in read([RECORDS]):
+            if run["model"] == model:
+                groups.setdefault((setting(run), run["learning_rate"]), []).append(run)
+        seeds = max(groups.values(), key=len)
         positions = seeds[0]["loss_by_position"]
         found[model] = {
             "loss": fmean(run["loss"] for run in seeds),
@@ -106,10 +104,8 @@ def block() -> str:
             small = " small" if number else ""
             parts.append(f'<text class="middle{small}" x="{x + w / 2}" y="{first + 19 * number}">{line}</text>')
 
-    def wire(path: str, arrow: bool = True) -> None:
-        parts.append(
-            f'<path class="wire" d="{path}"{" marker-end=" + chr(34) + "url(#a)" + chr(34) if arrow else ""}/>'
-        )
+    def wire(path: str) -> None:
+        parts.append(f'<path class="wire" d="{path}" marker-end="url(#a)"/>')
 
     parts.append('<text x="6" y="222">stream</text>')
     wire("M62 217H806")

@@ -25,7 +25,7 @@ TAIL = """
 The documentation holds files of two npm packages, with their licences beside them (`scripts/vendor_site_assets.py`).
 The wheel holds neither.
 
-* katex 0.19.1, MIT: `docs/assets/katex`
+* katex 0.19.1, MIT, its fonts SIL OFL 1.1: `docs/assets/katex`
 * iframe-worker 1.0.4, MIT: `docs/assets/iframe-worker`
 """
 

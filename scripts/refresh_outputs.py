@@ -21,14 +21,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(?<=```console\n).*?(?=```)", re.DOTALL)
 CUT = "..."
-PICTURE = ROOT / "docs" / "images"
+PICTURES = ROOT / "docs" / "images"
 SIZE = (830, 860)
 """Width and height of the pictures: README pages are 830 pixels wide."""
 
 
 def refresh(page: str, run: Callable[[str], str]) -> str:
     """Return a page whose console blocks hold what ``run`` returns for their commands."""
-    return BLOCK.sub(lambda block: "".join(map(lambda part: _shown(part, run), _parts(block[0]))), page)
+    return BLOCK.sub(lambda block: "".join(_shown(part, run) for part in _parts(block[0])), page)
 
 
 def commands(page: str) -> list[str]:
@@ -71,7 +71,7 @@ def take_pictures(page: Path) -> None:
             flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=3000"]
             flags += [f"--user-data-dir={user}", f"--blink-settings=preferredColorScheme={scheme}"]
             flags += [f"--window-size={SIZE[0]},{SIZE[1]}", "--force-device-scale-factor=1.5"]
-            target = f"--screenshot={PICTURE / f'inspection-{name}.png'}"
+            target = f"--screenshot={PICTURES / f'inspection-{name}.png'}"
             subprocess.run([chromium, *flags, target, page.resolve().as_uri()], check=True, capture_output=True)
 
 

@@ -3,7 +3,8 @@
     npm pack katex@0.19.1 iframe-worker@1.0.4
     python scripts/vendor_site_assets.py katex-0.19.1.tgz iframe-worker-1.0.4.tgz
 
-KaTeX draws the formulas. The shim of iframe-worker lets the search run from file://.
+KaTeX draws the formulas. The licence of its fonts, fonts/OFL.txt, is not in the package: the metadata of the fonts name
+it. The shim of iframe-worker lets the search run from file://.
 """
 
 import re

@@ -173,3 +173,24 @@ def test_the_demo_beats_a_3_gram_model(monkeypatch, capsys, tmp_path):
     scores = re.findall(r"│\s+(\d\.\d{3})\s+│", shown)
     assert len(scores) == 2
     assert float(scores[1]) < float(scores[0])
+
+
+def test_pictures_of_the_readme_are_those_of_the_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["draw_readme", str(tmp_path)])
+    runpy.run_path(str(ROOT / "scripts" / "draw_readme.py"), run_name="__main__")
+    names = ["block.svg", "results.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name in names:
+        assert (tmp_path / name).read_text("utf-8") == read(f"docs/images/{name}")
+
+
+@pytest.mark.parametrize(("page", "digits"), [("README.md", 3), ("docs/evidence.md", 4)])
+def test_losses_on_pages_are_those_of_the_records(page, digits):
+    from experiments.quality.report import average, losses
+    from experiments.quality.results import read as read_runs
+
+    runs = read_runs([ROOT / "experiments" / "quality" / "results" / "mixed.jsonl"])
+    rows = [row for rows in losses(runs) for row in rows if len(row.values) == 3]
+    assert {row.name for row in rows} == {"transformer", "phase2", "phase2/hybrid/window-512", "phase2/attention"}
+    for row in rows:
+        assert average(row.values, digits) in read(page), row.name

@@ -14,7 +14,7 @@ from experiments.quality.attention import WindowedAttention
 from experiments.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mamba3, Mixer
 from experiments.quality.variants import parse_variant
 from resolvent.layers import GatedFeedForward
-from resolvent.models.phase2 import Phase2Block, Phase2Config, Phase2IntegratedModel
+from resolvent.models.phase2 import Phase2Block, Phase2IntegratedModel
 from resolvent.ops import linear_cross_entropy
 
 HEAD_DIM = 64
@@ -226,7 +226,7 @@ def _phase2(name: str, size: Size) -> Callable[[int], Entry]:
     variant = parse_variant(name).at(size.layers, size.length)
 
     def make(hidden: int) -> Entry:
-        sizes: dict[str, Any] = dict(
+        model = variant.build(
             vocab_size=size.vocabulary,
             d_model=size.width,
             n_layers=size.layers,
@@ -237,8 +237,6 @@ def _phase2(name: str, size: Size) -> Callable[[int], Entry]:
             dropout=size.dropout,
             tie_embeddings=True,
         )
-        model = Phase2IntegratedModel(Phase2Config(**(sizes | variant.config)), init=False)
-        variant.hold(model)
         state_bytes = phase2_state_bytes(model, size.length)
         return Entry(name, model, lambda seed: variant.reset(model, seed), state_bytes, variant.rate_factors)
 

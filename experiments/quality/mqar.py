@@ -28,7 +28,7 @@ from experiments.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mi
 from experiments.quality.models import Entry, PeerModel, Size, phase2_state_bytes
 from experiments.quality.training import Clock, Mode, Trainer
 from experiments.quality.variants import parse_variant
-from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
+from resolvent.models.phase2 import Phase2IntegratedModel
 from resolvent.ops import linear_cross_entropy
 
 LEARNING_RATES = tuple(10 ** (-3 + 0.5 * i) for i in range(4))
@@ -175,20 +175,8 @@ def build(name: str, width: int, heads: int, vocabulary: int, device: torch.devi
         model: Any = PeerModel(size, lambda _: MIXERS[name](width, heads), 0, embedding_factor=1.0)
         state_bytes, draw = model.state_bytes(size.length), model.reset
     elif name.partition("/")[0] == "phase2":
-        wide, variant = _WIDE.search(name), parse_variant(_WIDE.sub("", name))
-        layers = 3 if variant.attends == "hybrid" else 1
-        variant = variant.at(layers, size.length)
-        sizes: dict[str, Any] = dict(
-            vocab_size=vocabulary, d_model=width, n_layers=layers, n_seq=size.length, dropout=0.0
-        )
-        head_dim = int(wide[1]) if wide and wide[1] else width // heads
-        sizes |= dict(num_heads=2 * heads if wide else heads, head_dim=head_dim)
-        sizes |= dict(embedding_scale=1.0, ffn_dim=1, tie_embeddings=True)
-        model = Phase2IntegratedModel(Phase2Config(**(sizes | variant.config)), init=False)
-        variant.hold(model)
-        for block in model.blocks:
-            block.ffn = NoFeedForward()
-        state_bytes, draw = phase2_state_bytes(model, size.length), lambda seed: variant.reset(model, seed)
+        model, draw = _phase2(name, width, heads, vocabulary, size.length)
+        state_bytes = phase2_state_bytes(model, size.length)
     else:
         raise ValueError(
             f"there is no model {name!r}; known are {', '.join(MIXERS)}, phase2 and its variants phase2/..."
@@ -204,6 +192,30 @@ def build(name: str, width: int, heads: int, vocabulary: int, device: torch.devi
 
     model.to(device)
     return Entry(name, model, reset, state_bytes)
+
+
+def _phase2(
+    name: str, width: int, heads: int, vocabulary: int, length: int
+) -> tuple[Phase2IntegratedModel, Callable[[int], None]]:
+    """Return a variant of Phase 2 without feed-forward part, and the function that draws its weights from a seed."""
+    wide, variant = _WIDE.search(name), parse_variant(_WIDE.sub("", name))
+    layers = 3 if variant.attends == "hybrid" else 1
+    variant = variant.at(layers, length)
+    model = variant.build(
+        vocab_size=vocabulary,
+        d_model=width,
+        n_layers=layers,
+        n_seq=length,
+        num_heads=2 * heads if wide else heads,
+        head_dim=int(wide[1]) if wide and wide[1] else width // heads,
+        dropout=0.0,
+        embedding_scale=1.0,
+        ffn_dim=1,
+        tie_embeddings=True,
+    )
+    for block in model.blocks:
+        block.ffn = NoFeedForward()
+    return model, lambda seed: variant.reset(model, seed)
 
 
 # ----------------------------------------------------------------------------------------------------------- a run

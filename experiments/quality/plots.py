@@ -159,21 +159,20 @@ def _needle(records: Sequence[Record]) -> Draw | None:
     return draw if rows else None
 
 
-_PEERS = ("transformer", "attention", "gla", "mamba2", "mamba3", "gated-deltanet")
+def _colour(model: str) -> str:
+    return _OURS if model.startswith("phase2") else _OTHERS
 
 
 def _look(model: str, number: int) -> dict[str, Any]:
-    return dict(color=_OURS if model.startswith("phase2") else _OTHERS, marker="ox^sDv"[number % 6])
+    return dict(color=_colour(model), marker="ox^sDv"[number % 6])
 
 
 def _dots(axes: Axes, rows: Sequence[Row], label: str, name: Callable[[str], str] | None = None) -> None:
     """Draw a row for every name, the smallest mean on top."""
     rows = sorted(rows, key=lambda row: statistics.mean(row.values), reverse=True)
     for height, row in enumerate(rows):
-        colour = _OTHERS if row.name in _PEERS else _OURS
-        axes.errorbar(
-            statistics.mean(row.values), height, xerr=standard_error(row.values), fmt="o", color=colour, capsize=3
-        )
+        mean, error = statistics.mean(row.values), standard_error(row.values)
+        axes.errorbar(mean, height, xerr=error, fmt="o", color=_colour(row.name), capsize=3)
     axes.set_yticks(range(len(rows)), [(name or _name)(row.name) for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -207,8 +206,10 @@ _NAMES = {
 
 def _whole_name(model: str) -> str:
     """Return the name of a model with all parts of its variant; `_name` has the change alone."""
-    known = model in _NAMES and "/no-" not in model
-    return _NAMES[model] if known else ", ".join(["Phase 2", *model.split("/")[1:]]) if "/" in model else _name(model)
+    base, *parts = model.split("/")
+    if parts and (model not in _NAMES or "/no-" in model):  # those names are of the parts that are left out
+        return ", ".join([_name(base), *parts])
+    return _name(model)
 
 
 def _name(model: str) -> str:

@@ -120,14 +120,9 @@ def differences(records: Sequence[Record]) -> list[list[Row]]:
     """
     found = []
     for runs in _by_setting(_of_task(records, "language")):
-        models = _by_model(run for run in runs if run["finite"])
-        whole = {(run["learning_rate"], run["seed"]): run["loss"] for run in models.get("phase2", [])}
-        rows = []
-        for name, of in models.items():
-            pairs = [(run["learning_rate"], run["seed"], run["loss"]) for run in of]
-            gaps = [loss - whole[rate, seed] for rate, seed, loss in pairs if (rate, seed) in whole]
-            if name.startswith("phase2/") and gaps:
-                rows.append(Row(name, gaps))
+        models = _by_model(runs)
+        gaps = {name: paired(of, models.get("phase2", [])) for name, of in models.items() if name.startswith("phase2/")}
+        rows = [Row(name, values) for name, values in gaps.items() if values]
         found.append(rows)
     return found
 
@@ -193,6 +188,9 @@ def _language(records: list[Record]) -> list[Table]:
     (rows,) = differences(records)
     if rows:
         found.append(_differences_table(rows))
+    (zeroed,) = switched_off(records)
+    if zeroed:
+        found.append(_switched_off_table(zeroed))
     return [*found, _pairs_table(models), _runs_table(records)]
 
 
@@ -289,6 +287,17 @@ def _differences_table(rows: Sequence[Row]) -> Table:
         error = standard_error(gaps)
         ratio = f"{statistics.mean(gaps) / error:+.1f}" if error else "-"
         table.add_row(name, str(len(gaps)), average(gaps, signed=True), ratio)
+    return table
+
+
+def _switched_off_table(rows: Sequence[Row]) -> Table:
+    table = _table(
+        "cost of a mechanism put to zero after training",
+        *("model", "mechanism", "seeds", "difference (nats)"),
+    )
+    for row in rows:
+        model, mechanism = row.name.split(": ")
+        table.add_row(model, mechanism, str(len(row.values)), average(row.values, 5, signed=True))
     return table
 
 

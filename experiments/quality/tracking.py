@@ -24,7 +24,6 @@ from experiments.quality.accuracy import AccuracyExperiment
 from experiments.quality.models import Entry, phase2_state_bytes
 from experiments.quality.training import Clock, Mode, Schedule, Trainer
 from experiments.quality.variants import parse_variant
-from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
 from resolvent.ops import linear_cross_entropy
 from resolvent.ops.cross_entropy import IGNORED
 
@@ -137,7 +136,7 @@ def build(name: str, plan: Plan, device: torch.device | str = "cpu") -> Entry:
     if name.partition("/")[0] != "phase2":
         raise ValueError(f"there is no model {name!r}; known are phase2 and its variants phase2/...")
     variant = parse_variant(name).at(plan.layers, plan.longest)
-    sizes: dict[str, Any] = dict(
+    model = variant.build(
         vocab_size=len(plan.table),
         d_model=plan.width,
         n_layers=plan.layers,
@@ -146,8 +145,6 @@ def build(name: str, plan: Plan, device: torch.device | str = "cpu") -> Entry:
         head_dim=plan.width // plan.heads,
         dropout=0.0,
     )
-    model = Phase2IntegratedModel(Phase2Config(**(sizes | variant.config)), init=False)
-    variant.hold(model)
     model.to(device)
     return Entry(name, model, lambda seed: variant.reset(model, seed), phase2_state_bytes(model, plan.longest))
 

@@ -48,13 +48,11 @@ class Switch:
     """Switch of a mechanism.
 
     Attributes:
-        does: its effect while it is on.
         config: fields of the configuration that switch it off.
         zeros: endings of names of parameters that are held at zero.
         part: name of what blocks can do without once they are trained.
     """
 
-    does: str
     config: dict[str, Any] = field(default_factory=dict)
     zeros: tuple[str, ...] = ()
     part: str | None = None
@@ -75,32 +73,40 @@ class Switch:
 
 
 MECHANISMS = {
-    "bk": Switch("features of the resolvent", zeros=("bk_proj.weight",)),
-    "kappa": Switch("Γ damps the Hamiltonian", zeros=("dissipative_bk.kappa",)),
-    "feedback": Switch(
-        "the memory enters the next potential", {"memory_feedback": False}, zeros=("memory_to_potential.weight",)
-    ),
-    "snr": Switch("SNR filter", {"snr_enabled": False}, part="snr_filter"),
-    "resonance": Switch("memory resonance", {"resonance_enabled": False}, part="resonance"),
-    "zeta-init": Switch("zeta spectrum of the potential", {"use_zeta_init": False}),
-    "positions": Switch("zeta positions", zeros=("position_embedding.gain",)),
+    "bk": Switch(zeros=("bk_proj.weight",)),  # features of the resolvent
+    "kappa": Switch(zeros=("dissipative_bk.kappa",)),  # Γ damps the Hamiltonian
+    "feedback": Switch({"memory_feedback": False}, ("memory_to_potential.weight",)),  # memory in the next potential
+    "snr": Switch({"snr_enabled": False}, part="snr_filter"),
+    "resonance": Switch({"resonance_enabled": False}, part="resonance"),
+    "zeta-init": Switch({"use_zeta_init": False}),  # zeta spectrum of the potential
+    "positions": Switch(zeros=("position_embedding.gain",)),  # zeta positions
 }
 """Mechanisms that the report names."""
 
 OPTIONS = {
-    "adaptive-decay": Switch("Γ depends on the token", {"adaptive_decay": False}),
-    "conv": Switch("short convolution before q, k, v", {"conv_size": 1}),
-    "norm": Switch("norm of the read-out", {"output_norm": False}),
-    "gate": Switch("gate of the read-out", {"output_gate": False}),
-    "gated-ffn": Switch("SwiGLU instead of Linear, GELU, Linear", {"ffn_gated": False}),
-    "scale": Switch("tokens enter at the size of what blocks add", {"embedding_scale": 1.0}),
-    "snr-training": Switch("the SNR filter's strength is trained", {"snr_trained": False}),
-    "base-decay": Switch(
-        "the slowest head starts at 1 % per token, instead of 0.015 %", {"base_decay": 1.5e-4, "least_decay": 1e-4}
-    ),
-    "reach": Switch("a least decay of 0.01 % per token, instead of 1 %", {"base_decay": 0.015, "least_decay": 0.01}),
+    "adaptive-decay": Switch({"adaptive_decay": False}),  # Γ depends on the token
+    "conv": Switch({"conv_size": 1}),  # short convolution before q, k, v
+    "norm": Switch({"output_norm": False}),  # norm of the read-out
+    "gate": Switch({"output_gate": False}),  # gate of the read-out
+    "gated-ffn": Switch({"ffn_gated": False}),  # SwiGLU instead of Linear, GELU, Linear
+    "scale": Switch({"embedding_scale": 1.0}),  # tokens enter at the size of what blocks add
+    "snr-training": Switch({"snr_trained": False}),  # the SNR filter's strength is trained
+    # The slowest head starts at 1 % per token, instead of 0.015 %.
+    "base-decay": Switch({"base_decay": 1.5e-4, "least_decay": 1e-4}),
+    # The least decay is 0.01 % per token, instead of 1 %.
+    "reach": Switch({"base_decay": 0.015, "least_decay": 0.01}),
 }
 """Further switches, which the report does not name."""
+
+ORIGINAL = {
+    "base_decay": 0.015,
+    "least_decay": 0.01,
+    "tie_embeddings": False,
+    "embedding_scale": 1.0,
+    "ffn_gated": False,
+    "snr_trained": False,
+}
+"""Fields of the report's original."""
 
 ABLATION = ("phase2", *(f"phase2/no-{name}" for name in MECHANISMS), "phase2/bare", "phase2/original")
 
@@ -151,12 +157,14 @@ class Variant:
         fields = {"attention_layers": chosen, "attention_window": None if window == "all" else int(window)}
         return dataclasses.replace(self, config=self.config | fields)
 
-    def hold(self, model: Phase2IntegratedModel) -> None:
-        """Keep training from what is held at zero, and put in the layers that no field of the configuration has."""
+    def build(self, **sizes: Any) -> Phase2IntegratedModel:
+        """Return a model of these fields of the configuration, with weights yet to be drawn by ``reset``."""
+        model = Phase2IntegratedModel(Phase2Config(**(sizes | self.config)), init=False)
         if self.plain_scores:
             with_plain_scores(model)
         for parameter in _ending(model, self.zeros):
             parameter.requires_grad_(False)
+        return model
 
     @torch.no_grad()
     def reset(self, model: Phase2IntegratedModel, seed: int) -> None:
@@ -207,35 +215,14 @@ def parse_variant(name: str) -> Variant:
     Raises:
         ValueError: a part of the name is unknown.
     """
-    _, *parts = name.split("/")
-    off, original, config = set[str](), False, dict[str, Any]()
-    attends = window = rotation_start = None
-    plain_scores, rate_factors = False, dict[str, float]()
-    for part in parts:
+    off, config, fields = set[str](), dict[str, Any](), dict[str, Any]()
+    for part in name.split("/")[1:]:
         mechanism = part.removeprefix("no-")
         if part == "bare":
             off |= set(MECHANISMS)
-        elif part == "original":
-            original = True
-            config |= {
-                "base_decay": 0.015,
-                "least_decay": 0.01,
-                "tie_embeddings": False,
-                "embedding_scale": 1.0,
-                "ffn_gated": False,
-                "snr_trained": False,
-            }
-        elif part in ("hybrid", "one", "attention"):
-            attends = part
-        elif re.fullmatch(r"window-(all|[1-9]\d*)", part):
-            window = part.removeprefix("window-")
-        elif start := re.fullmatch(r"rotation(?:-(\d+(?:\.\d+)?))?", part):
-            config["memory_rotation"] = True
-            rotation_start = None if start[1] is None else float(start[1])
-        elif part == "no-qk-norm":
-            plain_scores = True
-        elif factor := re.fullmatch(r"gamma-rate-(\d+(?:\.\d+)?)", part):
-            rate_factors["gamma_bias"] = float(factor[1])
+        elif (found := _form(part)) is not None:
+            config |= found.pop("config", {})
+            fields |= found
         elif mechanism not in MECHANISMS | OPTIONS:
             known = ", ".join(["bare", "original", *MECHANISMS, *OPTIONS])
             raise ValueError(
@@ -246,13 +233,29 @@ def parse_variant(name: str) -> Variant:
             off.discard(part)
         else:
             off.add(mechanism)
-    if window and not attends:
-        raise ValueError(f"{name}: window-{window} needs hybrid, one or attention")
+    if "window" in fields and "attends" not in fields:
+        raise ValueError(f"{name}: window-{fields['window']} needs hybrid, one or attention")
     switches = [switch for key, switch in (MECHANISMS | OPTIONS).items() if key in off]
     for switch in switches:
         config |= switch.config
-    zeros = tuple(zero for switch in switches for zero in switch.zeros)
-    return Variant(config, zeros, original, attends, window, rotation_start, plain_scores, rate_factors)
+    return Variant(config, tuple(zero for switch in switches for zero in switch.zeros), **fields)
+
+
+def _form(part: str) -> dict[str, Any] | None:
+    """Return the fields of a variant that a part of its name sets; None for a part that is a switch, or unknown."""
+    if part == "original":
+        return {"original": True, "config": ORIGINAL}
+    if part in ("hybrid", "one", "attention"):
+        return {"attends": part}
+    if part == "no-qk-norm":
+        return {"plain_scores": True}
+    if window := re.fullmatch(r"window-(all|[1-9]\d*)", part):
+        return {"window": window[1]}
+    if start := re.fullmatch(r"rotation(?:-(\d+(?:\.\d+)?))?", part):
+        return {"rotation_start": None if start[1] is None else float(start[1]), "config": {"memory_rotation": True}}
+    if factor := re.fullmatch(r"gamma-rate-(\d+(?:\.\d+)?)", part):
+        return {"rate_factors": {"gamma_bias": float(factor[1])}}
+    return None
 
 
 def original_initialisation(model: Phase2IntegratedModel, generator: torch.Generator) -> None:

@@ -283,13 +283,13 @@ def regret(model: Phase2IntegratedModel, exact: Phase2IntegratedModel, state: Ph
         ids: prompt (1, N).
     """
     new = torch.stack(list(model.stream(ids, _CHECKED, temperature=0, state=state)), dim=1)
-    wide = state.map(lambda x: x.to(torch.promote_types(x.dtype, torch.float64)) if _is_real(x) else x)
+    wide = state.map(lambda x: x.to(torch.promote_types(x.dtype, torch.float64)) if _is_floating(x) else x)
     logits = exact(torch.cat([ids, new[:, :-1]], dim=1), state=wide)[:, ids.size(1) - 1 :]
     lost = logits.amax(-1) - logits.gather(-1, new.unsqueeze(-1)).squeeze(-1)
     return greatest((lost / logits.std(-1)).flatten().tolist())
 
 
-def _is_real(x: Tensor) -> bool:
+def _is_floating(x: Tensor) -> bool:
     """Return True for a real or complex floating-point tensor."""
     return x.is_floating_point() or x.is_complex()
 

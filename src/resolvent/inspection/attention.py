@@ -4,6 +4,7 @@ Shapes: N tokens, D model width, H heads, T weights kept per token.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resolvent.layers import LocalAttentionLayer
@@ -25,7 +26,7 @@ def largest_weights(layer: LocalAttentionLayer, x: Tensor, count: int = 4) -> tu
         Weights and indices of tokens, both (H, N, T). Where a token sees fewer than T tokens, the last weights are 0.
     """
     length = len(x)
-    count = min(count, length)
+    count, window = min(count, length), layer.window or length
     heads = layer.heads(layer.qkv_proj(x[None]), None, None)
     place = torch.arange(length, device=x.device)
     q, k = layer.rotated(heads, place[None])
@@ -33,19 +34,13 @@ def largest_weights(layer: LocalAttentionLayer, x: Tensor, count: int = 4) -> tu
     k_HNK = k[0].repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=1).transpose(0, 1)
     found = []
     for rows in place.split(_BLOCK):
-        first = 0 if layer.window is None else max(0, int(rows[0]) - layer.window + 1)
-        columns = torch.arange(first, int(rows[-1]) + 1, device=x.device)
+        columns = torch.arange(max(0, int(rows[0]) - window + 1), int(rows[-1]) + 1, device=x.device)
         back = rows[:, None] - columns
-        seen = (back >= 0) if layer.window is None else (back >= 0) & (back < layer.window)
+        seen = (back >= 0) & (back < window)
         scores = (q_HNK[:, rows] @ k_HNK[:, columns].mT).float() * torch.as_tensor(layer.temperature).reshape(-1, 1, 1)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
         best = weights.topk(min(count, len(columns)), dim=-1)
         missing = count - best.values.shape[-1]
-        found.append(
-            [
-                torch.nn.functional.pad(best.values, (0, missing)),
-                torch.nn.functional.pad(columns[best.indices], (0, missing)),
-            ]
-        )
+        found.append([F.pad(kept, (0, missing)) for kept in (best.values, columns[best.indices])])
     weights, places = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     return weights, places

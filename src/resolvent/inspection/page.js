@@ -394,18 +394,35 @@ function drawLearning() {
 }
 
 const median = (list) => [...list].sort((a, b) => a - b)[Math.floor(list.length / 2)];
+const halfLife = (rate) => Math.LN2 / (rate * data.dt);
+// The heads of all memories, the slowest first.
+function decayRows() {
+  const rows = data.layers.flatMap((layer, l) => !layer.memory ? [] : layer.gamma.map((gamma, h) => ({ gamma, l, h, half: halfLife(median(gamma)) })));
+  return rows.sort((a, b) => b.half - a.half);
+}
+// One pixel for every head and token, coloured by the logarithm of the rate between two limits.
+function paintRates(canvas, rows, low, high) {
+  Object.assign(canvas, { width: COUNT, height: rows.length });
+  const context = canvas.getContext("2d"), image = context.createImageData(COUNT, rows.length);
+  rows.forEach(({ gamma }, r) => gamma.forEach((rate, i) => image.data.set([...cividis((Math.log(rate) - low) / (high - low || 1)), 255], 4 * (r * COUNT + i))));
+  context.putImageData(image, 0, 0);
+}
+// The tokens below their columns; where they are bytes, the words that they make.
+function labelColumns(parent, cell) {
+  const words = html("div", BYTES ? "words level" : "words", parent);
+  for (let i = 0; i < COUNT; ) {
+    let end = i + 1;
+    while (BYTES && i > 0 && end < COUNT && data.words[end] === data.words[i]) end++;
+    html("span", "", words, BYTES && i > 0 ? shownText(word(i).trim()) : shown(i)).style.width = `${(end - i) * cell}px`;
+    i = end;
+  }
+}
 function drawDecay() {
-  const rows = data.layers.flatMap((layer, l) => !layer.memory ? [] : layer.gamma.map((gamma, h) => ({ gamma, l, h, half: Math.LN2 / (median(gamma) * data.dt) }))).sort((a, b) => b.half - a.half);
-  const all = rows.map((row) => row.gamma).flat(), low = Math.log(all.reduce((a, b) => Math.min(a, b))), high = Math.log(all.reduce((a, b) => Math.max(a, b)));
+  const rows = decayRows(), all = rows.flatMap((row) => row.gamma);
+  const low = Math.log(all.reduce((a, b) => Math.min(a, b))), high = Math.log(all.reduce((a, b) => Math.max(a, b)));
   const cell = BYTES ? 9 : 16, tall = Math.max(3, Math.min(15, Math.floor(320 / rows.length))), every = Math.ceil(13 / tall);
-  const paint = (canvas) => {
-    Object.assign(canvas, { width: COUNT, height: rows.length });
-    const context = canvas.getContext("2d"), image = context.createImageData(COUNT, rows.length);
-    rows.forEach(({ gamma }, r) => gamma.forEach((rate, i) => image.data.set([...cividis((Math.log(rate) - low) / (high - low || 1)), 255], 4 * (r * COUNT + i))));
-    context.putImageData(image, 0, 0);
-  };
   const overview = html("div", "overview", $("decay-map")), small = html("canvas", "", overview), frame = html("div", "frame", overview);
-  paint(small);
+  paintRates(small, rows, low, high);
   small.style.height = `${Math.max(24, Math.min(72, 3 * rows.length))}px`;
   const strip = html("div", "strip", $("decay-map")), labels = html("div", "rows", strip);
   rows.forEach(({ l, h, half }, r) => (html("div", "", labels, r % every ? "" : `L${l + 1} H${h + 1} · ${tokens(half)}`).style.height = `${tall}px`));
@@ -414,15 +431,9 @@ function drawDecay() {
   Object.assign(window, { tabIndex: 0, ariaLabel: "Decay rates by head and token; arrow keys move" });
   window.setAttribute("role", "group");
   const canvas = html("canvas", "", inner);
-  paint(canvas);
+  paintRates(canvas, rows, low, high);
   Object.assign(canvas.style, { width: `${COUNT * cell}px`, height: `${rows.length * tall}px` });
-  const words = html("div", BYTES ? "words level" : "words", inner);
-  for (let i = 0; i < COUNT; ) {
-    let end = i + 1;
-    while (BYTES && i > 0 && end < COUNT && data.words[end] === data.words[i]) end++;
-    html("span", "", words, BYTES && i > 0 ? shownText(word(i).trim()) : shown(i)).style.width = `${(end - i) * cell}px`;
-    i = end;
-  }
+  labelColumns(inner, cell);
   const column = html("div", "column", inner);
   Object.assign(column.style, { width: `${cell}px`, height: "100%" });
   const slide = () => Object.assign(frame.style, { left: `${(100 * window.scrollLeft) / inner.clientWidth}%`, width: `${Math.min(100, (100 * window.clientWidth) / inner.clientWidth)}%` });
@@ -436,7 +447,7 @@ function drawDecay() {
     const box = inner.getBoundingClientRect(), i = clamp(Math.floor((event.clientX - box.left) / cell), COUNT), row = rows[clamp(Math.floor((event.clientY - box.top) / tall), rows.length)];
     selectToken(i);
     const { top } = inner.getBoundingClientRect();
-    showTip(`${named(i)}, layer ${row.l + 1}, head ${row.h + 1}\nΓ = ${number(row.gamma[i])}, half is forgotten in ${tokens(Math.LN2 / (row.gamma[i] * data.dt))} tokens`, event.clientX, top);
+    showTip(`${named(i)}, layer ${row.l + 1}, head ${row.h + 1}\nΓ = ${number(row.gamma[i])}, half is forgotten in ${tokens(halfLife(row.gamma[i]))} tokens`, event.clientX, top);
   });
   inner.addEventListener("pointerleave", hideTip);
   window.addEventListener("keydown", (event) => {
@@ -450,7 +461,7 @@ function drawDecay() {
     if (left < window.scrollLeft || left + cell > window.scrollLeft + window.clientWidth) window.scrollLeft = left - window.clientWidth / 2;
     slide();
   });
-  ramp($("decay-map"), `keeps: half is gone in ${tokens(Math.LN2 / (Math.exp(low) * data.dt))} tokens`, `forgets: half is gone in ${tokens(Math.LN2 / (Math.exp(high) * data.dt))} tokens`);
+  ramp($("decay-map"), `keeps: half is gone in ${tokens(halfLife(Math.exp(low)))} tokens`, `forgets: half is gone in ${tokens(halfLife(Math.exp(high)))} tokens`);
 }
 
 // The layer that is looked at, or the first one that has a part which this one lacks.

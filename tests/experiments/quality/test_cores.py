@@ -10,14 +10,14 @@ from experiments.quality.cores import UnitLowerInverse, gated_delta_rule, gated_
 from experiments.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mamba3, Mixer
 
 LENGTHS = [1, 63, 64, 130]
-MIXERS = [
-    lambda: Attention(32, 2),
-    lambda: GLA(32, 2),
-    lambda: Mamba2(32, head_dim=16, state=8),
-    lambda: GatedDeltaNet(32, 2, expand=2),
-    lambda: WindowedAttention(32, 2, window=30),
-    lambda: Mamba3(32, head_dim=16, state=8),
-]
+MIXERS = {
+    "attention": lambda: Attention(32, 2),
+    "gla": lambda: GLA(32, 2),
+    "mamba2": lambda: Mamba2(32, head_dim=16, state=8),
+    "gated-deltanet": lambda: GatedDeltaNet(32, 2, expand=2),
+    "windowed": lambda: WindowedAttention(32, 2, window=30),
+    "mamba3": lambda: Mamba3(32, head_dim=16, state=8),
+}
 
 
 def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def fresh(make) -> Mixer:
     return mixer.double()
 
 
-@pytest.mark.parametrize("make", MIXERS)
+@pytest.mark.parametrize("make", MIXERS.values(), ids=MIXERS)
 def test_mixers_are_causal_and_read_everything_before(make):
     mixer, x = fresh(make), torch.randn(1, 70, 32, dtype=torch.float64)
     changed = x.clone()
@@ -113,7 +113,7 @@ def test_mixers_are_causal_and_read_everything_before(make):
 
 
 def test_attention_is_a_softmax_over_turned_keys():
-    mixer, x = fresh(MIXERS[0]), torch.randn(1, 9, 32, dtype=torch.float64)
+    mixer, x = fresh(MIXERS["attention"]), torch.randn(1, 9, 32, dtype=torch.float64)
     q, k, v = mixer.qkv_proj(x)[0].unflatten(-1, (3, 2, 16)).permute(1, 2, 0, 3)
     angles = torch.arange(9.0).double()[:, None] * 10_000.0 ** -(torch.arange(0, 16, 2) / 16).double()
 
@@ -128,7 +128,7 @@ def test_attention_is_a_softmax_over_turned_keys():
 
 
 def test_mamba2_is_its_recurrence():
-    mixer, x = fresh(MIXERS[2]), torch.randn(1, 70, 32, dtype=torch.float64)
+    mixer, x = fresh(MIXERS["mamba2"]), torch.randn(1, 70, 32, dtype=torch.float64)
     gate, mixed, dt = mixer.in_proj(x[0]).split([64, 80, 4], dim=-1)
     tail = F.pad(mixed, (0, 0, 3, 0))
     mixed = F.silu(sum(mixer.conv_weight[j] * tail[3 - j : 73 - j] for j in range(4)))
@@ -145,7 +145,7 @@ def test_mamba2_is_its_recurrence():
 
 
 def test_mamba3_is_its_recurrence():
-    mixer, x = fresh(MIXERS[5]), torch.randn(1, 70, 32, dtype=torch.float64)
+    mixer, x = fresh(MIXERS["mamba3"]), torch.randn(1, 70, 32, dtype=torch.float64)
     gate, v, k, q, dt, rate, mix, angle = mixer.in_proj(x[0]).split([64, 64, 8, 8, 4, 4, 4, 2], dim=-1)
     v, dt = v.unflatten(-1, (4, 16)), F.softplus(dt + mixer.dt_bias)
     alpha = torch.exp(-dt * F.softplus(rate).clamp(min=1e-4))
@@ -178,7 +178,8 @@ def test_mamba3_is_its_recurrence():
     torch.testing.assert_close(mixer(x)[0], exact, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("make", MIXERS)
+@pytest.mark.slow
+@pytest.mark.parametrize("make", MIXERS.values(), ids=MIXERS)
 def test_mixers_compile_as_one_graph(make):
     mixer, x = fresh(make).float(), torch.randn(2, 70, 32)
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
@@ -194,7 +195,7 @@ def test_mixers_compile_as_one_graph(make):
 
 
 def test_state_bytes_are_those_of_what_is_carried():
-    attention, gla, mamba, delta, windowed, turning = (make() for make in MIXERS)
+    attention, gla, mamba, delta, windowed, turning = (make() for make in MIXERS.values())
     assert attention.state_bytes(10) == 4 * 10 * 2 * 32
     assert gla.state_bytes(10) == 4 * 2 * 8 * 16
     assert mamba.state_bytes(10) == 4 * (4 * 16 * 8 + 3 * 80)
