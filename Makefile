@@ -18,7 +18,7 @@ CONSTRAINTS := constraints.txt
 .PHONY: help setup demo test test-all test-oldest test-gpu lint format bench docs docs-serve architecture wheel clean
 
 help:  ## show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## create .venv with the pinned versions and this checkout
 

@@ -41,6 +41,11 @@ def test_a_checkpoint_belongs_to_its_run():
     assert run_of(Path("runs/a")) == run_of(Path("runs/a/checkpoints/step-00000001")) == Path("runs/a")
 
 
+def test_folder_may_be_named_by_a_string():
+    model, tokenizer = load_trained(str(GOLDEN), "cpu")
+    assert model.vocab_size == tokenizer.get_vocab_size()
+
+
 def test_the_files_that_never_change_are_those_of_a_run():
     assert RUN_FILE in fixed_files() and all((GOLDEN / name).exists() for name in fixed_files())
 

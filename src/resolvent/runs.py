@@ -41,7 +41,9 @@ def run_of(directory: Path) -> Path:
     return directory.parent if averaged else directory
 
 
-def load_trained(directory: Path, device: str, *, dtype: "Dtype" = "float32") -> "tuple[IntegratedModel, Tokenizer]":
+def load_trained(
+    directory: Path | str, device: str = "auto", *, dtype: "Dtype" = "float32"
+) -> "tuple[IntegratedModel, Tokenizer]":
     """Load a model and its tokenizer.
 
     A padded table (`resize_token_embeddings`) is cut to the size of the tokenizer, so that ids without a token have no
@@ -65,6 +67,7 @@ def load_trained(directory: Path, device: str, *, dtype: "Dtype" = "float32") ->
     from resolvent.models.storage import INDEX, WEIGHTS
     from resolvent.terminal import shell_word
 
+    directory = Path(directory)
     if not any((directory / name).exists() for name in (WEIGHTS, INDEX, ADAPTER_WEIGHTS)):
         if (directory / RUN_FILE).exists():
             raise CheckpointError(

@@ -57,6 +57,16 @@ def test_train_reads_every_text_that_is_named(
     assert outcome.code == 2 and "leave out --text-field" in words_of(outcome)
 
 
+def test_train_shows_the_shares_of_a_mixture(
+    resolvent: Resolvent, texts: tuple[Path, Path], small: list[str], tmp_path: Path
+):
+    other = tmp_path / "other.txt"
+    other.write_text("The shy cat sat on the wet mat.\n" * 20)
+    mixed = ["--data", f"{texts[0]}:1", "--data", f"{other}:3"]
+    outcome = resolvent("train", *mixed, "--out", tmp_path / "run", "--steps", 1, *small)
+    assert f"Windows   25% from {texts[0]}, 75% from {other}\n" in outcome.out
+
+
 def test_held_out_part_of_several_texts_has_the_field_of_the_run(
     resolvent: Resolvent, texts: tuple[Path, Path], small: list[str], tmp_path: Path
 ):

@@ -210,6 +210,12 @@ def test_json_lines_without_the_field_are_refused(tmp_path):
     assert read(path, text_field="body") == ["x", "y"]
 
 
+def test_conversations_read_as_text_are_refused_with_the_format(tmp_path):
+    path = only_file(tmp_path / "a", "a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .* \['messages'\].*--format chat"):
+        read(path)
+
+
 @pytest.mark.parametrize("text", ['{\n"text": "x"\n}', '{"a": 1}', '{"a": 1}\n{"a": 2}', "[1]", "[{}]", "1", "", "x"])
 def test_other_json_is_refused(tmp_path, text):
     with pytest.raises(NotText, match=r"a\.json is a JSON document .*jq.*--text-field"):

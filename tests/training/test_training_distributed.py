@@ -1,6 +1,7 @@
 """Training by several processes on the CPU."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -125,6 +127,19 @@ def touches(make: MakeConfig) -> list[list[str]]:
 def sharded(make: MakeConfig, touches: list[list[str]]) -> Path:
     """The run of these processes."""
     return make("sharded", 2).run_dir
+
+
+def test_the_first_process_names_the_processes(make: MakeConfig):
+    shown, silent = together(2, introduction, make("introduced", 2, steps=1))
+    assert "fp32 on 2 processes (ddp), cpu\n" in shown
+    assert silent == ""
+
+
+def introduction(config: TrainingConfig) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    train(config, console=console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def test_two_processes_train_as_one(make: MakeConfig, alone: Path):

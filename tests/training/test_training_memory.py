@@ -140,7 +140,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(
 ):
     monkeypatch.setattr("resolvent.training.memory.memory_of", lambda _: Memory(total=2**20, available=2**20))
     message = (
-        r"training takes about 0\.0 GiB.* 2 windows of 64 tokens; there are .* in all: lower --batch-size or --seq"
+        r"training takes about 0\.\d\d GiB.* 2 windows of 64 tokens; there are .* in all: lower --batch-size or --seq"
     )
     with pytest.raises(ConfigError, match=message) as raised:
         train(small_config())

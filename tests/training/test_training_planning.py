@@ -55,6 +55,7 @@ def test_speed_is_that_of_the_timed_steps(small_config: MakeConfig, monkeypatch:
 def test_plan_prints_as_one_line(small_config: MakeConfig):
     plan = dataclasses.replace(plan_run(small_config(), tokens_per_second=1000.0), memory=Estimate(2**30, 2**31))
     assert repr(plan) == f"RunPlan({plan.parameters:,} parameters, 1,280 tokens, 3.0 GiB, 0:02)"
+    assert f"{plan.flops_per_token / 1e3:.1f} kFLOPs per token" in str(plan)
     assert "Memory    about 3.0 GiB: 1.0 GiB for parameters and optimiser, 2.0 GiB for activations; " in str(plan)
 
 
@@ -72,6 +73,8 @@ def test_suggestion_is_where_the_loss_falls_fastest():
     losses = [5.0, 4.9, 3.9, 3.5, 6.0]
     assert lr_find._suggestion(rates, losses) == rates[2]
     assert lr_find._suggestion(rates, [5.0, 6.0, 7.0, 8.0, 9.0]) is None
+    after_the_rise = [5.0, 4.0, 5.2, 5.1, 4.5]
+    assert lr_find._suggestion(rates, after_the_rise) == rates[0]
     assert RangeTest(rates, losses, rates[2], 5.0).advice.endswith("try --learning-rate 1.0e-03 --muon-lr 5.0e-03")
     assert repr(RangeTest(rates, losses, rates[2])) == "RangeTest(5 steps, suggestion 1.0e-03)"
 

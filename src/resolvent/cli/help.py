@@ -23,8 +23,19 @@ class _FoldedHelp:
             for bounds in holders:
                 if getattr(bounds, "max", None) == MOST_SEED:
                     bounds.max = None
+            _name_plain_type(parameter, ctx)
         inherited: Any = super()
         inherited.format_help(ctx, formatter)
+
+
+def _name_plain_type(parameter: Any, context: Any) -> None:
+    """Name the type of a bounded number without the word range, which its bounds say: `<int> [x>=1]`."""
+    display = getattr(parameter, "display_type", None)  # by version of Typer
+    if display is None or parameter.metavar is not None:
+        return
+    name = display(context)
+    if name.endswith(" range>"):
+        parameter.metavar = name.removesuffix(" range>") + ">"
 
 
 class Command(_FoldedHelp, TyperCommand):

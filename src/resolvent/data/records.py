@@ -233,10 +233,10 @@ def _fault(error: Exception) -> str:
 def _document(record: object, place: str, text_field: str, count: Callable[[int], None], structured: bool) -> str:
     if not isinstance(record, dict) or text_field not in record:
         held = f"the fields {shown(sorted(record)[:20])}" if isinstance(record, dict) else f"a {_kind(record)}"
-        raise DataError(
-            f'{place}: needs an object with a field "{text_field}", got {held}; name the field with the text by '
-            "--text-field"
-        )
+        remedy = "name the field with the text by --text-field"
+        if isinstance(record, dict) and "messages" in record:
+            remedy = "conversations are read by `resolvent train --format chat`"
+        raise DataError(f'{place}: needs an object with a field "{text_field}", got {held}; {remedy}')
     value = record[text_field]
     if structured:
         value = json.dumps(value, ensure_ascii=False, default=_as_python)

@@ -28,7 +28,8 @@ class RangeTest:
     Attributes:
         rates: learning rate of every step.
         losses: smoothed loss of every step, in nats per token.
-        suggestion: a peak learning rate to train with: where the loss falls fastest; None if it never falls.
+        suggestion: a peak learning rate to train with: where the loss falls fastest, below the rate of the lowest
+            loss; None if it never falls.
         muon_ratio: Muon's learning rate over those here, which are AdamW's; None without Muon.
     """
 
@@ -54,8 +55,8 @@ class RangeTest:
         lowest = self.rates[self.losses.index(min(self.losses))]
         muon = "" if self.muon_ratio is None else f" --muon-lr {self.muon_ratio * self.suggestion:.1e}"
         return (
-            f"The loss falls fastest at {self.suggestion:.1e}, and is lowest at {lowest:.1e}, too high for a long run: "
-            f"try --learning-rate {self.suggestion:.1e}{muon}"
+            f"The loss falls fastest at {self.suggestion:.1e}, and is lowest at {lowest:.1e}, which is too high "
+            f"for a long run: try --learning-rate {self.suggestion:.1e}{muon}"
         )
 
     def plot(self, path: str | Path) -> None:
@@ -106,7 +107,12 @@ def find_learning_rate(config: TrainingConfig, *, console: Console | None = None
 
 
 def _suggestion(rates: list[float], losses: list[float]) -> float | None:
-    """Return the rate at which the loss falls fastest, on a logarithmic axis; None if it does not fall."""
+    """Return the rate below that of the lowest loss at which the loss falls fastest; None if it does not fall.
+
+    Slopes are those on a logarithmic axis. Behind the lowest loss, a fall is noise after a rise.
+    """
     if len(losses) < 2 or min(losses) >= losses[0]:
         return None
-    return rates[int(np.argmin(np.gradient(losses, np.log(rates))))]
+    lowest = losses.index(min(losses))
+    slopes = np.gradient(losses[: lowest + 1], np.log(rates[: lowest + 1]))
+    return rates[int(np.argmin(slopes[:lowest]))]

@@ -181,8 +181,8 @@ def check_memory(model: IntegratedModel, config: TrainingConfig, device: torch.d
 
 
 def gib(size: int) -> str:
-    """Return bytes in GiB, for messages."""
-    return f"{size / 2**30:.1f} GiB"
+    """Return bytes in GiB, for messages: with one decimal, or two below 1 GiB."""
+    return f"{size / 2**30:.{1 if size >= 2**30 else 2}f} GiB"
 
 
 def memory_of(device: torch.device) -> Memory:

@@ -81,8 +81,7 @@ class RunPlan:
         return (
             f"Model     {self.parameters:,} parameters, {self.parameters - self.embedding_parameters:,} without the "
             f"token embedding{frozen_part(self.parameters, self.trained_parameters)}\n"
-            f"Compute   {self.flops_per_token / 1e6:,.1f} MFLOPs per token, "
-            f"{self.flops_per_token * self.tokens / 1e12:,.1f} TFLOPs in all\n"
+            f"Compute   {_flops(self.flops_per_token)} per token, {_flops(self.flops_per_token * self.tokens)} in all\n"
             f"Memory    about {gib(memory.total)}: {gib(memory.parameters)} for parameters and optimiser, "
             f"{gib(memory.activations)} for activations; "
             f"{f'measured {gib(measured)}; ' if measured is not None else ''}{gib(self.free_memory)} free\n"
@@ -90,6 +89,15 @@ class RunPlan:
             f"the text; {self.validated_tokens:,} in validations\n"
             f"Time      {format_duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s, {source}"
         )
+
+
+def _flops(count: float) -> str:
+    """Return a number of FLOPs in the unit that gives up to three digits before the point."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if count < 1000:
+            return f"{count:,.1f} {unit}FLOPs"
+        count /= 1000
+    return f"{count:,.1f} EFLOPs"
 
 
 def plan_run(

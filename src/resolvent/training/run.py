@@ -314,11 +314,11 @@ def _warn_of_what_is_not_trained(model: IntegratedModel) -> None:
         return
     interval = wanted.consolidation_interval
     if model.n_seq <= interval:
-        oftener = f"--set consolidation_interval={CHUNK} or " if model.n_seq > CHUNK else ""
+        oftener = f"set consolidation_interval={CHUNK}, or " if model.n_seq > CHUNK else ""
         logger.warning(
             f"Memories are consolidated every {interval} tokens (consolidation_interval), and windows have "
-            f"{model.n_seq}: SNR filter and resonance will not be trained. {oftener}a --seq-len of more than "
-            f"{interval} lets them."
+            f"{model.n_seq}: SNR filter and resonance stay untrained. To train them, {oftener}take a --seq-len of "
+            f"more than {interval}"
         )
 
 

@@ -40,7 +40,7 @@ from resolvent.training.checkpoint import (
     write_models,
 )
 from resolvent.training.compute import flops_per_token, peak_flops
-from resolvent.training.config import FROM_RATE, TrainingConfig
+from resolvent.training.config import FROM_RATE, TrainingConfig, weighted_paths
 from resolvent.training.corpus import Corpus
 from resolvent.training.ema import WeightAverage
 from resolvent.training.interrupt import StopRequest, TrainingInterrupted
@@ -567,6 +567,8 @@ class Trainer:
         total, trained = self.raw_model.num_parameters(), self.raw_model.num_parameters(trainable_only=True)
         of_them = f" of which {trained:,} are trained ({trained / total:.1%})," if trained < total else ""
         precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
+        processes = self.accelerator.num_processes
+        devices = self.device if processes == 1 else f"{processes} processes ({config.parallel}), {self.device.type}"
         epochs = config.steps * self.tokens_per_step / train.num_predictions
         origin = f"from {config.start_from}" if config.start_from else config.preset or "own configuration"
         start = f"from step {self.state.step:,} of" if self.state.step else "for"
@@ -579,8 +581,9 @@ class Trainer:
             rate += f", {FROM_RATE:g} of that for fresh weights, since the model is trained already (--learning-rate)"
         self.display.say(
             f"Model     Phase {phase_of(self.raw_model)}, {origin}: "
-            f"{total:,} parameters,{of_them} {precision} on {self.device}\n"
+            f"{total:,} parameters,{of_them} {precision} on {devices}\n"
             f"Text      {train.num_bytes:,} bytes in {train.num_documents:,} document(s) to learn from\n"
+            f"{self._mixture()}"
             f"Held out  {held_out.num_bytes:,} bytes in {held_out.num_documents:,} document(s){share}\n"
             f"Tokens    {train.num_predictions:,} to learn from, vocabulary of "
             f"{self.corpus.tokenizer.get_vocab_size():,}\n"
@@ -588,6 +591,16 @@ class Trainer:
             f"          {start} {config.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2g} times the "
             f"text), into {self.run_dir}"
         )
+
+    def _mixture(self) -> str:
+        """Return a line with the shares of a mixture; nothing where texts are not mixed."""
+        if not self.corpus.mixture:
+            return ""
+        data = self.config.data
+        paths = weighted_paths(data if isinstance(data, list) else [str(data)])
+        whole = sum(weight or 0 for _, weight in paths)
+        shares = (f"{(weight or 0) / whole:.0%} from {path}" for path, weight in paths)
+        return f"Windows   {', '.join(shares)}\n"
 
     def _new_display(self) -> TrainingDisplay:
         peak = peak_flops(self.device, self.accelerator.mixed_precision)
