@@ -103,7 +103,7 @@ def test_compare_shows_the_change_of_every_figure(
     assert resolvent("benchmark", "--quick", "--device", "cpu", "--json", path).code == 0
     outcome = resolvent("benchmark", "--quick", "--device", "cpu", "--compare", path)
     assert outcome.code == 0
-    assert "change against the stored run (CPU, PyTorch" in outcome.out
+    assert "change against the stored run of scale quick (CPU, PyTorch" in outcome.out
     assert "section: row ms 2 1 -50.0 %" in " ".join(outcome.out.split())
 
 
