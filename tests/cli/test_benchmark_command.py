@@ -39,6 +39,8 @@ def test_all_sections_are_measured_and_written(resolvent: Resolvent, tmp_path: P
         ("decoding", "tiny, B1, generating after 20 tokens"),
         ("decoding", "tiny, B1, generating after 200 tokens"),
         ("decoding", "tiny, B1, generating, after 200 / after 20"),
+        ("decoding", "tiny, B3, generating after 40 tokens"),
+        ("decoding", "tiny, B3, generating after 40 tokens, ours / GPT"),
         ("serving", "tiny, 3 answers of 6 tokens"),
     ]
     assert not any(row["failures"] for row in figures["rows"])
