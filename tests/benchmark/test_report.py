@@ -84,7 +84,7 @@ def test_changes_against_a_stored_run(tmp_path: Path):
     path.write_text(json.dumps(Report("cuda", "a GPU", LIMITS, before).to_dict()))
     stored = StoredRun.read(path)
     now = [Row("a", "fast", "ms", 1.5), Row("a", "failed", "ms", 1.0), Row("b", "fast", "tokens/s", 3000.0)]
-    assert stored.device == "a GPU"
+    assert (stored.scale, stored.device) == ("cuda", "a GPU")
     assert stored.changes(now).rows == [
         ["a: fast", "ms", "2", "1.5", "-25.0 %"],
         ["a: failed", "ms", "", "1", ""],
@@ -96,4 +96,9 @@ def test_stored_run_of_another_kind_is_refused(tmp_path: Path):
     path = tmp_path / "other.json"
     path.write_text(json.dumps({"rows": [{"name": "x"}]}))
     with pytest.raises(DataError, match=r"other\.json does not hold the figures of a benchmark \('section'\)"):
+        StoredRun.read(path)
+    path.write_text(json.dumps({"rows": [{"section": "a", "name": "b", "ours": "fast"}], "scale": "cpu"}))
+    with pytest.raises(
+        DataError, match=r"other\.json does not hold the figures of a benchmark \('fast' is no figure\)"
+    ):
         StoredRun.read(path)

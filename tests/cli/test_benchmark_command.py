@@ -39,6 +39,8 @@ def test_all_sections_are_measured_and_written(resolvent: Resolvent, tmp_path: P
         ("decoding", "tiny, B1, generating after 20 tokens"),
         ("decoding", "tiny, B1, generating after 200 tokens"),
         ("decoding", "tiny, B1, generating, after 200 / after 20"),
+        ("decoding", "tiny, B3, generating after 40 tokens"),
+        ("decoding", "tiny, B3, generating after 40 tokens, ours / GPT"),
         ("serving", "tiny, 3 answers of 6 tokens"),
     ]
     assert not any(row["failures"] for row in figures["rows"])
@@ -103,7 +105,7 @@ def test_compare_shows_the_change_of_every_figure(
     assert resolvent("benchmark", "--quick", "--device", "cpu", "--json", path).code == 0
     outcome = resolvent("benchmark", "--quick", "--device", "cpu", "--compare", path)
     assert outcome.code == 0
-    assert "change against the stored run (CPU, PyTorch" in outcome.out
+    assert "change against the stored run of scale quick (CPU, PyTorch" in outcome.out
     assert "section: row ms 2 1 -50.0 %" in " ".join(outcome.out.split())
 
 

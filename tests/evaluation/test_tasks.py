@@ -57,7 +57,7 @@ def test_error_names_the_missing_package_or_task(folder, monkeypatch):
 
 def test_a_model_that_a_folder_names_is_not_loaded(folder):
     (folder / "run" / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/theirs"}')
-    with pytest.raises(ConfigError, match=r"adapter_config\.json has another model loaded"):
+    with pytest.raises(ConfigError, match=r"adapter_config\.json may name another model .* --merge"):
         evaluate_tasks(folder / "run", folder / "run", ["colours"])
 
 

@@ -45,6 +45,18 @@ def test_int8_products_equal_those_of_the_rounded_weights(shape, bias):
     assert ((weight - layer.weight).abs().amax(1) <= layer.weight.abs().amax(1) * (1 / 254 + 1 / 256)).all()
 
 
+@pytest.mark.parametrize("width", [256, 257, 264, 280, 300])
+@pytest.mark.parametrize("tokens", [1, 20])
+@torch.no_grad()
+def test_int8_products_take_any_width(width, tokens):
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(width, 259) for _ in range(10)]  # memory beside a matrix decides what is read of it
+    x = torch.randn(tokens, width)
+    for layer in layers:
+        exact = layer(x)
+        assert (Int8Linear.of(layer)(x) - exact).norm() <= 2e-2 * exact.norm()
+
+
 @torch.no_grad()
 def test_int8_of_zeros_is_zero():
     assert torch.equal(Int8Linear(torch.zeros(300, 256))(torch.ones(1, 256)), torch.zeros(1, 300))

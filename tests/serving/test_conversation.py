@@ -132,7 +132,7 @@ def test_file_of_another_model_or_none_is_refused(model: Any, tmp_path: Path):
     answer(conversation, "one")
     conversation.save(tmp_path / "talk")
     torch.manual_seed(9)
-    with pytest.raises(CheckpointError, match="a conversation with another model"):
+    with pytest.raises(CheckpointError, match="a conversation with another model, or with other --weights"):
         talk(PHASE2.model(vocab_size=257)).load(tmp_path / "talk")
     conversation._read.state.save(tmp_path / "state")
     with pytest.raises(CheckpointError, match="holds no conversation"):

@@ -213,3 +213,44 @@ def test_full_disk_loses_a_state_and_nothing_else(
 
 def test_long_prompt_has_a_key_per_block():
     assert len(block_keys(tokens(4 * BLOCK, batch=1)[0].numpy(), BLOCK)) == 3
+
+
+def test_unreadable_folder_is_an_empty_one(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    prompt = tokens(2 * BLOCK + 5, batch=1)
+    engine = Engine(model, block=BLOCK, files=files_of(tmp_path, model))
+    stat = Path.stat
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if path.suffix == ".state":
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    engine.start()
+    assert answer(engine, prompt)[1] == 0
+    assert engine.alive
+    engine.close()
+    assert "cannot be read: [Errno 13]" in caplog.text
+
+
+def test_file_that_cannot_be_removed_stops_no_eviction(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "a folder.state").mkdir()
+    write(tmp_path, model, b"a")
+    files, unlink = files_of(tmp_path, model), Path.unlink
+    oldest, size = files._path(b"a"), files._path(b"a").stat().st_size
+    os.utime(oldest, (1, 1))
+
+    def refuse(path: Path, **options: bool) -> None:
+        if path == oldest:
+            raise PermissionError(13, "Permission denied")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    write(tmp_path, model, b"b", b"c", b"d", most_bytes=2 * size)
+    files.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"a folder.state", oldest.name, files._path(b"d").name}
+    assert "cannot be removed: [Errno 13]" in caplog.text

@@ -1,5 +1,6 @@
 """LoRA: adapters of a saved model, in run folders and checkpoints."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -269,3 +270,23 @@ def test_transformers_reads_the_run_folder(adapted: MakeConfig):
     train(config)
     theirs = AutoModelForCausalLM.from_pretrained(config.run_dir).eval()
     torch.testing.assert_close(theirs(ids()).logits, load_model(config.run_dir, device="cpu")(ids()))
+
+
+def test_rank_fits_the_named_maps(adapted: MakeConfig, tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match=r"r must be at most \d+, the shorter side of blocks\.0\..*gate_down, got 4096"
+    ):
+        train(adapted(out=str(tmp_path / "run"), lora="r=4096,targets=gate_down,qkv_proj"))
+    assert LoraOptions.parse("r = 4 , alpha = 2") == LoraOptions(r=4, alpha=2.0)
+
+
+def test_adapters_without_their_weights_are_named(adapted: MakeConfig, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    train(adapted(out=str(run_dir), steps=1))
+    checkpoint = checkpoint_path(run_dir, 1).rename(tmp_path / "away")
+    with pytest.raises(CheckpointError, match="away holds adapters alone"):
+        load_model(checkpoint, "cpu")
+    settings = json.loads((run_dir / ADAPTER_CONFIG).read_text())
+    (run_dir / ADAPTER_CONFIG).write_text(json.dumps(settings | {"init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(CheckpointError, match="init_lora_weights = 'pissa_niter_4', and only plain LoRA"):
+        load_model(run_dir, "cpu")

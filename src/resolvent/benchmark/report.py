@@ -10,7 +10,7 @@ import torch
 
 from resolvent.benchmark.timing import Ceilings, Work
 from resolvent.errors import DataError
-from resolvent.files import read_json
+from resolvent.files import read_json, shown
 
 SMALLER_IS_BETTER = {"ms": True, "GiB": True, "tokens/s": False}
 """Units in which peers are compared."""
@@ -132,11 +132,13 @@ class StoredRun:
     """Figures of an earlier run, as ``Report.to_dict`` writes them.
 
     Attributes:
+        scale: its set of sizes.
         device: name of its device.
         torch: version of its PyTorch.
         figures: our figure of every row, by section and name of the row; None where it could not be measured.
     """
 
+    scale: str
     device: str
     torch: str
     figures: dict[tuple[str, str], float | None]
@@ -152,7 +154,9 @@ class StoredRun:
         values = read_json(path)
         try:
             figures = {(row["section"], row["name"]): row["ours"] for row in values["rows"]}
-            return cls(values["device"], values["torch"], figures)
+            if wrong := [x for x in figures.values() if x is not None and type(x) not in (int, float)]:
+                raise TypeError(f"{shown(wrong[0])} is no figure")
+            return cls(values["scale"], values["device"], values["torch"], figures)
         except (KeyError, TypeError) as fault:
             raise DataError(
                 f"{path} does not hold the figures of a benchmark ({fault}): give a file that "

@@ -96,5 +96,5 @@ def _show_changes(report: "Report", stored: "StoredRun", console: "Console") -> 
     from resolvent.benchmark.report import TEXT_COLUMNS
 
     table = stored.changes(report.rows)
-    say(console, f"\nchange against the stored run ({stored.device}, PyTorch {stored.torch})")
+    say(console, f"\nchange against the stored run of scale {stored.scale} ({stored.device}, PyTorch {stored.torch})")
     show_table(console, table.columns, table.rows, text=TEXT_COLUMNS)

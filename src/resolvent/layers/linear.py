@@ -38,9 +38,13 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
     Such a module is no adapter, and no hook or wrapped ``forward`` has to gather the weight first.
     """
+    return type(module) is nn.Linear and not has_hook(module)
+
+
+def has_hook(module: nn.Module) -> bool:
+    """Return True if a call of the module does more than its class says: by a hook, or a ``forward`` of its own."""
     forward = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    backward = module._backward_hooks or module._backward_pre_hooks
-    return type(module) is nn.Linear and not forward and not backward
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 Projected = Sequence[Tensor | None]

@@ -24,6 +24,8 @@ PREFIX = "base_model.model.model."
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _PLAIN = {"peft_type": "LORA", "bias": "none"}
+_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of those values of PEFT's init_lora_weights that change the weights of the adapted model, too."""
 _OFF = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
 """Settings of PEFT that would make other weights of the same tensors."""
 
@@ -56,6 +58,7 @@ class Adapters:
         config = read_json(path)
         wrong = [name for name, value in _PLAIN.items() if config.get(name) != value]
         wrong += [name for name in _OFF if config.get(name)]
+        wrong += ["init_lora_weights"] if str(config.get("init_lora_weights")).startswith(_CHANGED) else []
         if wrong:
             raise CheckpointError(
                 f"{path} has {wrong[0]} = {shown(config.get(wrong[0]))}, and only plain LoRA is read: merge the "
@@ -92,8 +95,18 @@ class Adapters:
 
 
 def base_folder(directory: Path) -> Path:
-    """Return the folder of the weights that a folder's adapters belong to: itself, or the run folder around it."""
+    """Return the folder of the weights that a folder's adapters belong to: itself, or the run folder around it.
+
+    Raises:
+        CheckpointError: neither has weights.
+    """
     around = (directory.parent, directory.parent.parent)  # of a moving average, and of a checkpoint
     if any(directory.glob("model*.safetensors")):
         return directory
-    return next((folder for folder in around if (folder / RUN_FILE).exists()), directory)
+    run_dir = next((folder for folder in around if (folder / RUN_FILE).exists()), directory)
+    if not any(run_dir.glob("model*.safetensors")):
+        raise CheckpointError(
+            f"{directory} holds adapters alone, and {run_dir} lacks the weights that they are for: put "
+            "model.safetensors of their run folder there"
+        )
+    return run_dir

@@ -148,7 +148,9 @@ class Conversation:
             raise CheckpointError(f"{path} holds no conversation: it has no {min(missing)}")
         record = json.loads(tensors[_RECORD].numpy().tobytes())
         if record["weights"] != weights_digest(self._model):
-            raise CheckpointError(f"{path} is a conversation with another model: load it where that model talks")
+            raise CheckpointError(
+                f"{path} is a conversation with another model, or with other --weights: load it with those"
+            )
         weight = self._model.lm_head.weight
         state = self._model.state_type.load(path, weight.device)
         try:

@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import secrets
+import stat
 import threading
 import time
 from pathlib import Path
@@ -72,7 +73,7 @@ class StateFiles:
 
     def has(self, key: bytes) -> bool:
         """Return True if there is a file for a key."""
-        return self._path(key).exists()
+        return _exists(self._path(key))
 
     def load(self, key: bytes, blocks: int) -> ModelState | None:
         """Return a state from its file; None if the file is gone, or damaged, which removes it.
@@ -82,12 +83,12 @@ class StateFiles:
             blocks: number of blocks that the state has read.
         """
         path = self._path(key)
-        if not path.exists():
+        if not _exists(path):
             return None
         try:
             state = self._read(path, blocks)
         except CheckpointError as error:
-            if path.exists():  # otherwise another server has removed it
+            if _exists(path):  # otherwise another server has removed it
                 _log.warning("A state of the prefix cache is damaged and will be removed: %s", error)
                 _remove(path)
             return None
@@ -132,7 +133,7 @@ class StateFiles:
     @torch.inference_mode()
     def _write(self, key: bytes, state: ModelState) -> None:
         path = self._path(key)
-        if path.exists() or state.nbytes > self._most_bytes:
+        if _exists(path) or state.nbytes > self._most_bytes:
             return
         partial = self._partial(path.name)
         try:
@@ -150,16 +151,16 @@ class StateFiles:
                 status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:  # another server has removed it
                 continue
-            if entry.name.endswith(_ENDING):
+            if entry.name.endswith(_ENDING) and stat.S_ISREG(status.st_mode):
                 found.append((status.st_mtime_ns, status.st_size, entry.path))
             elif entry.name.endswith(_PARTIAL) and now - status.st_mtime > _WRITING_SECONDS:
-                Path(entry.path).unlink(missing_ok=True)
+                _remove(Path(entry.path))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= self._most_bytes:
                 return
-            Path(path).unlink(missing_ok=True)
-            total -= size
+            if _remove(Path(path)):
+                total -= size
 
     def _path(self, key: bytes) -> Path:
         return self._folder / f"{hashlib.sha256(self._salt + key).hexdigest()}{_ENDING}"
@@ -169,11 +170,23 @@ class StateFiles:
         return self._folder / f"{name}.{secrets.token_hex(8)}{_PARTIAL}"
 
 
-def _remove(path: Path) -> None:
+def _exists(path: Path) -> bool:
+    """Return True if there is a file. Where the folder cannot be read there is none, and the log says so."""
+    try:
+        return path.exists()
+    except OSError as error:
+        _log.warning("The folder of the prefix cache cannot be read: %s", error)
+        return False
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file, and return True if it is gone; the log has the reason if it is not."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
         _log.warning("The state cannot be removed: %s", error)
+        return False
+    return True
 
 
 def _salt(model: IntegratedModel, block: int) -> bytes:

@@ -52,7 +52,7 @@ class LoraOptions:
         values: dict[str, list[str]] = {}
         name = ""
         for part in text.split(","):
-            key, equals, value = part.strip().partition("=")
+            key, equals, value = (x.strip() for x in part.partition("="))
             if equals:
                 if key in values:
                     raise ConfigError(f"lora gives {key} twice: {shown(text)}")
@@ -135,7 +135,11 @@ def _targets(model: "IntegratedModel", options: LoraOptions) -> list[str]:
             raise ConfigError(
                 f"lora: no linear map of the blocks ends with {shown(target)}; there are {', '.join(ends)}"
             )
-    return [name for name in maps if any(f".{name}".endswith(f".{target}") for target in options.targets)]
+    chosen = [name for name in maps if any(f".{name}".endswith(f".{target}") for target in options.targets)]
+    narrow = min(chosen, key=lambda name: min(maps[name].weight.shape))
+    if options.r > (side := min(maps[narrow].weight.shape)):
+        raise ConfigError(f"lora: r must be at most {side}, the shorter side of {narrow}, got {shown(options.r)}")
+    return chosen
 
 
 def _widest(layers: Any) -> int:

@@ -105,3 +105,15 @@ def test_wide_maps_may_be_replaced():
     reader = TokenReader(model, state)
     torch.testing.assert_close(reader(token), expected)
     assert isinstance(reader._step, PlainStep)
+
+
+@pytest.mark.parametrize("name", ["blocks.0", "blocks.1.ffn", "blocks.1.hebbian.out_proj", "blocks.0.dissipative_bk"])
+@torch.no_grad()
+def test_hooks_run(name):
+    model, calls = perturbed_model(), []
+    state, token = start(model), torch.zeros(2, dtype=torch.int64)
+    model.get_submodule(name).register_forward_hook(lambda *arguments: calls.append(name))
+    expected, _ = read_token(model, token, state)
+    (count,) = {len(calls)}
+    assert torch.equal(TokenReader(model, state)(token), expected)
+    assert count > 0 and len(calls) == 2 * count

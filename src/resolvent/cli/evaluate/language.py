@@ -38,7 +38,8 @@ def language(
         ),
     ] = None,
     task_path: Annotated[
-        Path | None, typer.Option(help="Folder with your own YAML tasks, or the files of human_eval or bigbench.")
+        Path | None,
+        typer.Option(help="Folder with your own YAML tasks, or the files of bigbench or else of human_eval."),
     ] = None,
     json_path: JsonFile = None,
     batch_tokens: BatchTokens = 4096,
@@ -57,7 +58,9 @@ def language(
             raise typer.BadParameter("give a text or tasks, not both", param_hint="--tasks")
         from resolvent.evaluation.choices import is_packaged
 
-        names = tasks.split(",")
+        names = [name.strip() for name in tasks.split(",")]
+        if "" in names:
+            raise typer.BadParameter(f"a name is missing in {tasks!r}", param_hint="--tasks")
         if any(map(is_packaged, names)):
             _evaluate_packaged(directory, names, task_path, device, batch_tokens, json_path)
         else:
@@ -84,12 +87,12 @@ def _evaluate_packaged(
     directory: Path, names: list[str], files: Path | None, device: str, batch_tokens: int, json_path: Path | None
 ) -> None:
     """Evaluate tasks whose files come in packages."""
-    from resolvent.evaluation.choices import evaluate_examples, is_packaged, load_task
+    from resolvent.evaluation.choices import evaluate_examples, is_packaged, load_tasks
 
     if others := [name for name in names if not is_packaged(name)]:
         raise typer.BadParameter(f"{', '.join(others)}: evaluate them in a call of their own", param_hint="--tasks")
 
-    tasks = {name: load_task(name, files) for name in names}
+    tasks = load_tasks(names, files)
     model, tokenizer = load_trained(directory, device)
     scores = {
         name: evaluate_examples(model, tokenizer, examples, batch_tokens=batch_tokens, progress=True)

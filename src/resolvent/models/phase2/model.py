@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import TensorTrainEmbedding, ZetaEmbedding
+from ...layers.linear import has_hook
 from ...ops.hebbian import memory_implementation
 from ...ops.memory_rotation import Rotation
 from ..base import IntegratedModel
@@ -78,9 +79,11 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
         return diagnose(self._blocks, trace)
 
     def fused_step(self, state: Phase2State) -> Callable[[Tensor], Tensor] | None:
-        if not (obstacle := TokenStep.obstacle(self, state)):
+        if hooked := [name for name, module in self.named_modules() if name and has_hook(module)]:
+            obstacle = f"{hooked[0]} has a hook"  # and these steps do not call every module
+        elif not (obstacle := TokenStep.obstacle(self, state)):
             return TokenStep(self, state)
-        if state.device.type == "cpu" and not (obstacle := PlainStep.obstacle(self)):
+        elif state.device.type == "cpu" and not (obstacle := PlainStep.obstacle(self)):
             return PlainStep(self, state)
         _log.info("one token at a time without a step of its own: %s", obstacle)
         return None
