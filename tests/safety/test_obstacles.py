@@ -272,7 +272,7 @@ def wait_at(name: str, text: Path, run: Path, said: Path) -> None:
     [
         ("resolvent.training.run.load_corpus", "Stopped."),
         ("resolvent.data.cache.write_tokens", "Stopped."),
-        ("resolvent.training.trainer.sum_of_nats", "Stopped. Go on with: resolvent train --resume {}"),
+        ("resolvent.training.validation.sum_of_nats", "Stopped. Go on with: resolvent train --resume {}"),
     ],
 )
 def test_a_signal_outside_the_steps(text: Path, tmp_path: Path, number: signal.Signals, name: str, last_words: str):

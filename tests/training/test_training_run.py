@@ -507,7 +507,9 @@ def test_warning_if_no_window_reaches_a_consolidation(small_config, caplog, inte
     assert any(f"consolidated every {interval} tokens" in message for message in caplog.messages) == said
 
 
-@pytest.mark.parametrize(("seq_len", "remedy"), [(64, "trained. a --seq-len of more than 256"), (65, "=64 or a --seq")])
+@pytest.mark.parametrize(
+    ("seq_len", "remedy"), [(64, "take a --seq-len of more than 256"), (65, "=64, or take a --seq")]
+)
 def test_the_remedy_reaches_a_consolidation(small_config, caplog, seq_len: int, remedy: str):
     model = dataclasses.replace(small_config().model, consolidation_interval=256)
     train(small_config(model=model, steps=1, seq_len=seq_len))

@@ -21,7 +21,8 @@ def likeliest(logits: Tensor, token: Tensor | None = None, total: Tensor | None 
         ``token`` and ``total``. What is added to the total is not a number where a logit of the row is not.
 
     Example:
-        >>> token, largest = likeliest(torch.tensor([[0.0, 2.0, 2.0], [1.0, 0.0, float("nan")]]))
+        >>> logits = torch.tensor([[0.0, 2.0, 2.0], [1.0, 0.0, float("nan")]])
+        >>> token, largest = likeliest(logits)
         >>> int(token[0]), largest
         (1, tensor([2., nan]))
     """

@@ -106,6 +106,13 @@ class _Conv(NamedTuple):
     taps: Tensor
 
 
+class _Outputs(NamedTuple):
+    """Read-out, and the read-out times its gate, (B, HV) each; the latter stays as it is without a gate."""
+
+    readout: Tensor
+    gated: Tensor
+
+
 class _Layer(NamedTuple):
     """Numbers that a kernel is compiled for besides the widths of a head.
 
@@ -245,13 +252,13 @@ def _opening(gate, up, sequence, channels, inside, BK: tl.constexpr, layer: cons
 
 
 @_kernel
-def _store_readout(out, opening, gate, readout, gated, cells, inside, K: tl.constexpr, layer: constexpr):
+def _store_readout(out, opening, gate, outputs, cells, inside, K: tl.constexpr, layer: constexpr):
     """Normalise, store and gate the read-out of a head."""
     if layer.NORM:
         out *= tl.rsqrt(tl.sum(out * out, 0) / K + _EPS)
-    tl.store(readout + cells, out, mask=inside)
+    tl.store(outputs.readout + cells, out, mask=inside)
     if gate.x is not None:
-        tl.store(gated + cells, out * tl.sigmoid(opening), mask=inside)
+        tl.store(outputs.gated + cells, out * tl.sigmoid(opening), mask=inside)
 
 
 @_kernel
@@ -277,7 +284,7 @@ def _store_tail(tail, rows, sequence, channels, inside, C, W: tl.constexpr):
 
 @_kernel
 def _remember(
-    conv, potential, chain, log_eta, state, position, filters, gate, readout, gated, dt, constants, H,
+    conv, potential, chain, log_eta, state, position, filters, gate, outputs, dt, constants, H,
     variant: constexpr, layer: constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write the token into a head's memory and read it; ``filters`` have the logit of the strength in its place."""
@@ -313,7 +320,7 @@ def _remember(
         Token(query, key, value, gamma * dt), State(memory, forgetting), state, boundary,
         strength, filters, row, head, (square, in_square), constants, variant,
     )  # fmt: skip
-    _store_readout(out, opening, gate, readout, gated, row * K + cells, inside, K, layer)
+    _store_readout(out, opening, gate, outputs, row * K + cells, inside, K, layer)
 
 
 @_kernel
@@ -347,7 +354,7 @@ def _joined(parts, row, cells, score, value, widths: constexpr):
 
 @_kernel
 def _attend(
-    conv, potential, chain, log_temperature, pace, window, parts, position, gate, readout, gated, H, widths: constexpr,
+    conv, potential, chain, log_temperature, pace, window, parts, position, gate, outputs, H, widths: constexpr,
     layer: constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attend to a part of a head's window; the program that ends last joins the parts and updates the state."""
@@ -411,7 +418,7 @@ def _attend(
         tl.store(window.v + at + cells, kept, mask=inside)
         score = tl.sum(query[0] * first_key.to(tl.float32) + query[1] * second_key.to(tl.float32), 0)
         out = _joined(parts, row, cells, score, kept.to(tl.float32), widths)
-        _store_readout(out, opening, gate, readout, gated, row * K + cells, inside, K, layer)
+        _store_readout(out, opening, gate, outputs, row * K + cells, inside, K, layer)
 
 
 # ------------------------------------------------------------------------------------------------------- the launches
@@ -444,8 +451,8 @@ def remember(
     with torch.cuda.device_of(reading.gated):
         _remember[(len(reading.projected), layer.num_heads)](
             conv, potential, chain, layer.log_eta, State(*state), reading.position,
-            Filters(strength_logit, *filters[1:]), gate, reading.readout, reading.gated, layer.dt, constants_of(rule),
-            layer.num_heads, variant, numbers, num_warps=8, **early(reading.gated.device),
+            Filters(strength_logit, *filters[1:]), gate, _Outputs(reading.readout, reading.gated), layer.dt,
+            constants_of(rule), layer.num_heads, variant, numbers, num_warps=8, **early(reading.gated.device),
         )  # fmt: skip
 
 
@@ -471,7 +478,7 @@ def attend(
     with torch.cuda.device_of(reading.gated):
         _attend[(len(reading.projected), layer.num_heads, splits)](
             conv, potential, chain, layer.log_temperature, pace, _Window(*window, slots), parts, reading.position, gate,
-            reading.readout, reading.gated, layer.num_heads, widths, numbers, num_warps=8,
+            _Outputs(reading.readout, reading.gated), layer.num_heads, widths, numbers, num_warps=8,
             **early(reading.gated.device),
         )  # fmt: skip
 
