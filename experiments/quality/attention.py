@@ -15,7 +15,7 @@ from experiments.quality.mixers import FLOAT_BYTES, Mixer
 from resolvent.layers import LocalAttentionLayer
 from resolvent.layers.heads import Heads
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
-from resolvent.models.phase2.block import blocks_of
+from resolvent.models.phase2.block import attention_layer, blocks_of
 from resolvent.ops.precision import wide_dtype
 from resolvent.ops.short_conv import causal_conv, next_tail
 
@@ -69,12 +69,4 @@ def with_plain_scores(model: Phase2IntegratedModel) -> None:
     for layer, block in enumerate(blocks_of(model)):
         if block.attention is None:
             raise ValueError(f"block {layer} has a memory, whose bound needs L2-normalised keys: no-qk-norm is refused")
-        block.attention = PlainScoresLayer(
-            config.d_model,
-            config.num_heads,
-            config.head_dim,
-            config.windows[layer],
-            config.conv_size,
-            config.output_norm,
-            config.output_gate,
-        )
+        block.attention = attention_layer(config, layer, PlainScoresLayer)

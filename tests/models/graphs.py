@@ -10,7 +10,7 @@ from resolvent.models.state import map_tensors
 
 
 class Launched:
-    """What stands for a graph: a replay calls what was captured, and overwrites the result of the capture."""
+    """Stands for a graph: a replay calls the captured function, and overwrites the result of the capture."""
 
     def __init__(self, run: Callable[[], Any], result: Any) -> None:
         self._run, self._result = run, result

@@ -91,7 +91,7 @@ def test_engine_that_starts_again_reads_the_rest_of_a_prompt_only(model: Any, tm
 
 
 def test_two_engines_share_a_folder(model: Any, tmp_path: Path):
-    """What one has read, the other finds, while both run."""
+    """Each of two running engines finds the states of the other."""
     prompt = tokens(2 * BLOCK + 5, batch=1)
     engines = [Engine(model, block=BLOCK, files=files_of(tmp_path, model)) for _ in range(2)]
     for engine in engines:

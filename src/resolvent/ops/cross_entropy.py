@@ -21,7 +21,7 @@ IGNORED = -100
 
 _CPU_LOGITS_BYTES = 2**27
 """Memory for the logits of a chunk on the CPU: not much more than its cache."""
-_LOGITS_BYTES = 2**29
+LOGITS_BYTES = 2**29
 """Memory for the logits of a chunk elsewhere, where long products run best."""
 _ALIGNMENT = 64
 """Multiple to which rows of logits are padded, for matrix units and wide loads."""
@@ -222,7 +222,7 @@ def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _chunk_tokens(tokens: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     """Return the tokens of a chunk, for as few chunks of equal size as the memory for their logits allows."""
-    budget = _CPU_LOGITS_BYTES if device.type == "cpu" else _LOGITS_BYTES
+    budget = _CPU_LOGITS_BYTES if device.type == "cpu" else LOGITS_BYTES
     most = max(1, budget // (vocabulary * dtype.itemsize))
     chunks = max(1, -(-tokens // most))
     return max(1, -(-tokens // chunks))

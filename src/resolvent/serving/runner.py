@@ -4,12 +4,12 @@ Shapes: B sequences in the batch, S prompts, N tokens of a piece, D model width,
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..models import IntegratedModel
 from ..models.decoding import CapturedStep, TokenReader
 from ..models.reading import CapturedPiece
 from ..models.state import ModelState
@@ -28,7 +28,7 @@ class Runner:
 
     most_prompts = 1
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    def __init__(self, model: IntegratedModel, device: torch.device) -> None:
         self._model, self._device = model, device
         self._reader: TokenReader[ModelState] | None = None
 
@@ -93,10 +93,11 @@ class CapturedRunner(Runner):
 
     most_prompts = 16
 
-    def __init__(self, model: Any, device: torch.device, most: int, block: int) -> None:
+    def __init__(self, model: IntegratedModel, device: torch.device, most: int, block: int) -> None:
         super().__init__(model, device)
         self._sizes = [1 << i for i in range((most - 1).bit_length())] + [most]
         _, state = model.hidden_states(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        assert isinstance(state, ModelState)
         fresh = state.map(torch.zeros_like)
         self._slots = fresh.repeat(most).clone().with_position_on(device)
         self._token, self._count = torch.zeros(most, dtype=torch.int64, device=device), 0
@@ -131,7 +132,7 @@ class CapturedRunner(Runner):
         return self._steps[size]()[: self._count]
 
 
-def make_runner(model: Any, most: int, block: int) -> Runner:
+def make_runner(model: IntegratedModel, most: int, block: int) -> Runner:
     """Return what runs a model: captured passes where CUDA and the model allow it.
 
     Args:

@@ -127,7 +127,8 @@ def _targets(model: "IntegratedModel", options: LoraOptions) -> list[str]:
     if not options.targets:
         chosen = [name for name, layer in maps.items() if min(layer.weight.shape) > options.r]
         if not chosen:
-            raise ConfigError(f"lora: r must be below {_widest(maps.values())}, the shorter side of a map: {options.r}")
+            widest = max(min(layer.weight.shape) for layer in maps.values())
+            raise ConfigError(f"lora: r must be below {widest}, the shorter side of a map: {options.r}")
         return chosen
     ends = sorted({name.split(".", 2)[2] for name in maps})
     for target in options.targets:
@@ -142,16 +143,11 @@ def _targets(model: "IntegratedModel", options: LoraOptions) -> list[str]:
     return chosen
 
 
-def _widest(layers: Any) -> int:
-    return max(min(layer.weight.shape) for layer in layers)
-
-
 def adapter_tensors(model: "nn.Module") -> "dict[str, Tensor]":
     """Return the parameters of the adapters by the names of PEFT's file."""
     from resolvent.models.adapters import PREFIX
 
-    named = ((name, x) for name, x in model.named_parameters() if is_adapter(name))
-    return {f"{PREFIX}{name.replace(f'.{_NAME}.', '.')}": x.detach() for name, x in named}
+    return {PREFIX + name: x for name, x in _named(model)}
 
 
 def write_adapters(model: Any, folder: Path) -> None:
@@ -192,9 +188,9 @@ def load_adapters(model: "nn.Module", folder: Path) -> None:
 
 
 def _named(model: "nn.Module") -> "Iterator[tuple[str, Tensor]]":
-    from resolvent.models.adapters import PREFIX
-
-    return ((name.removeprefix(PREFIX), x) for name, x in adapter_tensors(model).items())
+    """Yield the parameters of the adapters with their names in the model."""
+    named = ((name, x) for name, x in model.named_parameters() if is_adapter(name))
+    return ((name.replace(f".{_NAME}.", "."), x.detach()) for name, x in named)
 
 
 def base_weights(model: "IntegratedModel") -> "dict[str, Tensor]":

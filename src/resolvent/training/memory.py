@@ -13,6 +13,7 @@ from resolvent.errors import ConfigError
 from resolvent.memory import Memory, machine_memory
 from resolvent.models import IntegratedModel
 from resolvent.models.phase2 import Phase2Config
+from resolvent.ops.cross_entropy import LOGITS_BYTES
 from resolvent.training.config import TrainingConfig
 from resolvent.training.optimizer import parts_of_matrices
 
@@ -30,8 +31,6 @@ _KEPT_BY_KERNELS = 0.54
 """Numbers that the blocks keep with the kernels of CUDA, over those of the operators in plain PyTorch."""
 _KEPT_BY_KERNELS_WHEN_RECOMPUTED = 2
 """Numbers per token and unit of width that a block keeps there under activation checkpointing."""
-_LOGITS = 2**29
-"""Most bytes of the logits that lie in memory together on CUDA."""
 _CERTAIN_PART = 2 / 3
 """An estimate is within a factor of 1.5 of the memory taken."""
 
@@ -112,7 +111,7 @@ def estimate_memory(
     numbers = config.n_layers * kept * config.d_model + at_once * block if recompute else (config.n_layers + 1) * block
     activations = tokens * numbers * bytes_per_number
     if by_kernels:
-        logits = min(_LOGITS, tokens * config.vocab_size * bytes_per_number)
+        logits = min(LOGITS_BYTES, tokens * config.vocab_size * bytes_per_number)
         activations += logits + (4 + bytes_per_number) * config.vocab_size * config.d_model
     trained = model.num_parameters(trainable_only=True)
     per_parameter = _BYTES_PER_PARAMETER + 4 * averaged - 4 * (by_kernels and not keeps_gradients)

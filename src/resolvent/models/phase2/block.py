@@ -87,7 +87,7 @@ class Phase2Block(Block[Phase2Record]):
         self.dissipative_bk = _bk_layer(config, layer)
         self.bk_proj = nn.Linear(2 * config.num_heads, width, bias=False) if config.bk_core else None
         self.hebbian = None if attends else _memory(config)
-        self.attention = _attention(config, layer) if attends else None
+        self.attention = attention_layer(config, layer) if attends else None
         self.consolidation_interval = config.consolidation_interval
         self.snr_filter = None if attends else _snr_filter(config)
         self.resonance = None if attends else _resonance(config)
@@ -258,8 +258,11 @@ def _memory(config: Phase2Config) -> DissipativeHebbianLayer:
     )
 
 
-def _attention(config: Phase2Config, layer: int) -> LocalAttentionLayer:
-    return LocalAttentionLayer(
+def attention_layer(
+    config: Phase2Config, layer: int, kind: type[LocalAttentionLayer] = LocalAttentionLayer
+) -> LocalAttentionLayer:
+    """Return the attention of a block, of a kind that takes the arguments of ``LocalAttentionLayer``."""
+    return kind(
         config.d_model,
         config.num_heads,
         config.head_dim,

@@ -115,7 +115,7 @@ def _resonance_back(grad, unit, filters, constants, variant: constexpr):
     ``unit`` is the memory in front of the resonance.
     """
     modes, relative, inverse_mean, gate = resonate(unit, filters, constants, variant)
-    # What comes through the energies is up to ``32 sharpness`` times as large: float16 shall hold it.
+    # What comes through the energies is up to ``32 sharpness`` times as large, and must fit into float16.
     mean_square = tl.sum(grad * grad) / (variant.K * variant.V) + _LEAST
     inverse, louder = tl.rsqrt(mean_square), 1 + tl.abs(filters.sharpness)
     grad_modes = rotate(tl.trans(filters.basis), grad * (inverse / louder))
