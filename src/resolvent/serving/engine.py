@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -136,7 +135,7 @@ class Engine:
         block: int = BLOCK,
         files: StateFiles | None = None,
     ) -> None:
-        self._model: Any = inference_view(model)
+        self._model = inference_view(model)
         self._device = model.lm_head.weight.device
         self._vocab_size = model.vocab_size
         self.max_sequences, self._max_queue, self._block = max_sequences, max_queue, block
