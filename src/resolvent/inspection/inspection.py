@@ -43,7 +43,7 @@ _GUESSES = 5
 def inspect_model(
     model: IntegratedModel,
     tokenizer: Tokenizer,
-    text: str,
+    text: str | np.ndarray,
     *,
     length: int = 500,
     name: str = "model",
@@ -54,7 +54,7 @@ def inspect_model(
     Args:
         model: the model; it keeps its mode, dropout is off, and its parameters get no gradients.
         tokenizer: its tokenizer.
-        text: the text, which is read from its beginning.
+        text: the text, which is read from its beginning; or its tokens, with the one that opens it.
         length: most tokens to read, including the one that opens a text.
         name: name of the model.
         metrics: metrics.jsonl of a run, for the learning curves.
@@ -64,7 +64,8 @@ def inspect_model(
         DataError: there is no text.
         ResolventError: a value of the model is not finite.
     """
-    ids = torch.from_numpy(encode_prompt(text, Encoder(tokenizer))[:length])
+    tokens = encode_prompt(text, Encoder(tokenizer)) if isinstance(text, str) else text
+    ids = torch.from_numpy(tokens[:length])
     if len(ids) < 2:
         raise DataError("there is no text to inspect: it is empty, or the length leaves no token of it")
     ids = ids.to(next(model.parameters()).device)
@@ -72,15 +73,15 @@ def inspect_model(
     nats, expected = _predictions(model, tokenizer, seen.hidden, ids)
     rules = [block.consolidation() for block in model.blocks if isinstance(block, Phase2Block)]
     consolidation = next((rule for rule in rules if rule is not None), None)
-    tokens = token_texts(tokenizer, ids.tolist())
+    words = token_texts(tokenizer, ids.tolist())
     inspection = Inspection(
         name=name,
         version=__version__,
         facts=_facts(model),
         findings=[],
         curves=read_curves(metrics) if metrics is not None else None,
-        tokens=tokens,
-        words=word_numbers(tokens),
+        tokens=words,
+        words=word_numbers(words),
         nats=nats,
         expected=expected,
         influence=_influence(model, ids),

@@ -16,7 +16,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from resolvent.data import load_tokenizer, save_tokenizer
-from resolvent.data.cache import VARIABLE, is_cache
+from resolvent.data.cache import VARIABLE
 from resolvent.data.chat_template import ChatTemplate
 from resolvent.data.hub import PREFIX
 from resolvent.device import deterministic, pick_device
@@ -41,7 +41,7 @@ from resolvent.training.checkpoint import (
     write_models,
 )
 from resolvent.training.config import Tracker, TrainingConfig
-from resolvent.training.corpus import Corpus, load_corpus, text_name
+from resolvent.training.corpus import Corpus, check_fingerprint, in_folder, load_corpus, text_name
 from resolvent.training.ema import WeightAverage
 from resolvent.training.freezing import check_patterns, freeze
 from resolvent.training.lora import add_adapters, base_weights, is_adapted, whole_model
@@ -182,14 +182,13 @@ def resume(
     run_dir = Path(run_dir)
     config, fingerprint = read_run(run_dir)
     config = dataclasses.replace(
-        config,
-        out=str(run_dir),
+        in_folder(config, run_dir),
         device=device or config.device,
         data=config.data if data is None else _absolute_text(data),
         validation_data=config.validation_data if validation_data is None else _absolute_text(validation_data),
-        cache=cache or (config.cache if config.cache and is_cache(Path(config.cache)) else None),
         tracker=tracker or config.tracker,
     )
+    config = config if cache is None else dataclasses.replace(config, cache=cache)
     config.validate()
     with deterministic(config.deterministic):
         accelerator = _accelerator(config)
@@ -227,11 +226,7 @@ def _resume(
     for _, paths in config.named_texts():
         say(console, f"Reading   {text_name(paths)}")
     corpus = load_corpus(config, load_tokenizer(run_dir), template_folder=run_dir, console=console)
-    if corpus.fingerprint != fingerprint:
-        raise CheckpointError(
-            f"{text_name(config.data)} has changed since the run {run_dir} began (fingerprint "
-            f"{corpus.fingerprint[:12]}, was {fingerprint[:12]}): restore the text, or start a new run"
-        )
+    check_fingerprint(corpus, fingerprint, config, run_dir, remedy="restore the text, or start a new run")
     if checkpoint is None:
         model = _initial_model(config, corpus, accelerator, None)
     else:

@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.evaluate.tables import Seed, load, scientific, show, write
-from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, PlotFile, Text, TextField
+from resolvent.cli.loading import BatchTokens, Device, Directory, JsonFile, PlotFile
+from resolvent.cli.texts import HeldOut, Text, TextField, TextOptions
 
 
 def influence(
@@ -31,7 +32,8 @@ def influence(
 
     Example: [bold]resolvent evaluate influence runs/tiny --length 4096 --plot influence.png[/bold]
     """
-    model, _, stream = load(directory, data, text_field, held_out, device)
+    text = TextOptions(data, text_field, held_out)
+    model, _, stream = load(directory, text, device, json_path)
     from resolvent.evaluation import measure_influence
     from resolvent.evaluation.statistics import Bucket
 
@@ -43,7 +45,7 @@ def influence(
     ]
     title = f"{directory}, influence on the last prediction in {sequences:,} texts"
     try:
-        write(influences, options, directory, data, held_out, json_path)
+        write(influences, options, directory, text, json_path)
         if plot_path is not None:
             from resolvent.evaluation.plots import plot_influence
 
