@@ -99,8 +99,8 @@ def test_train_prints_settings_and_the_next_command(
     assert outcome.code == 0
     for part in (
         "parameters, fp32 on cpu",
-        "in 6 document(s) to learn from",
-        "document(s) (",
+        "in 6 documents to learn from",
+        "documents (",
         "% of the bytes)",
         "step 3/3",
         "validation: loss",

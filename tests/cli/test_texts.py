@@ -48,7 +48,7 @@ def test_train_reads_every_text_that_is_named(
     named = ["--data", texts[0], "--data", texts[1], "--text-field", "body"]
     outcome = resolvent("train", *named, "--validation-data", texts[0], "--out", run, "--steps", 2, *small)
     assert outcome.code == 0, outcome.err
-    assert "in 21 document(s) to learn from" in outcome.out
+    assert "in 21 documents to learn from" in outcome.out
     config, _ = read_run(run)
     assert (config.data, config.validation_data) == ([str(path) for path in texts], str(texts[0]))
     assert resolvent("train", "--resume", run).code == 0

@@ -461,4 +461,4 @@ def test_a_prompt_of_ten_megabytes(tmp_path: Path, capfd: pytest.CaptureFixture[
 def test_text_that_is_no_utf8_is_repaired_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "text.txt").write_bytes(b"caf\xe9 \xf0\x9f\x98 \xed\xa0\x80.")
     assert load_documents(tmp_path / "text.txt") == ["caf\ufffd \ufffd \ufffd\ufffd\ufffd."]
-    assert "Replaced 5 invalid sequences by U+FFFD in 1 file(s)" in caplog.text
+    assert "Replaced 5 invalid sequences by U+FFFD in 1 file" in caplog.text

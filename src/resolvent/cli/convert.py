@@ -13,6 +13,7 @@ from resolvent.cli.pretrained import Less, convert_pretrained, pretrained_source
 from resolvent.runs import load_trained, run_of
 from resolvent.seeds import MOST_SEED
 from resolvent.terminal import say, shell_word
+from resolvent.wording import counted
 
 _MOST_BYTES = 1 << 28
 """Largest file of a tokenizer."""
@@ -192,7 +193,10 @@ def _merge(directory: Path, out: Path, json_path: Path | None) -> None:
         save_model(model, folder)
         write_manifest(folder, [CONFIG, WEIGHTS, *names])
     write_result(json_path, {"merged": count, "parameters": model.num_parameters()})
-    say(report_console(json_path), f"Merged {count} adapters into {model.num_parameters():,} parameters, in {out}")
+    say(
+        report_console(json_path),
+        f"Merged {counted(count, 'adapter')} into {model.num_parameters():,} parameters, in {out}",
+    )
 
 
 def _config(phase1: "Phase1Config", assignments: list[str], keep_tensor_train: bool) -> "Phase2Config":

@@ -16,6 +16,7 @@ from resolvent.cli.loading import (
 from resolvent.cli.texts import HeldOut, TextField, TextOptions, read_tokens
 from resolvent.runs import load_trained, run_of
 from resolvent.terminal import say
+from resolvent.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +97,7 @@ def inspect(
     else:
         write_output(out, page)
     write_result(json_path, page_data(first, *others) if others else first.to_dict())
-    message = f"{out}: {len(first.tokens):,} tokens, {len(page) / 1e6:.1f} MB; open it in a browser"
+    message = f"{out}: {counted(len(first.tokens), 'token')}, {len(page) / 1e6:.1f} MB; open it in a browser"
     say(progress_console(json_path), message)
 
 

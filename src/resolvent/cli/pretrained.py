@@ -11,6 +11,7 @@ import typer
 
 from resolvent.cli.loading import wrong_usage
 from resolvent.runs import run_of
+from resolvent.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,11 +93,13 @@ class Converted(NamedTuple):
         """Return what to say about the model in the folder `out`."""
         if (loss := self.loss) is None:
             return [f"Talk to it: resolvent chat {out}"]
-        parts = [f"{self.memories} layers have memories in the place of attention"] if self.memories else []
-        parts += [f"attention reads {self.window:,} tokens"] if self.window else []
+        parts, layers = [], counted(self.memories, "layer has a memory", "layers have memories")
+        if self.memories:
+            parts.append(f"{layers} in the place of attention")
+        parts += [f"attention reads {counted(self.window, 'token')}"] if self.window else []
         return [
             f"Not exact: {', and '.join(parts)}",
-            f"Loss on {loss.tokens:,} tokens of {loss.text}: {loss.before:.4f} nats per token before, "
+            f"Loss on {counted(loss.tokens, 'token')} of {loss.text}: {loss.before:.4f} nats per token before, "
             f"{loss.after:.4f} after",
             f"Train it on: resolvent train --from {out}",
         ]
@@ -291,7 +294,7 @@ def _first_tokens(folder: Path, documents: Sequence[str], count: int) -> "Tensor
             break
     if len(ids) < _FEWEST_TOKENS:
         raise DataError(
-            f"the text has {len(ids)} tokens, too few to measure a conversion: --text needs {_FEWEST_TOKENS}"
+            f"the text has {counted(len(ids), 'token')}, too few to measure a conversion: --text needs {_FEWEST_TOKENS}"
         )
     return torch.tensor([ids[:count]])
 

@@ -29,6 +29,7 @@ from resolvent.models.phase2 import Phase2Block, Phase2Config
 from resolvent.models.phases import phase_of
 from resolvent.ops.consolidation import signal_to_noise
 from resolvent.ops.precision import at_least_float32
+from resolvent.wording import counted
 
 SNR_EDGES = np.geomspace(1e-3, 32, 46)
 """Edges of the bins of the SNR; values beyond them count in the outermost bins."""
@@ -144,8 +145,8 @@ def _facts(model: IntegratedModel) -> dict[str, str]:
         "Layers": str(model.n_layers),
         "Heads": str(config.num_heads),
         "Width": str(model.d_model),
-        "Vocabulary": f"{model.vocab_size:,} tokens",
-        "Trained on": f"windows of {model.n_seq:,} tokens",
+        "Vocabulary": f"{counted(model.vocab_size, 'token')}",
+        "Trained on": f"windows of {counted(model.n_seq, 'token')}",
     }
 
 

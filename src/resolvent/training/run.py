@@ -50,6 +50,7 @@ from resolvent.training.run_folder import beginning, check_new, new_run, read_re
 from resolvent.training.sharding import is_sharded, shard
 from resolvent.training.tracking import tracker_options
 from resolvent.training.trainer import Trainer, TrainingResult
+from resolvent.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +262,9 @@ def _with_steps(config: TrainingConfig, steps: int | None, taken: int) -> Traini
     changed = dataclasses.replace(config, steps=steps)
     changed.validate()
     if steps < taken:
-        raise ConfigError(f"the run {config.run_dir} has taken {taken:,} steps: steps must be >= {taken}, got {steps}")
+        raise ConfigError(
+            f"the run {config.run_dir} has taken {counted(taken, 'step')}: steps must be >= {taken}, got {steps}"
+        )
     return changed
 
 
@@ -311,7 +314,7 @@ def _warn_of_what_is_not_trained(model: IntegratedModel) -> None:
     if model.n_seq <= interval:
         oftener = f"set consolidation_interval={CHUNK}, or " if model.n_seq > CHUNK else ""
         logger.warning(
-            f"Memories are consolidated every {interval} tokens (consolidation_interval), and windows have "
+            f"Memories are consolidated every {interval:,} tokens (consolidation_interval), and windows have "
             f"{model.n_seq}: SNR filter and resonance stay untrained. To train them, {oftener}take a --seq-len of "
             f"more than {interval}"
         )

@@ -53,6 +53,7 @@ from resolvent.training.run_folder import Scores, write_result
 from resolvent.training.sharding import is_sharded, whole_tensor
 from resolvent.training.tracking import Tracking
 from resolvent.training.validation import StoppedInValidation, Validator
+from resolvent.wording import counted, readings
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ class Trainer:
         self.state = load_trainer_state(checkpoint)
         if self.batches_per_step % self.accelerator.num_processes:
             raise CheckpointError(
-                f"a step of the run {self.run_dir} has {self.batches_per_step} batches, which "
+                f"a step of the run {self.run_dir} has {counted(self.batches_per_step, 'batch', 'batches')}, which "
                 f"{self.accelerator.num_processes} processes cannot share evenly: resume it with a divisor of that"
             )
         load_optimizer(checkpoint, self.raw_model, self.raw_optimizer)
@@ -412,7 +413,7 @@ class Trainer:
             step,
             loss=average,
             bits_per_byte=average * self.bits_per_byte_per_nat,
-            rates=rates,
+            learning_rate=rates["lr"],
             tokens=self.tokens_per_step,
             seconds=seconds,
         )
@@ -423,7 +424,7 @@ class Trainer:
             name,
             event,
             f"Train again with a learning rate below {self.peak_learning_rate:g}, a warm-up of more than "
-            f"{self.config.warmup} steps, or more --rewinds than {self.config.rewinds}",
+            f"{counted(self.config.warmup, 'step')}, or more --rewinds than {self.config.rewinds}",
         )
 
     def _rewind(self, fault: NonFiniteError) -> None:
@@ -582,14 +583,14 @@ class Trainer:
         self.display.say(
             f"Model     Phase {phase_of(self.raw_model)}, {origin}: "
             f"{total:,} parameters,{of_them} {precision} on {devices}\n"
-            f"Text      {train.num_bytes:,} bytes in {train.num_documents:,} document(s) to learn from\n"
+            f"Text      {train.num_bytes:,} bytes in {counted(train.num_documents, 'document')} to learn from\n"
             f"{self._mixture()}"
-            f"Held out  {held_out.num_bytes:,} bytes in {held_out.num_documents:,} document(s){share}\n"
+            f"Held out  {held_out.num_bytes:,} bytes in {counted(held_out.num_documents, 'document')}{share}\n"
             f"Tokens    {train.num_predictions:,} to learn from, vocabulary of "
             f"{self.corpus.tokenizer.get_vocab_size():,}\n"
             f"{rate}\n"
-            f"          {start} {config.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2g} times the "
-            f"text), into {self.run_dir}"
+            f"          {start} {counted(config.steps, 'step')} of {counted(self.tokens_per_step, 'token')} ("
+            f"{readings(epochs)}), into {self.run_dir}"
         )
 
     def _mixture(self) -> str:

@@ -7,6 +7,7 @@ import typer
 from resolvent.cli.evaluate.tables import Seed, load, scientific, show, write
 from resolvent.cli.loading import BatchTokens, Device, Directory, JsonFile, PlotFile
 from resolvent.cli.texts import HeldOut, Text, TextField, TextOptions
+from resolvent.wording import counted
 
 
 def influence(
@@ -43,7 +44,7 @@ def influence(
         (str(Bucket(row.first, row.last)), scientific(row.gradient), scientific(row.divergence))
         for row in influences.rows
     ]
-    title = f"{directory}, influence on the last prediction in {sequences:,} texts"
+    title = f"{directory}, influence on the last prediction in {counted(sequences, 'text')}"
     try:
         write(influences, options, directory, text, json_path)
         if plot_path is not None:

@@ -7,6 +7,7 @@ import typer
 from resolvent.cli.evaluate.tables import Seed, load, plus_minus, show, write
 from resolvent.cli.loading import BatchTokens, Device, Directory, JsonFile, PlotFile
 from resolvent.cli.texts import HeldOut, Text, TextField, TextOptions
+from resolvent.wording import counted
 
 
 def needle(
@@ -44,7 +45,7 @@ def needle(
         for row in scores.rows
     ]
     chance = ("by chance", f"{scores.chance:.1%}", "50.0%", "")
-    title = f"{directory}, a pass key among {candidates:,} in {samples:,} positions"
+    title = f"{directory}, a pass key among {candidates:,} in {counted(samples, 'position')}"
     try:
         write(scores, options, directory, text, json_path)
         if plot_path is not None:
