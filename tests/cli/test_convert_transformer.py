@@ -72,7 +72,7 @@ def test_layers_that_keep_attention_and_the_loss_of_the_others(resolvent: Resolv
     outcome = resolvent("convert", folder, out, *less, "--json", tmp_path / "report.json")
     assert outcome.code == 0
     told = words(outcome.out)
-    assert "Not exact: 1 layers have memories in the place of attention, and attention reads 32 tokens" in told
+    assert "Not exact: 1 layer has a memory in the place of attention, and attention reads 32 tokens" in told
     report = json.loads((tmp_path / "report.json").read_text())
     assert not report["exact"] and report["loss"]["text"] == str(text) and report["loss"]["tokens"] > 300
     assert f"{report['loss']['before']:.4f} nats per token before, {report['loss']['after']:.4f} after" in told
