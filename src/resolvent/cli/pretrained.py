@@ -232,10 +232,30 @@ def convert_pretrained(
                 ids = _first_tokens(folder, documents, 3 * max(_SCORED_TOKENS // 2, 2 * (less.window or 0)))
                 loss = _fit_and_measure(model, transformer, ids, str(less.text or "the State of the Union addresses"))
             save_model(model, folder)
+            _write_card(folder, model, source, out.name, loss)
             write_manifest(folder, [CONFIG, WEIGHTS, *names])
     report, windows = model.conversion_report, config.windows.values()
     assert report is not None
     return Converted(report, config.n_layers - len(windows), None if less is None else less.window, loss)
+
+
+def _write_card(folder: Path, model: "Phase2IntegratedModel", source: Path, name: str, loss: Losses | None) -> None:
+    """Write the model card of a converted Transformer."""
+    from resolvent.models.card import write_card
+
+    assert model.conversion_report is not None
+    made = [f"Converted from the Transformer `{source.name}`: {model.conversion_report.summary()}."]
+    if loss is None:
+        made.append("The conversion is exact: the logits are those of the Transformer.")
+    else:
+        made.append(
+            f"The conversion is not exact: {loss.before:.4f} nats per token before and {loss.after:.4f} after, on "
+            f"{counted(loss.tokens, 'token')} of {Path(loss.text).name}."
+        )
+    licence = (
+        f"That of the Transformer `{source.name}`: add it as `license:` to the head of this page before you publish it."
+    )
+    write_card(folder, model, made, name=name, licence=licence)
 
 
 def _configuration(source: "Source", changes: list[str], bare: bool, less: Less | None) -> "Phase2Config":

@@ -46,6 +46,7 @@ from resolvent.training.ema import WeightAverage
 from resolvent.training.interrupt import StopRequest, TrainingInterrupted
 from resolvent.training.lora import whole_model
 from resolvent.training.metrics import FILE_NAME, History, MetricsLog, read_history
+from resolvent.training.model_card import write_run_card
 from resolvent.training.nonfinite import NonFiniteError, offending_gradient, offending_weight
 from resolvent.training.optimizer import learning_rates, optimizer_of_run
 from resolvent.training.progress import TrainingDisplay, format_duration
@@ -251,6 +252,7 @@ class Trainer:
             scores = self._validate(final=True)
             if self.accelerator.is_main_process:
                 self.metrics.sync()
+                write_run_card(self.config, self.corpus, self.raw_model, self.tokens_per_step, scores.validation)
                 write_result(self.run_dir, self.state.step, scores)
         self.display.say(f"Done in {format_duration(time.perf_counter() - started)}; the model is in {self.run_dir}")
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)  # removes autocast
