@@ -245,9 +245,9 @@ def _write_card(folder: Path, model: "Phase2IntegratedModel", source: Path, name
 
     assert model.conversion_report is not None
     made = [f"Converted from the Transformer `{source.name}`: {model.conversion_report.summary()}."]
-    if loss is None:
+    if model.conversion_report.exact:
         made.append("The conversion is exact: the logits are those of the Transformer.")
-    else:
+    if loss is not None:
         made.append(
             f"The conversion is not exact: {loss.before:.4f} nats per token before and {loss.after:.4f} after, on "
             f"{counted(loss.tokens, 'token')} of {Path(loss.text).name}."
