@@ -26,6 +26,7 @@ FOUNDATION = (
     "native",
     "seeds",
     "terminal",
+    "wording",
     "_version",
 )
 """Small modules that everything may import; one box at the bottom stands for all of them, and gets no arrows."""

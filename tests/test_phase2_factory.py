@@ -160,7 +160,7 @@ class TestCreatePhase2Model:
         with pytest.raises(ValueError, match="either config or preset"):
             create_phase2_model(config=Phase2Config(), preset="small")
         with pytest.raises(
-            ValueError, match=r"unknown field of Phase2Config: 'hebian_eta' \(did you mean 'hebbian_eta'\?\)"
+            ValueError, match=r"unknown field of Phase2Config: 'hebian_eta' \(did you mean 'hebbian_eta'"
         ):
             create_phase2_model(preset="tiny", hebian_eta=0.3)
         with pytest.raises(ValueError, match="d_model must be > 0"):

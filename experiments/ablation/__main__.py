@@ -10,7 +10,8 @@ import typer
 from resolvent.cli.console import report_console
 from resolvent.cli.evaluate.tables import Joined, load, plus_minus, show, write
 from resolvent.cli.help import add_command
-from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, Text, TextField
+from resolvent.cli.loading import BatchTokens, Device, Directory, JsonFile
+from resolvent.cli.texts import HeldOut, Text, TextField, TextOptions
 from resolvent.errors import ResolventError
 from resolvent.seeds import MOST_SEED
 from resolvent.terminal import degrade_streams, for_terminal, say
@@ -63,13 +64,14 @@ def ablation(
 
     Example: [bold]python -m experiments.ablation runs/tiny --sequences 64 --joined[/bold]
     """
-    model, tokenizer, stream = load(directory, data, text_field, held_out, device)
+    text = TextOptions(data, text_field, held_out)
+    model, tokenizer, stream = load(directory, text, device, json_path)
     from experiments.ablation.measures import evaluate_mechanisms
 
     options = dict(length=length, horizon=horizon, sequences=sequences, joined=joined, seed=seed)
     found = evaluate_mechanisms(model, stream, tokenizer, batch_tokens=batch_tokens, progress=True, **options)
     try:
-        write(found, options | {"horizon": found.horizon}, directory, data, held_out, json_path)
+        write(found, options | {"horizon": found.horizon}, directory, text, json_path)
     finally:
         _show(found, directory, json_path)
 

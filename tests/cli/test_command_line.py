@@ -15,6 +15,7 @@ from resolvent import __version__, training
 from resolvent.data import load_documents
 from resolvent.models import load_model
 from resolvent.models.phase2 import get_phase2_preset
+from resolvent.models.phases import PHASES
 from resolvent.training import TrainingConfig
 from resolvent.training.run_folder import read_run
 
@@ -99,8 +100,8 @@ def test_train_prints_settings_and_the_next_command(
     assert outcome.code == 0
     for part in (
         "parameters, fp32 on cpu",
-        "in 6 document(s) to learn from",
-        "document(s) (",
+        "in 6 documents to learn from",
+        "documents (",
         "% of the bytes)",
         "step 3/3",
         "validation: loss",
@@ -355,3 +356,14 @@ def test_signal_saves_and_prints_the_resume_command(
     assert out.splitlines()[-1] == f"Stopped. Go on with: resolvent train --resume {run}"
     assert (run / "checkpoints" / f"step-{last_step:08d}" / "optimizer.safetensors").exists()
     assert (run / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_fields_are_listed_with_defaults_and_descriptions(resolvent: Resolvent, phase: int):
+    fields = json.loads(resolvent("presets", "--fields", "--phase", phase, "--json", "-").out)
+    config = PHASES[phase].config
+    assert list(fields) == [field.name for field in dataclasses.fields(config)]
+    assert {name: field["default"] for name, field in fields.items()} == config().to_dict()
+    assert fields["n_seq"]["default"] == config().n_seq and all(fields)
+    assert sum(bool(field["description"]) for field in fields.values()) > len(fields) / 3
+    assert "n_layers" in resolvent("presets", "--fields", "--phase", phase).out

@@ -44,6 +44,8 @@ def test_conversion_keeps_the_logits_and_reports_alike_tensors_in_a_row(
     assert outcome.code == 0, outcome.err
     model, source = load_model(tmp_path / "out", device="cpu"), load_model(phase1_run, device="cpu")
     assert isinstance(model, Phase2IntegratedModel)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"Converted from the Phase 1 model `{phase1_run.name}`" in card
     assert (model.config.htt_rank == 5) == ("--keep-tensor-train" in options)
     assert model.config.head_dim == (8 if "head_dim=8" in options else 16)
     ids = torch.randint(0, 257, (1, 200))
@@ -123,6 +125,8 @@ def test_adapters_are_merged(resolvent: Resolvent, phase1_run: Path, text_file: 
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("Merged ")
     assert not list(merged.glob("adapter*"))
+    assert "Merged from the run `adapted`" in (merged / "README.md").read_text()
+    assert ", as low-rank adapters (r=4,alpha=8), for 3 steps" in (adapted / "README.md").read_text()
     model, source = load_model(merged, device="cpu"), load_model(phase1_run, device="cpu")
     ids = torch.randint(0, 257, (1, 200))
     torch.testing.assert_close(model(ids), load_model(adapted, device="cpu")(ids))

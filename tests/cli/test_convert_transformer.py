@@ -63,6 +63,9 @@ def test_mechanisms_are_left_out(resolvent: Resolvent, folder: Path, tmp_path: P
     outcome = resolvent("convert", tmp_path / "out", tmp_path / "again", "--mechanisms", "none")
     assert outcome.code == 2 and "--mechanisms" in words(outcome.err)
     assert resolvent("generate", tmp_path / "out", "--max-new-tokens", 3).code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# out\n" in card and f"Converted from the Transformer `{folder.name}`" in card and "is exact" in card
+    assert f"That of the Transformer `{folder.name}`" in card
 
 
 def test_layers_that_keep_attention_and_the_loss_of_the_others(resolvent: Resolvent, folder: Path, tmp_path: Path):
@@ -72,10 +75,12 @@ def test_layers_that_keep_attention_and_the_loss_of_the_others(resolvent: Resolv
     outcome = resolvent("convert", folder, out, *less, "--json", tmp_path / "report.json")
     assert outcome.code == 0
     told = words(outcome.out)
-    assert "Not exact: 1 layers have memories in the place of attention, and attention reads 32 tokens" in told
+    assert "Not exact: 1 layer has a memory in the place of attention, and attention reads 32 tokens" in told
     report = json.loads((tmp_path / "report.json").read_text())
     assert not report["exact"] and report["loss"]["text"] == str(text) and report["loss"]["tokens"] > 300
     assert f"{report['loss']['before']:.4f} nats per token before, {report['loss']['after']:.4f} after" in told
+    card = (out / "README.md").read_text()
+    assert f"not exact: {report['loss']['before']:.4f} nats per token before" in card and "is exact" not in card
     config = load_model(out, device="cpu").config
     assert config.attention_layers == (1,) and config.attention_window == 32
     assert config.bk_core and not config.snr_enabled and not config.resonance_enabled

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from resolvent.inspection import inspect_model
 from resolvent.manifest import write_manifest
 from resolvent.models import load_model, save_model
 from resolvent.runs import RUN_FILE, fixed_files
-from resolvent.training.corpus import split_corpus
+from resolvent.training.corpus import load_corpus, split_corpus
 from resolvent.training.run_folder import read_run
 
 Resolvent = Callable[..., Any]
@@ -36,23 +37,27 @@ def test_help_teaches_by_an_example(resolvent: Resolvent):
 
 def test_a_run_on_the_default_corpus_reads_what_it_held_out(resolvent: Resolvent, run_dir: Path, tmp_path: Path):
     run = Path(shutil.copytree(run_dir, tmp_path / "run"))
-    record = json.loads((run / RUN_FILE).read_text())
+    record, config = json.loads((run / RUN_FILE).read_text()), dataclasses.replace(read_run(run)[0], data=None)
     record["training"]["data"] = None
+    record["data_fingerprint"] = load_corpus(config, load_tokenizer(run)).fingerprint
     write_json(run / RUN_FILE, record)
     write_manifest(run, fixed_files())
     outcome = resolvent("inspect", run, *DEVICE)
     page = run / "inspection.html"
     assert outcome.code == 0, outcome.err
-    assert re.fullmatch(rf"{page}: \d+ tokens, 0\.\d MB; open it in a browser\n", outcome.out)
+    first, second = outcome.out.splitlines()
+    assert first == "Reading   the held-out part of the default corpus"
+    assert re.fullmatch(rf"{page}: \d+ tokens, 0\.\d MB; open it in a browser", second)
     found = data_of(page)
     assert split_corpus(read_run(run)[0])[1][0].startswith(text_of(page)[:200]) and found["name"] == str(run)
     assert len(found["curves"]["step"]) == 150 and found["curves"]["validation_step"] == [150]
 
 
 def test_a_run_on_a_text_reads_what_it_held_out(resolvent: Resolvent, run_dir: Path, text_file: Path, tmp_path: Path):
-    outcome = resolvent("inspect", run_dir, "--data", text_file, "--held-out", "--out", tmp_path / "page.html", *DEVICE)
-    assert outcome.code == 0, outcome.err
-    assert text_of(tmp_path / "page.html") == split_corpus(read_run(run_dir)[0])[1][0]
+    for options in (["--data", text_file, "--held-out"], []):
+        outcome = resolvent("inspect", run_dir, *options, "--out", tmp_path / "page.html", *DEVICE)
+        assert outcome.code == 0, outcome.err
+        assert text_of(tmp_path / "page.html") == split_corpus(read_run(run_dir)[0])[1][0]
 
 
 def test_given_text(resolvent: Resolvent, run_dir: Path, tmp_path: Path):

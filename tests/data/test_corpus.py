@@ -108,7 +108,7 @@ def test_invalid_utf8_is_replaced_counted_and_reported_once(tmp_path, caplog):
     ]
     (record,) = caplog.records
     assert "Replaced 4 invalid" in record.message
-    assert "3 file(s)" in record.message
+    assert "3 files" in record.message
     assert "2 of them in" in record.message
     assert "a.txt" in record.message
 

@@ -172,7 +172,7 @@ def test_commands_change_the_conversation(model: Any, tmp_path: Path):
     path = tmp_path / "a talk"
     saved, loaded = lines(chat, f"/save '{path}'", f"/load '{path}'")
     assert saved == f"Saved in {path}, after {conversation.tokens} tokens\n"
-    assert loaded == f"Loaded {path}: 1 turns, {conversation.tokens} tokens\n"
+    assert loaded == f"Loaded {path}: 1 turn, {conversation.tokens} tokens\n"
     assert list(lines(chat, "/undo", "/undo")) == ["The last turn is taken back.\n", "There is no turn to take back.\n"]
     next(lines(chat, "/system Be brief."))
     assert conversation.messages == [{"role": "system", "content": "Be brief."}]

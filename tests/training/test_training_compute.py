@@ -74,5 +74,5 @@ def test_utilisation_is_shown_where_it_is_known(most: float | None, shown: str):
     display = TrainingDisplay(
         Console(file=output, width=200), steps=3, first_step=0, log_interval=1, most_tokens_per_second=most
     )
-    display.step(1, loss=2.0, bits_per_byte=2.5, rates={"lr": 0.1}, tokens=500, seconds=0.5)
+    display.step(1, loss=2.0, bits_per_byte=2.5, learning_rate=0.1, tokens=500, seconds=0.5)
     assert shown in output.getvalue()

@@ -100,6 +100,26 @@ def test_all_faults_are_reported_at_once(tmp_path: Path):
     ]
 
 
+def test_faults_of_the_model_are_reported_with_the_others_and_their_lines(tmp_path: Path):
+    text = "stepz: 5\nset:\n  n_layer: 2\n  dropout: 2\n  d_model: 64\n  vocab_size: 7\n"
+    with pytest.raises(ConfigError) as raised:
+        load_config(written(tmp_path, text))
+    told = [line.split(", line ")[1] for line in str(raised.value).splitlines()]
+    assert [line[:30] for line in told] == [
+        "1: unknown key 'stepz': did yo",
+        "3: unknown field of Phase2Conf",
+        "4: dropout must be in [0, 1), ",
+        "6: the tokenizer decides vocab",
+    ]
+    assert "'n_layers'" in told[1] and told[1].endswith("; `resolvent presets --fields` lists all")
+
+
+def test_fields_of_the_model_are_judged_together(tmp_path: Path):
+    """With one layer alone, the layer of tiny-hybrid that attends is missing."""
+    config = load_config(written(tmp_path, "preset: tiny-hybrid\nset: {n_layers: 1, attention_layers: [0]}\n"))
+    assert config.model is not None and config.model.n_layers == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -108,7 +128,7 @@ def test_all_faults_are_reported_at_once(tmp_path: Path):
         ("steps: 1\n---\nsteps: 2", "is not YAML: .*another document"),
         ("data: &a [x]\nvalidation_data: *a", r"is not YAML: aliases \(\*name\) are not read .* line 2"),
         ("set: {vocab_size: 5}", "the tokenizer decides vocab_size"),
-        ("set: {n_layer: 5}", "n_layer"),
+        ("set: {n_layer: 5}", "unknown field of Phase2Config: 'n_layer' .*did you mean 'n_layers'"),
         ("seed: " + "[" * 3000, "is not YAML"),
     ],
 )

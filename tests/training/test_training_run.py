@@ -25,6 +25,7 @@ from resolvent.errors import CheckpointError, ConfigError, DataError
 from resolvent.evaluation import evaluate_documents
 from resolvent.models import load_model
 from resolvent.models.base import Block
+from resolvent.models.card import CARD
 from resolvent.models.phase2 import Phase2IntegratedModel
 from resolvent.runs import fixed_files
 from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupted, resume, train, trainer
@@ -69,6 +70,22 @@ def after_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], 
     monkeypatch.setattr(Trainer, "_report", report_and_act)
 
 
+def test_finished_run_has_a_model_card(small_config: MakeConfig, tmp_path: Path):
+    config = small_config(steps=1)
+    result = train(config)
+    text = (tmp_path / "run" / CARD).read_text()
+    assert "Trained for 1 step of 128 tokens with muon, seed 0." in text
+    assert f"`{Path(str(config.data)).name}`" in text and str(Path(str(config.data)).parent) not in text
+    score = result.validation
+    assert f"| {score.loss:.4f} | {score.perplexity:,.3f} | {score.bits_per_byte:.4f} | {score.tokens:,} |" in text
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    train(config, overwrite=True)
+    assert (tmp_path / "run" / CARD).read_text() == text
+    (tmp_path / "run" / CARD).write_text("My own card.")
+    train(config, overwrite=True)
+    assert (tmp_path / "run" / CARD).read_text() == "My own card."
+
+
 def test_run_folder_holds_model_tokenizer_and_metrics(small_config: MakeConfig, tmp_path: Path):
     config = small_config()
     result = train(config)
@@ -76,7 +93,13 @@ def test_run_folder_holds_model_tokenizer_and_metrics(small_config: MakeConfig, 
     assert result.run_dir == run_dir
     names = {path.name for path in run_dir.iterdir()}
     files = {"config.json", "model.safetensors", "tokenizer.json", "training.json", "metrics.jsonl", "manifest.json"}
-    assert names == files | {"tokenizer_config.json", "generation_config.json", "result.json", "checkpoints"}
+    assert names == files | {
+        "tokenizer_config.json",
+        "generation_config.json",
+        "result.json",
+        "README.md",
+        "checkpoints",
+    }
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step-00000008", "step-00000010"}
     loaded = load_model(run_dir, device="cpu")
     assert loaded.state_dict().keys() == result.model.state_dict().keys()

@@ -63,7 +63,7 @@ FIRST_STEPS = {
     "resolvent generate runs/first --prompt 'The' --stream": "let it write",
     "resolvent evaluate runs/first": "measure it on text that it has not seen",
     "resolvent inspect runs/first": "make a page that shows what happens inside",
-    "resolvent train --data my_text.txt --tokenizer bpe --out runs/mine": "train on your own text",
+    "resolvent train --data my_text.txt --steps 300 --out runs/mine": "train on your own text",
 }
 """Commands to try, each with its purpose."""
 

@@ -8,6 +8,7 @@ import typer
 from resolvent.cli.console import progress_console, report_console, show_table, write_result
 from resolvent.cli.loading import Device, JsonFile
 from resolvent.terminal import say
+from resolvent.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,7 +83,7 @@ def _show(report: "Report", threads: int, console: "Console") -> None:
     for table in report.tables():
         say(console, f"\n{table.title}")
         show_table(console, table.columns, table.rows, text=TEXT_COLUMNS, styles=STYLES)
-    limits, where = report.ceilings, report.device if report.device != "CPU" else f"{threads} CPU threads"
+    limits, where = report.ceilings, report.device if report.device != "CPU" else f"{counted(threads, 'CPU thread')}"
     say(
         console,
         f"\n{where}: copies at {limits.bytes_per_second / 1e9:,.0f} GB/s, "

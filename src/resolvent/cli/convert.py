@@ -13,6 +13,7 @@ from resolvent.cli.pretrained import Less, convert_pretrained, pretrained_source
 from resolvent.runs import load_trained, run_of
 from resolvent.seeds import MOST_SEED
 from resolvent.terminal import say, shell_word
+from resolvent.wording import counted
 
 _MOST_BYTES = 1 << 28
 """Largest file of a tokenizer."""
@@ -147,6 +148,7 @@ def _convert_phase1(
     from resolvent.errors import CheckpointError
     from resolvent.manifest import write_manifest
     from resolvent.models import save_model
+    from resolvent.models.card import write_card
     from resolvent.models.phase1 import Phase1IntegratedModel
     from resolvent.models.phase2 import convert_phase1_to_phase2
     from resolvent.models.storage import CONFIG, WEIGHTS
@@ -159,6 +161,9 @@ def _convert_phase1(
     report = model.conversion_report
     assert report is not None
     save_model(model, out)
+    write_card(
+        out, model, [f"Converted from the Phase 1 model `{run_of(directory).resolve().name}`: {report.summary()}."]
+    )
     save_tokenizer(tokenizer, out)
     write_manifest(out, [CONFIG, WEIGHTS, *TOKENIZER_FILES])
     write_result(json_path, report.to_dict())
@@ -176,6 +181,7 @@ def _merge(directory: Path, out: Path, json_path: Path | None) -> None:
     from resolvent.manifest import write_manifest
     from resolvent.models import save_model
     from resolvent.models.adapters import Adapters, has_adapters
+    from resolvent.models.card import write_card
     from resolvent.models.storage import CONFIG, WEIGHTS
 
     if not has_adapters(directory):
@@ -190,9 +196,14 @@ def _merge(directory: Path, out: Path, json_path: Path | None) -> None:
         for name in names:
             write_file(folder / name, read_bytes(run_dir / name, _MOST_BYTES))
         save_model(model, folder)
+        made = f"Merged from the run `{run_dir.resolve().name}`, whose low-rank adapters were added to the weights."
+        write_card(folder, model, [made], name=out.name)
         write_manifest(folder, [CONFIG, WEIGHTS, *names])
     write_result(json_path, {"merged": count, "parameters": model.num_parameters()})
-    say(report_console(json_path), f"Merged {count} adapters into {model.num_parameters():,} parameters, in {out}")
+    say(
+        report_console(json_path),
+        f"Merged {counted(count, 'adapter')} into {model.num_parameters():,} parameters, in {out}",
+    )
 
 
 def _config(phase1: "Phase1Config", assignments: list[str], keep_tensor_train: bool) -> "Phase2Config":

@@ -26,7 +26,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Most tokens to generate.")] = 256,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=MOST_SEED, help="Seed of the text.", show_default="random")
+        int | None, typer.Option(min=0, max=MOST_SEED, help="Seed of the sampling.", show_default="random")
     ] = None,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the likeliest token.")

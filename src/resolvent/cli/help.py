@@ -9,9 +9,17 @@ from typer.core import TyperCommand, TyperGroup
 
 from resolvent.seeds import MOST_SEED
 
+_TYPES = {"int": "INT", "float": "FLOAT", "str": "TEXT", "path": "PATH"}
+"""Names of types in the help, in capitals as FILE and DIR."""
+
 
 class _FoldedHelp:
     """Mixin for commands, whose help folds long names and shows neither the type of flags nor the bound of seeds."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the pieces of the usage line, where newer versions of Typer put arguments in braces."""
+        inherited: Any = super()
+        return [piece.strip("{}") for piece in inherited.collect_usage_pieces(ctx)]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _fold_names()
@@ -23,19 +31,21 @@ class _FoldedHelp:
             for bounds in holders:
                 if getattr(bounds, "max", None) == MOST_SEED:
                     bounds.max = None
-            _name_plain_type(parameter, ctx)
+            _name_type(parameter, ctx)
         inherited: Any = super()
         inherited.format_help(ctx, formatter)
 
 
-def _name_plain_type(parameter: Any, context: Any) -> None:
-    """Name the type of a bounded number without the word range, which its bounds say: `<int> [x>=1]`."""
+def _name_type(parameter: Any, context: Any) -> None:
+    """Show `INT [x>=1]` in the place of `<int range> [x>=1]`, and no type beside the name of an argument."""
     display = getattr(parameter, "display_type", None)  # by version of Typer
-    if display is None or parameter.metavar is not None:
+    if display is None:
         return
-    name = display(context)
-    if name.endswith(" range>"):
-        parameter.metavar = name.removesuffix(" range>") + ">"
+    if parameter.param_type_name == "argument":
+        parameter.display_type_rich = lambda ctx: None
+    elif parameter.metavar is None and (name := display(context)).startswith("<"):
+        plain = name[1:-1].removesuffix(" range")
+        parameter.metavar = _TYPES.get(plain, plain)
 
 
 class Command(_FoldedHelp, TyperCommand):

@@ -9,19 +9,20 @@ from resolvent.cli.console import progress_console, status, write_result
 from resolvent.cli.loading import (
     Device,
     Directory,
-    HeldOut,
     JsonFile,
-    TextField,
     check_output,
-    documents_of,
     given_text,
 )
+from resolvent.cli.texts import HeldOut, TextField, TextOptions, read_tokens
 from resolvent.runs import load_trained, run_of
 from resolvent.terminal import say
+from resolvent.wording import counted
 
 if TYPE_CHECKING:
+    import numpy as np
     from tokenizers import Tokenizer
 
+    from resolvent.data import TokenStream
     from resolvent.inspection import Inspection
     from resolvent.models import IntegratedModel
 
@@ -31,7 +32,7 @@ PAGE = "inspection.html"
 def inspect(
     directory: Directory,
     text: Annotated[
-        str | None, typer.Option(help="Text to read.", show_default="the first held-out document of the default corpus")
+        str | None, typer.Option(help="Text to read.", show_default="the first document that the run held out")
     ] = None,
     file: Annotated[
         typer.FileBinaryRead | None,
@@ -82,11 +83,13 @@ def inspect(
 
     trained = [(path, load_trained(path, device)) for path in (directory, compare) if path is not None]
     if text is None and file is None:
-        text = documents_of(directory, data, text_field, held_out)[0]
+        options = TextOptions(data, text_field, held_out)
+        stream = read_tokens(directory, trained[0][1][1], options, progress_console(json_path))
+        read = _first_document(stream, trained[0][1][1], compared=compare is not None)
     else:
-        text = given_text(file, str(text))
+        read = given_text(file, str(text))
     with status("Reading"):
-        first, *others = [_inspect(path, *model, text, length) for path, model in trained]
+        first, *others = [_inspect(path, *model, read, length) for path, model in trained]
         page = render_page(first, *others).encode()
     if out is None:
         out = run_dir / PAGE
@@ -94,11 +97,31 @@ def inspect(
     else:
         write_output(out, page)
     write_result(json_path, page_data(first, *others) if others else first.to_dict())
-    message = f"{out}: {len(first.tokens):,} tokens, {len(page) / 1e6:.1f} MB; open it in a browser"
+    message = f"{out}: {counted(len(first.tokens), 'token')}, {len(page) / 1e6:.1f} MB; open it in a browser"
     say(progress_console(json_path), message)
 
 
-def _inspect(directory: Path, model: "IntegratedModel", tokenizer: "Tokenizer", text: str, length: int) -> "Inspection":
+def _first_document(stream: "TokenStream", tokenizer: "Tokenizer", *, compared: bool) -> "str | np.ndarray":
+    """Return the tokens of the first document, or its text, which the tokenizers of two runs encode.
+
+    Raises:
+        DataError: the text of a conversation, whose special tokens would be read as words.
+    """
+    from resolvent.data.stream import token_ids
+    from resolvent.errors import DataError
+
+    end = int(stream.starts[1]) if stream.num_documents > 1 else stream.num_predictions
+    ids = token_ids(stream.tokens[:end])
+    if not compared:
+        return ids
+    if stream.signed:
+        raise DataError("the run learned from conversations, which two runs may encode differently: give --text")
+    return tokenizer.decode(ids[1:].tolist(), skip_special_tokens=False)
+
+
+def _inspect(
+    directory: Path, model: "IntegratedModel", tokenizer: "Tokenizer", text: "str | np.ndarray", length: int
+) -> "Inspection":
     from resolvent.inspection import inspect_model
     from resolvent.training.metrics import FILE_NAME
 

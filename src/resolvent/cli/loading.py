@@ -1,6 +1,5 @@
 """Parameters that several commands share, and their values."""
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +9,7 @@ import typer
 
 from resolvent.cli.console import STDOUT
 from resolvent.errors import ConfigError
-from resolvent.runs import RUN_FILE, load_trained, run_of
-from resolvent.terminal import shell_word
+from resolvent.runs import load_trained
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     from resolvent.models import IntegratedModel
     from resolvent.models.sampling import SamplingOptions
     from resolvent.models.weights import Precision
-    from resolvent.training.config import TrainingConfig
 
 Directory = Annotated[
     Path, typer.Argument(metavar="DIR", help="Run folder, or a checkpoint in it.", show_default=False)
@@ -36,25 +33,6 @@ StoredWeights = Annotated[
     Literal["full", "stored"],
     typer.Option("--weights", help="full: float32; stored: as in the file, bfloat16 in half the memory."),
 ]
-Text = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        metavar="PATH",
-        help="File or folder with text, JSON Lines or Parquet (repeatable).",
-        show_default="the held-out part of the default corpus",
-    ),
-]
-TextField = Annotated[
-    str | None,
-    typer.Option(
-        "--text-field",
-        metavar="NAME",
-        help="Field of JSON objects, or column of Parquet files, that holds the text of --data.",
-        show_default="text; with --held-out, the run's",
-    ),
-]
-HeldOut = Annotated[bool, typer.Option("--held-out", help="Read only the part of --data that the run held out.")]
 
 
 @contextmanager
@@ -157,65 +135,3 @@ def given_text(file: BinaryIO | None, argument: str) -> str:
     from resolvent.data.reading import read_text
 
     return read_text(file, Path(file.name))
-
-
-def documents_of(directory: Path, data: list[str] | None, text_field: str | None, held_out: bool) -> list[str]:
-    """Return the documents of a text, or the held-out documents of a run.
-
-    A file that only the run folder names is not read: a run folder from elsewhere could name private files of the user.
-
-    Args:
-        directory: a run folder, or a checkpoint in it.
-        data: paths of texts; None for the held-out part of the default corpus, if the run was trained on it.
-        text_field: the field of records in `data` that holds their text; None for "text"; with `held_out`, the run's.
-        held_out: return only the part of `data` that the run held out.
-
-    Raises:
-        ConfigError: `held_out` without a text, or with a run that held nothing out of its text; or a field without
-            a text.
-        CheckpointError: no text is named.
-        DataError: text that cannot be used.
-    """
-    from resolvent.data import load_documents
-    from resolvent.errors import CheckpointError
-    from resolvent.training.corpus import split_corpus
-    from resolvent.training.run_folder import read_run
-
-    if data is None and held_out:
-        raise ConfigError("--held-out selects a part of a text: name the text with --data")
-    if data is None and text_field is not None:
-        raise ConfigError("--text-field selects a field of a text: name the text with --data")
-    if data is not None and not held_out:
-        return load_documents(data, text_field="text" if text_field is None else text_field)
-    run_dir = run_of(directory)
-    if not (run_dir / RUN_FILE).exists() and data is None:
-        raise CheckpointError(f"{run_dir} does not say what it was trained on: name a text with --data")
-    config, _ = read_run(run_dir)
-    if data is None:
-        _check_is_default(config, run_dir)
-    elif config.validation_data is not None:
-        raise ConfigError(f"{run_dir} held nothing out: it validated on a text of its own; leave out --held-out")
-    text_field = config.text_field if text_field is None else text_field
-    return split_corpus(dataclasses.replace(config, data=data, text_field=text_field))[1]
-
-
-def _check_is_default(config: "TrainingConfig", run_dir: Path) -> None:
-    """Check that a run was trained on the default corpus, which needs no path.
-
-    Raises:
-        CheckpointError: the run names a path; the message has the options that name it.
-    """
-    from resolvent.errors import CheckpointError
-
-    text = config.data if config.validation_data is None else config.validation_data
-    if text is not None:
-        paths = [text] if isinstance(text, str) else text
-        options = " ".join(f"--data {shell_word(path)}" for path in paths)
-        if config.validation_data is None:
-            options += " --held-out"
-        elif config.text_field != "text":
-            options += f" --text-field {shell_word(config.text_field)}"
-        raise CheckpointError(
-            f"{run_dir} names the text {', '.join(paths)}. A path that only a run folder names is not read: "
-            f"to read it, add {options}"
-        )

@@ -1,5 +1,7 @@
 """`resolvent presets`."""
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +12,9 @@ from resolvent.cli.loading import JsonFile
 
 def presets(
     phase: Annotated[int, typer.Option(min=1, max=2, help="Phase whose presets to list.")] = 2,
+    fields: Annotated[
+        bool, typer.Option("--fields", help="List the fields that --set changes, with their defaults, instead.")
+    ] = False,
     json_path: JsonFile = None,
 ) -> None:
     """List the presets.
@@ -18,7 +23,12 @@ def presets(
     parameters are all but token embedding and head.
 
     Example: [bold]resolvent presets[/bold]
+
+    Example: [bold]resolvent presets --fields[/bold]
     """
+    if fields:
+        _show_fields(phase, json_path)
+        return
     import torch
 
     from resolvent.models.phases import PHASES
@@ -48,3 +58,16 @@ def presets(
         rows.append((name, *(f"{size:,}" for size in sizes), f"{config.target_vram_gb:g} GB"))
     write_result(json_path, {"phase": phase, "presets": configs})
     show_table(report_console(json_path), columns, rows, text=columns[:1])
+
+
+def _show_fields(phase: int, json_path: Path | None) -> None:
+    """Print the fields of a configuration, their defaults and descriptions."""
+    from resolvent.models.config import field_descriptions
+    from resolvent.models.phases import PHASES
+
+    config = PHASES[phase].config
+    defaults, texts = config().to_dict(), field_descriptions(config)
+    write_result(json_path, {name: {"default": defaults[name], "description": text} for name, text in texts.items()})
+    columns = ("field", "default", "description")
+    rows = [(name, json.dumps(defaults[name]), text) for name, text in texts.items()]
+    show_table(report_console(json_path), columns, rows, text=("field", "description"))

@@ -11,6 +11,7 @@ import typer
 
 from resolvent.cli.loading import wrong_usage
 from resolvent.runs import run_of
+from resolvent.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,11 +93,13 @@ class Converted(NamedTuple):
         """Return what to say about the model in the folder `out`."""
         if (loss := self.loss) is None:
             return [f"Talk to it: resolvent chat {out}"]
-        parts = [f"{self.memories} layers have memories in the place of attention"] if self.memories else []
-        parts += [f"attention reads {self.window:,} tokens"] if self.window else []
+        parts, layers = [], counted(self.memories, "layer has a memory", "layers have memories")
+        if self.memories:
+            parts.append(f"{layers} in the place of attention")
+        parts += [f"attention reads {counted(self.window, 'token')}"] if self.window else []
         return [
             f"Not exact: {', and '.join(parts)}",
-            f"Loss on {loss.tokens:,} tokens of {loss.text}: {loss.before:.4f} nats per token before, "
+            f"Loss on {counted(loss.tokens, 'token')} of {loss.text}: {loss.before:.4f} nats per token before, "
             f"{loss.after:.4f} after",
             f"Train it on: resolvent train --from {out}",
         ]
@@ -229,10 +232,30 @@ def convert_pretrained(
                 ids = _first_tokens(folder, documents, 3 * max(_SCORED_TOKENS // 2, 2 * (less.window or 0)))
                 loss = _fit_and_measure(model, transformer, ids, str(less.text or "the State of the Union addresses"))
             save_model(model, folder)
+            _write_card(folder, model, source, out.name, loss)
             write_manifest(folder, [CONFIG, WEIGHTS, *names])
     report, windows = model.conversion_report, config.windows.values()
     assert report is not None
     return Converted(report, config.n_layers - len(windows), None if less is None else less.window, loss)
+
+
+def _write_card(folder: Path, model: "Phase2IntegratedModel", source: Path, name: str, loss: Losses | None) -> None:
+    """Write the model card of a converted Transformer."""
+    from resolvent.models.card import write_card
+
+    assert model.conversion_report is not None
+    made = [f"Converted from the Transformer `{source.name}`: {model.conversion_report.summary()}."]
+    if model.conversion_report.exact:
+        made.append("The conversion is exact: the logits are those of the Transformer.")
+    if loss is not None:
+        made.append(
+            f"The conversion is not exact: {loss.before:.4f} nats per token before and {loss.after:.4f} after, on "
+            f"{counted(loss.tokens, 'token')} of {Path(loss.text).name}."
+        )
+    licence = (
+        f"That of the Transformer `{source.name}`: add it as `license:` to the head of this page before you publish it."
+    )
+    write_card(folder, model, made, name=name, licence=licence)
 
 
 def _configuration(source: "Source", changes: list[str], bare: bool, less: Less | None) -> "Phase2Config":
@@ -291,7 +314,7 @@ def _first_tokens(folder: Path, documents: Sequence[str], count: int) -> "Tensor
             break
     if len(ids) < _FEWEST_TOKENS:
         raise DataError(
-            f"the text has {len(ids)} tokens, too few to measure a conversion: --text needs {_FEWEST_TOKENS}"
+            f"the text has {counted(len(ids), 'token')}, too few to measure a conversion: --text needs {_FEWEST_TOKENS}"
         )
     return torch.tensor([ids[:count]])
 

@@ -40,13 +40,13 @@ def serve(
     device: Device = "auto",
     weights: Weights = "full",
 ) -> None:
-    """Answer requests over HTTP as the OpenAI API has them.
+    """Serve a model over HTTP with the OpenAI API.
 
     Clients of that API take http://HOST:PORT/v1 as base URL: /v1/completions, /v1/chat/completions and /v1/models;
     beside them are /health and /metrics. Requests are answered together, and a beginning that prompts have in common is
     read once. SIGTERM and Ctrl-C wait for the answers that were begun.
 
-    Without --api-key-file only this machine is listened to.
+    Without --api-key-file, the server answers requests of this machine only.
 
     Example: [bold]resolvent serve runs/tiny --port 8000[/bold]
     """

@@ -8,6 +8,7 @@ import typer
 from resolvent.cli.console import progress_console, write_result
 from resolvent.cli.loading import JsonFile, wrong_usage
 from resolvent.terminal import say, shell_word
+from resolvent.wording import counted
 
 
 def tokenize(
@@ -66,6 +67,7 @@ def tokenize(
     for name, size in sizes.items():
         say(
             console,
-            f"{name:<9} {size['tokens']:,} tokens of {size['documents']:,} document(s), {size['bytes']:,} bytes",
+            f"{name:<9} {counted(size['tokens'], 'token')} of {counted(size['documents'], 'document')}, "
+            f"{size['bytes']:,} bytes",
         )
     say(console, f"Train on it: resolvent train --data {shell_word(out)} --tokenizer {shell_word(out)}")

@@ -1,6 +1,7 @@
 """Conversations in the place of documents: records of messages, of which a model learns the assistant's answers."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,13 +12,15 @@ from resolvent.data.corpus import stream_documents
 from resolvent.data.pieces import Piece, documents_of
 from resolvent.data.reading import Reading
 from resolvent.data.split import DocumentKey
-from resolvent.data.stream import byte_length
+from resolvent.data.stream import SIGNED, TokenStream, byte_length
 from resolvent.data.text import Fragment, Text
 from resolvent.errors import DataError
 
 FIELD = "messages"
 """Field of a record that holds the messages, as in the OpenAI API."""
 ASSISTANT = "assistant"
+
+logger = logging.getLogger(__name__)
 
 
 class Conversations(Text):
@@ -70,11 +73,35 @@ class Conversations(Text):
             size = _answer_bytes(messages)
             if number >= len(held) or size != self.survey.sizes[number]:
                 raise self._changed()
-            try:
-                ids, written = self._template.encode_answers(messages)
-            except DataError as error:
-                raise DataError(f"{self.name}: conversation {number + 1}: {error}") from error
-            yield Fragment(bool(held[number] < size), size, np.where(written, ids, ~ids))
+            yield Fragment(bool(held[number] < size), size, self._encoded(messages, number + 1))
+
+    def stream(self, separator: int) -> TokenStream:
+        """Return all conversations as one signed stream in memory, which ends with the separator.
+
+        Raises:
+            DataError: as of `conversations`, or the template does not take the messages.
+        """
+        reading = Reading(self.text_field)
+        parts = [
+            (self._encoded(messages, number), _answer_bytes(messages))
+            for number, messages in enumerate(self.conversations(reading), start=1)
+        ]
+        for warning in reading.warnings:
+            logger.warning(warning)
+        lengths = [len(tokens) for tokens, _ in parts]
+        return TokenStream(
+            tokens=np.concatenate([*(tokens for tokens, _ in parts), [~separator]]).astype(SIGNED),
+            starts=np.cumsum([0, *lengths[:-1]]),
+            byte_lengths=np.array([size for _, size in parts], np.int64),
+        )
+
+    def _encoded(self, messages: list[Message], number: int) -> np.ndarray:
+        """Return the tokens of a conversation, the complement of those that are read only."""
+        try:
+            ids, written = self._template.encode_answers(messages)
+        except DataError as error:
+            raise DataError(f"{self.name}: conversation {number}: {error}") from error
+        return np.where(written, ids, ~ids)
 
     def _checked(self, document: str, number: int) -> list[Message]:
         """Return the messages of a conversation that was read as JSON.

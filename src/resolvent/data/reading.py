@@ -48,6 +48,7 @@ from resolvent.data.records import (
 from resolvent.errors import DataError
 from resolvent.files import open_regular
 from resolvent.memory import machine_memory
+from resolvent.wording import counted
 
 _CHUNK_BYTES = 1 << 20
 _DECOMPRESSORS: dict[str | None, Callable[[BinaryIO], io.BufferedIOBase | BinaryIO]] = {
@@ -120,8 +121,8 @@ class Reading:
         if self.repairs:
             file, count = self.repairs.most_common(1)[0]
             self.warnings.append(
-                f"Replaced {self.repairs.total()} invalid sequences by U+FFFD in {len(self.repairs)} file(s), "
-                f"{count} of them in {file}"
+                f"Replaced {counted(self.repairs.total(), 'invalid sequence')} by U+FFFD in "
+                f"{counted(len(self.repairs), 'file')}, {count} of them in {file}"
             )
 
 

@@ -235,7 +235,7 @@ def _document(record: object, place: str, text_field: str, count: Callable[[int]
         held = f"the fields {shown(sorted(record)[:20])}" if isinstance(record, dict) else f"a {_kind(record)}"
         remedy = "name the field with the text by --text-field"
         if isinstance(record, dict) and "messages" in record:
-            remedy = "conversations are read by `resolvent train --format chat`"
+            remedy = "conversations are read with --format chat"
         raise DataError(f'{place}: needs an object with a field "{text_field}", got {held}; {remedy}')
     value = record[text_field]
     if structured:

@@ -13,6 +13,7 @@ from resolvent.data.encoding import Encoder, batched
 from resolvent.data.pieces import pieces
 from resolvent.errors import DataError
 from resolvent.ops import IGNORED
+from resolvent.wording import counted
 
 SIGNED = np.dtype(np.int32)
 """Type of the tokens of a signed stream."""
@@ -114,8 +115,8 @@ def _encoded(documents: list[str], encoder: Encoder, progress: bool) -> TokenStr
         return _stream(documents, encoder, progress)
     except MemoryError as error:
         raise DataError(
-            f"the tokens of {len(documents):,} document(s) with {sum(map(len, documents)):,} characters do not fit "
-            "into memory: give less text, or use a machine with more memory"
+            f"the tokens of {counted(len(documents), 'document')} with {sum(map(len, documents)):,} characters do not "
+            "fit into memory: give less text, or use a machine with more memory"
         ) from error
 
 

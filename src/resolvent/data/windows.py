@@ -10,6 +10,7 @@ from torch import Tensor
 from resolvent.data.stream import TokenStream, inputs_and_labels
 from resolvent.errors import ConfigError, DataError
 from resolvent.ops import IGNORED
+from resolvent.wording import counted
 
 MIXED_WINDOWS = 4096
 """Windows of which every stream of a mixture gives its share: weights are rounded to a part of so many."""
@@ -117,8 +118,8 @@ class PackedBatches(_Batches):
                 raise ConfigError(f"{name} must be >= {least}, got {value}")
         if stream.num_predictions < seq_len:
             raise DataError(
-                f"the data has {stream.num_predictions} tokens to predict, a window of seq_len={seq_len} needs "
-                f"{seq_len}; give more text or a seq_len of at most {stream.num_predictions}"
+                f"the data has {counted(stream.num_predictions, 'token')} to predict, and a window of "
+                f"seq_len={seq_len} needs {seq_len}; give more text or a seq_len of at most {stream.num_predictions}"
             )
         super().__init__(seq_len, batch_size, seed)
         self.stream = stream

@@ -20,6 +20,7 @@ from resolvent.errors import DataError
 from resolvent.models import IntegratedModel
 from resolvent.ops import IGNORED
 from resolvent.ops.precision import at_least_float32
+from resolvent.wording import counted
 
 _LOGITS_BYTES = 2**27
 """Memory for the logits that are held at once."""
@@ -114,7 +115,8 @@ def excerpts(stream: TokenStream, count: int, length: int, random: np.random.Gen
     text = stream.tokens[is_text].astype(np.int64)
     if len(text) < length:
         raise DataError(
-            f"the text has {len(text):,} tokens, and a sequence needs {length:,}: give more text or a lesser length"
+            f"the text has {counted(len(text), 'token')}, a sequence needs {length:,}: give more text or a "
+            "lesser length"
         )
     starts = random.integers(len(text) - length + 1, size=count)
     return np.stack([text[start : start + length] for start in starts])

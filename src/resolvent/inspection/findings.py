@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from resolvent.inspection.values import Curves, Finding, Inspection
+from resolvent.wording import counted
 
 _REACH = 0.9
 """Share of the influence that lies within the reach."""
@@ -128,5 +129,4 @@ def _resonance(found: Inspection) -> Iterator[Finding]:
 
 
 def _tokens(count: float) -> str:
-    shown = f"{count:.1f}" if count < 9.95 and count != round(count) else f"{count:,.0f}"
-    return f"{shown} token{'' if shown == '1' else 's'}"
+    return f"{count:.1f} tokens" if count < 9.95 and count != round(count) else counted(round(count), "token")

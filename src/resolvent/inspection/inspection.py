@@ -29,6 +29,7 @@ from resolvent.models.phase2 import Phase2Block, Phase2Config
 from resolvent.models.phases import phase_of
 from resolvent.ops.consolidation import signal_to_noise
 from resolvent.ops.precision import at_least_float32
+from resolvent.wording import counted
 
 SNR_EDGES = np.geomspace(1e-3, 32, 46)
 """Edges of the bins of the SNR; values beyond them count in the outermost bins."""
@@ -43,7 +44,7 @@ _GUESSES = 5
 def inspect_model(
     model: IntegratedModel,
     tokenizer: Tokenizer,
-    text: str,
+    text: str | np.ndarray,
     *,
     length: int = 500,
     name: str = "model",
@@ -54,7 +55,7 @@ def inspect_model(
     Args:
         model: the model; it keeps its mode, dropout is off, and its parameters get no gradients.
         tokenizer: its tokenizer.
-        text: the text, which is read from its beginning.
+        text: the text, which is read from its beginning; or its tokens, with the one that opens it.
         length: most tokens to read, including the one that opens a text.
         name: name of the model.
         metrics: metrics.jsonl of a run, for the learning curves.
@@ -64,7 +65,8 @@ def inspect_model(
         DataError: there is no text.
         ResolventError: a value of the model is not finite.
     """
-    ids = torch.from_numpy(encode_prompt(text, Encoder(tokenizer))[:length])
+    tokens = encode_prompt(text, Encoder(tokenizer)) if isinstance(text, str) else text
+    ids = torch.from_numpy(tokens[:length])
     if len(ids) < 2:
         raise DataError("there is no text to inspect: it is empty, or the length leaves no token of it")
     ids = ids.to(next(model.parameters()).device)
@@ -72,15 +74,15 @@ def inspect_model(
     nats, expected = _predictions(model, tokenizer, seen.hidden, ids)
     rules = [block.consolidation() for block in model.blocks if isinstance(block, Phase2Block)]
     consolidation = next((rule for rule in rules if rule is not None), None)
-    tokens = token_texts(tokenizer, ids.tolist())
+    words = token_texts(tokenizer, ids.tolist())
     inspection = Inspection(
         name=name,
         version=__version__,
         facts=_facts(model),
         findings=[],
         curves=read_curves(metrics) if metrics is not None else None,
-        tokens=tokens,
-        words=word_numbers(tokens),
+        tokens=words,
+        words=word_numbers(words),
         nats=nats,
         expected=expected,
         influence=_influence(model, ids),
@@ -143,8 +145,8 @@ def _facts(model: IntegratedModel) -> dict[str, str]:
         "Layers": str(model.n_layers),
         "Heads": str(config.num_heads),
         "Width": str(model.d_model),
-        "Vocabulary": f"{model.vocab_size:,} tokens",
-        "Trained on": f"windows of {model.n_seq:,} tokens",
+        "Vocabulary": f"{counted(model.vocab_size, 'token')}",
+        "Trained on": f"windows of {counted(model.n_seq, 'token')}",
     }
 
 

@@ -7,6 +7,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from resolvent.wording import counted
+
 Row = list[float]
 
 
@@ -140,7 +142,7 @@ class Inspection:
     dt: float
 
     def __repr__(self) -> str:
-        return f"Inspection({self.name!r}, {len(self.tokens):,} tokens, {len(self.layers)} layers)"
+        return f"Inspection({self.name!r}, {counted(len(self.tokens), 'token')}, {counted(len(self.layers), 'layer')})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures, for JSON."""

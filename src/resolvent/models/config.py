@@ -1,11 +1,15 @@
 """Base of the configurations: conversion to and from dictionaries, and faults reported together."""
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
+import textwrap
 import types
 import typing
 from collections.abc import Container, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from ..errors import ConfigError
 from ..files import shown
@@ -51,6 +55,9 @@ class ModelConfig:
 
     A subclass lists the rules for its values in ``_faults``; types are checked against the annotations.
     """
+
+    listed_by: ClassVar[str] = ""
+    """command that lists the fields of the subclass"""
 
     def validate(self) -> None:
         """Check every field.
@@ -125,11 +132,29 @@ def check_fields(config: type[ModelConfig], values: Mapping[str, object]) -> Non
     unknown = [key for key in values if key not in names]
     if not unknown:
         return
-    hints = {key: difflib.get_close_matches(str(key)[:64], names, n=1) for key in unknown[:_MOST_NAMED]}
-    named = [shown(key) + (f" (did you mean {hint[0]!r}?)" if hint else "") for key, hint in hints.items()]
+    named = [f"{shown(key)}{_nearest(key, names)}" for key in unknown[:_MOST_NAMED]]
     if left_out := len(unknown) - len(named):
         named.append(f"{left_out:,} more")
-    raise ConfigError(f"unknown field of {config.__name__}: {', '.join(named)}. Fields: {', '.join(names)}")
+    listed = f"`{config.listed_by}` lists all" if config.listed_by else f"fields: {', '.join(names)}"
+    raise ConfigError(f"unknown field of {config.__name__}: {', '.join(named)}; {listed}")
+
+
+def _nearest(key: object, names: list[str]) -> str:
+    """Return a question with up to three fields that a key resembles; "" where there are none."""
+    near = difflib.get_close_matches(str(key)[:64], names, n=3)
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+
+
+def field_descriptions(config: type[ModelConfig]) -> dict[str, str]:
+    """Return the docstring of every field, or "" where its name says all."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {field.name: "" for field in dataclasses.fields(config)}
+    for statement, after in itertools.pairwise(definition.body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+            found[statement.target.id] = " ".join(str(text).split())
+    return {name: found[name] for name in (field.name for field in dataclasses.fields(config))}
 
 
 def must_be_positive(config: ModelConfig, *names: str) -> list[str]:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 import torch
 from torch import Tensor
 
+from resolvent.wording import counted
+
 from ..errors import CheckpointError, VersionError
 from ..files import output_path
 from ..ops.attention_window import join_windows
@@ -59,10 +61,11 @@ class ModelState:
     def __repr__(self) -> str:
         """Return one line: type, sequences, tokens read, layers, size and device."""
         read = self.position.tolist()
-        tokens = f"{read[0]:,}" if len(set(read)) == 1 else f"{min(read, default=0):,} to {max(read, default=0):,}"
+        least, most = min(read, default=0), max(read, default=0)
+        tokens = counted(most, "token") if least == most else f"{least:,} to {most:,} tokens"
         return (
-            f"{type(self).__name__}({len(self):,} sequences, {tokens} tokens read, {len(self.layers)} layers, "
-            f"{self.nbytes:,} bytes on {self.device})"
+            f"{type(self).__name__}({counted(len(self), 'sequence')}, {tokens} read, "
+            f"{counted(len(self.layers), 'layer')}, {self.nbytes:,} bytes on {self.device})"
         )
 
     @property
@@ -143,7 +146,7 @@ class ModelState:
             dtype: dtype of the model's states, float32 or float64.
         """
         if len(self) != sequences:
-            raise ValueError(f"the state holds {len(self)} sequences, the input has {sequences}")
+            raise ValueError(f"the state holds {counted(len(self), 'sequence')}, the input has {sequences}")
         tensors = list(self._layer_tensors())
         found, wanted = [tuple(x.shape[1:]) for _, x in tensors], [*chain(*shapes)]
         if len(self.layers) != len(shapes) or len(found) != len(wanted) or not all(map(_fits, found, wanted)):

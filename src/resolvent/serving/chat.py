@@ -6,6 +6,8 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+from resolvent.wording import counted
+
 from ..errors import ConfigError, ResolventError
 from ..models.sampling import SamplingOptions
 from .conversation import Conversation
@@ -88,13 +90,13 @@ class Chat:
     def _save(self, text: str) -> str:
         path = _path(text)
         self._conversation.save(path)
-        return f"Saved in {path}, after {self._conversation.tokens:,} tokens\n"
+        return f"Saved in {path}, after {counted(self._conversation.tokens, 'token')}\n"
 
     def _load(self, text: str) -> str:
         path = _path(text)
         self._conversation.load(path)
         turns = sum(message["role"] == "user" for message in self._conversation.messages)
-        return f"Loaded {path}: {turns} turns, {self._conversation.tokens:,} tokens\n"
+        return f"Loaded {path}: {counted(turns, 'turn')}, {counted(self._conversation.tokens, 'token')}\n"
 
     def _quit(self, _: str) -> str:
         self.over = True

@@ -93,8 +93,9 @@ class TrainingConfig:
     lora: str | None = setting(
         None,
         TEXT,
-        "With --from: train low-rank adapters of this rank and leave the weights as they are (LoRA).",
-        metavar="r=16[,alpha=32,dropout=0.05,targets=NAME,...]",
+        "With --from: train low-rank adapters of this rank and leave the weights as they are (LoRA), such as r=16 or "
+        "r=16,alpha=32,dropout=0.05,targets=NAME,NAME.",
+        metavar="r=RANK[,...]",
         default_text="all weights are trained",
     )
     data: Texts = setting(  # noqa: RUF009  every run has its own
@@ -217,8 +218,9 @@ class TrainingConfig:
     tracker: Tracker = setting(  # noqa: RUF009  a Literal's values do not change
         "none",
         REPORTS,
-        "Tracker of metrics and diagnostics of the model, beside metrics.jsonl.",
-        metavar="none|tensorboard|wandb|...",
+        "Tracker of metrics and diagnostics of the model, beside metrics.jsonl: tensorboard, wandb, or another of "
+        "Accelerate's.",
+        metavar="NAME",
     )
     keep_checkpoints: int = setting(2, REPORTS, "Newest checkpoints to keep.", at_least=1)
 

@@ -81,15 +81,21 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path} must hold `option: value` lines, such as `steps: 1000`")
     values: dict[str, Any] = {}
-    faults: list[str] = []
+    faults: list[tuple[int, str]] = []
+    changes: dict[str, Any] = {}
+    places: dict[str, int] = {}
     for key, node in root.value:
         name = _KEYS.get(_key(key))
         found = [*_key_faults(key, name, values)]
         if name is not None and not found:
             values[name], found = _read_value(name, node)
-        faults += [f"{path}, line {key.start_mark.line + 1}: {fault}" for fault in found]
+        faults += [(key.start_mark.line + 1, fault) for fault in found]
+        if name == SET and not found:
+            changes = values[SET]
+            places = {field.value: field.start_mark.line + 1 for field, _ in node.value}
+    faults += [(places[field], fault) for field, fault in _model_faults(values, changes)]
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise ConfigError("\n".join(f"{path}, line {line}: {fault}" for line, fault in sorted(faults)))
     return values
 
 
@@ -130,6 +136,24 @@ def _read_value(name: str, node: yaml.Node) -> tuple[Any, list[str]]:
     if isinstance(value, dict) and all(isinstance(field, str) for field in value):
         return value, []
     return value, [f"{SET} must hold `field: value` lines of the model, got {shown(value)}"]
+
+
+def _model_faults(values: dict[str, Any], changes: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the fields under `SET`, each fault with the field that it belongs to."""
+    phase, preset = values.get("phase", TrainingConfig.phase), values.get("preset", TrainingConfig.preset)
+    try:
+        chosen = changed_preset(phase, str(preset), {})
+    except (ConfigError, KeyError, TypeError):  # a fault of these two, which is named with their lines or by `validate`
+        return
+    known = dict(changes)
+    for field in changes:
+        try:
+            changed_preset(phase, str(preset), {field: getattr(chosen, field, None)})
+        except ConfigError as error:
+            yield field, str(error)
+            del known[field]
+    for fault in type(chosen).from_dict(chosen.to_dict() | known).faults():
+        yield next((field for field in known if field in fault.split()), next(iter(known))), fault
 
 
 def _key_faults(key: yaml.Node, name: str | None, values: dict[str, Any]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The text of a run: read, split, tokenized, and recognised again."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -18,14 +19,14 @@ from resolvent.data import (
     load_documents,
     split_documents,
 )
-from resolvent.data.cache import FOLDER_NAME, VARIABLE, TokenCache
+from resolvent.data.cache import FOLDER_NAME, VARIABLE, TokenCache, is_cache
 from resolvent.data.chat_template import ChatTemplate
 from resolvent.data.conversations import Conversations
 from resolvent.data.hub import PREFIX, text_of
 from resolvent.data.pieces import documents_of
 from resolvent.data.shards import HELD_OUT, TRAIN, TokenFolder, is_token_folder, joined, open_tokens, stored_documents
 from resolvent.data.token_files import TokenText, is_token_file
-from resolvent.errors import ConfigError, DataError
+from resolvent.errors import CheckpointError, ConfigError, DataError
 from resolvent.training.config import Texts, TrainingConfig, weighted_paths
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,25 @@ def cache_folder(config: TrainingConfig) -> Path:
     if config.cache is not None:
         return Path(config.cache)
     return Path(os.environ.get(VARIABLE) or config.run_dir.absolute().parent / FOLDER_NAME)
+
+
+def in_folder(config: TrainingConfig, run_dir: Path) -> TrainingConfig:
+    """Return the configuration of a run in the folder where the run is now, with its cache if that still is one."""
+    cache = config.cache if config.cache and is_cache(Path(config.cache)) else None
+    return dataclasses.replace(config, out=str(run_dir), cache=cache)
+
+
+def check_fingerprint(corpus: Corpus, expected: str, config: TrainingConfig, run_dir: Path, *, remedy: str) -> None:
+    """Check that a text is the one that a run learned from.
+
+    Raises:
+        CheckpointError: its tokens are others.
+    """
+    if corpus.fingerprint != expected:
+        raise CheckpointError(
+            f"{text_name(config.data)} has changed since the run {run_dir} began (fingerprint "
+            f"{corpus.fingerprint[:12]}, was {expected[:12]}): {remedy}"
+        )
 
 
 def _groups(data: Texts) -> tuple[list[list[str] | None], list[float]]:

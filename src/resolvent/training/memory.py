@@ -16,6 +16,7 @@ from resolvent.models.phase2 import Phase2Config
 from resolvent.ops.cross_entropy import LOGITS_BYTES
 from resolvent.training.config import TrainingConfig
 from resolvent.training.optimizer import parts_of_matrices
+from resolvent.wording import counted
 
 _BYTES_PER_PARAMETER = 16
 """Weight, gradient, and AdamW's two averages, in float32."""
@@ -169,7 +170,7 @@ def check_memory(model: IntegratedModel, config: TrainingConfig, device: torch.d
         return
     what = (
         f"about {gib(needed.total)}: {gib(needed.parameters)} for parameters and optimizer, "
-        f"{gib(needed.activations)} for batches of {config.batch_size} windows of {window:,} tokens"
+        f"{gib(needed.activations)} for batches of {counted(config.batch_size, 'window')} of {counted(window, 'token')}"
     )
     remedy = "lower --batch-size or --seq-len"
     if not config.recompute:

@@ -12,6 +12,7 @@ from typing import Any, Self
 from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
 from resolvent.files import append_to, atomic_file, read_lines, shown
+from resolvent.wording import counted
 
 FILE_NAME = "metrics.jsonl"
 
@@ -101,7 +102,7 @@ class History:
         draw(Path(path), "step", panels)
 
     def __repr__(self) -> str:
-        return f"History({len(self.steps):,} steps, {len(self.validations):,} validations)"
+        return f"History({counted(len(self.steps), 'step')}, {counted(len(self.validations), 'validation')})"
 
 
 def read_history(run_dir: Path) -> History:

@@ -15,6 +15,7 @@ from resolvent.training.memory import Estimate, gib, memory_of, memory_of_run
 from resolvent.training.progress import format_duration, frozen_part
 from resolvent.training.run import new_trainer
 from resolvent.training.trainer import Trainer
+from resolvent.wording import counted, readings
 
 _WARM_UP_STEPS = 3
 """Steps in which kernels are compiled, and steps are recorded as CUDA graphs."""
@@ -77,7 +78,8 @@ class RunPlan:
 
     def __str__(self) -> str:
         memory, measured = self.memory, self.measured_memory
-        source = f"measured in {self.timed_steps} steps" if self.timed_steps else "as given"
+        read = readings(self.passes, f"the text of {self.text_tokens:,}")
+        source = f"measured in {counted(self.timed_steps, 'step')}" if self.timed_steps else "as given"
         return (
             f"Model     {self.parameters:,} parameters, {self.parameters - self.embedding_parameters:,} without the "
             f"token embedding{frozen_part(self.parameters, self.trained_parameters)}\n"
@@ -85,8 +87,8 @@ class RunPlan:
             f"Memory    about {gib(memory.total)}: {gib(memory.parameters)} for parameters and optimiser, "
             f"{gib(memory.activations)} for activations; "
             f"{f'measured {gib(measured)}; ' if measured is not None else ''}{gib(self.free_memory)} free\n"
-            f"Tokens    {self.tokens:,} in {self.steps:,} steps: {self.passes:.2g} times the {self.text_tokens:,} of "
-            f"the text; {self.validated_tokens:,} in validations\n"
+            f"Tokens    {self.tokens:,} in {counted(self.steps, 'step')}, which read {read}; "
+            f"{self.validated_tokens:,} in validations\n"
             f"Time      {format_duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s, {source}"
         )
 

@@ -13,6 +13,7 @@ from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.scoring import Advance
 from resolvent.terminal import say
 from resolvent.training.average import Average
+from resolvent.wording import counted
 
 _SECONDS_BETWEEN_LINES = 15.0
 """Seconds between two lines of a validation if the output is no terminal."""
@@ -77,18 +78,19 @@ class TrainingDisplay:
             self._bar.stop()
 
     def step(
-        self, step: int, *, loss: float, bits_per_byte: float, rates: dict[str, float], tokens: int, seconds: float
+        self, step: int, *, loss: float, bits_per_byte: float, learning_rate: float, tokens: int, seconds: float
     ) -> None:
-        """Show a finished step, with the smoothed loss; `tokens` and `seconds` are those of the step."""
+        """Show a finished step, with the smoothed loss; `tokens` and `seconds` are those of the step.
+
+        The learning rate is that of AdamW: Muon's is the same multiple of it in every step.
+        """
         average_seconds = self._step_seconds.update(seconds)
         speed = tokens / average_seconds
         mfu = f"  {speed / self._most_tokens_per_second:.1%} MFU" if self._most_tokens_per_second else ""
         status = (
             f"loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  {speed:,.0f} tokens/s{mfu}  "
-            f"lr {rates['lr']:.1e}  ETA {format_duration(average_seconds * (self._steps - step))}"
+            f"lr {learning_rate:.1e}  ETA {format_duration(average_seconds * (self._steps - step))}"
         )
-        if "muon_lr" in rates:
-            status += f"  Muon's lr {rates['muon_lr']:.1e}"  # a narrow terminal cuts it off
         self._bar.update(self._task, completed=step, status=status)
         if not self.console.is_terminal and (step % self._log_interval == 0 or step in self._shown):
             self.say(f"{self._position(step)}  {status}")
@@ -108,7 +110,7 @@ class TrainingDisplay:
             self._bar.update(task, completed=done, status=status)
             if not self.console.is_terminal and now - said > _SECONDS_BETWEEN_LINES:
                 said = now
-                self.say(f"validation: {done:,} of {tokens:,} tokens  {status}")
+                self.say(f"validation: {done:,} of {counted(tokens, 'token')}  {status}")
 
         try:
             yield advance
@@ -120,7 +122,7 @@ class TrainingDisplay:
         ema = "" if averaged is None else f"; EMA: loss {averaged.loss:.4f}, {averaged.bits_per_byte:.4f} bits/byte"
         self.say(
             f"{self._position(step)}  validation: loss {score.loss:.4f}, {score.bits_per_byte:.4f} bits/byte "
-            f"on {score.tokens:,} tokens{ema}"
+            f"on {counted(score.tokens, 'token')}{ema}"
         )
 
     def say(self, text: str) -> None:

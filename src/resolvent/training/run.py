@@ -16,7 +16,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from resolvent.data import load_tokenizer, save_tokenizer
-from resolvent.data.cache import VARIABLE, is_cache
+from resolvent.data.cache import VARIABLE
 from resolvent.data.chat_template import ChatTemplate
 from resolvent.data.hub import PREFIX
 from resolvent.device import deterministic, pick_device
@@ -41,7 +41,7 @@ from resolvent.training.checkpoint import (
     write_models,
 )
 from resolvent.training.config import Tracker, TrainingConfig
-from resolvent.training.corpus import Corpus, load_corpus, text_name
+from resolvent.training.corpus import Corpus, check_fingerprint, in_folder, load_corpus, text_name
 from resolvent.training.ema import WeightAverage
 from resolvent.training.freezing import check_patterns, freeze
 from resolvent.training.lora import add_adapters, base_weights, is_adapted, whole_model
@@ -50,6 +50,7 @@ from resolvent.training.run_folder import beginning, check_new, new_run, read_re
 from resolvent.training.sharding import is_sharded, shard
 from resolvent.training.tracking import tracker_options
 from resolvent.training.trainer import Trainer, TrainingResult
+from resolvent.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -182,14 +183,13 @@ def resume(
     run_dir = Path(run_dir)
     config, fingerprint = read_run(run_dir)
     config = dataclasses.replace(
-        config,
-        out=str(run_dir),
+        in_folder(config, run_dir),
         device=device or config.device,
         data=config.data if data is None else _absolute_text(data),
         validation_data=config.validation_data if validation_data is None else _absolute_text(validation_data),
-        cache=cache or (config.cache if config.cache and is_cache(Path(config.cache)) else None),
         tracker=tracker or config.tracker,
     )
+    config = config if cache is None else dataclasses.replace(config, cache=cache)
     config.validate()
     with deterministic(config.deterministic):
         accelerator = _accelerator(config)
@@ -227,11 +227,7 @@ def _resume(
     for _, paths in config.named_texts():
         say(console, f"Reading   {text_name(paths)}")
     corpus = load_corpus(config, load_tokenizer(run_dir), template_folder=run_dir, console=console)
-    if corpus.fingerprint != fingerprint:
-        raise CheckpointError(
-            f"{text_name(config.data)} has changed since the run {run_dir} began (fingerprint "
-            f"{corpus.fingerprint[:12]}, was {fingerprint[:12]}): restore the text, or start a new run"
-        )
+    check_fingerprint(corpus, fingerprint, config, run_dir, remedy="restore the text, or start a new run")
     if checkpoint is None:
         model = _initial_model(config, corpus, accelerator, None)
     else:
@@ -266,7 +262,9 @@ def _with_steps(config: TrainingConfig, steps: int | None, taken: int) -> Traini
     changed = dataclasses.replace(config, steps=steps)
     changed.validate()
     if steps < taken:
-        raise ConfigError(f"the run {config.run_dir} has taken {taken:,} steps: steps must be >= {taken}, got {steps}")
+        raise ConfigError(
+            f"the run {config.run_dir} has taken {counted(taken, 'step')}: steps must be >= {taken}, got {steps}"
+        )
     return changed
 
 
@@ -316,7 +314,7 @@ def _warn_of_what_is_not_trained(model: IntegratedModel) -> None:
     if model.n_seq <= interval:
         oftener = f"set consolidation_interval={CHUNK}, or " if model.n_seq > CHUNK else ""
         logger.warning(
-            f"Memories are consolidated every {interval} tokens (consolidation_interval), and windows have "
+            f"Memories are consolidated every {interval:,} tokens (consolidation_interval), and windows have "
             f"{model.n_seq}: SNR filter and resonance stay untrained. To train them, {oftener}take a --seq-len of "
             f"more than {interval}"
         )

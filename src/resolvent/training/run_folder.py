@@ -153,6 +153,7 @@ def _clear(run_dir: Path) -> None:
         CheckpointError: something cannot be removed.
     """
     from resolvent.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+    from resolvent.models.card import CARD, is_own_card
     from resolvent.models.storage import WEIGHTS
     from resolvent.training.checkpoint import FOLDER
     from resolvent.training.metrics import FILE_NAME
@@ -162,6 +163,8 @@ def _clear(run_dir: Path) -> None:
     try:
         for name in (MANIFEST, STEPS_FILE, RESULT_FILE, FILE_NAME, ID_FILE, WEIGHTS, *adapters, *fixed_files()):
             (run_dir / name).unlink(missing_ok=True)
+        if is_own_card(run_dir / CARD):
+            (run_dir / CARD).unlink()
         for folder in (run_dir / FOLDER, run_dir / EMA_FOLDER, run_dir / TENSORBOARD_DIR):
             remove(folder)
     except OSError as error:

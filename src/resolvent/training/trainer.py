@@ -46,6 +46,7 @@ from resolvent.training.ema import WeightAverage
 from resolvent.training.interrupt import StopRequest, TrainingInterrupted
 from resolvent.training.lora import whole_model
 from resolvent.training.metrics import FILE_NAME, History, MetricsLog, read_history
+from resolvent.training.model_card import write_run_card
 from resolvent.training.nonfinite import NonFiniteError, offending_gradient, offending_weight
 from resolvent.training.optimizer import learning_rates, optimizer_of_run
 from resolvent.training.progress import TrainingDisplay, format_duration
@@ -53,6 +54,7 @@ from resolvent.training.run_folder import Scores, write_result
 from resolvent.training.sharding import is_sharded, whole_tensor
 from resolvent.training.tracking import Tracking
 from resolvent.training.validation import StoppedInValidation, Validator
+from resolvent.wording import counted, readings
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +208,7 @@ class Trainer:
         self.state = load_trainer_state(checkpoint)
         if self.batches_per_step % self.accelerator.num_processes:
             raise CheckpointError(
-                f"a step of the run {self.run_dir} has {self.batches_per_step} batches, which "
+                f"a step of the run {self.run_dir} has {counted(self.batches_per_step, 'batch', 'batches')}, which "
                 f"{self.accelerator.num_processes} processes cannot share evenly: resume it with a divisor of that"
             )
         load_optimizer(checkpoint, self.raw_model, self.raw_optimizer)
@@ -250,6 +252,7 @@ class Trainer:
             scores = self._validate(final=True)
             if self.accelerator.is_main_process:
                 self.metrics.sync()
+                write_run_card(self.config, self.corpus, self.raw_model, self.tokens_per_step, scores.validation)
                 write_result(self.run_dir, self.state.step, scores)
         self.display.say(f"Done in {format_duration(time.perf_counter() - started)}; the model is in {self.run_dir}")
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)  # removes autocast
@@ -412,7 +415,7 @@ class Trainer:
             step,
             loss=average,
             bits_per_byte=average * self.bits_per_byte_per_nat,
-            rates=rates,
+            learning_rate=rates["lr"],
             tokens=self.tokens_per_step,
             seconds=seconds,
         )
@@ -423,7 +426,7 @@ class Trainer:
             name,
             event,
             f"Train again with a learning rate below {self.peak_learning_rate:g}, a warm-up of more than "
-            f"{self.config.warmup} steps, or more --rewinds than {self.config.rewinds}",
+            f"{counted(self.config.warmup, 'step')}, or more --rewinds than {self.config.rewinds}",
         )
 
     def _rewind(self, fault: NonFiniteError) -> None:
@@ -582,14 +585,14 @@ class Trainer:
         self.display.say(
             f"Model     Phase {phase_of(self.raw_model)}, {origin}: "
             f"{total:,} parameters,{of_them} {precision} on {devices}\n"
-            f"Text      {train.num_bytes:,} bytes in {train.num_documents:,} document(s) to learn from\n"
+            f"Text      {train.num_bytes:,} bytes in {counted(train.num_documents, 'document')} to learn from\n"
             f"{self._mixture()}"
-            f"Held out  {held_out.num_bytes:,} bytes in {held_out.num_documents:,} document(s){share}\n"
+            f"Held out  {held_out.num_bytes:,} bytes in {counted(held_out.num_documents, 'document')}{share}\n"
             f"Tokens    {train.num_predictions:,} to learn from, vocabulary of "
             f"{self.corpus.tokenizer.get_vocab_size():,}\n"
             f"{rate}\n"
-            f"          {start} {config.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2g} times the "
-            f"text), into {self.run_dir}"
+            f"          {start} {counted(config.steps, 'step')} of {counted(self.tokens_per_step, 'token')} ("
+            f"{readings(epochs)}), into {self.run_dir}"
         )
 
     def _mixture(self) -> str:

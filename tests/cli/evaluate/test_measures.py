@@ -79,10 +79,38 @@ def test_new_path_of_held_out_text_is_accepted(resolvent: Resolvent, run_dir: Pa
     assert f"on held-out documents of {moved}" in resolvent("evaluate", run_dir, *where[1]).out
 
 
-@pytest.mark.parametrize("command", [["evaluate"], ["evaluate", "positions"]])
-def test_held_out_documents_need_a_text(resolvent: Resolvent, run_dir: Path, command: list[str]):
-    outcome = resolvent(*command, run_dir, "--held-out")
-    assert outcome.code == 1 and "name the text with --data" in outcome.err
+@pytest.mark.parametrize("measure", [[], ["positions", "--length", 40, "--sequences", 1]])
+@pytest.mark.parametrize("held_out", [[], ["--held-out"]])
+def test_without_data_the_text_of_the_run_is_read(
+    resolvent: Resolvent, run_dir: Path, text_file: Path, measure: list[str], held_out: list[str]
+):
+    named = resolvent("evaluate", *measure, run_dir, "--data", text_file, "--held-out").out
+    outcome = resolvent("evaluate", *measure, run_dir, *held_out)
+    assert outcome.code == 0, outcome.err
+    first, *rest = outcome.out.splitlines()
+    assert first == f"Reading   the held-out part of {text_file}"
+    assert rest[1:] == named.splitlines()[1:]
+
+
+@pytest.mark.parametrize("change", ["moved", "changed"])
+def test_text_of_the_run_that_is_gone_or_changed_is_an_error_with_the_remedy(
+    resolvent: Resolvent, small: list[str], text_file: Path, tmp_path: Path, change: str
+):
+    text, run = Path(shutil.copy(text_file, tmp_path / "text.txt")), tmp_path / "run"
+    assert resolvent("train", "--data", text, "--out", run, "--steps", 1, *small).code == 0
+    if change == "moved":
+        text.rename(tmp_path / "moved.txt")
+    else:
+        text.write_text(text.read_text().replace("old", "new"))
+    outcome = resolvent("evaluate", run)
+    assert outcome.code == 1
+    cause, remedy = {
+        "moved": (f"cannot read {text}: ", "; if the text was moved, name its new path: --data PATH --held-out\n"),
+        "changed": (f"{text} has changed since the run {run} began", "read it as it is now: --data PATH --held-out\n"),
+    }[change]
+    assert cause in outcome.err and outcome.err.endswith(remedy)
+    place = tmp_path / "moved.txt" if change == "moved" else text
+    assert resolvent("evaluate", run, "--data", place, "--held-out").code == 0
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_factory_takes_config_preset_and_single_values():
     assert (model.config.htt_rank, model.vocab_size) == (3, 257)
     with pytest.raises(ValueError, match="either config or preset"):
         create_phase1_model(config=config, preset="8gb")
-    with pytest.raises(ValueError, match=r"unknown field of Phase1Config: 'htt_rnk' \(did you mean 'htt_rank'\?\)"):
+    with pytest.raises(ValueError, match=r"unknown field of Phase1Config: 'htt_rnk' \(did you mean 'htt_rank'"):
         create_phase1_model(preset="tiny", htt_rnk=3)
     with pytest.raises(ValueError, match="htt_num_cores must be 2"):
         create_phase1_model(preset="tiny", htt_num_cores=3)

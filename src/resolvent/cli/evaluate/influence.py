@@ -5,7 +5,9 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.evaluate.tables import Seed, load, scientific, show, write
-from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, PlotFile, Text, TextField
+from resolvent.cli.loading import BatchTokens, Device, Directory, JsonFile, PlotFile
+from resolvent.cli.texts import HeldOut, Text, TextField, TextOptions
+from resolvent.wording import counted
 
 
 def influence(
@@ -31,7 +33,8 @@ def influence(
 
     Example: [bold]resolvent evaluate influence runs/tiny --length 4096 --plot influence.png[/bold]
     """
-    model, _, stream = load(directory, data, text_field, held_out, device)
+    text = TextOptions(data, text_field, held_out)
+    model, _, stream = load(directory, text, device, json_path)
     from resolvent.evaluation import measure_influence
     from resolvent.evaluation.statistics import Bucket
 
@@ -41,9 +44,9 @@ def influence(
         (str(Bucket(row.first, row.last)), scientific(row.gradient), scientific(row.divergence))
         for row in influences.rows
     ]
-    title = f"{directory}, influence on the last prediction in {sequences:,} texts"
+    title = f"{directory}, influence on the last prediction in {counted(sequences, 'text')}"
     try:
-        write(influences, options, directory, data, held_out, json_path)
+        write(influences, options, directory, text, json_path)
         if plot_path is not None:
             from resolvent.evaluation.plots import plot_influence
 

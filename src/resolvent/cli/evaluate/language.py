@@ -8,19 +8,16 @@ from typing import Annotated
 
 import typer
 
-from resolvent.cli.console import report_console, write_result
+from resolvent.cli.console import progress_console, report_console, write_result
 from resolvent.cli.evaluate.tables import plus_minus, show
 from resolvent.cli.loading import (
     BatchTokens,
     Device,
     Directory,
-    HeldOut,
     JsonFile,
     StoredWeights,
-    Text,
-    TextField,
-    documents_of,
 )
+from resolvent.cli.texts import Format, HeldOut, Text, TextField, TextOptions, read_tokens
 from resolvent.runs import load_trained, run_of
 from resolvent.terminal import say
 
@@ -30,6 +27,7 @@ def language(
     data: Text = None,
     text_field: TextField = None,
     held_out: HeldOut = False,
+    format: Format = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -49,12 +47,14 @@ def language(
     """Measure the loss of a model on text.
 
     Prints loss, perplexity and bits per byte; each document is read whole, from its beginning. Bits per byte are
-    comparable across tokenizers; a uniform guess has eight.
+    comparable across tokenizers; a uniform guess has eight. Of conversations, the assistant's answers are scored.
+    Without --data, the text is the part that the run held out of its own.
 
     Example: [bold]resolvent evaluate runs/tiny --data novel.txt --json score.json[/bold]
     """
+    text = TextOptions(data, text_field, held_out, format)
     if tasks is not None:
-        if data is not None or text_field is not None or held_out:
+        if text != TextOptions():
             raise typer.BadParameter("give a text or tasks, not both", param_hint="--tasks")
         from resolvent.evaluation.choices import is_packaged
 
@@ -71,16 +71,15 @@ def language(
     model, tokenizer = load_trained(directory, device, dtype="stored" if weights == "stored" else "float32")
     from resolvent.evaluation import evaluate_documents
 
-    documents = documents_of(directory, data, text_field, held_out)
-    score = evaluate_documents(model, documents, tokenizer, batch_tokens=batch_tokens, progress=True)
+    stream = read_tokens(directory, tokenizer, text, progress_console(json_path))
+    score = evaluate_documents(model, stream, batch_tokens=batch_tokens, progress=True)
     cells = (f"{score.loss:.4f}", f"{score.perplexity:,.3f}", f"{score.bits_per_byte:.4f}", f"{score.tokens:,}")
     try:
         write_result(json_path, dataclasses.asdict(score))
     finally:
-        named = ", ".join(data or [])
-        text = "its held-out documents" if data is None else f"held-out documents of {named}" if held_out else named
+        scored = "the assistant's answers in " if stream.signed else ""
         columns = ("loss (nats per token)", "perplexity", "bits per byte", "tokens")
-        show(json_path, f"{directory} on {text}", columns, [cells])
+        show(json_path, f"{directory} on {scored}{text}", columns, [cells])
 
 
 def _evaluate_packaged(

@@ -5,7 +5,9 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.evaluate.tables import Seed, load, plus_minus, show, write
-from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, PlotFile, Text, TextField
+from resolvent.cli.loading import BatchTokens, Device, Directory, JsonFile, PlotFile
+from resolvent.cli.texts import HeldOut, Text, TextField, TextOptions
+from resolvent.wording import counted
 
 
 def needle(
@@ -32,7 +34,8 @@ def needle(
 
     Example: [bold]resolvent evaluate needle runs/tiny --length 4096 --samples 100 --json needle.json[/bold]
     """
-    model, tokenizer, stream = load(directory, data, text_field, held_out, device)
+    text = TextOptions(data, text_field, held_out)
+    model, tokenizer, stream = load(directory, text, device, json_path)
     from resolvent.evaluation import evaluate_needle
 
     options = dict(length=length, samples=samples, candidates=candidates, seed=seed)
@@ -42,9 +45,9 @@ def needle(
         for row in scores.rows
     ]
     chance = ("by chance", f"{scores.chance:.1%}", "50.0%", "")
-    title = f"{directory}, a pass key among {candidates:,} in {samples:,} positions"
+    title = f"{directory}, a pass key among {candidates:,} in {counted(samples, 'position')}"
     try:
-        write(scores, options, directory, data, held_out, json_path)
+        write(scores, options, directory, text, json_path)
         if plot_path is not None:
             from resolvent.evaluation.plots import plot_needle
 

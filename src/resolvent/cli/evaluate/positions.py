@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.evaluate.tables import Joined, load, plus_minus, show, write
-from resolvent.cli.loading import BatchTokens, Device, Directory, HeldOut, JsonFile, PlotFile, Text, TextField
+from resolvent.cli.loading import BatchTokens, Device, Directory, JsonFile, PlotFile
+from resolvent.cli.texts import HeldOut, Text, TextField, TextOptions
 
 
 def positions(
@@ -29,7 +30,8 @@ def positions(
 
     Example: [bold]resolvent evaluate positions runs/tiny --length 16384 --plot positions.png[/bold]
     """
-    model, tokenizer, stream = load(directory, data, text_field, held_out, device)
+    text = TextOptions(data, text_field, held_out)
+    model, tokenizer, stream = load(directory, text, device, json_path)
     from resolvent.evaluation import evaluate_positions
     from resolvent.evaluation.statistics import Bucket
 
@@ -50,7 +52,7 @@ def positions(
         for row in scores.rows
     ]
     try:
-        write(scores, options, directory, data, held_out, json_path)
+        write(scores, options, directory, text, json_path)
         if plot_path is not None:
             from resolvent.evaluation.plots import plot_positions
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resolvent.cli.console import report_console, show_table, write_result
-from resolvent.cli.loading import documents_of
+from resolvent.cli.console import progress_console, report_console, show_table, write_result
+from resolvent.cli.texts import TextOptions, read_tokens
 from resolvent.runs import load_trained
 from resolvent.seeds import MOST_SEED
 from resolvent.terminal import say
@@ -25,27 +25,35 @@ Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the choic
 
 
 def load(
-    directory: Path, data: list[str] | None, text_field: str | None, held_out: bool, device: str
+    directory: Path, text: TextOptions, device: str, json_path: Path | None
 ) -> "tuple[IntegratedModel, Tokenizer, TokenStream]":
-    """Load a model, its tokenizer and the text to measure it on."""
-    model, tokenizer = load_trained(directory, device)
-    from resolvent.data import encode_documents
+    """Load a model, its tokenizer and the text to measure it on.
 
-    documents = documents_of(directory, data, text_field, held_out)
-    return model, tokenizer, encode_documents(documents, tokenizer, progress=True)
+    Raises:
+        DataError: the text is conversations, whose tokens are not all predicted.
+    """
+    model, tokenizer = load_trained(directory, device)
+    from resolvent.errors import DataError
+
+    stream = read_tokens(directory, tokenizer, text, progress_console(json_path))
+    if stream.signed:
+        raise DataError(
+            f"{directory} learned from conversations, and this measure needs text: name one with --data; "
+            "`resolvent evaluate language` scores the answers of conversations"
+        )
+    return model, tokenizer, stream
 
 
 def write(
     scores: Any,
     options: dict[str, Any],
     directory: Path,
-    data: list[str] | None,
-    held_out: bool,
+    text: TextOptions,
     json_path: Path | None,
 ) -> None:
     """Write figures and settings into the file of --json."""
-    text = {"data": data[0] if data is not None and len(data) == 1 else data, "held_out": held_out or data is None}
-    settings = options | {"model": str(directory), **text}
+    data = text.data[0] if text.data is not None and len(text.data) == 1 else text.data
+    settings = options | {"model": str(directory), "data": data, "held_out": text.held_out or data is None}
     write_result(json_path, {"settings": settings, **scores.to_dict()})
 
 

@@ -12,6 +12,8 @@ from ..config import ModelConfig, Values, must_be_at_least, must_be_positive
 class Phase1Config(ModelConfig):
     """Configuration of a Phase 1 model; ``validate`` checks it, ``to_dict`` and ``from_dict`` store it."""
 
+    listed_by = "resolvent presets --fields --phase 1"
+
     # Adaptive-rank semiseparable layer (AR-SSM)
     ar_ssm_enabled: bool = True
     ar_ssm_max_rank: int = 32

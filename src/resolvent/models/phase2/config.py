@@ -44,6 +44,8 @@ class RotaryScaling(ModelConfig):
 class Phase2Config(ModelConfig):
     """Configuration of a Phase 2 model; ``validate`` checks it, ``to_dict`` and ``from_dict`` store it."""
 
+    listed_by = "resolvent presets --fields"
+
     # Phase 1 compatibility
     phase1_config: Phase1Config | None = None
     """configuration of the Phase 1 model that was converted, if any"""

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Literal
 
+from resolvent.wording import counted
+
 Status = Literal["copied", "new", "left behind"]
 ConfigChanges = dict[str, tuple[object, object]]
 
@@ -70,7 +72,7 @@ class ConversionReport:
         """Return one line of counts."""
         parts = ((self._with(status), status) for status in ("copied", "new", "left behind"))
         return ", ".join(
-            f"{len(tensors)} tensors ({sum(t.count for t in tensors):,} parameters) {status}"
+            f"{counted(len(tensors), 'tensor')} ({sum(t.count for t in tensors):,} parameters) {status}"
             for tensors, status in parts
         )
 

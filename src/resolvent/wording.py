@@ -1,0 +1,21 @@
+"""Numbers in messages: `1 step`, `2,000 steps`, `67% of the text`."""
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun, whose plural ends in s unless it is given.
+
+    >>> counted(1, "step"), counted(2000, "step"), counted(2, "process", "processes")
+    ('1 step', '2,000 steps', '2 processes')
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def readings(passes: float, text: str = "the text") -> str:
+    """Return how much of a text is read in a number of passes.
+
+    >>> readings(0.667), readings(1.0), readings(3.24)
+    ('67% of the text', 'the text once', 'the text 3.2 times')
+    """
+    if passes < 0.995:
+        return f"{passes:.2g} of {text}" if passes < 0.005 else f"{passes:.0%} of {text}"
+    return f"{text} once" if passes < 1.05 else f"{text} {passes:.2g} times"
