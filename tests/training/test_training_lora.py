@@ -302,7 +302,11 @@ def test_checkpoint_of_other_adapters_is_refused(adapted: MakeConfig):
 
 
 def test_transformers_reads_the_run_folder(adapted: MakeConfig):
+    import transformers
     from transformers import AutoModelForCausalLM
+
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("earlier versions look for the weights that adapters are for in another folder only")
 
     import resolvent.hf  # noqa: F401
 
