@@ -31,6 +31,15 @@ def check_files(folder: Path, names: Iterable[str]) -> None:
     steadily(lambda: _check_files(folder, names), *(folder / name for name in (MANIFEST, *names)))
 
 
+def lists(folder: Path, name: str) -> bool:
+    """Return True if the manifest of a folder lists a file.
+
+    Raises:
+        CheckpointError: the manifest is missing or unsound.
+    """
+    return name in steadily(lambda: _read_manifest(folder), folder / MANIFEST)
+
+
 def read_checked(path: Path, most_bytes: int) -> bytes:
     """Read a file and compare it with the manifest beside it, if there is one.
 

@@ -23,7 +23,7 @@ _MOST_PADDING = 1024
 
 
 def fixed_files() -> tuple[str, ...]:
-    """Return the names of the files in the manifest of a run: those that never change.
+    """Return the names of the files in the manifest of every run: those that never change.
 
     Weights carry checksums, and checkpoints have manifests of their own.
     """
@@ -31,6 +31,18 @@ def fixed_files() -> tuple[str, ...]:
     from resolvent.models.storage import CONFIG
 
     return (RUN_FILE, CONFIG, *TOKENIZER_FILES)
+
+
+def check_run(run_dir: Path) -> None:
+    """Compare the files of a run that never change with its manifest; of a LoRA run also the weights that it adapts.
+
+    Raises:
+        CheckpointError: names the first file that is missing or changed; or the manifest is unsound.
+    """
+    from resolvent.manifest import check_files, lists
+    from resolvent.models.storage import WEIGHTS
+
+    check_files(run_dir, [*fixed_files(), *([WEIGHTS] if lists(run_dir, WEIGHTS) else [])])
 
 
 def run_of(directory: Path) -> Path:
@@ -61,7 +73,6 @@ def load_trained(
     from resolvent.data import load_tokenizer
     from resolvent.device import pick_device
     from resolvent.errors import CheckpointError, ConfigError
-    from resolvent.manifest import check_files
     from resolvent.models import load_model
     from resolvent.models.adapters import ADAPTER_WEIGHTS
     from resolvent.models.storage import INDEX, WEIGHTS
@@ -89,7 +100,7 @@ def load_trained(
         ) from error
     tokenizer = load_tokenizer(run_of(directory))
     if (run_of(directory) / RUN_FILE).exists():  # a run has a manifest; a folder of another origin has none
-        check_files(run_of(directory), fixed_files())
+        check_run(run_of(directory))
     count, rows = tokenizer.get_vocab_size(), model.vocab_size
     misfit = f"the tokenizer in {run_of(directory)} has {count} tokens, the model {rows}"
     if not 0 <= rows - count <= _MOST_PADDING:

@@ -110,6 +110,17 @@ class TensorFile:
             )
         return tensors
 
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor, on the CPU, which is not checked.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        try:
+            return self._tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {self._path}: {error}") from error
+
     def _names(self) -> list[str]:
         return list(self._tensors.keys())
 

@@ -1,14 +1,16 @@
 """Entries of a benchmark: the order of measurement, and failures and wrong results among them."""
 
 import io
+import time
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from resolvent.benchmark import decoding, harness, operators, training
+from resolvent.benchmark import decoding, harness, memory, operators, training
 from resolvent.benchmark.harness import Bench
 from resolvent.benchmark.timing import Ceilings
 
@@ -21,6 +23,11 @@ LOSS = operators.LossCase(20, 16, 50)
 @pytest.fixture
 def bench() -> Bench:
     return Bench(CPU, "quick", Ceilings(1e10, 1e11), compiled=False, console=Console(file=io.StringIO()))
+
+
+def measure_all(section: ModuleType, bench: Bench) -> None:
+    for measurement in section.measurements(bench.scale):
+        measurement.measure(bench)
 
 
 @pytest.fixture
@@ -213,7 +220,7 @@ def test_context_of_the_transformer(
     monkeypatch.setattr(decoding, "CROWDS", {"quick": []})
     monkeypatch.setattr(decoding, "_CHECKED", 12)  # few tokens are checked: the test is of the contexts
     monkeypatch.setattr(decoding, "_transformer_speed", speed)
-    decoding.measure(bench)
+    measure_all(decoding, bench)
     assert read == contexts
     few, many = (row for row in bench.rows if row.peers)
     assert [few.peers["GPT"], many.peers["GPT"]] == [contexts[0], contexts[-1]]
@@ -221,7 +228,7 @@ def test_context_of_the_transformer(
 
 def test_large_batches_are_measured_beside_the_transformer(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(decoding, "CASES", {"quick": []})
-    decoding.measure(bench)
+    measure_all(decoding, bench)
     speed, ratio = bench.rows
     assert speed.ours > 0 and speed.peers["GPT"] > 0 and not speed.failures
     assert ratio.ours == pytest.approx(speed.ours / speed.peers["GPT"])
@@ -247,3 +254,22 @@ def test_the_transformer_with_our_parts_attends_everywhere_and_is_as_large():
     assert all(block.attention is not None and block.dissipative_bk is None for block in peer.blocks)
     sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (peer, ours)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+
+
+def test_a_process_of_its_own_ends_with_an_interruption():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory.ProcessPoolExecutor, "submit", interrupted_after(memory.ProcessPoolExecutor.submit))
+        started = time.perf_counter()
+        with pytest.raises(KeyboardInterrupt):
+            memory.in_fresh_process(time.sleep, 600)
+    assert time.perf_counter() - started < 60
+
+
+def interrupted_after(submit: Callable[..., Any]) -> Callable[..., Any]:
+    """Submit a function, then raise KeyboardInterrupt."""
+
+    def run(*arguments: Any) -> Any:
+        submit(*arguments)
+        raise KeyboardInterrupt
+
+    return run

@@ -145,3 +145,10 @@ def test_merging_needs_adapters_and_nothing_else(resolvent: Resolvent, phase1_ru
     outcome = resolvent("convert", phase1_run, tmp_path / "out", "--merge", "--keep-tensor-train")
     assert outcome.code == 2 and "leave out all other options" in words(outcome.err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", [".", "..", "a/.."])
+def test_out_without_a_name_is_refused(resolvent, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    outcome = resolvent("convert", tmp_path, out)
+    assert outcome.code == 1 and "OUT must be the name of a folder" in outcome.err

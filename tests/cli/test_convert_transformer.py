@@ -142,6 +142,20 @@ def test_a_truncated_gguf_file_is_named(resolvent: Resolvent, folder: Path, tmp_
         assert not (tmp_path / "out").exists()
 
 
+def test_an_unknown_quantisation_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from resolvent.errors import CheckpointError
+    from resolvent.models.phase2 import convert_transformer
+
+    def unknown(*_: object) -> None:
+        raise NotImplementedError("Dequantization for I8 is not yet implemented")
+
+    path = tmp_path / "model.gguf"
+    write_gguf(AutoModelForCausalLM.from_pretrained(folder), path)
+    monkeypatch.setattr(gguf.quants, "dequantize", unknown)
+    with pytest.raises(CheckpointError, match=r"cannot read model\.embed_tokens.* in .*gguf: Dequantization for I8"):
+        convert_transformer(path)
+
+
 def test_bad_sources_are_named_and_nothing_is_written(resolvent: Resolvent, folder: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from resolvent import benchmark, training
-from resolvent.benchmark.harness import Bench
+from resolvent.benchmark.harness import Bench, Measurement
 from tests.cli.conftest import call, words
 
 Resolvent = Callable[..., Any]
@@ -71,7 +71,7 @@ def commands(
         row = bench.compete("a [/y] :cat:", lambda check: 1234.5)
         bench.add("section", "a [/y] :cat:", "ms", row)
 
-    monkeypatch.setattr(benchmark, "SECTIONS", {"section": measure})
+    monkeypatch.setattr(benchmark, "SECTIONS", {"section": lambda _: [Measurement("section", "a", measure)]})
     monkeypatch.setattr(benchmark, "measure_ceilings", lambda *_: benchmark.timing.Ceilings(1e9, 1e12))
     monkeypatch.setattr(benchmark.harness, "cpu_seconds_of_others", float)  # whatever else the machine computes
     measures = {

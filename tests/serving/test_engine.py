@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from resolvent.models import decoding, reading
-from resolvent.models.sampling import SamplingOptions
+from resolvent.models.sampling import RowSampler, SamplingOptions
 from resolvent.serving import engine as engine_module
 from resolvent.serving.engine import Engine
 from resolvent.serving.requests import DeadlineError, Failure, OverloadedError, Request
@@ -217,6 +217,17 @@ def test_failing_step_fails_its_requests_alone(engine, model, monkeypatch, caplo
             submit(engine, prompt_of(5))[0].complete()
     assert "a step of 1 sequences failed" in caplog.text
     assert submit(engine, prompt_of(5))[0].answers()[0] == alone(model, prompt_of(5), seeds=[0])
+
+
+def test_failing_join_leaves_the_batch_alone(engine, model, monkeypatch):
+    """A new sequence that only the runner had would shift the logits of the others."""
+    inbox, _ = submit(engine, prompt_of(5), max_tokens=300)
+    first = inbox.events.get(timeout=60)
+    with monkeypatch.context() as patch:
+        patch.setattr(RowSampler, "cat", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            submit(engine, prompt_of(7, seed=1))[0].complete()
+    assert [first.token, *inbox.answers()[0]] == alone(model, prompt_of(5), 300, seeds=[0])
 
 
 def test_closing_fails_what_is_not_answered(model):

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import DynamoBackend
+from torch._dynamo.utils import counters
 
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.manifest import write_manifest
 from resolvent.models import load_model
 from resolvent.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 from resolvent.models.phase1 import Phase1Config
-from resolvent.models.storage import load_base
+from resolvent.models.storage import WEIGHTS, load_base
 from resolvent.runs import load_trained
 from resolvent.tensors import read_tensors, write_tensors
 from resolvent.training import TrainingConfig, resume, train
+from resolvent.training import run as training_run
 from resolvent.training.checkpoint import checkpoint_path
 from resolvent.training.lora import LoraOptions, add_adapters, is_adapter
 from resolvent.training.memory import estimate_memory
@@ -157,6 +160,43 @@ def test_adapted_run_resumes_bit_for_bit(
     assert metrics(whole) == metrics(halves)
 
 
+@pytest.mark.parametrize("read", [resume, lambda run: load_trained(checkpoint_path(run, 4), "cpu")])
+def test_replaced_weights_under_the_adapters_are_refused(adapted: MakeConfig, read: Callable[[Path], object]):
+    run = adapted(steps=4).run_dir
+    train(adapted(steps=4))
+    read(run)
+    weights = read_tensors(run / WEIGHTS)
+    weights["ln_f.weight"] += 1e-3
+    write_tensors(run / WEIGHTS, weights)  # whole, of the same names, shapes and size
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not the file that was saved.* restore it"):
+        read(run)
+
+
+@pytest.mark.slow
+def test_adapters_train_compiled_as_they_do_eagerly(
+    adapted: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The graphs are traced and run, but not compiled to code, which takes minutes."""
+    inductor, plugin = DynamoBackend.INDUCTOR, training_run.TorchDynamoPlugin
+    monkeypatch.setattr(
+        training_run,
+        "TorchDynamoPlugin",
+        lambda backend: plugin(backend=DynamoBackend.AOT_EAGER if backend == inductor else backend),
+    )
+    torch.compiler.reset()
+    counters.clear()
+    options = dict(lora="r=4,dropout=0.1", steps=3, accumulation=2, learning_rate=1e-3, eval_interval=0)
+    losses = [
+        train(adapted(**options, out=str(tmp_path / str(compiled)), compile=compiled)).validation.loss
+        for compiled in (False, True)
+    ]
+    assert counters["stats"]["unique_graphs"] > 0
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    eager, compiled = (read_tensors(tmp_path / str(compiled) / ADAPTER_WEIGHTS) for compiled in (False, True))
+    for name, x in eager.items():
+        torch.testing.assert_close(compiled[name], x, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_finished_run_returns_its_model(adapted: MakeConfig):
     config = adapted(steps=2)
     trained = train(config).model
@@ -262,7 +302,11 @@ def test_checkpoint_of_other_adapters_is_refused(adapted: MakeConfig):
 
 
 def test_transformers_reads_the_run_folder(adapted: MakeConfig):
+    import transformers
     from transformers import AutoModelForCausalLM
+
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("earlier versions look for the weights that adapters are for in another folder only")
 
     import resolvent.hf  # noqa: F401
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from resolvent.benchmark import training
-from resolvent.benchmark.harness import Bench, Check, Outcome
+from resolvent.benchmark.harness import Bench, Check, Measurement, Outcome, Scale
 from resolvent.benchmark.peers import GPT, KVCache
 from resolvent.benchmark.report import Target
 from resolvent.benchmark.timing import Work, capture, greatest, relative_error, synchronize
@@ -65,6 +65,9 @@ class Case:
     steadiness: Target | None = None
     memory: Target | None = None
 
+    def __str__(self) -> str:
+        return f"{self.preset}, B1"
+
 
 @dataclass(frozen=True)
 class Crowd:
@@ -82,6 +85,9 @@ class Crowd:
     context: int
     generated: int
     speedup: Target | None = None
+
+    def __str__(self) -> str:
+        return f"{self.preset}, B{self.sequences}"
 
 
 CASES = {
@@ -136,18 +142,18 @@ CROWDS = {
 }
 
 
-def measure(bench: Bench) -> None:
-    """Measure reading, and generation after few and many tokens, alone and at a large batch."""
-    for case in CASES[bench.scale]:
-        _measure_alone(bench, case)
-    for crowd in CROWDS[bench.scale]:
-        _measure_crowd(bench, crowd)
+def measurements(scale: Scale) -> list[Measurement]:
+    """Return measurements of one sequence, then of large batches."""
+    return [
+        *(Measurement(SECTION, str(case), partial(_measure_alone, case=case)) for case in CASES[scale]),
+        *(Measurement(SECTION, str(crowd), partial(_measure_crowd, crowd=crowd)) for crowd in CROWDS[scale]),
+    ]
 
 
 def _measure_alone(bench: Bench, case: Case) -> None:
     """Measure reading, and generation after few and many tokens, of one sequence."""
     states: dict[int, Phase2State] = {}
-    name = f"{case.preset}, B1, reading {case.many:,} tokens"
+    name = f"{case}, reading {case.many:,} tokens"
 
     def read_many(check: Check) -> tuple[float, float]:
         model = _model(bench, case.preset)
@@ -174,7 +180,7 @@ def _measure_alone(bench: Bench, case: Case) -> None:
     for count, outcome in ((case.few, few), (case.many, many)):
         _add_generation(bench, case, count, outcome)
     if few.ours and many.ours:
-        name = f"{case.preset}, B1, generating, after {case.many:,} / after {case.few:,}"
+        name = f"{case}, generating, after {case.many:,} / after {case.few:,}"
         bench.add_figure(SECTION, name, "times", many.ours / few.ours, case.steadiness)
 
 
@@ -198,7 +204,7 @@ def _measure_crowd(bench: Bench, crowd: Crowd) -> None:
         speed = _ring_speed(bench, gpt, cache, crowd.sequences, crowd.generated, compiled)
         return crowd.sequences * speed
 
-    name = f"{crowd.preset}, B{crowd.sequences}, generating after {crowd.context:,} tokens"
+    name = f"{crowd}, generating after {crowd.context:,} tokens"
     outcome = bench.compete(name, ours, _peers(bench, transformer), tolerance=2 * _tolerance(bench))
     row = bench.add(SECTION, name, "tokens/s", outcome)
     if row.times_better is not None:

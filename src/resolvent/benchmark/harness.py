@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
@@ -58,6 +58,20 @@ class Outcome:
         return {name: figure for name, figure in self.figures.items() if name != "ours"}
 
 
+class Measurement(NamedTuple):
+    """Case of a section, which can be measured alone.
+
+    Attributes:
+        section: section of the benchmark.
+        name: name of the case.
+        measure: measures the case and adds one or several rows.
+    """
+
+    section: str
+    name: str
+    measure: "Callable[[Bench], object]"
+
+
 @dataclass
 class Bench:
     """State that all sections share.
@@ -69,6 +83,8 @@ class Bench:
         compiled: whether our model is compiled wherever the peers are.
         console: console that shows progress.
         rows: results so far.
+        on_row: called after every new row.
+        place: number of the measurement in progress and of all, such as ``7/22``.
     """
 
     device: torch.device
@@ -77,6 +93,8 @@ class Bench:
     compiled: bool
     console: Console
     rows: list[Row] = field(default_factory=list)
+    on_row: Callable[[], None] | None = None
+    place: str = ""
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -85,7 +103,7 @@ class Bench:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def say(self, message: str) -> None:
-        say(self.console, f"{time.perf_counter() - self.started:4.0f} s {message}", style="dim")
+        say(self.console, f"{time.perf_counter() - self.started:4.0f} s {self.place} {message}", style="dim")
 
     def compete(
         self,
@@ -150,12 +168,21 @@ class Bench:
             seconds = outcome.ours / 1000
         fraction = None if work is None or seconds is None else work.fraction(seconds, self.ceilings)
         found = (outcome.ours, outcome.peers, target, work, fraction, outcome.error, outcome.failures)
-        self.rows.append(Row(section, name, unit, *found))
-        return self.rows[-1]
+        return self._append(Row(section, name, unit, *found))
 
     def add_figure(self, section: str, name: str, unit: str, figure: float, target: Target | None = None) -> None:
         """Add a row of a figure without peers."""
-        self.rows.append(Row(section, name, unit, figure, target=target))
+        self._append(Row(section, name, unit, figure, target=target))
+
+    def find(self, section: str, name: str) -> Row | None:
+        """Return the row of that name; None if it was not measured."""
+        return next((row for row in self.rows if (row.section, row.name) == (section, name)), None)
+
+    def _append(self, row: Row) -> Row:
+        self.rows.append(row)
+        if self.on_row is not None:
+            self.on_row()
+        return row
 
     @contextmanager
     def _watching_others(self, name: str) -> Iterator[None]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from resolvent.benchmark.harness import Bench
+from resolvent.benchmark.harness import Bench, Measurement, Scale
 from resolvent.benchmark.report import Target
 from resolvent.models import IntegratedModel
 from resolvent.models.phase1 import Phase1Config, Phase1IntegratedModel
@@ -74,14 +74,17 @@ CASES = {
 }
 
 
-def measure(bench: Bench) -> None:
-    """Measure a step of every configuration of this scale."""
-    for case in CASES[bench.scale]:
-        step = partial(training_peak, case, bench.device.type)
-        if bench.device.type != "cuda":
-            step = partial(in_fresh_process, step)
-        outcome = bench.compete(str(case), lambda _, step=step: step())
-        bench.add(SECTION, str(case), "GiB", outcome, target=case.target)
+def measurements(scale: Scale) -> list[Measurement]:
+    """Return a measurement of a step of every configuration of a scale."""
+    return [Measurement(SECTION, str(case), partial(_measure, case=case)) for case in CASES[scale]]
+
+
+def _measure(bench: Bench, case: Case) -> None:
+    step = partial(training_peak, case, bench.device.type)
+    if bench.device.type != "cuda":
+        step = partial(in_fresh_process, step)
+    outcome = bench.compete(str(case), lambda _: step())
+    bench.add(SECTION, str(case), "GiB", outcome, target=case.target)
 
 
 def training_peak(case: Case, device: str) -> float:
@@ -114,7 +117,12 @@ def _create(config: Phase1Config | Phase2Config) -> IntegratedModel:
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return the result of a function in a new process, since a process keeps only its highest peak."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        try:
+            return pool.submit(function, *arguments).result()
+        except KeyboardInterrupt:  # the pool would wait for the function
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def peak_resident_bytes() -> int:

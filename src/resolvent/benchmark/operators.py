@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resolvent.benchmark.harness import Bench, Check
+from resolvent.benchmark.harness import Bench, Check, Measurement, Scale
 from resolvent.benchmark.report import Row, Target
 from resolvent.benchmark.timing import Job, Work, greatest, milliseconds, relative_error
 from resolvent.layers import MemoryResonanceLayer, SNRMemoryFilter
@@ -36,20 +36,23 @@ _DENSE_SITES = 48
 """Sites of the chains that are compared with dense inverses."""
 
 
-def measure(bench: Bench) -> None:
-    """Measure every operator at this scale's sizes."""
-    before: Row | None = None
-    for case in MEMORY[bench.scale]:
-        row = measure_memory(bench, case)
-        if case.consolidated and row.ours is not None and before is not None and before.ours is not None:
-            name = f"memory {needs(case)}, consolidated / not"
-            target = Target(1.05, 1.1) if case.backward else Target(1.3, 1.6)
-            bench.add_figure(SECTION, name, "times", row.ours / before.ours, target if bench.scale == "cuda" else None)
-        before = row
-    for case in RESOLVENT[bench.scale]:
-        measure_resolvent(bench, case)
-    for case in LOSS[bench.scale]:
-        measure_loss(bench, case)
+def measurements(scale: Scale) -> list[Measurement]:
+    """Return a measurement of every operator at every size of a scale."""
+    return [
+        *(Measurement(SECTION, str(case), partial(_measure_memory, case=case)) for case in MEMORY[scale]),
+        *(Measurement(SECTION, str(case), partial(measure_resolvent, case=case)) for case in RESOLVENT[scale]),
+        *(Measurement(SECTION, str(case), partial(measure_loss, case=case)) for case in LOSS[scale]),
+    ]
+
+
+def _measure_memory(bench: Bench, case: "MemoryCase") -> None:
+    """Measure a case; compare one with consolidation with the same without, if that was measured before."""
+    row = measure_memory(bench, case)
+    before = bench.find(SECTION, str(dataclasses.replace(case, consolidated=False))) if case.consolidated else None
+    if row.ours is not None and before is not None and before.ours is not None:
+        name = f"memory {needs(case)}, consolidated / not"
+        target = Target(1.05, 1.1) if case.backward else Target(1.3, 1.6)
+        bench.add_figure(SECTION, name, "times", row.ours / before.ours, target if bench.scale == "cuda" else None)
 
 
 def needs(case: "MemoryCase | ResolventCase") -> str:

@@ -96,12 +96,14 @@ class Report:
         device: name of the device.
         ceilings: speed of a large copy and a large product in this run.
         rows: results in order.
+        missing: names of the measurements that are not complete, each as ``section: name``; empty after a whole run.
     """
 
     scale: str
     device: str
     ceilings: Ceilings
-    rows: list[Row]
+    rows: list[Row] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
     @property
     def failures(self) -> list[str]:
@@ -118,6 +120,7 @@ class Report:
             "threads": torch.get_num_threads(),
             "ceilings": dataclasses.asdict(self.ceilings),
             "failures": self.failures,
+            "missing": self.missing,
             "rows": [row.to_dict() for row in self.rows],
         }
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from resolvent.benchmark import training
-from resolvent.benchmark.harness import Bench, Check
+from resolvent.benchmark.harness import Bench, Check, Measurement, Scale
 from resolvent.benchmark.report import Target
 from resolvent.benchmark.timing import synchronize
 from resolvent.models.phase2 import Phase2IntegratedModel
@@ -53,21 +53,31 @@ CASES = {
 }
 
 
-def measure(bench: Bench) -> None:
-    """Measure the engine with few and many requests."""
-    case = CASES[bench.scale]
-    for sequences in case.sequences:
-        name = f"{case.preset}, {sequences} answers of {case.tokens} tokens"
-        outcome = bench.compete(
-            name,
-            partial(_engine_speed, bench, case, sequences),
-            {"loop of generate": partial(_loop_speed, bench, case, min(sequences, _ALONE))},
-            tolerance=0.1 if bench.dtype == torch.bfloat16 else 2e-4,
-        )
-        row = bench.add(SECTION, name, "tokens/s", outcome)
-        if row.times_better is not None and sequences in case.speedups:
-            target = case.speedups[sequences]
-            bench.add_figure(SECTION, f"{name}, engine / loop", "times", row.times_better, target)
+def measurements(scale: Scale) -> list[Measurement]:
+    """Return measurements of the engine with few and many requests."""
+    case = CASES[scale]
+    return [
+        Measurement(SECTION, _name(case, count), partial(_measure, case=case, sequences=count))
+        for count in case.sequences
+    ]
+
+
+def _name(case: Case, sequences: int) -> str:
+    return f"{case.preset}, {sequences} answers of {case.tokens} tokens"
+
+
+def _measure(bench: Bench, case: Case, sequences: int) -> None:
+    name = _name(case, sequences)
+    outcome = bench.compete(
+        name,
+        partial(_engine_speed, bench, case, sequences),
+        {"loop of generate": partial(_loop_speed, bench, case, min(sequences, _ALONE))},
+        tolerance=0.1 if bench.dtype == torch.bfloat16 else 2e-4,
+    )
+    row = bench.add(SECTION, name, "tokens/s", outcome)
+    if row.times_better is not None and sequences in case.speedups:
+        target = case.speedups[sequences]
+        bench.add_figure(SECTION, f"{name}, engine / loop", "times", row.times_better, target)
 
 
 def _engine_speed(bench: Bench, case: Case, sequences: int, check: Check) -> float:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from resolvent.benchmark.harness import Bench, Check, Outcome
+from resolvent.benchmark.harness import Bench, Check, Measurement, Outcome, Scale
 from resolvent.benchmark.memory import in_fresh_process, peak_resident_bytes
 from resolvent.benchmark.peers import GPT
 from resolvent.benchmark.report import Target
@@ -68,23 +68,27 @@ CASES = {
 }
 
 
-def measure(bench: Bench) -> None:
-    """Measure every case of this scale."""
-    for i, case in enumerate(CASES[bench.scale]):
-        outcome = _contest(bench, case)
-        speed, memory = outcome.part(0), outcome.part(1)
-        work = Work(flops=6 * case.batch * case.length * multiplied_parameters(case.preset) + attention_flops(case))
-        seconds = case.batch * case.length / speed.ours if speed.ours else None
-        bench.add(SECTION, str(case), "tokens/s", speed, work=work, seconds=seconds)
-        if speed.ours is not None and _PLAIN in speed.peers:
-            speedup = speed.ours / speed.peers[_PLAIN]
-            bench.add_figure(SECTION, f"{case}, ours / {_PLAIN}", "times", speedup, case.speedup)
-        if bench.device.type == "cuda":
-            bench.add(SECTION, f"{case}, peak memory", "GiB", dataclasses.replace(memory, error=None, failures={}))
-        else:
-            bench.add(SECTION, f"{case}, peak memory", "GiB", _compare_process_peaks(bench, case))
-        if i == 0 and speed.ours is not None:
-            _add_share_of_consolidation(bench, case, speed.ours)
+def measurements(scale: Scale) -> list[Measurement]:
+    """Return a measurement of every case of a scale."""
+    return [Measurement(SECTION, str(case), partial(_measure, case=case)) for case in CASES[scale]]
+
+
+def _measure(bench: Bench, case: Case) -> None:
+    """Measure speed and memory of a step; of the first case also the share of consolidation."""
+    outcome = _contest(bench, case)
+    speed, memory = outcome.part(0), outcome.part(1)
+    work = Work(flops=6 * case.batch * case.length * multiplied_parameters(case.preset) + attention_flops(case))
+    seconds = case.batch * case.length / speed.ours if speed.ours else None
+    bench.add(SECTION, str(case), "tokens/s", speed, work=work, seconds=seconds)
+    if speed.ours is not None and _PLAIN in speed.peers:
+        speedup = speed.ours / speed.peers[_PLAIN]
+        bench.add_figure(SECTION, f"{case}, ours / {_PLAIN}", "times", speedup, case.speedup)
+    if bench.device.type == "cuda":
+        bench.add(SECTION, f"{case}, peak memory", "GiB", dataclasses.replace(memory, error=None, failures={}))
+    else:
+        bench.add(SECTION, f"{case}, peak memory", "GiB", _compare_process_peaks(bench, case))
+    if case == CASES[bench.scale][0] and speed.ours is not None:
+        _add_share_of_consolidation(bench, case, speed.ours)
 
 
 def _add_share_of_consolidation(bench: Bench, case: Case, speed: float) -> None:

@@ -1,19 +1,21 @@
 """`resolvent benchmark`."""
 
+import signal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resolvent.cli.console import progress_console, report_console, show_table, write_result
-from resolvent.cli.loading import Device, JsonFile
+from resolvent.cli.console import STDOUT, progress_console, report_console, show_table, write_result
+from resolvent.cli.loading import Device, JsonFile, wrong_usage
 from resolvent.terminal import say
 from resolvent.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from resolvent.benchmark import Report
+    from resolvent.benchmark import Benchmark, Report
     from resolvent.benchmark.report import StoredRun
 
 
@@ -21,7 +23,10 @@ def benchmark(
     only: Annotated[
         str | None,
         typer.Option(
-            metavar="SECTION[,SECTION]", help="Of operators, training, memory, decoding, serving.", show_default="all"
+            metavar="SECTION[:PART][,...]",
+            help="Of operators, training, memory, decoding, serving; with PART the cases that have it in their name, "
+            "such as training:base-hybrid.",
+            show_default="all",
         ),
     ] = None,
     quick: Annotated[
@@ -48,33 +53,59 @@ def benchmark(
     in the same run, [bold]error[/bold] with a float64 reference. In a target such as "<= 0.055 (0.09)" the second
     figure is acceptable. Targets of speed-ups are for one H200, the others for one H100.
 
-    Figures that could not be measured are listed, and the exit code is 1. A missed target is no failure.
+    Figures that could not be measured are listed, and the exit code is 1. A missed target is no failure. The file of
+    --json is written after every row, and Ctrl-C or SIGTERM shows what was measured.
 
     Example: [bold]resolvent benchmark --only operators,training --json figures.json[/bold], and after a change
     [bold]resolvent benchmark --only operators,training --compare figures.json[/bold]
     """
     import torch
 
-    from resolvent.benchmark import SECTIONS, run
+    from resolvent.benchmark import SECTIONS, Benchmark
     from resolvent.benchmark.report import StoredRun
     from resolvent.device import pick_device
 
-    sections = only.split(",") if only is not None else list(SECTIONS)
-    if unknown := [section for section in sections if section not in SECTIONS]:
-        known = ", ".join(SECTIONS)
-        raise typer.BadParameter(f"{', '.join(map(repr, unknown))} is none of {known}.", param_hint="--only")
     stored = None if compare is None else StoredRun.read(compare)
     progress = progress_console(json_path)
-    report = run(sections, device=pick_device(device), quick=quick, compiled=not eager, console=progress)
+    with wrong_usage("--only"):
+        run = Benchmark(
+            only.split(",") if only is not None else list(SECTIONS),
+            device=pick_device(device),
+            quick=quick,
+            compiled=not eager,
+            console=progress,
+        )
+    stop: int | None = None
     try:
-        write_result(json_path, report.to_dict())
+        stop = _measure(run, json_path)
+        write_result(json_path, run.report.to_dict())
     finally:
         console = report_console(json_path)
-        _show(report, torch.get_num_threads(), console)
+        _show(run.report, torch.get_num_threads(), console)
         if stored is not None:
-            _show_changes(report, stored, console)
-    if report.failures:
+            _show_changes(run.report, stored, console)
+    if stop is not None:
+        raise typer.Exit(128 + stop)
+    if run.report.failures:
         raise typer.Exit(1)
+
+
+def _measure(run: "Benchmark", json_path: Path | None) -> int | None:
+    """Measure until the end or a signal, which is returned."""
+    from resolvent.training import terminable
+
+    try:
+        with terminable():
+            run.measure(partial(_keep, json_path))
+    except KeyboardInterrupt as interrupt:
+        return getattr(interrupt, "signal_number", signal.SIGINT)
+    return None
+
+
+def _keep(json_path: Path | None, report: "Report") -> None:
+    """Write the figures so far into the file of --json."""
+    if json_path != STDOUT:
+        write_result(json_path, report.to_dict())
 
 
 def _show(report: "Report", threads: int, console: "Console") -> None:
@@ -91,6 +122,8 @@ def _show(report: "Report", threads: int, console: "Console") -> None:
     )
     for failure in report.failures:
         say(console, f"failed: {failure}", style="red")
+    if report.missing:
+        say(console, f"stopped; not complete: {'; '.join(report.missing)}", style="red")
 
 
 def _show_changes(report: "Report", stored: "StoredRun", console: "Console") -> None:

@@ -93,6 +93,8 @@ def convert(
     """
     from resolvent.errors import ConfigError
 
+    if out.name in ("", ".."):
+        raise ConfigError(f"OUT must be the name of a folder, which the model replaces, got {str(out)!r}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} is not empty: choose another folder for the converted model")
     attention = {"--keep-attention": keep_attention, "--attention-window": attention_window, "--text": text}
@@ -146,6 +148,7 @@ def _convert_phase1(
     from resolvent.data import save_tokenizer
     from resolvent.data.tokenization import TOKENIZER_FILES
     from resolvent.errors import CheckpointError
+    from resolvent.files import atomic_directory
     from resolvent.manifest import write_manifest
     from resolvent.models import save_model
     from resolvent.models.card import write_card
@@ -160,12 +163,13 @@ def _convert_phase1(
         model = convert_phase1_to_phase2(source, _config(source.config, change, keep_tensor_train))
     report = model.conversion_report
     assert report is not None
-    save_model(model, out)
-    write_card(
-        out, model, [f"Converted from the Phase 1 model `{run_of(directory).resolve().name}`: {report.summary()}."]
-    )
-    save_tokenizer(tokenizer, out)
-    write_manifest(out, [CONFIG, WEIGHTS, *TOKENIZER_FILES])
+    made = f"Converted from the Phase 1 model `{run_of(directory).resolve().name}`: {report.summary()}."
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_directory(out) as folder:
+        save_model(model, folder)
+        write_card(folder, model, [made], name=out.name)
+        save_tokenizer(tokenizer, folder)
+        write_manifest(folder, [CONFIG, WEIGHTS, *TOKENIZER_FILES])
     write_result(json_path, report.to_dict())
     console = report_console(json_path)
     _show(report, console)

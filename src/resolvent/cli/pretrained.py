@@ -128,7 +128,7 @@ def pretrained_source(source: Path) -> Path | None:
     if source.suffix == ".gguf":
         return source
     path = source / CONFIG
-    kinds = {model_type(phase) for phase in (1, 2)}
+    kinds = [model_type(phase) for phase in (1, 2)]
     return source if path.exists() and read_json(path).get("model_type") not in kinds else None
 
 

@@ -223,6 +223,9 @@ class RecurrentCache(Cache):
 class _ForCausalLM(PreTrainedModel, GenerationMixin):
     """A model behind the interface of Transformers.
 
+    Its subclasses name ``GenerationMixin`` as a base of their own: of a class from a portable folder that does not,
+    Transformers makes a copy, and the model is of another class than the one registered.
+
     Attributes:
         model: the model.
     """
@@ -506,7 +509,7 @@ def _is_initialized(part: nn.Module | Tensor) -> bool:
     return getattr(part, "_is_hf_initialized", False)
 
 
-class Phase1ForCausalLM(_ForCausalLM):
+class Phase1ForCausalLM(_ForCausalLM, GenerationMixin):
     """``Phase1IntegratedModel`` for Transformers; in training, its penalty is part of the loss."""
 
     config_class = Phase1HFConfig
@@ -514,7 +517,7 @@ class Phase1ForCausalLM(_ForCausalLM):
     _no_split_modules = ["Phase1Block"]  # noqa: RUF012
 
 
-class Phase2ForCausalLM(_ForCausalLM):
+class Phase2ForCausalLM(_ForCausalLM, GenerationMixin):
     """``Phase2IntegratedModel`` for Transformers."""
 
     config_class = Phase2HFConfig

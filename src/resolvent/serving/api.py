@@ -145,12 +145,14 @@ class Service:
     async def completions(self, request: HttpRequest) -> Response:
         """Continue texts."""
         body = await self._body(request, CompletionBody)
+        self._engine.check_size(len(body.prompts), body.n)  # before anything is made of them
         prompts = await run_in_threadpool(self._prompts, body.prompts)
         return await self._reply(request, body, prompts, body.max_tokens, body.logprobs, body.stop)
 
     async def chat(self, request: HttpRequest) -> Response:
         """Answer in a conversation."""
         body = await self._body(request, ChatBody)
+        self._engine.check_size(1, body.n)
         messages = [message.message() for message in body.messages]
         prompt = await run_in_threadpool(lambda: self._template.encode(self._template.render(messages)))
         most = body.max_completion_tokens or body.max_tokens or self._limits.new_tokens

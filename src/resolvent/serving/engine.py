@@ -182,6 +182,21 @@ class Engine:
         """Size of the states in the prefix cache in memory."""
         return self._cache.nbytes
 
+    def check_size(self, prompts: int, answers: int) -> None:
+        """Check that the engine can ever take this number of prompts at once, each with a number of answers.
+
+        Raises:
+            ConfigError: it has not as many places.
+        """
+        if answers > self.max_sequences:
+            raise ConfigError(
+                f"{answers} answers to one prompt are more than the {self.max_sequences} places of the server"
+            )
+        if prompts > self._max_queue:
+            raise ConfigError(
+                f"{prompts} prompts are more than the {self._max_queue} that may wait: send them in several requests"
+            )
+
     def submit(
         self, requests: Sequence[Request], deliver: Sequence[Callable[[TokenEvent | Failure], None]]
     ) -> list[Ticket]:
@@ -193,14 +208,9 @@ class Engine:
 
         Raises:
             OverloadedError: there are too many requests in the queue, or the engine closes.
-            ConfigError: a request has more answers at once than there are places.
+            ConfigError: as ``check_size`` does.
         """
-        for request in requests:
-            if len(request.seeds) > self.max_sequences:
-                raise ConfigError(
-                    f"{len(request.seeds)} answers to one prompt are more than the {self.max_sequences} places of "
-                    "the server"
-                )
+        self.check_size(len(requests), max((len(request.seeds) for request in requests), default=0))
         now = time.monotonic()
         tickets = [
             Ticket(request, function, now + request.seconds if request.seconds is not None else float("inf"))
@@ -338,8 +348,10 @@ class Engine:
         rows = [_Row(reading.ticket, answer) for answer in range(answers)]
         started = _Batch(rows, draw.token, sampler).keep(self._deliver(rows, draw))
         if started is not None:
+            # First what may fail: if the runner alone had the new sequences, those of the batch would get their logits.
+            batch = started if self._batch is None else self._batch.join(started)
             self._runner.join(state.repeat(len(started.rows)))
-            self._batch = started if self._batch is None else self._batch.join(started)
+            self._batch = batch
 
     def _sampler(self, request: Request) -> RowSampler:
         """Return the sampler of a request's answers."""

@@ -3,10 +3,11 @@
 Unknown fields are refused, so that no option is ignored silently. Fields that are null are left out.
 """
 
+import itertools
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from ..models.sampling import SamplingOptions
 from ..seeds import MOST_SEED
@@ -14,13 +15,17 @@ from ..seeds import MOST_SEED
 _MOST_STOPS = 16
 _MOST_LOGPROBS = 20
 _MOST_ANSWERS = 128
+_MOST_PARTS = 2048
+_MOST_PROMPTS = 2048
+"""Largest number of prompts of a request, as the OpenAI API has it; the engine may take fewer."""
 
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Stop = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list), Field(max_length=_MOST_STOPS)]
+_StopText = Annotated[str, Field(min_length=1)]
+Stop = Annotated[list[_StopText], FailFast(), Field(max_length=_MOST_STOPS), BeforeValidator(_as_list)]
 
 
 class _Strict(BaseModel):
@@ -71,10 +76,25 @@ class _Body(_Strict):
         return [[(self.seed + p * self.n + i) % (MOST_SEED + 1) for i in range(self.n)] for p in range(prompts)]
 
 
+def _of_one_kind(prompt: object) -> object:
+    """Refuse a list of items of several kinds, or of too many: each type of the union would report every item."""
+    if isinstance(prompt, list):
+        kinds = {type(item) for item in prompt}
+        if kinds != {int} and len(prompt) > _MOST_PROMPTS:
+            raise ValueError(f"{len(prompt)} prompts are more than {_MOST_PROMPTS}: send them in several requests")
+        tokens = itertools.chain.from_iterable(prompt) if kinds == {list} else ()
+        if len(kinds) > 1 or not kinds <= {str, int, list} or any(type(token) is not int for token in tokens):
+            raise ValueError("Input should be a text, a list of texts, a list of tokens, or a list of lists of tokens")
+    return prompt
+
+
+Prompt = Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_of_one_kind)]
+
+
 class CompletionBody(_Body):
     """Body of `/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompt
     max_tokens: Annotated[int, Field(ge=1)] = 16
     logprobs: Annotated[int, Field(ge=0, le=_MOST_LOGPROBS)] | None = None
 
@@ -96,7 +116,7 @@ class ChatMessage(_Strict):
     """Message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=_MOST_PARTS)]
     name: str | None = None
 
     @field_validator("role")
@@ -114,7 +134,7 @@ class ChatMessage(_Strict):
 class ChatBody(_Body):
     """Body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False

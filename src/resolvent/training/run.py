@@ -22,14 +22,14 @@ from resolvent.data.hub import PREFIX
 from resolvent.device import deterministic, pick_device
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.files import locked
-from resolvent.manifest import MANIFEST, check_files
+from resolvent.manifest import MANIFEST
 from resolvent.models import IntegratedModel
 from resolvent.models.phase1 import Phase1Config
 from resolvent.models.phase2 import Phase2Config
 from resolvent.models.phases import PHASES
 from resolvent.models.storage import write_config, write_weights
 from resolvent.ops.hebbian import CHUNK
-from resolvent.runs import fixed_files, load_trained, run_of
+from resolvent.runs import check_run, load_trained, run_of
 from resolvent.terminal import say, shell_word
 from resolvent.training.checkpoint import (
     checkpoint_of,
@@ -201,7 +201,7 @@ def _resume(
     config: TrainingConfig, steps: int | None, fingerprint: str, accelerator: Accelerator, console: Console
 ) -> TrainingResult:
     run_dir = config.run_dir
-    check_files(run_dir, fixed_files())
+    check_run(run_dir)
     checkpoint, faults = find_checkpoint(run_dir)
     if accelerator.is_main_process and checkpoint is not None:
         for fault in faults:

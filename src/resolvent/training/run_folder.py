@@ -174,11 +174,14 @@ def _clear(run_dir: Path) -> None:
 def write_run(run_dir: Path, config: TrainingConfig, fingerprint: str, held: BinaryIO | None) -> None:
     """Write the configuration of a run and the fingerprint of its data; the run can then be resumed.
 
-    Model configuration and tokenizer must be in the folder; `held` is the file that `new_run` yields.
+    Model configuration and tokenizer must be in the folder, and the weights that a LoRA run adapts; `held` is the file
+    that `new_run` yields.
     """
+    from resolvent.models.storage import WEIGHTS
+
     record = {"format_version": FORMAT_VERSION, "version": __version__}
     write_json(run_dir / RUN_FILE, {**record, "data_fingerprint": fingerprint, "training": config.to_dict()})
-    write_manifest(run_dir, fixed_files(), held)
+    write_manifest(run_dir, [*fixed_files(), *([WEIGHTS] if config.lora else [])], held)
 
 
 def write_steps(run_dir: Path, steps: int) -> None:

@@ -1,10 +1,13 @@
 """Transformers of the Llama family that become Phase 2 models."""
 
+import json
+import os
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -214,6 +217,57 @@ def test_damaged_folders_are_named(tmp_path):
         convert_transformer(tmp_path)
     with pytest.raises(CheckpointError, match="neither a folder nor a GGUF file"):
         convert_transformer(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda x: x.index_fill(0, torch.tensor([3]), torch.nan), "has values that are not finite: copy the model"),
+        (lambda x: x.index_fill(0, torch.tensor([3]), -torch.inf), "has values that are not finite: copy the model"),
+        (lambda x: x.to(torch.int8), "is int8, not one of float64, .*: save the model with weights that are not quan"),
+        (lambda x: x.to(torch.float8_e4m3fn), "is float8_e4m3fn, not one of float64"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_weights_that_are_no_finite_floats_are_named(tmp_path, name, change, fault):
+    transformer(FAMILIES["llama"]).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, name: change(tensors[name])}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name} in .* {fault}"):
+        convert_transformer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "entries", "error", "fault"),
+    [
+        ("llama", dict(num_hidden_layers=10**9), CheckpointError, "num_hidden_layers is 1000000000, .* of 3 layers"),
+        ("llama", dict(num_attention_heads=10**9, head_dim=12), CheckpointError, "the model of its configuration: "),
+        ("llama", dict(vocab_size=10**9), CheckpointError, "token_embedding.weight has 1000000000 rows"),
+        ("llama", dict(rope_parameters=5), ConfigError, "rope_parameters must be an object, got 5"),
+        ("llama", dict(rope_scaling="x"), ConfigError, "rope_scaling must be an object, got 'x'"),
+        ("qwen2 with windows", dict(layer_types=3), ConfigError, "layer_types must be a list, got 3"),
+        (
+            "qwen2 with windows",
+            dict(layer_types=None, max_window_layers="x"),
+            ConfigError,
+            "max_window_layers must be an integer, got 'x'",
+        ),
+    ],
+)
+def test_wrong_entries_of_a_configuration_are_named(tmp_path, family, entries, error, fault):
+    transformer(FAMILIES[family]).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | entries))
+    with pytest.raises(error, match=fault):
+        convert_transformer(tmp_path)
+
+
+def test_weights_in_a_pipe_are_not_waited_for(tmp_path):
+    transformer(FAMILIES["llama"]).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="it is no regular file"):
+        convert_transformer(tmp_path)
 
 
 def test_tensors_of_another_configuration_are_named(tmp_path):

@@ -9,6 +9,7 @@ get the maps of the attention that they replace, and its rotary positions as the
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ _SIZES = (
 )  # fmt: skip
 _LONGEST_WINDOW = 2048
 """Largest training window ``n_seq`` that a converted model proposes; it reads any number of tokens."""
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of weights; whole numbers and numbers of eight bits mean nothing without the scales of their quantisation."""
 _RECOMPUTED = "rotary_emb.inv_freq"
 """Ending of tensors in old files that follow from the configuration."""
 _ATTENTION = ("attention_layers", "attention_window", "attention_windows")
@@ -70,14 +73,14 @@ def convert_transformer(
     with opened(source) as transformer, torch.no_grad():
         fixed = _fixed_fields(transformer)
         config = _config(fixed) if config is None else _preserving(config, fixed)
-        model = Phase2IntegratedModel(config)
         places = list(_places(config))
-        _check_tensors(transformer, model, places)
-        model.to(transformer.read("model.embed_tokens.weight").dtype)
+        _check_tensors(transformer, _without_memory(config, transformer), places)
+        model = Phase2IntegratedModel(config)
+        model.to(_read(transformer, "model.embed_tokens.weight").dtype)
         parameters = dict(model.named_parameters())
         for place in places:
             rows = slice(place.first, place.first + transformer.shapes[place.source][0])
-            parameters[place.target][rows].copy_(transformer.read(place.source))
+            parameters[place.target][rows].copy_(_read(transformer, place.source))
         _slow_memories(model)
     model.conversion_report = _report(model, places, exact=config.windows == _config(fixed).windows)
     return model.eval()
@@ -199,6 +202,12 @@ def _fixed_fields(source: Source) -> Values:
     if faults := _faults(values):
         raise ConfigError("; ".join([f"{source.name} cannot be converted", *faults]))
     layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
+    found = {name.split(".")[2] for name in source.shapes if re.match(r"model\.layers\.\d+\.", name)}
+    if layers != len(found):
+        raise CheckpointError(
+            f"{source.name} does not hold the model of its configuration: num_hidden_layers is {shown(layers)}, and "
+            f"its tensors are of {len(found)} layers"
+        )
     rotary = _rotary(values)
     return {
         "vocab_size": values["vocab_size"],
@@ -242,11 +251,27 @@ def _faults(values: Values) -> list[str]:
     ]
     if values["model_type"] == "mistral" and "sliding_window" not in values:
         faults.append("sliding_window is missing: a number, or null for none")
+    if values["model_type"] == "qwen2" and values.get("use_sliding_window"):
+        faults += _faults_of_windows(values)
+    entries = {name: values.get(name) or {} for name in ("rope_scaling", "rope_parameters")}
+    if wrong := [name for name, value in entries.items() if not isinstance(value, dict)]:
+        return [*faults, f"{wrong[0]} must be an object, got {shown(entries[wrong[0]])}"]
     rotary = _rotary(values)
     if not isinstance(rotary["rope_theta"], int | float):
         faults.append(f"rope_theta must be a number, got {shown(rotary['rope_theta'])}")
     if (kind := _kind(rotary)) not in (known := ("default", "linear", "dynamic", "llama3")):
         faults.append(f"the scaling of the rotary positions must be one of {', '.join(known)}, got {shown(kind)}")
+    return faults
+
+
+def _faults_of_windows(values: Values) -> list[str]:
+    """Return a sentence for every entry that does not say which layers have windows."""
+    kinds, first = values.get("layer_types"), values.get("max_window_layers", 0)
+    faults = []
+    if kinds is not None and not isinstance(kinds, list):
+        faults.append(f"layer_types must be a list, got {shown(kinds)}")
+    if kinds is None and not isinstance(first, int):
+        faults.append(f"max_window_layers must be an integer, got {shown(first)}")
     return faults
 
 
@@ -325,6 +350,37 @@ def tensor_rows(model: Phase2IntegratedModel) -> Iterator[tuple[str, str, slice]
         rows = model.get_parameter(place.target).shape[0]
         last = following.first if following is not None and following.target == place.target else rows
         yield place.source, place.target, slice(place.first, last)
+
+
+def _without_memory(config: Phase2Config, source: Source) -> Phase2IntegratedModel:
+    """Return a model on the meta device: sizes that no tensor has need no memory.
+
+    Raises:
+        CheckpointError: the product of two sizes is no size.
+    """
+    try:
+        with torch.device("meta"):
+            return Phase2IntegratedModel(config, init=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source.name} does not hold the model of its configuration: {error}") from error
+
+
+def _read(source: Source, name: str) -> Tensor:
+    """Read a tensor.
+
+    Raises:
+        CheckpointError: it has other numbers than floating-point ones, or some that are not finite.
+    """
+    x = source.read(name)
+    if x.dtype not in _DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise CheckpointError(
+            f"{name} in {source.name} is {str(x.dtype).removeprefix('torch.')}, not one of {known}: save the model "
+            "with weights that are not quantised"
+        )
+    if not x.isfinite().all():
+        raise CheckpointError(f"{name} in {source.name} has values that are not finite: copy the model again")
+    return x
 
 
 def _check_tensors(source: Source, model: Phase2IntegratedModel, places: list[_Place]) -> None:

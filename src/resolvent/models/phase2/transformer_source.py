@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, ConfigError
 from ...files import read_json, shown
+from ...tensors import TensorFile
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
@@ -105,15 +105,15 @@ def _of_model(model: nn.Module) -> Source:
 
 
 def _of_folder(folder: Path, stack: ExitStack) -> Source:
-    values, files = read_json(folder / _CONFIG), dict[str, Any]()
+    values, files = read_json(folder / _CONFIG), dict[str, TensorFile]()
     for path in _weight_files(folder):
         try:
-            file: Any = stack.enter_context(safe_open(path, framework="pt"))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}; copy the whole folder again") from error
-        files.update(dict.fromkeys(file.keys(), file))
-    shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name, file in files.items()}
-    return Source(str(folder), values, shapes, lambda name: files[name].get_tensor(name))
+            file = stack.enter_context(TensorFile(path))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; copy the whole folder again") from error
+        files.update(dict.fromkeys(file.shapes, file))
+    shapes = {name: file.shapes[name] for name, file in files.items()}
+    return Source(str(folder), values, shapes, lambda name: files[name].tensor(name))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -162,7 +162,10 @@ def _of_gguf(path: Path) -> Source:
 
     def read(name: str) -> Tensor:
         tensor = tensors[name]
-        x = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).reshape(shapes[name])
+        try:
+            x = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).reshape(shapes[name])
+        except NotImplementedError as error:
+            raise CheckpointError(f"cannot read {name} in {path}: {error}; take a file with Q8_0 or F16") from error
         found = re.search(r"self_attn\.([qk])_proj\.", name)
         return _unpermuted(x, heads[found[1]]) if found and permuted else x
 
