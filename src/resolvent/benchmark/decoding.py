@@ -252,7 +252,9 @@ def _add_generation(bench: Bench, case: Case, count: int, outcome: Outcome, prec
 
 def read(model: Phase2IntegratedModel, ids: Tensor) -> tuple[float, float, Phase2State]:
     """Read tokens (1, N) for the logits of the last; return tokens per second, peak GiB (0 except on CUDA), state."""
-    model.read(ids[:, : piece_length(1, model.d_model, ids.device)])  # one-time preparations
+    piece = piece_length(1, model.d_model, ids.device)
+    # One-time preparations for a piece of a fresh start, for one after it, and for the remainder.
+    model.read(ids[:, : 2 * piece + ids.size(1) % piece])
     synchronize(ids.device)
     if ids.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
