@@ -8,12 +8,13 @@ from resolvent.ops.gated_readout import gated_readout
 from ..test_gated_readout import inputs
 
 pytest.importorskip("triton")
-from resolvent.ops.triton.gated_readout import _TOKENS
+from resolvent.ops.triton.gated_readout import _BACKWARD
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU")),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
+PROGRAM = _BACKWARD["TOKENS"]
 NAMES = ["normalized", "gated", "of readout", "of opening", "of bias", "of features"]
 
 
@@ -40,7 +41,7 @@ def check(given, device, dtype, tolerance, fed_back=True):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("length", [1, _TOKENS - 1, _TOKENS + 1])
+@pytest.mark.parametrize("length", [1, PROGRAM - 1, PROGRAM + 1])
 def test_kernels_are_the_reference_gradients_included(device, length):
     check(inputs(length), device, torch.float32, 1e-5)
 
@@ -54,6 +55,16 @@ def test_any_number_of_heads_and_features(device, heads, width, features):
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_normalised_readout_that_nothing_reads_has_no_gradient(device):
     check(inputs(20), device, torch.float32, 1e-5, fed_back=False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_of_a_gradient_may_have_gaps(device):
+    given = [x.to(device, torch.float32) for x in inputs(20)]
+    normalized, gated, inverse_rms = torch.ops.resolvent.gated_readout.default(*given)
+    grad = torch.randn(*gated.shape[:2], gated.shape[2] + 3, device=device)[..., :-3]
+    run = torch.ops.resolvent.gated_readout_backward.default
+    found, expected = (run(None, x, normalized, inverse_rms, *given[1:]) for x in (grad, grad.contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)

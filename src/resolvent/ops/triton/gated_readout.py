@@ -1,7 +1,8 @@
 """Triton kernels of the gated read-out: one pass over memory each, forward and backward.
 
 The operator is ``ops.gated_readout``. A program takes a run of tokens, a few at once, with all of their heads: so it
-can add up the gradient of the bias. What the norm needs backwards is its result and the inverse rms.
+can add up the gradient of the bias. Runs are short, since many programs hide the latency of memory. What the norm needs
+backwards is its result and the inverse rms.
 
 Shapes: T tokens, H heads, V value width, F features, P programs.
 """
@@ -17,13 +18,13 @@ from ..dispatch import count_run
 from ..library import operator
 from ..normalize import RMS_EPS
 from .arguments import constexpr
+from .launch import contiguous
 from .queries_keys_values import sigmoid_of
 
 _kernel: Any = triton.jit
-_TOKENS = 32
-"""Tokens of a program."""
-_VALUES = 2048
-"""Values that a program holds at once."""
+_FORWARD = {"TOKENS": 8, "VALUES": 2048, "num_warps": 4}
+_BACKWARD = {"TOKENS": 16, "VALUES": 2048, "num_warps": 4}
+"""Tokens of a program, values that it holds at once, and its warps."""
 
 
 class _Variant(NamedTuple):
@@ -94,7 +95,7 @@ def _forward(readout, opening, bias, features, normalized, gated, inverse_rms, t
 @_kernel
 def _backward(
     grad_normalized, grad_gated, normalized, inverse_rms, opening, bias, grad_readout, grad_opening, grad_bias,
-    grad_features, total, variant: constexpr,
+    grad_features, grad_stride, total, variant: constexpr,
 ):  # fmt: skip
     BH: tl.constexpr = variant.BH
     BV: tl.constexpr = variant.BV
@@ -102,11 +103,11 @@ def _backward(
     dtype: tl.constexpr = normalized.dtype.element_ty
     cells, wanted = _cells(variant)
     of_bias = tl.load(bias + cells, mask=wanted, other=0.0).to(tl.float32)
-    sums = tl.zeros([1, BH, BV], tl.float32)
+    sums = tl.zeros([variant.STEP, BH, BV], tl.float32)
     for step in range(0, variant.TOKENS, variant.STEP):
         token, of_heads, of_features, of_rms = _places(step, total, cells, wanted, variant)
         at, inside = of_heads
-        row = grad_gated + token * (HV + variant.F)
+        row = grad_gated + token * grad_stride
         grad = tl.load(row[:, None, None] + cells, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(normalized + at, mask=inside, other=0.0).to(tl.float32)
         gate = sigmoid_of(tl.load(opening + at, mask=inside, other=0.0).to(tl.float32) + of_bias, dtype)
@@ -114,7 +115,7 @@ def _backward(
         through = grad * gate
         of_opening = through * y * (1 - gate)
         tl.store(grad_opening + at, of_opening.to(grad_opening.dtype.element_ty), mask=inside)
-        sums += tl.expand_dims(tl.sum(of_opening, 0), 0)
+        sums += of_opening
         # 2. The norm, y = x / rms.
         if grad_normalized is not None:
             through += tl.load(grad_normalized + at, mask=inside, other=0.0).to(tl.float32)
@@ -127,7 +128,8 @@ def _backward(
             from_features = row[:, None] + HV + tl.arange(0, variant.BF)[None, :]
             given = tl.load(from_features, mask=of_features[1], other=0.0)
             tl.store(grad_features + of_features[0], given.to(grad_features.dtype.element_ty), mask=of_features[1])
-    tl.store(grad_bias + tl.program_id(0).to(tl.int64) * HV + cells, sums, mask=wanted)
+    of_bias = tl.expand_dims(tl.sum(sums, 0), 0)
+    tl.store(grad_bias + tl.program_id(0).to(tl.int64) * HV + cells, of_bias, mask=wanted)
 
 
 def gated_readout(readout: Tensor, opening: Tensor, bias: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,10 +155,10 @@ def _gated_readout(readout: Tensor, opening: Tensor, bias: Tensor, features: Ten
     if not readout.numel():
         return outputs
     count_run("gated_readout", "triton")
-    variant, total, programs = _plan(readout.shape, features)
+    variant, total, programs = _plan(readout.shape, features, _FORWARD)
     inputs = (x.contiguous() for x in (readout, opening, bias, features))
     with torch.cuda.device_of(readout):
-        _forward[(programs,)](*inputs, *outputs, total, variant, num_warps=4)
+        _forward[(programs,)](*inputs, *outputs, total, variant, num_warps=_FORWARD["num_warps"])
     return outputs
 
 
@@ -174,7 +176,7 @@ def _allocate_gradients(
     return (
         normalized.new_empty(batch, length, heads, columns // heads),
         opening.new_empty(batch, length, columns),
-        normalized.new_empty(-(-batch * length // _TOKENS), columns, dtype=torch.float32),
+        normalized.new_empty(-(-batch * length // _BACKWARD["TOKENS"]), columns, dtype=torch.float32),
         features.new_empty(features.shape),
     )
 
@@ -193,25 +195,27 @@ def _gated_readout_backward(
 
     ``features`` gives the shape and the dtype of the last.
     """
-    upstream = None if grad_normalized is None else grad_normalized.contiguous(), grad_gated.contiguous()
-    outputs = _allocate_gradients(*upstream, normalized, inverse_rms, opening, bias, features)
+    outputs = _allocate_gradients(grad_normalized, grad_gated, normalized, inverse_rms, opening, bias, features)
     if not normalized.numel():
         return outputs
-    variant, total, programs = _plan(outputs[0].shape, features)
-    inputs = (normalized, inverse_rms, opening.contiguous(), bias.contiguous())
+    rows = grad_gated.flatten(0, 1)  # torch.compile leaves gaps between the rows of a product
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    inputs = (contiguous(grad_normalized), rows, *(x.contiguous() for x in (normalized, inverse_rms, opening, bias)))
+    variant, total, programs = _plan(outputs[0].shape, features, _BACKWARD)
     with torch.cuda.device_of(normalized):
-        _backward[(programs,)](*upstream, *inputs, *outputs, total, variant, num_warps=4)
+        _backward[(programs,)](*inputs, *outputs, rows.stride(0), total, variant, num_warps=_BACKWARD["num_warps"])
     return outputs
 
 
-def _plan(shape: torch.Size, features: Tensor) -> tuple[_Variant, int, int]:
+def _plan(shape: torch.Size, features: Tensor, plan: dict[str, int]) -> tuple[_Variant, int, int]:
     """Return the variant for a read-out of this shape, its tokens, and the programs."""
     batch, length, heads, width = shape
     count = features.shape[-1]
     block_heads, block_width, block_count = (triton.next_power_of_2(max(1, n)) for n in (heads, width, count))
-    step = min(_TOKENS, max(1, _VALUES // (block_heads * block_width)))
-    variant = _Variant(heads, width, count, block_heads, block_width, block_count, _TOKENS, step, RMS_EPS)
-    return variant, batch * length, triton.cdiv(batch * length, _TOKENS)
+    tokens = plan["TOKENS"]
+    step = min(tokens, max(1, plan["VALUES"] // (block_heads * block_width)))
+    variant = _Variant(heads, width, count, block_heads, block_width, block_count, tokens, step, RMS_EPS)
+    return variant, batch * length, triton.cdiv(batch * length, tokens)
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
