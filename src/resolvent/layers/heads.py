@@ -36,7 +36,7 @@ class Heads(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a ``HeadsLayer`` reads of the tokens.
+    """Inputs of a ``HeadsLayer``, computed from the tokens.
 
     Attributes:
         heads: queries, keys and values.
@@ -115,7 +115,7 @@ class HeadsLayer(nn.Module):
         cu_seqlens: Tensor | None,
         others: Sequence[nn.Linear | None] = (),
     ) -> tuple[Given, Projected]:
-        """Compute what the layer reads of tokens x (B, N, D), and the products of x with other layers.
+        """Compute the layer's inputs from tokens x (B, N, D), and the products of x with other layers.
 
         Where the products are joined, the operator of the short convolution takes what is not its own along, so that
         all of them have one gradient. The other layers come before the gate: the gradients of V and Γ are real and

@@ -151,7 +151,7 @@ class DissipativeHebbianLayer(HeadsLayer):
             cu_seqlens: offsets of S packed sequences.
             consolidation: filters that act on the memory at its boundaries.
             phases: phases before the first token, in turns, float64 (B, K / 2) or (S, K / 2); zeros if None.
-            given: what the layer reads of x, where it is known.
+            given: inputs that were computed from x before; None to compute them.
             features: put behind the gated read-out, (B, N, F); None for none.
         """
         x = for_products(x)

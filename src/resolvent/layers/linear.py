@@ -19,7 +19,6 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
         self.down = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features)
 
@@ -95,13 +94,12 @@ def _biases(layers: Sequence[nn.Linear]) -> Tensor | None:
     )
 
 
-def product_of_parts(joined: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
-    """Return the sum of the products of the parts of a tensor (..., ΣD_i), each with its own layer: (..., R).
+def product_of_parts(joined: Tensor, widths: Sequence[int], layers: Sequence[nn.Linear]) -> Tensor:
+    """Return the sum of the products of parts of a tensor (..., ΣD_i), of widths D_i, each with its layer: (..., R).
 
     Where joining pays (``joins``) and no layer has a bias, it is one product with their concatenated columns.
     """
     if joins(joined, layers) and all(layer.bias is None for layer in layers):
         return F.linear(joined, torch.cat([layer.weight for layer in layers], dim=1))
-    parts = joined.split([layer.in_features for layer in layers], dim=-1)
-    first, *others = (layer(x) for x, layer in zip(parts, layers, strict=True))
+    first, *others = (layer(x) for x, layer in zip(joined.split(list(widths), dim=-1), layers, strict=True))
     return sum(others, start=first)

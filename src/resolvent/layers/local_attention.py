@@ -160,7 +160,7 @@ class LocalAttentionLayer(HeadsLayer):
             conv_tail: conv state before the first token, float32.
             position: tokens that each sequence has read before, (B,) or (S,).
             cu_seqlens: offsets of S packed sequences.
-            given: what the layer reads of x, where it is known.
+            given: inputs that were computed from x before; None to compute them.
             rotation: that of the tokens' positions, where it is known.
             features: put behind the gated read-out, (B, N, F); None for none.
         """

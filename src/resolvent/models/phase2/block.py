@@ -166,8 +166,10 @@ class Phase2Block(Block[Phase2Record]):
         # 3. Memory, with the same Γ, or attention.
         read = self._read(normed, gamma, state, position, cu_seqlens, given, rotation, features)
         # 4. One product out, of the gated read-out with the features behind it.
-        maps = [self.mixer.out_proj] if self.bk_proj is None else [self.mixer.out_proj, self.bk_proj]
-        x = x + self._dropped(product_of_parts(read.gated, maps))
+        widths, maps = [read.readout.shape[-1]], [self.mixer.out_proj]
+        if features is not None and self.bk_proj is not None:
+            widths, maps = [*widths, features.shape[-1]], [*maps, self.bk_proj]
+        x = x + self._dropped(product_of_parts(read.gated, widths, maps))
         # 5. The semiseparable branch of a converted model.
         if self.ar_ssm is not None and self.ln_ssm is not None:
             output, _, ar_ssm = self.ar_ssm(self.ln_ssm(x), ar_ssm, cu_seqlens)
