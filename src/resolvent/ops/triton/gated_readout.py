@@ -97,13 +97,14 @@ def _backward(
     grad_normalized, grad_gated, normalized, inverse_rms, opening, bias, grad_readout, grad_opening, grad_bias,
     grad_features, grad_stride, total, variant: constexpr,
 ):  # fmt: skip
+    STEP: tl.constexpr = variant.STEP
     BH: tl.constexpr = variant.BH
     BV: tl.constexpr = variant.BV
     HV: tl.constexpr = variant.H * variant.V
     dtype: tl.constexpr = normalized.dtype.element_ty
     cells, wanted = _cells(variant)
     of_bias = tl.load(bias + cells, mask=wanted, other=0.0).to(tl.float32)
-    sums = tl.zeros([variant.STEP, BH, BV], tl.float32)
+    sums = tl.zeros([STEP, BH, BV], tl.float32)
     for step in range(0, variant.TOKENS, variant.STEP):
         token, of_heads, of_features, of_rms = _places(step, total, cells, wanted, variant)
         at, inside = of_heads
