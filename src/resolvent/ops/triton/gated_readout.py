@@ -70,7 +70,7 @@ def _places(step, total, cells, wanted, variant: constexpr):
 
 
 @_kernel
-def _forward(readout, opening, bias, features, normalized, gated, inverse_rms, total, variant: constexpr):
+def _gate_forward(readout, opening, bias, features, normalized, gated, inverse_rms, total, variant: constexpr):
     HV: tl.constexpr = variant.H * variant.V
     dtype: tl.constexpr = readout.dtype.element_ty
     cells, wanted = _cells(variant)
@@ -93,7 +93,7 @@ def _forward(readout, opening, bias, features, normalized, gated, inverse_rms, t
 
 
 @_kernel
-def _backward(
+def _gate_backward(
     grad_normalized, grad_gated, normalized, inverse_rms, opening, bias, grad_readout, grad_opening, grad_bias,
     grad_features, grad_stride, total, variant: constexpr,
 ):  # fmt: skip
@@ -159,7 +159,7 @@ def _gated_readout(readout: Tensor, opening: Tensor, bias: Tensor, features: Ten
     variant, total, programs = _plan(readout.shape, features, _FORWARD)
     inputs = (x.contiguous() for x in (readout, opening, bias, features))
     with torch.cuda.device_of(readout):
-        _forward[(programs,)](*inputs, *outputs, total, variant, num_warps=_FORWARD["num_warps"])
+        _gate_forward[(programs,)](*inputs, *outputs, total, variant, num_warps=_FORWARD["num_warps"])
     return outputs
 
 
@@ -204,7 +204,7 @@ def _gated_readout_backward(
     inputs = (contiguous(grad_normalized), rows, *(x.contiguous() for x in (normalized, inverse_rms, opening, bias)))
     variant, total, programs = _plan(outputs[0].shape, features, _BACKWARD)
     with torch.cuda.device_of(normalized):
-        _backward[(programs,)](*inputs, *outputs, rows.stride(0), total, variant, num_warps=_BACKWARD["num_warps"])
+        _gate_backward[(programs,)](*inputs, *outputs, rows.stride(0), total, variant, num_warps=_BACKWARD["num_warps"])
     return outputs
 
 
