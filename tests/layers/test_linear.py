@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from resolvent.layers import linear
-from resolvent.layers.linear import LowRankLinear, is_plain, products, sum_of_products
+from resolvent.layers.linear import LowRankLinear, is_plain, product_of_parts, products
 
 
 class Wrapped(nn.Linear):
@@ -38,11 +38,11 @@ def test_products_of_several_layers_are_those_of_each(joined):
         assert layer is None or torch.allclose(out, layer(x), atol=1e-6)
 
 
-def test_sum_of_products_is_the_sum_of_each():
+def test_product_of_parts_is_the_sum_of_each():
     layers = [nn.Linear(8, 5, bias=False), nn.Linear(3, 5, bias=False)]
     inputs = [torch.randn(2, 7, 8), torch.randn(2, 7, 3)]
     expected = layers[0](inputs[0]) + layers[1](inputs[1])
-    torch.testing.assert_close(sum_of_products(inputs, layers), expected)
+    torch.testing.assert_close(product_of_parts(torch.cat(inputs, dim=-1), [8, 3], layers), expected)
 
 
 @pytest.mark.parametrize("wrapped", [LowRankLinear(8, 3, 2), nn.Linear(8, 3)])
@@ -51,7 +51,7 @@ def test_layers_that_are_not_plain_are_called(wrapped):
     wrapped.register_forward_hook(lambda *_: calls.append(1))
     plain, x = nn.Linear(8, 3, bias=False), torch.randn(2, 7, 8)
     assert torch.equal(products(x, [plain, wrapped])[1], wrapped(x))
-    assert torch.equal(sum_of_products([x, x], [plain, wrapped]), plain(x) + wrapped(x))
+    assert torch.equal(product_of_parts(torch.cat([x, x], dim=-1), [8, 8], [plain, wrapped]), plain(x) + wrapped(x))
     assert len(calls) == 4
 
 

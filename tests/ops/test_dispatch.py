@@ -11,6 +11,7 @@ import resolvent
 from resolvent import ops
 from resolvent.errors import ConfigError
 from resolvent.ops import dispatch, dissipative_memory, resolvent_diagonal
+from resolvent.ops.gated_readout import gated_readout
 from resolvent.ops.hebbian import memory_implementation
 from resolvent.ops.queries_keys_values import queries_keys_values
 
@@ -58,6 +59,7 @@ def test_every_operator_with_a_backend_has_kernels(fresh):
     dissipative_memory(x, x, x, torch.rand(1, 3, 2), torch.ones(2), backend="triton")
     ops.gated_prefix_sum(x[:, :, 0], x[:, :, 1], backend="triton")
     ops.linear_cross_entropy(x[0, :, 0], x[0, :, 1], labels, backend="triton")
+    gated_readout(x, x.flatten(-2), torch.ones(32), backend="triton")
     queries_keys_values(torch.randn(1, 3, 12), torch.ones(2, 12), torch.zeros(1, 1, 12), 2, backend="triton")
     source = "".join(path.read_text() for path in Path(ops.__file__).parent.glob("*.py"))
     selecting = set(re.findall(r'select\(backend, [\w.]+, "(\w+)"', source))

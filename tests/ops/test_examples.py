@@ -9,6 +9,7 @@ import torch
 from resolvent import ops
 from resolvent.ops import (
     attention_window,
+    gated_readout,
     memory_rotation,
     memory_state,
     normalize,
@@ -23,6 +24,7 @@ OPERATORS = {name: getattr(ops, name) for name in ops.__all__ if inspect.isfunct
 OPERATORS |= {
     function.__name__: function
     for function in (
+        gated_readout.gated_readout,
         memory_rotation.accumulate_phases,
         memory_rotation.rotate_queries_keys,
         normalize.unit_length,

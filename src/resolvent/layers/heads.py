@@ -1,19 +1,22 @@
 """Base of the layers that read queries, keys and values: projections and short convolution, norm, gate and output.
 
-Shapes: B batch, N sequence, D model width, H heads of queries, J heads of keys and values, K = V head width, S packed
-sequences, W convolution width, C = (H + 2J) K channels.
+Shapes: B batch, N sequence, D model width, H heads of queries, J heads of keys and values, K = V head width, F
+features, S packed sequences, W convolution width, C = (H + 2J) K channels.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ..ops.gated_readout import gated_readout
 from ..ops.normalize import unit_length, unit_rms
 from ..ops.packed import count_sequences
 from ..ops.precision import wide_dtype
 from ..ops.queries_keys_values import queries_keys_values
-from .linear import Projected, products
+from .linear import Projected, is_plain, joined_product, joins, products, split_product
 
 
 class Heads(NamedTuple):
@@ -30,6 +33,20 @@ class Heads(NamedTuple):
     k: Tensor
     v: Tensor
     conv_tail: Tensor
+
+
+class Given(NamedTuple):
+    """Inputs of a ``HeadsLayer``, computed from the tokens.
+
+    Attributes:
+        heads: queries, keys and values.
+        narrow: the narrow side of the gate, (B, N, K); None without a gate.
+        qkv: projections from which ``heads`` were made, (B, N, C); None where they lie beside other projections.
+    """
+
+    heads: Heads
+    narrow: Tensor | None
+    qkv: Tensor | None
 
 
 class HeadsLayer(nn.Module):
@@ -91,16 +108,28 @@ class HeadsLayer(nn.Module):
         if self.norm_weight is not None:
             self.norm_weight.fill_(1.0)
 
-    @property
-    def projections(self) -> tuple[nn.Linear, nn.Linear | None]:
-        """The maps of the tokens: ``qkv_proj`` and, the narrow side of the gate, ``gate_down``."""
-        return self.qkv_proj, self.gate_down
+    def given(
+        self,
+        x: Tensor,
+        conv_tail: Tensor | None,
+        cu_seqlens: Tensor | None,
+        others: Sequence[nn.Linear | None] = (),
+    ) -> tuple[Given, Projected]:
+        """Compute the layer's inputs from tokens x (B, N, D), and the products of x with other layers.
 
-    def project(self, x: Tensor, projected: Projected | None) -> tuple[Tensor, Tensor | None]:
-        """Return the products of x (B, N, D) with ``projections``: those that are known, if they are."""
-        qkv, narrow = products(x, self.projections) if projected is None else projected
+        Where the products are joined, the operator of the short convolution takes what is not its own along, so that
+        all of them have one gradient. The other layers come before the gate: the gradients of V and Γ are real and
+        imaginary parts, and the compiler of PyTorch 2.11 fails where a ``cat`` puts such a part behind wide columns.
+        """
+        beside = [*others, self.gate_down]
+        layers = [self.qkv_proj, *beside]
+        if self.conv_weight is not None and joins(x, layers):
+            heads, rest = self._convolved(joined_product(x, layers), self.conv_weight, conv_tail, cu_seqlens)
+            *of_others, narrow = split_product(rest, beside)
+            return Given(heads, narrow, None), of_others
+        qkv, *of_others, narrow = products(x, layers)
         assert qkv is not None
-        return qkv, narrow
+        return Given(self.heads(qkv, conv_tail, cu_seqlens), narrow, qkv), of_others
 
     @property
     def channels(self) -> int:
@@ -115,15 +144,48 @@ class HeadsLayer(nn.Module):
 
     def heads(self, projected: Tensor, conv_tail: Tensor | None, cu_seqlens: Tensor | None) -> Heads:
         """Compute queries, keys and values of projected tokens (B, N, C), behind a conv state; None for none yet."""
-        if conv_tail is None:
-            sequences = count_sequences(projected.shape[0], cu_seqlens)
-            conv_tail = projected.new_zeros(sequences, *self.conv_shape, dtype=wide_dtype(projected))
         if self.conv_weight is not None:
-            taps = self.conv_weight
-            return Heads(*queries_keys_values(projected, taps, conv_tail, self.num_heads, cu_seqlens, self.backend))
+            return self._convolved(projected, self.conv_weight, conv_tail, cu_seqlens)[0]
+        if conv_tail is None:
+            conv_tail = self._fresh_tail(projected, cu_seqlens)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = projected.unflatten(-1, (-1, self.head_dim)).split(heads, dim=-2)
         return Heads(unit_length(q), unit_length(k), v, conv_tail) if self.qk_norm else Heads(q, k, v, conv_tail)
+
+    def _convolved(
+        self, projected: Tensor, taps: Tensor, conv_tail: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Heads, Tensor]:
+        """Compute queries, keys and values of projected tokens (B, N, C + R); return them and the last R columns."""
+        if conv_tail is None:
+            conv_tail = self._fresh_tail(projected, cu_seqlens)
+        q, k, v, rest, conv_tail = queries_keys_values(
+            projected, taps, conv_tail, self.num_heads, cu_seqlens, self.backend
+        )
+        return Heads(q, k, v, conv_tail), rest
+
+    def _fresh_tail(self, projected: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Return the conv state in front of the first token."""
+        sequences = count_sequences(projected.shape[0], cu_seqlens)
+        return projected.new_zeros(sequences, *self.conv_shape, dtype=wide_dtype(projected))
+
+    def gated(self, readout: Tensor, narrow: Tensor | None, features: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Normalise and gate a read-out, and put features behind it.
+
+        Args:
+            readout: read-out of the heads, (B, N, H, V).
+            narrow: the narrow side of the gate, (B, N, K); None without a gate.
+            features: (B, N, F); None for none.
+
+        Returns:
+            The normalised read-out, (B, N, HV), and the gated one with the features, (B, N, HV + F).
+        """
+        fused = self.output_norm and self.norm_weight is None
+        if fused and narrow is not None and self.gate_up is not None and is_plain(self.gate_up):
+            opening = F.linear(narrow, self.gate_up.weight)
+            return gated_readout(readout, opening, self.gate_up.bias, features, self.backend)
+        normalized = self.normalize(readout)
+        gated = self.gate(normalized, narrow)
+        return normalized, gated if features is None else torch.cat([gated, features.to(gated.dtype)], dim=-1)
 
     def normalize(self, readout: Tensor) -> Tensor:
         """Normalise the read-out of each head: (B, N, H, V) -> (B, N, HV)."""

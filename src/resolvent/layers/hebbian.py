@@ -1,6 +1,7 @@
 """Dissipative Hebbian layer: fast weights that learn from every token and decay at the rate Γ.
 
-Shapes: B batch, N sequence, D model width, H heads, K = V head width, S packed sequences, W convolution width.
+Shapes: B batch, N sequence, D model width, H heads, K = V head width, F features, S packed sequences, W
+convolution width.
 """
 
 from typing import NamedTuple
@@ -14,15 +15,16 @@ from ..ops.memory_rotation import accumulate_phases, plateau_turns
 from ..ops.packed import count_sequences
 from ..ops.precision import at_least_float32, for_products
 from ..ops.rotary import Scaling, rotary_turns
-from .heads import HeadsLayer
-from .linear import Projected, is_plain
+from .heads import Given, HeadsLayer
+from .linear import is_plain
 
 
 class HebbianOutput(NamedTuple):
     """Output and state of the layer.
 
     Attributes:
-        gated: gated read-out, which ``out_proj`` takes to the residual stream, (B, N, HV).
+        gated: gated read-out, which ``out_proj`` takes to the residual stream, with the features behind it,
+            (B, N, HV + F).
         readout: read-out of the memory, normalised and not gated, (B, N, HV).
         values: values written to the memory, (B, N, H, V).
         state: memory after the last token.
@@ -135,7 +137,8 @@ class DissipativeHebbianLayer(HeadsLayer):
         cu_seqlens: Tensor | None = None,
         consolidation: Consolidation | None = None,
         phases: Tensor | None = None,
-        projected: Projected | None = None,
+        given: Given | None = None,
+        features: Tensor | None = None,
     ) -> HebbianOutput:
         """Write tokens to the memory and read it.
 
@@ -148,11 +151,11 @@ class DissipativeHebbianLayer(HeadsLayer):
             cu_seqlens: offsets of S packed sequences.
             consolidation: filters that act on the memory at its boundaries.
             phases: phases before the first token, in turns, float64 (B, K / 2) or (S, K / 2); zeros if None.
-            projected: products of x with ``projections``, where they are known.
+            given: inputs that were computed from x before; None to compute them.
+            features: put behind the gated read-out, (B, N, F); None for none.
         """
         x = for_products(x)
-        qkv, narrow = self.project(x, projected)
-        heads = self.heads(qkv, conv_tail, cu_seqlens)
+        heads, narrow, _ = self.given(x, conv_tail, cu_seqlens)[0] if given is None else given
         if (repeats := self.num_heads // self.num_kv_heads) > 1:  # every head has a memory of its own
             k, v = (part.repeat_interleave(repeats, dim=-2) for part in (heads.k, heads.v))
             heads = heads._replace(k=k, v=v)
@@ -170,8 +173,8 @@ class DissipativeHebbianLayer(HeadsLayer):
             phases=turned,
             backend=self.backend,
         )
-        readout = self.normalize(readout)
-        return HebbianOutput(self.gate(readout, narrow), readout, heads.v, state, heads.conv_tail, after)
+        readout, gated = self.gated(readout, narrow, features)
+        return HebbianOutput(gated, readout, heads.v, state, heads.conv_tail, after)
 
 
 class LyapunovStabilityMonitor:

@@ -54,20 +54,30 @@ Projected = Sequence[Tensor | None]
 def products(x: Tensor, layers: Sequence[nn.Linear | None]) -> list[Tensor | None]:
     """Return the products of x (..., D) with several layers, None for None.
 
-    Where joining pays (``_joins``) it is one product with their concatenated weights, which reads x once.
+    Where joining pays (``joins``) it is one product with their concatenated weights, which reads x once.
     """
+    if joins(x, layers):
+        return split_product(joined_product(x, layers), layers)
+    return [None if layer is None else layer(x) for layer in layers]
+
+
+def joined_product(x: Tensor, layers: Sequence[nn.Linear | None]) -> Tensor:
+    """Return the products of x (..., D) with several plain layers side by side, (..., R)."""
     present = [layer for layer in layers if layer is not None]
-    if _joins(x, present):
-        joined = F.linear(x, torch.cat([layer.weight for layer in present]), _biases(present))
-        outputs = iter(joined.split([layer.out_features for layer in present], dim=-1))
-    else:
-        outputs = iter([layer(x) for layer in present])
-    return [None if layer is None else next(outputs) for layer in layers]
+    return F.linear(x, torch.cat([layer.weight for layer in present]), _biases(present))
 
 
-def _joins(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
+def split_product(joined: Tensor, layers: Sequence[nn.Linear | None]) -> list[Tensor | None]:
+    """Return the parts of a ``joined_product``, None for None."""
+    widths = [0 if layer is None else layer.out_features for layer in layers]
+    parts = joined.split(widths, dim=-1)
+    return [None if layer is None else part for layer, part in zip(layers, parts, strict=True)]
+
+
+def joins(x: Tensor, layers: Sequence[nn.Linear | None]) -> bool:
     """Return True if one product with the concatenated weights of layers takes the place of a product with each."""
-    return len(layers) > 1 and _launches_cost(x.device) and all(map(is_plain, layers))
+    present = [layer for layer in layers if layer is not None]
+    return len(present) > 1 and _launches_cost(x.device) and all(map(is_plain, present))
 
 
 def _launches_cost(device: torch.device) -> bool:
@@ -84,12 +94,12 @@ def _biases(layers: Sequence[nn.Linear]) -> Tensor | None:
     )
 
 
-def sum_of_products(inputs: Sequence[Tensor], layers: Sequence[nn.Linear]) -> Tensor:
-    """Return the sum of the products of several inputs (..., D_i), each with its own layer without a bias: (..., R).
+def product_of_parts(joined: Tensor, widths: Sequence[int], layers: Sequence[nn.Linear]) -> Tensor:
+    """Return the sum of the products of parts of a tensor (..., ΣD_i), of widths D_i, each with its layer: (..., R).
 
-    Where joining pays (``_joins``) it is one product of the concatenated columns.
+    Where joining pays (``joins``) and no layer has a bias, it is one product with their concatenated columns.
     """
-    if _joins(inputs[0], layers) and all(layer.bias is None for layer in layers):
-        return F.linear(torch.cat(list(inputs), dim=-1), torch.cat([layer.weight for layer in layers], dim=1))
-    first, *others = (layer(x) for x, layer in zip(inputs, layers, strict=True))
+    if joins(joined, layers) and all(layer.bias is None for layer in layers):
+        return F.linear(joined, torch.cat([layer.weight for layer in layers], dim=1))
+    first, *others = (layer(x) for x, layer in zip(joined.split(list(widths), dim=-1), layers, strict=True))
     return sum(others, start=first)

@@ -1,7 +1,7 @@
 """Local attention layer: softmax attention over the last tokens, in the place of a memory.
 
-Shapes: B batch, N sequence, D model width, H heads of queries, J heads of keys and values, K = V head width, S packed
-sequences, W window, C channels of q, k and v.
+Shapes: B batch, N sequence, D model width, H heads of queries, J heads of keys and values, K = V head width, F
+features, S packed sequences, W window.
 """
 
 from typing import NamedTuple
@@ -15,15 +15,15 @@ from ..ops.memory_rotation import Rotation, rotate
 from ..ops.packed import token_positions
 from ..ops.precision import at_least_float32, for_products, wide_dtype
 from ..ops.rotary import Scaling, rotary_turns
-from .heads import Heads, HeadsLayer
-from .linear import Projected
+from .heads import Given, Heads, HeadsLayer
 
 
 class AttentionOutput(NamedTuple):
     """Output and state of the layer.
 
     Attributes:
-        gated: gated read-out, which ``out_proj`` takes to the residual stream, (B, N, HV).
+        gated: gated read-out, which ``out_proj`` takes to the residual stream, with the features behind it,
+            (B, N, HV + F).
         readout: read-out of the attention, normalised and not gated, (B, N, HV).
         values: values that were attended to, (B, N, J, V).
         state: keys and values of the window after the last token.
@@ -118,12 +118,10 @@ class LocalAttentionLayer(HeadsLayer):
         rotation = self.rotation(position, wide_dtype(heads.q))
         return rotate(heads.q, rotation), rotate(heads.k, rotation)
 
-    def _rotated_heads(
-        self, qkv: Tensor, conv_tail: Tensor | None, cu_seqlens: Tensor | None, rotation: Rotation
-    ) -> Heads:
-        """Return the heads of projected tokens (B, N, C), with queries and keys rotated."""
-        heads = self.heads(qkv, conv_tail, cu_seqlens)
-        if self.qk_norm or self.conv_weight is not None:
+    def _rotated_heads(self, given: Given, rotation: Rotation) -> Heads:
+        """Return the heads of tokens, with queries and keys rotated."""
+        heads, _, qkv = given
+        if qkv is None or self.qk_norm or self.conv_weight is not None:
             return heads._replace(q=rotate(heads.q, rotation), k=rotate(heads.k, rotation))
         counts = self.num_heads, self.num_kv_heads  # side by side, they are rotated at once
         together = qkv[..., : sum(counts) * self.head_dim].unflatten(-1, (-1, self.head_dim))
@@ -150,8 +148,9 @@ class LocalAttentionLayer(HeadsLayer):
         conv_tail: Tensor | None = None,
         position: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        projected: Projected | None = None,
+        given: Given | None = None,
         rotation: Rotation | None = None,
+        features: Tensor | None = None,
     ) -> AttentionOutput:
         """Attend to tokens.
 
@@ -161,14 +160,16 @@ class LocalAttentionLayer(HeadsLayer):
             conv_tail: conv state before the first token, float32.
             position: tokens that each sequence has read before, (B,) or (S,).
             cu_seqlens: offsets of S packed sequences.
-            projected: products of x with ``projections``, where they are known.
+            given: inputs that were computed from x before; None to compute them.
             rotation: that of the tokens' positions, where it is known.
+            features: put behind the gated read-out, (B, N, F); None for none.
         """
         x = for_products(x)
-        qkv, narrow = self.project(x, projected)
+        if given is None:
+            given, _ = self.given(x, conv_tail, cu_seqlens)
         if rotation is None:
-            rotation = self.rotation(token_positions(position, x, cu_seqlens), wide_dtype(qkv))
-        heads = self._rotated_heads(qkv, conv_tail, cu_seqlens, rotation)
+            rotation = self.rotation(token_positions(position, x, cu_seqlens), wide_dtype(given.heads.q))
+        heads = self._rotated_heads(given, rotation)
         readout, state = local_attention(
             heads.q,
             heads.k,
@@ -180,5 +181,5 @@ class LocalAttentionLayer(HeadsLayer):
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
-        readout = self.normalize(readout)
-        return AttentionOutput(self.gate(readout, narrow), readout, heads.v, state, heads.conv_tail)
+        readout, gated = self.gated(readout, given.narrow, features)
+        return AttentionOutput(gated, readout, heads.v, state, heads.conv_tail)

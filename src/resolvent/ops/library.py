@@ -16,7 +16,8 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     A parameter may be annotated with a NamedTuple. Schemas have no groups: the operator takes its fields one by one,
     named ``parameter_field``, and the function gets them together.
 
-    This is ``torch.library.custom_op`` without its checks at every call, which take longer than a kernel.
+    This is ``torch.library.custom_op`` without its checks at every call, which take longer than a kernel. The tag
+    allows gaps between rows: ``torch.compile`` pads the rows of products, and copies them for operators without it.
 
     Args:
         name: name of the operator.
@@ -24,7 +25,8 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     """
 
     def define(function: Callable[..., Any]) -> Any:
-        _library.define(name + torch.library.infer_schema(_flat_prototype(function), mutates_args=()))
+        schema = torch.library.infer_schema(_flat_prototype(function), mutates_args=())
+        _library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
         _library.impl(name, _takes_fields(function, function), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", _takes_fields(fake, function), lib=_library)
         return getattr(getattr(torch.ops, NAMESPACE), name).default

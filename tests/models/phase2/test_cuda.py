@@ -1,6 +1,7 @@
 """Phase 2 on CUDA: results of the CPU, captured steps, and passes that never synchronize."""
 
 import copy
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from resolvent.errors import ResolventError
 from resolvent.models import generation
+from resolvent.models.phase2 import Phase2IntegratedModel, get_phase2_preset
 
 from .conftest import small_model
 
@@ -173,6 +175,21 @@ def test_training_step_never_synchronizes():
         there(ids, labels=labels).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+def test_compiled_hybrid_gradients_equal_eager():
+    config = dataclasses.replace(get_phase2_preset("base-hybrid"), n_layers=3, attention_layers=(2,), dropout=0.0)
+    model = Phase2IntegratedModel(config).cuda()
+    ids, labels = torch.randint(0, config.vocab_size, (2, 2, 1024), device="cuda")
+    gradients = []
+    for run in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = run(ids, labels=labels)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (gradients[1] - gradients[0]).norm() < 2e-2 * gradients[0].norm()
 
 
 def test_bfloat16_autocast_trains():

@@ -27,9 +27,9 @@ from ...layers import (
     SemiseparableState,
     SNRMemoryFilter,
 )
-from ...layers.heads import HeadsLayer
+from ...layers.heads import Given, HeadsLayer
 from ...layers.hebbian import HebbianOutput
-from ...layers.linear import Projected, products, sum_of_products
+from ...layers.linear import product_of_parts
 from ...layers.local_attention import AttentionOutput
 from ...ops import Consolidation
 from ...ops.memory_rotation import Rotation
@@ -123,12 +123,6 @@ class Phase2Block(Block[Phase2Record]):
         assert mixer is not None
         return mixer
 
-    @property
-    def projections(self) -> list[nn.Linear | None]:
-        """The maps of the normed tokens: of V, of Γ, of q, k and v, and of the gate."""
-        of_potential = [] if self.dissipative_bk is None else self.dissipative_bk.potential.projections
-        return [*of_potential, *self.mixer.projections]
-
     def state_shapes(self) -> list[tuple[int, ...]]:
         bk, ar_ssm = self.dissipative_bk, self.ar_ssm.state_shape if self.ar_ssm else ()
         resolvent = [] if bk is None else [(bk.potential.num_heads,)]
@@ -160,27 +154,29 @@ class Phase2Block(Block[Phase2Record]):
             rotation: rotary positions of the tokens; None where the block computes them, or does not attend.
         """
         resolvent, ar_ssm = (None, None) if state is None else (state.resolvent, state.ar_ssm)
-        # 1. One norm and one product in.
-        given = for_products(self.ln1(x))
-        *of_potential, of_qkv, of_gate = products(given, self.projections)
+        # 1. One norm and one product in, the short convolution behind it.
+        normed = for_products(self.ln1(x))
+        potential = [] if self.dissipative_bk is None else self.dissipative_bk.potential.projections
+        conv_tail = None if state is None else state.conv_tail
+        given, of_potential = self.mixer.given(normed, conv_tail, cu_seqlens, potential)
         # 2. BK-Core: the resolvent of the tokens' Hamiltonian.
         features, gamma = None, None
         if self.dissipative_bk is not None:
-            features, gamma, resolvent = self.dissipative_bk(given, readout, resolvent, cu_seqlens, of_potential)
+            features, gamma, resolvent = self.dissipative_bk(normed, readout, resolvent, cu_seqlens, of_potential)
         # 3. Memory, with the same Γ, or attention.
-        read = self._read(given, gamma, state, position, cu_seqlens, (of_qkv, of_gate), rotation)
-        # 4. One product out.
-        outputs, maps = [read.gated], [self.mixer.out_proj]
+        read = self._read(normed, gamma, state, position, cu_seqlens, given, rotation, features)
+        # 4. One product out, of the gated read-out with the features behind it.
+        widths, maps = [read.readout.shape[-1]], [self.mixer.out_proj]
         if features is not None and self.bk_proj is not None:
-            outputs, maps = [*outputs, features.to(read.gated.dtype)], [*maps, self.bk_proj]
-        x = x + self._dropped(sum_of_products(outputs, maps))
+            widths, maps = [*widths, features.shape[-1]], [*maps, self.bk_proj]
+        x = x + self._dropped(product_of_parts(read.gated, widths, maps))
         # 5. The semiseparable branch of a converted model.
         if self.ar_ssm is not None and self.ln_ssm is not None:
             output, _, ar_ssm = self.ar_ssm(self.ln_ssm(x), ar_ssm, cu_seqlens)
             x = x + self._dropped(output)
         # 6. Feed-forward network.
         x = x + self._dropped(self.ffn(self.ln2(x)))
-        return Phase2Record(x, features, gamma, given, read.readout, read.values, self._state(read, resolvent, ar_ssm))
+        return Phase2Record(x, features, gamma, normed, read.readout, read.values, self._state(read, resolvent, ar_ssm))
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Return what a branch adds to the residual stream, under dropout in training."""
@@ -188,29 +184,29 @@ class Phase2Block(Block[Phase2Record]):
 
     def _read(
         self,
-        given: Tensor,
+        x: Tensor,
         gamma: Tensor | None,
         state: LayerState | None,
         position: Tensor | None,
         cu_seqlens: Tensor | None,
-        projected: Projected,
+        given: Given,
         rotation: Rotation | None,
+        features: Tensor | None,
     ) -> HebbianOutput | AttentionOutput:
         """Read the memory, or attend."""
         conv_tail = None if state is None else state.conv_tail
         if self.hebbian is not None:
             assert gamma is not None
             memory, phases = (None, None) if state is None else (state.memory, state.phases)
-            return self.hebbian(
-                given, gamma, memory, conv_tail, position, cu_seqlens, self.consolidation(), phases, projected
-            )
+            rule = self.consolidation()
+            return self.hebbian(x, gamma, memory, conv_tail, position, cu_seqlens, rule, phases, given, features)
         assert self.attention is not None
         window = None
         if state is not None:
             window = state.cache if self.attention.window is None else state.window
             if window is None:
                 raise ValueError("the state belongs to another model: one of its windows grows, or none of them does")
-        return self.attention(given, window, conv_tail, position, cu_seqlens, projected, rotation)
+        return self.attention(x, window, conv_tail, position, cu_seqlens, given, rotation, features)
 
     def _state(
         self, read: HebbianOutput | AttentionOutput, resolvent: Tensor | None, ar_ssm: SemiseparableState | None

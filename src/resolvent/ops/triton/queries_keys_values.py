@@ -1,12 +1,13 @@
 """Triton kernels of the short convolution before the memory, with SiLU and L2 normalisation.
 
 The operator is ``ops.queries_keys_values``. Everything between the projection and the memory is one pass over memory,
-and so is its gradient, which keeps the projection alone.
+and so is its gradient, which keeps the projection alone. Columns of the projection behind those of the values are for
+others: the operator hands them out, so that it can write the gradient of the whole projection to one place.
 
 A program takes a run of tokens of some heads' queries, keys or values, token by token: the rows under the convolution
 stay in registers, so that each is loaded once. Where a run or a sequence begins, they are loaded again.
 
-Shapes: T tokens, H heads, K head width, C = 3HK channels, W convolution width, S sequences.
+Shapes: T tokens, H heads, K head width, C = 3HK channels, R further columns, W convolution width, S sequences.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ _kernel: Any = triton.jit
 
 
 class _Inputs(NamedTuple):
-    """Projections (T, C), taps (W, C), tails (S, W - 1, C), and the bounds of packed sequences; or gradients."""
+    """Projections (T, C + R), taps (W, C), tails (S, W - 1, C), and the bounds of packed sequences; or gradients."""
 
     projected: Tensor
     weight: Tensor
@@ -44,9 +45,10 @@ class _Heads(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Stride of the rows of projections, tokens of a sequence, and of all of them."""
+    """Strides of the rows of projections and of their gradients, tokens of a sequence, and of all of them."""
 
     stride: int
+    grad_stride: int
     length: int
     total: int
 
@@ -173,7 +175,7 @@ def _with_product(rows, others, factor, W: tl.constexpr):
 
 
 @_kernel
-def _sigmoid(x, dtype: tl.constexpr):
+def sigmoid_of(x, dtype: tl.constexpr):
     """Return the sigmoid of float32: in 5 instructions instead of 12, without the last bit, for results of 16 bits."""
     if dtype == tl.float32:
         gate = tl.sigmoid(x)
@@ -203,7 +205,7 @@ def _forward(inputs, outputs, layout, heads, variant: constexpr):
             rows = _before(at_x, layout.stride, at_tail, C, token - start, wanted, W)
         rows = (row,) + rows[: W - 1]  # noqa: RUF005
         given = _convolved(rows, taps, W)
-        given *= _sigmoid(given, inputs.projected.dtype.element_ty)
+        given *= sigmoid_of(given, inputs.projected.dtype.element_ty)
         if role < 2:
             given *= tl.rsqrt(tl.sum(given * given, 1) + K * TINY)[:, None]
         tl.store(at_out, given.to(outputs.q.dtype.element_ty), mask=wanted)
@@ -223,10 +225,10 @@ def _settle(row, token, at_x, at_tail, start, first, last, wanted, C, W: tl.cons
 
 
 @_kernel
-def _settle_all(rows, token, at_x, at_tail, start, first, last, wanted, C, W: tl.constexpr):
+def _settle_all(rows, token, at_x, stride, at_tail, start, first, last, wanted, C, W: tl.constexpr):
     """Store the gradients of the W - 1 tokens before this one, when no other token adds to them."""
     for j in tl.static_range(1, W):
-        _settle(rows[j - 1], token - j, at_x - j * C, at_tail, start, first, last, wanted, C, W)
+        _settle(rows[j - 1], token - j, at_x - j * stride, at_tail, start, first, last, wanted, C, W)
 
 
 @_kernel
@@ -237,7 +239,7 @@ def _backward(upstream, inputs, grads, layout, heads, variant: constexpr):
     W: tl.constexpr = variant.W
     HEADS: tl.constexpr = variant.HEADS
     TOKENS: tl.constexpr = variant.TOKENS
-    stride, total = layout.stride, layout.total
+    stride, grad_stride, total = layout.stride, layout.grad_stride, layout.total
     tail, grad_tail = inputs.tail, grads.tail
     role, columns, wanted = _heads(heads, K, BK, HEADS)
     HK, C, channels = heads * K, 3 * heads * K, role * heads * K + columns
@@ -246,7 +248,7 @@ def _backward(upstream, inputs, grads, layout, heads, variant: constexpr):
     steps = tl.minimum(last + W - 1, total) - first
     at_x = inputs.projected + first.to(tl.int64) * stride + channels
     at_upstream = _of_role(role, upstream) + first.to(tl.int64) * HK + columns
-    at_grad = grads.projected + first.to(tl.int64) * C + channels
+    at_grad = grads.projected + first.to(tl.int64) * grad_stride + channels
     taps, rows = _taps(inputs.weight + channels, wanted, C, W), _zeros(HEADS, BK, W)
     of_rows, of_taps = _zeros(HEADS, BK, W), _zeros(HEADS, BK, W)
     # The sequence before, whose gradients belong to another program: its index among the tails does not matter.
@@ -254,14 +256,15 @@ def _backward(upstream, inputs, grads, layout, heads, variant: constexpr):
     for step in tl.range(steps, num_stages=variant.STAGES):
         token, row, grad = first + step, _loaded(at_x, wanted), _loaded(at_upstream, wanted)
         if token == end:
-            _settle_all(of_rows, token, at_grad, grad_tail + of_tail + channels, start, first, last, wanted, C, W)
+            at_tail = grad_tail + of_tail + channels
+            _settle_all(of_rows, token, at_grad, grad_stride, at_tail, start, first, last, wanted, C, W)
             sequence, start, end = _sequence(token, inputs.bounds, layout)
             of_tail = sequence.to(tl.int64) * (W - 1) * C
             rows = _before(at_x, stride, tail + of_tail + channels, C, token - start, wanted, W)
             of_rows = _zeros(HEADS, BK, W)
         rows = (row,) + rows[: W - 1]  # noqa: RUF005
         given = _convolved(rows, taps, W)
-        gate = _sigmoid(given, inputs.projected.dtype.element_ty)
+        gate = sigmoid_of(given, inputs.projected.dtype.element_ty)
         activated = given * gate
         if role < 2:
             inverse = tl.rsqrt(tl.sum(activated * activated, 1) + K * TINY)
@@ -272,11 +275,13 @@ def _backward(upstream, inputs, grads, layout, heads, variant: constexpr):
             of_taps = _with_product(of_taps, rows, grad, W)
         of_rows = _with_product(_zeros(HEADS, BK, 1) + of_rows[: W - 1], taps, grad, W)
         oldest, at_tail = token - (W - 1), grad_tail + of_tail + channels
-        _settle(of_rows[W - 1], oldest, at_grad - (W - 1) * C, at_tail, start, first, last, wanted, C, W)
+        at_oldest = at_grad - (W - 1) * grad_stride
+        _settle(of_rows[W - 1], oldest, at_oldest, at_tail, start, first, last, wanted, C, W)
         at_x += stride
         at_upstream += HK
-        at_grad += C
-    _settle_all(of_rows, first + steps, at_grad, grad_tail + of_tail + channels, start, first, last, wanted, C, W)
+        at_grad += grad_stride
+    at_tail = grad_tail + of_tail + channels
+    _settle_all(of_rows, first + steps, at_grad, grad_stride, at_tail, start, first, last, wanted, C, W)
     for j in tl.static_range(W):
         at_weight = grads.weight + (tl.program_id(0).to(tl.int64) * W + j) * C + channels
         tl.store(at_weight, of_taps[j], mask=wanted)
@@ -284,8 +289,8 @@ def _backward(upstream, inputs, grads, layout, heads, variant: constexpr):
 
 def queries_keys_values(
     projected: Tensor, weight: Tensor, tail: Tensor, num_heads: int, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values, each (B, N, HK); arguments as in ``ops.queries_keys_values``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return queries, keys and values, each (B, N, HK), and the other columns; see ``ops.queries_keys_values``."""
     if cu_seqlens is not None:
         # One table, in which a program finds a token's sequence and its bounds without a search.
         bounds = cu_seqlens.to(projected.device, torch.int64, non_blocking=True)
@@ -295,27 +300,29 @@ def queries_keys_values(
 
 def _allocate(
     projected: Tensor, weight: Tensor, tail: Tensor, bounds: Tensor | None, num_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate the results of ``_queries_keys_values``."""
-    *rows, channels = projected.shape
+    (*rows, columns), channels = projected.shape, weight.shape[1]
     q, k, v = (projected.new_empty(*rows, channels // 3) for _ in range(3))
-    return q, k, v
+    return q, k, v, projected.new_empty(*rows, columns - channels)
 
 
 @operator("queries_keys_values", _allocate)
 def _queries_keys_values(
     projected: Tensor, weight: Tensor, tail: Tensor, bounds: Tensor | None, num_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values, each (B, N, HK).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return queries, keys and values, each (B, N, HK), and the other columns, (B, N, R).
 
     ``bounds`` are the sequence of every token, followed by the offsets of all packed sequences, int64 on the device.
     """
     outputs = _allocate(projected, weight, tail, bounds, num_heads)
+    *heads, rest = outputs
+    rest.copy_(projected[..., weight.shape[1] :])
     if projected.numel():
         inputs, rows, variant, grid, warps = _arguments(projected, weight, tail, bounds, num_heads, _FORWARD)
         count_run("queries_keys_values", "triton")
         with torch.cuda.device_of(projected):
-            _forward[grid](inputs, _Heads(*outputs), rows, num_heads, variant, num_warps=warps)
+            _forward[grid](inputs, _Heads(*heads), rows, num_heads, variant, num_warps=warps)
     return outputs
 
 
@@ -323,6 +330,7 @@ def _allocate_gradients(
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
+    grad_rest: Tensor,
     projected: Tensor,
     weight: Tensor,
     tail: Tensor,
@@ -343,6 +351,7 @@ def _queries_keys_values_backward(
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
+    grad_rest: Tensor,
     projected: Tensor,
     weight: Tensor,
     tail: Tensor,
@@ -350,11 +359,12 @@ def _queries_keys_values_backward(
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``projected``, of the weight by program, and of the tail."""
-    outputs = _allocate_gradients(grad_q, grad_k, grad_v, projected, weight, tail, bounds, num_heads)
+    outputs = _allocate_gradients(grad_q, grad_k, grad_v, grad_rest, projected, weight, tail, bounds, num_heads)
     if not projected.numel():
         torch._foreach_zero_(outputs)
         return outputs
     grads = _Inputs(*outputs)
+    grads.projected[..., weight.shape[1] :] = grad_rest
     if bounds is not None:
         grads.tail.zero_()  # sequences without a token have a tail
     inputs, rows, variant, grid, warps = _arguments(projected, weight, tail, bounds, num_heads, _BACKWARD)
@@ -369,17 +379,17 @@ def _arguments(
     projected: Tensor, weight: Tensor, tail: Tensor, bounds: Tensor | None, num_heads: int, plan: dict[str, int]
 ) -> tuple[_Inputs, _Rows, _Variant, tuple[int, int], int]:
     """Return what both kernels take, the grid and the warps of a program."""
-    length, channels = projected.shape[1:]
+    length, columns = projected.shape[1:]
     rows = projected.flatten(0, 1)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    width, taps = channels // (3 * num_heads), len(weight)
+    width, taps = weight.shape[1] // (3 * num_heads), len(weight)
     block = triton.next_power_of_2(width)
     values = _CHANNELS * 4 // max(4, triton.next_power_of_2(taps))  # a thread keeps rows of every tap
     heads = min(triton.next_power_of_2(num_heads), max(1, values // block))
     grid = (triton.cdiv(len(rows), plan["TOKENS"]), 3 * triton.cdiv(num_heads, heads))
     inputs = _Inputs(rows, weight.contiguous(), tail.contiguous(), contiguous(bounds))
     variant = _Variant(width, block, taps, heads, **plan)
-    return inputs, _Rows(rows.stride(0), length, len(rows)), variant, grid, max(1, block // values)
+    return inputs, _Rows(rows.stride(0), columns, length, len(rows)), variant, grid, max(1, block // values)
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
