@@ -26,7 +26,7 @@ def tables(records: Sequence[Record], base: str | None = None) -> list[Table]:
     Raises:
         ValueError: there are no runs of the base.
     """
-    runs = [run for run in records if run["settings"]["task"] == "language"]
+    runs = _of_language(records)
     found = [_optimiser_table(of) for of in _grouped(runs, ("muon_ratio",)) if len(_optimisers(of)) > 1]
     found += [_left_out_table(runs)] if any(left_out(runs)) else []
     found += [_scaling_table(points) for points in scaling(runs)]
@@ -61,7 +61,7 @@ class Point(NamedTuple):
 def scaling(records: Sequence[Record]) -> list[list[Point]]:
     """Return the points of every scaling line: sizes that learn from the same text with the same optimiser."""
     found = []
-    for runs in _grouped(records, _SIZES):
+    for runs in _grouped(_of_language(records), _SIZES):
         points = [_point(of) for of in _grouped(runs, ())]
         if len({point.parameters for point in points}) > 1:
             found.append(sorted(points, key=lambda point: (point.parameters, point.tokens)))
@@ -165,6 +165,10 @@ def paired_buckets(
         for bucket, value in (buckets_of(run) if other else {}).items():
             gaps.setdefault(bucket, []).append(value - other[bucket])
     return gaps
+
+
+def _of_language(records: Iterable[Record]) -> list[Record]:
+    return [record for record in records if record["settings"]["task"] == "language"]
 
 
 def _grouped(records: Iterable[Record], free: Sequence[str]) -> list[list[Record]]:
