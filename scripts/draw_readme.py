@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def mean_records() -> dict[str, dict[str, Any]]:
-    """Return, for every model of the chart, the means over the seeds of the setting with the most runs, then the best."""
+    """Return means over seeds for every model of the chart, of its best setting among those with the most runs."""
     found = {}
     for model in LINES:
         groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
