@@ -102,6 +102,7 @@ def _switched_off(records: Sequence[Record]) -> Draw | None:
     def draw(axes: Axes) -> None:
         _dots(axes, rows, "cost of zeroing it, nats per token", name)
         axes.set_xscale("symlog", linthresh=1e-3)
+        axes.margins(x=0.1)
         axes.axvline(0.0, color=_INK, linewidth=1)
 
     return draw if rows else None
