@@ -40,14 +40,14 @@ def main() -> None:
 
 
 def mean_records() -> dict[str, dict[str, Any]]:
-    """Return, for every model of the chart, the means over the seeds of the setting with the most runs."""
+    """Return means over seeds for every model of the chart, of its best setting among those with the most runs."""
     found = {}
     for model in LINES:
         groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
         for run in read([RECORDS]):
             if run["model"] == model:
                 groups.setdefault((setting(run), run["learning_rate"]), []).append(run)
-        seeds = max(groups.values(), key=len)
+        seeds = max(groups.values(), key=lambda runs: (len(runs), -fmean(run["loss"] for run in runs)))
         positions = seeds[0]["loss_by_position"]
         found[model] = {
             "loss": fmean(run["loss"] for run in seeds),

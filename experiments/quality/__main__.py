@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from experiments.quality import language, models, mqar, needle, report, results, tracking, variants
+from experiments.quality import across, language, models, mqar, needle, report, results, tracking, variants
 from experiments.quality.training import Clock, Mode, OutOfTimeError
 from resolvent.evaluation.needle import NEAREST
 
@@ -235,9 +235,13 @@ def learn_tracking(
 
 
 @app.command("report")
-def print_report(paths: Annotated[list[Path], typer.Argument(help="Files of runs.")]) -> None:
+def print_report(
+    paths: Annotated[list[Path], typer.Argument(help="Files of runs.")],
+    less: Annotated[str | None, typer.Option(help="Model whose losses by position and part are subtracted.")] = None,
+) -> None:
     """Print tables of the runs: best learning rates, means and standard errors, paired differences."""
-    for table in report.tables(_runs(paths)):
+    runs = _runs(paths)
+    for table in [*report.tables(runs), *across.tables(runs, less)]:
         Console(width=200).print(table, "")
 
 

@@ -1,4 +1,4 @@
-"""Plots of runs: losses, also by position, costs of what is left out, recall by size of the state and by distance."""
+"""Plots of runs: losses, also by position and size, costs of what is left out, recall by state size and distance."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from experiments.quality.across import scaling
 from experiments.quality.report import Row, left_out, losses, needles, positions, recalls, standard_error, switched_off
 from experiments.quality.results import Record
 
@@ -38,6 +39,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
         _switched_off(records),
         _positions(records, long=False),
         _positions(records, long=True),
+        _scaling(records),
         _recall(records),
         _needle(records),
     )
@@ -100,6 +102,7 @@ def _switched_off(records: Sequence[Record]) -> Draw | None:
     def draw(axes: Axes) -> None:
         _dots(axes, rows, "cost of zeroing it, nats per token", name)
         axes.set_xscale("symlog", linthresh=1e-3)
+        axes.margins(x=0.1)
         axes.axvline(0.0, color=_INK, linewidth=1)
 
     return draw if rows else None
@@ -124,6 +127,23 @@ def _positions(records: Sequence[Record], long: bool) -> Draw | None:
     return draw if found else None
 
 
+def _scaling(records: Sequence[Record]) -> Draw | None:
+    """Draw the scaling line with the most sizes."""
+    points = max(scaling(records), key=len, default=[])
+    models = list(dict.fromkeys(name for point in points for name in point.losses))
+
+    def draw(axes: Axes) -> None:
+        for i, name in enumerate(models):
+            line = [(point.flops, statistics.mean(of)) for point in points if (of := point.losses.get(name))]
+            axes.plot(*zip(*line, strict=True), label=_whole_name(name), **_look(name, i))
+        axes.set_xscale("log")
+        axes.set_xlabel("FLOPs of training (6 per parameter and token)")
+        axes.set_ylabel("nats per token")
+        axes.legend(frameon=False, fontsize="small")
+
+    return draw if points else None
+
+
 def _recall(records: Sequence[Record]) -> Draw | None:
     rows = recalls(records)
 
@@ -135,7 +155,7 @@ def _recall(records: Sequence[Record]) -> Draw | None:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("state, KB")
         axes.set_ylabel("recall (MQAR), accuracy")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize="small")
 
     return draw if rows else None
 
@@ -183,6 +203,7 @@ _NAMES = {
     "phase2": "Phase 2",
     "phase2/bare": "all of them",
     "gated-deltanet": "Gated DeltaNet",
+    "gated-deltanet/hybrid/window-512": "Gated DeltaNet hybrid, window 512",
     "mamba2": "Mamba-2",
     "mamba3": "Mamba-3",
     "gla": "GLA",

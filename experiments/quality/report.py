@@ -52,7 +52,7 @@ def losses(records: Sequence[Record]) -> list[list[Row]]:
     """Return, per setting, the losses of every whole model at its best learning rate: nothing is left out of it."""
     found = []
     for runs in _by_setting(_of_task(records, "language")):
-        whole = {name: of for name, of in _by_model(runs).items() if not _LEFT_OUT.search(name)}
+        whole = {name: of for name, of in by_model(runs).items() if not _LEFT_OUT.search(name)}
         best = {name: _at_best(of, "loss", smallest=True)[1] for name, of in whole.items()}
         found.append([Row(name, [run["loss"] for run in kept]) for name, kept in best.items() if kept])
     return found
@@ -67,7 +67,7 @@ def left_out(records: Sequence[Record]) -> list[list[Row]]:
     """Return, per setting, the loss of every model without a part less that of the model with it, paired by seed."""
     found = []
     for runs in _by_setting(_of_task(records, "language")):
-        models = _by_model(runs)
+        models = by_model(runs)
         bases = {name: _LEFT_OUT.sub("", name) for name in models if _LEFT_OUT.search(name)}
         gaps = {name: paired(models[name], models[base]) for name, base in bases.items() if base in models}
         found.append([Row(name, values) for name, values in gaps.items() if values and name not in _STARTS])
@@ -82,7 +82,7 @@ def switched_off(records: Sequence[Record]) -> list[list[Row]]:
     found = []
     for runs in _by_setting(_of_task(records, "language")):
         rows: dict[str, list[float]] = {}
-        for name, of in _by_model(runs).items():
+        for name, of in by_model(runs).items():
             for run in [] if _LEFT_OUT.search(name) else _at_best(of, "loss", smallest=True)[1]:
                 for mechanism, (loss, _) in (run.get("switched_off") or {}).items():
                     rows.setdefault(f"{name}: {mechanism}", []).append(loss)
@@ -98,7 +98,7 @@ def positions(records: Sequence[Record], long: bool = False) -> list[dict[str, d
     found = []
     for runs in _by_setting(_of_task(records, "language")):
         kept: dict[str, list[dict[str, float]]] = {}
-        for name, of in _by_model(runs).items():
+        for name, of in by_model(runs).items():
             for run in [] if _LEFT_OUT.search(name) else _at_best(of, "loss", smallest=True)[1]:
                 if not long:
                     kept.setdefault(name, []).append(run["loss_by_position"])
@@ -120,7 +120,7 @@ def differences(records: Sequence[Record]) -> list[list[Row]]:
     """
     found = []
     for runs in _by_setting(_of_task(records, "language")):
-        models = _by_model(runs)
+        models = by_model(runs)
         gaps = {name: paired(of, models.get("phase2", [])) for name, of in models.items() if name.startswith("phase2/")}
         rows = [Row(name, values) for name, values in gaps.items() if values]
         found.append(rows)
@@ -135,7 +135,8 @@ def _by_setting(records: Iterable[Record]) -> list[list[Record]]:
     return [list(group) for _, group in groupby(sorted(records, key=setting), key=setting)]
 
 
-def _by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
+def by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Return the runs of each model, in the order of their first runs."""
     models: dict[str, list[Record]] = {}
     for record in records:
         models.setdefault(record["model"], []).append(record)
@@ -159,7 +160,8 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _table(title: str, *headings: str) -> Table:
+def make_table(title: str, *headings: str) -> Table:
+    """Return an empty table whose first column is of names, and the others of numbers."""
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
@@ -167,31 +169,42 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def _language(records: list[Record]) -> list[Table]:
-    models = _by_model(records)
+    models = by_model(records)
     found = [_models_table(_title(records), models), _rates_table("loss by learning rate", models, "loss", 4)]
     found.append(_positions_table("loss by position", models, lambda run: run["loss_by_position"]))
     parts = [run for run in records if run["finite"] and run.get("loss_by_part")]
     if parts:
-        found.append(_positions_table("loss by part of the corpus", _by_model(parts), lambda run: run["loss_by_part"]))
+        found.append(_positions_table("loss by part of the corpus", by_model(parts), lambda run: run["loss_by_part"]))
     long = [run for run in records if run["finite"] and run.get("long")]
     if long:
         found += [
             _positions_table(
-                "loss by position in long stretches", _by_model(long), lambda run: run["long"]["by_position"]
+                "loss by position in long stretches", by_model(long), lambda run: run["long"]["by_position"]
             ),
             _positions_table(
                 "loss of the same tokens in windows of the length of training",
-                _by_model(long),
+                by_model(long),
                 lambda run: run["long"]["in_windows"],
             ),
+            _long_table(by_model(long)),
         ]
     (rows,) = differences(records)
     if rows:
         found.append(_differences_table(rows))
     (zeroed,) = switched_off(records)
     if zeroed:
-        found.append(_switched_off_table(zeroed))
+        found.append(_switched_off_table(zeroed, _errors_over_windows(records)))
     return [*found, _pairs_table(models), _runs_table(records)]
+
+
+def _long_table(models: dict[str, list[Record]]) -> Table:
+    """Tabulate the mean loss of all tokens of the long stretches, read whole and in windows, a seed a value."""
+    table = make_table("loss of all tokens of long stretches, by seed", "model", "whole", "in windows", "difference")
+    for name, runs in models.items():
+        pairs = [(run["long"]["all"], run["long"]["all_in_windows"]) for run in runs]
+        columns = zip(*((whole, windows, windows - whole) for whole, windows in pairs), strict=True)
+        table.add_row(name, *(" ".join(f"{value:.4f}" for value in column) for column in columns))
+    return table
 
 
 def paired(runs: Iterable[Record], others: Iterable[Record]) -> list[float]:
@@ -203,7 +216,7 @@ def paired(runs: Iterable[Record], others: Iterable[Record]) -> list[float]:
 
 def _pairs_table(models: dict[str, list[Record]]) -> Table:
     """Tabulate the loss of each model (row) less that of each other one (column), paired by seed."""
-    table = _table("difference of loss, row less column, paired by seed and learning rate", "model", *models)
+    table = make_table("difference of loss, row less column, paired by seed and learning rate", "model", *models)
     for name, runs in models.items():
         gaps = ([] if name == other else paired(runs, models[other]) for other in models)
         table.add_row(name, *(average(values, signed=True) for values in gaps))
@@ -212,7 +225,7 @@ def _pairs_table(models: dict[str, list[Record]]) -> Table:
 
 def _runs_table(records: list[Record]) -> Table:
     """Tabulate every run with what is needed to make it again."""
-    table = _table(
+    table = make_table(
         "runs",
         *("model", "seed", "optimiser", "lr of AdamW", "lr of Muon", "loss", "tokens", "corpus", "commit"),
     )
@@ -236,7 +249,7 @@ def _models_table(title: str, models: dict[str, list[Record]]) -> Table:
         "parameters",
         "state KB",
     )
-    table = _table(title, *headings, "tokens/s", "not finite")
+    table = make_table(title, *headings, "tokens/s", "not finite")
     rows = []
     for name, runs in models.items():
         best, kept = _at_best(runs, "loss", smallest=True)
@@ -253,7 +266,7 @@ def _models_table(title: str, models: dict[str, list[Record]]) -> Table:
 
 def _rates_table(title: str, models: dict[str, list[Record]], score: str, digits: int) -> Table:
     rates = sorted({run["learning_rate"] for runs in models.values() for run in runs})
-    table = _table(title, "model", *(f"{rate:.3g}" for rate in rates))
+    table = make_table(title, "model", *(f"{rate:.3g}" for rate in rates))
     for name, runs in models.items():
         cells = []
         for rate in rates:
@@ -272,14 +285,14 @@ def _positions_table(
     kept = {name: _at_best(runs, "loss", smallest=True)[1] for name, runs in models.items()}
     kept = {name: runs for name, runs in kept.items() if runs}
     buckets = list(dict.fromkeys(bucket for runs in kept.values() for run in runs for bucket in positions(run)))
-    table = _table(title, "model", *buckets)
+    table = make_table(title, "model", *buckets)
     for name, runs in kept.items():
         table.add_row(name, *(average([positions(run)[bucket] for run in runs]) for bucket in buckets))
     return table
 
 
 def _differences_table(rows: Sequence[Row]) -> Table:
-    table = _table(
+    table = make_table(
         "variants of Phase 2: difference of loss to phase2, paired by seed and learning rate; above 0 the change costs",
         *("model", "pairs", "difference (nats)", "standard errors"),
     )
@@ -290,20 +303,33 @@ def _differences_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _switched_off_table(rows: Sequence[Row]) -> Table:
-    table = _table(
-        "cost of a mechanism put to zero after training",
+def _switched_off_table(rows: Sequence[Row], errors: dict[str, float]) -> Table:
+    table = make_table(
+        "cost of a mechanism put to zero after training, ± over seeds, or over windows of one seed",
         *("model", "mechanism", "seeds", "difference (nats)"),
     )
     for row in rows:
         model, mechanism = row.name.split(": ")
-        table.add_row(model, mechanism, str(len(row.values)), average(row.values, 5, signed=True))
+        cell = average(row.values, 5, signed=True)
+        if len(row.values) == 1 and row.name in errors:
+            cell += f" ± {errors[row.name]:.5f}"
+        table.add_row(model, mechanism, str(len(row.values)), cell)
     return table
 
 
+def _errors_over_windows(records: Sequence[Record]) -> dict[str, float]:
+    """Return the standard error over windows of what each mechanism costs, by ``model: mechanism``."""
+    return {
+        f"{run['model']}: {mechanism}": error
+        for run in records
+        for mechanism, (_, error) in (run.get("switched_off") or {}).items()
+        if error is not None
+    }
+
+
 def _recall(records: list[Record]) -> list[Table]:
-    models = _by_model(records)
-    table = _table(_title(records), "model", "best lr", "seeds", "state KB", "mean", *records[0]["accuracies"])
+    models = by_model(records)
+    table = make_table(_title(records), "model", "best lr", "seeds", "state KB", "mean", *records[0]["accuracies"])
     for name, runs in models.items():
         best, kept = _at_best(runs, "accuracy", smallest=False)
         row = [name, f"{best:.3g}", str(len(kept)), f"{runs[0]['state_bytes'] / 1024:,.1f}"]
@@ -316,10 +342,12 @@ def _recall(records: list[Record]) -> list[Table]:
 def _tracking(records: list[Record]) -> list[Table]:
     """Return a table of accuracies by length: the median over the seeds, and every seed."""
     lengths = list(records[0]["accuracies"])
-    table = _table(_title(records), "model", "lr", "seeds", "not finite", *(f"{length}: median" for length in lengths))
+    table = make_table(
+        _title(records), "model", "lr", "seeds", "not finite", *(f"{length}: median" for length in lengths)
+    )
     for length in lengths:
         table.add_column(f"{length}: seeds", justify="right")
-    for name, of in sorted(_by_model(records).items()):
+    for name, of in sorted(by_model(records).items()):
         for rate in sorted({run["learning_rate"] for run in of}):
             runs = sorted((run for run in of if run["learning_rate"] == rate), key=lambda run: run["seed"])
             scores = [[run["accuracies"][length] for run in runs] for length in lengths]
@@ -343,7 +371,7 @@ def recalls(records: Sequence[Record]) -> list[Recalled]:
     """Return a row for every model and size, in the order of names and sizes."""
     rows = []
     for runs in _by_setting(_of_task(records, "mqar")):
-        for name, of in _by_model(runs).items():
+        for name, of in by_model(runs).items():
             _, kept = _at_best(of, "accuracy", smallest=False)
             if kept:
                 size, accuracies = kept[0]["settings"], [run["accuracy"] for run in kept]
@@ -353,7 +381,7 @@ def recalls(records: Sequence[Record]) -> list[Recalled]:
 
 def _recall_curve(records: list[Record]) -> Table:
     """Tabulate accuracy against the size of the state: a line for every model and size."""
-    table = _table(
+    table = make_table(
         "recall by state bytes, each at its best learning rate", "model", "state KB", "accuracy", "width", "heads"
     )
     for name, kilobytes, accuracies, width, heads in recalls(records):
@@ -382,7 +410,7 @@ def needles(records: Sequence[Record]) -> list[list[Needle]]:
     """Return the recall of every model, for each setting."""
     found = []
     for runs in _by_setting(_of_task(records, "needle")):
-        best = [(name, _at_best(of, "loss", smallest=True)[1]) for name, of in _by_model(runs).items()]
+        best = [(name, _at_best(of, "loss", smallest=True)[1]) for name, of in by_model(runs).items()]
         found.append([_needle_of(name, kept) for name, kept in best if kept])
     return found
 
@@ -399,13 +427,13 @@ def _needle_of(name: str, runs: list[Record]) -> Needle:
 
 
 def _needle(records: list[Record]) -> list[Table]:
-    models, (rows,) = _by_model(records), needles(records)
+    models, (rows,) = by_model(records), needles(records)
     found = [_models_table(_title(records), models), _rates_table("loss by learning rate", models, "loss", 4)]
     distances = [f"{distance:,}" for distance in (rows[0].exact if rows else ())]
-    exact = _table(
+    exact = make_table(
         "exact answers in percent by distance, ± over seeds, or over samples of one seed", "model", "seeds", *distances
     )
-    nats = _table("nats of an answer by distance", "model", "seeds", *distances)
+    nats = make_table("nats of an answer by distance", "model", "seeds", *distances)
     for row in rows:
         shares = (f"{100 * share:.1f} ± {100 * error:.1f}" for share, error in row.exact.values())
         exact.add_row(row.name, str(row.seeds), *shares)
@@ -419,7 +447,7 @@ def _needle_without(runs: list[Record]) -> list[Table]:
     if not runs:
         return []
     distances = list(next(iter(runs[0]["needle_without"].values())))
-    table = _table(
+    table = make_table(
         f"{runs[0]['model']}: exact answers in percent by distance, a mechanism switched off after training, by seed",
         *("without", *(f"{int(distance):,}" for distance in distances)),
     )

@@ -25,7 +25,7 @@ from experiments.quality.report import (
 )
 
 RESULTS = Path(results.__file__).with_name("results")
-SETTINGS = {"task": "language", "width": 8}
+SETTINGS = {"task": "language", "width": 8, "parameters": 1_000, "steps": 10, "batch": 2, "length": 16}
 
 
 def run(model: str, rate: float, seed: int, loss: float | None, **others) -> results.Record:
@@ -157,6 +157,8 @@ def test_plots_show_the_tables(tmp_path: Path):
     zeroed = [run("phase2", 1e-3, 0, 3.0, switched_off={"bk": [0.2, 0.01]})]
     assert "BK-Core, Phase 2" in drawn(zeroed)
     assert "cost of leaving it out" not in drawn(RECALLED)
+    larger = run("phase2", 1e-3, 0, 2.5, settings=SETTINGS | {"parameters": 4_000})
+    assert "FLOPs of training" in drawn([*RUNS[:1], larger]) and "FLOPs of training" not in picture
     with pytest.raises(ValueError, match="no runs"):
         plot(RUNS[-1:], tmp_path / "none.svg")
 

@@ -1,0 +1,95 @@
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from experiments.quality import across, results
+from experiments.quality.__main__ import app
+
+SETTINGS = {"task": "language", "width": 8, "layers": 1, "parameters": 1_000, "steps": 10, "batch": 2, "length": 16}
+
+
+def run(model: str, seed: int, loss: float | None, rate: float = 4e-3, **settings) -> results.Record:
+    by_position = None if loss is None else {"0-64": loss + 1, "64-128": loss - 1}
+    shared = {"settings": SETTINGS | settings, "model": model, "learning_rate": rate, "seed": seed}
+    return shared | {"finite": loss is not None, "loss": loss, "loss_by_position": by_position}
+
+
+def lines(records: list[results.Record], base: str | None = None) -> list[list[str]]:
+    console = Console(width=250, file=io.StringIO())
+    console.print(*across.tables(records, base))
+    return [line.split() for line in console.file.getvalue().splitlines()]
+
+
+def test_muon_and_adamw_are_compared_at_their_best_rates_by_seed():
+    adamw = [run("gla", 0, 3.5, 2e-3), run("gla", 0, 3.25), run("gla", 1, 3.5), run("gla", 0, None, 8e-3)]
+    muon = [
+        run("gla", 0, 3.0, muon_ratio=5.0),
+        run("gla", 1, 3.125, muon_ratio=5.0),
+        run("gla", 0, 3.5, muon_ratio=10.0),
+    ]
+    assert across.muon_gain(adamw + muon) == [-0.25, -0.375]
+    table = lines(adamw + muon)
+    assert [
+        "gla",
+        "3.5000",
+        "3.3750",
+        "±",
+        "0.1250",
+        "-",
+        "3.0625",
+        "±",
+        "0.0625",
+        "3.5000",
+        "-0.3125",
+        "±",
+        "0.0625",
+    ] in table
+    assert lines(adamw[1:3]) == [[]]  # one optimiser at one rate
+
+
+def test_a_scaling_line_holds_sizes_that_read_the_same_text():
+    small = [run("gla", seed, 3.0 + seed / 4) for seed in (0, 1)]
+    large = [
+        run("gla", 0, 2.5, width=16, parameters=4_000, steps=20),
+        run("phase2", 0, 2.25, width=16, parameters=4_000, steps=20),
+    ]
+    other = [run("gla", 0, 1.0, corpus=7, width=32, parameters=9_000)]
+    ((first, second),) = across.scaling([*large, *small, *other])
+    assert first == (1_000, 320, {"gla": [3.0, 3.25]}) and first.flops == 6 * 1_000 * 320
+    assert second == (4_000, 640, {"gla": [2.5], "phase2": [2.25]})
+    assert ["4,000", "640", "1.5e+07", "2.5000", "2.2500"] in lines([*large, *small])
+    assert across.scaling(other) == []
+
+
+def test_differences_by_position_are_paired_by_seed():
+    records = [
+        run("gla", 0, 3.0),
+        run("gla", 1, 4.0),
+        run("phase2", 1, 4.5),
+        run("phase2", 2, 9.0),
+        run("mamba2", 0, None),
+    ]
+    table = lines(records, "gla")
+    assert ["phase2", "+0.5000", "+0.5000"] in table and ["mamba2", "-", "-"] in table
+    with pytest.raises(ValueError, match="no runs of 'mamba3'"):
+        across.tables(records, "mamba3")
+
+
+def test_report_prints_these_tables(tmp_path: Path):
+    rows = [run("phase2/attention", 0, 3.0), run("phase2/attention/no-conv", 0, 3.5)]
+    known = {
+        "best_loss": 3.0,
+        "bits_per_byte": 1.0,
+        "parameters": 1_000,
+        "state_bytes": 1_024,
+        "tokens_per_second": 1.0,
+    }
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row | known) + "\n" for row in rows))
+    outcome = CliRunner().invoke(app, ["report", str(tmp_path / "runs.jsonl"), "--less", "phase2/attention"])
+    assert outcome.exit_code == 0, outcome.output
+    printed = " ".join(outcome.output.split())  # titles are wrapped to the width of their table
+    assert "left out in training" in printed and "loss less that of phase2/attention by position" in printed
