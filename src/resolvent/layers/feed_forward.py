@@ -20,13 +20,15 @@ class GatedFeedForward(nn.Module):
     Args:
         d_model: width D.
         hidden: width F.
+        backend: ``auto``, ``torch`` or ``triton``.
     """
 
     stacked: ClassVar[dict[str, int]] = {"in_proj": 2}
     """Projections that lie on top of each other in one weight, which an optimizer of matrices takes apart."""
 
-    def __init__(self, d_model: int, hidden: int):
+    def __init__(self, d_model: int, hidden: int, backend: str = "auto"):
         super().__init__()
+        self.backend = backend
         self.in_proj = nn.Linear(d_model, 2 * hidden, bias=False)
         self.out_proj = nn.Linear(hidden, d_model, bias=False)
 
@@ -34,8 +36,8 @@ class GatedFeedForward(nn.Module):
         """Map (..., D) -> (..., D)."""
         inner = self.in_proj(x)
         if is_plain(self.out_proj):
-            return swiglu_product(inner, for_products(self.out_proj.weight))
-        return self.out_proj(swiglu(inner))
+            return swiglu_product(inner, for_products(self.out_proj.weight), self.backend)
+        return self.out_proj(swiglu(inner, self.backend))
 
 
 def gated_width(plain: int) -> int:
