@@ -44,7 +44,7 @@ class Generation(nn.Module, Generic[State]):
 
     @property
     def state_grows(self) -> bool:
-        """True if the state grows with the number of tokens read: a captured step serves as many as it has slots for."""
+        """True if the state grows with the tokens read: a captured step serves as many as the state has slots for."""
         return False
 
     def fused_step(self, state: State) -> Callable[[Tensor], Tensor] | None:

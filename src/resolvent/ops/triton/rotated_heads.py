@@ -51,11 +51,8 @@ _PAIRS_OF_PROGRAM = 1024
 
 
 @_kernel
-def _places(heads, token, head, pair, sizes: constexpr):
+def _places(heads, token, head, pair, H: tl.constexpr, J: tl.constexpr, K: tl.constexpr):
     """Return the places of the first channels among queries, keys and values, and the masks of those that exist."""
-    H: tl.constexpr = sizes.H
-    J: tl.constexpr = sizes.J
-    K: tl.constexpr = sizes.K
     inside = pair < K // 2
     q = heads.q + (token * H + head) * K + pair
     k = heads.k + (token * J + head - H) * K + pair
@@ -73,13 +70,13 @@ def _of_any(q, k, v, is_query, is_key, is_value):
 
 @_kernel
 def _rotate_heads(projected, stride, table, heads, sizes: constexpr, BACKWARD: tl.constexpr):
-    H: tl.constexpr = sizes.H
-    J: tl.constexpr = sizes.J
     K: tl.constexpr = sizes.K
+    HEADS: tl.constexpr = sizes.HEADS
+    PAIRS: tl.constexpr = sizes.PAIRS
     token = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * sizes.HEADS + tl.arange(0, sizes.HEADS))[:, None]
-    pair = tl.arange(0, sizes.PAIRS)[None, :]
-    q, k, v, is_query, is_key, is_value = _places(heads, token, head, pair, sizes)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    pair = tl.arange(0, PAIRS)[None, :]
+    q, k, v, is_query, is_key, is_value = _places(heads, token, head, pair, sizes.H, sizes.J, K)
     wanted, turns = is_query | is_key | is_value, is_query | is_key
     at = projected + token * stride + head * K + pair
     # 1. Load both channels of the pairs.
