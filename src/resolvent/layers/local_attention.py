@@ -15,7 +15,6 @@ from ..ops.memory_rotation import Rotation, rotate
 from ..ops.packed import token_positions
 from ..ops.precision import at_least_float32, for_products, wide_dtype
 from ..ops.rotary import Scaling, rotary_turns
-from ..ops.rotary import Scaling, rotary_turns
 from ..ops.rotated_heads import rotated_heads
 from .heads import Given, Heads, HeadsLayer
 

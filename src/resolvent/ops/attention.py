@@ -37,7 +37,7 @@ from .attention_window import (
     padded,
     with_capacity,
 )
-from .dispatch import Implementation, count_run, select
+from .dispatch import Implementation, beyond_float32, count_run, select
 from .packed import check_shape, count_sequences, sequence_numbers
 from .precision import without_autocast
 
@@ -77,7 +77,7 @@ def local_attention(
         cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1. Python reads them for the
             next state where ``window`` is None, and otherwise only where they are on the CPU.
         backend: ``auto``, ``torch`` or ``triton``, which stands for ``varlen_attn`` here. One token of every sequence
-            (N = 1) is read by torch code on every device. ``auto`` reads whole sequences, whose tokens attend to all
+            (N = 1) is read by ``local_attention_step``. ``auto`` reads whole sequences, whose tokens attend to all
             before them, with PyTorch's ``scaled_dot_product_attention``, which has the faster kernels for them.
         return_state: compute the window after the last token.
 
@@ -102,9 +102,8 @@ def local_attention(
         return v.new_zeros(*q.shape[:3], v.shape[-1]), state if return_state else None
     with without_autocast(q.device):  # it would change the dtype of float32 tensors
         if q.shape[1] == 1 and cu_seqlens is None and initial_state is not None and position is not None:
-            count_run("local_attention", "torch")
             readout, state = local_attention_step(
-                q.squeeze(1), k.squeeze(1), v.squeeze(1), temperature, window, initial_state, position
+                q.squeeze(1), k.squeeze(1), v.squeeze(1), temperature, window, initial_state, position, backend
             )
             return readout.unsqueeze(1), state if return_state else None
         chosen = attention_implementation(backend, q.device, q.dtype, k.shape[-1], v.shape[-1])
@@ -141,6 +140,7 @@ def local_attention_step(
     window: int | None,
     state: WindowState,
     position: Tensor,
+    backend: str = "auto",
 ) -> tuple[Tensor, WindowState]:
     """Attend from one token of every sequence.
 
@@ -153,6 +153,7 @@ def local_attention_step(
         state: window before the token. A ``ReusedWindow`` is overwritten, and keeps its dtype; without a window it has
             a slot for the token already where the position is on a device, which Python then does not read.
         position: tokens that each sequence has read before, integer (B,).
+        backend: ``auto``, ``torch`` or ``triton``. A kernel serves a ``ReusedWindow`` with its position on the device.
 
     Returns:
         The read-out (B, H, V) in the dtype of ``v``, and the next window.
@@ -168,6 +169,14 @@ def local_attention_step(
     if window is None and (position.device.type == "cpu" or not isinstance(state, ReusedWindow)):
         state = with_capacity(state, capacity_for(1, position) if place is None else in_blocks(place + 1))
     capacity = state.keys.shape[1]
+    if isinstance(temperature, Tensor):
+        q, temperature = _scaled(q, temperature), 1.0
+    if _has_kernel(backend, q, state, position):
+        from .triton.attention_step import attention_step
+
+        assert isinstance(state, ReusedWindow)
+        return attention_step(q, k, v, temperature, state, position), state
+    count_run("local_attention_step", "torch")
     # 1. Write the token; find the slots that are filled.
     if place is not None:
         state, mask = _with_token(state, k, v, place % capacity), None
@@ -179,11 +188,17 @@ def local_attention_step(
         filled = state
     # 2. Attend: the queries of the G heads that share a key are rows of one product.
     keys_BJWK, values_BJWV = (x.to(q.dtype).transpose(1, 2) for x in filled)
-    if isinstance(temperature, Tensor):
-        q, temperature = _scaled(q, temperature), 1.0
     query_BJGK = q.unflatten(1, (k.shape[1], -1))
     readout = F.scaled_dot_product_attention(query_BJGK, keys_BJWK, values_BJWV, mask, scale=temperature)
     return readout.flatten(1, 2).to(v.dtype), state
+
+
+def _has_kernel(backend: str, q: Tensor, state: WindowState, position: Tensor) -> bool:
+    """Return True if a kernel reads a token of every sequence."""
+    in_place = isinstance(state, ReusedWindow) and position.device == q.device and not torch.compiler.is_compiling()
+    if not in_place or max(q.shape[-1], state.values.shape[-1]) > _WIDEST_HEAD:
+        return False
+    return select(backend, q.device, "local_attention_step", beyond_float32(q.dtype)) == "triton"
 
 
 def _one_place(position: Tensor) -> int | None:

@@ -114,3 +114,19 @@ def test_each_block_compiles_to_one_graph(sizes):
     assert (found - expected).abs() <= 1e-5 * expected.abs()
     for a, b in zip(found_gradients, gradients, strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-9
+
+
+ATTENDING = {
+    "window": dict(n_layers=1, attention_layers=(0,), attention_window=8),
+    "all tokens": dict(n_layers=1, attention_layers=(0,), attention_window=None),
+    "as converted": dict(
+        n_layers=1, attention_layers=(0,), attention_window=None, bk_core=False, conv_size=1, qk_norm=False
+    ),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rectangle", "packed"])
+@pytest.mark.parametrize("sizes", ATTENDING.values(), ids=ATTENDING)
+def test_attention_compiles_to_one_graph(sizes, packed):
+    options = {"cu_seqlens": torch.tensor([0, 10, 10, 30])} if packed else {}
+    check("torch", torch.randint(0, 97, (1 if packed else 2, 31)), [options], **sizes)
