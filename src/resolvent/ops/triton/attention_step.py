@@ -91,7 +91,7 @@ def _read_parts(token, buffers, parts, scale, J, W, PART, sizes: constexpr, BLOC
     sequence, head = pair // J, pair % J
     of_key, of_value, group = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BG)
     read = tl.load(token.position + sequence)
-    slot, filled = read % W, tl.minimum(read + 1, W)
+    slot, filled = (read % W).to(tl.int32), tl.minimum(read + 1, W).to(tl.int32)
     is_query = (group < G)[:, None] & (of_key < K)[None, :]
     q = tl.load(token.q + (pair * G + group)[:, None] * K + of_key[None, :], mask=is_query, other=0.0)
     largest = tl.full([BG], float("-inf"), tl.float32)
@@ -102,8 +102,8 @@ def _read_parts(token, buffers, parts, scale, J, W, PART, sizes: constexpr, BLOC
     for start in tl.range(part * PART, last, BLOCK):
         row = start + tl.arange(0, BLOCK)
         there, own = row < last, row == slot
-        k = _with_own(keys_at, row * buffers.keys_slot, token.k + pair * K, of_key, K, own, there)
-        v = _with_own(values_at, row * buffers.values_slot, token.v + pair * V, of_value, V, own, there)
+        k = _with_own(keys_at, row.to(tl.int64) * buffers.keys_slot, token.k + pair * K, of_key, K, own, there)
+        v = _with_own(values_at, row.to(tl.int64) * buffers.values_slot, token.v + pair * V, of_value, V, own, there)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
         scores = tl.where(there[None, :], scores, float("-inf"))
         before, largest = largest, tl.maximum(largest, tl.max(scores, 1))
