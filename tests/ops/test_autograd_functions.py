@@ -47,8 +47,8 @@ def calls() -> dict[type, tuple[Any, ...]]:
         bk_core._Moebius: (torch.randn(2, 9, 3, dtype=torch.complex64) - 1j, torch.ones(2, 9, 3)),
         hebbian._WithinChunk: (x, x, x, decay),
         memory_rotation._Rotate: (x, angles, angles.cos(), angles.sin()),
-        swiglu._SwiGLU: (x, "torch"),
-        swiglu._SwiGLUProduct: (x, torch.randn(3, 4), "torch"),
+        swiglu._SwiGLU: (x,),
+        swiglu._SwiGLUProduct: (x, torch.randn(3, 4)),
     }
 
 

@@ -58,13 +58,13 @@ def test_a_frozen_weight_has_no_gradient():
 
 @pytest.mark.skipif(not dispatch.interpreting(), reason="Triton compiles for the GPU here")
 @pytest.mark.parametrize("hidden", [32, 1100])
-def test_the_kernel_equals_torch_code_with_gradients(hidden):
-    x = torch.randn(2, 5, 2 * hidden + 3)[..., : 2 * hidden].requires_grad_()  # part of a joined product
-    weight = (torch.randn(4, hidden) * hidden**-0.5).requires_grad_()
+def test_the_kernel_equals_torch_code_where_no_gradient_is_needed(hidden):
+    x = torch.randn(2, 5, 2 * hidden + 3)[..., : 2 * hidden]  # part of a joined product
+    weight = torch.randn(4, hidden) * hidden**-0.5
     for function, inputs in ((swiglu, (x,)), (swiglu_product, (x, weight))):
         before = dispatch.calls["swiglu", "triton"]
         found, expected = function(*inputs, backend="triton"), function(*inputs, backend="torch")
         assert dispatch.calls["swiglu", "triton"] == before + 1
         torch.testing.assert_close(found, expected)
-        gradients = [torch.autograd.grad(y.sin().sum(), inputs) for y in (found, expected)]
-        torch.testing.assert_close(*gradients)
+        function(*(y.clone().requires_grad_() for y in inputs), backend="triton").sum().backward()
+        assert dispatch.calls["swiglu", "triton"] == before + 1

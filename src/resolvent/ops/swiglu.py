@@ -16,7 +16,8 @@ def swiglu(x: Tensor, backend: str = "auto") -> Tensor:
     """Return ``silu(gate) ⊙ value`` of gates and values side by side (Shazeer, 2020): (..., 2F) -> (..., F).
 
     Backward computes ``silu(gate)`` again: autograd would keep a tensor as large as the result. ``backend`` is
-    ``auto``, ``torch`` or ``triton``; where ``torch.compile`` traces, torch code runs, which its compiler merges.
+    ``auto``, ``torch`` or ``triton``, whose kernel runs where no gradient is needed and ``torch.compile``, which merges
+    torch code, does not trace.
 
     Example:
         >>> gate, value = torch.randn(2, 1, 70, 32)  # tokens, packed or not
@@ -24,7 +25,7 @@ def swiglu(x: Tensor, backend: str = "auto") -> Tensor:
         >>> torch.allclose(y, torch.nn.functional.silu(gate) * value)
         True
     """
-    return _SwiGLU.apply(x, backend) if torch.is_grad_enabled() and x.requires_grad else _gated(x, backend)
+    return _SwiGLU.apply(x) if torch.is_grad_enabled() and x.requires_grad else _gated(x, backend)
 
 
 def _gated(x: Tensor, backend: str) -> Tensor:
@@ -50,32 +51,34 @@ def swiglu_product(x: Tensor, weight: Tensor, backend: str = "auto") -> Tensor:
     """
     if torch.compiler.is_compiling():
         return F.linear(swiglu(x, backend), weight)
-    return _SwiGLUProduct.apply(x, weight, backend)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _SwiGLUProduct.apply(x, weight)
+    return F.linear(_gated(x, backend), weight)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _gated(x, backend)
+        return _gated(x, "torch")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
         (x,) = ctx.saved_tensors
         gate, value = x.chunk(2, dim=-1)
-        return torch.cat([torch.ops.aten.silu_backward(grad * value, gate), grad * F.silu(gate)], dim=-1), None
+        return torch.cat([torch.ops.aten.silu_backward(grad * value, gate), grad * F.silu(gate)], dim=-1)
 
 
 class _SwiGLUProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(_gated(x, backend), weight)
+        return F.linear(_gated(x, "torch"), weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:  # pyrefly: ignore[bad-override]
         x, weight = ctx.saved_tensors
         gate, value = x.chunk(2, dim=-1)
         opened, grad_weight = F.silu(gate), None
@@ -83,4 +86,4 @@ class _SwiGLUProduct(torch.autograd.Function):
             grad_weight = grad.flatten(0, -2).mT @ (opened * value).flatten(0, -2)
         through = grad @ weight
         grad_x = torch.cat([torch.ops.aten.silu_backward(through * value, gate), through * opened], dim=-1)
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight
