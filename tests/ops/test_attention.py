@@ -284,6 +284,32 @@ def test_the_kernel_is_given_the_window_before_each_sequence(monkeypatch, window
         assert relative(a, b) <= 1e-10
 
 
+@pytest.mark.parametrize(
+    ("length", "planned"), [(1, 64), (64, 64), (65, 128), (1000, 1024), (4097, 4608), (8192, 8192)]
+)
+def test_plans_are_of_few_lengths(length, planned):
+    assert attention._planned_length(length) == planned
+    assert attention._planned_length(planned) == planned
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("length", [30, 4100])
+def test_whole_sequences_on_cuda_are_padded_to_planned_lengths(length, trained, monkeypatch):
+    """Run the code for CUDA on the CPU."""
+    lengths, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *x, **y: lengths.append(q.shape[2]) or sdpa(q, *x, **y)
+    )
+    q, k, v, _ = inputs(length, batch=1, key=2, value=2, dtype=torch.float32)
+    values = [x.requires_grad_(trained) for x in (q, k, v)]
+    found, expected = attention._attend_causally_on_cuda(*values, 0.5), attention._attend_causally(*values, 0.5)
+    assert lengths == [length if length == 30 and not trained else attention._planned_length(length), length]
+    torch.testing.assert_close(found, expected)
+    if trained:
+        gradients = [torch.autograd.grad(x.sin().sum(), values) for x in (found, expected)]
+        torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_offsets_that_python_does_not_read_change_nothing(fresh, monkeypatch):
     """Attend to all tokens of packed sequences by the masks that serve offsets on a device."""

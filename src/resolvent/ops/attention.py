@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention_window import (
     GROWTH,
@@ -47,6 +48,10 @@ _NO_SEQUENCE = -1
 """Number of the sequence of padding and of empty slots."""
 _WIDEST_HEAD = 256
 """Width of a head up to which FlashAttention has kernels."""
+_LEAST_PLANNED = 4096
+"""Tokens from which on a plan of cuDNN pays where no gradient is needed."""
+_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels of ``scaled_dot_product_attention`` but for cuDNN's."""
 
 
 def local_attention(
@@ -123,13 +128,20 @@ def attention_implementation(backend: str, device: torch.device, dtype: torch.dt
     obstacle = None
     if device.type != "cuda":
         obstacle = f"its kernel runs on CUDA, the tensors are on {device.type}"
-    elif dtype not in (torch.bfloat16, torch.float16):
-        obstacle = f"its kernel takes float16 and bfloat16, the tensors are {dtype}"
-    elif len(set(widths)) > 1 or widths[0] % 8 or widths[0] > _WIDEST_HEAD:
-        obstacle = f"its kernel takes keys and values of one width, a multiple of 8 up to {_WIDEST_HEAD}, got {widths}"
+    elif not_flash := _beyond_flash(dtype, *widths):
+        obstacle = not_flash
     elif not {"window_size", "scale"} <= _varlen_parameters():
         obstacle = f"varlen_attn of PyTorch {torch.__version__} takes no window"
     return "varlen" if select(backend, device, "local_attention", obstacle) == "triton" else "torch"
+
+
+def _beyond_flash(dtype: torch.dtype, *widths: int) -> str | None:
+    """Return the obstacle of FlashAttention and of cuDNN's kernel; None if they take heads of these widths."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"its kernel takes float16 and bfloat16, the tensors are {dtype}"
+    if len(set(widths)) > 1 or widths[0] % 8 or widths[0] > _WIDEST_HEAD:
+        return f"its kernel takes keys and values of one width, a multiple of 8 up to {_WIDEST_HEAD}, got {widths}"
+    return None
 
 
 def local_attention_step(
@@ -462,8 +474,35 @@ def _spans(x: Tensor, span: int, block: int) -> Tensor:
 
 def _attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
     """Attend to all tokens before, where none was read before them."""
+    fits = q.device.type == "cuda" and _beyond_flash(q.dtype, q.shape[-1], v.shape[-1]) is None
+    if fits and not torch.compiler.is_compiling():
+        return _attend_causally_on_cuda(q, k, v, scale)
     q, k, v = (_for_heads(x, q.shape[2]).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+
+
+def _attend_causally_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attend with the kernel of cuDNN or with FlashAttention 2, in half precision.
+
+    The kernel of cuDNN is the faster one, but a plan of it for a length that is new takes as long as reading thousands
+    of tokens. So it gets long sequences and those that are trained on, padded at the end to few different lengths.
+    """
+    length, trained = q.shape[1], torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if trained:
+        k, v = _for_heads(k, q.shape[2]), _for_heads(v, q.shape[2])
+    options: dict[str, Any] = dict(is_causal=True, scale=scale, enable_gqa=k.shape[2] != q.shape[2])
+    if trained or length >= _LEAST_PLANNED:
+        q, k, v = (padded(x, 0, _planned_length(length) - length).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)[:, :length]
+    with sdpa_kernel(_WITHOUT_PLANS):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+
+def _planned_length(length: int) -> int:
+    """Return the length of a plan for so many tokens: eight in every octave, multiples of 64."""
+    step = max(64, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
 
 
 def _attend_all(

@@ -37,16 +37,19 @@ class _Token(NamedTuple):
 
 
 class _Buffers(NamedTuple):
-    """Keys and values of the slots, with their strides from sequence to sequence, slot to slot and head to head."""
+    """Keys and values of the slots, with their strides from sequence to sequence, slot to slot and head to head.
 
-    keys: Tensor
-    values: Tensor
-    keys_sequence: int
-    keys_slot: int
-    keys_head: int
-    values_sequence: int
-    values_slot: int
-    values_head: int
+    In a kernel a tuple has a field ``values`` of its own.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_sequence: int
+    k_slot: int
+    k_head: int
+    v_sequence: int
+    v_slot: int
+    v_head: int
 
 
 class _Parts(NamedTuple):
@@ -54,7 +57,7 @@ class _Parts(NamedTuple):
 
     largest: Tensor
     total: Tensor
-    values: Tensor
+    weighted: Tensor
 
 
 class _Sizes(NamedTuple):
@@ -96,14 +99,14 @@ def _read_parts(token, buffers, parts, scale, J, W, PART, sizes: constexpr, BLOC
     q = tl.load(token.q + (pair * G + group)[:, None] * K + of_key[None, :], mask=is_query, other=0.0)
     largest = tl.full([BG], float("-inf"), tl.float32)
     total, values = tl.zeros([BG], tl.float32), tl.zeros([BG, BV], tl.float32)
-    keys_at = buffers.keys + sequence * buffers.keys_sequence + head * buffers.keys_head
-    values_at = buffers.values + sequence * buffers.values_sequence + head * buffers.values_head
+    keys_at = buffers.k + sequence * buffers.k_sequence + head * buffers.k_head
+    values_at = buffers.v + sequence * buffers.v_sequence + head * buffers.v_head
     last = tl.minimum((part + 1) * PART, filled)
     for start in tl.range(part * PART, last, BLOCK):
         row = start + tl.arange(0, BLOCK)
         there, own = row < last, row == slot
-        k = _with_own(keys_at, row.to(tl.int64) * buffers.keys_slot, token.k + pair * K, of_key, K, own, there)
-        v = _with_own(values_at, row.to(tl.int64) * buffers.values_slot, token.v + pair * V, of_value, V, own, there)
+        k = _with_own(keys_at, row.to(tl.int64) * buffers.k_slot, token.k + pair * K, of_key, K, own, there)
+        v = _with_own(values_at, row.to(tl.int64) * buffers.v_slot, token.v + pair * V, of_value, V, own, there)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
         scores = tl.where(there[None, :], scores, float("-inf"))
         before, largest = largest, tl.maximum(largest, tl.max(scores, 1))
@@ -114,7 +117,7 @@ def _read_parts(token, buffers, parts, scale, J, W, PART, sizes: constexpr, BLOC
     tl.store(parts.largest + at, largest, mask=group < G)
     tl.store(parts.total + at, total, mask=group < G)
     is_value = (group < G)[:, None] & (of_value < V)[None, :]
-    tl.store(parts.values + at[:, None] * V + of_value[None, :], values, mask=is_value)
+    tl.store(parts.weighted + at[:, None] * V + of_value[None, :], values, mask=is_value)
 
 
 @_kernel
@@ -125,7 +128,7 @@ def _join_parts(parts, out, count, V: tl.constexpr, BV: tl.constexpr, PARTS: tl.
     weight = tl.exp(largest - tl.max(largest, 0))  # 0 for a part of which no slot is filled
     total = tl.sum(weight * tl.load(parts.total + at, mask=there, other=0.0), 0)
     inside = there[:, None] & (column < V)[None, :]
-    values = tl.load(parts.values + at[:, None] * V + column[None, :], mask=inside, other=0.0)
+    values = tl.load(parts.weighted + at[:, None] * V + column[None, :], mask=inside, other=0.0)
     result = tl.sum(weight[:, None] * values, 0) / total
     tl.store(out + head * V + column, result.to(out.dtype.element_ty), mask=column < V)
 
