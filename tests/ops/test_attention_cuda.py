@@ -126,12 +126,13 @@ def test_whole_sequences_match_the_reference_gradients_included():
             assert relative(a, b) <= 1e-2
 
 
-def test_the_kernel_compiles_without_a_break():
+@pytest.mark.parametrize("window", [64, None])
+def test_the_kernel_compiles_without_a_break(window):
     values = [x.requires_grad_() for x in inputs(300)]
     offsets = torch.tensor([0, 100, 300], device="cuda")
     compiled = torch.compile(local_attention, fullgraph=True)
-    found, _ = compiled(*values, 64, cu_seqlens=offsets)
-    expected, _ = local_attention(*values, 64, cu_seqlens=offsets)
+    found, _ = compiled(*values, window, cu_seqlens=offsets, return_state=False)
+    expected, _ = local_attention(*values, window, cu_seqlens=offsets)
     assert relative(found, expected) <= 1e-3
     gradients = torch.autograd.grad(found.float().sin().sum(), values)
     for a, b in zip(gradients, torch.autograd.grad(expected.float().sin().sum(), values), strict=True):
