@@ -300,7 +300,7 @@ def test_whole_sequences_on_cuda_are_padded_to_planned_lengths(length, trained, 
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda q, *x, **y: lengths.append(q.shape[2]) or sdpa(q, *x, **y)
     )
-    q, k, v, _ = inputs(length, batch=1, key=2, value=2, dtype=torch.float32)
+    q, k, v, _ = inputs(length, batch=1, key=2, value=2)
     values = [x.requires_grad_(trained) for x in (q, k, v)]
     found, expected = attention._attend_causally_on_cuda(*values, 0.5), attention._attend_causally(*values, 0.5)
     assert lengths == [length if length == 30 and not trained else attention._planned_length(length), length]

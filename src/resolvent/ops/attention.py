@@ -488,8 +488,6 @@ def _attend_causally_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> T
     of tokens. So it gets long sequences and those that are trained on, padded at the end to few different lengths.
     """
     length, trained = q.shape[1], torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if trained:
-        k, v = _for_heads(k, q.shape[2]), _for_heads(v, q.shape[2])
     options: dict[str, Any] = dict(is_causal=True, scale=scale, enable_gqa=k.shape[2] != q.shape[2])
     if trained or length >= _LEAST_PLANNED:
         q, k, v = (padded(x, 0, _planned_length(length) - length).transpose(1, 2) for x in (q, k, v))
