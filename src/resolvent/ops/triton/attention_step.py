@@ -158,7 +158,7 @@ def attention_step(q: Tensor, k: Tensor, v: Tensor, scale: float, window: Reused
     padded = [max(_LEAST_TILE, triton.next_power_of_2(n)) for n in (heads // groups, width, of_values)]
     sizes = _Sizes(heads // groups, width, of_values, *padded)
     buffers = _Buffers(*window, *window.keys.stride()[:3], *window.values.stride()[:3])
-    token = _Token(*(x.contiguous() for x in (q, k, v)), position)
+    token = _Token(q.contiguous(), k.contiguous(), v.contiguous(), position)
     with torch.cuda.device_of(q):
         _read_parts[(batch * groups, count)](
             token, buffers, parts, scale, groups, slots, part, sizes, BLOCK=_BLOCK, num_warps=4
