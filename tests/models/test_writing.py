@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from resolvent.errors import ResolventError
+from resolvent.errors import ConfigError, ResolventError
 from resolvent.models import generation, writing
-from resolvent.models.decoding import token_step
+from resolvent.models.decoding import TokenReader, token_step
 from resolvent.models.sampling import Penalties, RowGenerators, Sampler, SamplingOptions
 from resolvent.models.writing import Writer
+from resolvent.ops.attention_window import GROWTH
 
 from .graphs import launched
-from .small import HYBRID, PHASE1, PHASE2, tokens
+from .small import FULL, HYBRID, PHASE1, PHASE2, tokens
 
 OPTIONS = {
     "greedy": dict(temperature=0),
@@ -19,7 +20,7 @@ OPTIONS = {
     "penalties": dict(temperature=0, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2),
     "penalties and filters": dict(top_k=10, repetition_penalty=1.3, frequency_penalty=0.2),
 }
-PHASES = dict(phase1=PHASE1, phase2=PHASE2, hybrid=HYBRID)
+PHASES = dict(phase1=PHASE1, phase2=PHASE2, hybrid=HYBRID, full=FULL)
 
 
 @torch.no_grad()
@@ -37,12 +38,35 @@ def test_captured_writer_draws_the_same_tokens(options, ends, monkeypatch):
         sampler = Sampler(of_rows, RowGenerators.of_seeds([4, 5, 6]), penalties)
         writer = Writer(token_step(model, state), sampler, 2, ends, logits)
         if captured:
-            writer.capture(model, state)
+            writer.capture(model, state, 30)
         drawn = torch.stack([writer.first.token, *(writer().token for _ in range(30))])
         assert writer.ended.any() == bool(ends)
         return drawn
 
     assert torch.equal(tokens_of(True), tokens_of(False))
+
+
+@torch.no_grad()
+def test_captured_writer_gives_a_state_that_grows_room_again_and_again(monkeypatch):
+    monkeypatch.setattr(writing, "captured", launched)
+    torch.manual_seed(0)
+    model, prompt = FULL.model(), tokens(GROWTH - 3, 2)
+    logits, state = model.read(prompt)
+    sampler = Sampler([SamplingOptions(temperature=0)] * 2, RowGenerators.of_seeds([0, 1]), None)
+    writer = Writer(TokenReader(model, state), sampler, None, [], logits)
+    drawn, slots = [writer.first.token], []
+    for room in (2, 6, 40):
+        state = writer.capture(model, state, room)
+        caches = [layer.cache.keys for layer in state.layers if layer.cache is not None]
+        slots.append(caches[0].shape[1])
+        drawn += [writer().token for _ in range(room)]
+        now = [layer.cache.keys for layer in state.layers if layer.cache is not None]
+        assert all(a is b for a, b in zip(caches, now, strict=True))
+    assert slots == [GROWTH, 2 * GROWTH, 2 * GROWTH]
+    expected = model.generate(prompt, len(drawn), temperature=0)
+    assert torch.equal(torch.stack(drawn, 1), expected[:, prompt.shape[1] :])
+    with pytest.raises(ConfigError, match="no step with a state of fixed size"):
+        token_step(model, state)
 
 
 @pytest.fixture(params=PHASES.values(), ids=PHASES.keys())

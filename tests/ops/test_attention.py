@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from resolvent.errors import ConfigError
@@ -281,6 +282,63 @@ def test_the_kernel_is_given_the_window_before_each_sequence(monkeypatch, window
     gradients = torch.autograd.grad(found.sin().sum(), sources)
     for a, b in zip(gradients, torch.autograd.grad(expected.sin().sum(), sources), strict=True):
         assert relative(a, b) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("length", "planned"), [(1, 64), (64, 64), (65, 128), (1000, 1024), (4097, 4608), (8192, 8192)]
+)
+def test_plans_are_of_few_lengths(length, planned):
+    assert attention._planned_length(length) == planned
+    assert attention._planned_length(planned) == planned
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("length", [30, 4100])
+def test_whole_sequences_on_cuda_are_padded_to_planned_lengths(length, trained, monkeypatch):
+    """Run the code for CUDA on the CPU."""
+    lengths, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *x, **y: lengths.append(q.shape[2]) or sdpa(q, *x, **y)
+    )
+    q, k, v, _ = inputs(length, batch=1, key=2, value=2)
+    values = [x.requires_grad_(trained) for x in (q, k, v)]
+    found, expected = attention._attend_causally_on_cuda(*values, 0.5), attention._attend_causally(*values, 0.5)
+    assert lengths == [length if length == 30 and not trained else attention._planned_length(length), length]
+    torch.testing.assert_close(found, expected)
+    if trained:
+        gradients = [torch.autograd.grad(x.sin().sum(), values) for x in (found, expected)]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_offsets_that_python_does_not_read_change_nothing(fresh, monkeypatch):
+    """Attend to all tokens of packed sequences by the masks that serve offsets on a device."""
+    values, offsets = [x.requires_grad_() for x in inputs(300, batch=1)], torch.tensor([0, 20, 20, 290, 300])
+    options = dict(cu_seqlens=offsets, return_state=False)
+    if not fresh:
+        options |= dict(initial_state=window_state(GROWTH, batch=4), position=torch.tensor([3, 50, 0, 256]))
+    expected, nothing = local_attention(*values, None, **options)
+    assert nothing is None
+
+    def by_masks(q, k, v, state, layout, cu_seqlens):
+        return attention._attend_packed(q, k, v, state, layout)
+
+    monkeypatch.setattr(attention, "_attend_all", by_masks)
+    found, _ = local_attention(*values, None, **options)
+    assert relative(found, expected) <= 1e-12
+    gradients = torch.autograd.grad(found.sin().sum(), values)
+    for a, b in zip(gradients, torch.autograd.grad(expected.sin().sum(), values), strict=True):
+        assert relative(a, b) <= 1e-10
+
+
+def test_no_number_of_whole_sequences_is_read():
+    """Fake tensors hold no numbers: a look at one of them would raise."""
+    with FakeTensorMode():
+        values = [torch.empty(x.shape) for x in inputs(300, batch=1)]
+        for window, slots in ((8, 8), (512, 512), (None, 2 * GROWTH)):
+            readout, state = local_attention(*values, window)
+            assert readout.shape == (1, 300, 4, 6)
+            assert state.keys.shape == (1, slots, 2, 8)
 
 
 def test_compiles_without_a_break():

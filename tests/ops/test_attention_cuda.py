@@ -97,12 +97,42 @@ def test_a_captured_step_equals_the_forward_pass():
         assert relative(out, whole[:, t]) <= 1e-5
 
 
-def test_the_kernel_compiles_without_a_break():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_offsets_on_the_device_are_not_read(dtype):
+    values = inputs(300, dtype=dtype)
+    offsets = torch.tensor([0, 100, 300], device="cuda")
+    for window in (64, None):
+        expected, _ = local_attention(*values, window, cu_seqlens=offsets.cpu())
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found, _ = local_attention(*values, window, cu_seqlens=offsets, return_state=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert relative(found, expected) <= 1e-2
+
+
+def test_whole_sequences_match_the_reference_gradients_included():
+    for groups, window in ((4, None), (2, None), (2, 400)):
+        q, k, v, _ = inputs(333, batch=2, groups=groups)
+        values = [x.requires_grad_() for x in (q, k, v)]
+        before = calls["local_attention", "torch"]
+        found, _ = local_attention(*values, 5.0, window, return_state=False)
+        assert calls["local_attention", "torch"] == before + 1
+        expected, _ = local_attention_reference(*values, torch.full((4,), 5.0, device="cuda"), window)
+        assert relative(found, expected) <= 5e-3
+        weights = torch.cos(torch.arange(found.numel(), device="cuda")).view_as(found)
+        gradients = torch.autograd.grad((found.float() * weights).sum(), values)
+        for a, b in zip(gradients, torch.autograd.grad((expected * weights).sum(), values), strict=True):
+            assert relative(a, b) <= 1e-2
+
+
+@pytest.mark.parametrize("window", [64, None])
+def test_the_kernel_compiles_without_a_break(window):
     values = [x.requires_grad_() for x in inputs(300)]
     offsets = torch.tensor([0, 100, 300], device="cuda")
     compiled = torch.compile(local_attention, fullgraph=True)
-    found, _ = compiled(*values, 64, cu_seqlens=offsets)
-    expected, _ = local_attention(*values, 64, cu_seqlens=offsets)
+    found, _ = compiled(*values, window, cu_seqlens=offsets, return_state=False)
+    expected, _ = local_attention(*values, window, cu_seqlens=offsets)
     assert relative(found, expected) <= 1e-3
     gradients = torch.autograd.grad(found.float().sin().sum(), values)
     for a, b in zip(gradients, torch.autograd.grad(expected.float().sin().sum(), values), strict=True):

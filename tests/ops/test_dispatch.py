@@ -10,10 +10,13 @@ import torch
 import resolvent
 from resolvent import ops
 from resolvent.errors import ConfigError
-from resolvent.ops import dispatch, dissipative_memory, resolvent_diagonal
+from resolvent.ops import ReusedWindow, dispatch, dissipative_memory, local_attention_step, resolvent_diagonal
 from resolvent.ops.gated_readout import gated_readout
 from resolvent.ops.hebbian import memory_implementation
+from resolvent.ops.memory_rotation import Rotation
 from resolvent.ops.queries_keys_values import queries_keys_values
+from resolvent.ops.rotated_heads import rotated_heads
+from resolvent.ops.swiglu import swiglu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -61,6 +64,11 @@ def test_every_operator_with_a_backend_has_kernels(fresh):
     ops.linear_cross_entropy(x[0, :, 0], x[0, :, 1], labels, backend="triton")
     gated_readout(x, x.flatten(-2), torch.ones(32), backend="triton")
     queries_keys_values(torch.randn(1, 3, 12), torch.ones(2, 12), torch.zeros(1, 1, 12), 2, backend="triton")
+    rotation = Rotation.by(torch.zeros(1, 1, 1, dtype=torch.float64), torch.float32)
+    rotated_heads(torch.randn(1, 3, 6), rotation, 1, 1, backend="triton")
+    swiglu(torch.randn(3, 8), backend="triton")
+    window = ReusedWindow(*torch.randn(2, 1, 4, 2, 16))
+    local_attention_step(x[:, 0], x[:, 1], x[:, 2], 1.0, 4, window, labels[:1], backend="triton")
     source = "".join(path.read_text() for path in Path(ops.__file__).parent.glob("*.py"))
     selecting = set(re.findall(r'select\(backend, [\w.]+, "(\w+)"', source))
     selecting.remove("local_attention")  # its kernel is PyTorch's, which no interpreter runs

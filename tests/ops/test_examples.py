@@ -16,6 +16,7 @@ from resolvent.ops import (
     prefix_sum,
     queries_keys_values,
     rotary,
+    rotated_heads,
     short_conv,
     swiglu,
 )
@@ -32,6 +33,7 @@ OPERATORS |= {
         prefix_sum.prefix_sum,
         queries_keys_values.queries_keys_values,
         rotary.rotary_turns,
+        rotated_heads.rotated_heads,
         short_conv.causal_conv,
         short_conv.next_tail,
         swiglu.swiglu,
@@ -43,7 +45,11 @@ OPERATORS |= {
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_example_of_a_public_operator_runs(name):
     function = OPERATORS[name]
-    makers = {"empty_state": memory_state.empty_state, "empty_window": attention_window.empty_window}
+    makers = {
+        "empty_state": memory_state.empty_state,
+        "empty_window": attention_window.empty_window,
+        "Rotation": memory_rotation.Rotation,
+    }
     names = {**vars(ops), **OPERATORS, **makers, "torch": torch}
     (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs=names)
     source = "".join(line.source for line in example.examples)

@@ -1,6 +1,8 @@
+import pytest
 import torch
 from torch.nn import functional as F
 
+from resolvent.ops import dispatch
 from resolvent.ops.swiglu import swiglu, swiglu_product
 
 
@@ -52,3 +54,17 @@ def test_a_frozen_weight_has_no_gradient():
     (grad,) = torch.autograd.grad(swiglu_product(x, weight).sum(), x)
     (expected,) = torch.autograd.grad((swiglu(x) @ weight.mT).sum(), x)
     torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.skipif(not dispatch.interpreting(), reason="Triton compiles for the GPU here")
+@pytest.mark.parametrize("hidden", [32, 1100])
+def test_the_kernel_equals_torch_code_where_no_gradient_is_needed(hidden):
+    x = torch.randn(2, 5, 2 * hidden + 3)[..., : 2 * hidden]  # part of a joined product
+    weight = torch.randn(4, hidden) * hidden**-0.5
+    for function, inputs in ((swiglu, (x,)), (swiglu_product, (x, weight))):
+        before = dispatch.calls["swiglu", "triton"]
+        found, expected = function(*inputs, backend="triton"), function(*inputs, backend="torch")
+        assert dispatch.calls["swiglu", "triton"] == before + 1
+        torch.testing.assert_close(found, expected)
+        function(*(y.clone().requires_grad_() for y in inputs), backend="triton").sum().backward()
+        assert dispatch.calls["swiglu", "triton"] == before + 1

@@ -15,6 +15,7 @@ from ..ops.memory_rotation import Rotation, rotate
 from ..ops.packed import token_positions
 from ..ops.precision import at_least_float32, for_products, wide_dtype
 from ..ops.rotary import Scaling, rotary_turns
+from ..ops.rotated_heads import rotated_heads
 from .heads import Given, Heads, HeadsLayer
 
 
@@ -26,14 +27,14 @@ class AttentionOutput(NamedTuple):
             (B, N, HV + F).
         readout: read-out of the attention, normalised and not gated, (B, N, HV).
         values: values that were attended to, (B, N, J, V).
-        state: keys and values of the window after the last token.
+        state: keys and values of the window after the last token; None where they were not asked for.
         conv_tail: conv state: the last inputs of the convolution, (B, taps - 1, C) or (S, taps - 1, C).
     """
 
     gated: Tensor
     readout: Tensor
     values: Tensor
-    state: WindowState
+    state: WindowState | None
     conv_tail: Tensor
 
 
@@ -123,10 +124,8 @@ class LocalAttentionLayer(HeadsLayer):
         heads, _, qkv = given
         if qkv is None or self.qk_norm or self.conv_weight is not None:
             return heads._replace(q=rotate(heads.q, rotation), k=rotate(heads.k, rotation))
-        counts = self.num_heads, self.num_kv_heads  # side by side, they are rotated at once
-        together = qkv[..., : sum(counts) * self.head_dim].unflatten(-1, (-1, self.head_dim))
-        q, k = rotate(together, rotation).split(counts, dim=-2)
-        return heads._replace(q=q, k=k)
+        q, k, v = rotated_heads(qkv, rotation, self.num_heads, self.num_kv_heads, self.backend)
+        return heads._replace(q=q, k=k, v=v)
 
     def distances(self, x: Tensor) -> Tensor:
         """Return how many tokens each head looks back on average, (B, N, H), in texts (B, N, D) from their start on.
@@ -138,7 +137,7 @@ class LocalAttentionLayer(HeadsLayer):
         q, k = self.rotated(heads, position.unsqueeze(0))
         values = torch.zeros_like(heads.v)
         values[..., 0] = position[:, None].to(values)
-        mean, _ = local_attention(q, k, values, self.temperature, self.window, backend=self.backend)
+        mean, _ = local_attention(q, k, values, self.temperature, self.window, backend=self.backend, return_state=False)
         return (position[:, None] - mean[..., 0]).clamp(min=0)
 
     def forward(
@@ -151,6 +150,7 @@ class LocalAttentionLayer(HeadsLayer):
         given: Given | None = None,
         rotation: Rotation | None = None,
         features: Tensor | None = None,
+        return_state: bool = True,
     ) -> AttentionOutput:
         """Attend to tokens.
 
@@ -163,6 +163,7 @@ class LocalAttentionLayer(HeadsLayer):
             given: inputs that were computed from x before; None to compute them.
             rotation: that of the tokens' positions, where it is known.
             features: put behind the gated read-out, (B, N, F); None for none.
+            return_state: compute the window after the last token.
         """
         x = for_products(x)
         if given is None:
@@ -180,6 +181,7 @@ class LocalAttentionLayer(HeadsLayer):
             position=position,
             cu_seqlens=cu_seqlens,
             backend=self.backend,
+            return_state=return_state,
         )
         readout, gated = self.gated(readout, given.narrow, features)
         return AttentionOutput(gated, readout, heads.v, state, heads.conv_tail)

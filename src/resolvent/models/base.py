@@ -156,8 +156,8 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         Raises:
             ValueError: tokens, labels, offsets, mask or state do not fit each other or the model.
         """
-        recorded = return_diagnostics or return_penalty
-        trace = self._run(input_ids, state, cu_seqlens, attention_mask, recorded=recorded)
+        options = dict(recorded=return_diagnostics or return_penalty, return_state=return_state)
+        trace = self._run(input_ids, state, cu_seqlens, attention_mask, **options)
         extras: list[object] = []
         if return_state:
             extras.append(trace.after)
@@ -180,7 +180,7 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
 
         Arguments are as in ``forward``.
         """
-        trace = self._run(input_ids, state, cu_seqlens, attention_mask, recorded=False)
+        trace = self._run(input_ids, state, cu_seqlens, attention_mask, recorded=False, return_state=True)
         return trace.hidden, trace.after
 
     def _run(
@@ -191,8 +191,12 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         attention_mask: Tensor | None,
         *,
         recorded: bool,
+        return_state: bool,
     ) -> Trace[Record, State]:
-        """Compute everything but the head; ``recorded`` keeps the record of every block."""
+        """Compute everything but the head.
+
+        ``recorded`` keeps the record of every block, ``return_state`` the state after the last token.
+        """
         # 1. Drop the padding; look up how far every sequence has been read.
         batch = read_tokens(input_ids, self.vocab_size, cu_seqlens, attention_mask)
         position = self._start_position(state, batch)
@@ -206,13 +210,13 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         record, records, layers = None, [], []
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
-            record = self._run_block(block, x, record, before, start, batch.cu_seqlens, rotation)
+            record = self._run_block(block, x, record, before, start, batch.cu_seqlens, rotation, return_state)
             x = record.output
             layers.append(record.state)
             if recorded:
                 records.append(record)
         # 4. Normalise.
-        after = self.state_type(batch.advance(position), tuple(layers))
+        after = self.state_type(batch.advance(position), tuple(layers)) if return_state else None
         return Trace(batch, state, vectors, embedded, entered, tuple(records), self.ln_f(x), after)
 
     def _embed_tokens(self, input_ids: Tensor) -> Tensor:
@@ -242,6 +246,7 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         start: Tensor | None,
         cu_seqlens: Tensor | None,
         rotation: Rotation | None,
+        return_state: bool,
     ) -> Record:
         """Run a block on the residual stream.
 
@@ -253,6 +258,7 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
             start: tokens that the sequences have read before, (S,); None for a fresh start.
             cu_seqlens: offsets of packed sequences.
             rotation: rotary positions of the tokens.
+            return_state: compute the whole state after the last token. A state that costs nothing may be there anyhow.
         """
         raise NotImplementedError
 
@@ -373,7 +379,10 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
 
     @property
     def reads_offsets(self) -> bool:
-        """Python reads the offsets of packed sequences: on a device, it would wait for them."""
+        """Python reads the offsets of packed sequences: on a device, it would wait for them.
+
+        For the next state of a model whose state grows, Python reads them in any case.
+        """
         return False
 
     @property
@@ -411,4 +420,4 @@ def observe(
     Raises:
         ValueError: tokens, offsets, mask or state do not fit each other or the model.
     """
-    return model._run(input_ids, state, cu_seqlens, attention_mask, recorded=True)
+    return model._run(input_ids, state, cu_seqlens, attention_mask, recorded=True, return_state=True)

@@ -136,16 +136,21 @@ def token_step(model: StreamingModel[State], state: State) -> Callable[[Tensor],
     return step_in_place(model, state.clone().with_position_on(state.device))
 
 
-def step_in_place(model: StreamingModel[State], state: State) -> Callable[[Tensor], Tensor]:
+def step_in_place(model: StreamingModel[State], state: State, *, has_room: bool = False) -> Callable[[Tensor], Tensor]:
     """Return a function that reads one token of every sequence, int64 (B,), and returns logits (B, V), call after call.
 
     Each call updates the tensors of the state, whose position is on its device. Python never reads them, so the call
     can be captured. It uses the kernels for one token where the model has them.
 
+    Args:
+        model: a model in evaluation mode.
+        state: the state.
+        has_room: a state that grows has slots for the tokens of all calls (``with_room``).
+
     Raises:
-        ConfigError: the state of the model grows, so that it cannot stay where it is.
+        ConfigError: the state of the model grows and has no room, so that it cannot stay where it is.
     """
-    if model.state_grows:
+    if model.state_grows and not has_room:
         raise ConfigError(
             "a model that attends to all tokens (attention_window=None) has no step with a state of fixed size: "
             "set attention_window, or read token by token with forward"

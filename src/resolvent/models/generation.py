@@ -1,6 +1,5 @@
 """Generation of text: sampling from a model that streams with a state."""
 
-import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Generic
 
@@ -17,10 +16,11 @@ from .state import State
 from .token_batch import check_attention_mask, check_tokens
 from .writing import Writer
 
-_log = logging.getLogger(__name__)
-
 WORTH_CAPTURING = 64
 """Number of new tokens from which on capturing the step as a CUDA graph saves time."""
+
+ROOM = 1024
+"""Tokens for which a state that grows has slots in a captured step; then the step is captured anew."""
 
 
 class Generation(nn.Module, Generic[State]):
@@ -44,7 +44,7 @@ class Generation(nn.Module, Generic[State]):
 
     @property
     def state_grows(self) -> bool:
-        """True if the state grows with the number of tokens read: no step of this model can be captured."""
+        """True if the state grows with the tokens read: a captured step serves as many as the state has slots for."""
         return False
 
     def fused_step(self, state: State) -> Callable[[Tensor], Tensor] | None:
@@ -175,20 +175,18 @@ def _draws(
     if samples > 1:
         hidden, state = hidden.repeat_interleave(samples, dim=0), state.repeat(samples)
     logits = at_least_float32(model.logits(hidden))
-    reader = TokenReader(model, state.reusable())  # the only one that reads on from it, until the writer captures
-    writer = Writer(reader, sampler, top, ends, logits)
-    draw = writer.first
+    # The reader is the only one that reads on from the state, until the writer captures and drops the reader.
+    writer = Writer(TokenReader(model, state.reusable()), sampler, top, ends, logits)
+    draw, room = writer.first, 0
     for remaining in range(max_new_tokens, 0, -1):
         yield draw
         if remaining == 1 or (ends and writer.ended.all()):
             writer.check()
             return
-        if remaining == max_new_tokens and logits.is_cuda and remaining >= WORTH_CAPTURING:
-            if model.state_grows:
-                _log.info("no captured steps: the model attends to all tokens, and its state grows")
-            else:
-                writer.capture(model, state)
-        draw = writer()
+        if not room and logits.is_cuda and max_new_tokens >= WORTH_CAPTURING:
+            room = ROOM if model.state_grows and remaining >= ROOM + WORTH_CAPTURING else remaining
+            state = writer.capture(model, state, room)
+        draw, room = writer(), room - 1
 
 
 def _ends(eos_token_id: int | Collection[int] | None) -> list[int]:

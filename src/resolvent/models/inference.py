@@ -1,5 +1,6 @@
 """Evaluation mode for one call, without a change to the mode of a model that other threads share."""
 
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,8 +88,14 @@ def _detach_parameters(view: nn.Module) -> None:
 def _without_view(model: nn.Module) -> str | None:
     """Return the name of the first module that has no view; None if there is none."""
     for name, module in model.named_modules():
-        replaced = any(inspect.isfunction(getattr(type(module), attribute, None)) for attribute in vars(module))
-        sharded = any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False))
+        replaced = not _functions_of(type(module)).isdisjoint(vars(module))
+        sharded = any(hasattr(parameter, "device_mesh") for parameter in module._parameters.values())
         if replaced or sharded or module._compiled_call_impl is not None:
             return name or type(module).__name__
     return None
+
+
+@functools.cache
+def _functions_of(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the names of the functions of a class of modules, its methods among them."""
+    return frozenset(name for name in dir(kind) if inspect.isfunction(getattr(kind, name, None)))

@@ -134,6 +134,14 @@ class ModelState:
         """Return the state as one whose tensors the next step may overwrite, in the memory of these very tensors."""
         return self
 
+    def with_room(self, tokens: int) -> Self:
+        """Return the state with slots for so many more tokens of every sequence, where it grows with them.
+
+        Python reads the position, wherever it is.
+        """
+        del tokens
+        return self
+
     def check(
         self, shapes: list[list[tuple[int, ...]]], sequences: int, device: torch.device, dtype: torch.dtype
     ) -> None:

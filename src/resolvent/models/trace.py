@@ -43,7 +43,7 @@ class Trace(Generic[Record, State]):
         entered: input of the first block: ``embedded`` after dropout, (B, N, D).
         layers: what every block computed; empty unless asked for.
         normed: final hidden states, (B, N, D).
-        after: the state after the last token.
+        next_state: the state after the last token; None where it was not asked for.
     """
 
     batch: TokenBatch
@@ -53,11 +53,17 @@ class Trace(Generic[Record, State]):
     entered: Tensor
     layers: tuple[Record, ...]
     normed: Tensor
-    after: State
+    next_state: State | None
 
     def __repr__(self) -> str:
         batch, length = self.batch.shape
-        return f"Trace({batch} x {length} tokens, records of {len(self.layers)} layers, {self.after})"
+        return f"Trace({batch} x {length} tokens, records of {len(self.layers)} layers, {self.next_state})"
+
+    @property
+    def after(self) -> State:
+        """The state after the last token, of a trace that has it."""
+        assert self.next_state is not None
+        return self.next_state
 
     @property
     def hidden(self) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops import likeliest
 from ..ops.precision import at_least_float32
-from .decoding import StreamingModel, captured, token_step
+from .decoding import WARM_UP, StreamingModel, captured, step_in_place
 from .sampling import Draw, Sampler, check_finite
 from .state import State, map_tensors
 
@@ -57,18 +57,25 @@ class Writer:
         """Raise a ResolventError if a logit so far was not finite: what is not finite once stays so in the sum."""
         check_finite(self._largest)
 
-    def capture(self, model: StreamingModel[State], state: State) -> None:
+    def capture(self, model: StreamingModel[State], state: State, tokens: int) -> State:
         """Replay a CUDA graph of step and draw from now on.
 
         Args:
             model: a model on CUDA, in evaluation mode.
             state: state before the last draw is read; it is copied.
+            tokens: most draws until the next capture: for those, a state that grows gets slots now.
+
+        Returns:
+            the state that every draw updates, where it is.
         """
-        trial, self._step = token_step(model, state), token_step(model, state)
+        device = self._token.device
+        of_trial, own = (state.clone().with_position_on(device).with_room(max(tokens, WARM_UP)) for _ in range(2))
+        trial = step_in_place(model, of_trial, has_room=True)
+        self._step = step_in_place(model, own, has_room=True)
         changing = [self.ended, self._token, self._largest, *self._sampler.tensors()]
         before = [x.clone() for x in changing]
         graph, draw = captured(
-            self._token.device,
+            device,
             lambda: self._draw(self._step(self._token)),
             lambda: self._draw(trial(self._token)),
         )
@@ -80,6 +87,7 @@ class Writer:
             return draw
 
         self._advance = advance
+        return own
 
     def _set_numbers(self) -> None:
         """Draw the random numbers of the next draw."""

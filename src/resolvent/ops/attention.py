@@ -7,7 +7,8 @@ a window, every token attends to all before it, and the buffer grows in blocks.
 
 Three forms compute the same: a dense mask in float64 (the reference), one token at a time (generation), and bands
 (training): blocks of W queries against the W keys before the block and its own. No form but the reference makes a
-matrix of N x N scores. On CUDA, in half precision, the kernel is PyTorch's ``varlen_attn``.
+matrix of N x N scores. On CUDA, in half precision, the kernel is PyTorch's ``varlen_attn``, but for
+whole sequences that the window does not cut: ``scaled_dot_product_attention`` knows faster ones.
 
 Shapes: B batch, N sequence, H heads of queries, J heads of keys and values (H is a multiple of J), K key width,
 V value width, S sequences, W window or capacity of the buffer, T tokens in all.
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention_window import (
     GROWTH,
@@ -29,13 +31,14 @@ from .attention_window import (
     WindowState,
     capacity_for,
     empty_window,
+    first_buffer,
     in_blocks,
     in_order,
     next_buffer,
     padded,
     with_capacity,
 )
-from .dispatch import Implementation, count_run, select
+from .dispatch import Implementation, beyond_float32, count_run, select
 from .packed import check_shape, count_sequences, sequence_numbers
 from .precision import without_autocast
 
@@ -45,6 +48,10 @@ _NO_SEQUENCE = -1
 """Number of the sequence of padding and of empty slots."""
 _WIDEST_HEAD = 256
 """Width of a head up to which FlashAttention has kernels."""
+_LEAST_PLANNED = 4096
+"""Tokens from which on a plan of cuDNN pays where no gradient is needed."""
+_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels of ``scaled_dot_product_attention`` but for cuDNN's."""
 
 
 def local_attention(
@@ -58,7 +65,8 @@ def local_attention(
     position: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, WindowState]:
+    return_state: bool = True,
+) -> tuple[Tensor, WindowState | None]:
     """Attend to the last tokens.
 
     Args:
@@ -69,15 +77,18 @@ def local_attention(
         window: number of tokens that a token attends to, itself among them; None for all.
         initial_state: window before the first token, a row per sequence; needs ``position``. None where nothing was
             read before.
-        position: tokens that each sequence has read before, integer (B,) or (S,). Python reads it where ``window`` is
-            None, and for one token where it is on the CPU.
-        cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1.
+        position: tokens that each sequence has read before, integer (B,) or (S,). Python reads it for the next state
+            where ``window`` is None, and for one token where it is on the CPU.
+        cu_seqlens: offsets of S packed sequences, integer (S + 1,), from 0 to N; needs B = 1. Python reads them for the
+            next state where ``window`` is None, and otherwise only where they are on the CPU.
         backend: ``auto``, ``torch`` or ``triton``, which stands for ``varlen_attn`` here. One token of every sequence
-            (N = 1) is read by torch code on every device.
+            (N = 1) is read by ``local_attention_step``. ``auto`` reads whole sequences, whose tokens attend to all
+            before them, with PyTorch's ``scaled_dot_product_attention``, which has the faster kernels for them.
+        return_state: compute the window after the last token.
 
     Returns:
-        The read-out (B, N, H, V) in the dtype of ``v``, and the window after the last token. Both are differentiable in
-        every real-valued input, the initial state included.
+        The read-out (B, N, H, V) in the dtype of ``v``, and the window after the last token, or None. Both are
+        differentiable in every real-valued input, the initial state included.
 
     Raises:
         ConfigError: the backend cannot run these tensors.
@@ -93,16 +104,22 @@ def local_attention(
     _check_shapes(q, k, v, temperature, window, initial_state, position, cu_seqlens)
     if q.numel() == 0:
         state = initial_state or empty_window(count_sequences(q.shape[0], cu_seqlens), window or GROWTH, k, v)
-        return v.new_zeros(*q.shape[:3], v.shape[-1]), state
+        return v.new_zeros(*q.shape[:3], v.shape[-1]), state if return_state else None
     with without_autocast(q.device):  # it would change the dtype of float32 tensors
         if q.shape[1] == 1 and cu_seqlens is None and initial_state is not None and position is not None:
-            count_run("local_attention", "torch")
             readout, state = local_attention_step(
-                q.squeeze(1), k.squeeze(1), v.squeeze(1), temperature, window, initial_state, position
+                q.squeeze(1), k.squeeze(1), v.squeeze(1), temperature, window, initial_state, position, backend
             )
-            return readout.unsqueeze(1), state
+            return readout.unsqueeze(1), state if return_state else None
         chosen = attention_implementation(backend, q.device, q.dtype, k.shape[-1], v.shape[-1])
-        return _attend(chosen, q, k, v, temperature, window, initial_state, position, cu_seqlens)
+        if backend == "auto" and _is_whole(q, window, initial_state, cu_seqlens):
+            chosen = "torch"
+        count_run("local_attention", chosen)
+        if initial_state is not None:
+            initial_state = WindowState(*(x.to(k.dtype) for x in initial_state))
+        sources = window, initial_state, position, cu_seqlens
+        readout = _attend(chosen, q, k, v, temperature, *sources)
+        return readout, _window_after(k, v, *sources) if return_state else None
 
 
 @torch.compiler.assume_constant_result
@@ -111,13 +128,20 @@ def attention_implementation(backend: str, device: torch.device, dtype: torch.dt
     obstacle = None
     if device.type != "cuda":
         obstacle = f"its kernel runs on CUDA, the tensors are on {device.type}"
-    elif dtype not in (torch.bfloat16, torch.float16):
-        obstacle = f"its kernel takes float16 and bfloat16, the tensors are {dtype}"
-    elif len(set(widths)) > 1 or widths[0] % 8 or widths[0] > _WIDEST_HEAD:
-        obstacle = f"its kernel takes keys and values of one width, a multiple of 8 up to {_WIDEST_HEAD}, got {widths}"
+    elif not_flash := _beyond_flash(dtype, *widths):
+        obstacle = not_flash
     elif not {"window_size", "scale"} <= _varlen_parameters():
         obstacle = f"varlen_attn of PyTorch {torch.__version__} takes no window"
     return "varlen" if select(backend, device, "local_attention", obstacle) == "triton" else "torch"
+
+
+def _beyond_flash(dtype: torch.dtype, *widths: int) -> str | None:
+    """Return the obstacle of FlashAttention and of cuDNN's kernel; None if they take heads of these widths."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"its kernel takes float16 and bfloat16, the tensors are {dtype}"
+    if len(set(widths)) > 1 or widths[0] % 8 or widths[0] > _WIDEST_HEAD:
+        return f"its kernel takes keys and values of one width, a multiple of 8 up to {_WIDEST_HEAD}, got {widths}"
+    return None
 
 
 def local_attention_step(
@@ -128,6 +152,7 @@ def local_attention_step(
     window: int | None,
     state: WindowState,
     position: Tensor,
+    backend: str = "auto",
 ) -> tuple[Tensor, WindowState]:
     """Attend from one token of every sequence.
 
@@ -137,8 +162,10 @@ def local_attention_step(
         v: values, (B, J, V).
         temperature: factor of the scores, (H,), or one for all heads.
         window: number of tokens that a token attends to; None for all.
-        state: window before the token. A ``ReusedWindow`` is overwritten, and keeps its dtype.
+        state: window before the token. A ``ReusedWindow`` is overwritten, and keeps its dtype; without a window it has
+            a slot for the token already where the position is on a device, which Python then does not read.
         position: tokens that each sequence has read before, integer (B,).
+        backend: ``auto``, ``torch`` or ``triton``. A kernel serves a ``ReusedWindow`` with its position on the device.
 
     Returns:
         The read-out (B, H, V) in the dtype of ``v``, and the next window.
@@ -151,9 +178,17 @@ def local_attention_step(
         (True, torch.Size([1, 32, 2, 16]))
     """
     place = _one_place(position)
-    if window is None:
+    if window is None and (position.device.type == "cpu" or not isinstance(state, ReusedWindow)):
         state = with_capacity(state, capacity_for(1, position) if place is None else in_blocks(place + 1))
     capacity = state.keys.shape[1]
+    if isinstance(temperature, Tensor):
+        q, temperature = _scaled(q, temperature), 1.0
+    if _has_kernel(backend, q, state, position):
+        from .triton.attention_step import attention_step
+
+        assert isinstance(state, ReusedWindow)
+        return attention_step(q, k, v, temperature, state, position), state
+    count_run("local_attention_step", "torch")
     # 1. Write the token; find the slots that are filled.
     if place is not None:
         state, mask = _with_token(state, k, v, place % capacity), None
@@ -165,11 +200,17 @@ def local_attention_step(
         filled = state
     # 2. Attend: the queries of the G heads that share a key are rows of one product.
     keys_BJWK, values_BJWV = (x.to(q.dtype).transpose(1, 2) for x in filled)
-    if isinstance(temperature, Tensor):
-        q, temperature = _scaled(q, temperature), 1.0
     query_BJGK = q.unflatten(1, (k.shape[1], -1))
     readout = F.scaled_dot_product_attention(query_BJGK, keys_BJWK, values_BJWV, mask, scale=temperature)
     return readout.flatten(1, 2).to(v.dtype), state
+
+
+def _has_kernel(backend: str, q: Tensor, state: WindowState, position: Tensor) -> bool:
+    """Return True if a kernel reads a token of every sequence."""
+    in_place = isinstance(state, ReusedWindow) and position.device == q.device and not torch.compiler.is_compiling()
+    if not in_place or max(q.shape[-1], state.values.shape[-1]) > _WIDEST_HEAD:
+        return False
+    return select(backend, q.device, "local_attention_step", beyond_float32(q.dtype)) == "triton"
 
 
 def _one_place(position: Tensor) -> int | None:
@@ -274,6 +315,11 @@ def _check_shapes(
     check_shape("initial_state.values", state.values, (sequences, capacity, *v.shape[2:]))
 
 
+def _is_whole(q: Tensor, window: int | None, state: WindowState | None, cu_seqlens: Tensor | None) -> bool:
+    """Return True if the tokens are whole sequences, of one length, in which each attends to all before it."""
+    return state is None and cu_seqlens is None and (window is None or q.shape[1] <= window)
+
+
 def _attend(
     chosen: Implementation,
     q: Tensor,
@@ -284,24 +330,37 @@ def _attend(
     state: WindowState | None,
     position: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, WindowState]:
+) -> Tensor:
     """Compute the forms for many tokens; arguments as in the operator."""
-    layout = Layout.of(k, position, cu_seqlens)
-    if state is not None:
-        state = WindowState(*(x.to(k.dtype) for x in state))
-        if window is None:
-            state = with_capacity(state, capacity_for(q.shape[1], position, cu_seqlens))
-    count_run("local_attention", chosen)
-    scaled = _scaled(q, temperature)
+    if chosen == "torch" and _is_whole(q, window, state, cu_seqlens):
+        if isinstance(temperature, Tensor):
+            q, temperature = _scaled(q, temperature), 1.0
+        return _attend_causally(q, k, v, temperature)
+    scaled, layout = _scaled(q, temperature), Layout.of(k, position, cu_seqlens)
     if chosen == "varlen":
-        readout = _varlen(scaled, k, v, window, state, layout, cu_seqlens)
-    elif window is None:
-        readout = _attend_all(scaled, k, v, state, layout, cu_seqlens)
-    else:
-        readout = _attend_in_bands(scaled, k, v, window, state, layout, cu_seqlens)
-    old = state or (None, None)
-    capacity = window or (capacity_for(q.shape[1], position, cu_seqlens) if state is None else state.keys.shape[1])
-    return readout, WindowState(*(next_buffer(x, b, layout, capacity) for x, b in zip((k, v), old, strict=True)))
+        return _varlen(scaled, k, v, window, state, layout, cu_seqlens)
+    if window is None:
+        return _attend_all(scaled, k, v, state, layout, cu_seqlens)
+    return _attend_in_bands(scaled, k, v, window, state, layout, cu_seqlens)
+
+
+def _window_after(
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    state: WindowState | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> WindowState:
+    """Return the window after the last token; arguments as in the operator."""
+    capacity = window or capacity_for(k.shape[1], position, cu_seqlens)
+    if state is None and position is None and cu_seqlens is None:
+        return WindowState(first_buffer(k, capacity), first_buffer(v, capacity))
+    layout, old = Layout.of(k, position, cu_seqlens), (None, None)
+    if state is not None:
+        old = with_capacity(state, capacity)
+        capacity = old.keys.shape[1]
+    return WindowState(*(next_buffer(x, b, layout, capacity) for x, b in zip((k, v), old, strict=True)))
 
 
 def _scaled(q: Tensor, temperature: Tensor | float) -> Tensor:
@@ -329,8 +388,6 @@ def _attend_in_bands(
     """Attend within a window: lay the tokens out so that every row has ``window`` slots before its first query."""
     batch, length = q.shape[:2]
     if state is None:
-        if cu_seqlens is None and length <= window:  # the window does not bind
-            return _attend_causally(q, k, v)
         numbers = q.new_zeros(batch, length, dtype=torch.int64)
         if cu_seqlens is not None:
             numbers = sequence_numbers(cu_seqlens.to(q.device, non_blocking=True), length).unsqueeze(0)
@@ -415,18 +472,46 @@ def _spans(x: Tensor, span: int, block: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- all tokens
 
 
-def _attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
     """Attend to all tokens before, where none was read before them."""
+    fits = q.device.type == "cuda" and _beyond_flash(q.dtype, q.shape[-1], v.shape[-1]) is None
+    if fits and not torch.compiler.is_compiling():
+        return _attend_causally_on_cuda(q, k, v, scale)
     q, k, v = (_for_heads(x, q.shape[2]).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+
+
+def _attend_causally_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attend with the kernel of cuDNN or with FlashAttention 2, in half precision.
+
+    The kernel of cuDNN is the faster one, but a plan of it for a length that is new takes as long as reading thousands
+    of tokens. So it gets long sequences and those that are trained on, padded at the end to few different lengths.
+    """
+    length, trained = q.shape[1], torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    options: dict[str, Any] = dict(is_causal=True, scale=scale, enable_gqa=k.shape[2] != q.shape[2])
+    if trained or length >= _LEAST_PLANNED:
+        q, k, v = (padded(x, 0, _planned_length(length) - length).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)[:, :length]
+    with sdpa_kernel(_WITHOUT_PLANS):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+
+def _planned_length(length: int) -> int:
+    """Return the length of a plan for so many tokens: eight in every octave, multiples of 64."""
+    step = max(64, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
 
 
 def _attend_all(
     q: Tensor, k: Tensor, v: Tensor, state: WindowState | None, layout: Layout, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """Attend to all tokens before; packed sequences one after another, at offsets that Python reads."""
+    """Attend to all tokens before: in packed sequences one after another, where Python reads their offsets."""
     if cu_seqlens is None:
-        return _attend_causally(q, k, v) if state is None else _attend_behind(q, k, v, state, layout.start)
+        assert state is not None
+        return _attend_behind(q, k, v, state, layout.start)
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return _attend_packed(q, k, v, state, layout)
     readouts = []
     for i, (first, last) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
         if first == last:
@@ -441,18 +526,53 @@ def _attend_all(
 
 
 def _attend_behind(q: Tensor, k: Tensor, v: Tensor, state: WindowState, start: Tensor) -> Tensor:
-    """Attend to the tokens in a buffer, of which ``start`` (B,) are filled, and to those before: block by block."""
-    capacity, length = state.keys.shape[1], q.shape[1]
+    """Attend to the tokens in a buffer, of which ``start`` (B,) are filled, and to those before."""
     k, v = torch.cat([state.keys, k], 1), torch.cat([state.values, v], 1)
+    of_queries = torch.zeros_like(q[..., 0, 0], dtype=torch.int64)
+    of_slots = torch.where(_filled(state, start), 0, _NO_SEQUENCE)
+    return _attend_in_blocks(q, k, v, of_queries, torch.cat([of_slots, of_queries], 1))
+
+
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, state: WindowState | None, layout: Layout) -> Tensor:
+    """Attend in packed sequences whose offsets Python does not read: every token meets all keys, most of them masked.
+
+    The windows of all sequences, if there are any, are before the first token.
+    """
+    offsets = torch.cat([layout.offset, layout.offset.new_full((1,), q.shape[1])])
+    of_queries = of_keys = sequence_numbers(offsets, q.shape[1]).unsqueeze(0)
+    if state is not None:
+        k, v = (torch.cat([old.flatten(0, 1).unsqueeze(0), x], 1) for old, x in zip(state, (k, v), strict=True))
+        own = torch.arange(len(layout.start), device=q.device).unsqueeze(1)
+        of_slots = torch.where(_filled(state, layout.start), own, _NO_SEQUENCE)
+        of_keys = torch.cat([of_slots.flatten().unsqueeze(0), of_queries], 1)
+    return _attend_in_blocks(q, k, v, of_queries, of_keys)
+
+
+def _filled(state: WindowState, start: Tensor) -> Tensor:
+    """Return the slots (S, W) of a buffer without a window that hold a token, after ``start`` (S,) tokens."""
+    return torch.arange(state.keys.shape[1], device=start.device) < start.unsqueeze(1)
+
+
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, of_queries: Tensor, of_keys: Tensor) -> Tensor:
+    """Attend to the keys of the own sequence, block of queries by block.
+
+    Args:
+        q: scaled queries, (B, N, H, K).
+        k: keys, (B, P + N, J, K): P of earlier tokens, then those of the queries' tokens.
+        v: values, (B, P + N, J, V).
+        of_queries: sequence of every query, (B, N).
+        of_keys: sequence of every key, (B, P + N).
+    """
+    length = q.shape[1]
+    before = k.shape[1] - length
     q, k, v = (_for_heads(x, q.shape[2]).transpose(1, 2) for x in (q, k, v))
-    index = torch.arange(capacity + length, device=q.device)
-    readable_BL = (index >= capacity) | (index < start.unsqueeze(1))
+    index = torch.arange(before + length, device=q.device)
     readouts = []
     for first in range(0, length, GROWTH):
         last = min(first + GROWTH, length)
-        seen = slice(0, capacity + last)
-        causal_CL = index[seen] <= capacity + torch.arange(first, last, device=q.device).unsqueeze(1)
-        mask = (readable_BL[:, None, seen] & causal_CL).unsqueeze(1)
+        seen = slice(0, before + last)
+        causal_CL = index[seen] <= before + torch.arange(first, last, device=q.device).unsqueeze(1)
+        mask = (causal_CL & (of_keys[:, None, seen] == of_queries[:, first:last, None])).unsqueeze(1)
         readouts.append(
             F.scaled_dot_product_attention(q[:, :, first:last], k[:, :, seen], v[:, :, seen], mask, scale=1.0)
         )

@@ -86,6 +86,14 @@ def _held(end: Tensor, capacity: int) -> Tensor:
     return last - (last - torch.arange(capacity, device=end.device)) % capacity
 
 
+def first_buffer(x: Tensor, capacity: int) -> Tensor:
+    """Return the buffer (B, W, J, K) behind the first tokens x (B, N, J, K) of sequences, which may be x itself."""
+    length = x.shape[1]
+    if length <= capacity:
+        return padded(x, 0, capacity - length).contiguous()
+    return x[:, length - capacity :].roll(length % capacity, 1)
+
+
 def next_buffer(x: Tensor, buffer: Tensor | None, layout: Layout, capacity: int) -> Tensor:
     """Return the buffer (S, W, J, K) behind tokens x (B, N, J, K)."""
     flat = x.flatten(0, 1)
@@ -106,10 +114,11 @@ def in_order(state: WindowState, start: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def capacity_for(length: int, position: Tensor | None, cu_seqlens: Tensor | None = None) -> int:
-    """Return the slots that a buffer without a window needs to hold all tokens."""
+    """Return the slots that a buffer without a window needs to hold all tokens; Python reads tensors it is given."""
+    if position is None and cu_seqlens is None:
+        return in_blocks(length)
     lengths = torch.tensor([length]) if cu_seqlens is None else cu_seqlens.diff()
-    most = int((lengths if position is None else position + lengths.to(position.device)).max())
-    return in_blocks(most)
+    return in_blocks(int((lengths if position is None else position + lengths.to(position.device)).max()))
 
 
 def in_blocks(tokens: int) -> int:

@@ -28,8 +28,8 @@ def loss_and_gradients(forward, model, ids, **options):
     return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def check(backend, ids, calls, compiler="aot_eager", recompute=False, **sizes):
-    model = small_model(spread=0.1, backend=backend, n_layers=2, **sizes).train()
+def check(backend, ids, calls, compiler="aot_eager", recompute=False, layers=2, **sizes):
+    model = small_model(spread=0.1, backend=backend, n_layers=layers, **sizes).train()
     for block in model.blocks:
         block.gradient_checkpointing = recompute
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
@@ -114,3 +114,20 @@ def test_each_block_compiles_to_one_graph(sizes):
     assert (found - expected).abs() <= 1e-5 * expected.abs()
     for a, b in zip(found_gradients, gradients, strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-9
+
+
+ALL_TOKENS = dict(attention_layers=(0,), attention_window=None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "offsets"),
+    [
+        (ALL_TOKENS, None),
+        (ALL_TOKENS, [0, 10, 10, 30]),
+        (dict(bk_core=False, conv_size=1, qk_norm=False, **ALL_TOKENS), None),
+    ],
+    ids=["rectangle", "packed", "as converted"],
+)
+def test_attention_to_all_tokens_compiles_to_one_graph(sizes, offsets):
+    options = {} if offsets is None else {"cu_seqlens": torch.tensor(offsets)}
+    check("torch", torch.randint(0, 97, (2 if offsets is None else 1, 31)), [options], layers=1, **sizes)

@@ -58,6 +58,7 @@ class Phase1IntegratedModel(IntegratedModel[Phase1Config, Phase1Record, Phase1St
         start: Tensor | None,
         cu_seqlens: Tensor | None,
         rotation: Rotation | None,
+        return_state: bool,
     ) -> Phase1Record:
         return block(x, state, cu_seqlens)
 

@@ -49,7 +49,7 @@ class Phase2Record(NamedTuple):
         memory_input: normed tokens, which BK-Core and memory read, or the attention in its place, (B, N, D).
         readout: its read-out, normalised and not gated, (B, N, HV).
         values: values that were written, (B, N, H, V), or attended to, (B, N, J, V).
-        state: state after the last token.
+        state: state after the last token; without the window where no state was asked for.
     """
 
     output: Tensor
@@ -95,7 +95,7 @@ class Phase2Block(Block[Phase2Record]):
         self.ar_ssm = _semiseparable(config)
         self.ln2 = stream_norm(config)
         self.ffn = (
-            GatedFeedForward(width, config.ffn_width)
+            GatedFeedForward(width, config.ffn_width, config.backend)
             if config.ffn_gated
             else nn.Sequential(nn.Linear(width, config.ffn_width), nn.GELU(), nn.Linear(config.ffn_width, width))
         )
@@ -142,6 +142,7 @@ class Phase2Block(Block[Phase2Record]):
         position: Tensor | None,
         cu_seqlens: Tensor | None,
         rotation: Rotation | None = None,
+        return_state: bool = True,
     ) -> Phase2Record:
         """Run the block.
 
@@ -152,6 +153,7 @@ class Phase2Block(Block[Phase2Record]):
             position: tokens that the sequences have read before, (S,); None for a fresh start.
             cu_seqlens: offsets of packed sequences.
             rotation: rotary positions of the tokens; None where the block computes them, or does not attend.
+            return_state: compute the state after the last token.
         """
         resolvent, ar_ssm = (None, None) if state is None else (state.resolvent, state.ar_ssm)
         # 1. One norm and one product in, the short convolution behind it.
@@ -164,7 +166,7 @@ class Phase2Block(Block[Phase2Record]):
         if self.dissipative_bk is not None:
             features, gamma, resolvent = self.dissipative_bk(normed, readout, resolvent, cu_seqlens, of_potential)
         # 3. Memory, with the same Γ, or attention.
-        read = self._read(normed, gamma, state, position, cu_seqlens, given, rotation, features)
+        read = self._read(normed, gamma, state, position, cu_seqlens, given, rotation, features, return_state)
         # 4. One product out, of the gated read-out with the features behind it.
         widths, maps = [read.readout.shape[-1]], [self.mixer.out_proj]
         if features is not None and self.bk_proj is not None:
@@ -192,6 +194,7 @@ class Phase2Block(Block[Phase2Record]):
         given: Given,
         rotation: Rotation | None,
         features: Tensor | None,
+        return_state: bool,
     ) -> HebbianOutput | AttentionOutput:
         """Read the memory, or attend."""
         conv_tail = None if state is None else state.conv_tail
@@ -206,7 +209,7 @@ class Phase2Block(Block[Phase2Record]):
             window = state.cache if self.attention.window is None else state.window
             if window is None:
                 raise ValueError("the state belongs to another model: one of its windows grows, or none of them does")
-        return self.attention(x, window, conv_tail, position, cu_seqlens, given, rotation, features)
+        return self.attention(x, window, conv_tail, position, cu_seqlens, given, rotation, features, return_state)
 
     def _state(
         self, read: HebbianOutput | AttentionOutput, resolvent: Tensor | None, ar_ssm: SemiseparableState | None

@@ -69,6 +69,8 @@ class TokenStep:
             return "it has a tensor-train embedding, a semiseparable branch or no short convolution"
         if config.memory_rotation or config.memory_norm_weight:
             return "its memory rotates, or the norm of its read-out has weights"
+        if model.state_grows:
+            return "it attends to all tokens"
         if model.position_embedding is None or model.position_embedding.trainable:
             return "it has no positions, or their frequencies are trained"
         if config.norm != "layernorm" or config.qkv_bias or not config.bk_core:

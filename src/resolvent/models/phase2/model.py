@@ -67,9 +67,10 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
         start: Tensor | None,
         cu_seqlens: Tensor | None,
         rotation: Rotation | None,
+        return_state: bool,
     ) -> Phase2Record:
         readout = None if previous is None else previous.readout
-        return block(x, readout, state, start, cu_seqlens, rotation)
+        return block(x, readout, state, start, cu_seqlens, rotation, return_state)
 
     def _rotation(self, position: Tensor, dtype: torch.dtype) -> Rotation | None:
         attention = next((block.attention for block in self._blocks if block.attention is not None), None)
@@ -102,7 +103,7 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
         remembers = len(config.attention_layers) < config.n_layers
         turning = config.memory_rotation and (config.snr_enabled or config.resonance_enabled)
         memory = memory_implementation(config.backend, head.device, head.dtype, config.head_dim, turning=turning)
-        return self.state_grows or (remembers and memory == "torch")
+        return remembers and memory == "torch"
 
     @property
     def _blocks(self) -> Sequence[Phase2Block]:

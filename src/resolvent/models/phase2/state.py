@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...layers import SemiseparableState
 from ...ops import MemoryState, ReusedWindow, WindowState
+from ...ops.attention_window import in_blocks, with_capacity
 from ...ops.memory_rotation import angles_of, rotate_memory
 from ..state import ModelState
 
@@ -60,6 +61,14 @@ class Phase2State(ModelState):
 
     def in_place(self) -> Self:
         return type(self)(self.position, _with_windows(self.layers, lambda window: ReusedWindow(*window)))
+
+    def with_room(self, tokens: int) -> Self:
+        if not any(layer.cache for layer in self.layers):
+            return self
+        slots = in_blocks(int(self.position.max()) + tokens)
+        grown = [layer.cache and ReusedWindow.of(with_capacity(layer.cache, slots)) for layer in self.layers]
+        layers = [layer._replace(cache=cache) for layer, cache in zip(self.layers, grown, strict=True)]
+        return type(self)(self.position, tuple(layers))
 
     def _map_layers(self, function: Callable[[Tensor], Tensor]) -> tuple[LayerState, ...]:
         """Apply a function to every tensor; the result may have other references, and is not to be overwritten."""
