@@ -5,10 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from resolvent.training.sharding import local_tensor
+from resolvent.training.sharding import free_whole_weights, local_tensor
 
 _SUFFIX = "/ema"
 
@@ -52,8 +51,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        if isinstance(self._model, FSDPModule):
-            self._model.reshard()  # after a forward pass without a backward pass, the outermost weights are still whole
+        free_whole_weights(self._model)
         for name, weight in self._weights.items():
             average = self._averages[name]
             before = weight.clone()
