@@ -394,7 +394,7 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
     _join_processes(device)
-    replicas = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    replicas = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
