@@ -20,33 +20,38 @@ class Compilation(NamedTuple):
     """Choice for a run.
 
     Attributes:
-        wanted: the model is compiled.
+        wanted: the model is compiled: by a single process as a whole, by several block by block.
+        padded: the offsets of documents lie on the device, filled up to a power of two: compiled code serves any
+            number of documents, and no step waits for a copy.
+        replayed: forward and backward passes are replayed from CUDA graphs.
         obstacle: reason that a long run on CUDA is not compiled; "" for none.
     """
 
     wanted: bool
+    padded: bool = False
+    replayed: bool = False
     obstacle: str = ""
 
 
-def choose_compilation(config: TrainingConfig, device: torch.device, model: IntegratedModel) -> Compilation:
-    """Return whether to compile a model: as the configuration says, or where that repays its time.
+def choose_compilation(
+    config: TrainingConfig, device: torch.device, processes: int, model: IntegratedModel
+) -> Compilation:
+    """Return whether a run compiles its model, and how: as the configuration says, or where that repays its time.
 
     By default, long runs on CUDA are compiled if there is a compiler and the model compiles as one piece.
+
+    With several processes, compiled code ends with each block, and no CUDA graph holds it: DDP and FSDP send gradients
+    and weights of a block while others compute.
     """
-    if config.compile is not None:
-        return Compilation(config.compile)
-    if device.type != "cuda" or config.steps * config.accumulation < LEAST_COMPILED_BATCHES:
-        return Compilation(False)
-    obstacle = _obstacle_in_model(model) or _missing_compiler()
-    return Compilation(not obstacle, obstacle)
+    on_cuda = device.type == "cuda"
+    long = on_cuda and config.steps * config.accumulation >= LEAST_COMPILED_BATCHES
+    obstacle = obstacle_in_model(model) or _missing_compiler() if config.compile is None and long else ""
+    wanted = long and not obstacle if config.compile is None else config.compile
+    padded = wanted and on_cuda and not model.reads_offsets
+    return Compilation(wanted, padded, replayed=padded and processes == 1, obstacle=obstacle)
 
 
-def compiles_whole(model: IntegratedModel) -> bool:
-    """Return True if torch.compile compiles a model as one piece, and does so once in a run."""
-    return not _obstacle_in_model(model)
-
-
-def _obstacle_in_model(model: IntegratedModel) -> str:
+def obstacle_in_model(model: IntegratedModel) -> str:
     """Return what cuts the compiled code of a model into pieces, or changes it in a run; "" for nothing."""
     if isinstance(model.config, Phase1Config):
         return "the rank of a Phase 1 model changes in training"
@@ -70,7 +75,7 @@ def compile_blocks(model: IntegratedModel) -> None:
     """
     for block in model.blocks:
         owner: Any = block
-        owner.compute = torch.compile(owner.compute, fullgraph=compiles_whole(model))
+        owner.compute = torch.compile(owner.compute, fullgraph=not obstacle_in_model(model))
 
 
 @contextmanager

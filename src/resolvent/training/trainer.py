@@ -44,7 +44,7 @@ from resolvent.training.compilation import (
     choose_compilation,
     compile_blocks,
     compiler_errors,
-    compiles_whole,
+    obstacle_in_model,
     remove_compiled_blocks,
     without_compiled_blocks,
 )
@@ -191,9 +191,7 @@ class Trainer:
         self.sharded = is_sharded(model)
         if self.sharded and keeps_whole_weights(model, self.device):
             keep_whole_weights(model)
-        self.compilation = choose_compilation(config, self.device, model)
-        self.padded = self.compilation.wanted and self.device.type == "cuda" and not model.reads_offsets
-        self.replayed = self.padded and accelerator.num_processes == 1
+        self.compilation = choose_compilation(config, self.device, accelerator.num_processes, model)
         if self.compilation.wanted:
             self._compile()
         if self.sharded:  # it needs autocast only
@@ -210,16 +208,12 @@ class Trainer:
         )
 
     def _compile(self) -> None:
-        """Have the model compiled: by a single process as a whole, and by several processes block by block.
-
-        A single process replays steps from CUDA graphs if no code reads the offsets of documents on the CPU. DDP and
-        FSDP send gradients and weights block by block, beside the computation of other blocks.
-        """
+        """Have the model compiled: by a single process as a whole, and by several processes block by block."""
         if self.accelerator.num_processes > 1:
             compile_blocks(self.raw_model)
         elif compiler := self.accelerator.state.dynamo_plugin:
-            compiler.backend, compiler.fullgraph = DynamoBackend.INDUCTOR, compiles_whole(self.raw_model)
-            compiler.mode = "reduce-overhead" if self.replayed else "default"
+            compiler.backend, compiler.fullgraph = DynamoBackend.INDUCTOR, not obstacle_in_model(self.raw_model)
+            compiler.mode = "reduce-overhead" if self.compilation.replayed else "default"
 
     @property
     def batches_per_step(self) -> int:
@@ -347,7 +341,7 @@ class Trainer:
                 loss = loss * weight
                 accelerator.backward(loss + penalty)
             loss_sum += loss.detach()
-            if self.replayed and number == mine[0] != mine[-1]:
+            if self.compilation.replayed and number == mine[0] != mine[-1]:
                 self._move_gradients()
         return loss_sum / len(mine)
 
@@ -422,9 +416,9 @@ class Trainer:
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Return the loss in nats per token, and the penalty of the model."""
         options = {"return_penalty": True} if self.raw_model.penalised else {}
-        if self.replayed:
+        if self.compilation.replayed:
             torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last replay are not used any more
-        if self.padded:
+        if self.compilation.padded:
             # No code reads the offsets on the CPU, and the number of segments selects a CUDA graph.
             input_ids, labels, cu_seqlens = batch.padded().to(self.device)
             torch._dynamo.mark_dynamic(cu_seqlens, 0)  # compiled once, for any number of segments
