@@ -105,7 +105,8 @@ def compiler_errors() -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        first = str(error).strip().partition("\n")[0]
+        cause = getattr(error, "inner_exception", error)  # of the compiler behind Dynamo
+        first = str(cause).strip().partition("\n")[0]
         raise ConfigError(
-            f"torch.compile cannot compile the model ({type(error).__name__}: {first}): train with --no-compile"
+            f"torch.compile cannot compile the model ({type(cause).__name__}: {first}): train with --no-compile"
         ) from error
