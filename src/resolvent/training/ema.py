@@ -32,11 +32,12 @@ class WeightAverage:
         """The averages, under names such as `blocks.0.ffn.weight/ema`, for safetensors."""
         return {f"{name}{_SUFFIX}": x for name, x in self._averages.items()}
 
+    @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after a step, counted from one."""
         decay = min(self._decay, (1 + step) / (10 + step))
         averages, weights = (
-            [local_tensor(x).detach() for x in tensors.values()] for tensors in (self._averages, self._weights)
+            [local_tensor(x) for x in tensors.values()] for tensors in (self._averages, self._weights)
         )
         get_ema_multi_avg_fn(decay)(averages, weights, step)
 

@@ -367,6 +367,7 @@ class Trainer:
         asked = torch.full_like(loss, stopping)
         return self.accelerator.reduce(torch.stack([loss, asked]), reduction="mean")
 
+    @torch.no_grad()
     def _clip(self) -> torch.Tensor:
         """Clip the gradient; return its norm before clipping, on the device.
 
