@@ -84,7 +84,7 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        (Compilation(True), "Compiling the model; the first step takes about a minute (not with --no-compile)"),
+        (Compilation(True), "Compiling the model; the first step takes a minute or two (not with --no-compile)"),
         (Compilation(False, obstacle="Triton is not installed"), "Not compiled, since Triton is not installed"),
         (OFF, ""),
     ],
@@ -155,7 +155,7 @@ def test_the_time_to_compile_is_not_shown_as_speed():
     output = StringIO()
     display = TrainingDisplay(Console(file=output, width=200), steps=9, first_step=0, log_interval=1, warm_up=2)
     for step, seconds in enumerate([60.0, 9.0, 0.5, 0.1, 0.5], 1):
-        display.step(step, loss=2.0, bits_per_byte=2.5, rates={"lr": 0.1}, tokens=500, seconds=seconds)
+        display.step(step, loss=2.0, bits_per_byte=2.5, learning_rate=0.1, tokens=500, seconds=seconds)
     first, second, *others = output.getvalue().splitlines()
     assert "tokens/s" not in first + second and "ETA" not in first + second
     assert [line.split("bits/byte  ")[1] for line in (others[0], others[2])] == [

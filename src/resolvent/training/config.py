@@ -69,7 +69,7 @@ class TrainingConfig:
     compile: bool | None = setting(
         None,
         RUN,
-        "Compile the model with torch.compile: faster steps after about a minute.",
+        "Compile the model with torch.compile: faster steps after a minute or two.",
         default_text=f"on cuda, for runs of at least {LEAST_COMPILED_BATCHES:,} batches on each device",
     )
     recompute: bool = setting(

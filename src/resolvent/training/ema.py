@@ -36,9 +36,7 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """Take in the weights after a step, counted from one."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        averages, weights = (
-            [local_tensor(x) for x in tensors.values()] for tensors in (self._averages, self._weights)
-        )
+        averages, weights = ([local_tensor(x) for x in tensors.values()] for tensors in (self._averages, self._weights))
         get_ema_multi_avg_fn(decay)(averages, weights, step)
 
     @contextmanager

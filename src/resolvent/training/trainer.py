@@ -4,6 +4,7 @@ import logging
 import math
 import signal
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -209,6 +210,10 @@ class Trainer:
 
     def _compile(self) -> None:
         """Have the model compiled: by a single process as a whole, and by several processes block by block."""
+        # The operators compute with complex numbers in kernels of their own.
+        warnings.filterwarnings(
+            "ignore", message="Torchinductor does not support code generation for complex operators"
+        )
         if self.accelerator.num_processes > 1:
             compile_blocks(self.raw_model)
         elif compiler := self.accelerator.state.dynamo_plugin:
@@ -615,7 +620,7 @@ class Trainer:
             rate += f" (AdamW) and {muon:.2g} (Muon)"
         if config.start_from and config.learning_rate is None and config.lora is None:
             rate += f", {FROM_RATE:g} of that for fresh weights, since the model is trained already (--learning-rate)"
-        compiled = "Compiling the model; the first step takes about a minute (not with --no-compile)\n"
+        compiled = "Compiling the model; the first step takes a minute or two (not with --no-compile)\n"
         obstacle = f"Not compiled, since {self.compilation.obstacle}\n" if self.compilation.obstacle else ""
         self.display.say(
             f"Model     Phase {phase_of(self.raw_model)}, {origin}: "
