@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from io import StringIO
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch._dynamo.utils import counters
 
 from resolvent.errors import ConfigError
 from resolvent.models.phase1 import Phase1Config
@@ -21,6 +23,7 @@ from resolvent.training.compilation import (
     remove_compiled_blocks,
     without_compiled_blocks,
 )
+from resolvent.training.lora import LoraOptions, add_adapters
 from resolvent.training.progress import TrainingDisplay
 from resolvent.training.trainer import Trainer
 
@@ -138,6 +141,25 @@ def test_compiled_blocks_can_be_put_aside(counted: list[tuple[int, ...]]):
     remove_compiled_blocks(model)
     model(ids)
     assert len(counted) == 4
+
+
+@pytest.mark.parametrize(("changes", "adapted", "graphs"), [({}, False, 2), (dict(attention_layers=(2, 5)), True, 3)])
+def test_blocks_share_compiled_code(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], adapted: bool, graphs: int
+):
+    """The first block has no block before it to read from; all others of a kind are one piece of code."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(compilation, "obstacle_in_model", lambda _: "")  # documents alone cut the code on the CPU
+    config = Phase2Config(vocab_size=8, d_model=16, n_layers=6, n_seq=16, num_heads=1, head_dim=16, **changes)
+    model = Phase2IntegratedModel(config)
+    if adapted:
+        add_adapters(model, LoraOptions.parse("r=2,dropout=0.1"))
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(model.train())
+    model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[2, 3, 4]])).backward()
+    assert counters["stats"]["unique_graphs"] == graphs
+    torch._dynamo.reset()
 
 
 def test_blocks_are_compiled_in_training_alone(
