@@ -73,7 +73,7 @@ FAULTS = {
     "steps: many": "steps must be an integer, got 'many'",
     "steps: 0": "steps must be >= 1, got 0",
     "schedule: linear": "schedule must be one of cosine, wsd, constant, got 'linear'",
-    "compile: 1": "compile must be true or false, got 1",
+    "compile: 1": "compile must be true or false or None, got 1",
     "data: [a, 1]": "data must be a string or a list of strings or None, got ['a', 1]",
     "seed: !!python/object/apply:os.getpid []": "seed has a value that cannot be read: could not determine a",
     "seed: !!int x": "seed has a value that cannot be read",

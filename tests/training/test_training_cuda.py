@@ -18,6 +18,7 @@ from resolvent.data import Batch, PackedBatches
 from resolvent.models import load_model
 from resolvent.training import TrainingConfig, TrainingInterrupted, resume, train
 from resolvent.training.trainer import Trainer
+from tests.processes import together
 
 from .test_training_nonfinite import on_start, spoil_loss
 from .test_training_run import after_step, metrics
@@ -193,3 +194,21 @@ def test_a_stopped_run_resumes(
     resume(tmp_path / "parts")
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
     assert load_model(tmp_path / "parts", device="cpu").vocab_size == 257
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_gpus_train_as_one(
+    parallel: str, compiled: bool, small_config: Callable[..., TrainingConfig], tmp_path: Path
+):
+    gentle = dict(learning_rate=1e-4, ema=0.5)
+    alone = sharp(small_config, **gentle, accumulation=2, out=str(tmp_path / "alone"))
+    train(alone)
+    config = sharp(small_config, **gentle, out=str(tmp_path / "two"), parallel=parallel, compile=compiled)
+    together(2, train_silently, config)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+
+
+def train_silently(config: TrainingConfig) -> None:
+    train(config)

@@ -17,13 +17,22 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from resolvent.data import Batch
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.models import load_model
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
 from resolvent.tensors import read_tensors
-from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupted, resume, train
+from resolvent.training import (
+    NonFiniteError,
+    TrainingConfig,
+    TrainingInterrupted,
+    leaving_processes,
+    memory,
+    resume,
+    train,
+)
 from resolvent.training.checkpoint import find_checkpoint
 from resolvent.training.run_folder import has_begun
 from resolvent.training.trainer import Trainer
@@ -191,6 +200,24 @@ def test_two_sharded_processes_resume_a_run_of_one(make: MakeConfig, alone: Path
     assert len(list((parts / "checkpoints" / f"step-{STEPS:08d}").glob("shard-*"))) == 2
 
 
+def leave(error: bool) -> tuple[bool, bool]:
+    """Return True if there is a process group before the end of the block, and after it."""
+    torch.distributed.init_process_group("gloo")
+    try:
+        with leaving_processes():
+            before = torch.distributed.is_initialized()
+            if error:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        pass
+    return before, torch.distributed.is_initialized()
+
+
+def test_processes_leave_their_group_at_the_end():
+    assert together(2, leave, False) == [(True, False)] * 2
+    assert together(2, leave, True) == [(True, True)] * 2  # of gloo: only NCCL holds threads and connections open
+
+
 def final_loss(run: Path) -> float:
     return resume(run).validation.loss
 
@@ -207,6 +234,31 @@ def test_four_processes_resume_a_run_of_two(sharded: Path, tmp_path: Path):
     parts = go_back(sharded, tmp_path / "parts", step=4)
     together(4, go_on, parts)
     assert_agree(parts, sharded)
+
+
+def keep_no_weights(config: TrainingConfig) -> list[Any]:
+    """Train without memory for whole weights between the passes; the calls that keep them."""
+    memory._KEPT_WHOLE_PART = 0.0
+    kept: list[Any] = []
+    mark = FSDPModule.set_reshard_after_forward
+    FSDPModule.set_reshard_after_forward = lambda *values: (kept.append(values), mark(*values))[1]
+    train(config)
+    return kept
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_averages_of_two_processes_are_those_of_one(make: MakeConfig, parallel: str):
+    """Whole weights that a validation leaves are freed before the weights change places with their averages."""
+    alone = train(make("alone-ema", 1, ema=0.5), overwrite=True).run_dir
+    config = make(f"{parallel}-ema", 2, parallel=parallel, ema=0.5)
+    together(2, run_here, config)
+    assert_agree(config.run_dir, alone)
+
+
+def test_weights_are_freed_between_the_passes_where_memory_is_short(make: MakeConfig, alone: Path):
+    config = make("freed", 2, parallel="fsdp")
+    assert together(2, keep_no_weights, config) == [[], []]
+    assert_agree(config.run_dir, alone)
 
 
 def test_batches_that_cannot_be_shared_evenly_are_refused(sharded: Path, tmp_path: Path):

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from resolvent.models.phase1 import Phase1Config, Phase1IntegratedModel
 from resolvent.models.phase2 import Phase2IntegratedModel, create_phase2_model
+from resolvent.training import muon as muon_module
 from resolvent.training.muon import Muon, orthogonalize
 from resolvent.training.optimizer import build_muon, parts_of_matrices
 from tests.processes import together
@@ -32,13 +33,13 @@ def gradients(step: int, device: str = "cpu") -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(device) * 10.0 ** (step - 3) for shape, _ in SHAPES]
 
 
-def muon(parameters: list[Any], rate: float | Tensor = RATE) -> Muon:
+def muon(parameters: list[Any], rate: float | Tensor = RATE, **settings: Any) -> Muon:
     group = dict(params=parameters, parts=[parts for _, parts in SHAPES], lr=rate, weight_decay=DECAY)
-    return Muon([group], momentum=MOMENTUM)
+    return Muon([group], momentum=MOMENTUM, **settings)
 
 
-def take_steps(parameters: list[Any], steps: int, device: str = "cpu") -> list[Any]:
-    optimizer = muon(parameters)
+def take_steps(parameters: list[Any], steps: int, device: str = "cpu", **settings: Any) -> list[Any]:
+    optimizer = muon(parameters, **settings)
     for step in range(steps):
         for parameter, gradient in zip(parameters, gradients(step, device), strict=True):
             parameter.grad = gradient
@@ -231,6 +232,25 @@ def compare_shards(steps: int) -> list[bool]:
 def test_shards_move_as_whole_matrices(processes: int):
     """Bit for bit; also where rows cannot be shared evenly, or a projection ends within a share."""
     assert together(processes, compare_shards, 3) == [[True] * 2 * len(SHAPES)] * processes
+
+
+def count_shares(steps: int) -> tuple[list[bool], list[int]]:
+    """Return True for matrices equal to those of a process alone, and the projections orthogonalised in each step."""
+    dist.init_process_group("gloo")
+    counts, newton_schulz = [], muon_module._newton_schulz
+    muon_module._newton_schulz = lambda batches: (counts.append(sum(map(len, batches))), newton_schulz(batches))[1]
+    shared = take_steps(matrices(), steps, processes=dist.group.WORLD)
+    counted = list(counts)
+    return [torch.equal(mine, ours) for mine, ours in zip(take_steps(matrices(), steps), shared, strict=True)], counted
+
+
+def test_processes_with_equal_gradients_share_the_work():
+    """Each orthogonalises some of the matrices, and all end with the same, bit for bit."""
+    results = together(2, count_shares, 2)
+    assert [equal for equal, _ in results] == [[True] * len(SHAPES)] * 2
+    projections = sum(parts for _, parts in SHAPES)
+    assert sum(sum(counts) for _, counts in results) == 2 * projections
+    assert all(0.25 * projections < sum(counts) / 2 < 0.75 * projections for _, counts in results)
 
 
 @pytest.mark.gpu

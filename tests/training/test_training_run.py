@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +28,7 @@ from resolvent.models.card import CARD
 from resolvent.models.phase2 import Phase2IntegratedModel
 from resolvent.runs import fixed_files
 from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupted, resume, train, trainer
+from resolvent.training.compilation import Compilation
 from resolvent.training.corpus import split_corpus
 from resolvent.training.trainer import Trainer
 
@@ -490,31 +490,13 @@ def test_padded_offsets_change_no_step(small_config: MakeConfig, tmp_path: Path,
         return forward(self, ids, **options)
 
     monkeypatch.setattr(Phase2IntegratedModel, "forward", look)
-    monkeypatch.setattr(trainer, "replays_steps", lambda *_: True)
+    replayed = Compilation(False, padded=True, replayed=True)
+    monkeypatch.setattr(trainer, "choose_compilation", lambda *_: replayed)
     train(small_config(out=str(tmp_path / "padded"), accumulation=2))
     assert len(segments) == 20
     assert set(segments) <= {2, 4, 8}
     for ours, theirs in zip(metrics(tmp_path / "padded"), metrics(tmp_path / "plain"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("changes", "device", "processes", "reads", "replayed"),
-    [
-        (dict(compile=True), "cuda", 1, False, True),
-        (dict(compile=True, parallel="fsdp"), "cuda", 1, False, False),
-        (dict(compile=True), "cuda", 2, False, False),
-        (dict(compile=True), "cuda", 1, True, False),
-        (dict(compile=True), "cpu", 1, False, False),
-        (dict(), "cuda", 1, False, False),
-    ],
-)
-def test_steps_are_replayed_where_that_is_safe(
-    changes: dict[str, Any], device: str, processes: int, reads: bool, replayed: bool
-):
-    accelerator: Any = SimpleNamespace(device=torch.device(device), num_processes=processes)
-    model: Any = SimpleNamespace(reads_offsets=reads)
-    assert trainer.replays_steps(TrainingConfig(**changes), accelerator, model) is replayed
 
 
 def test_the_manifest_lists_all_files_of_the_tokenizer():

@@ -1,7 +1,8 @@
 """Help texts without the line breaks of docstrings, which Typer would keep at any width of the terminal."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -33,7 +34,21 @@ class _FoldedHelp:
                     bounds.max = None
             _name_type(parameter, ctx)
         inherited: Any = super()
-        inherited.format_help(ctx, formatter)
+        with _one_column_of_names(parameters.get_params(ctx)):
+            inherited.format_help(ctx, formatter)
+
+
+@contextmanager
+def _one_column_of_names(parameters: list[Any]) -> Iterator[None]:
+    """Show `--no-x` beside `--x`, within the `with` block: a column of its own would be empty in other lines."""
+    switches = [(each, each.opts, each.secondary_opts) for each in parameters]
+    for each, names, negative in switches:
+        each.opts, each.secondary_opts = [*names, *negative], []
+    try:
+        yield
+    finally:
+        for each, names, negative in switches:
+            each.opts, each.secondary_opts = names, negative
 
 
 def _name_type(parameter: Any, context: Any) -> None:

@@ -38,9 +38,9 @@ def with_settings(command: Callable[..., Any]) -> Any:
 
 
 def _names(field: dataclasses.Field[Any]) -> list[str]:
-    """Return the names of a field's option, which has no --no-... where it is off by default."""
+    """Return the names of a field's option; it has no --no-... where it is off by default."""
     name = field.metadata.get("option", f"--{field.name.replace('_', '-')}")
-    if field.default is True:
+    if field.default is True or bool in typing.get_args(field.type):
         name = f"{name}/--no-{name.removeprefix('--')}"
     return [name, *field.metadata.get("aliases", ())]
 

@@ -83,12 +83,16 @@ def train(
     given = {name: settings[name] for name in _RESUMABLE if is_given(context, name)}
     if dump_config:
         _print_config(config, resume, given)
-    elif dry_run:
-        _plan(config, rate, json_path)
-    elif lr_find:
-        _find_rate(config, json_path, plot_path)
-    else:
-        _train(config, resume, given, overwrite, json_path, plot_path)
+        return
+    from resolvent.training import leaving_processes
+
+    with leaving_processes():
+        if dry_run:
+            _plan(config, rate, json_path)
+        elif lr_find:
+            _find_rate(config, json_path, plot_path)
+        else:
+            _train(config, resume, given, overwrite, json_path, plot_path)
 
 
 def _check_looks(context: typer.Context, looks: list[str]) -> None:

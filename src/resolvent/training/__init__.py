@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from resolvent.training.lr_find import RangeTest, find_learning_rate
     from resolvent.training.nonfinite import NonFiniteError
     from resolvent.training.planning import RunPlan, plan_run
-    from resolvent.training.run import resume, train
+    from resolvent.training.run import leaving_processes, resume, train
     from resolvent.training.trainer import TrainingResult
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "TrainingResult",
     "dump_config",
     "find_learning_rate",
+    "leaving_processes",
     "load_config",
     "plan_run",
     "resume",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "run": ("resume", "train"),
+    "run": ("leaving_processes", "resume", "train"),
     "config_file": ("dump_config", "load_config"),
     "interrupt": ("Terminated", "TrainingInterrupted", "terminable"),
     "lr_find": ("RangeTest", "find_learning_rate"),

@@ -283,7 +283,6 @@ def load_weights(
     device: torch.device,
     *,
     sharded: bool,
-    compile: bool = False,
     lora: LoraOptions | None = None,
 ) -> IntegratedModel:
     """Return the model of a checkpoint.
@@ -292,7 +291,6 @@ def load_weights(
         checkpoint: the checkpoint.
         device: device of the model; of a sharded model, the device of this process.
         sharded: shard the model over all processes, which all call this.
-        compile: compile the blocks of a sharded model.
         lora: adapters of the run, if it has some; the other weights are in the run folder.
 
     Raises:
@@ -309,7 +307,7 @@ def load_weights(
     if sharded:
         with torch.device("meta"):
             model = phase.model(config, init=False)
-        model = empty_shards(model, device, compile=compile)
+        model = empty_shards(model, device)
     else:
         model = phase.model(config, init=False).to(device)
     read_shards(checkpoint, model, named_weights(model))

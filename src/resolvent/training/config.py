@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from resolvent.models.phase1 import Phase1Config
     from resolvent.models.phase2 import Phase2Config
 
+LEAST_COMPILED_BATCHES = 1000
+"""Batches of a run on each device, steps times accumulation, from which on compilation repays its time on CUDA."""
+
 RUN, TEXT, SIZE, OPTIMISER, REPORTS = "Run", "Model and text", "Size", "Optimiser", "Reports and checkpoints"
 
 Tracker = Literal[
@@ -63,7 +66,12 @@ class TrainingConfig:
     parallel: Literal["ddp", "fsdp"] = setting(
         "ddp", RUN, "Of several processes, each holds the whole model (ddp), or a share of it (fsdp)."
     )
-    compile: bool = setting(False, RUN, "Compile the model with torch.compile: worth a minute's wait on long GPU runs.")
+    compile: bool | None = setting(
+        None,
+        RUN,
+        "Compile the model with torch.compile: faster steps after a minute or two.",
+        default_text=f"on cuda, for runs of at least {LEAST_COMPILED_BATCHES:,} batches on each device",
+    )
     recompute: bool = setting(
         False,
         RUN,

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from resolvent.training.sharding import local_tensor
+from resolvent.training.sharding import free_whole_weights, local_tensor
 
 _SUFFIX = "/ema"
 
@@ -33,12 +32,11 @@ class WeightAverage:
         """The averages, under names such as `blocks.0.ffn.weight/ema`, for safetensors."""
         return {f"{name}{_SUFFIX}": x for name, x in self._averages.items()}
 
+    @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after a step, counted from one."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        averages, weights = (
-            [local_tensor(x).detach() for x in tensors.values()] for tensors in (self._averages, self._weights)
-        )
+        averages, weights = ([local_tensor(x) for x in tensors.values()] for tensors in (self._averages, self._weights))
         get_ema_multi_avg_fn(decay)(averages, weights, step)
 
     @contextmanager
@@ -52,8 +50,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        if isinstance(self._model, FSDPModule):
-            self._model.reshard()  # after a forward pass without a backward pass, the outermost weights are still whole
+        free_whole_weights(self._model)
         for name, weight in self._weights.items():
             average = self._averages[name]
             before = weight.clone()

@@ -1,5 +1,6 @@
 """A learning-rate range test (Smith, 2017): short training at a rate that rises with every step."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def find_learning_rate(config: TrainingConfig, *, console: Console | None = None
         DataError: text or tokenizer that cannot be used.
     """
     config.validate()
+    config = dataclasses.replace(config, compile=bool(config.compile))  # by default not for so few steps
     rates: list[float] = []
     losses: list[float] = []
     with new_trainer(config, console) as trainer:

@@ -3,6 +3,7 @@
 Otherwise, the operating system kills a run that does not fit, without a message.
 """
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,7 @@ from resolvent.wording import counted
 
 _BYTES_PER_PARAMETER = 16
 """Weight, gradient, and AdamW's two averages, in float32."""
+_BYTES_PER_WEIGHT = 4
 _BYTES_SAVED_BY_MUON = 4
 """It keeps one average of a matrix."""
 _LIBRARIES = 40_000_000
@@ -34,6 +36,9 @@ _KEPT_BY_KERNELS_WHEN_RECOMPUTED = 2
 """Numbers per token and unit of width that a block keeps there under activation checkpointing."""
 _CERTAIN_PART = 2 / 3
 """An estimate is within a factor of 1.5 of the memory taken."""
+
+_KEPT_WHOLE_PART = 1 / 16
+"""Part of a device's memory that the whole weights of a sharded model may take between its passes."""
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +151,15 @@ def memory_of_run(
         cuda=on_cuda,
         keeps_gradients=config.accumulation > 1 or processes > 1,
     )
+    if config.parallel == "fsdp" and processes > 1 and keeps_whole_weights(model, device):
+        whole = _BYTES_PER_WEIGHT * model.num_parameters()
+        estimate = dataclasses.replace(estimate, parameters=estimate.parameters + whole)
     return estimate.times(1 if on_cuda else processes)
+
+
+def keeps_whole_weights(model: IntegratedModel, device: torch.device) -> bool:
+    """Return True if a sharded model has memory to keep whole weights from the forward to the backward pass."""
+    return _BYTES_PER_WEIGHT * model.num_parameters() <= _KEPT_WHOLE_PART * memory_of(device).total
 
 
 def check_memory(model: IntegratedModel, config: TrainingConfig, device: torch.device, processes: int) -> None:

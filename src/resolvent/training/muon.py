@@ -14,17 +14,22 @@ Why not ``torch.optim.Muon``: it takes matrices one by one, 30 launches each; it
 its learning rate is a Python number; it orthogonalises projections that lie on top of each other in one weight as if
 they were one; and on the shards of FSDP2 it is slow, with a collective for every product, and not exact.
 
-Shapes: P matrices of one shape, R rows, C columns, M = min(R, C).
+Several processes share the matrices: each orthogonalises some and sends them to the others, in one message to each.
+Of a sharded matrix (FSDP2), every process first sends its rows to the one that orthogonalises it, and receives only
+its own rows.
+
+Shapes: P matrices of one shape, R rows, C columns, M = min(R, C); r of the rows are in this process.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
@@ -39,15 +44,16 @@ class Muon(torch.optim.Optimizer):
     """Muon for the parameter groups that name ``parts``, AdamW for the others.
 
     A step never synchronises the CPU with the device. Once every parameter has had a gradient, it allocates nothing
-    that outlives it: then a CUDA graph can record it, with learning rates that are tensors. Sharded matrices (DTensors)
-    are gathered as they are multiplied, with one collective for all parameters of a shape, and every process
-    orthogonalises all of them: the step equals that of one process.
+    that outlives it: then a CUDA graph can record it, with learning rates that are tensors. With several processes, the
+    step equals that of one process but for the order of sums.
 
     Args:
         groups: parameter groups; each names ``lr`` and ``weight_decay``. ``parts`` counts, for each matrix of a group,
             the projections that lie on top of each other in it: their rows are orthogonalised apart.
         betas: of AdamW.
         momentum: of Muon, in Nesterov's form.
+        processes: processes with the same parameters and gradients that share the work of orthogonalising; None for
+            this one alone. Those of sharded parameters (DTensors) always do.
 
     Attributes:
         found_inf: float32 (); while it is 1, steps change neither weights nor averages. PyTorch's fused kernels read
@@ -57,9 +63,15 @@ class Muon(torch.optim.Optimizer):
     found_inf: Tensor | None = None
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float] = (0.9, 0.95), momentum: float = 0.95
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        momentum: float = 0.95,
+        processes: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(groups, dict(parts=None, betas=betas, momentum=momentum, eps=1e-8, fused=True))
+        self._processes = processes
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -70,13 +82,13 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _step_others(self, group: dict[str, Any]) -> None:
-        """Take a step of AdamW."""
+        """Take a step of AdamW, in a sharded model on the shards: DTensors cost Python much time."""
         parameters = [p for p in group["params"] if p.grad is not None]
         states = [self._state(p, "exp_avg", "exp_avg_sq") for p in parameters]
         adamw(
-            parameters,
-            [p.grad for p in parameters],
-            *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")),
+            [local_tensor(p) for p in parameters],
+            [local_tensor(p.grad) for p in parameters],
+            *([local_tensor(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq")),
             max_exp_avg_sqs=[],
             state_steps=[state["step"] for state in states],
             fused=True,
@@ -96,19 +108,32 @@ class Muon(torch.optim.Optimizer):
         for parameter, parts in zip(group["params"], group["parts"], strict=True):
             if parameter.grad is not None:
                 alike[parameter.shape, parts].append(parameter)
-        # 1. Momentum, and what it looks ahead to: whole matrices, projection by projection.
+        if not alike:
+            return
+        # 1. Momentum, and what it looks ahead to.
         ahead = self._look_ahead(list(alike.values()), group["momentum"])
-        wholes = [
-            _gather(rows, parameters[0]).view(-1, shape[0] // parts, shape[1])
-            for rows, ((shape, parts), parameters) in zip(ahead, alike.items(), strict=True)
-        ]
-        # 2. Orthogonal factors, and 3. the step along them.
-        self._move(list(alike.values()), orthogonalize(wholes), group)
+        # 2. Whole matrices, each in one process, and their orthogonal factors, projection by projection.
+        shares = self._shares(list(alike.values()))
+        wholes = ahead if shares is None else shares.collect(ahead)
+        heights = [shape[0] // parts for shape, parts in alike]
+        factors = orthogonalize([x.view(-1, height, x.shape[2]) for x, height in zip(wholes, heights, strict=True)])
+        # 3. The step along them, of the rows that are here.
+        directions = [x.view(whole.shape) for x, whole in zip(factors, wholes, strict=True)]
+        directions = directions if shares is None else shares.distribute(directions)
+        ratios = [height / shape[1] for height, (shape, _) in zip(heights, alike, strict=True)]
+        self._move(list(alike.values()), directions, ratios, group)
+
+    def _shares(self, alike: Sequence[Sequence[Tensor]]) -> "_Shares | None":
+        """Return how processes share the matrices of each shape; None if this process is alone."""
+        first = alike[0][0]
+        processes = first.device_mesh.get_group() if isinstance(first, DTensor) else self._processes
+        return None if processes is None else _Shares.of(alike, processes)
 
     def _look_ahead(self, alike: Sequence[Sequence[Tensor]], momentum: float) -> list[Tensor]:
         """Update the momentum; Nesterov's ``g + momentum * buffer``, (P, r, C) for the matrices of each shape.
 
-        Of a sharded matrix, r rows are here. SGD that starts at zero, with a learning rate of −1, ends there.
+        They come as they are multiplied, on CUDA in bfloat16. SGD that starts at zero, with a learning rate of −1, ends
+        there.
         """
         parameters = [p for each in alike for p in each]
         buffers: list[Tensor | None] = [
@@ -119,16 +144,21 @@ class Muon(torch.optim.Optimizer):
         targets = [target for batch in ahead for target in batch.unbind()]
         settings = dict(weight_decay=0.0, dampening=0.0, nesterov=True, maximize=False, fused=True)
         sgd(targets, gradients, buffers, lr=-1.0, momentum=momentum, found_inf=self.found_inf, **settings)
-        return ahead
+        return [x.to(torch.bfloat16) if x.is_cuda else x for x in ahead]
 
-    def _move(self, alike: Sequence[Sequence[Tensor]], directions: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """Move matrices along orthogonal matrices, which are (P, R, C) for the projections of each shape."""
+    def _move(
+        self,
+        alike: Sequence[Sequence[Tensor]],
+        directions: Sequence[Tensor],
+        ratios: Sequence[float],
+        group: dict[str, Any],
+    ) -> None:
+        """Move matrices along orthogonal ones, (P, r, C) for each shape; ``ratios`` are rows over columns of these."""
         of_factor = defaultdict[float, tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
-        for parameters, direction in zip(alike, directions, strict=True):
-            shifts = _scatter(direction.reshape(len(parameters), *parameters[0].shape), parameters[0])
-            weights, steps = of_factor[math.sqrt(max(1.0, direction.shape[1] / direction.shape[2]))]
+        for parameters, direction, ratio in zip(alike, directions, ratios, strict=True):
+            weights, steps = of_factor[math.sqrt(max(1.0, ratio))]
             weights += [local_tensor(p) for p in parameters]
-            steps += shifts.to(parameters[0].dtype).unbind()
+            steps += direction.to(parameters[0].dtype).unbind()
         settings = dict(momentum=0.0, dampening=0.0, nesterov=False, maximize=False, fused=True)
         for factor, (weights, steps) in of_factor.items():
             decay = group["weight_decay"] / factor  # so that it takes lr * weight_decay off the weights
@@ -145,6 +175,93 @@ class Muon(torch.optim.Optimizer):
             if "exp_avg" in averages:
                 state["step"] = torch.zeros((), device=parameter.device)
         return state
+
+
+class _Shares(NamedTuple):
+    """Matrices of some shapes, of which every process orthogonalises a share.
+
+    Attributes:
+        processes: the processes.
+        shapes: (P, R, C) for each shape.
+        owned: for each shape and process, the range of the matrices that the process orthogonalises.
+        rows: for each shape and process, the range of the rows of every matrix that the process holds.
+        sharded: no process holds whole matrices.
+    """
+
+    processes: dist.ProcessGroup
+    shapes: list[tuple[int, int, int]]
+    owned: list[list[range]]
+    rows: list[list[range]]
+    sharded: bool
+
+    @classmethod
+    def of(cls, alike: Sequence[Sequence[Tensor]], processes: dist.ProcessGroup) -> "_Shares":
+        """Return the shares of parameters, which are lists of equal shape."""
+        count, first, owned, rows = processes.size(), 0, [], []
+        shapes = [(len(parameters), parameters[0].shape[0], parameters[0].shape[1]) for parameters in alike]
+        sharded = isinstance(alike[0][0], DTensor)
+        for each, (matrices, height, _) in zip(alike, shapes, strict=True):
+            placements = each[0].placements if isinstance(each[0], DTensor) else None
+            if sharded and placements != (Shard(0),):
+                raise ValueError(f"Muon takes matrices that are sharded by rows, got {placements}")
+            owned.append(_even(matrices, count, first))
+            first += matrices % count  # the processes with one more
+            held = -(-height // count)
+            whole = range(height)
+            rows.append([whole[i * held : (i + 1) * held] if sharded else whole for i in range(count)])
+        return cls(processes, shapes, owned, rows, sharded)
+
+    def collect(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Return the whole matrices (P, R, C) of this process's share, of the rows (P, r, C) that every process has."""
+        me, everyone = self.processes.rank(), range(self.processes.size())
+        if not self.sharded:
+            return [x[_slice(owned[me])] for x, owned in zip(rows, self.owned, strict=True)]
+        sent = [[x[_slice(owned[to])] for x, owned in zip(rows, self.owned, strict=True)] for to in everyone]
+        shapes = [[(len(owned[me]), len(held[of]), shape[2]) for shape, owned, held in self._each] for of in everyone]
+        return [torch.cat(pieces, dim=1) for pieces in self._exchange(sent, shapes)]
+
+    def distribute(self, wholes: Sequence[Tensor]) -> list[Tensor]:
+        """Return the rows (P, r, C) of all matrices that this process holds, of every process's share (P, R, C)."""
+        me, everyone = self.processes.rank(), range(self.processes.size())
+        sent = [[x[:, _slice(held[to])] for x, held in zip(wholes, self.rows, strict=True)] for to in everyone]
+        shapes = [[(len(owned[of]), len(held[me]), shape[2]) for shape, owned, held in self._each] for of in everyone]
+        return [torch.cat(pieces) for pieces in self._exchange(sent, shapes)]
+
+    @property
+    def _each(self) -> list[tuple[tuple[int, int, int], list[range], list[range]]]:
+        return list(zip(self.shapes, self.owned, self.rows, strict=True))
+
+    def _exchange(
+        self, sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, int, int]]]
+    ) -> list[list[Tensor]]:
+        """Send tensors to every process in one message; return, for each shape, what every process sent.
+
+        Args:
+            sent: for every process, a tensor of each shape.
+            shapes: for every process, the shapes of the tensors that it sends here.
+        """
+        sizes = [[math.prod(shape) for shape in of] for of in shapes]
+        message = torch.cat([x.flatten() for to in sent for x in to])
+        received = message.new_empty(sum(map(sum, sizes)))
+        lengths = [sum(x.numel() for x in to) for to in sent]
+        dist.all_to_all_single(received, message, [sum(of) for of in sizes], lengths, group=self.processes)
+        pieces = iter(received.split([size for of in sizes for size in of]))
+        by_process = [[next(pieces).view(shape) for shape in of] for of in shapes]
+        return [list(of_shape) for of_shape in zip(*by_process, strict=True)]
+
+
+def _even(count: int, processes: int, first: int) -> list[range]:
+    """Divide ``count`` things among processes; those from ``first`` on have one more if it does not come out even."""
+    ranges, start = [], 0
+    for i in range(processes):
+        end = start + count // processes + ((i - first) % processes < count % processes)
+        ranges.append(range(start, end))
+        start = end
+    return ranges
+
+
+def _slice(x: range) -> slice:
+    return slice(x.start, x.stop)
 
 
 def orthogonalize(batches: Sequence[Tensor]) -> list[Tensor]:
@@ -196,30 +313,3 @@ def _of_norm_one(x: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
     return torch.div(x, norms.clamp_min(torch.finfo(torch.float32).tiny), out=torch.empty_like(x))
-
-
-def _gather(rows: Tensor, like: Tensor) -> Tensor:
-    """Return whole matrices (P, R, C) of the rows (P, r, C) that every process holds, as a parameter is sharded.
-
-    On CUDA they come in bfloat16, in which they are multiplied.
-    """
-    rows = rows.to(torch.bfloat16) if rows.is_cuda else rows
-    if not isinstance(like, DTensor):
-        return rows
-    shape = torch.Size((len(rows), *like.shape))
-    stride = (like.shape[0] * like.shape[1], like.shape[1], 1)
-    placements = _of_batch(like)
-    sharded = DTensor.from_local(rows, like.device_mesh, placements, run_check=False, shape=shape, stride=stride)
-    return sharded.full_tensor()
-
-
-def _scatter(matrices: Tensor, like: Tensor) -> Tensor:
-    """Return the rows (P, r, C) that this process holds of matrices that all processes have whole."""
-    if not isinstance(like, DTensor):
-        return matrices
-    return distribute_tensor(matrices, like.device_mesh, _of_batch(like), src_data_rank=None).to_local()
-
-
-def _of_batch(like: DTensor) -> list[Placement]:
-    """Return how a batch of matrices is sharded if each of them is sharded as a parameter is."""
-    return [Shard(each.dim + 1) if isinstance(each, Shard) else each for each in like.placements]

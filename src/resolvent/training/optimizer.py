@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from resolvent.errors import CheckpointError
@@ -38,7 +39,9 @@ def optimizer_of_run(config: TrainingConfig, model: IntegratedModel) -> GuardedA
         optimizer = build_optimizer(model, **shared)
     else:
         rate = config.peak_muon_learning_rate(model.d_model)
-        optimizer = build_muon(model, muon_learning_rate=rate, momentum=config.muon_momentum, **shared)
+        processes = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+        momentum = config.muon_momentum
+        optimizer = build_muon(model, muon_learning_rate=rate, momentum=momentum, processes=processes, **shared)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
@@ -72,6 +75,7 @@ def build_muon(
     weight_decay: float,
     betas: tuple[float, float],
     momentum: float = 0.95,
+    processes: dist.ProcessGroup | None = None,
 ) -> Muon:
     """Return Muon for a model's matrices, with AdamW for embeddings, head, narrow matrices, vectors and scalars.
 
@@ -83,6 +87,7 @@ def build_muon(
         weight_decay: of all parameters with two dimensions and more.
         betas: of AdamW.
         momentum: of Muon.
+        processes: processes with the same model and gradients that share Muon's work; None for this one alone.
     """
     matrices = parts_of_matrices(model)
     others = [x for x in model.parameters() if x.requires_grad and x not in matrices]
@@ -92,7 +97,7 @@ def build_muon(
         dict(params=[x for x in others if x.ndim >= 2], weight_decay=weight_decay, **adamw),
         dict(params=[x for x in others if x.ndim < 2], weight_decay=0.0, **adamw),
     ]
-    return Muon([group for group in groups if group["params"]], betas=betas, momentum=momentum)
+    return Muon([group for group in groups if group["params"]], betas=betas, momentum=momentum, processes=processes)
 
 
 def parts_of_matrices(model: nn.Module) -> dict[Tensor, int]:

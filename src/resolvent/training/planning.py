@@ -124,7 +124,8 @@ def plan_run(
         free_memory = memory_of(device).available
         timed = tokens_per_second is None
         if timed:
-            say(trainer.console, f"Timing {_TIMED_STEPS} steps on {device}")
+            first = ", after compiling the model" if trainer.compilation.wanted else ""
+            say(trainer.console, f"Timing {_TIMED_STEPS} steps on {device}{first}")
         return RunPlan(
             parameters=model.num_parameters(),
             trained_parameters=model.num_parameters(trainable_only=True),

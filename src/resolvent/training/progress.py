@@ -1,6 +1,8 @@
 """Progress of training: a live line in a terminal, plain lines at intervals elsewhere."""
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
@@ -12,9 +14,10 @@ from rich.table import Column
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.scoring import Advance
 from resolvent.terminal import say
-from resolvent.training.average import Average
 from resolvent.wording import counted
 
+_TIMED_STEPS = 50
+"""Newest steps whose median time is shown."""
 _SECONDS_BETWEEN_LINES = 15.0
 """Seconds between two lines of a validation if the output is no terminal."""
 
@@ -39,6 +42,7 @@ class TrainingDisplay:
         steps: steps of the whole run.
         first_step: steps before this process.
         log_interval: steps between two plain lines.
+        warm_up: first steps of this process, which compile: their time is not shown, and does not count.
         most_tokens_per_second: speed at which the devices would do nothing but the arithmetic of the model, of which
             the part that is reached is shown (model FLOPs utilisation, MFU); None if it is not known.
     """
@@ -50,13 +54,15 @@ class TrainingDisplay:
         steps: int,
         first_step: int,
         log_interval: int,
+        warm_up: int = 0,
         most_tokens_per_second: float | None = None,
     ) -> None:
         self.console = console
         self._steps, self._log_interval = steps, log_interval
         self._shown = {first_step + 1, steps}
         self._most_tokens_per_second = most_tokens_per_second
-        self._step_seconds = Average()
+        self._slow = first_step + warm_up
+        self._seconds = deque[float](maxlen=_TIMED_STEPS)
         self._hung_up = False
         self._bar = Progress(
             TextColumn("{task.description}{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
@@ -84,16 +90,19 @@ class TrainingDisplay:
 
         The learning rate is that of AdamW: Muon's is the same multiple of it in every step.
         """
-        average_seconds = self._step_seconds.update(seconds)
-        speed = tokens / average_seconds
-        mfu = f"  {speed / self._most_tokens_per_second:.1%} MFU" if self._most_tokens_per_second else ""
-        status = (
-            f"loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  {speed:,.0f} tokens/s{mfu}  "
-            f"lr {learning_rate:.1e}  ETA {format_duration(average_seconds * (self._steps - step))}"
-        )
+        speed, eta = "", ""
+        if step > self._slow:
+            self._seconds.append(seconds)
+            usual = statistics.median(self._seconds)
+            speed, eta = self._speed(tokens / usual), f"  ETA {format_duration(usual * (self._steps - step))}"
+        status = f"loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  {speed}lr {learning_rate:.1e}{eta}"
         self._bar.update(self._task, completed=step, status=status)
         if not self.console.is_terminal and (step % self._log_interval == 0 or step in self._shown):
             self.say(f"{self._position(step)}  {status}")
+
+    def _speed(self, tokens_per_second: float) -> str:
+        part = tokens_per_second / self._most_tokens_per_second if self._most_tokens_per_second else None
+        return f"{tokens_per_second:,.0f} tokens/s  {'' if part is None else f'{part:.1%} MFU  '}"
 
     @contextmanager
     def validating(self, tokens: int) -> Iterator[Advance]:

@@ -11,7 +11,12 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DynamoBackend,
+    TorchDynamoPlugin,
+    parse_flag_from_env,
+)
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -248,9 +253,7 @@ def _resume(
 
 def _load(config: TrainingConfig, checkpoint: Path, accelerator: Accelerator) -> IntegratedModel:
     sharded = _shares_model(config, accelerator)
-    model = load_weights(
-        checkpoint, accelerator.device, sharded=sharded, compile=config.compile, lora=config.lora_options
-    )
+    model = load_weights(checkpoint, accelerator.device, sharded=sharded, lora=config.lora_options)
     freeze(model, config.freeze or [])
     return model
 
@@ -366,7 +369,7 @@ def _initial_model(
         initial_device = torch.device("meta" if sharded and not accelerator.is_main_process else "cpu")
         with initial_device:
             model = create(config=_model_config(config), vocab_size=vocab_size, device=initial_device)
-    model = shard(model, accelerator.device, compile=config.compile) if sharded else model.to(accelerator.device)
+    model = shard(model, accelerator.device) if sharded else model.to(accelerator.device)
     freeze(model, config.freeze or [])
     return model
 
@@ -390,15 +393,45 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
         # Accelerate keeps the settings of a process's first Accelerator and refuses others.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    whole = config.compile and config.parallel != "fsdp"  # a sharded model is compiled block by block
-    compiler = TorchDynamoPlugin(backend=DynamoBackend.INDUCTOR if whole else DynamoBackend.NO)
+    _join_processes(device)
+    replicas = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
         gradient_accumulation_steps=config.accumulation,
-        dynamo_plugin=compiler,
+        dynamo_plugin=TorchDynamoPlugin(backend=DynamoBackend.NO),  # the trainer decides
+        kwargs_handlers=[replicas],
         **tracker_options(config),
     )
+
+
+def _join_processes(device: torch.device) -> None:
+    """Join the processes that torchrun started on CUDA; on the CPU, and for a single process, Accelerate does so.
+
+    The group knows the device of this process: without it, NCCL guesses the device at every barrier, and warns.
+    """
+    local = os.environ.get("LOCAL_RANK")
+    if device.type == "cuda" and local is not None and not torch.distributed.is_initialized():
+        own = torch.device("cuda", int(local))
+        torch.cuda.set_device(own)
+        torch.distributed.init_process_group("nccl", device_id=own)
+
+
+@contextmanager
+def leaving_processes() -> Iterator[None]:
+    """Leave the process group of a run, if there is one, at the end of the `with` block: this process trains no more.
+
+    To leave NCCL, processes wait for each other. After an error in one of them, they would wait for ever.
+    """
+    try:
+        yield
+    except BaseException:
+        group = torch.distributed.group.WORLD
+        if group is not None and torch.distributed.get_backend() == "nccl":
+            group.abort()
+        raise
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _console(console: Console | None, accelerator: Accelerator) -> Console:

@@ -37,25 +37,24 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def shard(model: IntegratedModel, device: torch.device, *, compile: bool = False) -> IntegratedModel:
+def shard(model: IntegratedModel, device: torch.device) -> IntegratedModel:
     """Return the model, sharded over all processes; all processes call this.
 
     Args:
         model: the whole model in the first process, which sends the other processes their shards. In these, only the
             configuration is used, so that the model may be on the meta device. Do not use it afterwards.
         device: the device of this process.
-        compile: compile the blocks with torch.compile.
     """
     whole: dict[str, Any] = {}
     if dist.get_rank() == 0:
         whole = {name: _as_vector(x) for name, x in model.state_dict().items()}
-    sharded = empty_shards(model, device, compile=compile)
+    sharded = empty_shards(model, device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(sharded, whole, options=options)
     return sharded
 
 
-def empty_shards(model: IntegratedModel, device: torch.device, *, compile: bool = False) -> IntegratedModel:
+def empty_shards(model: IntegratedModel, device: torch.device) -> IntegratedModel:
     """Return a sharded model with the configuration of another and uninitialised weights; arguments as of `shard`."""
     model = _without_memory(model)
     for module in model.modules():
@@ -67,14 +66,24 @@ def empty_shards(model: IntegratedModel, device: torch.device, *, compile: bool 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in cast(Iterable[Block], model.blocks):
         fully_shard(block, mesh=mesh)
-        if compile:
-            block.compute = torch.compile(block.compute)  # the hooks of FSDP stay outside the compiled code
     fully_shard(model, mesh=mesh)
     tied = model.tied
     model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
     if tied:
         model.lm_head.weight = cast(nn.Embedding, model.token_embedding).weight
     return model
+
+
+def keep_whole_weights(model: IntegratedModel) -> None:
+    """Have a sharded model keep whole weights from the forward to the backward pass, which takes memory and no time."""
+    cast(FSDPModule, model).set_reshard_after_forward(False)
+
+
+def free_whole_weights(model: nn.Module) -> None:
+    """Free the whole weights that a forward pass without a backward pass leaves in a sharded model."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole_tensor(x: Tensor) -> Tensor:

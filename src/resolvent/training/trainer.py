@@ -4,6 +4,7 @@ import logging
 import math
 import signal
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from rich.console import Console
 from tokenizers import Tokenizer
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from resolvent.data import Batch
 from resolvent.data.stream import token_ids
@@ -39,19 +41,28 @@ from resolvent.training.checkpoint import (
     save_checkpoint,
     write_models,
 )
+from resolvent.training.compilation import (
+    choose_compilation,
+    compile_blocks,
+    compiler_errors,
+    obstacle_in_model,
+    remove_compiled_blocks,
+    without_compiled_blocks,
+)
 from resolvent.training.compute import flops_per_token, peak_flops
 from resolvent.training.config import FROM_RATE, TrainingConfig, weighted_paths
 from resolvent.training.corpus import Corpus
 from resolvent.training.ema import WeightAverage
 from resolvent.training.interrupt import StopRequest, TrainingInterrupted
 from resolvent.training.lora import whole_model
+from resolvent.training.memory import keeps_whole_weights
 from resolvent.training.metrics import FILE_NAME, History, MetricsLog, read_history
 from resolvent.training.model_card import write_run_card
 from resolvent.training.nonfinite import NonFiniteError, offending_gradient, offending_weight
 from resolvent.training.optimizer import learning_rates, optimizer_of_run
 from resolvent.training.progress import TrainingDisplay, format_duration
 from resolvent.training.run_folder import Scores, write_result
-from resolvent.training.sharding import is_sharded, whole_tensor
+from resolvent.training.sharding import is_sharded, keep_whole_weights, local_tensor
 from resolvent.training.tracking import Tracking
 from resolvent.training.validation import StoppedInValidation, Validator
 from resolvent.wording import counted, readings
@@ -61,6 +72,9 @@ logger = logging.getLogger(__name__)
 _PROBE_TOKENS = 1024
 """Held-out tokens, document after document, that the model reads for the diagnostics of a tracker."""
 
+
+_WARM_UP_STEPS = 3
+"""Steps in which a compiled model is compiled and recorded."""
 
 REWIND_FACTOR = 0.5
 """Factor of the learning rate at every rewind."""
@@ -175,10 +189,12 @@ class Trainer:
         self.taken: deque[_Step] = deque()
         self.lag = 1 if self.device.type == "cuda" else 0
         self.reported_at, self.stopping = 0.0, False
-        self.replayed = replays_steps(config, accelerator, model)
-        if self.replayed and (compiler := accelerator.state.dynamo_plugin):
-            compiler.mode = "reduce-overhead"
         self.sharded = is_sharded(model)
+        if self.sharded and keeps_whole_weights(model, self.device):
+            keep_whole_weights(model)
+        self.compilation = choose_compilation(config, self.device, accelerator.num_processes, model)
+        if self.compilation.wanted:
+            self._compile()
         if self.sharded:  # it needs autocast only
             self.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
             self.optimizer = accelerator.prepare_optimizer(self.raw_optimizer)
@@ -190,8 +206,19 @@ class Trainer:
             self.model,
             batch_tokens=self.batches.tokens_per_batch,
             sharded=self.sharded,
-            eager=self.sharded and config.compile,
         )
+
+    def _compile(self) -> None:
+        """Have the model compiled: by a single process as a whole, and by several processes block by block."""
+        # The operators compute with complex numbers in kernels of their own.
+        warnings.filterwarnings(
+            "ignore", message="Torchinductor does not support code generation for complex operators"
+        )
+        if self.accelerator.num_processes > 1:
+            compile_blocks(self.raw_model)
+        elif compiler := self.accelerator.state.dynamo_plugin:
+            compiler.backend, compiler.fullgraph = DynamoBackend.INDUCTOR, not obstacle_in_model(self.raw_model)
+            compiler.mode = "reduce-overhead" if self.compilation.replayed else "default"
 
     @property
     def batches_per_step(self) -> int:
@@ -256,6 +283,7 @@ class Trainer:
                 write_result(self.run_dir, self.state.step, scores)
         self.display.say(f"Done in {format_duration(time.perf_counter() - started)}; the model is in {self.run_dir}")
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)  # removes autocast
+        remove_compiled_blocks(self.raw_model)
         return TrainingResult(self.run_dir, whole_model(self.raw_model).eval(), self.corpus.tokenizer, *scores)
 
     def _step(self, stop: StopRequest) -> None:
@@ -313,12 +341,12 @@ class Trainer:
             # processes as before.
             seeds = np.random.SeedSequence((config.seed, step, number))
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-            with accelerator.accumulate(self.model):
+            with accelerator.accumulate(self.model), compiler_errors():
                 loss, penalty = self._loss(batch)
                 loss = loss * weight
                 accelerator.backward(loss + penalty)
             loss_sum += loss.detach()
-            if self.replayed and number == mine[0] != mine[-1]:
+            if self.compilation.replayed and number == mine[0] != mine[-1]:
                 self._move_gradients()
         return loss_sum / len(mine)
 
@@ -344,12 +372,19 @@ class Trainer:
         asked = torch.full_like(loss, stopping)
         return self.accelerator.reduce(torch.stack([loss, asked]), reduction="mean")
 
+    @torch.no_grad()
     def _clip(self) -> torch.Tensor:
-        """Clip the gradient; return its norm before clipping, on the device."""
-        parameters = [x for x in self.raw_model.parameters() if x.grad is not None]
-        norm = get_total_norm([x.grad for x in parameters if x.grad is not None])
-        clip_grads_with_norm_(parameters, self.config.grad_clip or math.inf, norm)
-        return whole_tensor(norm)
+        """Clip the gradient; return its norm before clipping, on the device.
+
+        Of a sharded gradient, every process clips its shards: DTensors would be sent one by one.
+        """
+        gradients = [local_tensor(x.grad) for x in self.raw_model.parameters() if x.grad is not None]
+        norm = get_total_norm(gradients)
+        if self.sharded:
+            norm = self.accelerator.reduce(norm.square(), reduction="sum").sqrt()
+        if self.config.grad_clip:
+            torch._foreach_mul_(gradients, (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def _report_all_but(self, count: int) -> None:
         """Report the steps that were taken, except the last ``count``.
@@ -387,9 +422,10 @@ class Trainer:
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Return the loss in nats per token, and the penalty of the model."""
         options = {"return_penalty": True} if self.raw_model.penalised else {}
-        if self.replayed:
+        if self.compilation.replayed:
             torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last replay are not used any more
-            # No code reads the offsets on the CPU, and the number of segments selects the graph.
+        if self.compilation.padded:
+            # No code reads the offsets on the CPU, and the number of segments selects a CUDA graph.
             input_ids, labels, cu_seqlens = batch.padded().to(self.device)
             torch._dynamo.mark_dynamic(cu_seqlens, 0)  # compiled once, for any number of segments
         else:
@@ -496,16 +532,18 @@ class Trainer:
         )
         if final:
             self.display.say(f"Validating on {sample.num_predictions:,} held-out tokens")
-        score, averaged = self._score(sample, stop), None
-        if self.average is not None:
-            with self.average.in_place():
-                averaged = self._score(sample, stop)
+        with without_compiled_blocks(self.raw_model):
+            score, averaged = self._score(sample, stop), None
+            if self.average is not None:
+                with self.average.in_place():
+                    averaged = self._score(sample, stop)
+        if averaged is not None:
             ema = dict(ema_loss=averaged.loss, ema_bits_per_byte=averaged.bits_per_byte)
             self.tracking.log(step, "validation", ema)
         self.metrics.write_validation(step, score, averaged, final=final)
         self.tracking.log(step, "validation", dict(loss=score.loss, bits_per_byte=score.bits_per_byte))
         if not self.sharded:  # no process holds whole blocks for diagnostics
-            with evaluating(self.raw_model):
+            with without_compiled_blocks(self.raw_model), evaluating(self.raw_model):
                 self.tracking.log_diagnostics(step, self.raw_model)
         self.display.validation(step, score, averaged)
         return Scores(score, averaged)
@@ -582,6 +620,8 @@ class Trainer:
             rate += f" (AdamW) and {muon:.2g} (Muon)"
         if config.start_from and config.learning_rate is None and config.lora is None:
             rate += f", {FROM_RATE:g} of that for fresh weights, since the model is trained already (--learning-rate)"
+        compiled = "Compiling the model; the first step takes a minute or two (not with --no-compile)\n"
+        obstacle = f"Not compiled, since {self.compilation.obstacle}\n" if self.compilation.obstacle else ""
         self.display.say(
             f"Model     Phase {phase_of(self.raw_model)}, {origin}: "
             f"{total:,} parameters,{of_them} {precision} on {devices}\n"
@@ -592,7 +632,8 @@ class Trainer:
             f"{self.corpus.tokenizer.get_vocab_size():,}\n"
             f"{rate}\n"
             f"          {start} {counted(config.steps, 'step')} of {counted(self.tokens_per_step, 'token')} ("
-            f"{readings(epochs)}), into {self.run_dir}"
+            f"{readings(epochs)}), into {self.run_dir}\n"
+            f"{compiled if self.compilation.wanted else obstacle}".rstrip()
         )
 
     def _mixture(self) -> str:
@@ -613,20 +654,9 @@ class Trainer:
             steps=self.config.steps,
             first_step=self.state.step,
             log_interval=self.config.log_interval,
+            warm_up=_WARM_UP_STEPS if self.compilation.wanted else 0,
             most_tokens_per_second=None if peak is None else processes * peak / flops_per_token(self.raw_model),
         )
-
-
-def replays_steps(config: TrainingConfig, accelerator: Accelerator, model: IntegratedModel) -> bool:
-    """Return True if a run's forward and backward passes are replayed from CUDA graphs.
-
-    This needs a compiled whole model whose code does not read the offsets of documents on the CPU.
-
-    With several processes, CUDA graphs are off: DDP cuts the model into pieces and sends gradients during the backward
-    pass, which is not known to work with PyTorch's CUDA graphs.
-    """
-    whole = config.compile and config.parallel != "fsdp" and accelerator.num_processes == 1
-    return whole and accelerator.device.type == "cuda" and not model.reads_offsets
 
 
 def _is_due(step: int, interval: int) -> bool:

@@ -1,6 +1,5 @@
 """Validation of a model in training: held-out text, of which every process reads a share."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,10 @@ class Validator:
         model: the model, as the accelerator has prepared it.
         batch_tokens: tokens of a batch in training; validations read as many at once, or more.
         sharded: the model is sharded over the processes.
-        eager: run blocks that are compiled one by one without their compiled code.
     """
 
-    def __init__(self, accelerator: Accelerator, model: Any, *, batch_tokens: int, sharded: bool, eager: bool) -> None:
-        self.accelerator, self._model, self._sharded, self._eager = accelerator, model, sharded, eager
+    def __init__(self, accelerator: Accelerator, model: Any, *, batch_tokens: int, sharded: bool) -> None:
+        self.accelerator, self._model, self._sharded = accelerator, model, sharded
         self._sizes = dict(batch_tokens=max(batch_tokens, _LEAST_TOKENS), piece_tokens=_PIECE_TOKENS)
 
     def nats(self, sample: Stretches, display: TrainingDisplay, stop: StopRequest | None) -> float:
@@ -58,9 +56,7 @@ class Validator:
         mine = shares[accelerator.process_index]
         model = accelerator.unwrap_model(self._model, keep_torch_compile=False)  # pieces have many shapes
         calls = [calls_of_model(share, **self._sizes) for share in shares]
-        # Blocks that are compiled one by one see many shapes, too.
-        eager = torch.compiler.set_stance("force_eager") if self._eager else nullcontext()
-        with eager, evaluating(model), display.validating(sum(map(len, mine)) - len(mine)) as show:
+        with evaluating(model), display.validating(sum(map(len, mine)) - len(mine)) as show:
 
             def advance(tokens: int) -> None:
                 show(tokens)
