@@ -24,7 +24,7 @@ class Compilation(NamedTuple):
         padded: the offsets of documents lie on the device, filled up to a power of two: compiled code serves any
             number of documents, and no step waits for a copy.
         replayed: forward and backward passes are replayed from CUDA graphs.
-        obstacle: reason that a long run on CUDA is not compiled; "" for none.
+        obstacle: reason that a long run of one process on CUDA is not compiled; "" for none.
     """
 
     wanted: bool
@@ -38,13 +38,13 @@ def choose_compilation(
 ) -> Compilation:
     """Return whether a run compiles its model, and how: as the configuration says, or where that repays its time.
 
-    By default, long runs on CUDA are compiled if there is a compiler and the model compiles as one piece.
+    By default, long runs of one process on CUDA are compiled if there is a compiler and the model compiles as one piece.
 
     With several processes, compiled code ends with each block, and no CUDA graph holds it: DDP and FSDP send gradients
     and weights of a block while others compute.
     """
     on_cuda = device.type == "cuda"
-    long = on_cuda and config.steps * config.accumulation >= LEAST_COMPILED_BATCHES
+    long = on_cuda and processes == 1 and config.steps * config.accumulation >= LEAST_COMPILED_BATCHES
     obstacle = obstacle_in_model(model) or _missing_compiler() if config.compile is None and long else ""
     wanted = long and not obstacle if config.compile is None else config.compile
     padded = wanted and on_cuda and not model.reads_offsets

@@ -70,7 +70,7 @@ class TrainingConfig:
         None,
         RUN,
         "Compile the model with torch.compile: faster steps after a minute or two.",
-        default_text=f"on cuda, for runs of at least {LEAST_COMPILED_BATCHES:,} batches on each device",
+        default_text=f"on cuda, for runs of one process and at least {LEAST_COMPILED_BATCHES:,} batches",
     )
     recompute: bool = setting(
         False,
