@@ -38,7 +38,8 @@ def choose_compilation(
 ) -> Compilation:
     """Return whether a run compiles its model, and how: as the configuration says, or where that repays its time.
 
-    By default, long runs of one process on CUDA are compiled if there is a compiler and the model compiles as one piece.
+    By default, long runs of one process on CUDA are compiled if there is a compiler and the model compiles as one
+    piece.
 
     With several processes, compiled code ends with each block, and no CUDA graph holds it: DDP and FSDP send gradients
     and weights of a block while others compute.
