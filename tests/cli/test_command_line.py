@@ -59,6 +59,7 @@ def test_every_setting_is_an_option(resolvent: Resolvent, monkeypatch: pytest.Mo
         if field.name != "model":
             names = [field.metadata.get("option", "--" + field.name.replace("_", "-"))]
             names += field.metadata.get("aliases", ())
+            names += ["--no-compile"] if field.name == "compile" else []
             assert f"{','.join(names)} " in text, field.name
 
 

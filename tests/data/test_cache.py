@@ -178,7 +178,7 @@ def test_warnings_about_a_text_are_those_of_its_first_reading(cache, tmp_path, m
     forbid_reading(monkeypatch)
     again = cache.tokens(Text([str(tmp_path / "a.txt")]), BYTES, None)
     assert first.warnings == again.warnings
-    assert "Replaced 1 invalid sequences" in first.warnings[0]
+    assert "Replaced 1 invalid sequence by" in first.warnings[0]
 
 
 # --- folders of tokens ----------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_tokens_that_take_more_than_the_memory_are_refused(tokenizers, monkeypat
         raise MemoryError
 
     monkeypatch.setattr("resolvent.data.stream._batches", fail)
-    with pytest.raises(DataError, match=r"the tokens of 2 document\(s\) with 7 characters do not fit into memory"):
+    with pytest.raises(DataError, match=r"the tokens of 2 documents with 7 characters do not fit into memory"):
         encode_documents(["one", "four"], tokenizers["bytes"])
 
 

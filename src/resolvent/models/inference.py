@@ -95,7 +95,7 @@ def _without_view(model: nn.Module) -> str | None:
     return None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _functions_of(kind: type[nn.Module]) -> frozenset[str]:
     """Return the names of the functions of a class of modules, its methods among them."""
     return frozenset(name for name in dir(kind) if inspect.isfunction(getattr(kind, name, None)))

@@ -29,7 +29,7 @@ from ...layers import (
 )
 from ...layers.heads import Given, HeadsLayer
 from ...layers.hebbian import HebbianOutput
-from ...layers.linear import product_of_parts
+from ...layers.linear import has_hook, product_of_parts, products
 from ...layers.local_attention import AttentionOutput
 from ...ops import Consolidation
 from ...ops.memory_rotation import Rotation
@@ -160,7 +160,10 @@ class Phase2Block(Block[Phase2Record]):
         normed = for_products(self.ln1(x))
         potential = [] if self.dissipative_bk is None else self.dissipative_bk.potential.projections
         conv_tail = None if state is None else state.conv_tail
-        given, of_potential = self.mixer.given(normed, conv_tail, cu_seqlens, potential)
+        if has_hook(self.mixer):  # which fetches its weights: it computes its inputs itself
+            given, of_potential = None, products(normed, potential)
+        else:
+            given, of_potential = self.mixer.given(normed, conv_tail, cu_seqlens, potential)
         # 2. BK-Core: the resolvent of the tokens' Hamiltonian.
         features, gamma = None, None
         if self.dissipative_bk is not None:
@@ -191,7 +194,7 @@ class Phase2Block(Block[Phase2Record]):
         state: LayerState | None,
         position: Tensor | None,
         cu_seqlens: Tensor | None,
-        given: Given,
+        given: Given | None,
         rotation: Rotation | None,
         features: Tensor | None,
         return_state: bool,
