@@ -167,7 +167,7 @@ def test_wrong_numbers_are_errors(option: str):
 
 def test_short_or_constant_text_is_an_error():
     model = PHASE2.model(vocab_size=257)
-    with pytest.raises(DataError, match="the text has 4 tokens, and a sequence needs 9"):
+    with pytest.raises(DataError, match="the text has 4 tokens, a sequence needs 9"):
         measure_influence(model, encode_documents(["text"], BYTES), length=8)
     with pytest.raises(DataError, match="repeats one token, 97"):
         measure_influence(model, encode_documents(["aaaa"], BYTES), length=3)
