@@ -68,6 +68,7 @@ build/.docs: setup
 
 docs: build/.docs  ## build the documentation into build/site, which opens from disk
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open build/site/index.html in a browser"
 
 docs-serve: build/.docs  ## show the documentation at http://127.0.0.1:8000, rebuilt as files change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve

@@ -161,6 +161,13 @@ def test_weights_of_some_texts_only_are_refused(small_config, tmp_path: Path, we
         load_corpus(small_config(data=data))
 
 
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
+def test_weights_that_are_not_above_zero_are_refused(small_config, tmp_path: Path, weight):
+    first, second = texts_of(tmp_path)
+    with pytest.raises(ConfigError, match=f"the weight of .* must be above 0 and finite, got {weight}"):
+        load_corpus(small_config(data=[f"{first}:{weight}", f"{second}:1"]))
+
+
 def test_a_weight_too_small_to_matter_is_refused(small_config, tmp_path: Path):
     first, second = texts_of(tmp_path)
     corpus = load_corpus(small_config(data=[f"{first}:1", f"{second}:1e-5"]))

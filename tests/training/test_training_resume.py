@@ -295,6 +295,14 @@ def test_a_longer_wsd_run_goes_on_from_before_the_decay(small_config: MakeConfig
     assert names == ["step-00000014", "step-00000020"]
 
 
+def test_fewer_steps_shorten_the_schedule(small_config: MakeConfig, tmp_path: Path):
+    train(small_config(checkpoint_interval=7))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000010")
+    output = StringIO()
+    resume(tmp_path / "run", steps=9, console=Console(file=output, width=10_000))
+    assert "9 instead of 10: the cosine schedule is shortened to them; the learning rate goes from" in output.getvalue()
+
+
 def test_a_wsd_run_without_that_checkpoint_says_what_its_rate_does(small_config: MakeConfig, tmp_path: Path):
     train(small_config(**STABLE))
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000007")

@@ -186,11 +186,11 @@ class Bench:
 
     @contextmanager
     def _watching_others(self, name: str) -> Iterator[None]:
-        """Warn if other processes slow down a measurement on the CPU."""
+        """Warn if other processes slow down a measurement on the CPU whose figure means something."""
         started, others = time.perf_counter(), cpu_seconds_of_others()
         yield
         share = (cpu_seconds_of_others() - others) / (time.perf_counter() - started) / (os.cpu_count() or 1)
-        if self.device.type == "cpu" and share > _NOTABLE_SHARE:
+        if self.device.type == "cpu" and self.scale != "quick" and share > _NOTABLE_SHARE:
             self.say(f"{name}: other processes used {share:.0%} of the CPU meanwhile: measure again when it is idle")
 
     def _clear(self) -> None:

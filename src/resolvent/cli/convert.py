@@ -37,18 +37,19 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the converted model; new or empty.")],
     to: Annotated[
         Literal["phase2", "llama"],
-        typer.Option(help="llama: a Transformer of the Llama family from a Phase 2 model that is one."),
+        typer.Option(help="llama: a Transformer of the Llama family, from a Phase 2 model with its parts alone."),
     ] = "phase2",
     change: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change the Phase 2 configuration (repeatable)."),
     ] = None,
     keep_tensor_train: Annotated[
-        bool, typer.Option("--keep-tensor-train", help="Keep a token embedding that is one; otherwise make it a table.")
+        bool,
+        typer.Option("--keep-tensor-train", help="Keep a tensor-train token embedding; otherwise make it a table."),
     ] = False,
     mechanisms: Annotated[
         Literal["all", "none"],
-        typer.Option(help="all: a Transformer gets BK-Core behind a map at zero; none: it gets no more than it needs."),
+        typer.Option(help="all: add BK-Core to a Transformer, behind a map that starts at zero; none: add no part."),
     ] = "all",
     keep_attention: Annotated[
         str | None,

@@ -101,7 +101,7 @@ class Converted(NamedTuple):
             f"Not exact: {', and '.join(parts)}",
             f"Loss on {counted(loss.tokens, 'token')} of {loss.text}: {loss.before:.4f} nats per token before, "
             f"{loss.after:.4f} after",
-            f"Train it on: resolvent train --from {out}",
+            f"Continue its training: resolvent train --from {out}",
         ]
 
 

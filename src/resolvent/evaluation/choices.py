@@ -143,7 +143,8 @@ def _human_eval(files: Path | None) -> Iterator[Example]:
 def _big_bench(name: str, files: Path | None) -> Iterator[Example]:
     if files is None:
         raise ConfigError(
-            f"{BIG_BENCH}{name} needs BIG-bench's files: `pip download --no-deps bigbench`, then name the archive"
+            f"{BIG_BENCH}{name} needs BIG-bench's files: `pip download --no-deps bigbench`, then name the archive "
+            "by --task-path"
         )
     where = f"{name}/task.json in {files}"
     task = _json_object(_task_file(name, files), where)

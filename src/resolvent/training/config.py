@@ -425,7 +425,11 @@ def changed_preset(phase: int, preset: str, changes: dict[str, Any]) -> "Phase1C
 
 
 def weighted_paths(paths: list[str]) -> list[tuple[str, float | None]]:
-    """Split each `PATH:WEIGHT` into path and weight; None where there is none, or where a file has that name."""
+    """Split each `PATH:WEIGHT` into path and weight; None where there is none, or where a file has that name.
+
+    Raises:
+        ConfigError: a weight is not above zero, or not finite.
+    """
     return [_weighted(path) for path in paths]
 
 
@@ -435,9 +439,13 @@ def _weighted(path: str) -> tuple[str, float | None]:
         weight = float(number)
     except ValueError:
         return path, None
-    if not (colon and name and 0 < weight < float("inf")) or Path(path).exists():
+    if not (colon and name) or Path(path).exists():
         return path, None
-    return name, weight
+    if 0 < weight < float("inf"):
+        return name, weight
+    if Path(name).exists():
+        raise ConfigError(f"the weight of {name} must be above 0 and finite, got {number}")
+    return path, None
 
 
 FROM_RATE = 0.25

@@ -71,7 +71,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         text = read_bytes(path, _MOST_BYTES).decode()
     except (OSError, ValueError, CheckpointError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot read {path}: {reason}") from error
     try:
         root = yaml.compose(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:

@@ -78,7 +78,7 @@ class RunPlan:
 
     def __str__(self) -> str:
         memory, measured = self.memory, self.measured_memory
-        read = readings(self.passes, f"the text of {self.text_tokens:,}")
+        read = readings(self.passes, f"the text of {counted(self.text_tokens, 'token')}")
         source = f"measured in {counted(self.timed_steps, 'step')}" if self.timed_steps else "as given"
         return (
             f"Model     {self.parameters:,} parameters, {self.parameters - self.embedding_parameters:,} without the "

@@ -285,7 +285,8 @@ def _stretched(before: TrainingConfig, after: TrainingConfig, taken: int, *, wen
     if went_back:
         stable = before.stable_steps
         return f"{text}back to step {stable:,}, the last before the decay of the learning rate, and on at its peak"
-    text += f"the {after.schedule} schedule is stretched to them"
+    change = "stretched" if after.steps > before.steps else "shortened"
+    text += f"the {after.schedule} schedule is {change} to them"
     if 0 < taken < after.steps:
         last, following = before.rate_factor(taken - 1), after.rate_factor(taken)
         text += f"; the learning rate goes from {last:.0%} of its peak, in step {taken:,}, to {following:.0%}"
