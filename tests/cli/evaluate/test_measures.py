@@ -116,7 +116,7 @@ def test_text_of_the_run_that_is_gone_or_changed_is_an_error_with_the_remedy(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--length", "100000"], 1, ": give more text or a lesser length"),
+        (["--length", "100000"], 1, ": give more text or a shorter length"),
         (["--plot", "plot.gif"], 2, "plot.gif must end in .png, .pdf or .svg"),
         (["--plot", "nowhere/plot.png"], 2, "nowhere is no folder"),
         (["--json", "nowhere/found.json"], 2, "nowhere is no folder"),
