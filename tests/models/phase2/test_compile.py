@@ -42,16 +42,18 @@ def check(backend, ids, calls, compiler="aot_eager", recompute=False, layers=2, 
             assert (a - b).norm() <= 1e-4 * b.norm() + 1e-9
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=[needs_interpreter, pytest.mark.slow])])
 def test_rectangle_compiles_to_one_graph(backend):
     check(backend, torch.randint(0, 97, (2, 31)), [{}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filters", [{}, {"snr_enabled": False, "resonance_enabled": False}])
 def test_rotating_memories_compile_to_one_graph(filters):
     check("auto", torch.randint(0, 97, (2, 71)), [{}], memory_rotation=True, **filters)
 
 
+@pytest.mark.slow
 def test_checkpointed_blocks_compile_to_one_graph():
     check("torch", torch.randint(0, 97, (2, 31)), [{}], recompute=True)
 
