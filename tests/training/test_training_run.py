@@ -521,6 +521,12 @@ def test_the_remedy_reaches_a_consolidation(small_config, caplog, seq_len: int, 
     assert any(remedy in message for message in caplog.messages)
 
 
+def test_the_warning_names_the_filters_that_are_on(small_config, caplog):
+    model = dataclasses.replace(small_config().model, consolidation_interval=64, snr_enabled=False)
+    train(small_config(model=model, steps=1, seq_len=64))
+    assert any("no step trains the resonance." in message for message in caplog.messages)
+
+
 def test_n_seq_of_the_model_is_the_window_length(small_config, tmp_path: Path):
     model = small_config().model
     assert train(small_config(model=model, steps=1, seq_len=48)).model.n_seq == 48

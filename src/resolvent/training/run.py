@@ -317,9 +317,11 @@ def _warn_of_what_is_not_trained(model: IntegratedModel) -> None:
     interval = wanted.consolidation_interval
     if model.n_seq <= interval:
         oftener = f"set consolidation_interval={CHUNK}, or " if model.n_seq > CHUNK else ""
+        filters = {"the SNR filter": wanted.snr_enabled, "the resonance": wanted.resonance_enabled}
+        untrained = " and ".join(name for name, enabled in filters.items() if enabled)
         logger.warning(
             f"Memories are consolidated every {interval:,} tokens (consolidation_interval), and windows have "
-            f"{model.n_seq}: SNR filter and resonance stay untrained. To train them, {oftener}take a --seq-len of "
+            f"{model.n_seq}: no step trains {untrained}. For steps that do, {oftener}take a --seq-len of "
             f"more than {interval}"
         )
 
