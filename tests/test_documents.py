@@ -168,6 +168,7 @@ def test_examples_run(example, monkeypatch):
 @pytest.mark.slow
 def test_the_demo_beats_a_3_gram_model(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--steps", "60", "--out", str(tmp_path / "demo")])
+    monkeypatch.syspath_prepend(ROOT / "examples")  # as `python examples/demo.py` has it
     runpy.run_path(str(ROOT / "examples/demo.py"), run_name="__main__")
     shown = capsys.readouterr().out
     scores = re.findall(r"│\s+(\d\.\d{3})\s+│", shown)

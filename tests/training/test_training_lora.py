@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,7 @@ from resolvent.models.phase1 import Phase1Config
 from resolvent.models.storage import WEIGHTS, load_base
 from resolvent.runs import load_trained
 from resolvent.tensors import read_tensors, write_tensors
-from resolvent.training import TrainingConfig, resume, train
-from resolvent.training import run as training_run
+from resolvent.training import TrainingConfig, resume, train, trainer
 from resolvent.training.checkpoint import checkpoint_path
 from resolvent.training.lora import LoraOptions, add_adapters, is_adapter
 from resolvent.training.memory import estimate_memory
@@ -177,12 +177,7 @@ def test_adapters_train_compiled_as_they_do_eagerly(
     adapted: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The graphs are traced and run, but not compiled to code, which takes minutes."""
-    inductor, plugin = DynamoBackend.INDUCTOR, training_run.TorchDynamoPlugin
-    monkeypatch.setattr(
-        training_run,
-        "TorchDynamoPlugin",
-        lambda backend: plugin(backend=DynamoBackend.AOT_EAGER if backend == inductor else backend),
-    )
+    monkeypatch.setattr(trainer, "DynamoBackend", SimpleNamespace(INDUCTOR=DynamoBackend.AOT_EAGER))
     torch.compiler.reset()
     counters.clear()
     options = dict(lora="r=4,dropout=0.1", steps=3, accumulation=2, learning_rate=1e-3, eval_interval=0)
