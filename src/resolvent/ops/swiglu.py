@@ -67,7 +67,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
         (x,) = ctx.saved_tensors
         gate, value = x.chunk(2, dim=-1)
-        return torch.cat([torch.ops.aten.silu_backward(grad * value, gate), grad * F.silu(gate)], dim=-1)
+        return _gradient(grad, gate, value, F.silu(gate))
 
 
 class _SwiGLUProduct(torch.autograd.Function):
@@ -84,6 +84,9 @@ class _SwiGLUProduct(torch.autograd.Function):
         opened, grad_weight = F.silu(gate), None
         if ctx.needs_input_grad[1]:  # a frozen weight has none
             grad_weight = grad.flatten(0, -2).mT @ (opened * value).flatten(0, -2)
-        through = grad @ weight
-        grad_x = torch.cat([torch.ops.aten.silu_backward(through * value, gate), through * opened], dim=-1)
-        return grad_x, grad_weight
+        return _gradient(grad @ weight, gate, value, opened), grad_weight
+
+
+def _gradient(grad: Tensor, gate: Tensor, value: Tensor, opened: Tensor) -> Tensor:
+    """Return the gradient of gates and values side by side, given that of the result, and ``silu(gate)``."""
+    return torch.cat([torch.ops.aten.silu_backward(grad * value, gate), grad * opened], dim=-1)

@@ -18,7 +18,7 @@ from ..dispatch import count_run
 from ..library import operator
 from ..normalize import RMS_EPS
 from .arguments import constexpr
-from .launch import contiguous
+from .launch import contiguous, rows_of
 from .queries_keys_values import sigmoid_of
 
 _kernel: Any = triton.jit
@@ -199,8 +199,7 @@ def _gated_readout_backward(
     outputs = _allocate_gradients(grad_normalized, grad_gated, normalized, inverse_rms, opening, bias, features)
     if not normalized.numel():
         return outputs
-    rows = grad_gated.flatten(0, 1)  # torch.compile leaves gaps between the rows of a product
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    rows = rows_of(grad_gated)
     inputs = (contiguous(grad_normalized), rows, *(x.contiguous() for x in (normalized, inverse_rms, opening, bias)))
     variant, total, programs = _plan(outputs[0].shape, features, _BACKWARD)
     with torch.cuda.device_of(normalized):

@@ -17,6 +17,15 @@ def contiguous(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | N
     return None if x is None else x.to(dtype or x.dtype).contiguous()
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """Return x (..., C) as rows (T, C), neighbours in a row side by side; a view where the layout allows it.
+
+    There may be gaps between the rows: ``torch.compile`` leaves some between those of a product.
+    """
+    rows = x.flatten(0, -2)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 @functools.lru_cache(maxsize=8)
 def early(device: torch.device) -> dict[str, Any]:
     """Return the options of a launch that begins while the launch before it ends, on GPUs that can (Hopper or newer).

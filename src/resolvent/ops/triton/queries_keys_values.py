@@ -22,7 +22,7 @@ from ..library import operator
 from ..packed import sequence_numbers
 from .arguments import constexpr
 from .consolidation import sigmoid
-from .launch import contiguous
+from .launch import contiguous, rows_of
 
 _kernel: Any = triton.jit
 
@@ -380,8 +380,7 @@ def _arguments(
 ) -> tuple[_Inputs, _Rows, _Variant, tuple[int, int], int]:
     """Return what both kernels take, the grid and the warps of a program."""
     length, columns = projected.shape[1:]
-    rows = projected.flatten(0, 1)
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    rows = rows_of(projected)
     width, taps = weight.shape[1] // (3 * num_heads), len(weight)
     block = triton.next_power_of_2(width)
     values = _CHANNELS * 4 // max(4, triton.next_power_of_2(taps))  # a thread keeps rows of every tap

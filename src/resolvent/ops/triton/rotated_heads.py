@@ -17,6 +17,7 @@ from ..dispatch import count_run
 from ..library import operator
 from ..memory_rotation import Rotation
 from .arguments import constexpr
+from .launch import rows_of
 
 _kernel: Any = triton.jit
 
@@ -153,9 +154,7 @@ def _launch(projected: Tensor, heads: _Heads, cos: Tensor, sin: Tensor, *, backw
     """Launch the kernel, from the projections to the heads or, with ``backward``, from the heads to the projections."""
     if not projected.numel():
         return
-    rows = projected.flatten(0, 1)
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+    rows = rows_of(projected)
     count, groups, width = heads.q.shape[2], heads.k.shape[2], heads.q.shape[3]
     pairs = triton.next_power_of_2(width // 2)
     of_program = min(triton.next_power_of_2(count + 2 * groups), max(1, _PAIRS_OF_PROGRAM // pairs))

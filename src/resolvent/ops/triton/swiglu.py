@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import count_run
+from .launch import rows_of
 
 _kernel: Any = triton.jit
 _BLOCK = 1024
@@ -30,9 +31,7 @@ def gated(x: Tensor) -> Tensor:
     count_run("swiglu", "triton")
     hidden = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], hidden)
-    rows = x.flatten(0, -2)
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+    rows = rows_of(x)
     if out.numel():
         block = min(_BLOCK, triton.next_power_of_2(hidden))
         with torch.cuda.device_of(x):
