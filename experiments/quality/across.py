@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from rich.table import Table
 
-from experiments.quality.report import average, by_model, left_out, make_table
+from experiments.quality.report import average, by_model, left_out, make_table, paired, parted
 from experiments.quality.results import Record, best_learning_rate, setting
+from experiments.quality.variants import parse_variant
 
 _SIZES = ("width", "layers", "parameters", "steps", "batch")
 _FLOPS_PER_PARAMETER = 6
+_PLACED = re.compile(r"phase2(/(hybrid|one|attention|at(-\d+)+)(/window-(all|\d+))?)?")
+_EVERYWHERE, _NOWHERE = "phase2/attention", "phase2"
 
 
 def tables(records: Sequence[Record], base: str | None = None) -> list[Table]:
-    """Return the tables of optimisers, of parts that are left out in training, and of sizes.
+    """Return the tables of optimisers, of parts that are left out in training, of attention's places, and of sizes.
 
     Args:
         records: runs of any tasks.
@@ -28,7 +33,9 @@ def tables(records: Sequence[Record], base: str | None = None) -> list[Table]:
     """
     runs = _of_language(records)
     found = [_optimiser_table(of) for of in _grouped(runs, ("muon_ratio",)) if len(_optimisers(of)) > 1]
-    found += [_left_out_table(runs)] if any(left_out(runs)) else []
+    for of in _grouped(runs, ()):
+        found += [_left_out_table(of)] if any(left_out(of)) else []
+        found += [_places_table(of)] if sum(bool(blocks) for blocks, _ in places(of).values()) > 1 else []
     found += [_scaling_table(points) for points in scaling(runs)]
     return found + ([] if base is None else _difference_tables(runs, base))
 
@@ -72,9 +79,13 @@ def _point(runs: Sequence[Record]) -> Point:
     settings = runs[0]["settings"]
     losses = {}
     for name, of in by_model(runs).items():
-        best = best_learning_rate(of, "loss", smallest=True)
-        losses[name] = [run["loss"] for run in of if run["learning_rate"] == best and run["finite"]]
+        losses[name] = _losses_at_best(of)
     return Point(settings["parameters"], settings["steps"] * settings["batch"] * settings["length"], losses)
+
+
+def _losses_at_best(runs: Sequence[Record]) -> list[float]:
+    best = best_learning_rate(runs, "loss", smallest=True)
+    return [run["loss"] for run in runs if run["learning_rate"] == best and run["finite"]]
 
 
 def _scaling_table(points: Sequence[Point]) -> Table:
@@ -117,13 +128,48 @@ def muon_gain(runs: Sequence[Record]) -> list[float]:
 
 
 def _left_out_table(runs: Sequence[Record]) -> Table:
+    """Tabulate, for runs of one setting, what each part (row) costs each model (column) that was trained without it."""
+    (rows,) = left_out(runs)
+    bases, parts = (list(dict.fromkeys(parted(row.name)[i] for row in rows)) for i in (0, 1))
+    costs = {parted(row.name): row.values for row in rows}
     table = make_table(
-        "cost of a part left out in training, paired by seed and learning rate",
-        *("model", "pairs", "difference (nats)"),
+        "cost of a part left out in training, paired by seed and learning rate (number of pairs)", "part", *bases
     )
-    for rows in left_out(runs):
-        for row in rows:
-            table.add_row(row.name, str(len(row.values)), average(row.values, signed=True))
+    for part in parts:
+        table.add_row(part, *(average(costs.get((base, part), []), signed=True, counted=True) for base in bases))
+    return table
+
+
+def places(runs: Sequence[Record]) -> dict[str, tuple[tuple[int, ...], float]]:
+    """Return the blocks that attend, counted from 1, and their window, for each model that differs in these alone.
+
+    The runs are of one setting; models with fewer such blocks come first, and smaller windows.
+    """
+    found = {}
+    for name, of in by_model(runs).items():
+        if _PLACED.fullmatch(name):
+            config = parse_variant(name).at(of[0]["settings"]["layers"], of[0]["settings"]["length"]).config
+            blocks = tuple(block + 1 for block in config.get("attention_layers", ()))
+            found[name] = blocks, config.get("attention_window") or math.inf
+    return dict(sorted(found.items(), key=lambda item: (len(item[1][0]), item[1])))
+
+
+def _places_table(runs: Sequence[Record]) -> Table:
+    models = by_model(runs)
+    last = list(next(run["loss_by_position"] for run in runs if run["finite"]))[-1]
+    headings = ("loss", f"less {_NOWHERE}", f"less {_EVERYWHERE}", f"less {_EVERYWHERE}, {last}")
+    table = make_table(
+        "attention by blocks and window, at the best learning rate; differences paired by seed and learning rate",
+        *("blocks", "window", "seeds", "state KB", *headings),
+    )
+    for name, (blocks, window) in places(runs).items():
+        of, losses = models[name], _losses_at_best(models[name])
+        nowhere, everywhere = (models.get(base, []) if base != name else [] for base in (_NOWHERE, _EVERYWHERE))
+        gaps = [paired(of, nowhere), paired(of, everywhere)]
+        gaps.append(paired_buckets(of, everywhere, lambda run: run["loss_by_position"]).get(last, []))
+        attended = ("all" if math.isinf(window) else f"{window:,}") if blocks else "-"
+        row = [", ".join(map(str, blocks)) or "-", attended, str(len(losses)), f"{of[0]['state_bytes'] / 1024:,.0f}"]
+        table.add_row(*row, average(losses), *(average(values, signed=True) for values in gaps))
     return table
 
 

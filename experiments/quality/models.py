@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from experiments.quality.attention import WindowedAttention
 from experiments.quality.mixers import GLA, Attention, GatedDeltaNet, Mamba2, Mamba3, Mixer
-from experiments.quality.variants import parse_variant
+from experiments.quality.variants import HEAD_DIM, parse_variant
 from resolvent.layers import GatedFeedForward
 from resolvent.models.phase2 import Phase2Block, Phase2IntegratedModel
 from resolvent.ops import linear_cross_entropy
 
-HEAD_DIM = 64
 FFN_STEP = 16
 TOLERANCE = 0.02
 
@@ -175,8 +174,9 @@ def build(name: str, size: Size, device: torch.device | str = "cpu") -> Entry:
         ValueError: there is none of this name, or it cannot have so few or so many parameters.
     """
     base = name.partition("/")[0]
-    # A variant keeps the widths of Phase 2, and so its weights, if it can.
-    for like in (base, name) if base == "phase2" else (name,):
+    # A variant keeps the widths of Phase 2, and so its weights, if it can; other heads change most weights anyway.
+    keeps = base == "phase2" and parse_variant(name).heads is None
+    for like in (base, name) if keeps else (name,):
         entry = _maker(name, size)(_feed_forward_width(_maker(like, size), size.parameters))
         if abs(entry.parameters / size.parameters - 1) <= TOLERANCE:
             entry.model.to(device)
@@ -231,8 +231,6 @@ def _phase2(name: str, size: Size) -> Callable[[int], Entry]:
             d_model=size.width,
             n_layers=size.layers,
             n_seq=size.length,
-            num_heads=size.width // HEAD_DIM,
-            head_dim=HEAD_DIM,
             ffn_dim=3 * hidden,  # of which a gated network takes two thirds
             dropout=size.dropout,
             tie_embeddings=True,

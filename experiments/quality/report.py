@@ -35,12 +35,13 @@ def tables(records: Sequence[Record]) -> list[Table]:
     return found
 
 
-def average(values: Sequence[float], digits: int = 4, signed: bool = False) -> str:
-    """Format mean ± standard error; the error needs two values."""
+def average(values: Sequence[float], digits: int = 4, signed: bool = False, counted: bool = False) -> str:
+    """Format mean ± standard error, which needs two values, and with ``counted`` their number."""
     if not values:
         return "-"
     mean = f"{statistics.mean(values):{'+' if signed else ''}.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {standard_error(values):.{digits}f}"
+    error = "" if len(values) < 2 else f" ± {standard_error(values):.{digits}f}"
+    return f"{mean}{error} ({len(values)})" if counted else mean + error
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -68,10 +69,16 @@ def left_out(records: Sequence[Record]) -> list[list[Row]]:
     found = []
     for runs in _by_setting(_of_task(records, "language")):
         models = by_model(runs)
-        bases = {name: _LEFT_OUT.sub("", name) for name in models if _LEFT_OUT.search(name)}
+        bases = {name: parted(name)[0] for name in models if _LEFT_OUT.search(name)}
         gaps = {name: paired(models[name], models[base]) for name, base in bases.items() if base in models}
         found.append([Row(name, values) for name, values in gaps.items() if values and name not in _STARTS])
     return found
+
+
+def parted(name: str) -> tuple[str, str]:
+    """Return the model that a variant is compared with, and the part that the variant lacks; empty for none."""
+    base = _LEFT_OUT.sub("", name)
+    return base, name.removeprefix(base).removeprefix("/").removeprefix("no-")
 
 
 def switched_off(records: Sequence[Record]) -> list[list[Row]]:

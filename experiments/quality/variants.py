@@ -12,6 +12,8 @@
     phase2/hybrid/window-512     ... over the last 512 tokens
     phase2/hybrid/window-all     ... over all tokens
     phase2/one                   with attention in the block in the middle alone, over half of a training sequence
+    phase2/at-2-5                with attention in the second and the fifth block, over half of a training sequence
+    phase2/heads-4               with 4 heads of a quarter of the width, in place of heads of 64
     phase2/attention             with attention over all tokens in every block
     phase2/rotation              with rotating memories
     phase2/rotation-0.1          ... whose projection to angles starts at a tenth of the spread of other projections
@@ -41,6 +43,8 @@ from resolvent.layers import NonHermitianPotential, ZetaInitializer
 from resolvent.layers.zeta import zeta_zeros
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
 from resolvent.models.phase2.block import blocks_of
+
+HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,10 @@ class Variant:
         zeros: endings of names of parameters that are held at zero.
         original: whether the weights are drawn as in the report's original.
         attends: ``hybrid`` for attention in every third block, ``one`` for the block in the middle, ``attention`` for
-            attention in all.
+            attention in all, or the numbers of the blocks, counted from 1.
         window: tokens to which they attend, ``all`` or a number; None for all tokens where every block attends, and
             for half a training sequence elsewhere.
+        heads: number of heads of memories and attention, which share the width; None for heads of 64.
         rotation_start: initial standard deviation of the projections to angles, over that of other projections; None
             for the model's own.
         plain_scores: whether attention takes q and k without L2 norm and temperature.
@@ -132,8 +137,9 @@ class Variant:
     config: dict[str, Any]
     zeros: tuple[str, ...]
     original: bool = False
-    attends: str | None = None
+    attends: str | tuple[int, ...] | None = None
     window: str | None = None
+    heads: int | None = None
     rotation_start: float | None = None
     plain_scores: bool = False
     rate_factors: Mapping[str, float] = field(default_factory=dict)
@@ -142,24 +148,20 @@ class Variant:
         """Return the variant with the blocks that attend in a model of ``layers``, trained on ``length`` tokens.
 
         Raises:
-            ValueError: a hybrid has no third block.
+            ValueError: a hybrid has no third block, or there is no block of a number.
         """
         if self.attends is None:
             return self
-        chosen = {
-            "hybrid": tuple(range(2, layers, 3)),
-            "one": (layers // 2,),
-            "attention": tuple(range(layers)),
-        }[self.attends]
-        if not chosen:
-            raise ValueError(f"a hybrid attends in every third block, and there are {layers}: take phase2/attention")
+        chosen = _attending(self.attends, layers)
         window = self.window or ("all" if self.attends == "attention" else str(length // 2))
         fields = {"attention_layers": chosen, "attention_window": None if window == "all" else int(window)}
         return dataclasses.replace(self, config=self.config | fields)
 
     def build(self, **sizes: Any) -> Phase2IntegratedModel:
         """Return a model of these fields of the configuration, with weights yet to be drawn by ``reset``."""
-        model = Phase2IntegratedModel(Phase2Config(**(sizes | self.config)), init=False)
+        count = self.heads or sizes["d_model"] // HEAD_DIM
+        heads = {"num_heads": count, "head_dim": sizes["d_model"] // count}
+        model = Phase2IntegratedModel(Phase2Config(**(sizes | heads | self.config)), init=False)
         if self.plain_scores:
             with_plain_scores(model)
         for parameter in _ending(model, self.zeros):
@@ -198,6 +200,22 @@ class Variant:
                 parameter.copy_(weights[name])
 
 
+def _attending(attends: str | tuple[int, ...], layers: int) -> tuple[int, ...]:
+    """Return the blocks that attend, counted from 0."""
+    if isinstance(attends, tuple):
+        if list(attends) != sorted({*attends} & {*range(1, layers + 1)}):
+            raise ValueError(f"at-{'-'.join(map(str, attends))}: name blocks of 1 to {layers}, in ascending order")
+        return tuple(block - 1 for block in attends)
+    chosen = {
+        "hybrid": tuple(range(2, layers, 3)),
+        "one": (layers // 2,),
+        "attention": tuple(range(layers)),
+    }[attends]
+    if not chosen:
+        raise ValueError(f"a hybrid attends in every third block, and there are {layers}: take phase2/attention")
+    return chosen
+
+
 def _ending(model: Phase2IntegratedModel, endings: tuple[str, ...]) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if name.endswith(endings)]
 
@@ -227,14 +245,15 @@ def parse_variant(name: str) -> Variant:
             known = ", ".join(["bare", "original", *MECHANISMS, *OPTIONS])
             raise ValueError(
                 f"{name}: there is no {part!r}; known are {known}, each but the first two also with no-, hybrid, "
-                "one, attention, window-all and window-512, rotation and rotation-0.1, no-qk-norm, gamma-rate-10, say"
+                "one, attention, at-2-5, window-all and window-512, heads-4, rotation and rotation-0.1, no-qk-norm, "
+                "gamma-rate-10, say"
             )
         elif part == mechanism:
             off.discard(part)
         else:
             off.add(mechanism)
     if "window" in fields and "attends" not in fields:
-        raise ValueError(f"{name}: window-{fields['window']} needs hybrid, one or attention")
+        raise ValueError(f"{name}: window-{fields['window']} needs hybrid, one, attention or at-2-5, say")
     switches = [switch for key, switch in (MECHANISMS | OPTIONS).items() if key in off]
     for switch in switches:
         config |= switch.config
@@ -247,6 +266,10 @@ def _form(part: str) -> dict[str, Any] | None:
         return {"original": True, "config": ORIGINAL}
     if part in ("hybrid", "one", "attention"):
         return {"attends": part}
+    if re.fullmatch(r"at(-[1-9]\d*)+", part):
+        return {"attends": tuple(map(int, part.split("-")[1:]))}
+    if heads := re.fullmatch(r"heads-([1-9]\d*)", part):
+        return {"heads": int(heads[1])}
     if part == "no-qk-norm":
         return {"plain_scores": True}
     if window := re.fullmatch(r"window-(all|[1-9]\d*)", part):

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,12 @@ from typer.testing import CliRunner
 from experiments.quality import across, results
 from experiments.quality.__main__ import app
 
-SETTINGS = {"task": "language", "width": 8, "layers": 1, "parameters": 1_000, "steps": 10, "batch": 2, "length": 16}
+SETTINGS = {"task": "language", "width": 8, "layers": 6, "parameters": 1_000, "steps": 10, "batch": 2, "length": 16}
 
 
 def run(model: str, seed: int, loss: float | None, rate: float = 4e-3, **settings) -> results.Record:
     by_position = None if loss is None else {"0-64": loss + 1, "64-128": loss - 1}
-    shared = {"settings": SETTINGS | settings, "model": model, "learning_rate": rate, "seed": seed}
+    shared = {"settings": SETTINGS | settings, "model": model, "learning_rate": rate, "seed": seed, "state_bytes": 2048}
     return shared | {"finite": loss is not None, "loss": loss, "loss_by_position": by_position}
 
 
@@ -77,6 +78,48 @@ def test_differences_by_position_are_paired_by_seed():
     assert ["phase2", "+0.5000", "+0.5000"] in table and ["mamba2", "-", "-"] in table
     with pytest.raises(ValueError, match="no runs of 'mamba3'"):
         across.tables(records, "mamba3")
+
+
+def test_parts_left_out_are_compared_for_each_model_within_one_setting():
+    records = [
+        *(run("phase2", seed, 3.0) for seed in (0, 1)),
+        *(run("phase2/no-bk", seed, 3.5 + seed) for seed in (0, 1, 2)),
+        run("phase2/hybrid/window-8", 0, 2.0),
+        run("phase2/hybrid/window-8/no-bk", 0, 2.25),
+        run("phase2/hybrid/window-8/bare", 0, 2.5),
+        run("phase2/no-bk", 0, 9.0, steps=20),
+        run("phase2", 0, 8.0, steps=20),
+    ]
+    table = lines(records)
+    assert ["part", "phase2", "phase2/hybrid/window-8"] in table
+    assert ["bk", "+1.0000", "±", "0.5000", "(2)", "+0.2500", "(1)"] in table
+    assert ["bare", "-", "+0.5000", "(1)"] in table
+    assert ["bk", "+1.0000", "(1)"] in table  # of the other setting
+
+
+def test_places_of_attention_are_compared_with_none_and_with_all():
+    records = [
+        run("phase2/attention", 0, 2.0),
+        *(run("phase2/at-2-4-6/window-512", seed, 2.5 + seed) for seed in (0, 1)),
+        run("phase2/hybrid", 0, 2.75),
+        run("phase2/at-4/window-512", 0, 2.875),
+        run("phase2", 0, 3.0),
+        run("phase2/hybrid/no-bk", 0, 1.0),
+        run("gla/hybrid", 0, 1.0),
+    ]
+    found = across.places(records)
+    assert list(found.values()) == [
+        ((), math.inf),
+        ((4,), 512),
+        ((3, 6), 8),
+        ((2, 4, 6), 512),
+        ((1, 2, 3, 4, 5, 6), math.inf),
+    ]
+    table = lines(records)
+    assert ["2,", "4,", "6", "512", "2", "2", "3.0000", "±", "0.5000", "-0.5000", "+0.5000", "+0.5000"] in table
+    assert ["-", "-", "1", "2", "3.0000", "-", "+1.0000", "+1.0000"] in table
+    assert ["1,", "2,", "3,", "4,", "5,", "6", "all", "1", "2", "2.0000", "-1.0000", "-", "-"] in table
+    assert lines(records[:1] + records[5:6]) == [[]]  # one place
 
 
 def test_report_prints_these_tables(tmp_path: Path):

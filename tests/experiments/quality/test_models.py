@@ -26,7 +26,16 @@ def test_all_have_as_many_parameters(name: str):
 
 
 PARTS = ("conv", "qk-norm", "norm", "gate")
-OURS = ("phase2", "phase2/bare", "phase2/hybrid", "phase2/one", "phase2/attention", "gated-deltanet/hybrid")
+OURS = (
+    "phase2",
+    "phase2/bare",
+    "phase2/hybrid",
+    "phase2/one",
+    "phase2/at-2-4-6",
+    "phase2/heads-4",
+    "phase2/attention",
+    "gated-deltanet/hybrid",
+)
 
 
 @pytest.mark.parametrize("name", [*PEERS, *OURS, *(f"phase2/attention/no-{part}" for part in PARTS)])
@@ -118,17 +127,44 @@ def test_hybrids_attend_in_every_third_block():
     size = dataclasses.replace(SMALL, layers=6, parameters=2_000_000)
     windows = {
         "hybrid": SMALL.length // 2, "hybrid/window-9": 9, "hybrid/window-all": None, "one": SMALL.length // 2,
-        "attention": None,
+        "at-2-5/window-9": 9, "at-1-4-6": SMALL.length // 2, "attention": None,
     }  # fmt: skip
-    blocks = {"hybrid": (2, 5), "one": (3,), "attention": tuple(range(6))}
+    blocks = {"hybrid": (2, 5), "one": (3,), "at-2-5": (1, 4), "at-1-4-6": (0, 3, 5), "attention": tuple(range(6))}
     for name, window in windows.items():
         config = build(f"phase2/{name}", size).model.config
         assert config.attention_layers == blocks[name.partition("/")[0]]
         assert config.attention_window == window
     with pytest.raises(ValueError, match="every third block, and there are 2"):
         build("phase2/hybrid", SMALL)
-    with pytest.raises(ValueError, match="window-9 needs hybrid, one or attention"):
+    with pytest.raises(ValueError, match="window-9 needs hybrid, one, attention or at-2-5"):
         build("phase2/window-9", SMALL)
+    for wrong in ("at-3", "at-2-1", "at-2-2"):
+        with pytest.raises(ValueError, match=f"{wrong}: name blocks of 1 to 2, in ascending order"):
+            build(f"phase2/{wrong}", SMALL)
+
+
+def test_attention_in_every_third_block_is_that_in_the_blocks_of_these_numbers():
+    size = dataclasses.replace(SMALL, layers=6, parameters=2_000_000)
+    losses = []
+    for name in ("hybrid", "at-3-6"):
+        entry = build(f"phase2/{name}", size)
+        entry.reset(3)
+        losses.append(loss_of(entry))
+    assert losses[0] == losses[1]
+
+
+def test_fewer_heads_hold_a_larger_memory_at_equal_parameters():
+    size = dataclasses.replace(SMALL, width=256, parameters=2_000_000)
+    usual, wide = build("phase2", size), build("phase2/heads-2", size)
+    config = wide.model.config
+    assert (config.num_heads, config.head_dim) == (2, 128)
+    assert wide.parameters == pytest.approx(usual.parameters, rel=0.007)  # of which half a step of the width is 0.006
+    assert config.ffn_width < usual.model.config.ffn_width
+    memories = [2 * 4 * config.num_heads * config.head_dim**2 for config in (usual.model.config, config)]
+    assert wide.state_bytes - usual.state_bytes == memories[1] - memories[0] - 2 * 4 * 3 * 2  # and two heads less
+    wide.reset(3)
+    loss_of(wide).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in wide.model.parameters())
 
 
 def test_hybrids_of_peers_have_the_attention_of_ours():

@@ -25,7 +25,7 @@ from experiments.quality.report import (
 )
 
 RESULTS = Path(results.__file__).with_name("results")
-SETTINGS = {"task": "language", "width": 8, "parameters": 1_000, "steps": 10, "batch": 2, "length": 16}
+SETTINGS = {"task": "language", "width": 8, "layers": 6, "parameters": 1_000, "steps": 10, "batch": 2, "length": 16}
 
 
 def run(model: str, rate: float, seed: int, loss: float | None, **others) -> results.Record:
