@@ -24,7 +24,7 @@ from torch import Tensor
 
 from experiments.quality.models import Entry, Size
 from experiments.quality.training import Clock, Mode, Schedule, Trainer
-from experiments.quality.variants import mechanisms_of
+from experiments.quality.variants import mechanisms_of, shortened
 from resolvent.data import EOT, build_tokenizer, load_documents, load_tokenizer, save_tokenizer, split_documents
 from resolvent.data.shards import HELD_OUT, TRAIN, open_tokens
 from resolvent.evaluation.scoring import score_tokens
@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 VALIDATION_PART = 0.05
 CHARACTERS_VALIDATION_PART = 0.1
+WHOLE_WINDOW_PART = 0.15
+"""Last part of a training with a short window, in which none is short."""
 
 
 # -------------------------------------------------------------------------------------------------------- the text
@@ -320,12 +322,13 @@ class Experiment:
         self.counted = (self.windows[1] != IGNORED).cpu()
         entry.reset(0)
         shape = dict(muon_ratio=plan.muon_ratio, rate_factors=entry.rate_factors)
-        self.trainer = Trainer(entry.model, [self._loss], plan.steps, mode, **shape)
+        losses = [self._loss] if entry.short_window is None else [self._loss, self._short_loss]
+        self.trainer = Trainer(entry.model, losses, plan.steps, mode, **shape)
 
     @cached_property
     def seconds(self) -> float:
         """Approximate duration of a run, with its validations."""
-        training = self.trainer.seconds([0] * self.plan.steps)
+        training = self.trainer.seconds(self._kinds(0))
         ids, labels = (x[: self._rows] for x in self.windows)
         started = time.perf_counter()
         for _ in range(2):  # the first one includes one-time preparations
@@ -351,10 +354,11 @@ class Experiment:
         plan = self.plan
         self._draw(seed)
         self.trainer.start(plan.schedule.rates(learning_rate))
+        kinds = self._kinds(seed)
         curve, seconds, finite, nats = [], 0.0, True, torch.full((1, plan.length), math.nan)
         for end in evaluation_steps(plan.steps, plan.evaluations):
             started = time.perf_counter()
-            finite = self.trainer.advance([0] * (end - (curve[-1][0] if curve else 0)), clock)
+            finite = self.trainer.advance(kinds[curve[-1][0] if curve else 0 : end], clock)
             seconds += time.perf_counter() - started
             if not finite:
                 break
@@ -403,6 +407,19 @@ class Experiment:
     def _loss(self, step: Tensor) -> Tensor:
         window = self._window(step)
         return self.entry.model(window[:, :-1].contiguous(), labels=window[:, 1:].contiguous())
+
+    def _short_loss(self, step: Tensor) -> Tensor:
+        assert self.entry.short_window is not None
+        with shortened(self.entry.model, self.entry.short_window):
+            return self._loss(step)
+
+    def _kinds(self, seed: int) -> list[int]:
+        """Return which loss each step of a run takes: the second one in half of those before the last ones."""
+        drawn = np.zeros(self.plan.steps, np.int64)
+        if self.entry.short_window is not None:
+            mixed = round((1 - WHOLE_WINDOW_PART) * self.plan.steps)
+            drawn[:mixed] = np.random.default_rng(seed).integers(2, size=mixed)
+        return drawn.tolist()
 
     def _validate(self) -> Tensor:
         """Return the nats of every held-out token, float64 (W, N) on the CPU, NaN at padding."""

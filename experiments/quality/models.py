@@ -153,6 +153,7 @@ class Entry:
         reset: draws fresh weights in place, from a seed.
         state_bytes: size of its state at the end of a training sequence, in float32.
         rate_factors: factors of the learning rate of AdamW, by the endings of the names of parameters.
+        short_window: tokens to which attention is held in half of the steps; None for none.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Entry:
     reset: Callable[[int], None]
     state_bytes: int
     rate_factors: Mapping[str, float] = field(default_factory=dict)
+    short_window: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -236,7 +238,14 @@ def _phase2(name: str, size: Size) -> Callable[[int], Entry]:
             tie_embeddings=True,
         )
         state_bytes = phase2_state_bytes(model, size.length)
-        return Entry(name, model, lambda seed: variant.reset(model, seed), state_bytes, variant.rate_factors)
+        return Entry(
+            name,
+            model,
+            lambda seed: variant.reset(model, seed),
+            state_bytes,
+            variant.rate_factors,
+            variant.short_window,
+        )
 
     return make
 

@@ -17,6 +17,7 @@
     phase2/attention             with attention over all tokens in every block
     phase2/rotation              with rotating memories
     phase2/rotation-0.1          ... whose projection to angles starts at a tenth of the spread of other projections
+    phase2/hybrid/short-64       ... over the last 64 in half of the training's steps, none of them at its end
     phase2/attention/no-qk-norm  with q and k as they are, and scores that are divided by the root of a head's width
     phase2/gamma-rate-10         with ten times the learning rate for the biases of Γ
 
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 
 from experiments.quality.attention import with_plain_scores
 from resolvent.evaluation import switched_off
-from resolvent.layers import NonHermitianPotential, ZetaInitializer
+from resolvent.layers import LocalAttentionLayer, NonHermitianPotential, ZetaInitializer
 from resolvent.layers.zeta import zeta_zeros
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
 from resolvent.models.phase2.block import blocks_of
@@ -127,6 +128,7 @@ class Variant:
             attention in all, or the numbers of the blocks, counted from 1.
         window: tokens to which they attend, ``all`` or a number; None for all tokens where every block attends, and
             for half a training sequence elsewhere.
+        short_window: tokens to which they attend in half of the steps of training; None for ``window`` in all steps.
         heads: number of heads of memories and attention, which share the width; None for heads of 64.
         rotation_start: initial standard deviation of the projections to angles, over that of other projections; None
             for the model's own.
@@ -139,6 +141,7 @@ class Variant:
     original: bool = False
     attends: str | tuple[int, ...] | None = None
     window: str | None = None
+    short_window: int | None = None
     heads: int | None = None
     rotation_start: float | None = None
     plain_scores: bool = False
@@ -220,6 +223,20 @@ def _ending(model: Phase2IntegratedModel, endings: tuple[str, ...]) -> list[nn.P
     return [parameter for name, parameter in model.named_parameters() if name.endswith(endings)]
 
 
+@contextmanager
+def shortened(model: nn.Module, window: int) -> Iterator[None]:
+    """Let every attention layer of a model attend to the last ``window`` tokens at most."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LocalAttentionLayer)]
+    kept = [layer.window for layer in layers]
+    try:
+        for layer in layers:
+            layer.window = min(window, layer.window or window)
+        yield
+    finally:
+        for layer, whole in zip(layers, kept, strict=True):
+            layer.window = whole
+
+
 def mechanisms_of(name: str) -> dict[str, Switch]:
     """Return the mechanisms that are on in a variant and can be switched off after training, by name."""
     variant = parse_variant(name)
@@ -245,15 +262,16 @@ def parse_variant(name: str) -> Variant:
             known = ", ".join(["bare", "original", *MECHANISMS, *OPTIONS])
             raise ValueError(
                 f"{name}: there is no {part!r}; known are {known}, each but the first two also with no-, hybrid, "
-                "one, attention, at-2-5, window-all and window-512, heads-4, rotation and rotation-0.1, no-qk-norm, "
-                "gamma-rate-10, say"
+                "one, attention, at-2-5, window-all and window-512, short-64, heads-4, rotation and rotation-0.1, "
+                "no-qk-norm, gamma-rate-10, say"
             )
         elif part == mechanism:
             off.discard(part)
         else:
             off.add(mechanism)
-    if "window" in fields and "attends" not in fields:
-        raise ValueError(f"{name}: window-{fields['window']} needs hybrid, one, attention or at-2-5, say")
+    for form, given in (("window", fields.get("window")), ("short", fields.get("short_window"))):
+        if given is not None and "attends" not in fields:
+            raise ValueError(f"{name}: {form}-{given} needs hybrid, one, attention or at-2-5, say")
     switches = [switch for key, switch in (MECHANISMS | OPTIONS).items() if key in off]
     for switch in switches:
         config |= switch.config
@@ -274,6 +292,8 @@ def _form(part: str) -> dict[str, Any] | None:
         return {"plain_scores": True}
     if window := re.fullmatch(r"window-(all|[1-9]\d*)", part):
         return {"window": window[1]}
+    if short := re.fullmatch(r"short-([1-9]\d*)", part):
+        return {"short_window": int(short[1])}
     if start := re.fullmatch(r"rotation(?:-(\d+(?:\.\d+)?))?", part):
         return {"rotation_start": None if start[1] is None else float(start[1]), "config": {"memory_rotation": True}}
     if factor := re.fullmatch(r"gamma-rate-(\d+(?:\.\d+)?)", part):

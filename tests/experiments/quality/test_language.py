@@ -92,6 +92,19 @@ def test_stretches_of_books_stay_within_a_book(text: Text, tmp_path: Path):
     assert record["long"]["stretches"] == 1 and record["switched_off"] == {}
 
 
+def test_windows_are_short_in_half_of_the_steps_and_whole_at_the_end(text: Text):
+    plan = dataclasses.replace(PLAN, steps=40)
+    entry = build("phase2/attention/window-16/short-4", plan.size(text.vocabulary))
+    experiment, seen = Experiment(entry, text, plan, PLAIN, switching=False), []
+    layer = next(block.attention for block in entry.model.blocks)
+    layer.register_forward_hook(lambda *_: seen.append(layer.window) if torch.is_grad_enabled() else None)
+    record = experiment.run(1e-3, 0, FOREVER)
+    windows = seen[-plan.steps :]
+    assert record["finite"] and layer.window == 16
+    assert set(windows[:34]) == {4, 16} and 10 < windows.count(4) < 24
+    assert windows[34:] == [16] * 6
+
+
 def test_text_is_the_same_after_saving(text: Text, tmp_path: Path):
     text.save(tmp_path / "text.npz")
     loaded = Text.load(tmp_path / "text.npz")

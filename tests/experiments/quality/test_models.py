@@ -138,6 +138,8 @@ def test_hybrids_attend_in_every_third_block():
         build("phase2/hybrid", SMALL)
     with pytest.raises(ValueError, match="window-9 needs hybrid, one, attention or at-2-5"):
         build("phase2/window-9", SMALL)
+    with pytest.raises(ValueError, match="short-9 needs hybrid, one, attention or at-2-5"):
+        build("phase2/short-9", SMALL)
     for wrong in ("at-3", "at-2-1", "at-2-2"):
         with pytest.raises(ValueError, match=f"{wrong}: name blocks of 1 to 2, in ascending order"):
             build(f"phase2/{wrong}", SMALL)
