@@ -18,6 +18,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files import check_version, read_json, shown, write_json
 from ..manifest import read_checked
 from ..tensors import TensorFile, write_tensors
+from ..wording import JSON
 from .adapters import Adapters, base_folder, has_adapters
 from .base import IntegratedModel
 from .config import ModelConfig, Values
@@ -202,7 +203,7 @@ def read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:
     values = {name: value for name, value in values.items() if name not in TRANSFORMERS_ENTRIES}
     try:
         config = phase.config.from_dict(values)
-        config.validate()
+        config.validate(JSON)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return phase, config

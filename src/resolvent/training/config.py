@@ -15,6 +15,7 @@ from resolvent.files import shown
 from resolvent.seeds import MOST_SEED
 from resolvent.training.lora import LoraOptions
 from resolvent.training.schedule import WSD_DECAY_FRACTION, decay_start, learning_rate_factor
+from resolvent.wording import JSON, PYTHON, Notation
 
 if TYPE_CHECKING:
     from resolvent.models.phase1 import Phase1Config
@@ -303,13 +304,17 @@ class TrainingConfig:
         tokens = max(1, trained_on // _TRAINED_PER_VALIDATED)
         return tokens if final else min(tokens, _MOST_EVAL_TOKENS)
 
-    def validate(self) -> None:
+    def validate(self, notation: Notation = PYTHON) -> None:
         """Check every field.
+
+        Args:
+            notation: of the values in messages: of the file that they come from.
 
         Raises:
             ConfigError: lists all faults at once, each with field and value.
         """
-        faults = [fault for field in dataclasses.fields(self) for fault in faults_of(field, getattr(self, field.name))]
+        fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        faults = [fault for field, value in fields for fault in faults_of(field, value, notation)]
         if self.schedule != "wsd" and self.decay_fraction != TrainingConfig.decay_fraction:
             faults.append(f"decay_fraction has no effect on a {self.schedule} schedule: leave it out, or take wsd")
         if self.validation_data is not None and self.validation_fraction != TrainingConfig.validation_fraction:
@@ -335,14 +340,14 @@ class TrainingConfig:
             if given := [field.name for field in saved if getattr(self, field.name) != field.default]:
                 faults.append(f"start_from brings a model and its tokenizer along: leave out {', '.join(given)}")
         elif (self.preset is None) == (self.model is None):
-            faults.append(f"one of preset and model must be None, got {self.preset!r} and {self.model!r}")
+            faults.append(f"one of preset and model must be {notation.none}, got {self.preset!r} and {self.model!r}")
         if self.model is not None and not dataclasses.is_dataclass(self.model):
-            faults.append(f"model must be a configuration or None, got {shown(self.model)}")
+            faults.append(f"model must be a configuration or {notation.none}, got {notation.show(self.model)}")
         elif self.model is not None:
             if type(self.model).__name__ != f"Phase{self.phase}Config":
                 faults.append(f"model is a {type(self.model).__name__}, but phase is {self.phase}")
             try:
-                self.model.validate()
+                self.model.validate(notation)
             except ConfigError as error:
                 faults.append(f"model: {error}")
         if faults:
@@ -420,7 +425,7 @@ def changed_preset(phase: int, preset: str, changes: dict[str, Any]) -> "Phase1C
     if "vocab_size" in changes:
         raise ConfigError("the tokenizer decides vocab_size; see --tokenizer")
     config = PHASES[phase].config.from_dict(PHASES[phase].preset(preset).to_dict() | changes)
-    config.validate()
+    config.validate(JSON)
     return config
 
 
@@ -469,16 +474,14 @@ _BOUNDS = {
     "below": (operator.lt, "<"),
 }
 _NAMES: dict[Any, str] = {
-    bool: "true or false",
     int: "an integer",
     float: "a finite number",
     str: "a string",
     list[str]: "a list of strings",
-    types.NoneType: "None",
 }
 
 
-def faults_of(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
+def faults_of(field: dataclasses.Field[Any], value: Any, notation: Notation = PYTHON) -> Iterator[str]:
     """Yield the faults of a field's value; a nested configuration checks itself."""
     kind: Any = field.type
     rules = field.metadata
@@ -486,11 +489,12 @@ def faults_of(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
         return
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
-            yield f"{field.name} must be one of {', '.join(typing.get_args(kind))}, got {shown(value)}"
+            yield f"{field.name} must be one of {', '.join(typing.get_args(kind))}, got {notation.show(value)}"
         return
     options = typing.get_args(kind) or (kind,)
     if not any(_fits(value, option) for option in options):
-        yield f"{field.name} must be {' or '.join(_NAMES[option] for option in options)}, got {shown(value)}"
+        names = _NAMES | {bool: notation.boolean, types.NoneType: notation.none}
+        yield f"{field.name} must be {' or '.join(names[option] for option in options)}, got {notation.show(value)}"
         return
     for rule, (holds, sign) in _BOUNDS.items():
         if value is not None and rule in rules and not holds(value, rules[rule]):

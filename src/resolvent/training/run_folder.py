@@ -21,6 +21,7 @@ from resolvent.manifest import (
 from resolvent.runs import EMA_FOLDER, RUN_FILE, fixed_files
 from resolvent.terminal import shell_word
 from resolvent.training.config import TrainingConfig
+from resolvent.wording import JSON
 
 if TYPE_CHECKING:
     from resolvent.evaluation import LanguageScore
@@ -214,7 +215,7 @@ def read_run(run_dir: Path) -> tuple[TrainingConfig, str]:
     try:
         config = TrainingConfig.from_dict({"optimizer": "adamw"} | record["training"])  # what there was before Muon
         config = dataclasses.replace(config, steps=_read_steps(run_dir, config.steps))
-        config.validate()
+        config.validate(JSON)
         return config, record["data_fingerprint"]
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} does not describe a training run: {error}") from error
