@@ -16,7 +16,7 @@ from torch import Tensor
 from ..device import pick_device
 from ..errors import CheckpointError, ConfigError
 from ..files import check_version, read_json, shown, write_json
-from ..manifest import read_checked
+from ..manifest import CONFIG, INDEX, WEIGHTS, read_checked
 from ..tensors import TensorFile, write_tensors
 from ..wording import JSON
 from .adapters import Adapters, base_folder, has_adapters
@@ -29,9 +29,6 @@ from .phases import PHASES, Phase, phase_of
 FORMAT_VERSION = 5
 _SIDE_BY_SIDE = 5
 """First format version of Phase 2 models that this release reads."""
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-"""File that names the file of every weight, where there are several files."""
 
 TRANSFORMERS_ENTRIES = (
     "architectures",

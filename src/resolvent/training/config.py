@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from resolvent.errors import ConfigError
+from resolvent.errors import ConfigError, DataError
 from resolvent.files import shown
 from resolvent.seeds import MOST_SEED
 from resolvent.training.lora import LoraOptions
@@ -436,6 +436,23 @@ def weighted_paths(paths: list[str]) -> list[tuple[str, float | None]]:
         ConfigError: a weight is not above zero, or not finite.
     """
     return [_weighted(path) for path in paths]
+
+
+def check_paths(paths: list[str]) -> None:
+    """Check, before heavy imports, that the files and folders of texts exist.
+
+    Args:
+        paths: of texts as `--data` takes them; a data set of the library `datasets` is not looked up.
+
+    Raises:
+        DataError: names the first that is missing.
+    """
+    for name, _ in weighted_paths(paths):
+        path = Path(name)
+        if path.suffix == ".idx" and not path.exists():  # names a file of tokens, also where there is no index
+            path = path.with_suffix(".bin")
+        if name and not name.startswith("hf:") and not path.exists():
+            raise DataError(f"cannot read {name}: No such file or directory; check that it exists and is readable")
 
 
 def _weighted(path: str) -> tuple[str, float | None]:

@@ -312,8 +312,8 @@ class Phase2Config(ModelConfig):
             faults.append(f"qk_norm switched off needs conv_size 1, got {self.conv_size}")
         if not self.bk_core and attending < self.n_layers:
             faults.append(
-                f"bk_core switched off needs no memory, which reads its Γ: attention_layers must name all {self.n_layers} "
-                f"blocks, got {attending}"
+                f"bk_core switched off needs no memory, which reads its Γ: attention_layers must name all "
+                f"{self.n_layers} blocks, got {attending}"
             )
         if windows is not None and (len(windows) != attending or any(window < 0 for window in windows)):
             faults.append(
@@ -321,7 +321,9 @@ class Phase2Config(ModelConfig):
                 f"got {shown(list(windows))}"
             )
         if windows is not None and self.attention_window is not None:
-            faults.append(f"attention_window has no effect beside attention_windows: leave it out, got {self.attention_window}")
+            faults.append(
+                f"attention_window has no effect beside attention_windows: leave it out, got {self.attention_window}"
+            )
         if self.rotary_scaling is not None:
             faults += [f"rotary_scaling: {fault}" for fault in self.rotary_scaling.faults()]
         return faults
