@@ -95,8 +95,8 @@ def show_table(
 ) -> None:
     """Print a table without truncating figures.
 
-    If the console is too narrow, headings break at blanks and dashes and ± begins a line; then text folds, names after their
-    points and underscores; a table that is still too wide exceeds the console.
+    If the console is too narrow, headings break at blanks and dashes, and ± begins a line; then text folds, names at
+    their parts; a table that is still too wide exceeds the console.
 
     Args:
         console: the console.
