@@ -82,7 +82,13 @@ class TrainingConfig:
     phase: int = setting(
         2, TEXT, "2: resolvent and memory; 1: the static Hamiltonian it grows out of.", at_least=1, at_most=2
     )
-    preset: str | None = setting("tiny", TEXT, "Size of the model; `resolvent presets` lists them.", metavar="NAME")
+    preset: str | None = setting(
+        "tiny",
+        TEXT,
+        "Size of the model: tiny, small, base or large, each with -hybrid for attention in every third block, too; "
+        "`resolvent presets` lists them.",
+        metavar="NAME",
+    )
     model: "Phase1Config | Phase2Config | None" = None
     start_from: str | None = setting(
         None,
