@@ -179,13 +179,14 @@ def figures(text):
             yield number * 1024 / 1_000_000
 
 
-def test_first_figures_of_the_readme_are_measured_ones():
-    """Every number of the first table, and every time and memory of a preset, is on a page of measurements, rounded."""
+def test_first_figures_of_readme_and_documentation_are_measured_ones():
+    """Numbers of the first table, times and memory of presets, those of the first page: all are measured, and rounded."""
     page = read("README.md")
     first = page[page.index("| it wins") : page.index("## Quick start")]
     costs = ["".join(line.split("|")[-3:]) for line in page.splitlines() if re.match(r"\| `(base|large)", line)]
     measured = {*figures(read("docs/evidence.md") + read("docs/speed.md"))}
-    told = [*figures(first), *figures("\n".join(costs))]
+    start = re.search(r"^With 30M parameters.*?\n\n", read("docs/index.md"), re.DOTALL | re.MULTILINE)[0]
+    told = [*figures(first), *figures("\n".join(costs)), *figures(start)]
     assert len(told) > 30
     for number in told:
         rounded = {each.quantize(number, ROUND_HALF_UP) for each in measured if each < 1_000_000}

@@ -1,13 +1,17 @@
 """Commands that compute nothing, help and refusals, do not import heavy libraries."""
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from typer.main import get_command
 
 from resolvent.cli.app import app
+from tests.cli.conftest import Outcome, words
 
 HEAVY = ("accelerate", "fastapi", "jinja2", "matplotlib", "numpy", "pandas", "tokenizers", "torch", "transformers")
 
@@ -61,6 +65,21 @@ def test_wrong_options_import_nothing_heavy(tmp_path: Path):
         "serve runs/x --port 70000",
     ]
     assert_light([line.split() for line in wrong], 2, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("generate x --samples 0", "--samples.*(must be greater than or equal to 1, got 0|0 is not in the range)"),
+        ("generate x --samples q", "--samples.*(must be a valid integer.* got q|'q' is not a valid integer)"),
+        ("generate x --top-p 1.5", "--top-p.*(must be less than or equal to 1, got 1.5|1.5 is not in the range)"),
+        ("generate x --weights q", r"--weights': 'q' is not one of 'full', 'stored', 'int8'"),
+        ("train --steps 0", "steps must be >= 1, got 0"),
+    ],
+)
+def test_wrong_values_are_named_with_option_and_remedy(resolvent: Callable[..., Outcome], line: str, told: str):
+    outcome = resolvent(*line.split())
+    assert outcome.code == 2 and re.search(told, words(outcome.err))
 
 
 MISSING = {

@@ -54,14 +54,22 @@ class Commands(Group):
 
 @contextmanager
 def _printable_errors() -> Iterator[None]:
-    """Escape control characters of arguments in usage errors on a terminal."""
+    """Name the value in usage errors, and escape control characters of arguments on a terminal."""
     try:
         yield
     except _UsageError as error:
         from resolvent.terminal import for_terminal
 
-        error.message = for_terminal(error.message, sys.stderr)
+        error.message = for_terminal(_with_value(error), sys.stderr)
         raise
+
+
+def _with_value(error: Any) -> str:
+    """Return the message of a usage error, with the value where Pydantic, which newer Typers use, leaves it out."""
+    faults = error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
+    if len(faults) != 1 or "Input should be" not in error.message:
+        return error.message.removeprefix("Value error, ")
+    return f"{error.message.replace('Input should be', 'must be', 1)}, got {faults[0]['input']}"
 
 
 FIRST_STEPS = {

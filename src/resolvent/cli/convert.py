@@ -218,7 +218,7 @@ def _config(phase1: "Phase1Config", assignments: list[str], keep_tensor_train: b
 
 
 def _show(report: "ConversionReport", console: "Console") -> None:
-    columns = ("tensor", "shape", "number", "parameters", "origin")
+    columns = ("tensor", "shape", "count", "parameters", "origin")
     rows = [
         (name, shape, f"{len(counts):,}", f"{sum(counts):,}", origin)
         for (name, shape, origin), counts in _alike(report).items()
