@@ -180,7 +180,7 @@ def figures(text):
 
 
 def test_first_figures_of_readme_and_documentation_are_measured_ones():
-    """Numbers of the first table, times and memory of presets, those of the first page: all are measured, and rounded."""
+    """Numbers of the first table, costs of presets and numbers of the first page are measured ones, rounded."""
     page = read("README.md")
     first = page[page.index("| it wins") : page.index("## Quick start")]
     costs = ["".join(line.split("|")[-3:]) for line in page.splitlines() if re.match(r"\| `(base|large)", line)]
