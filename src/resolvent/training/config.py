@@ -185,7 +185,7 @@ class TrainingConfig:
         option="--muon-lr",
         default_text="5 times --lr",
     )
-    muon_momentum: float = setting(0.95, OPTIMISER, "Muon's memory of gradients.", at_least=0, below=1)
+    muon_momentum: float = setting(0.95, OPTIMISER, "Muon's decay of the average of gradients.", at_least=0, below=1)
     schedule: Literal["cosine", "wsd", "constant"] = setting(
         "cosine", OPTIMISER, "Learning rate after the warm-up; wsd is stable, then decays."
     )
@@ -198,7 +198,7 @@ class TrainingConfig:
     min_lr_ratio: float = setting(
         0.1, OPTIMISER, "Last learning rate, as a part of the highest.", at_least=0, at_most=1
     )
-    weight_decay: float = setting(0.1, OPTIMISER, "On matrices only.", at_least=0)
+    weight_decay: float = setting(0.1, OPTIMISER, "Weight decay, of matrices only.", at_least=0)
     beta1: float = setting(0.9, OPTIMISER, "AdamW's decay of the average of gradients.", at_least=0, below=1)
     beta2: float = setting(0.95, OPTIMISER, "AdamW's decay of the average of squared gradients.", at_least=0, below=1)
     grad_clip: float = setting(1.0, OPTIMISER, "Largest gradient norm; 0 for any.", at_least=0)
@@ -490,12 +490,13 @@ _MOST_EVAL_TOKENS = 65_536
 SAVED_WITH_A_MODEL = ("phase", "preset", "model", "tokenizer", "vocab_size")
 """Fields that `start_from` replaces."""
 
-_BOUNDS = {
+BOUNDS = {
     "at_least": (operator.ge, ">="),
     "above": (operator.gt, ">"),
     "at_most": (operator.le, "<="),
     "below": (operator.lt, "<"),
 }
+"""Rules for the values of fields, each with its comparison and its sign."""
 _NAMES: dict[Any, str] = {
     int: "an integer",
     float: "a finite number",
@@ -519,7 +520,7 @@ def faults_of(field: dataclasses.Field[Any], value: Any, notation: Notation = PY
         names = _NAMES | {bool: notation.boolean, types.NoneType: notation.none}
         yield f"{field.name} must be {' or '.join(names[option] for option in options)}, got {notation.show(value)}"
         return
-    for rule, (holds, sign) in _BOUNDS.items():
+    for rule, (holds, sign) in BOUNDS.items():
         if value is not None and rule in rules and not holds(value, rules[rule]):
             yield f"{field.name} must be {sign} {rules[rule]}, got {value}"
 
