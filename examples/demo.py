@@ -7,7 +7,6 @@ Trains the `tiny` preset on the State of the Union addresses, compares it on hel
 """
 
 import argparse
-import shutil
 import time
 from pathlib import Path
 
@@ -33,7 +32,6 @@ def main() -> None:
     started = time.perf_counter()
 
     console.rule("1. Learn")
-    shutil.rmtree(options.out, ignore_errors=True)  # every demo is a new run
     config = TrainingConfig(
         out=str(options.out),
         preset="tiny",
@@ -43,7 +41,7 @@ def main() -> None:
         eval_interval=200,
         final_eval_tokens=0,  # all documents, as the 3-gram model reads them
     )
-    result = train(config, console=console)
+    result = train(config, overwrite=True, console=console)  # replaces an earlier demo, and nothing but a run
 
     console.rule("2. Compare")
     show_comparison(console, result, config)

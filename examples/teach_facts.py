@@ -9,7 +9,6 @@ knows, teaches it with conversations (`--format chat`), and asks again, also in 
 import argparse
 import json
 import random
-import shutil
 import textwrap
 import time
 from pathlib import Path
@@ -51,19 +50,18 @@ def main() -> None:
     options = parser.parse_args()
     console, started = Console(), time.perf_counter()
     base = options.out.with_name(f"{options.out.name}-base")
-    for folder in (base, options.out):  # every lesson begins anew
-        shutil.rmtree(folder, ignore_errors=True)
 
     console.rule("1. Learn to write")
     sizes = dict(seq_len=128, batch_size=8, eval_interval=0, final_eval_tokens=2000)
     text = dict(preset="tiny-hybrid", tokenizer="bpe", vocab_size=1024, steps=100)
-    before = train(TrainingConfig(out=str(base), **text, **sizes), console=console)
+    first = TrainingConfig(out=str(base), **text, **sizes)
+    before = train(first, overwrite=True, console=console)  # replaces an earlier lesson, and nothing but a run
 
     console.rule("2. Learn to answer")
     lesson, test = write_conversations(base)
     data = dict(data=str(lesson), validation_data=str(test), format="chat", start_from=str(base))
     chat = TrainingConfig(out=str(options.out), learning_rate=2e-3, steps=options.steps, **data, **sizes)
-    after = train(chat, console=console)
+    after = train(chat, overwrite=True, console=console)
 
     console.rule("3. Ask")
     show_answers(console, (before.model, after.model), after.tokenizer)

@@ -4,12 +4,16 @@ import re
 import runpy
 import shlex
 import sys
+from decimal import ROUND_HALF_UP, Decimal
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
+
+from resolvent import __version__
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,9 +49,8 @@ def run(snippet, page):
     return names
 
 
-@torch.no_grad()
 def test_readme_claim_about_equal_logits_holds():
-    """Whole, in parts and token by token, packed and padded: the same logits; the shapes are those of the comments."""
+    """The logits are equal, and the shapes are those of the comments."""
     page = read("README.md")
     snippet = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
     said = "one forward pass, any split of it with the state passed on, and token by token give the same logits"
@@ -58,6 +61,12 @@ def test_readme_claim_about_equal_logits_holds():
     assert {name for name, _ in shapes} == {"logits", "text"}
     for name, shape in shapes:
         assert str(tuple(names[name].shape)) == shape
+    with torch.no_grad():
+        assert_laws_hold(model, ids)
+
+
+def assert_laws_hold(model, ids):
+    """Whole, in parts and token by token, packed and padded: the same logits."""
     whole = model(ids)
     assert torch.equal(model(ids), whole)
     same = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
@@ -156,6 +165,38 @@ def sections(text):
     """The names by which links reach the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+NUMBER = re.compile(r"(?<![\w.,])(\d[\d,]*)(\.\d+)?( KB)?")
+
+
+def figures(text):
+    """The numbers of a text, and those in kilobytes also in megabytes."""
+    for whole, part, kilobytes in NUMBER.findall(text):
+        number = Decimal(whole.replace(",", "") + part)
+        yield number
+        if kilobytes:
+            yield number * 1024 / 1_000_000
+
+
+def test_first_figures_of_readme_and_documentation_are_measured_ones():
+    """Numbers of the first table, costs of presets and numbers of the first page are measured ones, rounded."""
+    page = read("README.md")
+    first = page[page.index("| it wins") : page.index("## Quick start")]
+    costs = ["".join(line.split("|")[-3:]) for line in page.splitlines() if re.match(r"\| `(base|large)", line)]
+    measured = {*figures(read("docs/evidence.md") + read("docs/speed.md"))}
+    start = re.search(r"^With 30M parameters.*?\n\n", read("docs/index.md"), re.DOTALL | re.MULTILINE)[0]
+    told = [*figures(first), *figures("\n".join(costs)), *figures(start)]
+    assert len(told) > 30
+    for number in told:
+        rounded = {each.quantize(number, ROUND_HALF_UP) for each in measured if each < 1_000_000}
+        assert number in rounded, number
+
+
+def test_citation_has_this_version_and_the_title_of_the_package():
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert citation["version"] == __version__ and citation["title"].startswith("resolvent: ")
+    assert citation["cff-version"] == "1.2.0" and citation["authors"] and citation["license"] == "Apache-2.0"
 
 
 @pytest.mark.slow

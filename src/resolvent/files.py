@@ -370,10 +370,14 @@ def check_version(path: Path | str, found: object, known: int) -> None:
         raise CheckpointError(f"{path} has format version {shown(found)}, which does not exist: restore it from a copy")
 
 
+def truncated(text: str) -> str:
+    """Return a text for a message, truncated after 200 characters."""
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
+
+
 def shown(value: object) -> str:
     """Return a value for a message: its repr, truncated after 200 characters."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
+    return truncated(repr(value))
 
 
 def _create(path: Path) -> BinaryIO:

@@ -13,6 +13,12 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 RUN_FILE = "training.json"
 """File of the configuration of a run; with a manifest, it marks a run folder."""
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+"""Files of a model."""
+INDEX = f"{WEIGHTS}.index.json"
+"""File that names the file of every weight, where there are several files."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""Files of the low-rank adapters of a model, in the format of PEFT."""
 
 
 def write_manifest(folder: Path, names: Iterable[str], held: BinaryIO | None = None) -> None:

@@ -7,7 +7,9 @@ quick.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resolvent.manifest import RUN_FILE
+from resolvent.errors import CheckpointError
+from resolvent.manifest import ADAPTER_WEIGHTS, CONFIG, INDEX, RUN_FILE, WEIGHTS, check_files, lists
+from resolvent.terminal import shell_word
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,7 +30,6 @@ def fixed_files() -> tuple[str, ...]:
     Weights carry checksums, and checkpoints have manifests of their own.
     """
     from resolvent.data.tokenization import TOKENIZER_FILES
-    from resolvent.models.storage import CONFIG
 
     return (RUN_FILE, CONFIG, *TOKENIZER_FILES)
 
@@ -39,9 +40,6 @@ def check_run(run_dir: Path) -> None:
     Raises:
         CheckpointError: names the first file that is missing or changed; or the manifest is unsound.
     """
-    from resolvent.manifest import check_files, lists
-    from resolvent.models.storage import WEIGHTS
-
     check_files(run_dir, [*fixed_files(), *([WEIGHTS] if lists(run_dir, WEIGHTS) else [])])
 
 
@@ -51,6 +49,25 @@ def run_of(directory: Path) -> Path:
         return directory.parent.parent
     averaged = directory.name == EMA_FOLDER and (directory.parent / RUN_FILE).exists()
     return directory.parent if averaged else directory
+
+
+def check_model(directory: Path) -> None:
+    """Check, before heavy imports, that a folder holds a model.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
+    if any((directory / name).exists() for name in (WEIGHTS, INDEX, ADAPTER_WEIGHTS)):
+        return
+    if (directory / RUN_FILE).exists():
+        raise CheckpointError(
+            f"{directory} holds no model: its run was stopped before its first checkpoint. Begin it again with: "
+            f"resolvent train --resume {shell_word(directory)}"
+        )
+    missing = f"there is no {WEIGHTS} in it" if directory.exists() else "there is no such folder"
+    raise CheckpointError(
+        f"{directory} holds no model: {missing}. `resolvent train` saves one with every checkpoint and at the end"
+    )
 
 
 def load_trained(
@@ -70,25 +87,13 @@ def load_trained(
         CheckpointError: there is no model, or it does not fit the tokenizer.
         DataError: there is no tokenizer.
     """
+    directory = Path(directory)
+    check_model(directory)
     from resolvent.data import load_tokenizer
     from resolvent.device import pick_device
-    from resolvent.errors import CheckpointError, ConfigError
+    from resolvent.errors import ConfigError
     from resolvent.models import load_model
-    from resolvent.models.adapters import ADAPTER_WEIGHTS
-    from resolvent.models.storage import INDEX, WEIGHTS
-    from resolvent.terminal import shell_word
 
-    directory = Path(directory)
-    if not any((directory / name).exists() for name in (WEIGHTS, INDEX, ADAPTER_WEIGHTS)):
-        if (directory / RUN_FILE).exists():
-            raise CheckpointError(
-                f"{directory} holds no model: its run was stopped before its first checkpoint. Begin it again with: "
-                f"resolvent train --resume {shell_word(directory)}"
-            )
-        missing = f"there is no {WEIGHTS} in it" if directory.exists() else "there is no such folder"
-        raise CheckpointError(
-            f"{directory} holds no model: {missing}. `resolvent train` saves one with every checkpoint and at the end"
-        )
     try:
         model = load_model(directory, device=pick_device(device), dtype=dtype)
     except CheckpointError as error:

@@ -1,4 +1,38 @@
-"""Numbers in messages: `1 step`, `2,000 steps`, `67% of the text`."""
+"""Numbers and values in messages: `1 step`, `2,000 steps`, `67% of the text`, `null`."""
+
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+from resolvent.files import shown, truncated
+
+
+class Notation(NamedTuple):
+    """Words of the language that a value is written in, for messages about that value.
+
+    Attributes:
+        none: the word for no value.
+        boolean: the words for the two truth values.
+        sequence: the noun for several values.
+        show: returns a value as the language writes it, truncated after 200 characters.
+    """
+
+    none: str
+    boolean: str
+    sequence: str
+    show: Callable[[object], str]
+
+
+def _as_json(value: object) -> str:
+    """Return a value as JSON; where JSON does not know its type, its repr."""
+    try:
+        return truncated(json.dumps(value, ensure_ascii=False))
+    except (TypeError, ValueError):
+        return shown(value)
+
+
+PYTHON = Notation("None", "True or False", "tuple", shown)
+JSON = Notation("null", "true or false", "list", _as_json)
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from resolvent.cli import console as output
@@ -48,6 +49,32 @@ def test_text_folds_and_figures_do_not():
     lines = page.splitlines()
     assert max(map(len, lines)) <= 40 and "123,456,789,012,345" in page
     assert "".join(line[:20].strip() for line in lines[1:]) == name
+
+
+def test_names_fold_at_their_parts_and_prose_at_blanks():
+    rows = [("blocks.*.gate_down.weight", "1", "no memory until training asks for it"), ("ln_f.bias", "22", "copied")]
+    page = shown(44, columns=("tensor", "number", "origin"), rows=rows, text=("tensor", "origin"))
+    assert [line.rstrip() for line in page.splitlines()] == [
+        "tensor        number  origin",
+        "blocks.*.          1  no memory until",
+        "  gate_down.          training asks for it",
+        "  weight",
+        "ln_f.bias         22  copied",
+    ]
+
+
+def test_short_text_leaves_its_room_to_long_text():
+    rows = [("tiny", "a" * 20 + "." + "b" * 20)]
+    page = shown(50, columns=("preset", "description"), rows=rows, text=("preset", "description"))
+    assert page.splitlines()[1].rstrip() == "tiny    " + rows[0][1]
+
+
+@pytest.mark.parametrize("width", range(1, 60, 5))
+@pytest.mark.parametrize("cell", ["", " a  b ", "blocks.1.mixer.projection.weight", "字" * 30, "a" * 50, "x/y_z-" * 9])
+def test_folding_loses_no_character(width: int, cell: str):
+    page = shown(width, columns=("text",), rows=[(cell,)], text=("text",))
+    assert "".join("".join(page.splitlines()[1:]).split()) == cell.replace(" ", "")
+    assert all(cell_len(line) <= max(width, 12) for line in page.splitlines())
 
 
 def test_figures_degrade_to_what_the_encoding_has():

@@ -65,7 +65,7 @@ def test_a_run_is_dumped_as_a_file(resolvent: Resolvent, run_dir: Path, tmp_path
     ("text", "message"),
     [
         ("stepz: 3", "line 1: unknown key 'stepz': did you mean steps?"),
-        ("lr: fast", "line 1: learning_rate must be a finite number or None, got 'fast'"),
+        ("lr: fast", "line 1: learning_rate must be a finite number or null, got fast"),
         ("vocab_size: 300", "bytes has tokens of its own; leave out --vocab-size"),
         ("decay_fraction: 0.5", "decay_fraction has no effect on a cosine schedule"),
     ],

@@ -1,12 +1,14 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
-from resolvent.errors import ConfigError
+from resolvent.errors import ConfigError, DataError
 from resolvent.models.phase1 import get_phase1_preset
 from resolvent.models.phase2 import Phase2Config, get_phase2_preset
 from resolvent.training import TrainingConfig
+from resolvent.training.config import check_paths
 
 
 def test_the_defaults_are_valid():
@@ -186,3 +188,15 @@ def test_validation_fraction_is_refused_beside_validation_data():
 def test_validation_fraction_is_between_0_and_1(fraction: float):
     with pytest.raises(ConfigError, match=r"validation_fraction must be [<>] [01], got"):
         TrainingConfig(validation_fraction=fraction).validate()
+
+
+def test_paths_of_texts_are_checked_without_their_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b:2", "tokens.bin"):
+        Path(name).touch()
+    Path("folder").mkdir()
+    check_paths(["a.txt", "a.txt:0.5", "b:2", "b:2:1", "folder", "hf:user/name,split=train", "tokens.idx", "."])
+    for missing in ("c.txt", "c.txt:0.5", "other.idx", "folder/a.txt"):
+        name = missing.removesuffix(":0.5")
+        with pytest.raises(DataError, match=f"^cannot read {name}: No such file or directory; check that it exists"):
+            check_paths(["a.txt", missing])

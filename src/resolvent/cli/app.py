@@ -28,6 +28,12 @@ _UsageError: Any = typer.BadParameter.__mro__[1]  # of Click, or of its copy in 
 class Commands(Group):
     """All commands, with a remedy for --json without a FILE, and usage errors without control characters."""
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names in the order of a project: Typer puts groups behind commands."""
+        names = [name for name in super().list_commands(ctx) if name != "evaluate"]
+        place = names.index("inspect")
+        return [*names[:place], "evaluate", *names[place:]]
+
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         with _printable_errors():
             return super().make_context(*arguments, **options)
@@ -48,18 +54,27 @@ class Commands(Group):
 
 @contextmanager
 def _printable_errors() -> Iterator[None]:
-    """Escape control characters of arguments in usage errors on a terminal."""
+    """Name the value in usage errors, and escape control characters of arguments on a terminal."""
     try:
         yield
     except _UsageError as error:
         from resolvent.terminal import for_terminal
 
-        error.message = for_terminal(error.message, sys.stderr)
+        error.message = for_terminal(_with_value(error), sys.stderr)
         raise
 
 
+def _with_value(error: Any) -> str:
+    """Return the message of a usage error, with the value where Pydantic, which newer Typers use, leaves it out."""
+    faults = error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
+    if len(faults) != 1 or "Input should be" not in error.message:
+        return error.message.removeprefix("Value error, ")
+    return f"{error.message.replace('Input should be', 'must be', 1)}, got {faults[0]['input']}"
+
+
 FIRST_STEPS = {
-    "resolvent train --steps 300 --out runs/first": "train a small model on presidents' speeches (minutes)",
+    "resolvent train --preset tiny-hybrid --steps 300 --out runs/first": "train a small model on presidents' speeches "
+    "(minutes)",
     "resolvent generate runs/first --prompt 'The' --stream": "let it write",
     "resolvent evaluate runs/first": "measure it on text that it has not seen",
     "resolvent inspect runs/first": "make a page that shows what happens inside",
@@ -95,7 +110,12 @@ def options(
         bool, typer.Option("--debug", help="Show tracebacks, as the variable RESOLVENT_DEBUG=1 does.")
     ] = False,
 ) -> None:
-    """Train, measure and run linear-time language models."""
+    """Train, measure and run linear-time language models.
+
+    resolvent without a command shows five commands to try, and resolvent COMMAND --help the options of one.
+
+    Example: [bold]resolvent train --preset tiny-hybrid --steps 300 --out runs/first[/bold]
+    """
     if debug:
         os.environ["RESOLVENT_DEBUG"] = "1"
     if ctx.invoked_subcommand is None:

@@ -12,7 +12,7 @@ import typer
 
 from resolvent.cli.console import print_text
 from resolvent.cli.loading import Device, Directory, Weights, load_for_generation, sampling_options
-from resolvent.runs import run_of
+from resolvent.runs import check_model, run_of
 from resolvent.seeds import MOST_SEED
 
 _PROMPT = "> "
@@ -47,6 +47,7 @@ def chat(
 
     Example: [bold]resolvent chat runs/tiny --temperature 0.7[/bold]
     """
+    check_model(directory)
     options = sampling_options(temperature=temperature)
     model, tokenizer = load_for_generation(directory, device, weights)
     from resolvent.data.chat_template import ChatTemplate

@@ -3,8 +3,9 @@
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ _WIDTH = 10_000
 """Width of output that is no terminal, if COLUMNS is not set: nothing is folded."""
 _LEAST_TEXT = 12
 """Smallest width at which a table folds text."""
+_INDENT = "  "
+"""Beginning of a line on which a word goes on."""
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> "Console":
@@ -92,8 +95,8 @@ def show_table(
 ) -> None:
     """Print a table without truncating figures.
 
-    If the console is too narrow, headings break at blanks and ± begins a line; then text folds; a table that is still
-    too wide exceeds the console.
+    If the console is too narrow, headings break at blanks and dashes, and ± begins a line; then text folds, names at
+    their parts; a table that is still too wide exceeds the console.
 
     Args:
         console: the console.
@@ -103,40 +106,79 @@ def show_table(
         styles: styles of cells by their content.
     """
     cells = [[plain(cell, console.encoding).expandtabs() for cell in row] for row in (columns, *rows)]
-    foldable = [heading in text for heading in columns]
-    if _width(cells, foldable, folded=False) > console.width:
+    folds = [heading in text for heading in columns]
+    if _width(_natural(cells)) > console.width:
         mark = plain(" ±", console.encoding)
-        cells = [[heading.replace(" ", "\n") for heading in cells[0]]] + [
-            [cell if folds else cell.replace(mark, f"\n{mark[1:]}") for cell, folds in zip(row, foldable, strict=True)]
+        cells = [[heading.replace(" ", "\n").replace("-", "-\n") for heading in cells[0]]] + [
+            [cell if fold else cell.replace(mark, f"\n{mark[1:]}") for cell, fold in zip(row, folds, strict=True)]
             for row in cells[1:]
         ]
+    cells = _fitted(cells, folds, console.width)
     width = console.width
-    console.width = max(width, _width(cells, foldable, folded=True))
-    console.print(_table(cells, foldable, styles or {}))
+    console.width = max(width, _width(_natural(cells)))
+    console.print(_table(cells, folds, styles or {}))
     console.width = width
 
 
-def _width(cells: Sequence[Sequence[str]], foldable: Sequence[bool], *, folded: bool) -> int:
-    """Return the width of a table, with its text folded as far as possible or not at all."""
+def _natural(cells: Sequence[Sequence[str]]) -> list[int]:
+    """Return the width of every column whose text is not folded."""
     from rich.cells import cell_len
 
-    widths = [
-        max(cell_len(line) for cell in column for line in cell.split("\n")) for column in zip(*cells, strict=True)
-    ]
-    if folded:
-        widths = [min(width, _LEAST_TEXT) if folds else width for width, folds in zip(widths, foldable, strict=True)]
+    return [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in zip(*cells, strict=True)]
+
+
+def _width(widths: Sequence[int]) -> int:
+    """Return the width of a table, with two blanks between columns."""
     return sum(widths) + 2 * (len(widths) - 1)
 
 
-def _table(cells: Sequence[Sequence[str]], foldable: Sequence[bool], styles: Mapping[str, str]) -> "Table":
+def _fitted(cells: list[list[str]], folds: Sequence[bool], width: int) -> list[list[str]]:
+    """Fold text so far that a table fits, if it can: the columns with the widest texts first."""
+    widths = _natural(cells)
+    texts = sorted((i for i, fold in enumerate(folds) if fold), key=lambda i: widths[i])
+    left = width - _width([0 if fold else size for size, fold in zip(widths, folds, strict=True)])
+    for count, i in zip(range(len(texts), 0, -1), texts, strict=True):
+        limit = max(left // count, _LEAST_TEXT)
+        cells = [[*row[:i], _folded(row[i], limit), *row[i + 1 :]] for row in cells]
+        left -= _natural(cells)[i]
+    return cells
+
+
+def _folded(text: str, width: int) -> str:
+    """Fold a text at blanks, and words that are too long at their parts."""
+    from rich.cells import cell_len, chop_cells
+
+    lines = [""]
+    for word in text.split(" "):
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if cell_len(joined) <= width:
+            lines[-1] = joined
+            continue
+        lines += [""] if lines[-1] else []
+        for part in _parts(word, width):
+            if lines[-1].strip() and cell_len(lines[-1] + part) > width:
+                lines.append(_INDENT)
+            *whole, rest = chop_cells(lines[-1] + part, width) or [""]
+            lines[-1:] = [*whole, rest]
+    return "\n".join(lines)
+
+
+def _parts(word: str, width: int) -> Iterator[str]:
+    """Cut a word after points and slashes; parts that are still too long after dashes and underscores."""
+    from rich.cells import cell_len
+
+    for part in re.split(r"(?<=[./])", word):
+        yield from re.split(r"(?<=[_-])", part) if cell_len(part) > width - len(_INDENT) else [part]
+
+
+def _table(cells: Sequence[Sequence[str]], folds: Sequence[bool], styles: Mapping[str, str]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
     headings, *rows = cells
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for heading, folds in zip(headings, foldable, strict=True):
-        justify, overflow = ("left", "fold") if folds else ("right", "ellipsis")
-        table.add_column(Text(heading), justify=justify, overflow=overflow, no_wrap=not folds)
+    for heading, fold in zip(headings, folds, strict=True):
+        table.add_column(Text(heading), justify="left" if fold else "right", overflow="ellipsis", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
     return table

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from resolvent.models.phase1 import Phase1Config
-    from resolvent.models.phase2 import ConversionReport, Phase2Config
+    from resolvent.models.phase2 import ConversionReport, ConvertedTensor, Phase2Config
 
 
 def convert(
@@ -150,12 +150,11 @@ def _convert_phase1(
     from resolvent.data.tokenization import TOKENIZER_FILES
     from resolvent.errors import CheckpointError
     from resolvent.files import atomic_directory
-    from resolvent.manifest import write_manifest
+    from resolvent.manifest import CONFIG, WEIGHTS, write_manifest
     from resolvent.models import save_model
     from resolvent.models.card import write_card
     from resolvent.models.phase1 import Phase1IntegratedModel
     from resolvent.models.phase2 import convert_phase1_to_phase2
-    from resolvent.models.storage import CONFIG, WEIGHTS
 
     if not isinstance(source, Phase1IntegratedModel):
         raise CheckpointError(f"{run_of(directory)} holds no Phase 1 model; `resolvent train --phase 1` trains one")
@@ -183,11 +182,10 @@ def _merge(directory: Path, out: Path, json_path: Path | None) -> None:
     from resolvent.data.tokenization import TOKENIZER_FILES
     from resolvent.errors import CheckpointError
     from resolvent.files import atomic_directory, read_bytes, write_file
-    from resolvent.manifest import write_manifest
+    from resolvent.manifest import CONFIG, WEIGHTS, write_manifest
     from resolvent.models import save_model
     from resolvent.models.adapters import Adapters, has_adapters
     from resolvent.models.card import write_card
-    from resolvent.models.storage import CONFIG, WEIGHTS
 
     if not has_adapters(directory):
         raise CheckpointError(
@@ -220,21 +218,27 @@ def _config(phase1: "Phase1Config", assignments: list[str], keep_tensor_train: b
 
 
 def _show(report: "ConversionReport", console: "Console") -> None:
-    columns = ("tensor", "shape", "number", "parameters", "status", "from")
+    columns = ("tensor", "shape", "count", "parameters", "origin")
     rows = [
-        (name, shape, f"{len(counts):,}", f"{sum(counts):,}", status, origin)
-        for (name, shape, status, origin), counts in _alike(report).items()
+        (name, shape, f"{len(counts):,}", f"{sum(counts):,}", origin)
+        for (name, shape, origin), counts in _alike(report).items()
     ]
-    show_table(console, columns, rows, text=("tensor", "status", "from"))
+    show_table(console, columns, rows, text=("tensor", "origin"))
     say(console, report.summary())
 
 
-def _alike(report: "ConversionReport") -> dict[tuple[str, str, str, str], list[int]]:
-    """Return the parameters of each tensor by name, shape, status and origin, with `*` for the number of a block."""
-    groups: dict[tuple[str, str, str, str], list[int]] = {}
+def _alike(report: "ConversionReport") -> dict[tuple[str, str, str], list[int]]:
+    """Return the parameters of each tensor by name, shape and origin, with `*` for the number of a block."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
     for tensor in report.tensors:
-        shape = " x ".join(map(str, tensor.shape)) or "scalar"
-        origin = "; ".join(part for part in (" + ".join(tensor.sources), tensor.note) if part)
-        name, origin = (re.sub(r"\b(blocks|layers|blk)\.\d+\.", r"\1.*.", text) for text in (tensor.name, origin))
-        groups.setdefault((name, shape, tensor.status, origin), []).append(tensor.count)
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        name, origin = (re.sub(r"\b(blocks|layers|blk)\.\d+\.", r"\1.*.", x) for x in (tensor.name, _origin(tensor)))
+        groups.setdefault((name, shape, origin), []).append(tensor.count)
     return groups
+
+
+def _origin(tensor: "ConvertedTensor") -> str:
+    """Return the status of a tensor, its sources where they have other names, and a note."""
+    sources = " + ".join(tensor.sources)
+    origin = tensor.status if sources in ("", tensor.name) else f"{tensor.status} from {sources}"
+    return f"{origin}: {tensor.note}" if tensor.note else origin

@@ -8,7 +8,7 @@ import typer
 
 from resolvent.cli.console import print_text
 from resolvent.cli.loading import Device, Directory, Weights, given_text, load_for_generation, sampling_options
-from resolvent.runs import run_of
+from resolvent.runs import check_model, run_of
 from resolvent.seeds import MOST_SEED
 
 if TYPE_CHECKING:
@@ -36,16 +36,27 @@ def generate(
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Sample from the likeliest tokens with this total probability.", show_default="all"),
+        typer.Option(
+            min=0, max=1, help="Sample from the likeliest tokens with this total probability.", show_default="all"
+        ),
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(help="Sample from tokens at least this fraction as likely as the likeliest.", show_default="all"),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Sample from tokens at least this fraction as likely as the likeliest.",
+            show_default="all",
+        ),
     ] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: penalises tokens of prompt and text.")] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="Above 0: penalises tokens of the text.")] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0, help="Above 1: penalises tokens of prompt and text.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(min=-2, max=2, help="Above 0: penalises tokens of the text.")
+    ] = 0.0,
     frequency_penalty: Annotated[
-        float, typer.Option(help="Above 0: penalises tokens by their count in the text.")
+        float, typer.Option(min=-2, max=2, help="Above 0: penalises tokens by their count in the text.")
     ] = 0.0,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End before this text (repeatable).", show_default=False)
@@ -80,6 +91,7 @@ def generate(
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
     }
+    check_model(directory)
     sampling_options(**sampling)
     model, tokenizer = load_for_generation(directory, device, weights)
     from resolvent.data.chat_template import end_tokens

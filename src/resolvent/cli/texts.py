@@ -67,12 +67,14 @@ class TextOptions(NamedTuple):
         return f"held-out documents of {', '.join(self.data)}" if self.held_out else ", ".join(self.data)
 
     def check(self) -> None:
-        """Refuse options that have no effect beside the others.
+        """Check, before heavy imports, that the options go together and that the paths exist.
 
         Raises:
-            ConfigError: names the option.
+            ConfigError: an option has no effect beside the others.
+            DataError: a path is missing.
         """
         from resolvent.errors import ConfigError
+        from resolvent.training.config import check_paths
 
         if self.data is None and self.text_field is not None:
             raise ConfigError("--text-field selects a field of a text: name the text with --data")
@@ -82,6 +84,7 @@ class TextOptions(NamedTuple):
             raise ConfigError("--held-out reads the text in the format of the run: leave out --format")
         if self.format == "chat" and self.text_field is not None:
             raise ConfigError("conversations have their field, messages: leave out --text-field")
+        check_paths(self.data or [])
 
 
 def read_tokens(directory: Path, tokenizer: "Tokenizer", text: TextOptions, console: "Console") -> "TokenStream":

@@ -8,6 +8,7 @@ import typer
 from resolvent.cli.console import progress_console, write_result
 from resolvent.cli.loading import JsonFile, wrong_usage
 from resolvent.terminal import say, shell_word
+from resolvent.training.config import check_paths
 from resolvent.wording import counted
 
 
@@ -44,6 +45,7 @@ def tokenize(
 
     Example: [bold]resolvent tokenize --data novels/ --tokenizer gpt2 --out novels.tokens[/bold]
     """
+    check_paths(data or [])
     from resolvent.data.cache import tokenize as tokenize_text
 
     with wrong_usage():

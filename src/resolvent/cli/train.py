@@ -12,8 +12,9 @@ import typer
 from resolvent.cli.console import progress_console, report_console, show_table, write_result
 from resolvent.cli.loading import JsonFile, PlotFile, wrong_usage
 from resolvent.cli.settings import Changes, ConfigFile, changes_of, is_given, refuse, with_settings
+from resolvent.runs import check_model
 from resolvent.terminal import discard_output, say, shell_word
-from resolvent.training.config import RUN, SAVED_WITH_A_MODEL, TrainingConfig, changed_preset
+from resolvent.training.config import RUN, SAVED_WITH_A_MODEL, TrainingConfig, changed_preset, check_paths
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +80,10 @@ def train(
     if resume is not None:
         settled = [name for name in settings if name not in _RESUMABLE]
         refuse(context, [*settled, "config_file", "change", "overwrite"], "--resume", "the run keeps its settings")
-    config = _described(context, settings, change)
+    config, changes = _described(context, settings, change)
+    if not dump_config:
+        _check_places(config, resume, overwrite, looks=dry_run or lr_find)
+    _choose_model(config, changes)
     given = {name: settings[name] for name in _RESUMABLE if is_given(context, name)}
     if dump_config:
         _print_config(config, resume, given)
@@ -106,8 +110,10 @@ def _check_looks(context: typer.Context, looks: list[str]) -> None:
         refuse(context, ["overwrite", *unused.get(looks[0], ["resume"])], looks[0], "it trains nothing")
 
 
-def _described(context: typer.Context, settings: dict[str, Any], change: list[str] | None) -> TrainingConfig:
-    """Return the run that file and command line describe."""
+def _described(
+    context: typer.Context, settings: dict[str, Any], change: list[str] | None
+) -> tuple[TrainingConfig, dict[str, Any]]:
+    """Return the run that file and command line describe, and the fields of the model that they change."""
     config, changes = TrainingConfig(**settings), changes_of(context, change)
     if config.start_from is not None:
         settled = [*SAVED_WITH_A_MODEL, "change"]
@@ -116,11 +122,30 @@ def _described(context: typer.Context, settings: dict[str, Any], change: list[st
         refuse(context, ["vocab_size"], "--tokenizer", f"{config.tokenizer} has tokens of its own")
     with wrong_usage():
         config.validate()
-        if config.start_from is None:
+    return config, changes
+
+
+def _choose_model(config: TrainingConfig, changes: dict[str, Any]) -> None:
+    """Check the preset, and replace it by its model if fields change."""
+    if config.start_from is None:
+        with wrong_usage():
             chosen = changed_preset(config.phase, str(config.preset), changes)
-            if changes:
-                config.model, config.preset = chosen, None
-    return config
+        if changes:
+            config.model, config.preset = chosen, None
+
+
+def _check_places(config: TrainingConfig, resume: Path | None, overwrite: bool, *, looks: bool) -> None:
+    """Check, before heavy imports, the folders and the texts that the command names."""
+    from resolvent.training.run_folder import check_new, check_run_folder
+
+    if resume is not None:
+        check_run_folder(resume)
+    elif not looks:
+        check_new(config.run_dir, overwrite=overwrite)
+    if config.start_from is not None:
+        check_model(Path(config.start_from))
+    for _, paths in config.named_texts():
+        check_paths(paths)
 
 
 def _print_config(config: TrainingConfig, resume: Path | None, given: dict[str, Any]) -> None:

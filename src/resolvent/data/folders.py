@@ -6,13 +6,12 @@ from pathlib import Path
 
 from resolvent.data.content import NotText
 from resolvent.files import partial_name
-from resolvent.manifest import MANIFEST, RUN_FILE
+from resolvent.manifest import CONFIG, MANIFEST, RUN_FILE, WEIGHTS
 
 _CACHE_NAME = "__pycache__"
 CACHE_TAG = "CACHEDIR.TAG"
 TOKENS_FILE = "tokens.json"
 """The index of a folder of tokens."""
-_MODEL_FILES = ("config.json", "model.safetensors")
 
 
 def files_below(folder: Path) -> tuple[list[Path], list[NotText]]:
@@ -49,7 +48,7 @@ def _output(folder: Path) -> str | None:
     """Return the kind of a folder that this library wrote, or None."""
     if ((folder / MANIFEST).exists() and (folder / RUN_FILE).exists()) or partial_name(folder / MANIFEST).exists():
         return "the folder of a run"
-    if all((folder / name).exists() for name in _MODEL_FILES):
+    if all((folder / name).exists() for name in (CONFIG, WEIGHTS)):
         return "the folder of a model"
     if (folder / TOKENS_FILE).exists():
         return "a folder of tokens"

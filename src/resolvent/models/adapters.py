@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import read_json, shown
-from ..manifest import RUN_FILE
+from ..manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE
 from ..tensors import read_tensors
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model."
 """Beginning of the names in PEFT's file: its wrapper, and the class for Transformers around the model."""
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from ..errors import ConfigError
 from ..files import shown
+from ..wording import PYTHON, Notation
 
 LARGEST = {"d_model": 1 << 20, "head_dim": 1 << 9, "n_layers": 1 << 10}
 """Upper limits of the sizes that cost time when a model is made, before any weight is read."""
@@ -44,7 +45,7 @@ class LanguageModelConfig(Protocol):
     @property
     def tie_embeddings(self) -> bool: ...
 
-    def validate(self) -> None: ...
+    def validate(self, notation: Notation = PYTHON) -> None: ...
 
     def to_dict(self) -> Values: ...
 
@@ -59,21 +60,24 @@ class ModelConfig:
     listed_by: ClassVar[str] = ""
     """command that lists the fields of the subclass"""
 
-    def validate(self) -> None:
+    def validate(self, notation: Notation = PYTHON) -> None:
         """Check every field.
+
+        Args:
+            notation: of the values in messages: of the file that they come from.
 
         Raises:
             ConfigError: names every faulty field with its value.
         """
-        if faults := self.faults():
+        if faults := self.faults(notation):
             raise ConfigError.of(self, faults)
 
-    def faults(self) -> list[str]:
+    def faults(self, notation: Notation = PYTHON) -> list[str]:
         """Return a sentence for every wrong type, size or value.
 
         Rules are checked with the defaults in the place of values of a wrong type.
         """
-        wrong = self._type_faults()
+        wrong = self._type_faults(notation)
         wrong |= self._with_defaults_for(wrong)._size_faults()
         return [*wrong.values(), *self._with_defaults_for(wrong)._faults()]
 
@@ -116,11 +120,11 @@ class ModelConfig:
             if isinstance(value, int) and value > (limit := LARGEST.get(name, _LARGEST_INTEGER))
         }
 
-    def _type_faults(self) -> dict[str, str]:
+    def _type_faults(self, notation: Notation) -> dict[str, str]:
         hints = typing.get_type_hints(type(self))
         pairs = ((f.name, getattr(self, f.name), hints[f.name]) for f in dataclasses.fields(self))
         return {
-            name: f"{name} must be {_say(kind)}, got {shown(value)}"
+            name: f"{name} must be {_say(kind, notation)}, got {notation.show(value)}"
             for name, value, kind in pairs
             if not _fits(value, kind)
         }
@@ -204,12 +208,18 @@ def _fits(value: object, kind: Kind) -> bool:
     return any(fits_one(option) for option in _options(kind))
 
 
-def _say(kind: Kind) -> str:
-    names = {float: "a finite number", int: "an integer", bool: "True or False", str: "a string", type(None): "None"}
+def _say(kind: Kind, notation: Notation) -> str:
+    names = {
+        float: "a finite number",
+        int: "an integer",
+        bool: notation.boolean,
+        str: "a string",
+        type(None): notation.none,
+    }
 
     def say_one(option: type) -> str:
         if typing.get_origin(option) is tuple:
-            return "a tuple of integers"
+            return f"a {notation.sequence} of integers"
         return names.get(option, getattr(option, "__name__", str(option)))
 
     return " or ".join(map(say_one, _options(kind)))

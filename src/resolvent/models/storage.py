@@ -16,8 +16,9 @@ from torch import Tensor
 from ..device import pick_device
 from ..errors import CheckpointError, ConfigError
 from ..files import check_version, read_json, shown, write_json
-from ..manifest import read_checked
+from ..manifest import CONFIG, INDEX, WEIGHTS, read_checked
 from ..tensors import TensorFile, write_tensors
+from ..wording import JSON
 from .adapters import Adapters, base_folder, has_adapters
 from .base import IntegratedModel
 from .config import ModelConfig, Values
@@ -28,9 +29,6 @@ from .phases import PHASES, Phase, phase_of
 FORMAT_VERSION = 5
 _SIDE_BY_SIDE = 5
 """First format version of Phase 2 models that this release reads."""
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-"""File that names the file of every weight, where there are several files."""
 
 TRANSFORMERS_ENTRIES = (
     "architectures",
@@ -202,7 +200,7 @@ def read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:
     values = {name: value for name, value in values.items() if name not in TRANSFORMERS_ENTRIES}
     try:
         config = phase.config.from_dict(values)
-        config.validate()
+        config.validate(JSON)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return phase, config

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from resolvent.errors import ConfigError
+from resolvent.errors import ConfigError, DataError
 from resolvent.files import shown
 from resolvent.seeds import MOST_SEED
 from resolvent.training.lora import LoraOptions
 from resolvent.training.schedule import WSD_DECAY_FRACTION, decay_start, learning_rate_factor
+from resolvent.wording import JSON, PYTHON, Notation
 
 if TYPE_CHECKING:
     from resolvent.models.phase1 import Phase1Config
@@ -81,7 +82,13 @@ class TrainingConfig:
     phase: int = setting(
         2, TEXT, "2: resolvent and memory; 1: the static Hamiltonian it grows out of.", at_least=1, at_most=2
     )
-    preset: str | None = setting("tiny", TEXT, "Size of the model; `resolvent presets` lists them.", metavar="NAME")
+    preset: str | None = setting(
+        "tiny",
+        TEXT,
+        "Size of the model: tiny, small, base or large, each with -hybrid for attention in every third block, too; "
+        "`resolvent presets` lists them.",
+        metavar="NAME",
+    )
     model: "Phase1Config | Phase2Config | None" = None
     start_from: str | None = setting(
         None,
@@ -178,7 +185,7 @@ class TrainingConfig:
         option="--muon-lr",
         default_text="5 times --lr",
     )
-    muon_momentum: float = setting(0.95, OPTIMISER, "Muon's memory of gradients.", at_least=0, below=1)
+    muon_momentum: float = setting(0.95, OPTIMISER, "Muon's decay of the average of gradients.", at_least=0, below=1)
     schedule: Literal["cosine", "wsd", "constant"] = setting(
         "cosine", OPTIMISER, "Learning rate after the warm-up; wsd is stable, then decays."
     )
@@ -191,7 +198,7 @@ class TrainingConfig:
     min_lr_ratio: float = setting(
         0.1, OPTIMISER, "Last learning rate, as a part of the highest.", at_least=0, at_most=1
     )
-    weight_decay: float = setting(0.1, OPTIMISER, "On matrices only.", at_least=0)
+    weight_decay: float = setting(0.1, OPTIMISER, "Weight decay, of matrices only.", at_least=0)
     beta1: float = setting(0.9, OPTIMISER, "AdamW's decay of the average of gradients.", at_least=0, below=1)
     beta2: float = setting(0.95, OPTIMISER, "AdamW's decay of the average of squared gradients.", at_least=0, below=1)
     grad_clip: float = setting(1.0, OPTIMISER, "Largest gradient norm; 0 for any.", at_least=0)
@@ -303,13 +310,17 @@ class TrainingConfig:
         tokens = max(1, trained_on // _TRAINED_PER_VALIDATED)
         return tokens if final else min(tokens, _MOST_EVAL_TOKENS)
 
-    def validate(self) -> None:
+    def validate(self, notation: Notation = PYTHON) -> None:
         """Check every field.
+
+        Args:
+            notation: of the values in messages: of the file that they come from.
 
         Raises:
             ConfigError: lists all faults at once, each with field and value.
         """
-        faults = [fault for field in dataclasses.fields(self) for fault in faults_of(field, getattr(self, field.name))]
+        fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        faults = [fault for field, value in fields for fault in faults_of(field, value, notation)]
         if self.schedule != "wsd" and self.decay_fraction != TrainingConfig.decay_fraction:
             faults.append(f"decay_fraction has no effect on a {self.schedule} schedule: leave it out, or take wsd")
         if self.validation_data is not None and self.validation_fraction != TrainingConfig.validation_fraction:
@@ -335,14 +346,14 @@ class TrainingConfig:
             if given := [field.name for field in saved if getattr(self, field.name) != field.default]:
                 faults.append(f"start_from brings a model and its tokenizer along: leave out {', '.join(given)}")
         elif (self.preset is None) == (self.model is None):
-            faults.append(f"one of preset and model must be None, got {self.preset!r} and {self.model!r}")
+            faults.append(f"one of preset and model must be {notation.none}, got {self.preset!r} and {self.model!r}")
         if self.model is not None and not dataclasses.is_dataclass(self.model):
-            faults.append(f"model must be a configuration or None, got {shown(self.model)}")
+            faults.append(f"model must be a configuration or {notation.none}, got {notation.show(self.model)}")
         elif self.model is not None:
             if type(self.model).__name__ != f"Phase{self.phase}Config":
                 faults.append(f"model is a {type(self.model).__name__}, but phase is {self.phase}")
             try:
-                self.model.validate()
+                self.model.validate(notation)
             except ConfigError as error:
                 faults.append(f"model: {error}")
         if faults:
@@ -420,7 +431,7 @@ def changed_preset(phase: int, preset: str, changes: dict[str, Any]) -> "Phase1C
     if "vocab_size" in changes:
         raise ConfigError("the tokenizer decides vocab_size; see --tokenizer")
     config = PHASES[phase].config.from_dict(PHASES[phase].preset(preset).to_dict() | changes)
-    config.validate()
+    config.validate(JSON)
     return config
 
 
@@ -431,6 +442,23 @@ def weighted_paths(paths: list[str]) -> list[tuple[str, float | None]]:
         ConfigError: a weight is not above zero, or not finite.
     """
     return [_weighted(path) for path in paths]
+
+
+def check_paths(paths: list[str]) -> None:
+    """Check, before heavy imports, that the files and folders of texts exist.
+
+    Args:
+        paths: of texts as `--data` takes them; a data set of the library `datasets` is not looked up.
+
+    Raises:
+        DataError: names the first that is missing.
+    """
+    for name, _ in weighted_paths(paths):
+        path = Path(name)
+        if path.suffix == ".idx" and not path.exists():  # names a file of tokens, also where there is no index
+            path = path.with_suffix(".bin")
+        if name and not name.startswith("hf:") and not path.exists():
+            raise DataError(f"cannot read {name}: No such file or directory; check that it exists and is readable")
 
 
 def _weighted(path: str) -> tuple[str, float | None]:
@@ -462,23 +490,22 @@ _MOST_EVAL_TOKENS = 65_536
 SAVED_WITH_A_MODEL = ("phase", "preset", "model", "tokenizer", "vocab_size")
 """Fields that `start_from` replaces."""
 
-_BOUNDS = {
+BOUNDS = {
     "at_least": (operator.ge, ">="),
     "above": (operator.gt, ">"),
     "at_most": (operator.le, "<="),
     "below": (operator.lt, "<"),
 }
+"""Rules for the values of fields, each with its comparison and its sign."""
 _NAMES: dict[Any, str] = {
-    bool: "true or false",
     int: "an integer",
     float: "a finite number",
     str: "a string",
     list[str]: "a list of strings",
-    types.NoneType: "None",
 }
 
 
-def faults_of(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
+def faults_of(field: dataclasses.Field[Any], value: Any, notation: Notation = PYTHON) -> Iterator[str]:
     """Yield the faults of a field's value; a nested configuration checks itself."""
     kind: Any = field.type
     rules = field.metadata
@@ -486,13 +513,14 @@ def faults_of(field: dataclasses.Field[Any], value: Any) -> Iterator[str]:
         return
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
-            yield f"{field.name} must be one of {', '.join(typing.get_args(kind))}, got {shown(value)}"
+            yield f"{field.name} must be one of {', '.join(typing.get_args(kind))}, got {notation.show(value)}"
         return
     options = typing.get_args(kind) or (kind,)
     if not any(_fits(value, option) for option in options):
-        yield f"{field.name} must be {' or '.join(_NAMES[option] for option in options)}, got {shown(value)}"
+        names = _NAMES | {bool: notation.boolean, types.NoneType: notation.none}
+        yield f"{field.name} must be {' or '.join(names[option] for option in options)}, got {notation.show(value)}"
         return
-    for rule, (holds, sign) in _BOUNDS.items():
+    for rule, (holds, sign) in BOUNDS.items():
         if value is not None and rule in rules and not holds(value, rules[rule]):
             yield f"{field.name} must be {sign} {rules[rule]}, got {value}"
 

@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from resolvent.errors import CheckpointError, ConfigError
-from resolvent.files import read_bytes, shown
+from resolvent.files import read_bytes, shown, truncated
 from resolvent.training.config import SAVED_WITH_A_MODEL, TrainingConfig, changed_preset, faults_of, option_names
+from resolvent.wording import JSON
 
 SET = "set"
 """Key of the fields of the model that differ from the preset's."""
@@ -26,8 +27,20 @@ _FIELDS = {field.name: field for field in dataclasses.fields(TrainingConfig) if 
 _KEYS = {name: field.name for field in _FIELDS.values() for name in option_names(field)} | {SET: SET}
 """Field that each key stands for."""
 
-
 _MOST_BYTES = 1 << 20
+
+
+def _as_yaml(value: object) -> str:
+    """Return a value as a line of YAML; where YAML does not know its type, its repr."""
+    try:
+        line = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    except yaml.YAMLError:
+        return shown(value)
+    return truncated(line.removesuffix("\n...\n").strip())
+
+
+YAML = JSON._replace(show=_as_yaml)
+"""Notation of the values in messages about a YAML file."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,7 +71,7 @@ def load_config(path: str | Path) -> TrainingConfig:
     config = TrainingConfig(**values)
     if changes:
         config.model, config.preset = changed_preset(config.phase, str(config.preset), changes), None
-    config.validate()
+    config.validate(YAML)
     return config
 
 
@@ -133,10 +146,10 @@ def _read_value(name: str, node: yaml.Node) -> tuple[Any, list[str]]:
     finally:
         loader.dispose()
     if name != SET:
-        return value, [*faults_of(_FIELDS[name], value)]
+        return value, [*faults_of(_FIELDS[name], value, YAML)]
     if isinstance(value, dict) and all(isinstance(field, str) for field in value):
         return value, []
-    return value, [f"{SET} must hold `field: value` lines of the model, got {shown(value)}"]
+    return value, [f"{SET} must hold `field: value` lines of the model, got {YAML.show(value)}"]
 
 
 def _model_faults(values: dict[str, Any], changes: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -153,7 +166,7 @@ def _model_faults(values: dict[str, Any], changes: dict[str, Any]) -> Iterator[t
         except ConfigError as error:
             yield field, str(error)
             del known[field]
-    for fault in type(chosen).from_dict(chosen.to_dict() | known).faults():
+    for fault in type(chosen).from_dict(chosen.to_dict() | known).faults(YAML):
         yield next((field for field in known if field in fault.split()), next(iter(known))), fault
 
 

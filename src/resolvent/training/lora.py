@@ -157,7 +157,7 @@ def write_adapters(model: Any, folder: Path) -> None:
         OSError: the folder cannot be written.
     """
     from resolvent.files import write_json
-    from resolvent.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+    from resolvent.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS
     from resolvent.tensors import write_tensors
 
     settings = model.peft_config[_NAME].to_dict() | {"inference_mode": True}

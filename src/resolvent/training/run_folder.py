@@ -10,7 +10,10 @@ from resolvent._version import __version__
 from resolvent.errors import CheckpointError, ConfigError
 from resolvent.files import check_version, locked, partial_name, read_json, remove, write_json
 from resolvent.manifest import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     MANIFEST,
+    WEIGHTS,
     check_files,
     description,
     is_as_described,
@@ -21,6 +24,7 @@ from resolvent.manifest import (
 from resolvent.runs import EMA_FOLDER, RUN_FILE, fixed_files
 from resolvent.terminal import shell_word
 from resolvent.training.config import TrainingConfig
+from resolvent.wording import JSON
 
 if TYPE_CHECKING:
     from resolvent.evaluation import LanguageScore
@@ -75,8 +79,6 @@ def check_new(run_dir: Path, *, overwrite: bool = False) -> None:
     if overwrite and run_dir.is_symlink():
         raise ConfigError(f"the run folder {run_dir} is a link, which --overwrite does not follow: {remedy}")
     if not overwrite:
-        from resolvent.models.storage import WEIGHTS
-
         run = "run" if (run_dir / WEIGHTS).exists() else "run, which was stopped before its first checkpoint,"
         raise ConfigError(
             f"the run folder {run_dir} is not empty: continue its {run} with --resume {shell_word(run_dir)}, "
@@ -152,9 +154,7 @@ def _clear(run_dir: Path) -> None:
     Raises:
         CheckpointError: something cannot be removed.
     """
-    from resolvent.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
     from resolvent.models.card import CARD, is_own_card
-    from resolvent.models.storage import WEIGHTS
     from resolvent.training.checkpoint import FOLDER
     from resolvent.training.metrics import FILE_NAME
     from resolvent.training.tracking import ID_FILE, TENSORBOARD_DIR
@@ -177,8 +177,6 @@ def write_run(run_dir: Path, config: TrainingConfig, fingerprint: str, held: Bin
     Model configuration and tokenizer must be in the folder, and the weights that a LoRA run adapts; `held` is the file
     that `new_run` yields.
     """
-    from resolvent.models.storage import WEIGHTS
-
     record = {"format_version": FORMAT_VERSION, "version": __version__}
     write_json(run_dir / RUN_FILE, {**record, "data_fingerprint": fingerprint, "training": config.to_dict()})
     write_manifest(run_dir, [*fixed_files(), *([WEIGHTS] if config.lora else [])], held)
@@ -193,15 +191,25 @@ def write_steps(run_dir: Path, steps: int) -> None:
     write_json(run_dir / STEPS_FILE, sealed({"format_version": 1, "steps": steps}))
 
 
+def check_run_folder(run_dir: Path) -> None:
+    """Check, before heavy imports, that a folder holds a run.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
+    if not (run_dir / RUN_FILE).exists():
+        missing = f"there is no {RUN_FILE} in it" if run_dir.exists() else "there is no such folder"
+        raise CheckpointError(f"{run_dir} holds no training run: {missing}. `resolvent train --out DIR` begins one")
+
+
 def read_run(run_dir: Path) -> tuple[TrainingConfig, str]:
     """Return the configuration of a run and the fingerprint of its data.
 
     Raises:
         CheckpointError: the folder holds no run, a damaged one, or one of an older format.
     """
+    check_run_folder(run_dir)
     path = run_dir / RUN_FILE
-    if not path.exists():
-        raise CheckpointError(f"{run_dir} holds no training run: there is no {RUN_FILE} in it")
     record = read_json(path)
     check_version(path, record.get("format_version"), FORMAT_VERSION)
     check_files(run_dir, [RUN_FILE])
@@ -214,7 +222,7 @@ def read_run(run_dir: Path) -> tuple[TrainingConfig, str]:
     try:
         config = TrainingConfig.from_dict({"optimizer": "adamw"} | record["training"])  # what there was before Muon
         config = dataclasses.replace(config, steps=_read_steps(run_dir, config.steps))
-        config.validate()
+        config.validate(JSON)
         return config, record["data_fingerprint"]
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} does not describe a training run: {error}") from error

@@ -69,19 +69,19 @@ def test_faults_are_named(options, fault):
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        (dict(bk_core=False, attention_layers=(0,)), "bk_core=False needs no memory, .* all 6 blocks, got 1"),
+        (dict(bk_core=False, attention_layers=(0,)), "bk_core switched off needs no memory, .* all 6 blocks, got 1"),
         (dict(norm="batch"), "norm must be one of layernorm, rmsnorm, got 'batch'"),
         (dict(norm_eps=0.0), "norm_eps must be > 0, got 0.0"),
         (dict(num_kv_heads=3, conv_size=1), r"num_kv_heads must divide num_heads \(8\), got 3"),
         (dict(num_kv_heads=0), "num_kv_heads must be > 0, got 0"),
         (dict(num_kv_heads=2), "num_kv_heads below num_heads needs conv_size 1, got 4"),
-        (dict(qk_norm=False), "qk_norm=False needs conv_size 1, got 4"),
+        (dict(qk_norm=False), "qk_norm switched off needs conv_size 1, got 4"),
         (dict(attention_layers=(1,), attention_windows=(1, 2)), r"each of the 1 attention_layers, got \[1, 2\]"),
         (dict(attention_layers=(1,), attention_windows=(-1,)), r"a number >= 0 .*got \[-1\]"),
         (dict(attention_windows=(1.0,)), "attention_windows must be a tuple of integers or None"),
         (
             dict(attention_layers=(1,), attention_windows=(8,), attention_window=8),
-            "attention_window must be None beside attention_windows, got 8",
+            "attention_window has no effect beside attention_windows: leave it out, got 8",
         ),
         (dict(rotary_base=0.0), "rotary_base must be > 0, got 0.0"),
         (

@@ -108,7 +108,7 @@ def test_bad_choices_are_named():
         transformer_config(theirs, attention_window=0)
     with pytest.raises(ConfigError, match="block 0 attends to 17 tokens, the Transformer to 16"):
         convert_transformer(theirs, replace(transformer_config(theirs), attention_window=17))
-    with pytest.raises(ConfigError, match="bk_core=False needs no memory"):
+    with pytest.raises(ConfigError, match="bk_core switched off needs no memory"):
         transformer_config(theirs, keep_attention=[1], bk_core=False)
     with pytest.raises(ConfigError, match=r"hebbian_dt must be > 1/π, got 0\.3"):
         transformer_config(theirs, keep_attention=[1], hebbian_dt=0.3)

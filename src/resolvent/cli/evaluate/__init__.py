@@ -28,7 +28,8 @@ def evaluate() -> None:
 
     The default measure is [bold]language[/bold], the loss on text. The other three go far beyond the training length,
     by default to 65,536 tokens. All print a table and write its figures with --json FILE; the other three draw them
-    with --plot FILE. Each explains its figures with --help.
+    with --plot FILE. Each explains its figures and options with --help: resolvent evaluate language --help lists those
+    of the default measure.
 
     Example: [bold]resolvent evaluate runs/tiny --data novel.txt[/bold]
 

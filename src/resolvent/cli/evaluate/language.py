@@ -18,7 +18,7 @@ from resolvent.cli.loading import (
     StoredWeights,
 )
 from resolvent.cli.texts import Format, HeldOut, Text, TextField, TextOptions, read_tokens
-from resolvent.runs import load_trained, run_of
+from resolvent.runs import check_model, load_trained, run_of
 from resolvent.terminal import say
 
 
@@ -52,6 +52,7 @@ def language(
 
     Example: [bold]resolvent evaluate runs/tiny --data novel.txt --json score.json[/bold]
     """
+    check_model(directory)
     text = TextOptions(data, text_field, held_out, format)
     if tasks is not None:
         if text != TextOptions():
@@ -68,6 +69,7 @@ def language(
         return
     if task_path is not None:
         raise typer.BadParameter("says where tasks are; name them with --tasks", param_hint="--task-path")
+    text.check()
     model, tokenizer = load_trained(directory, device, dtype="stored" if weights == "stored" else "float32")
     from resolvent.evaluation import evaluate_documents
 

@@ -8,7 +8,7 @@ import typer
 
 from resolvent.cli.console import progress_console, report_console, show_table, write_result
 from resolvent.cli.texts import TextOptions, read_tokens
-from resolvent.runs import load_trained
+from resolvent.runs import check_model, load_trained
 from resolvent.seeds import MOST_SEED
 from resolvent.terminal import say
 
@@ -32,6 +32,8 @@ def load(
     Raises:
         DataError: the text is conversations, whose tokens are not all predicted.
     """
+    check_model(directory)
+    text.check()
     model, tokenizer = load_trained(directory, device)
     from resolvent.errors import DataError
 

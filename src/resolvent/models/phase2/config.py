@@ -276,14 +276,14 @@ class Phase2Config(ModelConfig):
         if self.memory_rotation and self.head_dim % 2:
             faults.append(f"memory_rotation turns pairs of channels: head_dim must be even, got {self.head_dim}")
         if self.memory_rotation_bias and not self.memory_rotation:
-            faults.append("memory_rotation_bias needs memory_rotation, got False")
+            faults.append("memory_rotation_bias needs memory_rotation, which is off")
         if self.memory_rotation_bias and self.hebbian_dt * math.pi <= 1:
             faults.append(
                 "memory_rotation_bias turns a pair by up to one radian per token, a memory by less than π hebbian_dt: "
                 f"hebbian_dt must be > 1/π, got {self.hebbian_dt}"
             )
         if self.tie_embeddings and self.htt_rank is not None:
-            faults.append(f"tie_embeddings needs a table to share: htt_rank must be None, got {self.htt_rank}")
+            faults.append(f"tie_embeddings needs a table to share: leave out htt_rank, got {self.htt_rank}")
         if len({*self.attention_layers} & {*range(self.n_layers)}) < len(self.attention_layers):
             layers, last = shown(list(self.attention_layers)), self.n_layers - 1
             faults.append(f"attention_layers must name blocks of 0..{last}, each at most once, got {layers}")
@@ -303,17 +303,17 @@ class Phase2Config(ModelConfig):
     def _transformer_faults(self) -> list[str]:
         faults, windows, attending = [], self.attention_windows, len(self.attention_layers)
         if self.norm not in NORMS:
-            faults.append(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+            faults.append(f"norm must be one of {', '.join(NORMS)}, got {shown(self.norm)}")
         if self.num_kv_heads is not None and self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
             faults.append(f"num_kv_heads must divide num_heads ({self.num_heads}), got {self.num_kv_heads}")
         if self.num_kv_heads not in (None, self.num_heads) and self.conv_size != 1:
             faults.append(f"num_kv_heads below num_heads needs conv_size 1, got {self.conv_size}")
         if not self.qk_norm and self.conv_size != 1:
-            faults.append(f"qk_norm=False needs conv_size 1, got {self.conv_size}")
+            faults.append(f"qk_norm switched off needs conv_size 1, got {self.conv_size}")
         if not self.bk_core and attending < self.n_layers:
             faults.append(
-                f"bk_core=False needs no memory, which reads its Γ: attention_layers must name all {self.n_layers} "
-                f"blocks, got {attending}"
+                f"bk_core switched off needs no memory, which reads its Γ: attention_layers must name all "
+                f"{self.n_layers} blocks, got {attending}"
             )
         if windows is not None and (len(windows) != attending or any(window < 0 for window in windows)):
             faults.append(
@@ -321,7 +321,9 @@ class Phase2Config(ModelConfig):
                 f"got {shown(list(windows))}"
             )
         if windows is not None and self.attention_window is not None:
-            faults.append(f"attention_window must be None beside attention_windows, got {self.attention_window}")
+            faults.append(
+                f"attention_window has no effect beside attention_windows: leave it out, got {self.attention_window}"
+            )
         if self.rotary_scaling is not None:
             faults += [f"rotary_scaling: {fault}" for fault in self.rotary_scaling.faults()]
         return faults
