@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from rich.table import Table
@@ -26,24 +27,45 @@ def tables(records: Sequence[Record], base: str | None = None) -> list[Table]:
 
     Args:
         records: runs of any tasks.
-        base: model whose losses by position and part are subtracted from those of the others; None for no such table.
+        base: model whose losses by position, part and size are subtracted from those of the others; None for no such
+            table.
 
     Raises:
         ValueError: there are no runs of the base.
     """
     runs = _of_language(records)
-    found = [_optimiser_table(of) for of in _grouped(runs, ("muon_ratio",)) if len(_optimisers(of)) > 1]
+    found = []
+    for of in _grouped(runs, ("muon_ratio",)):
+        found += [_optimiser_table(of), _best_table(of)] if len(_optimisers(of)) > 1 else []
     for of in _grouped(runs, ()):
         found += [_left_out_table(of)] if any(left_out(of)) else []
         found += [_places_table(of)] if sum(bool(blocks) for blocks, _ in places(of).values()) > 1 else []
     found += [_scaling_table(points) for points in scaling(runs)]
-    return found + ([] if base is None else _difference_tables(runs, base))
+    return found if base is None else [*found, *_difference_tables(runs, base), *_lead_tables(runs, base)]
 
 
-def optimiser(run: Record) -> tuple[str, float]:
-    """Return the name of a run's optimiser, and the learning rate of its matrices."""
+class Optimiser(NamedTuple):
+    """Optimiser of a run.
+
+    Attributes:
+        name: of the optimiser of the matrices.
+        matrices: learning rate of the matrices.
+        rest: learning rate of AdamW for all else.
+    """
+
+    name: str
+    matrices: float
+    rest: float
+
+    def __str__(self) -> str:
+        rest = "" if self.name == "AdamW" else f", rest {self.rest:.3g}"
+        return f"{self.name} {self.matrices:.3g}{rest}"
+
+
+def optimiser(run: Record) -> Optimiser:
+    """Return the optimiser of a run."""
     ratio, rate = run["settings"].get("muon_ratio"), run["learning_rate"]
-    return ("AdamW", rate) if ratio is None else ("Muon", ratio * rate)
+    return Optimiser("AdamW", rate, rate) if ratio is None else Optimiser("Muon", ratio * rate, rate)
 
 
 class Point(NamedTuple):
@@ -67,11 +89,16 @@ class Point(NamedTuple):
 
 def scaling(records: Sequence[Record]) -> list[list[Point]]:
     """Return the points of every scaling line: sizes that learn from the same text with the same optimiser."""
+    return [[_point(of) for of in line] for line in _lines(_of_language(records))]
+
+
+def _lines(runs: Sequence[Record]) -> list[list[list[Record]]]:
+    """Return the runs of every scaling line, size by size."""
     found = []
-    for runs in _grouped(_of_language(records), _SIZES):
-        points = [_point(of) for of in _grouped(runs, ())]
-        if len({point.parameters for point in points}) > 1:
-            found.append(sorted(points, key=lambda point: (point.parameters, point.tokens)))
+    for of in _grouped(runs, _SIZES):
+        sizes = sorted(_grouped(of, ()), key=lambda same: _point(same)[:2])
+        if len({_point(same).parameters for same in sizes}) > 1:
+            found.append(sizes)
     return found
 
 
@@ -81,6 +108,44 @@ def _point(runs: Sequence[Record]) -> Point:
     for name, of in by_model(runs).items():
         losses[name] = _losses_at_best(of)
     return Point(settings["parameters"], settings["steps"] * settings["batch"] * settings["length"], losses)
+
+
+def _lead_tables(runs: Sequence[Record], base: str) -> list[Table]:
+    """Tabulate, for every scaling line, the loss of each model less that of the base, and the lead in FLOPs."""
+    found = []
+    for of in _lines(runs):
+        points = [_point(same) for same in of]
+        models = [name for name in dict.fromkeys(run["model"] for same in of for run in same) if name != base]
+        table = make_table(
+            f"loss less that of {base} by size, paired by seed and learning rate; FLOPs that {base} needs for the same "
+            "loss, over those of the model (log-linear between neighbouring sizes)",
+            *("parameters", *(heading for name in models for heading in (name, "FLOPs"))),
+        )
+        for point, same in zip(points, of, strict=True):
+            kept, cells = by_model(same), []
+            for name in models:
+                gaps = paired(kept.get(name, []), kept.get(base, []))
+                factor = flops_factor(points, point, name, base)
+                cells += [average(gaps, signed=True), "-" if factor is None else f"{factor:.2f}"]
+            table.add_row(f"{point.parameters:,}", *cells)
+        found.append(table)
+    return found
+
+
+def flops_factor(points: Sequence[Point], point: Point, model: str, base: str) -> float | None:
+    """Return how many times the FLOPs of a model the base needs for the same loss.
+
+    The base's loss is taken as linear in the logarithm of the FLOPs between neighbouring sizes of its scaling line;
+    None where the line does not reach the loss of the model.
+    """
+    line = [(math.log(at.flops), statistics.mean(at.losses[base])) for at in points if at.losses.get(base)]
+    if not point.losses.get(model):
+        return None
+    loss = statistics.mean(point.losses[model])
+    for (flops, above), (more_flops, below) in pairwise(line):
+        if below <= loss <= above:
+            return math.exp(flops + (above - loss) / (above - below) * (more_flops - flops)) / point.flops
+    return None
 
 
 def _losses_at_best(runs: Sequence[Record]) -> list[float]:
@@ -97,20 +162,60 @@ def _scaling_table(points: Sequence[Point]) -> Table:
     return table
 
 
-def _optimisers(runs: Iterable[Record]) -> list[tuple[str, float]]:
+def _optimisers(runs: Iterable[Record]) -> list[Optimiser]:
     return sorted({optimiser(run) for run in runs})
 
 
+def _by_optimiser(runs: Iterable[Record]) -> dict[Optimiser, dict[int, float]]:
+    """Return the losses of the finite runs of one model, by optimiser and seed."""
+    losses: dict[Optimiser, dict[int, float]] = {}
+    for run in runs:
+        if run["finite"]:
+            losses.setdefault(optimiser(run), {})[run["seed"]] = run["loss"]
+    return losses
+
+
+def ranked(runs: Sequence[Record]) -> list[tuple[Optimiser, float]]:
+    """Return the optimisers of one model with their mean losses, the best first; those with runs that failed come last.
+
+    The means are of the seeds that all optimisers have; where there is none, of all seeds of each.
+    """
+    failed = {optimiser(run) for run in runs if not run["finite"]}
+    losses = _by_optimiser(runs)
+    common = set.intersection(*(set(of) for of in losses.values())) if losses else set()
+    means = {key: statistics.mean(of[seed] for seed in common or of) for key, of in losses.items()}
+    return sorted(means.items(), key=lambda item: (item[0] in failed, item[1]))
+
+
 def _optimiser_table(runs: Sequence[Record]) -> Table:
-    """Tabulate the loss by optimiser and learning rate, and what Muon gains, each optimiser at its best rate."""
+    """Tabulate the loss by optimiser, and what Muon gains, of the models that were trained with several."""
     columns = _optimisers(runs)
-    headings = (f"{name} {rate:.3g}" for name, rate in columns)
-    table = make_table("loss by optimiser and learning rate of matrices", "model", *headings, "Muon less AdamW")
+    table = make_table("loss by optimiser and learning rates", "model", *map(str, columns), "Muon less AdamW")
     for name, of in by_model(runs).items():
-        cells = [
-            average([run["loss"] for run in of if optimiser(run) == column and run["finite"]]) for column in columns
-        ]
-        table.add_row(name, *cells, average(muon_gain(of), signed=True))
+        losses = _by_optimiser(of)
+        if len(losses) > 1:
+            cells = (average(list(losses.get(column, {}).values())) for column in columns)
+            table.add_row(name, *cells, average(muon_gain(of), signed=True))
+    return table
+
+
+def _best_table(runs: Sequence[Record]) -> Table:
+    """Tabulate every model with its best optimiser and learning rates, and by how much the next ones are worse."""
+    table = make_table(
+        "each model at its best optimiser and learning rates; more: of the next best, over the seeds that both have",
+        *("model", "optimiser", "of matrices", "of the rest", "seeds", "loss", "tried", "next best", "more"),
+    )
+    rows = []
+    for name, of in by_model(runs).items():
+        order, losses = ranked(of), _by_optimiser(of)
+        if order:
+            (best, least), *others = order
+            kept = list(losses[best].values())
+            next_best = (str(others[0][0]), f"{others[0][1] - least:+.4f}") if others else ("-", "-")
+            row = [name, best.name, f"{best.matrices:.3g}", f"{best.rest:.3g}", str(len(kept)), average(kept)]
+            rows.append((statistics.mean(kept), [*row, str(len(order)), *next_best]))
+    for _, row in sorted(rows):
+        table.add_row(*row)
     return table
 
 
@@ -118,12 +223,9 @@ def muon_gain(runs: Sequence[Record]) -> list[float]:
     """Return the loss of one model with Muon less that with AdamW, each at its best rate, paired by seed."""
     losses: dict[str, dict[int, float]] = {}
     for name in ("Muon", "AdamW"):
-        of = [run for run in runs if optimiser(run)[0] == name and run["finite"]]
-        means = {
-            rate: statistics.mean(run["loss"] for run in of if optimiser(run)[1] == rate) for _, rate in _optimisers(of)
-        }
-        best = min(means, key=means.__getitem__, default=None)
-        losses[name] = {run["seed"]: run["loss"] for run in of if optimiser(run)[1] == best}
+        of = _by_optimiser(run for run in runs if optimiser(run).name == name)
+        best = min(of, key=lambda key: statistics.mean(of[key].values()), default=None)
+        losses[name] = {} if best is None else of[best]
     return [loss - losses["AdamW"][seed] for seed, loss in losses["Muon"].items() if seed in losses["AdamW"]]
 
 
@@ -196,8 +298,37 @@ def _bucket_table(
     buckets = list(dict.fromkeys(bucket for of in gaps.values() for bucket in of))
     table = make_table(f"loss less that of {base} by {kind}, paired by seed and learning rate", "model", *buckets)
     for name, of in gaps.items():
-        table.add_row(name, *(average(of.get(bucket, []), signed=True) for bucket in buckets))
+        if of:
+            table.add_row(name, *(average(of.get(bucket, []), signed=True) for bucket in buckets))
     return table
+
+
+class WindowGap(NamedTuple):
+    """Loss of a hybrid less that of attention in every block, by position.
+
+    Attributes:
+        length: tokens of a training sequence.
+        window: tokens that every third block attends to.
+        gaps: mean difference, paired by seed and learning rate, by the end of a bucket of positions.
+    """
+
+    length: int
+    window: float
+    gaps: dict[int, float]
+
+
+def window_gaps(records: Sequence[Record]) -> list[WindowGap]:
+    """Return the gaps of all windows and training lengths of one corpus and size: of those with the most of them."""
+    by_size: dict[str, list[WindowGap]] = {}
+    for runs in _grouped(_of_language(records), ()):
+        models = by_model(runs)
+        size = json.dumps([runs[0]["settings"].get(name) for name in ("corpus", "parameters")])
+        for name, (_, window) in places(runs).items():
+            if name.startswith("phase2/hybrid/") and _EVERYWHERE in models:
+                gaps = paired_buckets(models[name], models[_EVERYWHERE], lambda run: run["loss_by_position"])
+                means = {int(bucket.split("-")[1]): statistics.mean(of) for bucket, of in gaps.items()}
+                by_size.setdefault(size, []).append(WindowGap(runs[0]["settings"]["length"], window, means))
+    return sorted(max(by_size.values(), key=len, default=[]), key=lambda gap: gap[:2])
 
 
 def paired_buckets(

@@ -28,7 +28,7 @@ class Row(NamedTuple):
 def tables(records: Sequence[Record]) -> list[Table]:
     """Return all tables of the runs, for each setting by itself."""
     found = []
-    for runs in _by_setting(records):
+    for runs in by_setting(records):
         found += _TABLES[runs[0]["settings"]["task"]](runs)
     if recall := _of_task(records, "mqar"):
         found.append(_recall_curve(recall))
@@ -52,7 +52,7 @@ def standard_error(values: Sequence[float]) -> float:
 def losses(records: Sequence[Record]) -> list[list[Row]]:
     """Return, per setting, the losses of every whole model at its best learning rate: nothing is left out of it."""
     found = []
-    for runs in _by_setting(_of_task(records, "language")):
+    for runs in by_setting(_of_task(records, "language")):
         whole = {name: of for name, of in by_model(runs).items() if not _LEFT_OUT.search(name)}
         best = {name: _at_best(of, "loss", smallest=True)[1] for name, of in whole.items()}
         found.append([Row(name, [run["loss"] for run in kept]) for name, kept in best.items() if kept])
@@ -67,7 +67,7 @@ _STARTS = {"phase2/no-base-decay", "phase2/no-reach"}
 def left_out(records: Sequence[Record]) -> list[list[Row]]:
     """Return, per setting, the loss of every model without a part less that of the model with it, paired by seed."""
     found = []
-    for runs in _by_setting(_of_task(records, "language")):
+    for runs in by_setting(_of_task(records, "language")):
         models = by_model(runs)
         bases = {name: parted(name)[0] for name in models if _LEFT_OUT.search(name)}
         gaps = {name: paired(models[name], models[base]) for name, base in bases.items() if base in models}
@@ -87,7 +87,7 @@ def switched_off(records: Sequence[Record]) -> list[list[Row]]:
     Rows are named ``model: mechanism``.
     """
     found = []
-    for runs in _by_setting(_of_task(records, "language")):
+    for runs in by_setting(_of_task(records, "language")):
         rows: dict[str, list[float]] = {}
         for name, of in by_model(runs).items():
             for run in [] if _LEFT_OUT.search(name) else _at_best(of, "loss", smallest=True)[1]:
@@ -103,7 +103,7 @@ def positions(records: Sequence[Record], long: bool = False) -> list[dict[str, d
     With ``long``, those of long stretches, and under ``... in windows`` those of the same tokens read in windows.
     """
     found = []
-    for runs in _by_setting(_of_task(records, "language")):
+    for runs in by_setting(_of_task(records, "language")):
         kept: dict[str, list[dict[str, float]]] = {}
         for name, of in by_model(runs).items():
             for run in [] if _LEFT_OUT.search(name) else _at_best(of, "loss", smallest=True)[1]:
@@ -126,7 +126,7 @@ def differences(records: Sequence[Record]) -> list[list[Row]]:
     Only runs with the same seed and learning rate are compared.
     """
     found = []
-    for runs in _by_setting(_of_task(records, "language")):
+    for runs in by_setting(_of_task(records, "language")):
         models = by_model(runs)
         gaps = {name: paired(of, models.get("phase2", [])) for name, of in models.items() if name.startswith("phase2/")}
         rows = [Row(name, values) for name, values in gaps.items() if values]
@@ -138,7 +138,8 @@ def _of_task(records: Iterable[Record], task: str) -> list[Record]:
     return [record for record in records if record["settings"]["task"] == task]
 
 
-def _by_setting(records: Iterable[Record]) -> list[list[Record]]:
+def by_setting(records: Iterable[Record]) -> list[list[Record]]:
+    """Return the runs of each setting."""
     return [list(group) for _, group in groupby(sorted(records, key=setting), key=setting)]
 
 
@@ -377,7 +378,7 @@ class Recalled(NamedTuple):
 def recalls(records: Sequence[Record]) -> list[Recalled]:
     """Return a row for every model and size, in the order of names and sizes."""
     rows = []
-    for runs in _by_setting(_of_task(records, "mqar")):
+    for runs in by_setting(_of_task(records, "mqar")):
         for name, of in by_model(runs).items():
             _, kept = _at_best(of, "accuracy", smallest=False)
             if kept:
@@ -416,7 +417,7 @@ class Needle(NamedTuple):
 def needles(records: Sequence[Record]) -> list[list[Needle]]:
     """Return the recall of every model, for each setting."""
     found = []
-    for runs in _by_setting(_of_task(records, "needle")):
+    for runs in by_setting(_of_task(records, "needle")):
         best = [(name, _at_best(of, "loss", smallest=True)[1]) for name, of in by_model(runs).items()]
         found.append([_needle_of(name, kept) for name, kept in best if kept])
     return found

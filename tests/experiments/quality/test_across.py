@@ -33,23 +33,62 @@ def test_muon_and_adamw_are_compared_at_their_best_rates_by_seed():
         run("gla", 0, 3.5, muon_ratio=10.0),
     ]
     assert across.muon_gain(adamw + muon) == [-0.25, -0.375]
-    table = lines(adamw + muon)
-    assert [
-        "gla",
-        "3.5000",
-        "3.3750",
-        "±",
-        "0.1250",
-        "-",
-        "3.0625",
-        "±",
-        "0.0625",
-        "3.5000",
-        "-0.3125",
-        "±",
-        "0.0625",
-    ] in table
+    table = lines([*adamw, *muon, run("phase2", 0, 2.0)])
+    losses = "gla 3.5000 3.3750 ± 0.1250 - 3.0625 ± 0.0625 3.5000 -0.3125 ± 0.0625"
+    assert losses.split() in table
     assert lines(adamw[1:3]) == [[]]  # one optimiser at one rate
+
+
+def test_every_model_is_shown_at_its_best_optimiser_and_rates():
+    muon = [run("gla", seed, loss, muon_ratio=5.0) for seed, loss in enumerate([3.0, 3.5])]
+    slower = [
+        run("gla", 0, 3.125, 2e-3, muon_ratio=10.0)
+    ]  # the same rate of matrices; worse with the seed that both have
+    failed = [run("gla", 0, 1.0, 8e-3, muon_ratio=5.0), run("gla", 1, None, 8e-3, muon_ratio=5.0)]
+    assert across.ranked([*muon, *failed])[0] == (("Muon", 0.02, 4e-3), 3.0)  # rates with a run that failed come last
+    adamw = [run("gla", 1, 3.75), run("mamba2", 0, 3.25), run("phase2", 0, None)]
+    assert across.ranked([*muon, *slower]) == [(("Muon", 0.02, 4e-3), 3.0), (("Muon", 0.02, 2e-3), 3.125)]
+    assert across.ranked([*muon, *slower, *adamw[:1]])[0] == (("Muon", 0.02, 2e-3), 3.125)  # no seed in common
+    table = lines([*muon, *slower, *adamw[1:]])
+    next_best = ["Muon", "0.02,", "rest", "0.002", "+0.1250"]
+    assert ["gla", "Muon", "0.02", "0.004", "2", "3.2500", "±", "0.2500", "2", *next_best] in table
+    assert ["mamba2", "AdamW", "0.004", "0.004", "1", "3.2500", "1", "-", "-"] in table
+    assert not any(line[:1] == ["phase2"] for line in table)
+
+
+def test_the_lead_in_flops_lies_between_the_sizes_of_the_base():
+    sizes = [dict(parameters=1_000), dict(parameters=4_000, width=16)]
+    base = [run("gla", 0, loss, **size) for loss, size in zip([3.0, 2.0], sizes, strict=True)]
+    ours = [run("phase2", 0, loss, **size) for loss, size in zip([2.5, 1.5], sizes, strict=True)]
+    (points,) = across.scaling([*base, *ours])
+    assert across.flops_factor(points, points[0], "phase2", "gla") == pytest.approx(
+        2.0
+    )  # half of the way to four times
+    assert across.flops_factor(points, points[1], "phase2", "gla") is None  # beyond the line
+    assert across.flops_factor(points, points[0], "mamba2", "gla") is None
+    table = lines([*base, *ours], "gla")
+    assert ["1,000", "-0.5000", "2.00"] in table and ["4,000", "-0.5000", "-"] in table
+
+
+def test_windows_are_compared_with_attention_everywhere_of_the_same_training_length():
+    long = dict(length=32, batch=1)
+    records = [
+        run("phase2/attention", 0, 2.0),
+        run("phase2/hybrid/window-8", 0, 2.5),
+        run("phase2/hybrid/window-all", 0, 2.25),
+        run("phase2/attention", 0, 3.0, **long),
+        run("phase2/hybrid/window-8", 0, 2.75, **long),
+        run("phase2/hybrid/window-8", 1, 9.0, **long),
+        run("phase2/attention", 0, 1.0, parameters=5),
+        run("phase2/hybrid/window-8", 0, 1.5, parameters=5),
+        run("phase2/hybrid/window-4", 0, 1.0, width=9),
+    ]
+    assert across.window_gaps(records) == [
+        (16, 8.0, {64: 0.5, 128: 0.5}),
+        (16, math.inf, {64: 0.25, 128: 0.25}),
+        (32, 8.0, {64: -0.25, 128: -0.25}),
+    ]
+    assert across.window_gaps(records[1:3]) == []
 
 
 def test_a_scaling_line_holds_sizes_that_read_the_same_text():
@@ -75,7 +114,7 @@ def test_differences_by_position_are_paired_by_seed():
         run("mamba2", 0, None),
     ]
     table = lines(records, "gla")
-    assert ["phase2", "+0.5000", "+0.5000"] in table and ["mamba2", "-", "-"] in table
+    assert ["phase2", "+0.5000", "+0.5000"] in table and not any(line[:1] == ["mamba2"] for line in table)
     with pytest.raises(ValueError, match="no runs of 'mamba3'"):
         across.tables(records, "mamba3")
 

@@ -154,8 +154,13 @@ def test_plots_show_the_tables(tmp_path: Path):
         assert text in picture
     assert picture == drawn(RUNS + RECALLED)
     assert "prefers-color-scheme: dark" in picture and "var(--ink)" in picture and "#010203" not in picture
-    zeroed = [run("phase2", 1e-3, 0, 3.0, switched_off={"bk": [0.2, 0.01]})]
-    assert "BK-Core, Phase 2" in drawn(zeroed)
+    zeroed = [run(name, 1e-3, 0, 3.0, switched_off={"bk": [0.2, 0.01]}) for name in ("phase2", "phase2/attention")]
+    assert drawn(zeroed).count("BK-Core") == drawn(zeroed[:1]).count("BK-Core") > 0  # one row, a mark for each model
+    assert drawn(RUNS).count("Phase 2") > drawn([*RUNS[:3], *RUNS[7:]]).count("Phase 2")
+    once = run("phase2/hybrid/window-8", 1e-3, 0, 2.0)
+    assert "window-8" not in drawn([*RUNS, once]) and "window-8" in drawn([RUNS[0], once])
+    windows = [run(f"phase2/{name}", 1e-3, 0, 2.0) for name in ("attention", "hybrid/window-4", "hybrid/window-8")]
+    assert "training sequence of 16" in drawn(windows) and "nats above attention" not in drawn(windows[:2])
     assert "cost of leaving it out" not in drawn(RECALLED)
     larger = run("phase2", 1e-3, 0, 2.5, settings=SETTINGS | {"parameters": 4_000})
     assert "FLOPs of training" in drawn([*RUNS[:1], larger]) and "FLOPs of training" not in picture
