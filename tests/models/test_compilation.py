@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._inductor.config
 
 from resolvent.errors import ConfigError
 from resolvent.models.compilation import compiled, compiler_errors
@@ -99,6 +100,7 @@ def test_compiled_steps_equal_those_that_are_not(precision, tolerance):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("eager")
 @torch.no_grad()
 def test_one_code_serves_any_number_of_sequences():
     torch.manual_seed(0)
