@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 
 from resolvent.data.tokenization import TOKENIZER_FILES
 from resolvent.models import load_model
 from resolvent.models.storage import save_model
 from tests.data.test_detokenization import metaspace
 
-from .conftest import call
+from .conftest import call, words
 
 Resolvent = Callable[..., Any]
 
@@ -144,3 +145,19 @@ def test_int8_weights_generate_or_are_refused(resolvent: Resolvent, run_dir: Pat
     outcomes = [resolvent(*options, "--weights", weights) for weights in ("full", "int8")]
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     assert all(outcome.out.startswith("Rhyme") for outcome in outcomes)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+def test_compilation_without_a_compiler_is_refused(resolvent: Resolvent, run_dir: Path, command: str):
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        outcome = resolvent(command, run_dir, "--compile", "--device", "cpu")
+    assert outcome.code == 2
+    assert "install g++" in words(outcome.err) and "--compile" in words(outcome.err)
+
+
+@pytest.mark.slow
+def test_compiled_steps_write_the_same_text(resolvent: Resolvent, run_dir: Path):
+    options = ["generate", run_dir, "--max-new-tokens", 40, "--seed", 1, "--device", "cpu"]
+    plain, compiled = resolvent(*options), resolvent(*options, "--compile")
+    assert compiled.code == 0
+    assert compiled.out == plain.out

@@ -3,8 +3,8 @@
 Weights are bfloat16 on CUDA and float32 elsewhere. Our model reads with ``model.read``, which applies the head to the
 last token alone, and generates with ``model.stream``. The Transformer attends to a cache of keys and values. On CUDA
 its context is one long one, and its step is replayed from a CUDA graph, of plain operations and of compiled ones. On
-the CPU its context has as many tokens as that of our model, its step is compiled as well, and weights are measured in
-float32 and in int8; those of both models are laid out by ``prepare_weights``.
+the CPU its context has as many tokens as that of our model; the steps of both models are measured as they are and
+compiled, and their weights, which ``prepare_weights`` lays out, in float32 and in int8.
 """
 
 import dataclasses
@@ -12,16 +12,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from resolvent.benchmark import training
 from resolvent.benchmark.harness import Bench, Check, Measurement, Outcome, Scale
-from resolvent.benchmark.peers import GPT, KVCache
+from resolvent.benchmark.peers import GPT, KVCache, RingCache
 from resolvent.benchmark.report import Target
 from resolvent.benchmark.timing import Work, capture, greatest, relative_error, synchronize
+from resolvent.models.compilation import compiled
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel, Phase2State
 from resolvent.models.reading import piece_length
 from resolvent.models.weights import Precision, prepare_weights
@@ -168,9 +169,11 @@ def _measure_alone(bench: Bench, case: Case) -> None:
         bench.add(SECTION, f"{name}, peak memory", "GiB", peak, target=case.memory)
 
     if bench.scale == "cpu":
-        for count in (case.few, case.many):
-            outcome = _generation(bench, case, count, states, _transformers(bench, case, count, "int8"), "int8")
-            _add_generation(bench, case, count, outcome, "int8")
+        for precision, compiles in (("int8", False), ("int8", True), ("full", True)):
+            for count in (case.few, case.many):
+                variant = Variant(precision, compiles)
+                outcome = _generation(bench, case, count, states, _transformers(bench, case, count, variant), variant)
+                _add_generation(bench, case, count, outcome, variant)
     few = _generation(bench, case, case.few, states, _transformers(bench, case, case.context or case.few))
     if case.context is None:
         many = _generation(bench, case, case.many, states, _transformers(bench, case, case.many))
@@ -194,21 +197,42 @@ def _measure_crowd(bench: Bench, crowd: Crowd) -> None:
         stream = model.stream(prompts, _WARM_UP + crowd.generated, temperature=0, state=state)
         return crowd.sequences * _speed(lambda: next(stream), crowd.generated, bench.device)
 
-    def transformer(compiled: bool) -> float:
+    def transformer(compiles: bool) -> float:
         torch.manual_seed(0)
         gpt = GPT.like(training.configuration(crowd.preset)).to(bench.device, bench.dtype).eval()
         cache = gpt.new_cache(crowd.sequences, crowd.context)
         for x in (cache.keys, cache.values):
             x.normal_()  # the speed does not depend on what was read
         cache.advance(crowd.context)
-        speed = _ring_speed(bench, gpt, cache, crowd.sequences, crowd.generated, compiled)
+        speed = _ring_speed(bench, gpt, cache, crowd.sequences, crowd.generated, compiles)
         return crowd.sequences * speed
 
     name = f"{crowd}, generating after {crowd.context:,} tokens"
-    outcome = bench.compete(name, ours, _peers(bench, transformer), tolerance=2 * _tolerance(bench))
+    peers = _captured(bench, transformer) if bench.device.type == "cuda" else {"GPT": lambda: transformer(False)}
+    outcome = bench.compete(name, ours, peers, tolerance=2 * _tolerance(bench))
     row = bench.add(SECTION, name, "tokens/s", outcome)
     if row.times_better is not None:
         bench.add_figure(SECTION, f"{name}, ours / GPT", "times", row.times_better, crowd.speedup)
+
+
+class Variant(NamedTuple):
+    """Weights and code of both models on the CPU.
+
+    Attributes:
+        precision: precision of the weights.
+        compiles: steps are compiled.
+    """
+
+    precision: Precision = "full"
+    compiles: bool = False
+
+    def __str__(self) -> str:
+        weights = "" if self.precision == "full" else f" in {self.precision}"
+        return f"{weights}, compiled" if self.compiles else weights
+
+
+PLAIN = Variant()
+"""Weights in the dtype of the benchmark, and steps as they are."""
 
 
 def _generation(
@@ -217,35 +241,33 @@ def _generation(
     count: int,
     states: dict[int, Phase2State],
     peers: dict[str, Callable[[], float]],
-    precision: Precision = "full",
+    variant: Variant = PLAIN,
 ) -> Outcome:
     """Measure generation after ``count`` tokens, whose state is in ``states`` or is read first."""
 
     def ours(check: Check) -> float:
-        model, prompt = _model(bench, case.preset, precision), _tokens(bench, case.preset, 1)
+        model, prompt = _model(bench, case.preset, variant.precision), _tokens(bench, case.preset, 1)
+        if variant.compiles:
+            model.compile_steps()
         if count not in states:
             _, _, states[count] = read(model, _tokens(bench, case.preset, count))
         check(regret(model, _exact_model(bench, case.preset), states[count], prompt))
         stream = model.stream(prompt, _WARM_UP + case.generated, temperature=0, state=states[count])
         return _speed(lambda: next(stream), case.generated, bench.device)
 
-    name = f"{case.preset}{_suffix(precision)} generates after {count:,} tokens"
-    return bench.compete(name, ours, peers, tolerance=2 * _tolerance(bench, precision))
+    name = f"{case.preset}{variant} generates after {count:,} tokens"
+    return bench.compete(name, ours, peers, tolerance=2 * _tolerance(bench, variant.precision))
 
 
-def _suffix(precision: Precision) -> str:
-    return "" if precision == "full" else f" in {precision}"
-
-
-def _add_generation(bench: Bench, case: Case, count: int, outcome: Outcome, precision: Precision = "full") -> None:
+def _add_generation(bench: Bench, case: Case, count: int, outcome: Outcome, variant: Variant = PLAIN) -> None:
     """Measure the speed of generation; every token reads all weights."""
     parameters = training.multiplied_parameters(case.preset)
-    work = Work(parameters * (bench.dtype.itemsize if precision == "full" else 1), 2 * parameters)
+    work = Work(parameters * (bench.dtype.itemsize if variant.precision == "full" else 1), 2 * parameters)
     seconds = 1 / outcome.ours if outcome.ours else None
-    name = f"{case.preset}{_suffix(precision)}, B1, generating after {count:,} tokens"
+    name = f"{case.preset}{variant}, B1, generating after {count:,} tokens"
     row = bench.add(SECTION, name, "tokens/s", outcome, target=case.speed, work=work, seconds=seconds)
     target = case.speedup_many if count == case.many and case.speedup_many is not None else case.speedup
-    if row.times_better is not None and target is not None:
+    if row.times_better is not None and target is not None and (variant.compiles or bench.device.type == "cuda"):
         name = f"{name}, ours / GPT after {case.context or count:,}"
         bench.add_figure(SECTION, name, "times", row.times_better, target)
 
@@ -302,23 +324,24 @@ def _is_floating(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-def _transformers(
-    bench: Bench, case: Case, context: int, precision: Precision = "full"
-) -> dict[str, Callable[[], float]]:
-    return _peers(bench, partial(_transformer_speed, bench, case, context, precision))
+def _transformers(bench: Bench, case: Case, context: int, variant: Variant = PLAIN) -> dict[str, Callable[[], float]]:
+    """Return the Transformers to measure beside our model: on the CPU one whose step is as ours."""
+    speed = partial(_transformer_speed, bench, case, context, variant.precision)
+    if bench.device.type == "cuda":
+        return _captured(bench, speed)
+    return {"GPT, compiled" if variant.compiles else "GPT": lambda: speed(variant.compiles)}
 
 
-def _peers(bench: Bench, speed: Callable[[bool], float]) -> dict[str, Callable[[], float]]:
-    """Return the Transformers to measure, given a function of whether their step is compiled."""
-    plain, compiled = ("GPT, graph", "GPT, compiled graph") if bench.device.type == "cuda" else ("GPT", "GPT, compiled")
-    peers = {plain: lambda: speed(False)}
+def _captured(bench: Bench, speed: Callable[[bool], float]) -> dict[str, Callable[[], float]]:
+    """Return the Transformers to measure on CUDA, given a function of whether their step is compiled."""
+    peers = {"GPT, graph": lambda: speed(False)}
     if bench.scale != "quick":
-        peers[compiled] = lambda: speed(True)
+        peers["GPT, compiled graph"] = lambda: speed(True)
     return peers
 
 
 @torch.inference_mode()
-def _transformer_speed(bench: Bench, case: Case, context: int, precision: Precision, compiled: bool) -> float:
+def _transformer_speed(bench: Bench, case: Case, context: int, precision: Precision, compiles: bool) -> float:
     """Return tokens per second of greedy decoding on the device with a full cache."""
     torch.manual_seed(0)
     gpt = GPT.like(training.configuration(case.preset)).to(bench.device, bench.dtype).eval()
@@ -326,19 +349,30 @@ def _transformer_speed(bench: Bench, case: Case, context: int, precision: Precis
     cache = gpt.new_cache(1, context)
     for part in _tokens(bench, case.preset, context).split(case.piece, dim=1):
         gpt(part, cache=cache)
-    return _ring_speed(bench, gpt, cache, 1, case.generated, compiled)
+    return _ring_speed(bench, gpt, cache, 1, case.generated, compiles)
+
+
+@dataclass(frozen=True)
+class _RingStep:
+    """Step of greedy decoding: a Transformer with its ring buffer, and the token that it reads next, (B, 1)."""
+
+    gpt: GPT
+    ring: RingCache
+    token: Tensor
+
+    def step(self) -> None:
+        """Read the token, and put the likeliest next one in its place."""
+        self.token.copy_(self.gpt(self.token, cache=self.ring)[:, -1].argmax(-1, keepdim=True))
 
 
 @torch.inference_mode()
-def _ring_speed(bench: Bench, gpt: GPT, cache: KVCache, sequences: int, count: int, compiled: bool) -> float:
+def _ring_speed(bench: Bench, gpt: GPT, cache: KVCache, sequences: int, count: int, compiles: bool) -> float:
     """Return steps per second of greedy decoding that goes on from a full cache."""
     ring, token = gpt.new_ring(cache), torch.zeros(sequences, 1, dtype=torch.int64, device=bench.device)
     cache.keys = cache.values = cache.keys[:0]  # the ring has a copy
 
-    def step() -> None:
-        token.copy_(gpt(token, cache=ring)[:, -1].argmax(-1, keepdim=True))
-
-    run: Callable[[], Any] = torch.compile(step, dynamic=False) if compiled else step
+    step = _RingStep(gpt, ring, token).step
+    run = compiled(step) if compiles else step
     if bench.device.type == "cuda":
         run = capture([run]).replay
     return _speed(run, count, bench.device)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.console import print_text
-from resolvent.cli.loading import Device, Directory, Weights, load_for_generation, sampling_options
+from resolvent.cli.loading import Compile, Device, Directory, Weights, load_for_generation, sampling_options
 from resolvent.runs import check_model, run_of
 from resolvent.seeds import MOST_SEED
 
@@ -35,6 +35,7 @@ def chat(
     ] = 512,
     device: Device = "auto",
     weights: Weights = "full",
+    compile: Compile = False,
 ) -> None:
     """Talk to a model.
 
@@ -49,7 +50,7 @@ def chat(
     """
     check_model(directory)
     options = sampling_options(temperature=temperature)
-    model, tokenizer = load_for_generation(directory, device, weights)
+    model, tokenizer = load_for_generation(directory, device, weights, compile)
     from resolvent.data.chat_template import ChatTemplate
     from resolvent.serving.chat import Chat
     from resolvent.serving.conversation import Conversation

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resolvent.cli.console import print_text
-from resolvent.cli.loading import Device, Directory, Weights, given_text, load_for_generation, sampling_options
+from resolvent.cli.loading import Compile, Device, Directory, Weights, given_text, load_for_generation, sampling_options
 from resolvent.runs import check_model, run_of
 from resolvent.seeds import MOST_SEED
 
@@ -65,6 +65,7 @@ def generate(
     stream: Annotated[bool, typer.Option("--stream", help="Print the text during generation.")] = False,
     device: Device = "auto",
     weights: Weights = "full",
+    compile: Compile = False,
 ) -> None:
     """Generate text with a trained model.
 
@@ -93,7 +94,7 @@ def generate(
     }
     check_model(directory)
     sampling_options(**sampling)
-    model, tokenizer = load_for_generation(directory, device, weights)
+    model, tokenizer = load_for_generation(directory, device, weights, compile)
     from resolvent.data.chat_template import end_tokens
     from resolvent.device import deterministic
 

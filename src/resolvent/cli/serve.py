@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from resolvent.cli.console import report_console
-from resolvent.cli.loading import Device, Directory, Weights, load_for_generation, wrong_usage
+from resolvent.cli.loading import Compile, Device, Directory, Weights, load_for_generation, wrong_usage
 from resolvent.runs import check_model, run_of
 from resolvent.terminal import say
 
@@ -39,6 +39,7 @@ def serve(
     prefix_cache_dir_mb: Annotated[int, typer.Option(min=1, help="Most disk space for them.")] = 10_240,
     device: Device = "auto",
     weights: Weights = "full",
+    compile: Compile = False,
 ) -> None:
     """Serve a model over HTTP with the OpenAI API.
 
@@ -68,7 +69,7 @@ def serve(
             keys = read_keys(api_key_file)
     with wrong_usage("--host"):
         check_address(host, has_keys=keys is not None)
-    model, tokenizer = load_for_generation(directory, device, weights)
+    model, tokenizer = load_for_generation(directory, device, weights, compile)
     run_dir, files = run_of(directory), None
     if prefix_cache_dir is not None:
         with wrong_usage("--prefix-cache-dir"):

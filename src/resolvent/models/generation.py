@@ -6,6 +6,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..ops.precision import at_least_float32
 from ..seeds import check_seed
 from .decoding import StreamingModel, TokenReader
@@ -53,6 +54,17 @@ class Generation(nn.Module, Generic[State]):
         The step updates ``state``, whose position is on its device.
         """
         return None
+
+    def compile_steps(self) -> None:
+        """Read single tokens with compiled code from now on, on a CPU: in ``generate``, chats and the server.
+
+        The code is compiled when a step first runs, for one sequence, and again for several; PyTorch keeps it on disk.
+        Call this after ``prepare_weights``; later changes of modules and of small parameters have no effect on steps.
+
+        Raises:
+            ConfigError: the model is not on a CPU or has no step of its own, or there is no C++ compiler.
+        """
+        raise ConfigError(f"{type(self).__name__} has no step of one token of its own: leave out --compile")
 
     @torch.no_grad()
     def read(

@@ -13,6 +13,7 @@ from .bk_core import (
     resolvent_diagonal_reference,
     resolvent_features,
     resolvent_step,
+    resolvent_step_of_parts,
 )
 from .consolidation import Consolidation, Resonance, SNRFilter, consolidate
 from .cross_entropy import IGNORED, linear_cross_entropy
@@ -46,4 +47,5 @@ __all__ = [
     "resolvent_diagonal_reference",
     "resolvent_features",
     "resolvent_step",
+    "resolvent_step_of_parts",
 ]

@@ -8,9 +8,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
-from resolvent.errors import ConfigError
 from resolvent.models import IntegratedModel
 from resolvent.models.phase1 import Phase1Config
 from resolvent.training.config import LEAST_COMPILED_BATCHES, TrainingConfig
@@ -94,20 +92,3 @@ def remove_compiled_blocks(model: IntegratedModel) -> None:
     """Undo `compile_blocks`."""
     for block in model.blocks:
         vars(block).pop("compute", None)
-
-
-@contextmanager
-def compiler_errors() -> Iterator[None]:
-    """Raise an error of the compiler within the `with` block as one that names the remedy.
-
-    Raises:
-        ConfigError: torch.compile cannot compile the model.
-    """
-    try:
-        yield
-    except TorchDynamoException as error:
-        cause = getattr(error, "inner_exception", error)  # of the compiler behind Dynamo
-        first = str(cause).strip().partition("\n")[0]
-        raise ConfigError(
-            f"torch.compile cannot compile the model ({type(cause).__name__}: {first}): train with --no-compile"
-        ) from error

@@ -26,6 +26,7 @@ from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.language import Stretches, sample_stretches
 from resolvent.models import IntegratedModel
+from resolvent.models.compilation import compiler_errors
 from resolvent.models.inference import evaluating
 from resolvent.models.phases import phase_of
 from resolvent.ops import IGNORED
@@ -44,7 +45,6 @@ from resolvent.training.checkpoint import (
 from resolvent.training.compilation import (
     choose_compilation,
     compile_blocks,
-    compiler_errors,
     obstacle_in_model,
     remove_compiled_blocks,
     without_compiled_blocks,
@@ -341,7 +341,7 @@ class Trainer:
             # processes as before.
             seeds = np.random.SeedSequence((config.seed, step, number))
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-            with accelerator.accumulate(self.model), compiler_errors():
+            with accelerator.accumulate(self.model), compiler_errors("train with --no-compile"):
                 loss, penalty = self._loss(batch)
                 loss = loss * weight
                 accelerator.backward(loss + penalty)

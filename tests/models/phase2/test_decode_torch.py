@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from resolvent.models.decoding import TokenReader, read_token
-from resolvent.models.phase2.decode_torch import PlainStep
+from resolvent.models.phase2.decode_torch import PlainStep, StepProgram
 
 from .conftest import small_model
 
@@ -80,20 +80,40 @@ def test_reader_keeps_the_given_state():
 def test_reader_falls_back_to_the_forward_pass(options, reason):
     model = perturbed_model(**options)
     state = start(model)
-    assert reason in PlainStep.obstacle(model)
+    assert reason in StepProgram.obstacle(model)
     reader, token = TokenReader(model, state), torch.zeros(2, dtype=torch.int64)
     expected, after = read_token(model, token, state)
     assert torch.equal(reader(token), expected)
     assert torch.equal(reader.state.position, after.position)
 
 
-def test_half_precision_and_replaced_maps_are_obstacles():
-    assert "half precision" in PlainStep.obstacle(small_model().to(torch.bfloat16))
+@pytest.mark.parametrize("options", [{}, OPTIONS["window"], OPTIONS["norm weights"], OPTIONS["biases"]])
+@torch.no_grad()
+def test_steps_in_half_precision_are_as_exact_as_the_forward_pass(options):
+    model = perturbed_model(torch.bfloat16, **options)
+    exact = perturbed_model(torch.float64, **options)
+    exact.load_state_dict(model.state_dict())
+    state = start(model)
+    wide = state.map(lambda x: x.to(torch.promote_types(x.dtype, torch.float64)) if x.dtype != torch.int64 else x)
+    tokens = torch.randint(model.vocab_size, (2, 6))
+    expected, reader, found, forward = exact(tokens, state=wide), TokenReader(model, state), [], []
+    for token in tokens.T:
+        found.append(reader(token).clone())
+        logits, state = read_token(model, token, state)
+        forward.append(logits)
+    errors = [(torch.stack(x, 1) - expected).norm() / expected.norm() for x in (found, forward)]
+    assert isinstance(reader._step, PlainStep)
+    assert errors[0] <= min(1e-2, 1.1 * errors[1])
+    for a, b in zip(reader.state.tensors(), state.tensors(), strict=True):
+        assert a.dtype == b.dtype
+
+
+def test_autocast_and_replaced_maps_are_obstacles():
     with torch.autocast("cpu", torch.bfloat16):
-        assert "half precision" in PlainStep.obstacle(small_model())
+        assert "autocast" in StepProgram.obstacle(small_model())
     model = small_model()
     model.blocks[1].bk_proj = nn.Sequential(model.blocks[1].bk_proj)
-    assert "narrow projections" in PlainStep.obstacle(model)
+    assert "narrow projections" in StepProgram.obstacle(model)
 
 
 @torch.no_grad()

@@ -9,17 +9,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...errors import ConfigError
 from ...layers import TensorTrainEmbedding, ZetaEmbedding
 from ...layers.linear import has_hook
 from ...ops.hebbian import memory_implementation
 from ...ops.memory_rotation import Rotation
 from ..base import IntegratedModel
+from ..compilation import compiled_step
+from ..inference import inference_view
 from ..trace import Trace
 from .block import Phase2Block, Phase2Record, blocks_of, stream_norm
 from .config import Phase2Config
 from .conversion_report import ConversionReport
 from .decode import TokenStep
-from .decode_torch import PlainStep
+from .decode_torch import PlainStep, StepProgram
 from .diagnostics import Phase2Diagnostics, diagnose
 from .state import LayerState, Phase2State
 
@@ -41,6 +44,7 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
 
     state_type = Phase2State
     conversion_report: ConversionReport | None = None
+    _compiled: StepProgram | None = None
 
     def _make_token_embedding(self, config: Phase2Config) -> nn.Module:
         if config.htt_rank is None:
@@ -80,14 +84,34 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
         return diagnose(self._blocks, trace)
 
     def fused_step(self, state: Phase2State) -> Callable[[Tensor], Tensor] | None:
-        if hooked := [name for name, module in self.named_modules() if name and has_hook(module)]:
-            obstacle = f"{hooked[0]} has a hook"  # and these steps do not call every module
-        elif not (obstacle := TokenStep.obstacle(self, state)):
+        if self._compiled is not None:
+            self._check_for_compilation()
+            return PlainStep(self._compiled, state)
+        hooked = self._hooked()
+        if not (obstacle := hooked or TokenStep.obstacle(self, state)):
             return TokenStep(self, state)
-        elif state.device.type == "cpu" and not (obstacle := PlainStep.obstacle(self)):
-            return PlainStep(self, state)
+        if state.device.type == "cpu" and not (obstacle := hooked or StepProgram.obstacle(self)):
+            return PlainStep(StepProgram(self), state)
         _log.info("one token at a time without a step of its own: %s", obstacle)
         return None
+
+    def compile_steps(self) -> None:
+        self._check_for_compilation()
+        program = StepProgram(inference_view(self))
+        program.run = compiled_step(program.compute)
+        self._compiled = program
+
+    def _check_for_compilation(self) -> None:
+        """Raise a ConfigError if compiled steps cannot take the place of forward passes."""
+        if (device := self.lm_head.weight.device).type != "cpu":
+            raise ConfigError(f"compiled steps are for the CPU, the model is on {device}: leave out --compile")
+        if obstacle := self._hooked() or StepProgram.obstacle(self):
+            raise ConfigError(f"the steps of this model cannot be compiled: {obstacle}; leave out --compile")
+
+    def _hooked(self) -> str | None:
+        """Return the obstacle that a module with a hook is: steps do not call every module."""
+        hooked = [name for name, module in self.named_modules() if name and has_hook(module)]
+        return f"{hooked[0]} has a hook" if hooked else None
 
     @property
     def zeta_potential(self) -> bool:
