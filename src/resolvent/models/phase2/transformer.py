@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, check_at_least
 from ...files import shown
 from ..base import observe
 from ..config import Values, check_fields
@@ -148,8 +148,8 @@ def _config(fixed: Values) -> Phase2Config:
 def _less_attention(config: Phase2Config, layers: Sequence[int] | None, window: int | None) -> Values:
     """Return the fields with which some layers keep their attention, within a window, and the others have memories."""
     kept = config.attention_layers if layers is None else tuple(sorted(layers))
-    if window is not None and window < 1:
-        raise ConfigError(f"attention_window must be >= 1, got {window}")
+    if window is not None:
+        check_at_least(1, attention_window=window)
     if unknown := sorted({*kept} - {*config.attention_layers}):
         raise ConfigError(
             f"keep_attention must name layers of 0..{config.n_layers - 1}, got {', '.join(map(str, unknown))}"
