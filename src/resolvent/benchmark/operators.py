@@ -108,9 +108,10 @@ MEMORY = {
 
 
 def measure_memory(bench: Bench, case: MemoryCase) -> Row:
+    memory, work = memory_operator(case, bench.device), memory_work(case, bench.dtype)
+
     def ours() -> Job:
-        inputs = memory_inputs(case, bench.device, bench.dtype)
-        return _job(case.backward, lambda *x: memory(*x), inputs)
+        return _job(case.backward, memory, memory_inputs(case, bench.device, bench.dtype))
 
     def sdpa() -> Job:
         q, k, v, *_ = memory_inputs(case, bench.device, bench.dtype)
@@ -122,7 +123,6 @@ def measure_memory(bench: Bench, case: MemoryCase) -> Row:
         q, k, v, decay, _ = memory_inputs(case, bench.device, bench.dtype)
         return _job(case.backward, lambda q, k, v, g: chunk_simple_gla(q, k, v, g)[0], (q, k, v, -decay))
 
-    memory, work = memory_operator(case, bench.device), memory_work(case, bench.dtype)
     peers_by_name = {"SDPA": sdpa}
     if bench.device.type == "cuda" and importlib.util.find_spec("fla") is not None:
         peers_by_name["FLA simple_gla"] = simple_gla

@@ -13,12 +13,11 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 import torch
 from torch import Tensor
 
-from resolvent.wording import counted
-
 from ..errors import CheckpointError, VersionError
 from ..files import output_path
 from ..ops.attention_window import join_windows
 from ..tensors import read_tensors, write_tensors
+from ..wording import counted
 
 _COMPLEX = ":complex"
 """End of the name of a complex tensor in a file, which holds its real and imaginary parts."""
