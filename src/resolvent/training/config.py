@@ -321,43 +321,54 @@ class TrainingConfig:
         """
         fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
         faults = [fault for field, value in fields for fault in faults_of(field, value, notation)]
-        if self.schedule != "wsd" and self.decay_fraction != TrainingConfig.decay_fraction:
-            faults.append(f"decay_fraction has no effect on a {self.schedule} schedule: leave it out, or take wsd")
-        if self.validation_data is not None and self.validation_fraction != TrainingConfig.validation_fraction:
-            faults.append("validation_fraction has no effect beside validation_data: leave out one of them")
+        faults += self._faults_of_fractions()
         if self.format == "chat":
             faults += self._faults_of_chat()
         if isinstance(self.lora, str):
             faults += self._faults_of_lora(self.lora)
         if self.optimizer != "muon":
-            idle = [
-                name
-                for name in ("muon_learning_rate", "muon_momentum")
-                if getattr(self, name) != getattr(TrainingConfig, name)
-            ]
-            faults += [
-                f"{name} has no effect with the optimizer {shown(self.optimizer)}: leave it out" for name in idle
-            ]
+            faults += self._faults_of_muon()
         faults += [
             f"{name} must name a file or a folder, got {paths!r}" for name, paths in self.named_texts() if "" in paths
         ]
+        faults += self._faults_of_origin(notation)
+        faults += self._faults_of_model(notation)
+        if faults:
+            raise ConfigError.of(self, faults)
+
+    def _faults_of_fractions(self) -> Iterator[str]:
+        if self.schedule != "wsd" and self.decay_fraction != TrainingConfig.decay_fraction:
+            yield f"decay_fraction has no effect on a {self.schedule} schedule: leave it out, or take wsd"
+        if self.validation_data is not None and self.validation_fraction != TrainingConfig.validation_fraction:
+            yield "validation_fraction has no effect beside validation_data: leave out one of them"
+
+    def _faults_of_muon(self) -> Iterator[str]:
+        """Yield the fields of Muon that are set without it."""
+        for name in ("muon_learning_rate", "muon_momentum"):
+            if getattr(self, name) != getattr(TrainingConfig, name):
+                yield f"{name} has no effect with the optimizer {shown(self.optimizer)}: leave it out"
+
+    def _faults_of_origin(self, notation: Notation) -> Iterator[str]:
+        """Yield what is wrong with the choice among preset, configuration and saved model."""
         if self.start_from is not None:
             saved = (field for field in dataclasses.fields(self) if field.name in SAVED_WITH_A_MODEL)
             if given := [field.name for field in saved if getattr(self, field.name) != field.default]:
-                faults.append(f"start_from brings a model and its tokenizer along: leave out {', '.join(given)}")
+                yield f"start_from brings a model and its tokenizer along: leave out {', '.join(given)}"
         elif (self.preset is None) == (self.model is None):
-            faults.append(f"one of preset and model must be {notation.none}, got {self.preset!r} and {self.model!r}")
-        if self.model is not None and not dataclasses.is_dataclass(self.model):
-            faults.append(f"model must be a configuration or {notation.none}, got {notation.show(self.model)}")
-        elif self.model is not None:
-            if type(self.model).__name__ != f"Phase{self.phase}Config":
-                faults.append(f"model is a {type(self.model).__name__}, but phase is {self.phase}")
-            try:
-                self.model.validate(notation)
-            except ConfigError as error:
-                faults.append(f"model: {error}")
-        if faults:
-            raise ConfigError.of(self, faults)
+            yield f"one of preset and model must be {notation.none}, got {self.preset!r} and {self.model!r}"
+
+    def _faults_of_model(self, notation: Notation) -> Iterator[str]:
+        if self.model is None:
+            return
+        if not dataclasses.is_dataclass(self.model):
+            yield f"model must be a configuration or {notation.none}, got {notation.show(self.model)}"
+            return
+        if type(self.model).__name__ != f"Phase{self.phase}Config":
+            yield f"model is a {type(self.model).__name__}, but phase is {self.phase}"
+        try:
+            self.model.validate(notation)
+        except ConfigError as error:
+            yield f"model: {error}"
 
     def _faults_of_chat(self) -> Iterator[str]:
         if self.data is None:
