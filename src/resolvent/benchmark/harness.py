@@ -105,7 +105,7 @@ class Bench:
     def say(self, message: str) -> None:
         say(self.console, f"{time.perf_counter() - self.started:4.0f} s {self.place} {message}", style="dim")
 
-    def compete(
+    def measure(
         self,
         name: str,
         ours: Callable[[Check], Any],
