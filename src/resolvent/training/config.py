@@ -3,7 +3,6 @@
 import dataclasses
 import operator
 import sys
-import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from resolvent.errors import ConfigError, DataError
+from resolvent.fields import fits, kind_name
 from resolvent.files import shown
 from resolvent.seeds import MOST_SEED
 from resolvent.training.lora import LoraOptions
@@ -508,12 +508,6 @@ BOUNDS = {
     "below": (operator.lt, "<"),
 }
 """Rules for the values of fields, each with its comparison and its sign."""
-_NAMES: dict[Any, str] = {
-    int: "an integer",
-    float: "a finite number",
-    str: "a string",
-    list[str]: "a list of strings",
-}
 
 
 def faults_of(field: dataclasses.Field[Any], value: Any, notation: Notation = PYTHON) -> Iterator[str]:
@@ -526,21 +520,9 @@ def faults_of(field: dataclasses.Field[Any], value: Any, notation: Notation = PY
         if value not in typing.get_args(kind):
             yield f"{field.name} must be one of {', '.join(typing.get_args(kind))}, got {notation.show(value)}"
         return
-    options = typing.get_args(kind) or (kind,)
-    if not any(_fits(value, option) for option in options):
-        names = _NAMES | {bool: notation.boolean, types.NoneType: notation.none}
-        yield f"{field.name} must be {' or '.join(names[option] for option in options)}, got {notation.show(value)}"
+    if not fits(value, kind, sys.float_info.max):
+        yield f"{field.name} must be {kind_name(kind, notation)}, got {notation.show(value)}"
         return
     for rule, (holds, sign) in BOUNDS.items():
         if value is not None and rule in rules and not holds(value, rules[rule]):
             yield f"{field.name} must be {sign} {rules[rule]}, got {value}"
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    # Compare, do not convert: an integer may be too large for a float.
-    is_number = isinstance(value, int | float)
-    return is_number and abs(value) <= sys.float_info.max if kind is float else isinstance(value, kind)
