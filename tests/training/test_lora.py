@@ -27,7 +27,7 @@ from resolvent.training.optimizer import build_muon
 from tests.processes import together
 
 from .runs import after_step, metrics
-from .test_training_distributed import run_here
+from .test_distributed import run_here
 
 pytest.importorskip("peft", reason="needs PEFT: pip install 'resolvent[lora]'")
 MakeConfig = Callable[..., TrainingConfig]
