@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders
 
 from resolvent.data import TokenStream
-from resolvent.data.corpus import EOT
+from resolvent.data.tokenization import byte_lengths
 from resolvent.errors import DataError, check_at_least
 from resolvent.evaluation.language import document_tokens
 from resolvent.evaluation.scoring import Advance, progress_bar, rectangle, score_tokens, side_by_side
@@ -165,12 +165,7 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
     """
     if not isinstance(tokenizer.decoder, decoders.ByteLevel) or tokenizer.normalizer is not None:
         return None
-    added = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
-    sizes = np.zeros(tokenizer.get_vocab_size(), np.int64)
-    for letters, number in tokenizer.get_vocab().items():  # one letter per byte
-        sizes[number] = len(added[number].encode()) if number in added else len(letters)
-    sizes[tokenizer.token_to_id(EOT)] = 0
-    return sizes
+    return byte_lengths(tokenizer)
 
 
 def long_texts(stream: TokenStream, length: int, sequences: int, joined: bool) -> list[np.ndarray]:
