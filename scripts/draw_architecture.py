@@ -22,6 +22,7 @@ FOUNDATION = (
     "manifest",
     "tensors",
     "device",
+    "fields",
     "memory",
     "native",
     "seeds",

@@ -18,6 +18,17 @@ class ConfigError(ResolventError, ValueError):
         return cls("\n  - ".join([f"{type(config).__name__} has {len(faults)} faults:", *faults]))
 
 
+def check_at_least(least: int, **values: int) -> None:
+    """Check numbers that a caller named.
+
+    Raises:
+        ConfigError: names the first that is below ``least``.
+    """
+    for name, value in values.items():
+        if value < least:
+            raise ConfigError(f"{name} must be >= {least}, got {value}")
+
+
 class DataError(ResolventError, ValueError):
     """Text, tokens or a tokenizer that cannot be used."""
 

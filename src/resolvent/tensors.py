@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from resolvent.errors import CheckpointError
-from resolvent.files import atomic_file, check_version, open_regular
+from resolvent.files import atomic_file, check_version, open_regular, read_json, shown
 
 FORMAT_VERSION = 1
 
@@ -49,6 +49,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     with TensorFile(path) as file:
         return file.read()
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """Return the safetensors files of a model that is in several files, which an index beside them names.
+
+    Raises:
+        CheckpointError: the index cannot be read, or names no file or one elsewhere.
+    """
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    strange = [x for x in names if not isinstance(x, str) or Path(x).name != x or not x.endswith(".safetensors")]
+    if strange or not names:
+        raise CheckpointError(f"{index} must name files beside it in weight_map, got {shown(strange or weight_map)}")
+    return [index.parent / name for name in sorted(set(names))]
 
 
 class TensorFile:

@@ -42,7 +42,7 @@ def test_failed_entry_is_reported_and_others_are_measured(bench: Bench):
     def fail() -> float:
         raise RuntimeError("no memory\nand a long story")
 
-    outcome = bench.compete("x", lambda check: fail(), {"a": lambda: 1.0, "b": fail})
+    outcome = bench.measure("x", lambda check: fail(), {"a": lambda: 1.0, "b": fail})
     assert outcome.ours is None and outcome.peers == {"a": 1.0}
     assert outcome.failures == {"ours": "RuntimeError: no memory", "b": "RuntimeError: no memory"}
     row = bench.add("s", "x", "ms", outcome)
@@ -53,7 +53,7 @@ def test_failed_entry_is_reported_and_others_are_measured(bench: Bench):
 def test_debugging_stops_at_the_failure(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RESOLVENT_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
-        bench.compete("x", lambda check: 1 / 0)
+        bench.measure("x", lambda check: 1 / 0)
 
 
 @pytest.mark.parametrize("error", [0.2, float("nan")])
@@ -64,10 +64,10 @@ def test_wrong_result_is_not_measured(bench: Bench, error: float):
         check(error)
         return measured.append(1) or 1.0
 
-    outcome = bench.compete("x", ours, {"peer": lambda: 2.0}, tolerance=0.1)
+    outcome = bench.measure("x", ours, {"peer": lambda: 2.0}, tolerance=0.1)
     assert not measured and outcome.ours is None
     assert "WrongResultError: relative error" in outcome.failures["ours"]
-    assert bench.compete("x", ours, tolerance=0.3).ours == (1.0 if error == error else None)
+    assert bench.measure("x", ours, tolerance=0.3).ours == (1.0 if error == error else None)
 
 
 def test_every_operator_is_measured_beside_its_peers(bench: Bench, timed: list[str]):
@@ -237,10 +237,10 @@ def test_large_batches_are_measured_beside_the_transformer(bench: Bench, monkeyp
 def test_load_of_other_processes_is_reported(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     clock = iter([0.0, 1e6, 0.0, 1e6, 0.0, 0.0])
     monkeypatch.setattr(harness, "cpu_seconds_of_others", lambda: next(clock))
-    bench.compete("quick", lambda check: 1.0)  # its figures mean nothing
+    bench.measure("quick", lambda check: 1.0)  # its figures mean nothing
     bench.scale = "cpu"
-    bench.compete("busy", lambda check: 1.0)
-    bench.compete("idle", lambda check: 1.0)
+    bench.measure("busy", lambda check: 1.0)
+    bench.measure("idle", lambda check: 1.0)
     told = bench.console.file.getvalue()
     assert "busy: other processes used" in told
     assert "idle: other processes used" not in told and "quick: other processes used" not in told

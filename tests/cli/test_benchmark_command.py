@@ -128,7 +128,7 @@ def test_interrupted_run_keeps_and_shows_what_was_measured(
 
     def second(bench: Bench) -> None:
         bench.add_figure("section", "row of b", "ms", 0.5)
-        bench.compete("b", lambda check: signal.raise_signal(number), {"peer": lambda: 1.0})
+        bench.measure("b", lambda check: signal.raise_signal(number), {"peer": lambda: 1.0})
 
     monkeypatch.setattr(benchmark, "SECTIONS", section_of(first, second, first))
     path = tmp_path / "figures.json"
@@ -167,8 +167,8 @@ def test_an_unknown_section_is_named(resolvent: Resolvent):
 
 def test_failures_are_shown_with_exit_code_1(resolvent: Resolvent, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def measure(bench: Bench) -> None:
-        good = bench.compete("good", lambda check: 2.0)
-        bad = bench.compete("bad", lambda check: check(0.5), tolerance=0.1)
+        good = bench.measure("good", lambda check: 2.0)
+        bad = bench.measure("bad", lambda check: check(0.5), tolerance=0.1)
         bench.add("section", "good", "ms", good)
         bench.add("section", "bad", "ms", bad)
 

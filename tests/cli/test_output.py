@@ -68,7 +68,7 @@ def commands(
     """Every command that has figures, with arguments that make it quick."""
 
     def measure(bench: Bench) -> None:
-        row = bench.compete("a [/y] :cat:", lambda check: 1234.5)
+        row = bench.measure("a [/y] :cat:", lambda check: 1234.5)
         bench.add("section", "a [/y] :cat:", "ms", row)
 
     monkeypatch.setattr(benchmark, "SECTIONS", {"section": lambda _: [Measurement("section", "a", measure)]})

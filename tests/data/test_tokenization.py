@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from resolvent.data import EOT, build_tokenizer, load_documents, load_tokenizer, save_tokenizer
 from resolvent.data.corpus import package_folder
 from resolvent.data.pieces import pieces
-from resolvent.data.tokenization import LONGEST_WORD, MOST_TOKENS, padding_token
+from resolvent.data.tokenization import LONGEST_WORD, MOST_TOKENS, byte_lengths, bytes_tokenizer, padding_token
 from resolvent.errors import ConfigError, DataError
 
 SPECS = ["bytes", "bpe", "gpt2"]
@@ -296,3 +296,11 @@ def test_tokenizer_that_cannot_be_read(tmp_path):
 def test_unknown_tokenizer():
     with pytest.raises(DataError, match="unknown tokenizer: gpt5; give bytes, bpe, gpt2 or the path"):
         build_tokenizer("gpt5", [])
+
+
+def test_added_tokens_have_the_bytes_of_their_text():
+    tokenizer = bytes_tokenizer()
+    tokenizer.add_tokens(["été"])
+    sizes = byte_lengths(tokenizer)
+    assert sizes[tokenizer.token_to_id("été")] == 5
+    assert sizes[:256].tolist() == [1] * 256 and sizes[tokenizer.token_to_id(EOT)] == 0

@@ -128,13 +128,12 @@ def test_epochs_and_seeds_differ_in_cut_and_order():
 def test_a_batch_takes_windows_of_the_next_epoch():
     batches = PackedBatches(stream_of([20]), seq_len=7, batch_size=2)
     assert batches.windows_per_epoch == 3
-    assert batches.batches_per_epoch == 2
     assert rows(batches[1], 7) == [epoch(batches, 0)[2], epoch(batches, 1)[0]]
 
 
 def test_a_batch_may_be_larger_than_an_epoch():
     batches = PackedBatches(stream_of([10]), seq_len=11, batch_size=4)
-    assert batches.windows_per_epoch == batches.batches_per_epoch == 1
+    assert batches.windows_per_epoch == 1
     for row in rows(batches[3], 11):
         assert sorted(row) == list(range(11))
 

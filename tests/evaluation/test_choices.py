@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from resolvent import ConfigError, DataError
 from resolvent.data import EOT
 from resolvent.data.tokenization import bytes_tokenizer
-from resolvent.evaluation.choices import Example, evaluate_examples, is_packaged, load_task, load_tasks
+from resolvent.evaluation.choices import evaluate_examples
+from resolvent.evaluation.task_files import Example, is_packaged, load_task, load_tasks
 
 from ..models.small import PHASE2
 
@@ -167,7 +168,7 @@ WHOLE = gzip.compress(b'{"prompt": "a", "canonical_solution": "b"}\n' * 50)
     ids=["cut", "changed", "text", "no JSON", "no answer", "large"],
 )
 def test_damaged_human_eval_is_named(tmp_path: Path, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("resolvent.evaluation.choices._MOST_BYTES", 9000)
+    monkeypatch.setattr("resolvent.evaluation.task_files._MOST_BYTES", 9000)
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_task("human_eval", tmp_path / "file")

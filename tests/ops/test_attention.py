@@ -15,6 +15,8 @@ from resolvent.ops import (
 from resolvent.ops.attention_window import GROWTH, empty_window, join_windows
 from resolvent.ops.dispatch import calls
 
+from .errors import relative
+
 WINDOWS = [1, 2, 7, 16, 200, None]
 
 
@@ -29,10 +31,6 @@ def inputs(length, batch=2, heads=4, groups=2, key=8, value=6, dtype=torch.float
 def window_state(capacity, batch=2, groups=2, key=8, value=6, dtype=torch.float64):
     keys = F.normalize(torch.randn(batch, capacity, groups, key, dtype=dtype), dim=-1)
     return WindowState(keys, torch.randn(batch, capacity, groups, value, dtype=dtype))
-
-
-def relative(x, reference):
-    return ((x - reference).norm() / (reference.norm() + 1e-300)).item()
 
 
 def weighted(readout, final):

@@ -12,6 +12,8 @@ from resolvent.ops import (
     resolvent_step,
 )
 
+from .errors import relative
+
 LENGTHS = (1, 2, 3, 63, 64, 65, 200)
 
 
@@ -20,10 +22,6 @@ def chain(length: int, heads: int = 3, batch: int = 2, damping: float = 0.05):
     real = torch.randn(2, batch, length, heads, dtype=torch.float64)
     alpha = torch.complex(2 * real[0], -damping - 0.2 * real[1].abs())
     return alpha, torch.rand(heads, dtype=torch.float64) * 2
-
-
-def relative(x, reference):
-    return ((x - reference).norm() / reference.norm()).item()
 
 
 @pytest.mark.parametrize("form", ["causal", "two_sided"])

@@ -15,6 +15,8 @@ from resolvent.ops import (
 )
 from resolvent.ops.hebbian import CHUNK
 
+from .errors import relative
+
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 300)
 DECAYS = {"weak": 1e-3, "middling": 0.3, "strong": 1000.0}
 
@@ -49,10 +51,6 @@ def consolidation(kind, heads=2, key=16, interval=CHUNK, dtype=torch.float64):
 
 def tensors_of(consolidation):
     return consolidation.parameters if consolidation else ()
-
-
-def relative(x, reference):
-    return ((x - reference).norm() / (reference.norm() + 1e-300)).item()
 
 
 @pytest.mark.parametrize("strength", DECAYS)

@@ -25,7 +25,8 @@ from resolvent.ops.memory_rotation import (
     rotate_queries_keys,
 )
 
-from .test_hebbian import KINDS, consolidation, inputs, relative, state, tensors_of
+from .errors import relative
+from .test_hebbian import KINDS, consolidation, inputs, state, tensors_of
 
 KEY = 16
 

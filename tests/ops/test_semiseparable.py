@@ -6,13 +6,11 @@ from resolvent.ops import gated_prefix_sum, gated_prefix_sum_reference, gated_pr
 from resolvent.ops.dispatch import calls
 from resolvent.ops.prefix_sum import by_doubling
 
+from .errors import relative
+
 
 def terms(length, batch=2, rank=5, dtype=torch.float32):
     return torch.rand(batch, length, rank, dtype=dtype), torch.randn(batch, length, rank, dtype=dtype)
-
-
-def relative(x, reference):
-    return ((x - reference).norm() / reference.norm()).item()
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 1000])

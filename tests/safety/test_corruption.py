@@ -3,7 +3,6 @@
 There is an error that names them before anything is written, or a step back that is announced, or no difference at all.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from resolvent.runs import load_trained
 from resolvent.tensors import read_tensors
 from resolvent.training import resume
 from resolvent.training.trainer import Trainer
+from tests.training.runs import contents, metrics
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "format-5"
 FILES = sorted(str(path.relative_to(GOLDEN)) for path in GOLDEN.rglob("*") if path.is_file())
@@ -79,17 +79,6 @@ class Undisturbed:
     metrics: dict[int, list[list[dict[str, Any]]]]
     weights: dict[int, bytes]
     logits: dict[int, torch.Tensor]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        record.pop("tokens_per_second", None)
-    return records
 
 
 def logits(run: Path) -> torch.Tensor:

@@ -17,7 +17,7 @@ from resolvent.training.checkpoint import find_checkpoint, load_trainer_state
 from resolvent.training.config import Tracker
 from resolvent.training.run_folder import has_begun
 from tests.safety.victim import TEXT, minute_config, start
-from tests.training.test_training_tracking import scalars
+from tests.training.test_tracking import scalars
 
 STEPS = minute_config(Path(), Path()).steps
 

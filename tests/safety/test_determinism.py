@@ -17,7 +17,7 @@ from resolvent.training.interrupt import StopRequest
 from resolvent.training.trainer import Trainer
 from tests.models.small import PHASE1, PHASE2, SmallPhase, tokens
 from tests.safety.victim import TEXT, fork, minute_config, start
-from tests.training.test_training_run import after_step
+from tests.training.runs import after_step
 
 PHASES = pytest.mark.parametrize("phase", [PHASE1, PHASE2], ids=["phase1", "phase2"])
 SAMPLING = [dict(temperature=0.0), dict(temperature=1.0), dict(temperature=0.8, top_k=20, top_p=0.9)]

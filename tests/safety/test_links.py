@@ -391,7 +391,7 @@ def test_foreign_tracker_id_is_refused(run: Path, precious: Path, content: str, 
         (run / ID_FILE).symlink_to(precious / "file")
     else:
         (run / ID_FILE).write_text(content)
-    monkeypatch.setattr("resolvent.training.run.tracker_options", lambda config: {})
+    monkeypatch.setattr("resolvent.training.processes.tracker_options", lambda config: {})
     with pytest.raises(CheckpointError, match=r"cannot read|is a link|holds no id"):
         resume(run, data=VERSES, tracker="wandb")
 

@@ -162,7 +162,7 @@ def _measure_alone(bench: Bench, case: Case) -> None:
         speed, memory, states[case.many] = read(model, _tokens(bench, case.preset, case.many))
         return speed, memory
 
-    reading = bench.compete(name, read_many, tolerance=_tolerance(bench))
+    reading = bench.measure(name, read_many, tolerance=_tolerance(bench))
     bench.add(SECTION, name, "tokens/s", reading.part(0), target=case.reading)
     if bench.device.type == "cuda":
         peak = dataclasses.replace(reading.part(1), error=None, failures={})
@@ -209,7 +209,7 @@ def _measure_crowd(bench: Bench, crowd: Crowd) -> None:
 
     name = f"{crowd}, generating after {crowd.context:,} tokens"
     peers = _captured(bench, transformer) if bench.device.type == "cuda" else {"GPT": lambda: transformer(False)}
-    outcome = bench.compete(name, ours, peers, tolerance=2 * _tolerance(bench))
+    outcome = bench.measure(name, ours, peers, tolerance=2 * _tolerance(bench))
     row = bench.add(SECTION, name, "tokens/s", outcome)
     if row.times_better is not None:
         bench.add_figure(SECTION, f"{name}, ours / GPT", "times", row.times_better, crowd.speedup)
@@ -256,7 +256,7 @@ def _generation(
         return _speed(lambda: next(stream), case.generated, bench.device)
 
     name = f"{case.preset}{variant} generates after {count:,} tokens"
-    return bench.compete(name, ours, peers, tolerance=2 * _tolerance(bench, variant.precision))
+    return bench.measure(name, ours, peers, tolerance=2 * _tolerance(bench, variant.precision))
 
 
 def _add_generation(bench: Bench, case: Case, count: int, outcome: Outcome, variant: Variant = PLAIN) -> None:

@@ -105,7 +105,7 @@ class Bench:
     def say(self, message: str) -> None:
         say(self.console, f"{time.perf_counter() - self.started:4.0f} s {self.place} {message}", style="dim")
 
-    def compete(
+    def measure(
         self,
         name: str,
         ours: Callable[[Check], Any],
@@ -167,8 +167,19 @@ class Bench:
         if unit == "ms" and outcome.ours is not None:
             seconds = outcome.ours / 1000
         fraction = None if work is None or seconds is None else work.fraction(seconds, self.ceilings)
-        found = (outcome.ours, outcome.peers, target, work, fraction, outcome.error, outcome.failures)
-        return self._append(Row(section, name, unit, *found))
+        row = Row(
+            section,
+            name,
+            unit,
+            outcome.ours,
+            peers=outcome.peers,
+            target=target,
+            work=work,
+            fraction=fraction,
+            error=outcome.error,
+            failures=outcome.failures,
+        )
+        return self._append(row)
 
     def add_figure(self, section: str, name: str, unit: str, figure: float, target: Target | None = None) -> None:
         """Add a row of a figure without peers."""

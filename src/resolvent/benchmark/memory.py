@@ -83,7 +83,7 @@ def _measure(bench: Bench, case: Case) -> None:
     step = partial(training_peak, case, bench.device.type)
     if bench.device.type != "cuda":
         step = partial(in_fresh_process, step)
-    outcome = bench.compete(str(case), lambda _: step())
+    outcome = bench.measure(str(case), lambda _: step())
     bench.add(SECTION, str(case), "GiB", outcome, target=case.target)
 
 

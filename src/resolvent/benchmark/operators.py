@@ -108,9 +108,10 @@ MEMORY = {
 
 
 def measure_memory(bench: Bench, case: MemoryCase) -> Row:
+    memory, work = memory_operator(case, bench.device), memory_work(case, bench.dtype)
+
     def ours() -> Job:
-        inputs = memory_inputs(case, bench.device, bench.dtype)
-        return _job(case.backward, lambda *x: memory(*x), inputs)
+        return _job(case.backward, memory, memory_inputs(case, bench.device, bench.dtype))
 
     def sdpa() -> Job:
         q, k, v, *_ = memory_inputs(case, bench.device, bench.dtype)
@@ -122,12 +123,11 @@ def measure_memory(bench: Bench, case: MemoryCase) -> Row:
         q, k, v, decay, _ = memory_inputs(case, bench.device, bench.dtype)
         return _job(case.backward, lambda q, k, v, g: chunk_simple_gla(q, k, v, g)[0], (q, k, v, -decay))
 
-    memory, work = memory_operator(case, bench.device), memory_work(case, bench.dtype)
     peers_by_name = {"SDPA": sdpa}
     if bench.device.type == "cuda" and importlib.util.find_spec("fla") is not None:
         peers_by_name["FLA simple_gla"] = simple_gla
     timed = {name: _timed(bench, make, work.num_bytes) for name, make in peers_by_name.items()}
-    outcome = bench.compete(
+    outcome = bench.measure(
         str(case),
         _checked(lambda: memory_error(case, bench.device, bench.dtype), _timed(bench, ours, work.num_bytes)),
         timed,
@@ -250,7 +250,7 @@ def measure_resolvent(bench: Bench, case: ResolventCase) -> None:
     sites = case.batch * case.length * case.heads
     work = Work(sites * (5 if case.backward else 2) * 8)
     peers = {"torch": _timed(bench, entry("torch"), work.num_bytes)} if bench.device.type == "cuda" else {}
-    outcome = bench.compete(
+    outcome = bench.measure(
         str(case),
         _checked(lambda: resolvent_error(case, bench.device), _timed(bench, entry("auto"), work.num_bytes)),
         peers,
@@ -351,7 +351,7 @@ def measure_loss(bench: Bench, case: LossCase) -> None:
     if bench.scale == "cuda":
         plain["compiled cross_entropy"] = torch.compile(cross_entropy, dynamic=False)
     peers = {name: _timed(bench, entry(under_autocast(loss)), work.num_bytes) for name, loss in plain.items()}
-    outcome = bench.compete(
+    outcome = bench.measure(
         str(case),
         _checked(error, _timed(bench, entry(under_autocast(linear_cross_entropy)), work.num_bytes)),
         peers,

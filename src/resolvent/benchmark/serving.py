@@ -68,7 +68,7 @@ def _name(case: Case, sequences: int) -> str:
 
 def _measure(bench: Bench, case: Case, sequences: int) -> None:
     name = _name(case, sequences)
-    outcome = bench.compete(
+    outcome = bench.measure(
         name,
         partial(_engine_speed, bench, case, sequences),
         {"loop of generate": partial(_loop_speed, bench, case, min(sequences, _ALONE))},

@@ -75,7 +75,7 @@ def measurements(scale: Scale) -> list[Measurement]:
 
 def _measure(bench: Bench, case: Case) -> None:
     """Measure speed and memory of a step; of the first case also the share of consolidation."""
-    outcome = _contest(bench, case)
+    outcome = _measure_step(bench, case)
     speed, memory = outcome.part(0), outcome.part(1)
     work = Work(flops=6 * case.batch * case.length * multiplied_parameters(case.preset) + attention_flops(case))
     seconds = case.batch * case.length / speed.ours if speed.ours else None
@@ -93,7 +93,7 @@ def _measure(bench: Bench, case: Case) -> None:
 
 def _add_share_of_consolidation(bench: Bench, case: Case, speed: float) -> None:
     """Add the share of a step that SNR filter and resonance take, given the tokens per second with both."""
-    without = bench.compete(
+    without = bench.measure(
         f"{case}, without consolidation",
         lambda _: speed_and_memory(
             _our_step(bench, case, snr_enabled=False, resonance_enabled=False), case, bench.device
@@ -104,7 +104,7 @@ def _add_share_of_consolidation(bench: Bench, case: Case, speed: float) -> None:
         bench.add_figure(SECTION, f"{case}, consolidation", "of a step", 1 - speed / without.ours, target)
 
 
-def _contest(bench: Bench, case: Case) -> Outcome:
+def _measure_step(bench: Bench, case: Case) -> Outcome:
     def ours(check: Check) -> tuple[float, float]:
         step = _our_step(bench, case)
         check(step_error(step, _shortened(case, bench.device), bench.device))
@@ -115,7 +115,7 @@ def _contest(bench: Bench, case: Case) -> Outcome:
         return speed_and_memory(step, case, bench.device)
 
     transformers = {name: partial(transformer, name) for name in (_PLAIN, _WITH_PARTS)}
-    return bench.compete(str(case), ours, transformers, tolerance=5e-2 if bench.dtype == torch.bfloat16 else 1e-4)
+    return bench.measure(str(case), ours, transformers, tolerance=5e-2 if bench.dtype == torch.bfloat16 else 1e-4)
 
 
 def _our_step(bench: Bench, case: Case, **options: Any) -> "Step":
@@ -136,7 +136,7 @@ def _compare_process_peaks(bench: Bench, case: Case) -> Outcome:
     def peak(name: str) -> float:
         return in_fresh_process(process_peak, case, name)
 
-    return bench.compete(f"{case}, peak memory", lambda _: peak(_OURS), {_PLAIN: partial(peak, _PLAIN)})
+    return bench.measure(f"{case}, peak memory", lambda _: peak(_OURS), {_PLAIN: partial(peak, _PLAIN)})
 
 
 def process_peak(case: Case, name: str) -> float:

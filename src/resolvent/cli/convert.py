@@ -9,7 +9,7 @@ import typer
 
 from resolvent.cli.console import report_console, show_table, write_result
 from resolvent.cli.loading import JsonFile, wrong_usage
-from resolvent.cli.pretrained import Less, convert_pretrained, pretrained_source, write_transformer
+from resolvent.cli.pretrained import Less, convert_pretrained, lines_of, pretrained_source
 from resolvent.runs import load_trained, run_of
 from resolvent.seeds import MOST_SEED
 from resolvent.terminal import say, shell_word
@@ -113,6 +113,8 @@ def convert(
         )
         if pretrained is not None:
             raise typer.BadParameter(f"{directory} is a Transformer already", param_hint="--to")
+        from resolvent.pretrained import write_transformer
+
         kind = write_transformer(directory, out)
         write_result(json_path, {"model_type": kind})
         say(report_console(json_path), f"A Transformer ({kind}) is in {out}")
@@ -126,7 +128,7 @@ def convert(
         write_result(json_path, converted.to_dict())
         console = report_console(json_path)
         _show(converted.report, console)
-        for line in converted.lines(shell_word(out)):
+        for line in lines_of(converted, less, shell_word(out)):
             say(console, line)
     else:
         _refuse(of_transformers, "only the conversion of a Transformer takes it")

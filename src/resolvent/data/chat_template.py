@@ -19,11 +19,11 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from ..errors import CheckpointError, DataError
-from ..files import read_bytes, read_json, write_json
-from ..native import panics_are_errors
-from .corpus import EOT
-from .tokenization import TOKENIZER_FILES
+from resolvent.data.corpus import EOT
+from resolvent.data.tokenization import TOKENIZER_FILES
+from resolvent.errors import CheckpointError, DataError
+from resolvent.files import read_bytes, read_json, write_json
+from resolvent.native import panics_are_errors
 
 TEMPLATE_FILE = "chat_template.jinja"
 _, SETTINGS_FILE, GENERATION_FILE = TOKENIZER_FILES

@@ -92,10 +92,14 @@ class Encoder:
         Raises:
             DataError: a text that the tokenizer has no tokens for, or that memory is too short for.
         """
-        if not self._processes:
-            for name, texts in batches:
-                yield name, self._here(texts)
+        if self._processes:
+            yield from self._in_processes(batches)
             return
+        for name, texts in batches:
+            yield name, self._here(texts)
+
+    def _in_processes(self, batches: Iterable[tuple[T, list[str]]]) -> Iterator[tuple[T, list[np.ndarray]]]:
+        """Encode batches of texts, of which each process has one and one more waits, and yield them in order."""
         idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         for process in self._processes:
             idle.put(process)

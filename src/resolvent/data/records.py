@@ -260,6 +260,6 @@ def _kind(value: object) -> str:
     return "number" if isinstance(value, _Number) else type(value).__name__
 
 
-def _cut(text: str, most: int = 500) -> str:
-    """Return a text for a message, truncated after `most` characters."""
-    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+def _cut(text: str) -> str:
+    """Return a text for a message, truncated after 500 characters."""
+    return text if len(text) <= 500 else f"{text[:500]}... ({len(text):,} characters)"

@@ -15,6 +15,7 @@ from resolvent.data.corpus import EOT
 from resolvent.data.reading import Reading
 from resolvent.data.split import DocumentKey
 from resolvent.data.text import Fragment, Text
+from resolvent.data.tokenization import byte_lengths
 from resolvent.errors import DataError
 
 _MAGIC = b"MMIDIDX\0\0"
@@ -46,10 +47,8 @@ class TokenText(Text):
         self._path, self._index = path.with_suffix(".bin"), path.with_suffix(".idx")
         if not isinstance(tokenizer.decoder, decoders.ByteLevel):
             raise DataError(f"{path} holds tokens, whose bytes only a byte-level tokenizer tells: name one, as gpt2")
-        vocabulary = tokenizer.get_vocab()
         self._separator = tokenizer.token_to_id(EOT)
-        self._bytes_of = np.zeros(len(vocabulary), np.int64)
-        self._bytes_of[list(vocabulary.values())] = [len(token) for token in vocabulary]  # a letter stands for a byte
+        self._bytes_of = byte_lengths(tokenizer)
         try:
             self._tokens, self._bounds = self._read_megatron() if self._index.is_file() else self._read_plain()
         except (OSError, ValueError, struct.error) as error:

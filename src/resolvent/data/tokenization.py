@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from resolvent.data.corpus import EOT, package_folder
@@ -135,6 +136,16 @@ def padding_token(tokenizer: Tokenizer) -> str:
     byte = _byte_letters()[_LAST_BYTE] if byte_level else f"<0x{_LAST_BYTE:02X}>"
     candidates = [*sorted(own), byte]
     return next((token for token in candidates if tokenizer.token_to_id(token) is not None), EOT)
+
+
+def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """Return the bytes of every token of a byte-level tokenizer, int64 (vocabulary,), 0 for the separator."""
+    added = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
+    sizes = np.zeros(tokenizer.get_vocab_size(), np.int64)
+    for letters, number in tokenizer.get_vocab().items():  # one letter per byte
+        sizes[number] = len(added[number].encode()) if number in added else len(letters)
+    sizes[tokenizer.token_to_id(EOT)] = 0
+    return sizes
 
 
 def bytes_tokenizer() -> Tokenizer:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resolvent.data.stream import TokenStream, inputs_and_labels
-from resolvent.errors import ConfigError, DataError
+from resolvent.errors import ConfigError, DataError, check_at_least
 from resolvent.ops import IGNORED
 from resolvent.wording import counted
 
@@ -113,9 +113,8 @@ class PackedBatches(_Batches):
     """
 
     def __init__(self, stream: TokenStream, seq_len: int = 256, batch_size: int = 8, seed: int = 0) -> None:
-        for name, value, least in (("seq_len", seq_len, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-            if value < least:
-                raise ConfigError(f"{name} must be >= {least}, got {value}")
+        check_at_least(1, seq_len=seq_len, batch_size=batch_size)
+        check_at_least(0, seed=seed)
         if stream.num_predictions < seq_len:
             raise DataError(
                 f"the data has {counted(stream.num_predictions, 'token')} to predict, and a window of "
@@ -129,11 +128,6 @@ class PackedBatches(_Batches):
     def windows_per_epoch(self) -> int:
         """Windows that fit into the stream; the rest, shorter than a window, is left out at a random position."""
         return self.stream.num_predictions // self.seq_len
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Number of batches in which every window of the first epoch is used."""
-        return -(-self.windows_per_epoch // self.batch_size)
 
     def window(self, number: int) -> Window:
         epoch, index = divmod(number, self.windows_per_epoch)
@@ -233,8 +227,7 @@ def documents_as_windows(stream: TokenStream, max_tokens: int) -> Iterator[Batch
     Raises:
         ConfigError: a budget below one token.
     """
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens must be >= 1, got {max_tokens}")
+    check_at_least(1, max_tokens=max_tokens)
     bounds = np.append(stream.starts, stream.num_predictions)
     first = 0
     while first < stream.num_predictions:

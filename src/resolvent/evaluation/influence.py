@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resolvent.data import TokenStream
-from resolvent.errors import ConfigError, DataError
-from resolvent.evaluation.scoring import Advance, excerpts, progress_bar, read, separator_of
+from resolvent.errors import DataError, check_at_least
+from resolvent.evaluation.scoring import Advance, excerpts, progress_bar, separator_of
 from resolvent.evaluation.statistics import Bucket, Estimate, doubling_buckets
 from resolvent.models import IntegratedModel, observe
 from resolvent.models.inference import inference_view
@@ -108,36 +108,55 @@ def measure_influence(
         DataError: the text is too short.
         ResolventError: the gradients or predictions are not finite.
     """
-    for name, value in (("length", length), ("sequences", sequences), ("replacements", replacements)):
-        if value < 1:
-            raise ConfigError(f"{name} must be >= 1, got {value}")
+    check_at_least(1, length=length, sequences=sequences, replacements=replacements)
     check_seed(seed)
     random = np.random.default_rng(seed)
     texts = excerpts(stream, sequences, length + 1, random)
     buckets = doubling_buckets(length)
-    device = next(model.parameters()).device
     gradients, divergences = [], []
     # An upper bound: a replaced token may be anywhere in its bucket.
     replaced = sum(replacements * bucket.last for bucket in buckets)
     with progress_bar("Reading", sequences * (5 * length + replaced), progress) as advance:
+        reading = dict(batch_tokens=batch_tokens, advance=advance)
         for text in texts:
-            tokens = torch.from_numpy(np.insert(text, 0, separator_of(stream))).to(device)
-            pieces = input_gradients(model, tokens[None], piece_tokens=batch_tokens, advance=advance)
-            # From the last token backwards, without the separator.
-            norms = torch.cat([piece[0].norm(dim=-1).flip(0) for piece in pieces])[:-1].double().cpu().numpy()
-            gradients.append([norms[bucket.first - 1 : bucket.last].mean() for bucket in buckets])
-            distances = np.concatenate([random.integers(b.first, b.last + 1, replacements) for b in buckets])
-            indices = len(tokens) - 1 - distances
-            others = np.array([_other_token(text, int(tokens[index]), random) for index in indices])
-            nats = replacement_divergences(
-                model, tokens[:-1], indices, others, batch_tokens=batch_tokens, advance=advance
-            )
-            divergences.append(nats.cpu().numpy().reshape(len(buckets), replacements).mean(axis=1))
+            tokens = np.insert(text, 0, separator_of(stream))
+            gradients.append(_mean_gradients(model, tokens, buckets, **reading))
+            divergences.append(_mean_divergences(model, tokens, buckets, replacements, random, **reading))
     columns = [zip(*samples, strict=True) for samples in (gradients, divergences)]
     rows = [
         Influence(b.first, b.last, Estimate.of(g), Estimate.of(d)) for b, g, d in zip(buckets, *columns, strict=True)
     ]
     return Influences(model.n_seq, sequences, replacements, rows)
+
+
+def _mean_gradients(
+    model: IntegratedModel, text: np.ndarray, buckets: list[Bucket], *, batch_tokens: int, advance: Advance
+) -> list[float]:
+    """Return the mean norm of the gradients in each bucket of a text (N,), which begins with the separator."""
+    tokens = torch.from_numpy(text).to(next(model.parameters()).device)
+    pieces = input_gradients(model, tokens[None], piece_tokens=batch_tokens, advance=advance)
+    # From the last token backwards, without the separator.
+    norms = torch.cat([piece[0].norm(dim=-1).flip(0) for piece in pieces])[:-1].double().cpu().numpy()
+    return [norms[bucket.first - 1 : bucket.last].mean() for bucket in buckets]
+
+
+def _mean_divergences(
+    model: IntegratedModel,
+    text: np.ndarray,
+    buckets: list[Bucket],
+    replacements: int,
+    random: np.random.Generator,
+    *,
+    batch_tokens: int,
+    advance: Advance,
+) -> list[float]:
+    """Return the mean divergence of some replaced tokens in each bucket of a text (N,), as in ``_mean_gradients``."""
+    tokens = torch.from_numpy(text).to(next(model.parameters()).device)
+    distances = np.concatenate([random.integers(b.first, b.last + 1, replacements) for b in buckets])
+    indices = len(text) - 1 - distances
+    others = np.array([_other_token(text[1:], int(text[index]), random) for index in indices])
+    nats = replacement_divergences(model, tokens[:-1], indices, others, batch_tokens=batch_tokens, advance=advance)
+    return nats.cpu().numpy().reshape(len(buckets), replacements).mean(axis=1).tolist()
 
 
 def input_gradients(
@@ -161,7 +180,7 @@ def input_gradients(
     model.token_embedding.requires_grad_(True)  # for gradients of its output, not of the model's own parameters
     for piece in pieces[:-1]:
         with torch.no_grad():
-            _, state = read(model, piece, states[-1])
+            _, state = model.hidden_states(piece, state=states[-1])
         states.append(state)
         advance(piece.numel())
     for piece in reversed(pieces):
@@ -236,7 +255,7 @@ def replacement_divergences(
             stretch = tokens[start:end].repeat(rows, 1)
             stretch[before:, 0] = substitutes[before - 1 : rows - 1]
             for piece in stretch.split(max(1, batch_tokens // rows), dim=1):
-                hidden, state = read(model, piece, state)
+                hidden, state = model.hidden_states(piece, state=state)
                 advance(piece.numel())
         assert hidden is not None
         log_p = at_least_float32(model.lm_head(hidden[:, -1])).double().log_softmax(dim=-1)

@@ -143,10 +143,8 @@ def sample_stretches(stream: TokenStream, max_tokens: int) -> Stretches:
     chosen, left_out = number * max_tokens // count, number * (total - max_tokens) // count
     starts = (np.random.default_rng(0).integers(total) + chosen + left_out)[:-1] % total
     ends = starts + np.diff(chosen)
-    spans = [
-        *zip(starts, np.minimum(ends, total), strict=True),
-        (0, max(0, *(ends - total))),
-    ]  # one stretch may pass the end
+    beyond = max(0, *(ends - total))  # one stretch may pass the end
+    spans = [*zip(starts, np.minimum(ends, total), strict=True), (0, beyond)]
     bounds = np.append(stream.starts, total)
     sequences: list[np.ndarray] = []
     for low, high in spans:
@@ -188,9 +186,8 @@ def sum_of_nats(
         total = torch.zeros((), dtype=torch.float64, device=device)
         for lanes in _batches(sequences, batch_tokens, piece_tokens):
             state = None
-            for pieces in side_by_side(
-                lanes, piece_tokens
-            ):  # lanes are sorted by falling length and leave the batch as they end
+            # The lanes are sorted by falling length, and leave the batch as they end.
+            for pieces in side_by_side(lanes, piece_tokens):
                 if state is not None:
                     state = state[: len(pieces)]
                 inputs, labels = rectangle(pieces)

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from resolvent.data import TokenStream
-from resolvent.errors import ConfigError
+from resolvent.errors import ConfigError, check_at_least
 from resolvent.evaluation.scoring import (
     Advance,
     excerpts,
     progress_bar,
-    read,
     rectangle,
     score_tokens,
     separator_of,
@@ -148,8 +148,7 @@ def evaluate_needle(
         ResolventError: the model's predictions are not finite.
     """
     check_seed(seed)
-    if samples < 1:
-        raise ConfigError(f"samples must be >= 1, got {samples}")
+    check_at_least(1, samples=samples)
     if not 2 <= candidates <= len(PASS_KEYS):
         raise ConfigError(f"candidates must be between 2 and {len(PASS_KEYS):,}, got {candidates}")
     model = inference_view(model)
@@ -205,7 +204,7 @@ def _ask_along(
     piece_tokens, position = max(1, batch_tokens // len(haystack.facts)), 0
     for distance in distances:
         for piece in haystack.filler[:, position:distance].split(piece_tokens, dim=1):
-            _, state = read(model, piece.to(state.device), state)
+            _, state = model.hidden_states(piece.to(state.device), state=state)
             advance(piece.numel())
         position = distance
         nats, exact = _ask(model, haystack, state)
@@ -217,12 +216,12 @@ def _ask_along(
 def _ask(model: IntegratedModel, haystack: _Haystack, state: ModelState) -> tuple[np.ndarray, np.ndarray]:
     """Return the nats of every sample's candidates (B, C), and whether greedy decoding writes the first one (B,)."""
     device, question = state.device, haystack.question
-    _, state = read(model, question[:-1].expand(len(haystack.answers), -1).to(device), state)
+    _, state = model.hidden_states(question[:-1].expand(len(haystack.answers), -1).to(device), state=state)
     nats, exact = [], []
     for row, answers in enumerate(haystack.answers):
         # The last token of the question begins every row, so that the first token of a candidate is predicted, too.
         inputs, labels = rectangle([np.append(question[-1], answer) for answer in answers])
-        hidden, _ = read(model, inputs.to(device), state[[row]].repeat(len(answers)))
+        hidden, _ = model.hidden_states(inputs.to(device), state=state[[row]].repeat(len(answers)))
         scores = score_tokens(model, hidden, labels.to(device))
         nats.append(scores.nats.double().sum(dim=1).cpu().numpy())
         exact.append(float(scores.likeliest[0].all()))
@@ -232,12 +231,10 @@ def _ask(model: IntegratedModel, haystack: _Haystack, state: ModelState) -> tupl
 def _read_ragged(model: IntegratedModel, rows: list[np.ndarray], state: ModelState | None) -> ModelState:
     """Return the state after token sequences of different lengths."""
     device = next(model.parameters()).device
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for number, row in enumerate(rows):
-        tokens[number, : len(row)] = torch.from_numpy(row)
-        mask[number, : len(row)] = 1
-    return read(model, tokens.to(device), state, mask.to(device))[1]
+    tokens = pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True).to(device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    mask = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+    return model.hidden_states(tokens, state=state, attention_mask=mask)[1]
 
 
 def rank(nats: np.ndarray) -> tuple[float, float]:

@@ -12,13 +12,16 @@ import torch
 from tokenizers import Tokenizer, decoders
 
 from resolvent.data import TokenStream
-from resolvent.data.corpus import EOT
-from resolvent.errors import ConfigError, DataError
+from resolvent.data.tokenization import byte_lengths
+from resolvent.errors import DataError, check_at_least
 from resolvent.evaluation.language import document_tokens
-from resolvent.evaluation.scoring import Advance, progress_bar, read, rectangle, score_tokens, side_by_side
+from resolvent.evaluation.scoring import Advance, progress_bar, rectangle, score_tokens, side_by_side
 from resolvent.evaluation.statistics import Bucket, Estimate, doubling_buckets
 from resolvent.models import IntegratedModel
 from resolvent.models.inference import inference_view
+
+_PIECE_TOKENS = 512
+"""Longest piece of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,6 @@ def sequence_nats(
     sequences: Sequence[np.ndarray],
     *,
     batch_tokens: int,
-    piece_tokens: int = 512,
     advance: Advance = lambda _: None,
 ) -> list[np.ndarray]:
     """Return the negative log-likelihood in nats of every token except the first of each sequence.
@@ -138,7 +140,7 @@ def sequence_nats(
     Sequences are read side by side in pieces, with the state carried along.
     """
     device = next(model.parameters()).device
-    piece_tokens = min(piece_tokens, batch_tokens)
+    piece_tokens = min(_PIECE_TOKENS, batch_tokens)
     lanes = batch_tokens // piece_tokens
     order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number]))
     parts: list[list[np.ndarray]] = [[] for _ in sequences]
@@ -148,7 +150,7 @@ def sequence_nats(
             for pieces in side_by_side([sequences[number] for number in group], piece_tokens):
                 inputs, labels = (x.to(device) for x in rectangle(pieces))
                 state = None if state is None else state[: len(pieces)]
-                hidden, state = read(model, inputs, state)
+                hidden, state = model.hidden_states(inputs, state=state)
                 nats = score_tokens(model, hidden, labels).nats.double().cpu().numpy()
                 for number, piece, row in zip(group[: len(pieces)], pieces, nats, strict=True):
                     parts[number].append(row[: len(piece) - 1])
@@ -163,19 +165,12 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
     """
     if not isinstance(tokenizer.decoder, decoders.ByteLevel) or tokenizer.normalizer is not None:
         return None
-    added = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
-    sizes = np.zeros(tokenizer.get_vocab_size(), np.int64)
-    for letters, number in tokenizer.get_vocab().items():  # one letter per byte
-        sizes[number] = len(added[number].encode()) if number in added else len(letters)
-    sizes[tokenizer.token_to_id(EOT)] = 0
-    return sizes
+    return byte_lengths(tokenizer)
 
 
 def long_texts(stream: TokenStream, length: int, sequences: int, joined: bool) -> list[np.ndarray]:
     """Return token sequences of up to `length + 1` tokens, the longest first."""
-    for name, value in (("length", length), ("sequences", sequences)):
-        if value < 1:
-            raise ConfigError(f"{name} must be >= 1, got {value}")
+    check_at_least(1, length=length, sequences=sequences)
     if not stream.num_bytes:
         raise DataError("there is no text to evaluate: every document is empty")
     if joined:

@@ -5,7 +5,7 @@ Shapes: B sequences, N tokens, D model width.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from resolvent.data import TokenStream
 from resolvent.data.stream import inputs_and_labels
@@ -52,13 +53,6 @@ def progress_bar(title: str, tokens: int, show: bool) -> Iterator[Advance]:
         yield lambda read: bar.advance(task, read)
 
 
-def read(
-    model: IntegratedModel, tokens: Tensor, state: Any = None, attention_mask: Tensor | None = None
-) -> tuple[Tensor, Any]:
-    """Return final hidden states (B, N, D) of tokens (B, N), and the state after them."""
-    return model.hidden_states(tokens, state=state, attention_mask=attention_mask)
-
-
 def score_tokens(model: IntegratedModel, hidden: Tensor, labels: Tensor) -> TokenScores:
     """Score the next tokens, one chunk of logits at a time.
 
@@ -81,13 +75,9 @@ def rectangle(pieces: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 
     Inputs are padded with token 0, labels with -100, which also stands for tokens that are read only.
     """
-    inputs = torch.zeros(len(pieces), max(map(len, pieces)) - 1, dtype=torch.int64)
-    labels = torch.full_like(inputs, IGNORED)
-    for row, piece in enumerate(pieces):
-        ids, following = map(torch.from_numpy, inputs_and_labels(piece))
-        inputs[row, : len(ids)] = ids
-        labels[row, : len(ids)] = following
-    return inputs, labels
+    rows = [inputs_and_labels(piece) for piece in pieces]
+    inputs, labels = ([torch.from_numpy(column) for column in columns] for columns in zip(*rows, strict=True))
+    return pad_sequence(inputs, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=IGNORED)
 
 
 def side_by_side(lanes: Sequence[np.ndarray], piece_tokens: int) -> Iterator[list[np.ndarray]]:

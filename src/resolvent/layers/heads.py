@@ -82,10 +82,11 @@ class HeadsLayer(nn.Module):
         output_norm: bool,
         output_gate: bool,
         backend: str,
-        num_kv_heads: int | None = None,
-        qk_norm: bool = True,
-        qkv_bias: bool = False,
-        norm_weight: bool = False,
+        *,
+        num_kv_heads: int | None,
+        qk_norm: bool,
+        qkv_bias: bool,
+        norm_weight: bool,
     ):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim

@@ -84,9 +84,19 @@ class DissipativeHebbianLayer(HeadsLayer):
         norm_weight: bool = False,
         rotary: tuple[float, Scaling | None] | None = None,
     ):
-        sizes = d_model, num_heads, head_dim
-        options = dict(qkv_bias=qkv_bias, norm_weight=norm_weight)
-        super().__init__(*sizes, conv_size, output_norm, output_gate, backend, num_kv_heads, **options)
+        super().__init__(
+            d_model,
+            num_heads,
+            head_dim,
+            conv_size,
+            output_norm,
+            output_gate,
+            backend,
+            num_kv_heads=num_kv_heads,
+            qk_norm=True,
+            qkv_bias=qkv_bias,
+            norm_weight=norm_weight,
+        )
         self.initial_eta, self.dt, self.rotary = eta, dt, rotary
         self.rotation_proj = nn.Linear(d_model, head_dim // 2, bias=rotary is not None) if rotation else None
         self.log_eta = nn.Parameter(torch.empty(num_heads))

@@ -81,8 +81,19 @@ class LocalAttentionLayer(HeadsLayer):
         rotary_base: float = 10_000.0,
         rotary_scaling: Scaling | None = None,
     ):
-        sizes = d_model, num_heads, head_dim
-        super().__init__(*sizes, conv_size, output_norm, output_gate, backend, num_kv_heads, qk_norm, qkv_bias)
+        super().__init__(
+            d_model,
+            num_heads,
+            head_dim,
+            conv_size,
+            output_norm,
+            output_gate,
+            backend,
+            num_kv_heads=num_kv_heads,
+            qk_norm=qk_norm,
+            qkv_bias=qkv_bias,
+            norm_weight=False,
+        )
         self.window, self.rotary_base, self.rotary_scaling = window, rotary_base, rotary_scaling
         self.log_temperature = nn.Parameter(torch.empty(num_heads)) if qk_norm else None
         self.reset_parameters()

@@ -203,8 +203,8 @@ class IntegratedModel(Generation[State], Generic[Config, Record, State]):
         start = None if state is None else position
         # 2. Embed tokens and positions.
         vectors = self._embed_tokens(batch.input_ids)
-        places = token_positions(start, batch.input_ids, batch.cu_seqlens)
-        embedded, rotation = self._add_positions(vectors, places), self._rotation(places, wide_dtype(vectors))
+        positions = token_positions(start, batch.input_ids, batch.cu_seqlens)
+        embedded, rotation = self._add_positions(vectors, positions), self._rotation(positions, wide_dtype(vectors))
         # 3. Run the blocks.
         x = entered = self.dropout(embedded)
         record, records, layers = None, [], []

@@ -6,12 +6,12 @@ import difflib
 import inspect
 import itertools
 import textwrap
-import types
 import typing
 from collections.abc import Container, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 from ..errors import ConfigError
+from ..fields import fits, kind_name, options_of
 from ..files import shown
 from ..wording import PYTHON, Notation
 
@@ -20,8 +20,6 @@ LARGEST = {"d_model": 1 << 20, "head_dim": 1 << 9, "n_layers": 1 << 10}
 
 Values = dict[str, Any]
 """Values of fields, by name."""
-Kind = type | types.UnionType
-"""Type of a field."""
 
 _LARGEST_INTEGER = 2**31 - 1
 _LARGEST_FLOAT = 3.4e38  # of float32, in which models compute
@@ -124,9 +122,9 @@ class ModelConfig:
         hints = typing.get_type_hints(type(self))
         pairs = ((f.name, getattr(self, f.name), hints[f.name]) for f in dataclasses.fields(self))
         return {
-            name: f"{name} must be {_say(kind, notation)}, got {notation.show(value)}"
+            name: f"{name} must be {kind_name(kind, notation)}, got {notation.show(value)}"
             for name, value, kind in pairs
-            if not _fits(value, kind)
+            if not fits(value, kind, _LARGEST_FLOAT)
         }
 
 
@@ -173,7 +171,7 @@ def must_be_at_least(config: ModelConfig, least: float, *names: str) -> list[str
 
 def _nested_configs(cls: type) -> dict[str, type[ModelConfig]]:
     hints = typing.get_type_hints(cls)
-    options = {f.name: _options(hints[f.name]) for f in dataclasses.fields(cls)}
+    options = {f.name: options_of(hints[f.name]) for f in dataclasses.fields(cls)}
     found = {
         name: next((k for k in kinds if isinstance(k, type) and issubclass(k, ModelConfig)), None)
         for name, kinds in options.items()
@@ -184,42 +182,4 @@ def _nested_configs(cls: type) -> dict[str, type[ModelConfig]]:
 def _tuples(cls: type) -> list[str]:
     """Return the names of the fields that are tuples, which JSON knows as lists."""
     hints = typing.get_type_hints(cls)
-    return [name for name, kind in hints.items() if any(typing.get_origin(k) is tuple for k in _options(kind))]
-
-
-def _options(kind: Kind) -> tuple[type, ...]:
-    """Return the types of a union, or the one type."""
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-
-
-def _fits(value: object, kind: Kind) -> bool:
-    def fits_one(option: type) -> bool:
-        if option is float:
-            # Compared, not converted: an integer may be too large for a float.
-            return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_FLOAT
-        if option is int:
-            return isinstance(value, int) and not isinstance(value, bool)
-        if typing.get_origin(option) is typing.Literal:
-            return isinstance(value, str)  # the values are a rule of the configuration
-        if typing.get_origin(option) is tuple:
-            return isinstance(value, tuple) and all(_fits(part, int) for part in value)
-        return isinstance(value, option)
-
-    return any(fits_one(option) for option in _options(kind))
-
-
-def _say(kind: Kind, notation: Notation) -> str:
-    names = {
-        float: "a finite number",
-        int: "an integer",
-        bool: notation.boolean,
-        str: "a string",
-        type(None): notation.none,
-    }
-
-    def say_one(option: type) -> str:
-        if typing.get_origin(option) is tuple:
-            return f"a {notation.sequence} of integers"
-        return names.get(option, getattr(option, "__name__", str(option)))
-
-    return " or ".join(map(say_one, _options(kind)))
+    return [name for name, kind in hints.items() if any(typing.get_origin(k) is tuple for k in options_of(kind))]

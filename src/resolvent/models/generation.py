@@ -20,7 +20,7 @@ from .writing import Writer
 WORTH_CAPTURING = 64
 """Number of new tokens from which on capturing the step as a CUDA graph saves time."""
 
-ROOM = 1024
+SLOTS = 1024
 """Tokens for which a state that grows has slots in a captured step; then the step is captured anew."""
 
 
@@ -163,9 +163,17 @@ class Generation(nn.Module, Generic[State]):
         penalties = _penalties(options, input_ids, attention_mask, samples, self.vocab_size)
         sampler = Sampler([options] * sequences, uniform, penalties)
 
-        model = inference_view(self)
-        of_answers = samples, sampler, logprobs, _ends(eos_token_id)
-        return _draws(model, input_ids, max_new_tokens, *of_answers, attention_mask, state)
+        return _draws(
+            inference_view(self),
+            input_ids,
+            max_new_tokens,
+            samples=samples,
+            sampler=sampler,
+            top=logprobs,
+            ends=_ends(eos_token_id),
+            attention_mask=attention_mask,
+            state=state,
+        )
 
 
 @torch.inference_mode()
@@ -173,6 +181,7 @@ def _draws(
     model: StreamingModel[State],
     input_ids: Tensor,
     max_new_tokens: int,
+    *,
     samples: int,
     sampler: Sampler,
     top: int | None,
@@ -189,16 +198,16 @@ def _draws(
     logits = at_least_float32(model.logits(hidden))
     # The reader is the only one that reads on from the state, until the writer captures and drops the reader.
     writer = Writer(TokenReader(model, state.reusable()), sampler, top, ends, logits)
-    draw, room = writer.first, 0
+    draw, slots = writer.first, 0
     for remaining in range(max_new_tokens, 0, -1):
         yield draw
         if remaining == 1 or (ends and writer.ended.all()):
             writer.check()
             return
-        if not room and logits.is_cuda and max_new_tokens >= WORTH_CAPTURING:
-            room = ROOM if model.state_grows and remaining >= ROOM + WORTH_CAPTURING else remaining
-            state = writer.capture(model, state, room)
-        draw, room = writer(), room - 1
+        if not slots and logits.is_cuda and max_new_tokens >= WORTH_CAPTURING:
+            slots = SLOTS if model.state_grows and remaining >= SLOTS + WORTH_CAPTURING else remaining
+            state = writer.capture(model, state, slots)
+        draw, slots = writer(), slots - 1
 
 
 def _ends(eos_token_id: int | Collection[int] | None) -> list[int]:

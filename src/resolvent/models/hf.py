@@ -378,52 +378,81 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         shift_labels = others.pop("shift_labels", None)
         if unknown := [name for name, value in others.items() if value is not None and value is not False]:
             raise TypeError(f"{type(self).__name__} takes no {', '.join(unknown)}")
-        if past_key_values is not None and not isinstance(past_key_values, RecurrentCache):
-            raise ValueError(f"past_key_values must be a RecurrentCache, got {type(past_key_values).__name__}")
-        if use_cache is None:
-            use_cache = getattr(self.config, "use_cache", True) and not self.training
-        if past_key_values is None and use_cache:
-            past_key_values = RecurrentCache()
+        cache = self._used_cache(past_key_values, use_cache)
         if attention_mask is not None:
-            attention_mask = attention_mask[:, -input_ids.shape[1] :]
-            check_attention_mask(attention_mask, input_ids)
-            attention_mask = None if attention_mask.all() else attention_mask
+            attention_mask = _mask_of_inputs(attention_mask, input_ids)
         if shift_labels is None and labels is not None:
             shift_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        if skip_logits is None:
-            skip_logits = self.training and shift_labels is not None
+        learning = self.training and shift_labels is not None
+        penalised = self.model.penalised and learning
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        before = past_key_values.state if past_key_values is not None else None
-        penalised = self.model.penalised and self.training and shift_labels is not None
-        trace = None
-        if output_hidden_states or penalised:
-            trace = observe(self.model, input_ids, state=before, attention_mask=attention_mask)
-            hidden, state = trace.hidden, trace.after
-        else:
-            hidden, state = self.model.hidden_states(input_ids, state=before, attention_mask=attention_mask)
-        if past_key_values is not None:
-            past_key_values.state = state
-            past_key_values.columns += input_ids.shape[1]
+        hidden, trace = self._read(input_ids, attention_mask, cache, recorded=output_hidden_states or penalised)
         logits = loss = None
-        if not skip_logits:
+        if not (learning if skip_logits is None else skip_logits):
             kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.model.logits(hidden[:, kept])
         if shift_labels is not None:
-            targets = shift_labels.to(hidden.device)
-            if attention_mask is not None:  # padding is not read, and predicts nothing
-                targets = targets.masked_fill(attention_mask == 0, IGNORED)
-            counts = targets != IGNORED
-            penalty = counts.sum() * self.model.penalty(trace, counts) if penalised else 0.0
-            loss = (self._loss_sum(hidden, targets) + penalty) / (
-                counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            )
+            recorded = trace if penalised else None
+            loss = self._loss(hidden, shift_labels, attention_mask, recorded, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             hidden_states=_hidden_states(trace) if output_hidden_states and trace is not None else None,
         )
+
+    def _used_cache(self, given: RecurrentCache | None, use_cache: bool | None) -> RecurrentCache | None:
+        """Return the given cache or, where one is used, a fresh one.
+
+        Raises:
+            ValueError: the cache is of another model.
+        """
+        if given is not None and not isinstance(given, RecurrentCache):
+            raise ValueError(f"past_key_values must be a RecurrentCache, got {type(given).__name__}")
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", True) and not self.training
+        return RecurrentCache() if given is None and use_cache else given
+
+    def _read(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: RecurrentCache | None, *, recorded: bool
+    ) -> tuple[Tensor, Trace | None]:
+        """Read tokens (B, N) behind the cache, which takes over the state after them.
+
+        Returns:
+            Final hidden states (B, N, D), and the trace where it is ``recorded``.
+        """
+        before = None if cache is None else cache.state
+        trace = None
+        if recorded:
+            trace = observe(self.model, input_ids, state=before, attention_mask=attention_mask)
+            hidden, after = trace.hidden, trace.after
+        else:
+            hidden, after = self.model.hidden_states(input_ids, state=before, attention_mask=attention_mask)
+        if cache is not None:
+            cache.state = after
+            cache.columns += input_ids.shape[1]
+        return hidden, trace
+
+    def _loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None,
+        penalised: Trace | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        """Return the loss of shifted labels (B, N) given hidden states (B, N, D), with the penalty of a trace if given.
+
+        ``num_items_in_batch`` divides the sum over the labels; None for their number.
+        """
+        targets = labels.to(hidden.device)
+        if attention_mask is not None:  # padding is not read, and predicts nothing
+            targets = targets.masked_fill(attention_mask == 0, IGNORED)
+        counts = targets != IGNORED
+        penalty = 0.0 if penalised is None else counts.sum() * self.model.penalty(penalised, counts)
+        count = counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return (self._loss_sum(hidden, targets) + penalty) / count
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: object, **kwargs: object) -> dict[str, object]:
         """Return the arguments of the next ``forward``, which takes positions from the state, and no embeddings.
@@ -496,6 +525,17 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         for index, block in enumerate(self.model.blocks):
             block.gradient_checkpointing = enable and index % every_n_layers == 0
             block._gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+
+
+def _mask_of_inputs(attention_mask: Tensor, input_ids: Tensor) -> Tensor | None:
+    """Return the mask (B, N) of tokens (B, N), of one that may have columns before them; None without padding.
+
+    Raises:
+        ValueError: the mask does not fit the tokens.
+    """
+    mask = attention_mask[:, -input_ids.shape[1] :]
+    check_attention_mask(mask, input_ids)
+    return None if mask.all() else mask
 
 
 def _hidden_states(trace: Trace) -> tuple[Tensor, ...]:

@@ -65,15 +65,15 @@ def init_weights(model: Parts, generator: torch.Generator | None, zeta_potential
         zeta_potential: draw the potential with the zeta spectrum.
     """
     zeta = ZetaInitializer(generator)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not model.lm_head:
-            std = module.in_features**-0.5
-            if zeta_potential and ".potential." in name:
-                zeta(module.weight, std)
-            else:
-                _normal(module.weight, std * _scale(model, name), generator)
-            if module.bias is not None:
-                module.bias.zero_()
+    inner = [(name, x) for name, x in model.named_modules() if isinstance(x, nn.Linear) and x is not model.lm_head]
+    for name, linear in inner:
+        std = linear.in_features**-0.5
+        if zeta_potential and ".potential." in name:
+            zeta(linear.weight, std)
+        else:
+            _normal(linear.weight, std * _scale(model, name), generator)
+        if linear.bias is not None:
+            linear.bias.zero_()
     if isinstance(model.token_embedding, TensorTrainEmbedding):
         model.token_embedding.reset_parameters(0.02, generator)
     else:

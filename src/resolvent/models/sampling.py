@@ -113,6 +113,22 @@ class RowGenerators:
         return cls([generator for part in parts for generator in part._generators])
 
 
+class _PenaltyRows(NamedTuple):
+    """Tensors of the penalties, a row per sequence.
+
+    Attributes:
+        repetition, presence, frequency: penalties, float64 (B, 1).
+        in_prompt: tokens that are in the prompt, bool (B, V).
+        counts: how often each token was drawn, int32 (B, V).
+    """
+
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+    in_prompt: Tensor
+    counts: Tensor
+
+
 class Penalties:
     """Penalties of B sequences, with the tokens that they depend on.
 
@@ -126,45 +142,51 @@ class Penalties:
     def __init__(
         self, options: Sequence[SamplingOptions], prompts: Sequence[Tensor], vocab_size: int, device: torch.device
     ) -> None:
-        column = lambda values: torch.tensor(values, dtype=torch.float64, device=device)[:, None]  # noqa: E731
-        self._repetition = column([o.repetition_penalty for o in options])
-        self._presence = column([o.presence_penalty for o in options])
-        self._frequency = column([o.frequency_penalty for o in options])
-        self._in_prompt = torch.zeros(len(options), vocab_size, dtype=torch.bool, device=device)
-        for seen, prompt in zip(self._in_prompt, prompts, strict=True):
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+
+        in_prompt = torch.zeros(len(options), vocab_size, dtype=torch.bool, device=device)
+        for seen, prompt in zip(in_prompt, prompts, strict=True):
             seen[prompt.to(device)] = True
-        self._counts = torch.zeros(len(options), vocab_size, dtype=torch.int32, device=device)
+        self._rows = _PenaltyRows(
+            repetition=column([o.repetition_penalty for o in options]),
+            presence=column([o.presence_penalty for o in options]),
+            frequency=column([o.frequency_penalty for o in options]),
+            in_prompt=in_prompt,
+            counts=torch.zeros(len(options), vocab_size, dtype=torch.int32, device=device),
+        )
+
+    @classmethod
+    def _of(cls, rows: _PenaltyRows) -> Self:
+        penalties = object.__new__(cls)
+        penalties._rows = rows
+        return penalties
 
     def __getitem__(self, rows: Sequence[int]) -> Self:
         """Return the penalties of some sequences."""
-        return self._of(lambda x: x[list(rows)])
+        return self._of(_PenaltyRows(*(x[list(rows)] for x in self._rows)))
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
         """Join the penalties of several batches, in order."""
-        others = [iter(vars(part).values()) for part in parts[1:]]
-        return parts[0]._of(lambda x: torch.cat([x, *map(next, others)]))
-
-    def _of(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Return a copy with a function applied to each tensor, in the order of the attributes."""
-        copied = object.__new__(type(self))
-        vars(copied).update({name: function(x) for name, x in vars(self).items()})
-        return copied
+        columns = zip(*(part._rows for part in parts), strict=True)
+        return cls._of(_PenaltyRows(*map(torch.cat, columns)))
 
     def apply(self, logits: Tensor) -> Tensor:
         """Return logits (B, V) with the penalties of what was drawn so far."""
-        drawn = self._counts > 0
-        scaled = torch.where(logits > 0, logits / self._repetition, logits * self._repetition)
-        logits = torch.where(drawn | self._in_prompt, scaled, logits)
-        return logits - self._presence * drawn - self._frequency * self._counts
+        rows = self._rows
+        drawn = rows.counts > 0
+        scaled = torch.where(logits > 0, logits / rows.repetition, logits * rows.repetition)
+        logits = torch.where(drawn | rows.in_prompt, scaled, logits)
+        return logits - rows.presence * drawn - rows.frequency * rows.counts
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that ``count`` changes in place."""
-        return [self._counts]
+        return [self._rows.counts]
 
     def count(self, token: Tensor) -> None:
         """Count a drawn token of every sequence, int64 (B,)."""
-        self._counts.scatter_add_(1, token[:, None], torch.ones_like(token[:, None], dtype=torch.int32))
+        self._rows.counts.scatter_add_(1, token[:, None], torch.ones_like(token[:, None], dtype=torch.int32))
 
 
 class _Rows(NamedTuple):

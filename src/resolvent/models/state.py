@@ -6,19 +6,17 @@ Shapes: B sequences; the first axis of every tensor of a state counts them.
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from resolvent.wording import counted
-
 from ..errors import CheckpointError, VersionError
 from ..files import output_path
 from ..ops.attention_window import join_windows
 from ..tensors import read_tensors, write_tensors
+from ..wording import counted
 
 _COMPLEX = ":complex"
 """End of the name of a complex tensor in a file, which holds its real and imaginary parts."""
@@ -156,9 +154,11 @@ class ModelState:
         if len(self) != sequences:
             raise ValueError(f"the state holds {counted(len(self), 'sequence')}, the input has {sequences}")
         tensors = list(self._layer_tensors())
-        found, wanted = [tuple(x.shape[1:]) for _, x in tensors], [*chain(*shapes)]
-        if len(self.layers) != len(shapes) or len(found) != len(wanted) or not all(map(_fits, found, wanted)):
-            raise ValueError("the state belongs to another model: its layers, heads or widths differ")
+        if difference := self._difference(shapes):
+            raise ValueError(
+                f"the state belongs to another model, with other layers, heads or widths: {difference}; read the text "
+                "again with this model"
+            )
         if self.device != device:
             raise ValueError(f"the state is on {self.device}, the input on {device}; use state.to({str(device)!r})")
         if self.position.dtype != torch.int64:
@@ -170,6 +170,19 @@ class ModelState:
                 )
             if x.dtype != (wanted := self._dtype(name, x, dtype)):
                 raise ValueError(f"{name} of the state is {x.dtype}, of the model {wanted}; use state.to({dtype})")
+
+    def _difference(self, shapes: list[list[tuple[int, ...]]]) -> str:
+        """Return the first difference from the shapes of a model; "" for none."""
+        if len(self.layers) != len(shapes):
+            return f"it has {counted(len(self.layers), 'layer')}, the model {len(shapes)}"
+        for i, (layer, wanted) in enumerate(zip(self.layers, shapes, strict=True)):
+            found = [(name, tuple(x.shape[1:])) for name, x in named_tensors(layer, f"layers.{i}")]
+            if len(found) != len(wanted):
+                return f"layers.{i} has {counted(len(found), 'tensor')}, in the model {len(wanted)}"
+            for (name, shape), expected in zip(found, wanted, strict=True):
+                if not _fits(shape, expected):
+                    return f"{name} of a sequence has the shape {shape}, in the model {expected}"
+        return ""
 
     def signature(self) -> tuple[tuple[torch.Size, torch.dtype, torch.device], ...]:
         """Return all that ``check`` looks at: of every tensor, its shape, dtype and device."""

@@ -17,7 +17,7 @@ from ..device import pick_device
 from ..errors import CheckpointError, ConfigError
 from ..files import check_version, read_json, shown, write_json
 from ..manifest import CONFIG, INDEX, WEIGHTS, read_checked
-from ..tensors import TensorFile, write_tensors
+from ..tensors import TensorFile, indexed_files, write_tensors
 from ..wording import JSON
 from .adapters import Adapters, base_folder, has_adapters
 from .base import IntegratedModel
@@ -172,16 +172,8 @@ def load_base(
 
 def _weight_files(directory: Path) -> list[Path]:
     """Return the files of a model's weights."""
-    path = directory / INDEX
-    if not path.exists():
-        return [directory / WEIGHTS]
-    places = read_json(path).get("weight_map")
-    names = list(places.values()) if isinstance(places, dict) else []
-    ending = Path(WEIGHTS).suffix
-    strange = [x for x in names if not isinstance(x, str) or Path(x).name != x or not x.endswith(ending)]
-    if strange or not names:
-        raise CheckpointError(f"{path} must name files beside it in weight_map, got {shown(strange or places)}")
-    return [directory / name for name in sorted(set(names))]
+    index = directory / INDEX
+    return indexed_files(index) if index.exists() else [directory / WEIGHTS]
 
 
 def read_config(path: Path) -> tuple[Phase, Phase1Config | Phase2Config]:

@@ -2,11 +2,8 @@
 
 import asyncio
 import contextlib
-import hmac
-import json
-import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,12 +11,11 @@ import numpy as np
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 from tokenizers import Tokenizer
 
 from ..data.chat_template import ChatTemplate
@@ -28,13 +24,13 @@ from ..data.stream import encode_prompt
 from ..errors import ResolventError
 from .answers import Answers, Mailbox
 from .engine import Engine
-from .errors import ApiError, api_error
+from .errors import ApiError, logged
 from .metrics import CONTENT_TYPE, Metrics
+from .middleware import Counted, Guard
 from .replies import ChatReply, CompletionReply
 from .requests import Request
 from .schemas import ChatBody, CompletionBody
-
-_log = logging.getLogger(__name__)
+from .streams import Stream, events, unless_gone, whole
 
 _MOST_DISCARDED = 1 << 28
 """Bytes of a body that is too long which are read before the answer: many clients read only after they wrote."""
@@ -112,7 +108,7 @@ class Service:
             },
         )
         paths = {route.path for route in routes}
-        return _Counted(_Guard(app, self._keys, self._hosts), self._metrics, paths)
+        return Counted(Guard(app, self._keys, self._hosts), self._metrics, paths)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -191,10 +187,10 @@ class Service:
         answers = Answers(self._engine, self._mailbox, self._metrics, self._tokenizer, requests, stop)
         reply = (ChatReply if isinstance(body, ChatBody) else CompletionReply)(self.name)
         if body.stream:
-            return _Stream(_chunks(answers, reply, body.stream_options.include_usage), answers)
+            return Stream(events(answers, reply, body.stream_options.include_usage), answers)
         with answers:
-            whole = await _unless_gone(request, _whole(answers, reply))
-        return Response(status_code=_GONE) if whole is None else JSONResponse(whole)
+            content = await unless_gone(request, whole(answers, reply))
+        return Response(status_code=_GONE) if content is None else JSONResponse(content)
 
     async def _body(self, request: HttpRequest, schema: type[Body]) -> Body:
         """Read and check the body of a request.
@@ -264,62 +260,6 @@ class Service:
         return {"id": self.name, "object": "model", "created": self._created, "owned_by": "resolvent"}
 
 
-async def _whole(answers: Answers, reply: CompletionReply) -> dict[str, Any]:
-    """Return the reply with all answers, once they are complete."""
-    texts = [""] * len(answers.answers)
-    async for number, _, text in answers.pieces():
-        texts[number] += text
-    return reply.whole(answers.answers, texts, answers.usage())
-
-
-async def _chunks(answers: Answers, reply: CompletionReply, usage: bool) -> AsyncIterator[bytes]:
-    """Yield the events of a stream; an error ends it, as an event of its own."""
-    try:
-        for number in range(len(answers.answers)):
-            if opening := reply.opening(number):
-                yield _event(opening)
-        async for number, answer, text in answers.pieces():
-            if text or answer.finish is not None:
-                yield _event(reply.chunk(number, answer, text))
-        if usage:
-            yield _event(reply.usage(answers.usage()))
-        yield b"data: [DONE]\n\n"
-    except Exception as error:  # the status has been sent
-        yield _event(_logged(error).body())
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
-
-
-class _Stream(StreamingResponse):
-    """Stream of answers, whose places are free when it ends, however that happens."""
-
-    def __init__(self, chunks: AsyncIterator[bytes], answers: Answers) -> None:
-        super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._answers = answers
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._answers:
-            await super().__call__(scope, receive, send)
-
-
-async def _unless_gone(request: HttpRequest, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the result of ``work``; None as soon as the client has gone."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return await tasks[0] if tasks[0] in done else None
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
 async def _http_error(request: HttpRequest, error: Exception) -> Response:
     """Return an error of the routes."""
     assert isinstance(error, HTTPException)
@@ -328,70 +268,6 @@ async def _http_error(request: HttpRequest, error: Exception) -> Response:
 
 
 async def _error(request: HttpRequest, error: Exception) -> Response:
-    told = _logged(error)
+    told = logged(error)
     headers = {"Retry-After": "1"} if told.status == 503 else None
     return JSONResponse(told.body(), told.status, headers=headers)
-
-
-def _logged(error: Exception) -> ApiError:
-    """Return the error that a client gets, and log what is no fault of a client."""
-    told = api_error(error)
-    if told.status == 500:
-        _log.error("a request failed", exc_info=error)
-    return told
-
-
-class _Guard:
-    """Lets only clients with a key use the API or, without keys, only clients that name the server by its address."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[str] | None, hosts: Sequence[str]) -> None:
-        self._app, self._hosts = app, hosts
-        self._keys = None if keys is None else [f"Bearer {key}".encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._error(scope) if scope["type"] == "http" else None
-        if error is not None:
-            await JSONResponse(error.body(), error.status)(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-    def _error(self, scope: Scope) -> ApiError | None:
-        headers = Headers(scope=scope)
-        if self._keys is None:
-            name = _host_name(headers.get("host", ""))
-            if name in self._hosts:
-                return None
-            return ApiError(
-                403, f"the server is not known as {name!r}: it answers at {self._hosts[0]}", code="wrong_host"
-            )
-        if not scope["path"].startswith("/v1/"):
-            return None
-        given = headers.get("authorization", "").encode()
-        if any([hmac.compare_digest(given, key) for key in self._keys]):  # all of them: time tells nothing
-            return None
-        return ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key")
-
-
-def _host_name(host: str) -> str:
-    """Return the name in a Host header, without port and brackets."""
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0].lower()
-
-
-class _Counted:
-    """Counts requests by path and status."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: set[str]) -> None:
-        self._app, self._metrics, self._paths = app, metrics, paths
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        path = scope["path"] if scope["path"] in self._paths else "other"
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self._metrics.requests.labels(path, str(message["status"])).inc()
-            await send(message)
-
-        await self._app(scope, receive, counted)

@@ -6,10 +6,9 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-from resolvent.wording import counted
-
 from ..errors import ConfigError, ResolventError
 from ..models.sampling import SamplingOptions
+from ..wording import counted
 from .conversation import Conversation
 
 HELP = """\

@@ -1,11 +1,14 @@
 """Errors of the HTTP server, in the JSON form of the OpenAI API."""
 
+import logging
 from typing import Any
 
 from pydantic import ValidationError
 
 from ..errors import ConfigError, DataError, ResolventError
 from .requests import DeadlineError, OverloadedError
+
+_log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
@@ -59,3 +62,11 @@ def _validation_error(error: ValidationError) -> ApiError:
     if fault["type"] == "missing":
         return ApiError(400, f"the field {param} is missing", param=param, code="missing_required_parameter")
     return ApiError(400, f"{param or 'the body'}: {fault['msg']}", param=param, code="invalid_value")
+
+
+def logged(error: Exception) -> ApiError:
+    """Return the error that a client gets, and log what is no fault of a client."""
+    told = api_error(error)
+    if told.status == 500:
+        _log.error("a request failed", exc_info=error)
+    return told

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from resolvent.training.lr_find import RangeTest, find_learning_rate
     from resolvent.training.nonfinite import NonFiniteError
     from resolvent.training.planning import RunPlan, plan_run
-    from resolvent.training.run import leaving_processes, resume, train
+    from resolvent.training.processes import leaving_processes
+    from resolvent.training.run import resume, train
     from resolvent.training.trainer import TrainingResult
 
 __all__ = [
@@ -33,11 +34,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "run": ("leaving_processes", "resume", "train"),
+    "run": ("resume", "train"),
     "config_file": ("dump_config", "load_config"),
     "interrupt": ("Terminated", "TrainingInterrupted", "terminable"),
     "lr_find": ("RangeTest", "find_learning_rate"),
     "nonfinite": ("NonFiniteError",),
+    "processes": ("leaving_processes",),
     "planning": ("RunPlan", "plan_run"),
     "trainer": ("TrainingResult",),
 }

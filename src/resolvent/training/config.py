@@ -3,7 +3,6 @@
 import dataclasses
 import operator
 import sys
-import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from resolvent.errors import ConfigError, DataError
+from resolvent.fields import fits, kind_name
 from resolvent.files import shown
 from resolvent.seeds import MOST_SEED
 from resolvent.training.lora import LoraOptions
@@ -321,43 +321,54 @@ class TrainingConfig:
         """
         fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
         faults = [fault for field, value in fields for fault in faults_of(field, value, notation)]
-        if self.schedule != "wsd" and self.decay_fraction != TrainingConfig.decay_fraction:
-            faults.append(f"decay_fraction has no effect on a {self.schedule} schedule: leave it out, or take wsd")
-        if self.validation_data is not None and self.validation_fraction != TrainingConfig.validation_fraction:
-            faults.append("validation_fraction has no effect beside validation_data: leave out one of them")
+        faults += self._faults_of_fractions()
         if self.format == "chat":
             faults += self._faults_of_chat()
         if isinstance(self.lora, str):
             faults += self._faults_of_lora(self.lora)
         if self.optimizer != "muon":
-            idle = [
-                name
-                for name in ("muon_learning_rate", "muon_momentum")
-                if getattr(self, name) != getattr(TrainingConfig, name)
-            ]
-            faults += [
-                f"{name} has no effect with the optimizer {shown(self.optimizer)}: leave it out" for name in idle
-            ]
+            faults += self._faults_of_muon()
         faults += [
             f"{name} must name a file or a folder, got {paths!r}" for name, paths in self.named_texts() if "" in paths
         ]
+        faults += self._faults_of_origin(notation)
+        faults += self._faults_of_model(notation)
+        if faults:
+            raise ConfigError.of(self, faults)
+
+    def _faults_of_fractions(self) -> Iterator[str]:
+        if self.schedule != "wsd" and self.decay_fraction != TrainingConfig.decay_fraction:
+            yield f"decay_fraction has no effect on a {self.schedule} schedule: leave it out, or take wsd"
+        if self.validation_data is not None and self.validation_fraction != TrainingConfig.validation_fraction:
+            yield "validation_fraction has no effect beside validation_data: leave out one of them"
+
+    def _faults_of_muon(self) -> Iterator[str]:
+        """Yield the fields of Muon that are set without it."""
+        for name in ("muon_learning_rate", "muon_momentum"):
+            if getattr(self, name) != getattr(TrainingConfig, name):
+                yield f"{name} has no effect with the optimizer {shown(self.optimizer)}: leave it out"
+
+    def _faults_of_origin(self, notation: Notation) -> Iterator[str]:
+        """Yield what is wrong with the choice among preset, configuration and saved model."""
         if self.start_from is not None:
             saved = (field for field in dataclasses.fields(self) if field.name in SAVED_WITH_A_MODEL)
             if given := [field.name for field in saved if getattr(self, field.name) != field.default]:
-                faults.append(f"start_from brings a model and its tokenizer along: leave out {', '.join(given)}")
+                yield f"start_from brings a model and its tokenizer along: leave out {', '.join(given)}"
         elif (self.preset is None) == (self.model is None):
-            faults.append(f"one of preset and model must be {notation.none}, got {self.preset!r} and {self.model!r}")
-        if self.model is not None and not dataclasses.is_dataclass(self.model):
-            faults.append(f"model must be a configuration or {notation.none}, got {notation.show(self.model)}")
-        elif self.model is not None:
-            if type(self.model).__name__ != f"Phase{self.phase}Config":
-                faults.append(f"model is a {type(self.model).__name__}, but phase is {self.phase}")
-            try:
-                self.model.validate(notation)
-            except ConfigError as error:
-                faults.append(f"model: {error}")
-        if faults:
-            raise ConfigError.of(self, faults)
+            yield f"one of preset and model must be {notation.none}, got {self.preset!r} and {self.model!r}"
+
+    def _faults_of_model(self, notation: Notation) -> Iterator[str]:
+        if self.model is None:
+            return
+        if not dataclasses.is_dataclass(self.model):
+            yield f"model must be a configuration or {notation.none}, got {notation.show(self.model)}"
+            return
+        if type(self.model).__name__ != f"Phase{self.phase}Config":
+            yield f"model is a {type(self.model).__name__}, but phase is {self.phase}"
+        try:
+            self.model.validate(notation)
+        except ConfigError as error:
+            yield f"model: {error}"
 
     def _faults_of_chat(self) -> Iterator[str]:
         if self.data is None:
@@ -497,12 +508,6 @@ BOUNDS = {
     "below": (operator.lt, "<"),
 }
 """Rules for the values of fields, each with its comparison and its sign."""
-_NAMES: dict[Any, str] = {
-    int: "an integer",
-    float: "a finite number",
-    str: "a string",
-    list[str]: "a list of strings",
-}
 
 
 def faults_of(field: dataclasses.Field[Any], value: Any, notation: Notation = PYTHON) -> Iterator[str]:
@@ -515,21 +520,9 @@ def faults_of(field: dataclasses.Field[Any], value: Any, notation: Notation = PY
         if value not in typing.get_args(kind):
             yield f"{field.name} must be one of {', '.join(typing.get_args(kind))}, got {notation.show(value)}"
         return
-    options = typing.get_args(kind) or (kind,)
-    if not any(_fits(value, option) for option in options):
-        names = _NAMES | {bool: notation.boolean, types.NoneType: notation.none}
-        yield f"{field.name} must be {' or '.join(names[option] for option in options)}, got {notation.show(value)}"
+    if not fits(value, kind, sys.float_info.max):
+        yield f"{field.name} must be {kind_name(kind, notation)}, got {notation.show(value)}"
         return
     for rule, (holds, sign) in BOUNDS.items():
         if value is not None and rule in rules and not holds(value, rules[rule]):
             yield f"{field.name} must be {sign} {rules[rule]}, got {value}"
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    # Compare, do not convert: an integer may be too large for a float.
-    is_number = isinstance(value, int | float)
-    return is_number and abs(value) <= sys.float_info.max if kind is float else isinstance(value, kind)

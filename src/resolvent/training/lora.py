@@ -49,18 +49,7 @@ class LoraOptions:
         Raises:
             ConfigError: a name or value that there is not; a text without r.
         """
-        values: dict[str, list[str]] = {}
-        name = ""
-        for part in text.split(","):
-            key, equals, value = (x.strip() for x in part.partition("="))
-            if equals:
-                if key in values:
-                    raise ConfigError(f"lora gives {key} twice: {shown(text)}")
-                name, values[key] = key, [value]
-            elif name == "targets" and key:
-                values[name].append(key)
-            else:
-                raise ConfigError(f"lora must be r=RANK[,alpha=A][,dropout=P][,targets=NAME,...], got {shown(text)}")
+        values = _named_values(text)
         if unknown := values.keys() - {"r", "alpha", "dropout", "targets"}:
             raise ConfigError(f"lora has no {min(unknown)}; it has r, alpha, dropout and targets")
         if "r" not in values:
@@ -78,6 +67,27 @@ class LoraOptions:
         if "" in targets:
             raise ConfigError(f"lora: targets must name linear maps, got {shown(text)}")
         return cls(r=int(rank), alpha=alpha, dropout=dropout, targets=targets)
+
+
+def _named_values(text: str) -> dict[str, list[str]]:
+    """Return the values of a text by name; `targets` alone has several.
+
+    Raises:
+        ConfigError: a name stands there twice, or something that is neither a value of a name nor a target.
+    """
+    values: dict[str, list[str]] = {}
+    name = ""
+    for part in text.split(","):
+        key, equals, value = (x.strip() for x in part.partition("="))
+        if equals:
+            if key in values:
+                raise ConfigError(f"lora gives {key} twice: {shown(text)}")
+            name, values[key] = key, [value]
+        elif name == "targets" and key:
+            values[name].append(key)
+        else:
+            raise ConfigError(f"lora must be r=RANK[,alpha=A][,dropout=P][,targets=NAME,...], got {shown(text)}")
+    return values
 
 
 def _number(name: str, text: str) -> float:

@@ -92,7 +92,7 @@ def find_learning_rate(config: TrainingConfig, *, console: Console | None = None
     losses: list[float] = []
     with new_trainer(config, console) as trainer:
         say(trainer.console, f"Trying learning rates from {_LOWEST:g} to {_HIGHEST:g} in up to {_STEPS} steps")
-        trainer.model.train()
+        trainer.train_step.model.train()
         average = Average(_SMOOTHING)
         for step in range(_STEPS):
             rate = _LOWEST * (_HIGHEST / _LOWEST) ** (step / (_STEPS - 1))
@@ -103,7 +103,7 @@ def find_learning_rate(config: TrainingConfig, *, console: Console | None = None
             losses.append(average.update(loss))
             if losses[-1] > _DIVERGED * min(losses):
                 break
-        last = learning_rates(trainer.raw_optimizer)
+        last = learning_rates(trainer.train_step.raw_optimizer)
     ratio = last["muon_lr"] / last["lr"] if "muon_lr" in last else None
     return RangeTest(rates, losses, _suggestion(rates, losses), ratio)
 

@@ -13,6 +13,7 @@ import torch
 from resolvent.errors import ConfigError
 from resolvent.memory import Memory, machine_memory
 from resolvent.models import IntegratedModel
+from resolvent.models.phase1 import Phase1Config
 from resolvent.models.phase2 import Phase2Config
 from resolvent.ops.cross_entropy import LOGITS_BYTES
 from resolvent.training.config import TrainingConfig
@@ -103,19 +104,8 @@ def estimate_memory(
         keeps_gradients: whether gradients of all parameters lie in memory when the backward pass begins.
     """
     config = model.config
-    heads = config.num_heads * config.head_dim if isinstance(config, Phase2Config) else 0
-    feed_forward = 4 * config.d_model if config.ffn_dim is None else config.ffn_dim
-    if isinstance(config, Phase2Config) and config.intermediate_size is not None:  # a gated one has two thirds of F
-        feed_forward = config.intermediate_size * 3 // 2 if config.ffn_gated else config.intermediate_size
-    block = 7 * config.d_model + 27 * heads + 3 * feed_forward
     by_kernels = cuda and isinstance(config, Phase2Config)
-    kept, at_once = (
-        (_KEPT_BY_KERNELS_WHEN_RECOMPUTED, 1.0) if by_kernels else (_KEPT_WHEN_RECOMPUTED, _BLOCKS_RECOMPUTED)
-    )
-    if by_kernels:
-        block *= _KEPT_BY_KERNELS
-    numbers = config.n_layers * kept * config.d_model + at_once * block if recompute else (config.n_layers + 1) * block
-    activations = tokens * numbers * bytes_per_number
+    activations = tokens * _numbers_per_token(config, by_kernels, recompute) * bytes_per_number
     if by_kernels:
         logits = min(LOGITS_BYTES, tokens * config.vocab_size * bytes_per_number)
         activations += logits + (4 + bytes_per_number) * config.vocab_size * config.d_model
@@ -125,6 +115,31 @@ def estimate_memory(
     if optimizer == "muon":
         parameters -= _BYTES_SAVED_BY_MUON * sum(x.numel() for x in parts_of_matrices(model))
     return Estimate(parameters // shares, round(activations), 0 if cuda else _LIBRARIES)
+
+
+def _numbers_per_token(config: Phase1Config | Phase2Config, by_kernels: bool, recompute: bool) -> float:
+    """Return the numbers that all blocks keep per token for the backward pass, which works on one block more."""
+    block = 7 * config.d_model + 27 * _memory_width(config) + 3 * _feed_forward_width(config)
+    if by_kernels:
+        block *= _KEPT_BY_KERNELS
+    if not recompute:
+        return (config.n_layers + 1) * block
+    kept, at_once = (
+        (_KEPT_BY_KERNELS_WHEN_RECOMPUTED, 1.0) if by_kernels else (_KEPT_WHEN_RECOMPUTED, _BLOCKS_RECOMPUTED)
+    )
+    return config.n_layers * kept * config.d_model + at_once * block
+
+
+def _memory_width(config: Phase1Config | Phase2Config) -> int:
+    """Return the width of all heads of a memory; 0 in Phase 1."""
+    return config.num_heads * config.head_dim if isinstance(config, Phase2Config) else 0
+
+
+def _feed_forward_width(config: Phase1Config | Phase2Config) -> int:
+    """Return the hidden width of a plain feed-forward network; a gated one, of two thirds of it, keeps as much."""
+    if isinstance(config, Phase2Config) and config.intermediate_size is not None:
+        return config.intermediate_size * 3 // 2 if config.ffn_gated else config.intermediate_size
+    return 4 * config.d_model if config.ffn_dim is None else config.ffn_dim
 
 
 def memory_of_run(

@@ -14,11 +14,10 @@ from resolvent.training.config import TrainingConfig
 from resolvent.training.memory import Estimate, gib, memory_of, memory_of_run
 from resolvent.training.progress import format_duration, frozen_part
 from resolvent.training.run import new_trainer
+from resolvent.training.train_step import WARM_UP_STEPS
 from resolvent.training.trainer import Trainer
 from resolvent.wording import counted, readings
 
-_WARM_UP_STEPS = 3
-"""Steps in which kernels are compiled, and steps are recorded as CUDA graphs."""
 _TIMED_STEPS = 5
 _VALIDATING_COSTS = 1 / 3
 """Time to predict a token, as a part of that to train on it."""
@@ -124,7 +123,7 @@ def plan_run(
         free_memory = memory_of(device).available
         timed = tokens_per_second is None
         if timed:
-            first = ", after compiling the model" if trainer.compilation.wanted else ""
+            first = ", after compiling the model" if trainer.train_step.compilation.wanted else ""
             say(trainer.console, f"Timing {_TIMED_STEPS} steps on {device}{first}")
         return RunPlan(
             parameters=model.num_parameters(),
@@ -145,10 +144,10 @@ def plan_run(
 
 def _measured_speed(trainer: Trainer) -> float:
     """Return the tokens per second of a few steps."""
-    trainer.model.train()
+    trainer.train_step.model.train()
     factor = trainer.config.rate_factor(0)
     ends = []
-    for steps in (_WARM_UP_STEPS, _TIMED_STEPS):
+    for steps in (WARM_UP_STEPS, _TIMED_STEPS):
         numbers = [trainer.update(factor) for _ in range(steps)]
         torch.stack(numbers).tolist()  # waits for the device
         ends.append(time.perf_counter())

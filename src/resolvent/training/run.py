@@ -6,54 +6,45 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DynamoBackend,
-    TorchDynamoPlugin,
-    parse_flag_from_env,
-)
 from rich.console import Console
-from tokenizers import Tokenizer
 
 from resolvent.data import load_tokenizer, save_tokenizer
 from resolvent.data.cache import VARIABLE
 from resolvent.data.chat_template import ChatTemplate
 from resolvent.data.hub import PREFIX
-from resolvent.device import deterministic, pick_device
+from resolvent.device import deterministic
 from resolvent.errors import CheckpointError, ConfigError
+from resolvent.evaluation import LanguageScore
 from resolvent.files import locked
 from resolvent.manifest import MANIFEST
-from resolvent.models import IntegratedModel
-from resolvent.models.phase1 import Phase1Config
-from resolvent.models.phase2 import Phase2Config
-from resolvent.models.phases import PHASES
 from resolvent.models.storage import write_config, write_weights
-from resolvent.ops.hebbian import CHUNK
-from resolvent.runs import check_run, load_trained, run_of
+from resolvent.runs import check_run, run_of
 from resolvent.terminal import say, shell_word
 from resolvent.training.checkpoint import (
     checkpoint_of,
     find_checkpoint,
     load_average,
     load_trainer_state,
-    load_weights,
     remove_later,
     write_models,
 )
 from resolvent.training.config import Tracker, TrainingConfig
 from resolvent.training.corpus import Corpus, check_fingerprint, in_folder, load_corpus, text_name
 from resolvent.training.ema import WeightAverage
-from resolvent.training.freezing import check_patterns, freeze
-from resolvent.training.lora import add_adapters, base_weights, is_adapted, whole_model
+from resolvent.training.initial_model import (
+    initial_model,
+    model_of_checkpoint,
+    saved_model,
+    warn_of_untrained_filters,
+)
+from resolvent.training.lora import base_weights, is_adapted, whole_model
 from resolvent.training.memory import check_memory
+from resolvent.training.processes import make_accelerator
 from resolvent.training.run_folder import beginning, check_new, new_run, read_result, read_run, write_run, write_steps
-from resolvent.training.sharding import is_sharded, shard
-from resolvent.training.tracking import tracker_options
+from resolvent.training.sharding import is_sharded
 from resolvent.training.trainer import Trainer, TrainingResult
 from resolvent.wording import counted
 
@@ -100,15 +91,15 @@ def new_trainer(config: TrainingConfig, console: Console | None = None) -> Itera
         start_from=_absolute(config.start_from),
     )
     with deterministic(config.deterministic):
-        saved = _saved_model(config)  # before the data: errors come at once
-        accelerator = _accelerator(config)
+        saved = saved_model(config)  # before the data: errors come at once
+        accelerator = make_accelerator(config)
         console = _console(console, accelerator)
         template_folder = None if config.start_from is None else run_of(Path(config.start_from))
-        tokenizer = None if saved is None else saved[1]
+        model, tokenizer = (None, None) if saved is None else saved
         corpus = load_corpus(config, tokenizer, template_folder=template_folder, console=console)
-        model = _initial_model(config, corpus, accelerator, None if saved is None else saved[0])
+        model = initial_model(config, corpus.tokenizer.get_vocab_size(), accelerator, model)
         if accelerator.is_main_process:
-            _warn_of_what_is_not_trained(model)
+            warn_of_untrained_filters(model)
         check_memory(model, config, accelerator.device, accelerator.num_processes)
         yield Trainer(config, accelerator, corpus, model, console)
 
@@ -197,7 +188,7 @@ def resume(
     config = config if cache is None else dataclasses.replace(config, cache=cache)
     config.validate()
     with deterministic(config.deterministic):
-        accelerator = _accelerator(config)
+        accelerator = make_accelerator(config)
         with locked(run_dir / MANIFEST) if accelerator.is_main_process else nullcontext():
             return _resume(config, steps, fingerprint, accelerator, _console(console, accelerator))
 
@@ -207,36 +198,20 @@ def _resume(
 ) -> TrainingResult:
     run_dir = config.run_dir
     check_run(run_dir)
-    checkpoint, faults = find_checkpoint(run_dir)
-    if accelerator.is_main_process and checkpoint is not None:
-        for fault in faults:
-            logger.warning("Going back to %s: %s", checkpoint.name, fault)
-    if checkpoint is None and config.start_from is not None:
-        # The first checkpoint existed before the run could be resumed. The folder of --from is not read again.
-        raise CheckpointError(
-            f"{run_dir} has lost its checkpoints. To begin it anew: resolvent train --from "
-            f"{shell_word(config.start_from)}, with another --out"
-        )
-    taken = 0 if checkpoint is None else load_trainer_state(checkpoint).step
+    newest, taken = _newest_checkpoint(config, accelerator)
     before, config = config, _with_steps(config, steps, taken)
-    newest, checkpoint = checkpoint, _before_decay(before, config, taken) or checkpoint
+    checkpoint = _before_decay(before, config, taken) or newest
     if checkpoint is not None and (finished := _finished(config, checkpoint, taken, accelerator)) is not None:
-        score = finished.validation
-        say(
-            console,
-            f"The run in {run_dir} is finished: step {config.steps:,} of {config.steps:,}, validation loss "
-            f"{score.loss:.4f}, {score.bits_per_byte:.4f} bits/byte. Go on with: resolvent train --resume "
-            f"{shell_word(run_dir)} --steps N, N more than {config.steps}",
-        )
+        say(console, _end_of(config, finished.validation))
         return finished
     for _, paths in config.named_texts():
         say(console, f"Reading   {text_name(paths)}")
     corpus = load_corpus(config, load_tokenizer(run_dir), template_folder=run_dir, console=console)
     check_fingerprint(corpus, fingerprint, config, run_dir, remedy="restore the text, or start a new run")
     if checkpoint is None:
-        model = _initial_model(config, corpus, accelerator, None)
+        model = initial_model(config, corpus.tokenizer.get_vocab_size(), accelerator)
     else:
-        model = _load(config, checkpoint, accelerator)
+        model = model_of_checkpoint(config, checkpoint, accelerator)
     check_memory(model, config, accelerator.device, accelerator.num_processes)
     trainer = Trainer(config, accelerator, corpus, model, console)
     if config.steps != before.steps:
@@ -251,11 +226,34 @@ def _resume(
     return trainer.run()
 
 
-def _load(config: TrainingConfig, checkpoint: Path, accelerator: Accelerator) -> IntegratedModel:
-    sharded = _shares_model(config, accelerator)
-    model = load_weights(checkpoint, accelerator.device, sharded=sharded, lora=config.lora_options)
-    freeze(model, config.freeze or [])
-    return model
+def _newest_checkpoint(config: TrainingConfig, accelerator: Accelerator) -> tuple[Path | None, int]:
+    """Return the newest whole checkpoint of a run, and its step; None and 0 where the run starts from its beginning.
+
+    Raises:
+        CheckpointError: no checkpoint is whole, or there is none and the run began with a saved model.
+    """
+    checkpoint, faults = find_checkpoint(config.run_dir)
+    if checkpoint is None:
+        if config.start_from is None:
+            return None, 0
+        # The first checkpoint existed before the run could be resumed. The folder of --from is not read again.
+        raise CheckpointError(
+            f"{config.run_dir} has lost its checkpoints. To begin it anew: resolvent train --from "
+            f"{shell_word(config.start_from)}, with another --out"
+        )
+    if accelerator.is_main_process:
+        for fault in faults:
+            logger.warning("Going back to %s: %s", checkpoint.name, fault)
+    return checkpoint, load_trainer_state(checkpoint).step
+
+
+def _end_of(config: TrainingConfig, score: LanguageScore) -> str:
+    """Return a message: the run is finished, its score, and the command that takes more steps."""
+    return (
+        f"The run in {config.run_dir} is finished: step {config.steps:,} of {config.steps:,}, validation loss "
+        f"{score.loss:.4f}, {score.bits_per_byte:.4f} bits/byte. Go on with: resolvent train --resume "
+        f"{shell_word(config.run_dir)} --steps N, N more than {config.steps}"
+    )
 
 
 def _with_steps(config: TrainingConfig, steps: int | None, taken: int) -> TrainingConfig:
@@ -299,7 +297,7 @@ def _finished(config: TrainingConfig, checkpoint: Path, taken: int, accelerator:
     scores = read_result(run_dir, config.steps) if taken == config.steps else None
     if scores is None:
         return None
-    model = _load(config, checkpoint, accelerator)
+    model = model_of_checkpoint(config, checkpoint, accelerator)
     average = WeightAverage(model, config.ema) if config.ema else None
     if average is not None:
         load_average(checkpoint, model, average)
@@ -307,134 +305,6 @@ def _finished(config: TrainingConfig, checkpoint: Path, taken: int, accelerator:
         write_models(run_dir, model, average)  # those in the folder may be damaged
     accelerator.wait_for_everyone()
     return TrainingResult(run_dir, whole_model(model).eval(), load_tokenizer(run_dir), *scores)
-
-
-def _warn_of_what_is_not_trained(model: IntegratedModel) -> None:
-    """Warn if no window is long enough for a consolidation to affect a prediction."""
-    wanted = model.config
-    if not isinstance(wanted, Phase2Config) or not (wanted.snr_enabled or wanted.resonance_enabled):
-        return
-    interval = wanted.consolidation_interval
-    if model.n_seq <= interval:
-        oftener = f"set consolidation_interval={CHUNK}, or " if model.n_seq > CHUNK else ""
-        filters = {"the SNR filter": wanted.snr_enabled, "the resonance": wanted.resonance_enabled}
-        untrained = " and ".join(name for name, enabled in filters.items() if enabled)
-        logger.warning(
-            f"Memories are consolidated every {interval:,} tokens (consolidation_interval), and windows have "
-            f"{model.n_seq}: no step trains {untrained}. For steps that do, {oftener}take a --seq-len of "
-            f"more than {interval}"
-        )
-
-
-def _saved_model(config: TrainingConfig) -> tuple[IntegratedModel, Tokenizer] | None:
-    """Return the model to start from, with fresh adapters if the run has some, and its tokenizer.
-
-    None if the run starts from fresh weights. A missing model or an unknown preset raises here, and so do
-    parameters to freeze that there are not.
-    """
-    if config.start_from is None:
-        model_config = _model_config(config)
-        with torch.device("meta"):
-            check_patterns(PHASES[config.phase].model(model_config, init=False), config.freeze or [])
-        return None
-    model, tokenizer = load_trained(Path(config.start_from), "cpu")
-    check_patterns(model, config.freeze or [])
-    model.config = _for_windows(model.config, config)
-    if config.lora_options is not None:
-        torch.manual_seed(config.seed)
-        add_adapters(model, config.lora_options)
-    return model, tokenizer
-
-
-def _model_config(config: TrainingConfig) -> Phase1Config | Phase2Config:
-    chosen = config.model if config.model is not None else PHASES[config.phase].preset(str(config.preset))
-    return _for_windows(chosen, config)
-
-
-def _for_windows(model_config: Any, config: TrainingConfig) -> Any:
-    """Return a model configuration with the window length of the run as its `n_seq`, which later readers use."""
-    return dataclasses.replace(model_config, n_seq=config.window(model_config.n_seq))
-
-
-def _initial_model(
-    config: TrainingConfig, corpus: Corpus, accelerator: Accelerator, model: IntegratedModel | None
-) -> IntegratedModel:
-    """Return a saved model, or fresh weights, which depend on the seed and not on the number of processes.
-
-    The model is on the device of this process, or sharded.
-    """
-    sharded = _shares_model(config, accelerator)
-    if model is None:
-        torch.manual_seed(config.seed)
-        vocab_size = corpus.tokenizer.get_vocab_size()
-        create = PHASES[config.phase].create
-        # If the model is sharded, only the first process draws its weights.
-        initial_device = torch.device("meta" if sharded and not accelerator.is_main_process else "cpu")
-        with initial_device:
-            model = create(config=_model_config(config), vocab_size=vocab_size, device=initial_device)
-    model = shard(model, accelerator.device) if sharded else model.to(accelerator.device)
-    freeze(model, config.freeze or [])
-    return model
-
-
-def _shares_model(config: TrainingConfig, accelerator: Accelerator) -> bool:
-    """Return True if the model is sharded over the processes."""
-    return config.parallel == "fsdp" and accelerator.num_processes > 1
-
-
-def _accelerator(config: TrainingConfig) -> Accelerator:
-    """Return the accelerator of a run: device, precision and processes.
-
-    Raises:
-        ConfigError: Accelerate is configured to shard the model itself.
-    """
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise ConfigError("accelerate launch is configured for FSDP: use --parallel fsdp, and launch without it")
-    device = pick_device(config.device)
-    precision = {"auto": "bf16" if device.type == "cuda" else "no", "fp32": "no", "bf16": "bf16"}[config.precision]
-    if not torch.distributed.is_initialized():
-        # Accelerate keeps the settings of a process's first Accelerator and refuses others.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-    _join_processes(device)
-    replicas = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    return Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision=precision,
-        gradient_accumulation_steps=config.accumulation,
-        dynamo_plugin=TorchDynamoPlugin(backend=DynamoBackend.NO),  # the trainer decides
-        kwargs_handlers=[replicas],
-        **tracker_options(config),
-    )
-
-
-def _join_processes(device: torch.device) -> None:
-    """Join the processes that torchrun started on CUDA; on the CPU, and for a single process, Accelerate does so.
-
-    The group knows the device of this process: without it, NCCL guesses the device at every barrier, and warns.
-    """
-    local = os.environ.get("LOCAL_RANK")
-    if device.type == "cuda" and local is not None and not torch.distributed.is_initialized():
-        own = torch.device("cuda", int(local))
-        torch.cuda.set_device(own)
-        torch.distributed.init_process_group("nccl", device_id=own)
-
-
-@contextmanager
-def leaving_processes() -> Iterator[None]:
-    """Leave the process group of a run, if there is one, at the end of the `with` block: this process trains no more.
-
-    To leave NCCL, processes wait for each other. After an error in one of them, they would wait for ever.
-    """
-    try:
-        yield
-    except BaseException:
-        group = torch.distributed.group.WORLD
-        if group is not None and torch.distributed.get_backend() == "nccl":
-            group.abort()
-        raise
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _console(console: Console | None, accelerator: Accelerator) -> Console:

@@ -4,32 +4,24 @@ import logging
 import math
 import signal
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend
 from rich.console import Console
 from tokenizers import Tokenizer
-from torch.nn.utils import get_total_norm
 
-from resolvent.data import Batch
 from resolvent.data.stream import token_ids
 from resolvent.errors import CheckpointError
 from resolvent.evaluation import LanguageScore
 from resolvent.evaluation.language import Stretches, sample_stretches
 from resolvent.models import IntegratedModel
-from resolvent.models.compilation import compiler_errors
 from resolvent.models.inference import evaluating
-from resolvent.models.phases import phase_of
-from resolvent.ops import IGNORED
 from resolvent.terminal import shell_word
 from resolvent.training.average import Average
 from resolvent.training.checkpoint import (
@@ -42,39 +34,28 @@ from resolvent.training.checkpoint import (
     save_checkpoint,
     write_models,
 )
-from resolvent.training.compilation import (
-    choose_compilation,
-    compile_blocks,
-    obstacle_in_model,
-    remove_compiled_blocks,
-    without_compiled_blocks,
-)
+from resolvent.training.compilation import without_compiled_blocks
 from resolvent.training.compute import flops_per_token, peak_flops
-from resolvent.training.config import FROM_RATE, TrainingConfig, weighted_paths
+from resolvent.training.config import TrainingConfig
 from resolvent.training.corpus import Corpus
-from resolvent.training.ema import WeightAverage
 from resolvent.training.interrupt import StopRequest, TrainingInterrupted
+from resolvent.training.introduction import introduce
 from resolvent.training.lora import whole_model
-from resolvent.training.memory import keeps_whole_weights
 from resolvent.training.metrics import FILE_NAME, History, MetricsLog, read_history
 from resolvent.training.model_card import write_run_card
 from resolvent.training.nonfinite import NonFiniteError, offending_gradient, offending_weight
-from resolvent.training.optimizer import learning_rates, optimizer_of_run
+from resolvent.training.optimizer import learning_rates
 from resolvent.training.progress import TrainingDisplay, format_duration
 from resolvent.training.run_folder import Scores, write_result
-from resolvent.training.sharding import is_sharded, keep_whole_weights, local_tensor
 from resolvent.training.tracking import Tracking
+from resolvent.training.train_step import WARM_UP_STEPS, TrainStep
 from resolvent.training.validation import StoppedInValidation, Validator
-from resolvent.wording import counted, readings
+from resolvent.wording import counted
 
 logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 1024
 """Held-out tokens, document after document, that the model reads for the diagnostics of a tracker."""
-
-
-_WARM_UP_STEPS = 3
-"""Steps in which a compiled model is compiled and recorded."""
 
 REWIND_FACTOR = 0.5
 """Factor of the learning rate at every rewind."""
@@ -154,7 +135,7 @@ class Trainer:
     """A run in progress.
 
     On a GPU a step is reported while the next one is computed: with a synchronisation at every step, the GPU would be
-    idle for a third of the time. The optimiser itself skips a step whose loss or gradient is not finite.
+    idle for a third of the time.
 
     Args:
         config: a valid configuration.
@@ -176,49 +157,19 @@ class Trainer:
         self.run_dir = config.run_dir
         self.device = accelerator.device
         self.state = TrainerState(step=0, processes=accelerator.num_processes, loss_average=Average())
-        self.batches = corpus.batches(
-            seq_len=config.window(model.n_seq), batch_size=config.batch_size, seed=config.seed
-        )
         self.bits_per_byte_per_nat = corpus.tokens_per_byte / math.log(2)
         self.peak_learning_rate = config.peak_learning_rate(model.d_model)
         self.raw_model = model
-        if config.recompute:
-            model.recompute_blocks()
-        self.raw_optimizer = optimizer_of_run(config, model)
-        self.found_inf = self.raw_optimizer.found_inf = torch.zeros((), device=self.device)
+        self.train_step = TrainStep(config, accelerator, corpus, model)
         self.taken: deque[_Step] = deque()
         self.lag = 1 if self.device.type == "cuda" else 0
         self.reported_at, self.stopping = 0.0, False
-        self.sharded = is_sharded(model)
-        if self.sharded and keeps_whole_weights(model, self.device):
-            keep_whole_weights(model)
-        self.compilation = choose_compilation(config, self.device, accelerator.num_processes, model)
-        if self.compilation.wanted:
-            self._compile()
-        if self.sharded:  # it needs autocast only
-            self.model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-            self.optimizer = accelerator.prepare_optimizer(self.raw_optimizer)
-        else:
-            self.model, self.optimizer = accelerator.prepare(model, self.raw_optimizer)
-        self.average = WeightAverage(model, config.ema) if config.ema else None
         self.validator = Validator(
             accelerator,
-            self.model,
-            batch_tokens=self.batches.tokens_per_batch,
-            sharded=self.sharded,
+            self.train_step.model,
+            batch_tokens=self.train_step.batches.tokens_per_batch,
+            sharded=self.train_step.sharded,
         )
-
-    def _compile(self) -> None:
-        """Have the model compiled: by a single process as a whole, and by several processes block by block."""
-        # The operators compute with complex numbers in kernels of their own.
-        warnings.filterwarnings(
-            "ignore", message="Torchinductor does not support code generation for complex operators"
-        )
-        if self.accelerator.num_processes > 1:
-            compile_blocks(self.raw_model)
-        elif compiler := self.accelerator.state.dynamo_plugin:
-            compiler.backend, compiler.fullgraph = DynamoBackend.INDUCTOR, not obstacle_in_model(self.raw_model)
-            compiler.mode = "reduce-overhead" if self.compilation.replayed else "default"
 
     @property
     def batches_per_step(self) -> int:
@@ -228,7 +179,7 @@ class Trainer:
     @property
     def tokens_per_step(self) -> int:
         """Number of tokens of a step, over all processes."""
-        return self.batches.tokens_per_batch * self.batches_per_step
+        return self.train_step.batches.tokens_per_batch * self.batches_per_step
 
     def restore(self, checkpoint: Path) -> None:
         """Load the optimiser state and the trainer state of a checkpoint; the model has its weights already."""
@@ -238,9 +189,9 @@ class Trainer:
                 f"a step of the run {self.run_dir} has {counted(self.batches_per_step, 'batch', 'batches')}, which "
                 f"{self.accelerator.num_processes} processes cannot share evenly: resume it with a divisor of that"
             )
-        load_optimizer(checkpoint, self.raw_model, self.raw_optimizer)
-        if self.average is not None:
-            load_average(checkpoint, self.raw_model, self.average)
+        load_optimizer(checkpoint, self.raw_model, self.train_step.raw_optimizer)
+        if self.train_step.average is not None:
+            load_average(checkpoint, self.raw_model, self.train_step.average)
 
     def run(self) -> TrainingResult:
         """Train until the last step, save the model, and validate it.
@@ -260,7 +211,7 @@ class Trainer:
 
     def _run(self) -> TrainingResult:
         started = time.perf_counter()
-        self.model.train()
+        self.train_step.model.train()
         self.display = self._new_display()
         self._introduce()
         with self._metrics_log() as self.metrics, self._tracking() as self.tracking, self.display:
@@ -282,8 +233,7 @@ class Trainer:
                 write_run_card(self.config, self.corpus, self.raw_model, self.tokens_per_step, scores.validation)
                 write_result(self.run_dir, self.state.step, scores)
         self.display.say(f"Done in {format_duration(time.perf_counter() - started)}; the model is in {self.run_dir}")
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)  # removes autocast
-        remove_compiled_blocks(self.raw_model)
+        self.train_step.unwrap()
         return TrainingResult(self.run_dir, whole_model(self.raw_model).eval(), self.corpus.tokenizer, *scores)
 
     def _step(self, stop: StopRequest) -> None:
@@ -298,93 +248,16 @@ class Trainer:
             stopping=stop.signal_number is not None,
             look=partial(self.tracking.log_gradients, step + 1, self.raw_model) if checked else None,
         )
-        self.taken.append(_Step(self.state.step, learning_rates(self.raw_optimizer), started, _on_its_way(numbers)))
+        self.taken.append(
+            _Step(self.state.step, learning_rates(self.train_step.raw_optimizer), started, _on_its_way(numbers))
+        )
         self._report_all_but(self.lag)
 
     def update(self, factor: float, *, stopping: bool = False, look: Callable[[], None] | None = None) -> torch.Tensor:
-        """Update the weights once, along the gradient of the mean loss over this step's batches.
-
-        Args:
-            factor: learning rates as a part of the highest.
-            stopping: True if this process was asked to stop.
-            look: is called when the gradients are there, before they are clipped.
-
-        Returns:
-            (3,) on the device: the loss, the gradient's norm before clipping, and above zero if a process was asked to
-            stop.
-        """
-        step = self.state.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        if self.config.start_from is None:  # with fewer channels, a saved model would be another function
-            self.raw_model.update_rank_schedule(step)
-        loss, asked = self._over_processes(self._gradient(step), stopping)
-        if look is not None:
-            look()
-        norm = self._clip()
-        self.found_inf.logical_or_(~(loss + norm).isfinite())
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        """Update the weights once; arguments and result are those of `TrainStep`."""
+        numbers = self.train_step(self.state.step, self.batches_per_step, factor, stopping=stopping, look=look)
         self.state.step += 1
-        if self.average is not None:
-            self.average.update(self.state.step)
-        return torch.stack([loss, norm, asked])
-
-    def _gradient(self, step: int) -> torch.Tensor:
-        """Compute the gradient into the parameters; return the mean loss of this process's batches, on the device."""
-        accelerator, config = self.accelerator, self.config
-        mine = range(accelerator.process_index, self.batches_per_step, accelerator.num_processes)
-        accelerator.gradient_accumulation_steps = len(mine)
-        loss_sum = torch.zeros((), device=self.device)
-        for number, batch, weight in self._weighted_batches(step, mine):
-            # Randomness, too, is a function of the batch alone: a resumed run needs no generator's state, nor as many
-            # processes as before.
-            seeds = np.random.SeedSequence((config.seed, step, number))
-            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-            with accelerator.accumulate(self.model), compiler_errors("train with --no-compile"):
-                loss, penalty = self._loss(batch)
-                loss = loss * weight
-                accelerator.backward(loss + penalty)
-            loss_sum += loss.detach()
-            if self.compilation.replayed and number == mine[0] != mine[-1]:
-                self._move_gradients()
-        return loss_sum / len(mine)
-
-    def _weighted_batches(self, step: int, mine: range) -> Iterator[tuple[int, Batch, torch.Tensor | float]]:
-        """Yield this process's batches with number and weight, in the mean over all tokens that the step predicts.
-
-        Batches of text predict equally many tokens. How many those of conversations predict depends on the answers, so
-        that the processes add up their counts.
-        """
-        count = self.batches_per_step
-        batches = (self.batches[step * count + number] for number in mine)
-        if count == 1 or not self.corpus.train.signed:
-            yield from zip(mine, batches, repeat(1.0), strict=False)
-            return
-        held = list(batches)
-        predicted = torch.tensor([int((batch.labels != IGNORED).sum()) for batch in held], dtype=torch.float64)
-        total = self.accelerator.reduce(predicted.sum().to(self.device), reduction="sum")
-        weights = (count * predicted.to(self.device) / total.clamp(min=1)).float()
-        yield from zip(mine, held, weights, strict=True)
-
-    def _over_processes(self, loss: torch.Tensor, stopping: bool) -> torch.Tensor:
-        """Return (2,) on the device: the mean loss of all processes, and a number above zero if any is to stop."""
-        asked = torch.full_like(loss, stopping)
-        return self.accelerator.reduce(torch.stack([loss, asked]), reduction="mean")
-
-    @torch.no_grad()
-    def _clip(self) -> torch.Tensor:
-        """Clip the gradient; return its norm before clipping, on the device.
-
-        Of a sharded gradient, every process clips its shards: DTensors would be sent one by one.
-        """
-        gradients = [local_tensor(x.grad) for x in self.raw_model.parameters() if x.grad is not None]
-        norm = get_total_norm(gradients)
-        if self.sharded:
-            norm = self.accelerator.reduce(norm.square(), reduction="sum").sqrt()
-        if self.config.grad_clip:
-            torch._foreach_mul_(gradients, (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return numbers
 
     def _report_all_but(self, count: int) -> None:
         """Report the steps that were taken, except the last ``count``.
@@ -408,32 +281,10 @@ class Trainer:
         name = "the loss"
         if math.isfinite(loss):
             self.state.step = step - 1
-            self._gradient(step - 1)
+            self.train_step.gradient(step - 1, self.batches_per_step)
             name = offending_gradient(self.raw_model)
         event = f"the loss is {loss} and its gradient's norm {grad_norm}, first of all {name}; the step was not taken"
         return self._not_finite(step, name, event)
-
-    def _move_gradients(self) -> None:
-        """Copy the gradients, which are to be summed, out of the memory that the next replay of a graph overwrites."""
-        for parameter in self.raw_model.parameters():
-            if parameter.grad is not None:
-                parameter.grad = parameter.grad.clone()
-
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Return the loss in nats per token, and the penalty of the model."""
-        options = {"return_penalty": True} if self.raw_model.penalised else {}
-        if self.compilation.replayed:
-            torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last replay are not used any more
-        if self.compilation.padded:
-            # No code reads the offsets on the CPU, and the number of segments selects a CUDA graph.
-            input_ids, labels, cu_seqlens = batch.padded().to(self.device)
-            torch._dynamo.mark_dynamic(cu_seqlens, 0)  # compiled once, for any number of segments
-        else:
-            # The offsets stay on the CPU, where the model reads them without waiting for the device.
-            input_ids, labels, _ = batch.to(self.device)
-            cu_seqlens = batch.cu_seqlens
-        output = self.model(input_ids, labels=labels, cu_seqlens=cu_seqlens, **options)
-        return output if options else (output, 0.0)
 
     def _report(self, step: int, loss: float, grad_norm: float, rates: dict[str, float], seconds: float) -> None:
         average = self.state.loss_average.update(loss)
@@ -475,8 +326,7 @@ class Trainer:
             raise fault
         restore_weights(checkpoint, self.raw_model)
         self.restore(checkpoint)
-        self.optimizer.zero_grad()
-        self.found_inf.zero_()
+        self.train_step.reset()
         self.state.rewinds, self.state.validation_due = rewinds, False
         self.metrics.go_back(self.state.step)
         self.tracking.go_back(self.state.step, rewinds)
@@ -534,15 +384,15 @@ class Trainer:
             self.display.say(f"Validating on {sample.num_predictions:,} held-out tokens")
         with without_compiled_blocks(self.raw_model):
             score, averaged = self._score(sample, stop), None
-            if self.average is not None:
-                with self.average.in_place():
+            if (average := self.train_step.average) is not None:
+                with average.in_place():
                     averaged = self._score(sample, stop)
         if averaged is not None:
             ema = dict(ema_loss=averaged.loss, ema_bits_per_byte=averaged.bits_per_byte)
             self.tracking.log(step, "validation", ema)
         self.metrics.write_validation(step, score, averaged, final=final)
         self.tracking.log(step, "validation", dict(loss=score.loss, bits_per_byte=score.bits_per_byte))
-        if not self.sharded:  # no process holds whole blocks for diagnostics
+        if not self.train_step.sharded:  # no process holds whole blocks for diagnostics
             with without_compiled_blocks(self.raw_model), evaluating(self.raw_model):
                 self.tracking.log_diagnostics(step, self.raw_model)
         self.display.validation(step, score, averaged)
@@ -568,17 +418,17 @@ class Trainer:
             OSError: the folder cannot be written.
         """
         config, first = self.config, self.accelerator.is_main_process
-        if first or self.sharded:
+        if first or self.train_step.sharded:
             save_checkpoint(
                 self.run_dir,
                 self.raw_model,
-                self.raw_optimizer,
+                self.train_step.raw_optimizer,
                 self.state,
-                average=self.average,
+                average=self.train_step.average,
                 keep=config.keep_checkpoints,
                 keep_step=config.stable_steps,
             )
-            write_models(self.run_dir, self.raw_model, self.average)
+            write_models(self.run_dir, self.raw_model, self.train_step.average)
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
@@ -603,48 +453,8 @@ class Trainer:
         return Tracking(self.accelerator, self.config, self.state.step, probe)
 
     def _introduce(self) -> None:
-        """Show the model, the text and the settings of the run."""
-        config, train, held_out = self.config, self.corpus.train, self.corpus.validation
-        total, trained = self.raw_model.num_parameters(), self.raw_model.num_parameters(trainable_only=True)
-        of_them = f" of which {trained:,} are trained ({trained / total:.1%})," if trained < total else ""
-        precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
-        processes = self.accelerator.num_processes
-        devices = self.device if processes == 1 else f"{processes} processes ({config.parallel}), {self.device.type}"
-        epochs = config.steps * self.tokens_per_step / train.num_predictions
-        origin = f"from {config.start_from}" if config.start_from else config.preset or "own configuration"
-        start = f"from step {self.state.step:,} of" if self.state.step else "for"
-        part = held_out.num_bytes / (train.num_bytes + held_out.num_bytes)
-        share = "" if config.validation_data else f" ({part:.1%} of the bytes)"
-        rate = f"Training  {config.schedule} schedule with a peak learning rate of {self.peak_learning_rate:.2g}"
-        if (muon := learning_rates(self.raw_optimizer).get("muon_lr")) is not None:
-            rate += f" (AdamW) and {muon:.2g} (Muon)"
-        if config.start_from and config.learning_rate is None and config.lora is None:
-            rate += f", {FROM_RATE:g} of that for fresh weights, since the model is trained already (--learning-rate)"
-        compiled = "Compiling the model; the first step takes a minute or two (not with --no-compile)\n"
-        obstacle = f"Not compiled, since {self.compilation.obstacle}\n" if self.compilation.obstacle else ""
-        self.display.say(
-            f"Model     Phase {phase_of(self.raw_model)}, {origin}: "
-            f"{total:,} parameters,{of_them} {precision} on {devices}\n"
-            f"Text      {train.num_bytes:,} bytes in {counted(train.num_documents, 'document')} to learn from\n"
-            f"{self._mixture()}"
-            f"Held out  {held_out.num_bytes:,} bytes in {counted(held_out.num_documents, 'document')}{share}\n"
-            f"Tokens    {train.num_predictions:,} to learn from, vocabulary of "
-            f"{self.corpus.tokenizer.get_vocab_size():,}\n"
-            f"{rate}\n"
-            f"          {start} {counted(config.steps, 'step')} of {counted(self.tokens_per_step, 'token')} ("
-            f"{readings(epochs)}), into {self.run_dir}\n"
-            f"{compiled if self.compilation.wanted else obstacle}".rstrip()
-        )
-
-    def _mixture(self) -> str:
-        """Return a line with the shares of a mixture; nothing where texts are not mixed."""
-        if not self.corpus.mixture:
-            return ""
-        data = self.config.data
-        paths = weighted_paths(data if isinstance(data, list) else [str(data)])
-        whole = sum(weight or 0 for _, weight in paths)
-        shares = (f"{(weight or 0) / whole:.0%} from {path}" for path, weight in paths)
-        return f"Windows   {', '.join(shares)}\n"
+        sizes = dict(first_step=self.state.step, tokens_per_step=self.tokens_per_step)
+        self.display.say(introduce(self.config, self.corpus, self.train_step, **sizes))
 
     def _new_display(self) -> TrainingDisplay:
         peak = peak_flops(self.device, self.accelerator.mixed_precision)
@@ -654,7 +464,7 @@ class Trainer:
             steps=self.config.steps,
             first_step=self.state.step,
             log_interval=self.config.log_interval,
-            warm_up=_WARM_UP_STEPS if self.compilation.wanted else 0,
+            warm_up=WARM_UP_STEPS if self.train_step.compilation.wanted else 0,
             most_tokens_per_second=None if peak is None else processes * peak / flops_per_token(self.raw_model),
         )
 

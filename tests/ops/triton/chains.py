@@ -4,6 +4,8 @@ import torch
 
 from resolvent.ops import resolvent_diagonal
 
+from ..errors import relative
+
 WEAK, STRONG = 1e-2, 1.0
 
 
@@ -20,10 +22,6 @@ def chain(length, heads=3, batch=1, damping=WEAK, disorder=2.0):
 def states(sequences, heads=3):
     """Values that a resolvent can take: in the upper half plane."""
     return torch.complex(torch.randn(sequences, heads), torch.rand(sequences, heads)).to(torch.complex128)
-
-
-def relative(x, reference):
-    return ((x - reference).norm() / reference.norm().clamp(min=1e-30)).item()
 
 
 def run(alpha, coupling, initial_state=None, *, dtype=torch.complex64, **options):

@@ -15,7 +15,8 @@ if torch.cuda.is_available():
 from resolvent.ops.triton import hebbian as kernels
 from resolvent.ops.triton import segments
 from resolvent.ops.triton.arguments import parts_of
-from tests.ops.test_hebbian import KINDS, at, consolidation, inputs, relative, state, tensors_of
+from tests.ops.errors import relative
+from tests.ops.test_hebbian import KINDS, at, consolidation, inputs, state, tensors_of
 
 DECAYS = {"weak": 1e-3, "middling": 0.3, "strong": 1000.0}
 NAMES = ["q", "k", "v", "decay", "eta", "memory", "forgetting"]

@@ -57,7 +57,7 @@ def language(
     if tasks is not None:
         if text != TextOptions():
             raise typer.BadParameter("give a text or tasks, not both", param_hint="--tasks")
-        from resolvent.evaluation.choices import is_packaged
+        from resolvent.evaluation.task_files import is_packaged
 
         names = [name.strip() for name in tasks.split(",")]
         if "" in names:
@@ -88,7 +88,8 @@ def _evaluate_packaged(
     directory: Path, names: list[str], files: Path | None, device: str, batch_tokens: int, json_path: Path | None
 ) -> None:
     """Evaluate tasks whose files come in packages."""
-    from resolvent.evaluation.choices import evaluate_examples, is_packaged, load_tasks
+    from resolvent.evaluation.choices import evaluate_examples
+    from resolvent.evaluation.task_files import is_packaged, load_tasks
 
     if others := [name for name in names if not is_packaged(name)]:
         raise typer.BadParameter(f"{', '.join(others)}: evaluate them in a call of their own", param_hint="--tasks")

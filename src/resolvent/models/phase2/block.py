@@ -167,7 +167,9 @@ class Phase2Block(Block[Phase2Record]):
         # 2. BK-Core: the resolvent of the tokens' Hamiltonian.
         features, gamma = None, None
         if self.dissipative_bk is not None:
-            features, gamma, resolvent = self.dissipative_bk(normed, readout, resolvent, cu_seqlens, of_potential)
+            features, gamma, resolvent = self.dissipative_bk(
+                normed, readout, state=resolvent, cu_seqlens=cu_seqlens, projected=of_potential
+            )
         # 3. Memory, with the same Γ, or attention.
         read = self._read(normed, gamma, state, position, cu_seqlens, given, rotation, features, return_state)
         # 4. One product out, of the gated read-out with the features behind it.
@@ -204,15 +206,35 @@ class Phase2Block(Block[Phase2Record]):
         if self.hebbian is not None:
             assert gamma is not None
             memory, phases = (None, None) if state is None else (state.memory, state.phases)
-            rule = self.consolidation()
-            return self.hebbian(x, gamma, memory, conv_tail, position, cu_seqlens, rule, phases, given, features)
+            return self.hebbian(
+                x,
+                gamma,
+                state=memory,
+                conv_tail=conv_tail,
+                position=position,
+                cu_seqlens=cu_seqlens,
+                consolidation=self.consolidation(),
+                phases=phases,
+                given=given,
+                features=features,
+            )
         assert self.attention is not None
         window = None
         if state is not None:
             window = state.cache if self.attention.window is None else state.window
             if window is None:
                 raise ValueError("the state belongs to another model: one of its windows grows, or none of them does")
-        return self.attention(x, window, conv_tail, position, cu_seqlens, given, rotation, features, return_state)
+        return self.attention(
+            x,
+            state=window,
+            conv_tail=conv_tail,
+            position=position,
+            cu_seqlens=cu_seqlens,
+            given=given,
+            rotation=rotation,
+            features=features,
+            return_state=return_state,
+        )
 
     def _state(
         self, read: HebbianOutput | AttentionOutput, resolvent: Tensor | None, ar_ssm: SemiseparableState | None
@@ -230,9 +252,9 @@ def _bk_layer(config: Phase2Config, layer: int) -> DissipativeBKLayer | None:
     potential = NonHermitianPotential(
         config.d_model,
         config.num_heads,
-        config.base_decay,
-        config.adaptive_decay,
-        config.hebbian_dt,
+        base_decay=config.base_decay,
+        adaptive_decay=config.adaptive_decay,
+        dt=config.hebbian_dt,
         memory_width=config.num_heads * config.head_dim if config.memory_feedback and layer else 0,
         memory_scale=config.feedback_scale,
         least_decay=config.least_decay,
@@ -246,17 +268,17 @@ def _memory(config: Phase2Config) -> DissipativeHebbianLayer:
         config.d_model,
         config.num_heads,
         config.head_dim,
-        config.hebbian_eta,
-        config.hebbian_dt,
-        config.conv_size,
-        config.output_norm,
-        config.output_gate,
-        config.backend,
-        config.memory_rotation,
-        config.num_kv_heads,
-        config.qkv_bias,
-        config.memory_norm_weight,
-        (config.rotary_base, config.scaling) if config.memory_rotation_bias else None,
+        eta=config.hebbian_eta,
+        dt=config.hebbian_dt,
+        conv_size=config.conv_size,
+        output_norm=config.output_norm,
+        output_gate=config.output_gate,
+        backend=config.backend,
+        rotation=config.memory_rotation,
+        num_kv_heads=config.num_kv_heads,
+        qkv_bias=config.qkv_bias,
+        norm_weight=config.memory_norm_weight,
+        rotary=(config.rotary_base, config.scaling) if config.memory_rotation_bias else None,
     )
 
 
@@ -269,15 +291,15 @@ def attention_layer(
         config.num_heads,
         config.head_dim,
         config.windows[layer],
-        config.conv_size,
-        config.output_norm,
-        config.output_gate,
-        config.backend,
-        config.num_kv_heads,
-        config.qk_norm,
-        config.qkv_bias,
-        config.rotary_base,
-        config.scaling,
+        conv_size=config.conv_size,
+        output_norm=config.output_norm,
+        output_gate=config.output_gate,
+        backend=config.backend,
+        num_kv_heads=config.num_kv_heads,
+        qk_norm=config.qk_norm,
+        qkv_bias=config.qkv_bias,
+        rotary_base=config.rotary_base,
+        rotary_scaling=config.scaling,
     )
 
 
@@ -286,12 +308,12 @@ def _snr_filter(config: Phase2Config) -> SNRMemoryFilter | None:
         return None
     return SNRMemoryFilter(
         config.num_heads,
-        config.snr_threshold,
-        config.snr_gamma_boost,
-        config.snr_eta_boost,
-        config.snr_temperature,
-        config.snr_trained,
-        config.memory_rotation,
+        threshold=config.snr_threshold,
+        gamma_boost=config.snr_gamma_boost,
+        eta_boost=config.snr_eta_boost,
+        temperature=config.snr_temperature,
+        trained=config.snr_trained,
+        paired=config.memory_rotation,
     )
 
 

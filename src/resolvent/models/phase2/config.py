@@ -237,6 +237,19 @@ class Phase2Config(ModelConfig):
         return None if self.rotary_scaling is None else Scaling(**vars(self.rotary_scaling))
 
     def _faults(self) -> list[str]:
+        faults = [*self._range_faults(), *self._memory_faults(), *self._layer_faults(), *self._transformer_faults()]
+        if not 0 <= self.dropout < 1:
+            faults.append(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.consolidation_interval > 0 and self.consolidation_interval % CHUNK:
+            faults.append(f"consolidation_interval must be a multiple of {CHUNK}, got {self.consolidation_interval}")
+        if self.backend not in BACKENDS:
+            faults.append(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        if self.phase1_config is not None:
+            faults += [f"phase1_config: {fault}" for fault in self.phase1_config.faults()]
+        return faults
+
+    def _range_faults(self) -> list[str]:
+        """Return a fault for every number that is too small."""
         faults = must_be_positive(
             self,
             "base_decay",
@@ -270,7 +283,11 @@ class Phase2Config(ModelConfig):
             "num_kv_heads",
             "intermediate_size",
         )
-        faults += must_be_positive(self, *(name for name in optional if getattr(self, name) is not None))
+        return faults + must_be_positive(self, *(name for name in optional if getattr(self, name) is not None))
+
+    def _memory_faults(self) -> list[str]:
+        """Return the faults of decay and rotation."""
+        faults = []
         if self.least_decay is not None and not 0 < self.least_decay < self.base_decay:
             faults.append(f"least_decay must be > 0 and < base_decay ({self.base_decay}), got {self.least_decay}")
         if self.memory_rotation and self.head_dim % 2:
@@ -282,6 +299,11 @@ class Phase2Config(ModelConfig):
                 "memory_rotation_bias turns a pair by up to one radian per token, a memory by less than π hebbian_dt: "
                 f"hebbian_dt must be > 1/π, got {self.hebbian_dt}"
             )
+        return faults
+
+    def _layer_faults(self) -> list[str]:
+        """Return the faults of a shared table, and of the blocks that attend."""
+        faults = []
         if self.tie_embeddings and self.htt_rank is not None:
             faults.append(f"tie_embeddings needs a table to share: leave out htt_rank, got {self.htt_rank}")
         if len({*self.attention_layers} & {*range(self.n_layers)}) < len(self.attention_layers):
@@ -289,18 +311,10 @@ class Phase2Config(ModelConfig):
             faults.append(f"attention_layers must name blocks of 0..{last}, each at most once, got {layers}")
         if self.attention_layers and self.head_dim % 2:
             faults.append(f"head_dim must be even for the rotary positions of attention, got {self.head_dim}")
-        faults += self._transformer_faults()
-        if not 0 <= self.dropout < 1:
-            faults.append(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.consolidation_interval > 0 and self.consolidation_interval % CHUNK:
-            faults.append(f"consolidation_interval must be a multiple of {CHUNK}, got {self.consolidation_interval}")
-        if self.backend not in BACKENDS:
-            faults.append(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
-        if self.phase1_config is not None:
-            faults += [f"phase1_config: {fault}" for fault in self.phase1_config.faults()]
         return faults
 
     def _transformer_faults(self) -> list[str]:
+        """Return the faults of the parts of a Transformer."""
         faults, windows, attending = [], self.attention_windows, len(self.attention_layers)
         if self.norm not in NORMS:
             faults.append(f"norm must be one of {', '.join(NORMS)}, got {shown(self.norm)}")

@@ -51,7 +51,7 @@ def convert_phase1_to_phase2(
             embedding to infer one from; or the model is of Phase 2 already.
     """
     if isinstance(phase1_model, Phase2IntegratedModel):
-        raise ConfigError("phase1_model is a Phase 2 model already")
+        raise ConfigError("phase1_model is a Phase 2 model already: use it as it is")
     with torch.no_grad():
         if isinstance(phase1_model, Phase1IntegratedModel):
             config = _config_for_phase1(phase1_model.config, phase2_config)

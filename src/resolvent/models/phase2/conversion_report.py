@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from resolvent.wording import counted
+from ...wording import counted
 
 Status = Literal["copied", "new", "left behind"]
 ConfigChanges = dict[str, tuple[object, object]]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, check_at_least
 from ...files import shown
 from ..base import observe
 from ..config import Values, check_fields
@@ -73,16 +73,16 @@ def convert_transformer(
     with opened(source) as transformer, torch.no_grad():
         fixed = _fixed_fields(transformer)
         config = _config(fixed) if config is None else _preserving(config, fixed)
-        places = list(_places(config))
-        _check_tensors(transformer, _without_memory(config, transformer), places)
+        mappings = list(_mappings(config))
+        _check_tensors(transformer, _without_memory(config, transformer), mappings)
         model = Phase2IntegratedModel(config)
         model.to(_read(transformer, "model.embed_tokens.weight").dtype)
         parameters = dict(model.named_parameters())
-        for place in places:
-            rows = slice(place.first, place.first + transformer.shapes[place.source][0])
-            parameters[place.target][rows].copy_(_read(transformer, place.source))
+        for mapping in mappings:
+            rows = slice(mapping.first, mapping.first + transformer.shapes[mapping.source][0])
+            parameters[mapping.target][rows].copy_(_read(transformer, mapping.source))
         _slow_memories(model)
-    model.conversion_report = _report(model, places, exact=config.windows == _config(fixed).windows)
+    model.conversion_report = _report(model, mappings, exact=config.windows == _config(fixed).windows)
     return model.eval()
 
 
@@ -148,8 +148,8 @@ def _config(fixed: Values) -> Phase2Config:
 def _less_attention(config: Phase2Config, layers: Sequence[int] | None, window: int | None) -> Values:
     """Return the fields with which some layers keep their attention, within a window, and the others have memories."""
     kept = config.attention_layers if layers is None else tuple(sorted(layers))
-    if window is not None and window < 1:
-        raise ConfigError(f"attention_window must be >= 1, got {window}")
+    if window is not None:
+        check_at_least(1, attention_window=window)
     if unknown := sorted({*kept} - {*config.attention_layers}):
         raise ConfigError(
             f"keep_attention must name layers of 0..{config.n_layers - 1}, got {', '.join(map(str, unknown))}"
@@ -313,7 +313,7 @@ def _windows(values: Values) -> Values:
 # ------------------------------------------------------------------------------------------------------------- tensors
 
 
-class _Place(NamedTuple):
+class _Mapping(NamedTuple):
     """Place of a tensor of the source: rows of a parameter, from ``first`` on."""
 
     source: str
@@ -321,35 +321,35 @@ class _Place(NamedTuple):
     first: int = 0
 
 
-def _places(config: Phase2Config) -> Iterator[_Place]:
-    """Yield the places of all tensors of the source."""
-    yield _Place("model.embed_tokens.weight", "token_embedding.weight")
+def _mappings(config: Phase2Config) -> Iterator[_Mapping]:
+    """Yield where every tensor of the source goes."""
+    yield _Mapping("model.embed_tokens.weight", "token_embedding.weight")
     query, key, hidden = config.num_heads, config.num_kv_heads or config.num_heads, config.ffn_width
     starts = {"q": 0, "k": query * config.head_dim, "v": (query + key) * config.head_dim}
     for i in range(config.n_layers):
         theirs, ours = f"model.layers.{i}", f"blocks.{i}"
         mixer = f"{ours}.attention" if i in config.attention_layers else f"{ours}.hebbian"
-        yield _Place(f"{theirs}.input_layernorm.weight", f"{ours}.ln1.weight")
+        yield _Mapping(f"{theirs}.input_layernorm.weight", f"{ours}.ln1.weight")
         for part in ("weight", "bias") if config.qkv_bias else ("weight",):
             for name, first in starts.items():
-                yield _Place(f"{theirs}.self_attn.{name}_proj.{part}", f"{mixer}.qkv_proj.{part}", first)
-        yield _Place(f"{theirs}.self_attn.o_proj.weight", f"{mixer}.out_proj.weight")
-        yield _Place(f"{theirs}.post_attention_layernorm.weight", f"{ours}.ln2.weight")
-        yield _Place(f"{theirs}.mlp.gate_proj.weight", f"{ours}.ffn.in_proj.weight")
-        yield _Place(f"{theirs}.mlp.up_proj.weight", f"{ours}.ffn.in_proj.weight", hidden)
-        yield _Place(f"{theirs}.mlp.down_proj.weight", f"{ours}.ffn.out_proj.weight")
-    yield _Place("model.norm.weight", "ln_f.weight")
+                yield _Mapping(f"{theirs}.self_attn.{name}_proj.{part}", f"{mixer}.qkv_proj.{part}", first)
+        yield _Mapping(f"{theirs}.self_attn.o_proj.weight", f"{mixer}.out_proj.weight")
+        yield _Mapping(f"{theirs}.post_attention_layernorm.weight", f"{ours}.ln2.weight")
+        yield _Mapping(f"{theirs}.mlp.gate_proj.weight", f"{ours}.ffn.in_proj.weight")
+        yield _Mapping(f"{theirs}.mlp.up_proj.weight", f"{ours}.ffn.in_proj.weight", hidden)
+        yield _Mapping(f"{theirs}.mlp.down_proj.weight", f"{ours}.ffn.out_proj.weight")
+    yield _Mapping("model.norm.weight", "ln_f.weight")
     if not config.tie_embeddings:
-        yield _Place("lm_head.weight", "lm_head.weight")
+        yield _Mapping("lm_head.weight", "lm_head.weight")
 
 
 def tensor_rows(model: Phase2IntegratedModel) -> Iterator[tuple[str, str, slice]]:
     """Yield Transformers' name of each tensor, the parameter that holds it, and its rows in there."""
-    places = list(_places(model.config))
-    for place, following in zip(places, [*places[1:], None], strict=True):
-        rows = model.get_parameter(place.target).shape[0]
-        last = following.first if following is not None and following.target == place.target else rows
-        yield place.source, place.target, slice(place.first, last)
+    mappings = list(_mappings(model.config))
+    for mapping, following in zip(mappings, [*mappings[1:], None], strict=True):
+        rows = model.get_parameter(mapping.target).shape[0]
+        last = following.first if following is not None and following.target == mapping.target else rows
+        yield mapping.source, mapping.target, slice(mapping.first, last)
 
 
 def _without_memory(config: Phase2Config, source: Source) -> Phase2IntegratedModel:
@@ -383,24 +383,24 @@ def _read(source: Source, name: str) -> Tensor:
     return x
 
 
-def _check_tensors(source: Source, model: Phase2IntegratedModel, places: list[_Place]) -> None:
+def _check_tensors(source: Source, model: Phase2IntegratedModel, mappings: list[_Mapping]) -> None:
     """Check that the source has the tensors of its configuration, and no other.
 
     Raises:
         CheckpointError: names the tensors that are missing, have no place, or do not fill theirs.
     """
-    wanted = {place.source for place in places}
+    wanted = {mapping.source for mapping in mappings}
     head = {"lm_head.weight"} if model.tied else set[str]()
     other = {name for name in source.shapes if not name.endswith(_RECOMPUTED)} - wanted - head
     faults = [f"{name} is missing" for name in sorted(wanted - source.shapes.keys())]
     faults += [f"{name} has no place in a model of this configuration" for name in sorted(other)]
     filled = dict[str, int]()
-    for place in places:
-        shape, target = source.shapes.get(place.source), model.get_parameter(place.target).shape
-        if shape is not None and (shape[1:] != target[1:] or filled.get(place.target, 0) != place.first):
-            faults.append(f"{place.source} has the shape {tuple(shape)}, which does not fit the configuration")
+    for mapping in mappings:
+        shape, target = source.shapes.get(mapping.source), model.get_parameter(mapping.target).shape
+        if shape is not None and (shape[1:] != target[1:] or filled.get(mapping.target, 0) != mapping.first):
+            faults.append(f"{mapping.source} has the shape {tuple(shape)}, which does not fit the configuration")
         elif shape is not None:
-            filled[place.target] = place.first + shape[0]
+            filled[mapping.target] = mapping.first + shape[0]
     if not faults:
         short = [name for name, rows in filled.items() if rows != model.get_parameter(name).shape[0]]
         faults += [f"{name} has {model.get_parameter(name).shape[0]} rows, its source {filled[name]}" for name in short]
@@ -425,10 +425,10 @@ def _slow_memories(model: Phase2IntegratedModel) -> None:
                 block.hebbian.rotation_proj.weight.zero_()
 
 
-def _report(model: Phase2IntegratedModel, places: list[_Place], *, exact: bool) -> ConversionReport:
+def _report(model: Phase2IntegratedModel, mappings: list[_Mapping], *, exact: bool) -> ConversionReport:
     sources = dict[str, list[str]]()
-    for place in places:
-        sources.setdefault(place.target, []).append(place.source)
+    for mapping in mappings:
+        sources.setdefault(mapping.target, []).append(mapping.source)
     tensors = [
         ConvertedTensor("copied" if name in sources else "new", name, tuple(x.shape), tuple(sources.get(name, ())))
         for name, x in model.named_parameters()

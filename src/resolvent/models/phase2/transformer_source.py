@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, ConfigError
-from ...files import read_json, shown
-from ...tensors import TensorFile
+from ...files import read_json
+from ...tensors import TensorFile, indexed_files
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
@@ -123,17 +123,10 @@ def _weight_files(folder: Path) -> list[Path]:
         if not single.exists():
             raise CheckpointError(f"{folder} holds no {_WEIGHTS} and no {_INDEX}: save the model as safetensors")
         return [single]
-    places = read_json(index).get("weight_map")
-    names = sorted(set(places.values())) if isinstance(places, dict) and all(map(_is_name, places.values())) else []
-    if not names:
-        raise CheckpointError(f"{index} must name files beside it in weight_map, got {shown(places)}")
-    if missing := [name for name in names if not (folder / name).exists()]:
-        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
-    return [folder / name for name in names]
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and Path(value).name == value and value.endswith(".safetensors")
+    files = indexed_files(index)
+    if missing := [file.name for file in files if not file.exists()]:
+        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(files)} shards: {', '.join(missing)}")
+    return files
 
 
 # ---------------------------------------------------------------------------------------------------------- GGUF files

@@ -15,7 +15,7 @@ from resolvent.training import TrainingConfig, resume, train
 from resolvent.training.config_file import dump_config
 from tests.processes import together
 
-from .test_training_distributed import assert_agree
+from .test_distributed import assert_agree
 
 MakeConfig = Callable[..., TrainingConfig]
 

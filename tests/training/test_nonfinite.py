@@ -9,33 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from resolvent.data import Batch
 from resolvent.models import load_model
 from resolvent.training import NonFiniteError, TrainingConfig, resume, train
 from resolvent.training.checkpoint import find_checkpoint, load_trainer_state
 from resolvent.training.trainer import Trainer
 
-from .test_training_run import after_step, assert_same_run, metrics
+from .runs import after_step, assert_same_run, metrics, on_start, spoil_loss
 
 MakeConfig = Callable[..., TrainingConfig]
-
-
-def spoil_loss(monkeypatch: pytest.MonkeyPatch, step: int, rewinds: int) -> None:
-    """Make the loss of a step NaN as long as the run has rewound less often than ``rewinds``."""
-    loss_of = Trainer._loss
-
-    def spoilt(self: Trainer, batch: Batch) -> tuple[Tensor, Tensor | float]:
-        loss, penalty = loss_of(self, batch)
-        return loss * (math.nan if self.state.step + 1 == step and self.state.rewinds < rewinds else 1.0), penalty
-
-    monkeypatch.setattr(Trainer, "_loss", spoilt)
-
-
-def on_start(monkeypatch: pytest.MonkeyPatch, action: Callable[[Trainer], None]) -> None:
-    introduce = Trainer._introduce
-    monkeypatch.setattr(Trainer, "_introduce", lambda self: (introduce(self), action(self)))
 
 
 @pytest.fixture(autouse=True, params=[0, 1], ids=["reported at once", "reported a step later"])

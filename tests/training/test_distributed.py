@@ -2,7 +2,6 @@
 
 import errno
 import io
-import json
 import math
 import os
 import shutil
@@ -35,9 +34,12 @@ from resolvent.training import (
 )
 from resolvent.training.checkpoint import find_checkpoint
 from resolvent.training.run_folder import has_begun
+from resolvent.training.train_step import TrainStep
 from resolvent.training.trainer import Trainer
 from resolvent.training.validation import Validator
 from tests.processes import Failed, together
+
+from .runs import metrics
 
 MakeConfig = Callable[..., TrainingConfig]
 STEPS = 6
@@ -64,13 +66,6 @@ def run_here(config: TrainingConfig, rank: int = 0, die_at: int = 0) -> list[str
 
 def go_on(run: Path) -> None:
     resume(run)
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        record.pop("tokens_per_second", None)
-    return records
 
 
 def weights(run: Path) -> dict[str, Tensor]:
@@ -403,13 +398,19 @@ def test_processes_stop_a_validation_together(make: MakeConfig, text_file: Path,
 
 def fail_once(config: TrainingConfig) -> list[str]:
     """Train, but for a gradient that is infinite in step 5 of the last process, and a weight after step 2 in all."""
-    loss_of, report, faults = Trainer._loss, Trainer._report, []
-    rewind = Trainer._rewind
+    loss_of, report, faults = TrainStep._loss, Trainer._report, []
+    introduce, rewind = Trainer._introduce, Trainer._rewind
+    trainers: list[Trainer] = []
 
-    def spoilt_loss(self: Trainer, batch: Batch) -> tuple[Tensor, Tensor | float]:
+    def noticed(self: Trainer) -> None:
+        introduce(self)
+        trainers.append(self)
+
+    def spoilt_loss(self: TrainStep, batch: Batch) -> tuple[Tensor, Tensor | float]:
         loss, penalty = loss_of(self, batch)
         last = self.accelerator.process_index == self.accelerator.num_processes - 1
-        return loss * (math.inf if last and (self.state.step, self.state.rewinds) == (4, 1) else 1.0), penalty
+        state = trainers[-1].state
+        return loss * (math.inf if last and (state.step, state.rewinds) == (4, 1) else 1.0), penalty
 
     def spoilt_weight(self: Trainer, *values: float) -> None:
         report(self, *values)
@@ -421,11 +422,13 @@ def fail_once(config: TrainingConfig) -> list[str]:
         faults.append(fault.name)
         rewind(self, fault)
 
-    Trainer._loss, Trainer._report, Trainer._rewind = spoilt_loss, spoilt_weight, noted
+    TrainStep._loss = spoilt_loss
+    Trainer._introduce, Trainer._report, Trainer._rewind = noticed, spoilt_weight, noted
     try:
         train(config)
     finally:
-        Trainer._loss, Trainer._report, Trainer._rewind = loss_of, report, rewind
+        TrainStep._loss = loss_of
+        Trainer._introduce, Trainer._report, Trainer._rewind = introduce, report, rewind
     return faults
 
 

@@ -18,13 +18,9 @@ from resolvent.training.checkpoint import find_checkpoint
 from resolvent.training.run_folder import read_run
 from resolvent.training.trainer import Trainer
 
-from .test_training_run import after_step, assert_same_run, metrics
+from .runs import after_step, assert_same_run, contents, metrics
 
 MakeConfig = Callable[..., TrainingConfig]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, config: TrainingConfig) -> Path:

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from resolvent.errors import ConfigError
 from resolvent.models.phase1 import Phase1Config
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
-from resolvent.training import TrainingConfig, compilation, find_learning_rate, lr_find, train, trainer
+from resolvent.training import TrainingConfig, compilation, find_learning_rate, lr_find, train, train_step
 from resolvent.training.compilation import (
     Compilation,
     choose_compilation,
@@ -25,7 +25,7 @@ from resolvent.training.compilation import (
 )
 from resolvent.training.lora import LoraOptions, add_adapters
 from resolvent.training.progress import TrainingDisplay
-from resolvent.training.trainer import Trainer
+from resolvent.training.train_step import TrainStep
 
 MakeConfig = Callable[..., TrainingConfig]
 OFF, REPLAYED = Compilation(False), Compilation(True, padded=True, replayed=True)
@@ -96,8 +96,8 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch):
 def test_the_output_says_that_a_model_is_compiled(
     small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, found: Compilation, said: str
 ):
-    monkeypatch.setattr(trainer, "choose_compilation", lambda *_: found)
-    monkeypatch.setattr(Trainer, "_compile", lambda _: None)
+    monkeypatch.setattr(train_step, "choose_compilation", lambda *_: found)
+    monkeypatch.setattr(TrainStep, "_compile", lambda _: None)
     output = StringIO()
     train(small_config(steps=1), console=Console(file=output, width=200))
     lines = [line for line in output.getvalue().splitlines() if "ompil" in line]
@@ -167,8 +167,8 @@ def test_blocks_are_compiled_in_training_alone(
     small_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, counted: list[tuple[int, ...]]
 ):
     """Validations in between and at the end, with texts of other lengths, and the trained model run without."""
-    monkeypatch.setattr(trainer, "choose_compilation", lambda *_: Compilation(True))
-    monkeypatch.setattr(Trainer, "_compile", lambda self: compile_blocks(self.raw_model))
+    monkeypatch.setattr(train_step, "choose_compilation", lambda *_: Compilation(True))
+    monkeypatch.setattr(TrainStep, "_compile", lambda self: compile_blocks(self.raw_model))
     model = train(small_config(steps=6, ema=0.9)).model
     model(torch.tensor([[1, 2, 3]]))
     assert counted == [(1, 128, 64)] * 6 * model.n_layers
@@ -196,7 +196,7 @@ def test_learning_rates_are_tried_without_compilation_by_default(
         asked.append(config.compile)
         return OFF
 
-    monkeypatch.setattr(trainer, "choose_compilation", look)
+    monkeypatch.setattr(train_step, "choose_compilation", look)
     monkeypatch.setattr(lr_find, "_STEPS", 2)
     for given in (None, True):
         find_learning_rate(dataclasses.replace(small_config(), compile=given))

@@ -17,7 +17,7 @@ from resolvent.training import TrainingConfig, TrainingInterrupted, resume, trai
 from resolvent.training.freezing import freeze
 from resolvent.training.planning import plan_run
 
-from .test_training_run import after_step, assert_same_run
+from .runs import after_step, assert_same_run
 
 MakeConfig = Callable[..., TrainingConfig]
 FROZEN = ["blocks.*.ffn.*", "token_embedding.weight"]

@@ -21,8 +21,8 @@ from resolvent.training.diagnostics import gradient_norms, read_diagnostics
 from resolvent.training.tracking import tracker_options
 from resolvent.training.trainer import Trainer
 from tests.models.small import HYBRID, PHASE1, PHASE2, tokens
-from tests.training.test_training_nonfinite import on_start, spoil_loss
-from tests.training.test_training_run import after_step, assert_same_run, metrics
+
+from .runs import after_step, assert_same_run, metrics, on_start, spoil_loss
 
 MakeConfig = Callable[..., TrainingConfig]
 

@@ -20,8 +20,7 @@ from resolvent.training import TrainingConfig, TrainingInterrupted, resume, trai
 from resolvent.training.trainer import Trainer
 from tests.processes import together
 
-from .test_training_nonfinite import on_start, spoil_loss
-from .test_training_run import after_step, metrics
+from .runs import after_step, metrics, on_start, spoil_loss
 
 pytestmark = pytest.mark.gpu
 

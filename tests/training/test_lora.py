@@ -19,15 +19,15 @@ from resolvent.models.phase1 import Phase1Config
 from resolvent.models.storage import WEIGHTS, load_base
 from resolvent.runs import load_trained
 from resolvent.tensors import read_tensors, write_tensors
-from resolvent.training import TrainingConfig, resume, train, trainer
+from resolvent.training import TrainingConfig, resume, train, train_step
 from resolvent.training.checkpoint import checkpoint_path
 from resolvent.training.lora import LoraOptions, add_adapters, is_adapter
 from resolvent.training.memory import estimate_memory
 from resolvent.training.optimizer import build_muon
 from tests.processes import together
 
-from .test_training_distributed import run_here
-from .test_training_run import after_step, metrics
+from .runs import after_step, metrics
+from .test_distributed import run_here
 
 pytest.importorskip("peft", reason="needs PEFT: pip install 'resolvent[lora]'")
 MakeConfig = Callable[..., TrainingConfig]
@@ -177,7 +177,7 @@ def test_adapters_train_compiled_as_they_do_eagerly(
     adapted: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The graphs are traced and run, but not compiled to code, which takes minutes."""
-    monkeypatch.setattr(trainer, "DynamoBackend", SimpleNamespace(INDUCTOR=DynamoBackend.AOT_EAGER))
+    monkeypatch.setattr(train_step, "DynamoBackend", SimpleNamespace(INDUCTOR=DynamoBackend.AOT_EAGER))
     torch.compiler.reset()
     counters.clear()
     options = dict(lora="r=4,dropout=0.1", steps=3, accumulation=2, learning_rate=1e-3, eval_interval=0)

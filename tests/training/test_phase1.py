@@ -12,9 +12,9 @@ from resolvent.models.phase1 import Phase1Config, Phase1IntegratedModel
 from resolvent.models.phase2 import Phase2Config
 from resolvent.training import TrainingConfig, TrainingInterrupted, resume, train
 from resolvent.training.run_folder import read_run
-from resolvent.training.trainer import Trainer
+from resolvent.training.train_step import TrainStep
 
-from .test_training_run import assert_same_run
+from .runs import assert_same_run
 
 MODEL = Phase1Config(
     vocab_size=257, d_model=32, n_layers=2, n_seq=64, num_heads=2, dropout=0.1, ar_ssm_max_rank=12, rank_warmup_steps=8
@@ -26,17 +26,17 @@ def test_interrupted_run_equals_an_uninterrupted_one(
     small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     ranks = []
-    step = Trainer._gradient
+    step = TrainStep.gradient
 
-    def observed(self, number):
+    def observed(self, number, batches):
         ranks.append(self.raw_model.rank)
         if number == 6 and not (tmp_path / "stopped").exists():
             (tmp_path / "stopped").touch()
             raise KeyboardInterrupt
-        return step(self, number)
+        return step(self, number, batches)
 
     train(small_config(phase=1, model=MODEL, out=str(tmp_path / "whole")))
-    monkeypatch.setattr(Trainer, "_gradient", observed)
+    monkeypatch.setattr(TrainStep, "gradient", observed)
     with pytest.raises((KeyboardInterrupt, TrainingInterrupted)):
         train(small_config(phase=1, model=MODEL, out=str(tmp_path / "parts")))
     result = resume(tmp_path / "parts")

@@ -16,9 +16,9 @@ from resolvent.models.phase1 import Phase1Config
 from resolvent.models.phase2 import Phase2IntegratedModel, convert_phase1_to_phase2
 from resolvent.training import TrainingConfig, resume, train
 from resolvent.training.run_folder import read_run
-from resolvent.training.trainer import Trainer
+from resolvent.training.train_step import TrainStep
 
-from .test_training_run import after_step, assert_same_run, metrics
+from .runs import after_step, assert_same_run, metrics
 
 SIZES = dict(d_model=32, n_layers=2, n_seq=64, num_heads=2, ar_ssm_max_rank=12, htt_rank=5, dropout=0.1)
 MakeConfig = Callable[..., TrainingConfig]
@@ -113,8 +113,8 @@ def test_all_channels_of_a_saved_phase_1_model_are_in_use(
     small_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     ranks = []
-    step = Trainer._gradient
-    monkeypatch.setattr(Trainer, "_gradient", lambda self, n: (ranks.append(self.raw_model.rank), step(self, n))[1])
+    step = TrainStep.gradient
+    monkeypatch.setattr(TrainStep, "gradient", lambda self, *n: (ranks.append(self.raw_model.rank), step(self, *n))[1])
     model = Phase1Config(vocab_size=257, rank_warmup_steps=8, **SIZES)
     train(small_config(phase=1, model=model, out=str(tmp_path / "old"), steps=3))
     train(small_config(start_from=str(tmp_path / "old"), preset="tiny", model=None, steps=3))

@@ -16,7 +16,8 @@ from resolvent.errors import ConfigError, DataError
 from resolvent.training import TrainingInterrupted, resume, train
 from resolvent.training.config import weighted_paths
 from resolvent.training.corpus import cache_folder, load_corpus, split_corpus, text_name
-from tests.training.test_training_run import after_step, assert_same_run
+
+from .runs import after_step, assert_same_run
 
 
 def test_the_fingerprint_sees_every_change(small_config, tmp_path: Path):

@@ -18,7 +18,7 @@ from resolvent.training.interrupt import STOPPING, StopRequest
 from resolvent.training.progress import TrainingDisplay
 from resolvent.training.trainer import Trainer
 
-from .test_training_run import after_step, assert_same_run, metrics
+from .runs import after_step, assert_same_run, metrics
 
 MakeConfig = Callable[..., TrainingConfig]
 

@@ -20,7 +20,7 @@ from resolvent.training.run import new_trainer
 from tests.cli.conftest import call
 from tests.processes import together
 
-from .test_training_run import after_step, assert_same_run, metrics
+from .runs import after_step, assert_same_run, metrics
 
 MakeConfig = Callable[..., TrainingConfig]
 COLOURS = {"river": "blue", "stone": "grey as ash", "cloud": "white", "tower": "red", "grass": "green", "coal": "black"}
@@ -63,8 +63,8 @@ def test_accumulated_batches_equal_one_batch(chat_config: MakeConfig):
         config = chat_config(batch_size=batch_size, accumulation=accumulation, seq_len=64)
         config.model.dropout = 0.0
         with new_trainer(config) as trainer:
-            trainer.model.train()
-            loss = trainer._gradient(0)
+            trainer.train_step.model.train()
+            loss = trainer.train_step.gradient(0, trainer.batches_per_step)
             gradients.append([loss, *(x.grad for x in trainer.raw_model.parameters() if x.grad is not None)])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -21,7 +21,7 @@ from resolvent.training.corpus import split_corpus
 from resolvent.training.ema import WeightAverage
 from tests.processes import together
 
-from .test_training_run import after_step, assert_same_run, metrics, tensors
+from .runs import after_step, assert_same_run, metrics, tensors
 
 MakeConfig = Callable[..., TrainingConfig]
 

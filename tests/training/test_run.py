@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from resolvent.data import Batch, encode_documents, load_tokenizer
@@ -27,47 +26,15 @@ from resolvent.models.base import Block
 from resolvent.models.card import CARD
 from resolvent.models.phase2 import Phase2IntegratedModel
 from resolvent.runs import fixed_files
-from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupted, resume, train, trainer
+from resolvent.training import NonFiniteError, TrainingConfig, TrainingInterrupted, resume, train, train_step, trainer
 from resolvent.training.compilation import Compilation
 from resolvent.training.corpus import split_corpus
+from resolvent.training.train_step import TrainStep
 from resolvent.training.trainer import Trainer
 
+from .runs import after_step, assert_same_run, metrics
+
 MakeConfig = Callable[..., TrainingConfig]
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's metrics but for how fast it was."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        record.pop("tokens_per_second", None)
-    return records
-
-
-def tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
-    """Weights and optimiser state."""
-    checkpoint = run_dir / "checkpoints" / f"step-{step:08d}"
-    return load_file(run_dir / "model.safetensors") | load_file(checkpoint / "optimizer.safetensors")
-
-
-def assert_same_run(ours: Path, theirs: Path, steps: int) -> None:
-    assert metrics(ours) == metrics(theirs)
-    mine, yours = tensors(ours, steps), tensors(theirs, steps)
-    assert mine.keys() == yours.keys()
-    for name in mine:
-        assert torch.equal(mine[name], yours[name]), name
-
-
-def after_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
-    """Do something once, in the middle of a run."""
-    report = Trainer._report
-
-    def report_and_act(self: Trainer, reported: int, *values: float) -> None:
-        report(self, reported, *values)
-        if reported == step:
-            monkeypatch.setattr(Trainer, "_report", report)
-            action()
-
-    monkeypatch.setattr(Trainer, "_report", report_and_act)
 
 
 def test_finished_run_has_a_model_card(small_config: MakeConfig, tmp_path: Path):
@@ -347,7 +314,7 @@ def test_steps_follow_the_schedule_with_a_clipped_gradient(
             rates = {"muon_lr" if group.get("parts") else "lr": group["lr"] for group in optimizer.param_groups}
             seen.append((rates, torch.nn.utils.get_total_norm(gradients).item()))
 
-        trainer.raw_optimizer.register_step_pre_hook(look)
+        trainer.train_step.raw_optimizer.register_step_pre_hook(look)
 
     introduce = Trainer._introduce
     monkeypatch.setattr(Trainer, "_introduce", lambda self: (introduce(self), look_before_steps(self)))
@@ -368,15 +335,15 @@ def test_the_loss_is_cross_entropy_of_the_logits(small_config: MakeConfig, monke
     assert model is not None
     model.dropout = 0.0
     losses: list[tuple[float, float]] = []
-    loss_of = Trainer._loss
+    loss_of = TrainStep._loss
 
-    def compare(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor | float]:
-        loss, penalty = loss_of(trainer, batch)
-        logits = trainer.raw_model(batch.input_ids, cu_seqlens=batch.cu_seqlens)
+    def compare(step: TrainStep, batch: Batch) -> tuple[Tensor, Tensor | float]:
+        loss, penalty = loss_of(step, batch)
+        logits = step.raw_model(batch.input_ids, cu_seqlens=batch.cu_seqlens)
         losses.append((loss.item(), F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).item()))
         return loss, penalty
 
-    monkeypatch.setattr(Trainer, "_loss", compare)
+    monkeypatch.setattr(TrainStep, "_loss", compare)
     train(small_config(model=model))
     assert len(losses) == 10
     assert [ours for ours, _ in losses] == pytest.approx([expected for _, expected in losses], rel=1e-6)
@@ -491,7 +458,7 @@ def test_padded_offsets_change_no_step(small_config: MakeConfig, tmp_path: Path,
 
     monkeypatch.setattr(Phase2IntegratedModel, "forward", look)
     replayed = Compilation(False, padded=True, replayed=True)
-    monkeypatch.setattr(trainer, "choose_compilation", lambda *_: replayed)
+    monkeypatch.setattr(train_step, "choose_compilation", lambda *_: replayed)
     train(small_config(out=str(tmp_path / "padded"), accumulation=2))
     assert len(segments) == 20
     assert set(segments) <= {2, 4, 8}
