@@ -16,6 +16,7 @@
     phase2/heads-4               with 4 heads of a quarter of the width, in place of heads of 64
     phase2/attention             with attention over all tokens in every block
     phase2/rotation              with rotating memories
+    phase2/rotation/orders-2-3   ... with plateaus at halves of a turn in half of the pairs, and at thirds in the others
     phase2/rotation-0.1          ... whose projection to angles starts at a tenth of the spread of other projections
     phase2/hybrid/short-64       ... over the last 64 in half of the training's steps, none of them at its end
     phase2/attention/no-qk-norm  with q and k as they are, and scores that are divided by the root of a head's width
@@ -263,7 +264,7 @@ def parse_variant(name: str) -> Variant:
             raise ValueError(
                 f"{name}: there is no {part!r}; known are {known}, each but the first two also with no-, hybrid, "
                 "one, attention, at-2-5, window-all and window-512, short-64, heads-4, rotation and rotation-0.1, "
-                "no-qk-norm, gamma-rate-10, say"
+                "orders-2-3, no-qk-norm, gamma-rate-10, say"
             )
         elif part == mechanism:
             off.discard(part)
@@ -296,6 +297,8 @@ def _form(part: str) -> dict[str, Any] | None:
         return {"short_window": int(short[1])}
     if start := re.fullmatch(r"rotation(?:-(\d+(?:\.\d+)?))?", part):
         return {"rotation_start": None if start[1] is None else float(start[1]), "config": {"memory_rotation": True}}
+    if orders := re.fullmatch(r"orders-([1-9]\d*(?:-[1-9]\d*)*)", part):
+        return {"config": {"memory_rotation_orders": tuple(int(order) for order in orders[1].split("-"))}}
     if factor := re.fullmatch(r"gamma-rate-(\d+(?:\.\d+)?)", part):
         return {"rate_factors": {"gamma_bias": float(factor[1])}}
     return None

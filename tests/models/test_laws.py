@@ -26,6 +26,7 @@ SWITCHES = [
     (PHASE2, dict(consolidation_interval=128)),
     (PHASE2, dict(zeta_embedding_trainable=True)),
     (PHASE2, dict(memory_rotation=True)),
+    (PHASE2, dict(memory_rotation=True, memory_rotation_orders=(2, 3))),
     (PHASE2, dict(memory_rotation=True, snr_enabled=False, resonance_enabled=False)),
     (PHASE2, dict(ar_ssm_rank=5)),
     (PHASE2, dict(htt_rank=6)),

@@ -163,7 +163,9 @@ def test_accuracy_counts_the_last_positions():
     assert experiment._accuracy(24) == 0
 
 
-@pytest.mark.parametrize(("name", "spread"), [("rotation", 0.5), ("rotation-0.1", 0.1), ("rotation-1", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "spread"), [("rotation", 0.5), ("rotation/orders-2-3", 0.5), ("rotation-0.1", 0.1), ("rotation-1", 1.0)]
+)
 def test_rotation_start_and_shared_weights(name: str, spread: float):
     plain, turned = build("phase2", Plan("parity")), build(f"phase2/{name}", Plan("parity"))
     plain.reset(0)
@@ -171,6 +173,7 @@ def test_rotation_start_and_shared_weights(name: str, spread: float):
     weights = dict(turned.model.named_parameters())
     start = weights.pop("blocks.0.hebbian.rotation_proj.weight")
     assert abs(start.std().item() * 64**0.5 / spread - 1) < 0.1
+    assert turned.model.config.memory_rotation_orders == ((2, 3) if name.endswith("orders-2-3") else (2,))
     others = dict(plain.model.named_parameters())
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[key], others[key]) for key in others)
