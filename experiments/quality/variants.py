@@ -130,7 +130,8 @@ class Variant:
         window: tokens to which they attend, ``all`` or a number; None for all tokens where every block attends, and
             for half a training sequence elsewhere.
         short_window: tokens to which they attend in half of the steps of training; None for ``window`` in all steps.
-        heads: number of heads of memories and attention, which share the width; None for heads of 64.
+        heads: number of heads of memories and attention, which share the width; None for that of the sizes, or
+            heads of 64.
         rotation_start: initial standard deviation of the projections to angles, over that of other projections; None
             for the model's own.
         plain_scores: whether attention takes q and k without L2 norm and temperature.
@@ -163,8 +164,10 @@ class Variant:
 
     def build(self, **sizes: Any) -> Phase2IntegratedModel:
         """Return a model of these fields of the configuration, with weights yet to be drawn by ``reset``."""
-        count = self.heads or sizes["d_model"] // HEAD_DIM
-        heads = {"num_heads": count, "head_dim": sizes["d_model"] // count}
+        heads = {}
+        if self.heads is not None or "num_heads" not in sizes:
+            count = self.heads or sizes["d_model"] // HEAD_DIM
+            heads = {"num_heads": count, "head_dim": sizes["d_model"] // count}
         model = Phase2IntegratedModel(Phase2Config(**(sizes | heads | self.config)), init=False)
         if self.plain_scores:
             with_plain_scores(model)

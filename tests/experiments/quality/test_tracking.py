@@ -114,6 +114,12 @@ def test_training_learns_from_the_known_values_alone():
     torch.testing.assert_close(experiment._loss(torch.tensor([1]), 8), exact)
 
 
+@pytest.mark.parametrize(("name", "heads"), [("phase2", 2), ("phase2/heads-4", 4)])
+def test_memories_have_the_heads_of_the_plan_unless_the_name_says_others(name: str, heads: int):
+    config = build(name, Plan("parity")).model.config
+    assert (config.num_heads, config.head_dim) == (heads, 64 // heads)
+
+
 def test_lengths_grow():
     plan = Plan("parity", steps=4000)
     lengths = torch.tensor(plan.lengths(torch.Generator().manual_seed(0)))
