@@ -44,7 +44,7 @@ STATES = [
     (PHASE1, dict(ar_ssm_enabled=False)),
     (PHASE2, {}),
     (PHASE2, dict(ar_ssm_rank=5)),
-    (PHASE2, dict(memory_rotation=True)),
+    (PHASE2, dict(memory_rotation=True, memory_rotation_orders=(2, 3))),
     (HYBRID, {}),
     (HYBRID, dict(ar_ssm_rank=5)),
     (ATTENTION, {}),

@@ -51,12 +51,12 @@ def stair_turns(projected: Tensor, order: int) -> Tensor:
         >>> stair_turns(torch.tensor([-0.7, 0.05, 0.6, 1.3]), 3).mul(3).tolist()
         [-1.0, 0.0, 1.0, 2.0]
     """
-    levels = projected * (order / 2)
+    levels = projected.to(torch.float64) * (order / 2)  # the slope, up to 4, would enlarge float32's errors
     for _ in range(2):
         levels = levels - torch.sin(levels * (2 * math.pi)) / (2 * math.pi)
     nearest = levels.detach().round()
     levels = nearest + F.softshrink(levels - nearest, _SNAP) / (1 - 2 * _SNAP)
-    return levels.to(torch.float64) / order
+    return levels / order
 
 
 def turns_by_order(projected: Tensor, orders: Sequence[int]) -> Tensor:
