@@ -55,6 +55,30 @@ class TestPhase2Config:
         ):
             Phase2Config(head_dim=7, memory_rotation=True).validate()
 
+    @pytest.mark.parametrize(
+        ("fields", "fault"),
+        [
+            (dict(memory_rotation_orders=(2, 1)), r"memory_rotation_orders must be numbers >= 2, got \[2, 1\]"),
+            (dict(memory_rotation_orders=()), r"memory_rotation_orders must be numbers >= 2, got \[\]"),
+            (
+                dict(memory_rotation_orders=(2, 3, 5)),
+                r"memory_rotation_orders must be a number that divides head_dim / 2 \(32\), got 3 orders",
+            ),
+            (
+                dict(memory_rotation=False, memory_rotation_orders=(2, 3)),
+                r"memory_rotation_orders other than \(2,\) need memory_rotation, got False",
+            ),
+            (
+                dict(memory_rotation_bias=True, memory_rotation_orders=(2, 3)),
+                r"memory_rotation_bias starts at angles of every size, .* must be \(2,\), got \[2, 3\]",
+            ),
+        ],
+    )
+    def test_config_validation_invalid_rotation_orders(self, fields, fault):
+        Phase2Config(memory_rotation=True, memory_rotation_orders=(2, 3, 5, 2)).validate()
+        with pytest.raises(ValueError, match=fault):
+            Phase2Config(**({"memory_rotation": True} | fields)).validate()
+
     def test_config_validation_invalid_hebbian_eta(self):
         with pytest.raises(ValueError, match=r"^hebbian_eta must be > 0, got 0.0$"):
             Phase2Config(hebbian_eta=0.0).validate()

@@ -1,18 +1,26 @@
-"""State tracking: the product of all group elements read so far, at every position.
+"""State tracking: the value of all tokens read so far, at every position where they have one.
 
-A token is an element of a group, and the label of a position is the product of the tokens up to it: parity (sums modulo
-2), sums modulo 3 and 5, and the permutations of three elements, which do not commute. Every token is drawn uniformly,
-so every label is uniform and a guess is right once in as many times as the group has elements.
+*Products.* A token is an element of a group, and the label of a position is the product of the tokens up to it: parity
+(sums modulo 2), sums modulo 3 and 5, and the permutations of three elements, which do not commute. Every token is drawn
+uniformly, so every label is uniform and a guess is right once in as many times as the group has elements.
+
+*Sums with brackets* (``mod3-brackets``, ``mod5-brackets``). A token is a digit below n, ``+``, ``-``, ``(`` or ``)``;
+a sequence is a balanced expression such as ``2 - ( 1 - ( 0 + 2 ) ) + 1``, with no bound on its depth. Wherever all
+brackets are closed behind a digit or a bracket, the label is the value modulo n of the expression so far; elsewhere
+there is no label. A minus in front of a bracket changes the sign of all that is in it, and the sign comes back behind
+the bracket. This is the task of Deletang et al. (2022) and of Grazzi et al. (2024) without multiplication, and with a
+value at every closed prefix instead of the end alone. The first digit is uniform and counts with a plus, so every label
+is uniform and a guess is right once in n times.
 
 The sequences of a training step have one length, drawn uniformly between ``shortest`` and an end that grows linearly
-to ``longest`` in the first part of training. Accuracy is measured on longer sequences, over their last positions.
+to ``longest`` in the first part of training. Accuracy is measured on longer sequences, over the labels of their last
+positions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -47,10 +55,6 @@ def symmetric(points: int) -> Tensor:
     return torch.tensor([[elements.index(tuple(q[i] for i in p)) for q in elements] for p in elements])
 
 
-TASKS = {"parity": cyclic(2), "mod3": cyclic(3), "mod5": cyclic(5), "s3": symmetric(3)}
-"""Products of two elements, int64 (G, G). Element 0 is the identity."""
-
-
 def products(tokens: Tensor, table: Tensor) -> Tensor:
     """Return the product of the tokens up to each position, int64 (..., N), for tokens (..., N)."""
     state, states = torch.zeros_like(tokens[..., 0]), []
@@ -58,6 +62,103 @@ def products(tokens: Tensor, table: Tensor) -> Tensor:
         state = table[state, token]
         states.append(state)
     return torch.stack(states, dim=-1)
+
+
+@dataclass(frozen=True)
+class Products:
+    """Products of the elements of a group.
+
+    Attributes:
+        table: products of two elements, int64 (G, G). Element 0 is the identity.
+    """
+
+    table: Tensor
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of different tokens."""
+        return len(self.table)
+
+    def sequences(self, count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw tokens and their labels, int64 (count, length) each."""
+        tokens = torch.randint(len(self.table), (count, length), generator=generator)
+        return tokens, products(tokens, self.table)
+
+
+@dataclass(frozen=True)
+class BracketedSums:
+    """Sums and differences with brackets. Tokens: the digits 0 to n - 1, and then ``+``, ``-``, ``(`` and ``)``.
+
+    Attributes:
+        order: n of the values modulo n.
+        opening: probability of a bracket where a term begins.
+        closing: probability that an open bracket closes behind a term.
+    """
+
+    order: int
+    opening: float = 0.25
+    closing: float = 0.5
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of different tokens."""
+        return self.order + 4
+
+    def sequences(self, count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw tokens and their labels, int64 (count, length) each.
+
+        All brackets are closed at the last odd position, where the value is always known; if the length is even, an
+        operator follows. Labels where the value is not known are ``IGNORED``.
+        """
+        tokens = self._expressions(count, length, generator)
+        return tokens, self.values(tokens)
+
+    def values(self, tokens: Tensor) -> Tensor:
+        """Return the values of the expressions up to each position, int64 (count, N), ``IGNORED`` inside brackets."""
+        plus, minus, opening, closing = range(self.order, self.order + 4)
+        count, length = tokens.shape
+        rows, depth = torch.arange(count), torch.zeros(count, dtype=torch.int64)
+        signs = torch.ones(count, length + 1, dtype=torch.int64)  # of every open bracket, the outermost first
+        sign, value, labels = torch.ones_like(depth), torch.zeros_like(depth), torch.empty_like(tokens)
+        for i, token in enumerate(tokens.unbind(-1)):
+            digit, outer = token < self.order, signs[rows, depth]
+            value = value + torch.where(digit, outer * sign * token, 0)
+            depth = depth + (token == opening).long() - (token == closing).long()
+            signs[rows, depth] = torch.where(token == opening, outer * sign, signs[rows, depth])
+            sign = torch.where(token == minus, -1, torch.where((token == plus) | (token == opening), 1, sign))
+            known = (depth == 0) & (digit | (token == closing))
+            labels[:, i] = torch.where(known, value % self.order, IGNORED)
+        return labels
+
+    def _expressions(self, count: int, length: int, generator: torch.Generator) -> Tensor:
+        """Draw expressions, int64 (count, length): at every token, as many are left as closing all brackets needs."""
+        plus, opening, closing = self.order, self.order + 2, self.order + 3
+        depth, before_term = torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.bool)
+        tokens = torch.empty(count, length, dtype=torch.int64)
+        for i in range(length):
+            chance = torch.rand(count, generator=generator)
+            digit = torch.randint(self.order, (count,), generator=generator)
+            operator = plus + torch.randint(2, (count,), generator=generator)
+            left = length - 1 + length % 2 - i  # tokens of the expression from here on
+            opens = before_term & (chance < self.opening) & (left >= depth + 3)
+            closes = ~before_term & (depth > 0) & ((chance < self.closing) | (left == depth))
+            of_term = torch.where(opens, opening, digit)
+            tokens[:, i] = torch.where(before_term, of_term, torch.where(closes, closing, operator))
+            depth = depth + opens.long() - closes.long()
+            before_term = opens | ~(before_term | closes)
+        return tokens
+
+
+Task = Products | BracketedSums
+
+TASKS: dict[str, Task] = {
+    "parity": Products(cyclic(2)),
+    "mod3": Products(cyclic(3)),
+    "mod5": Products(cyclic(5)),
+    "s3": Products(symmetric(3)),
+    "mod3-brackets": BracketedSums(3),
+    "mod5-brackets": BracketedSums(5),
+}
 
 
 # ----------------------------------------------------------------------------------------------------------- a run
@@ -79,7 +180,7 @@ class Plan:
         warmup: steps in which the learning rate rises; it falls in a cosine to a hundredth.
         weight_decay: of matrices.
         test: lengths of the test sequences.
-        last: positions at the end of a test sequence that count.
+        last: positions at the end of a test sequence whose labels count.
         examples: test sequences of a length.
     """
 
@@ -99,8 +200,8 @@ class Plan:
     examples: int = 512
 
     @property
-    def table(self) -> Tensor:
-        """Products of two elements.
+    def drawn(self) -> Task:
+        """The task.
 
         Raises:
             ValueError: there is no such task.
@@ -121,11 +222,6 @@ class Plan:
         drawn = torch.rand(self.steps, generator=generator, dtype=torch.float64) * spans
         return (self.shortest + drawn.long()).tolist()
 
-    def sequences(self, count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw tokens and their labels, int64 (count, length) each."""
-        tokens = torch.randint(len(self.table), (count, length), generator=generator)
-        return tokens, products(tokens, self.table)
-
 
 def build(name: str, plan: Plan, device: torch.device | str = "cpu") -> Entry:
     """Build a variant of Phase 2 for the plan, with weights yet to be drawn.
@@ -137,7 +233,7 @@ def build(name: str, plan: Plan, device: torch.device | str = "cpu") -> Entry:
         raise ValueError(f"there is no model {name!r}; known are phase2 and its variants phase2/...")
     variant = parse_variant(name).at(plan.layers, plan.longest)
     model = variant.build(
-        vocab_size=len(plan.table),
+        vocab_size=plan.drawn.vocabulary,
         d_model=plan.width,
         n_layers=plan.layers,
         n_seq=plan.longest,
@@ -191,7 +287,7 @@ class Experiment(AccuracyExperiment):
     def draw(self, seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
         lengths = self.plan.lengths(generator)
-        drawn = self.plan.sequences(self.plan.steps * self.plan.batch, self.plan.longest, generator)
+        drawn = self.plan.drawn.sequences(self.plan.steps * self.plan.batch, self.plan.longest, generator)
         for kept, values in zip((self.tokens, self.labels), drawn, strict=True):
             kept.copy_(values.view_as(kept))
         self.lengths.copy_(torch.tensor(lengths))
@@ -207,14 +303,14 @@ class Experiment(AccuracyExperiment):
 
     @torch.no_grad()
     def _accuracy(self, length: int) -> float:
-        """Return the part of the last positions whose likeliest label is right; none where the model is not finite."""
+        """Return the part of the last labels whose likeliest token is right; none where the model is not finite."""
         model, last, right = self.entry.model.eval(), min(self.plan.last, length), 0
         generator = torch.Generator().manual_seed(_TEST_SEED + length)
-        tokens, labels = self.plan.sequences(self.plan.examples, length, generator)
+        tokens, labels = self.plan.drawn.sequences(self.plan.examples, length, generator)
         batches = (x.to(self.tokens.device).split(self.plan.batch) for x in (tokens, labels))
         with self.trainer.evaluating(), torch.compiler.set_stance("force_eager"):
             for read, wanted in zip(*batches, strict=True):
                 logits = model.lm_head(model.hidden_states(read)[0][:, -last:])
                 right += ((logits.argmax(-1) == wanted[:, -last:]) & logits.isfinite().all(-1)).sum()
         model.train()
-        return int(right) / (math.prod(labels.shape) // length * last)
+        return int(right) / int((labels[:, -last:] != IGNORED).sum())

@@ -16,6 +16,7 @@
     phase2/heads-4               with 4 heads of a quarter of the width, in place of heads of 64
     phase2/attention             with attention over all tokens in every block
     phase2/rotation              with rotating memories
+    phase2/rotation/orders-2-3   ... with plateaus at halves of a turn in half of the pairs, and at thirds in the others
     phase2/rotation-0.1          ... whose projection to angles starts at a tenth of the spread of other projections
     phase2/hybrid/short-64       ... over the last 64 in half of the training's steps, none of them at its end
     phase2/attention/no-qk-norm  with q and k as they are, and scores that are divided by the root of a head's width
@@ -129,7 +130,8 @@ class Variant:
         window: tokens to which they attend, ``all`` or a number; None for all tokens where every block attends, and
             for half a training sequence elsewhere.
         short_window: tokens to which they attend in half of the steps of training; None for ``window`` in all steps.
-        heads: number of heads of memories and attention, which share the width; None for heads of 64.
+        heads: number of heads of memories and attention, which share the width; None for that of the sizes, or
+            heads of 64.
         rotation_start: initial standard deviation of the projections to angles, over that of other projections; None
             for the model's own.
         plain_scores: whether attention takes q and k without L2 norm and temperature.
@@ -162,8 +164,10 @@ class Variant:
 
     def build(self, **sizes: Any) -> Phase2IntegratedModel:
         """Return a model of these fields of the configuration, with weights yet to be drawn by ``reset``."""
-        count = self.heads or sizes["d_model"] // HEAD_DIM
-        heads = {"num_heads": count, "head_dim": sizes["d_model"] // count}
+        heads = {}
+        if self.heads is not None or "num_heads" not in sizes:
+            count = self.heads or sizes["d_model"] // HEAD_DIM
+            heads = {"num_heads": count, "head_dim": sizes["d_model"] // count}
         model = Phase2IntegratedModel(Phase2Config(**(sizes | heads | self.config)), init=False)
         if self.plain_scores:
             with_plain_scores(model)
@@ -263,7 +267,7 @@ def parse_variant(name: str) -> Variant:
             raise ValueError(
                 f"{name}: there is no {part!r}; known are {known}, each but the first two also with no-, hybrid, "
                 "one, attention, at-2-5, window-all and window-512, short-64, heads-4, rotation and rotation-0.1, "
-                "no-qk-norm, gamma-rate-10, say"
+                "orders-2-3, no-qk-norm, gamma-rate-10, say"
             )
         elif part == mechanism:
             off.discard(part)
@@ -296,6 +300,8 @@ def _form(part: str) -> dict[str, Any] | None:
         return {"short_window": int(short[1])}
     if start := re.fullmatch(r"rotation(?:-(\d+(?:\.\d+)?))?", part):
         return {"rotation_start": None if start[1] is None else float(start[1]), "config": {"memory_rotation": True}}
+    if orders := re.fullmatch(r"orders-([1-9]\d*(?:-[1-9]\d*)*)", part):
+        return {"config": {"memory_rotation_orders": tuple(int(order) for order in orders[1].split("-"))}}
     if factor := re.fullmatch(r"gamma-rate-(\d+(?:\.\d+)?)", part):
         return {"rate_factors": {"gamma_bias": float(factor[1])}}
     return None

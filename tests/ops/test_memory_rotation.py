@@ -23,6 +23,8 @@ from resolvent.ops.memory_rotation import (
     plateau_turns,
     rotate_memory,
     rotate_queries_keys,
+    stair_turns,
+    turns_by_order,
 )
 
 from .errors import relative
@@ -54,6 +56,48 @@ def test_turns_have_plateaus_at_none_and_half():
     between = ~none & ~half & (size > 0.2501) & (size < 0.7499)
     assert torch.equal(slope[between], torch.ones_like(slope[between]))
     assert not slope[none | half].any() and torch.equal(turns[between].sign(), p[between].sign())
+
+
+@pytest.mark.parametrize("order", [3, 5])
+def test_stairs_are_exact_around_every_multiple_of_a_turn(order):
+    level = torch.arange(-7, 8, dtype=torch.float32)[:, None]
+    near = (level + torch.linspace(-0.29, 0.29, 101)) * 2 / order
+    turns = stair_turns(near, order)
+    assert turns.dtype == torch.float64
+    assert torch.equal(turns, (level.double() / order).expand_as(turns))
+
+
+def test_stairs_rise_without_jumps_between_plateaus():
+    u = torch.linspace(-2.5, 2.5, 100_001, dtype=torch.float64).requires_grad_()
+    levels = stair_turns(u * 2 / 3, 3) * 3
+    (slope,) = torch.autograd.grad(levels.sum(), u)
+    between = (u.detach() - u.detach().round()).abs() > 0.31
+    assert bool((slope[between] > 0.01).all()) and slope.min() >= 0 and slope.max() < 4.2
+    assert levels.detach().diff().abs().max() < 4.2 * 5e-5 + 1e-12
+    assert torch.allclose(levels, -levels.flip(0), atol=1e-12)
+
+
+def test_the_gradient_of_stairs_is_exact():
+    u = torch.linspace(-1.9, 1.9, 60, dtype=torch.float64)
+    u = u[((u - u.round()).abs() - 0.3).abs() > 0.01].requires_grad_()  # away from the ends of plateaus
+    assert torch.autograd.gradcheck(lambda x: turns_by_order(x, (2, 3)), u[: len(u) // 2 * 2])
+
+
+def test_groups_of_pairs_have_their_own_orders():
+    projected = torch.randn(2, 7, 8)
+    turns = turns_by_order(projected, (2, 3, 2, 5))
+    for group, order in enumerate((2, 3, 2, 5)):
+        part = projected[..., 2 * group : 2 * group + 2]
+        expected = plateau_turns(part).double() if order == 2 else stair_turns(part, order)
+        assert torch.equal(turns[..., 2 * group : 2 * group + 2], expected)
+    assert torch.equal(turns_by_order(projected, (2,)), plateau_turns(projected))
+
+
+def test_thirds_leave_no_error_in_a_million():
+    """An error of 0.1 of the projection leaves the phase of a third per token where it is."""
+    projected = 2 / 3 + 0.1 * (torch.rand(1, 1_000_000, 1, generator=torch.Generator().manual_seed(0)) - 0.5)
+    _, last = accumulate_phases(stair_turns(projected, 3), torch.zeros(1, 1, dtype=torch.float64))
+    assert apart(last, torch.full((1, 1), 1_000_000 / 3, dtype=torch.float64) % 1) < 1e-9
 
 
 def test_a_token_on_a_plateau_leaves_no_error_in_a_million():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import Consolidation, MemoryState, dissipative_memory
-from ..ops.memory_rotation import accumulate_phases, plateau_turns
+from ..ops.memory_rotation import accumulate_phases, turns_by_order
 from ..ops.packed import count_sequences
 from ..ops.precision import at_least_float32, for_products
 from ..ops.rotary import Scaling, rotary_turns
@@ -46,7 +46,7 @@ class DissipativeHebbianLayer(HeadsLayer):
     A short causal convolution mixes neighbouring tokens before q, k and v. Queries and keys are L2-normalised; η is one
     positive number per head. The read-out of each head is RMS-normalised and multiplied by a gate of low rank. With
     ``rotation``, every token rotates the pairs of channels of q and k of all heads by
-    ``plateau_turns(rotation_proj(x)) dt`` turns; with ``rotary``, the map has a bias that starts at
+    ``turns_by_order(rotation_proj(x), rotation_orders) dt`` turns; with ``rotary``, the map has a bias that starts at
     rotary positions.
 
     Args:
@@ -65,6 +65,8 @@ class DissipativeHebbianLayer(HeadsLayer):
         qkv_bias: add biases to q, k and v.
         norm_weight: RMS-normalise the read-out, whatever ``output_norm``, and multiply it by trained weights.
         rotary: base and scaling of the rotary positions at which a trained bias of the angles starts; None for no bias.
+        rotation_orders: orders n of equal groups of pairs, whose turns rest at multiples of 1 / n; their number divides
+            ``head_dim / 2``.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class DissipativeHebbianLayer(HeadsLayer):
         qkv_bias: bool = False,
         norm_weight: bool = False,
         rotary: tuple[float, Scaling | None] | None = None,
+        rotation_orders: tuple[int, ...] = (2,),
     ):
         super().__init__(
             d_model,
@@ -97,7 +100,7 @@ class DissipativeHebbianLayer(HeadsLayer):
             qkv_bias=qkv_bias,
             norm_weight=norm_weight,
         )
-        self.initial_eta, self.dt, self.rotary = eta, dt, rotary
+        self.initial_eta, self.dt, self.rotary, self.rotation_orders = eta, dt, rotary, rotation_orders
         self.rotation_proj = nn.Linear(d_model, head_dim // 2, bias=rotary is not None) if rotation else None
         self.log_eta = nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
@@ -130,7 +133,7 @@ class DissipativeHebbianLayer(HeadsLayer):
                 projected = F.linear(at_least_float32(x), at_least_float32(weight), bias)
         else:
             projected = at_least_float32(self.rotation_proj(x))
-        return accumulate_phases(plateau_turns(projected) * self.dt, start, cu_seqlens)
+        return accumulate_phases(turns_by_order(projected, self.rotation_orders) * self.dt, start, cu_seqlens)
 
     @property
     def state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -11,11 +11,20 @@ from resolvent.ops.consolidation import signal_to_noise
 from ..small import tokens
 from .conftest import small_model
 
-FILTERS = {"plain": dict(snr_enabled=False, resonance_enabled=False), "consolidated": {}}
+FILTERS = {
+    "plain": dict(snr_enabled=False, resonance_enabled=False),
+    "consolidated": {},
+    "thirds": dict(memory_rotation_orders=(2, 3)),
+}
 
 
 def model_with(kind):
     return small_model(spread=0.1, memory_rotation=True, **FILTERS[kind])
+
+
+def without_rotation(kind):
+    filters = FILTERS[kind] | dict(memory_rotation_orders=(2,))
+    return small_model(spread=0.1, **filters)
 
 
 @torch.no_grad()
@@ -27,7 +36,7 @@ def test_a_constant_added_to_all_phases_changes_no_logit(kind):
     layers = (layer._replace(phases=torch.rand_like(layer.phases)) for layer in fresh.layers)
     turned = model(ids, state=Phase2State(fresh.position, tuple(layers)))
     torch.testing.assert_close(turned, model(ids), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(model(ids), small_model(spread=0.1, **FILTERS[kind])(ids), atol=1e-2)
+    assert not torch.allclose(model(ids), without_rotation(kind)(ids), atol=1e-2)
 
 
 @torch.no_grad()

@@ -155,6 +155,7 @@ FIELDS = {
     "memory_feedback": (True, False),
     "feedback_scale": (None, 1.0),
     "memory_rotation": (False, True),
+    "memory_rotation_orders": ((2,), (2, 3)),
     "memory_rotation_bias": (False, True),
     "conv_size": (4, 2),
     "output_norm": (True, False),
@@ -183,6 +184,7 @@ FIELDS = {
 """Fields that change the logits, with two values each."""
 
 NEEDS = {
+    "memory_rotation_orders": {"memory_rotation": True},
     "memory_rotation_bias": {"memory_rotation": True},
     "memory_norm_weight": {"output_norm": False},
     "ar_ssm_gate_hidden_dim": dict(ar_ssm_rank=8),

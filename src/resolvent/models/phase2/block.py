@@ -279,6 +279,7 @@ def _memory(config: Phase2Config) -> DissipativeHebbianLayer:
         qkv_bias=config.qkv_bias,
         norm_weight=config.memory_norm_weight,
         rotary=(config.rotary_base, config.scaling) if config.memory_rotation_bias else None,
+        rotation_orders=tuple(config.memory_rotation_orders),
     )
 
 

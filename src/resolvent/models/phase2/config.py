@@ -123,6 +123,9 @@ class Phase2Config(ModelConfig):
     """factor of that read-out; None for the inverse square root of its width"""
     memory_rotation: bool = False
     """rotate queries and keys by accumulated angles that depend on the tokens, so that a memory can count"""
+    memory_rotation_orders: tuple[int, ...] = (2,)
+    """orders n of equal groups of pairs of channels, whose angles have plateaus at multiples of 1 / n of a turn; (2, 3)
+    for halves in half of the pairs, and thirds in the others"""
     memory_rotation_bias: bool = False
     """add a trained bias to these angles, which starts at the rotary positions of attention"""
     conv_size: int = 4
@@ -292,6 +295,7 @@ class Phase2Config(ModelConfig):
             faults.append(f"least_decay must be > 0 and < base_decay ({self.base_decay}), got {self.least_decay}")
         if self.memory_rotation and self.head_dim % 2:
             faults.append(f"memory_rotation turns pairs of channels: head_dim must be even, got {self.head_dim}")
+        faults += self._order_faults()
         if self.memory_rotation_bias and not self.memory_rotation:
             faults.append("memory_rotation_bias needs memory_rotation, which is off")
         if self.memory_rotation_bias and self.hebbian_dt * math.pi <= 1:
@@ -311,6 +315,24 @@ class Phase2Config(ModelConfig):
             faults.append(f"attention_layers must name blocks of 0..{last}, each at most once, got {layers}")
         if self.attention_layers and self.head_dim % 2:
             faults.append(f"head_dim must be even for the rotary positions of attention, got {self.head_dim}")
+        return faults
+
+    def _order_faults(self) -> list[str]:
+        orders, pairs = self.memory_rotation_orders, self.head_dim // 2
+        faults = []
+        if not orders or min(orders) < 2:
+            faults.append(f"memory_rotation_orders must be numbers >= 2, got {shown(list(orders))}")
+        elif tuple(orders) != (2,) and not self.memory_rotation:
+            faults.append("memory_rotation_orders other than (2,) need memory_rotation, got False")
+        elif self.memory_rotation and pairs % len(orders):
+            faults.append(
+                f"memory_rotation_orders must be a number that divides head_dim / 2 ({pairs}), got {len(orders)} orders"
+            )
+        if tuple(orders) != (2,) and self.memory_rotation_bias:
+            faults.append(
+                "memory_rotation_bias starts at angles of every size, which orders other than (2,) have not: "
+                f"memory_rotation_orders must be (2,), got {shown(list(orders))}"
+            )
         return faults
 
     def _transformer_faults(self) -> list[str]:
