@@ -16,7 +16,6 @@ from resolvent.layers import LocalAttentionLayer
 from resolvent.layers.heads import Heads
 from resolvent.models.phase2 import Phase2Config, Phase2IntegratedModel
 from resolvent.models.phase2.block import attention_layer, blocks_of
-from resolvent.ops.precision import wide_dtype
 from resolvent.ops.short_conv import causal_conv, next_tail
 
 
@@ -48,19 +47,21 @@ class WindowedAttention(Mixer):
 class PlainScoresLayer(LocalAttentionLayer):
     """Attention with convolution and SiLU, but with q and k as they are and scores that are divided by sqrt(K)."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.log_temperature = None
-
-    def heads(self, projected: Tensor, conv_tail: Tensor | None, cu_seqlens: Tensor | None) -> Heads:
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
         if self.conv_weight is None:
             raise ValueError("attention without convolution and without L2-normalised q and k: take transformer")
+        self.log_temperature = None
+
+    def _convolved(
+        self, projected: Tensor, taps: Tensor, conv_tail: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Heads, Tensor]:
+        own, rest = projected.tensor_split([self.channels], dim=-1)
         if conv_tail is None:
-            conv_tail = projected.new_zeros(len(projected), *self.conv_shape, dtype=wide_dtype(projected))
-        taps = self.conv_weight.to(projected.dtype)
-        mixed = F.silu(causal_conv(projected, taps, conv_tail, cu_seqlens))
+            conv_tail = self._fresh_tail(own, cu_seqlens)
+        mixed = F.silu(causal_conv(own, taps.to(own.dtype), conv_tail, cu_seqlens))
         q, k, v = mixed.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        return Heads(q, k, v, next_tail(projected, conv_tail, cu_seqlens))
+        return Heads(q, k, v, next_tail(own, conv_tail, cu_seqlens)), rest
 
 
 def with_plain_scores(model: Phase2IntegratedModel) -> None:

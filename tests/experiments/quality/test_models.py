@@ -181,7 +181,10 @@ def test_hybrids_of_peers_have_the_attention_of_ours():
         assert mixers[2].layer.conv_weight[1:].eq(0).all()
 
 
-def test_scores_without_norms_are_products_of_q_and_k():
+@pytest.mark.parametrize("joined", [False, True])
+def test_scores_without_norms_are_products_of_q_and_k(joined: bool, monkeypatch: pytest.MonkeyPatch):
+    """Where launches cost, one product serves several layers: the norms are left out there, too."""
+    monkeypatch.setattr("resolvent.layers.linear._launches_cost", lambda device: joined)
     size = dataclasses.replace(SMALL, parameters=2_000_000)
     normed, plain = build("phase2/attention", size), build("phase2/attention/no-qk-norm", size)
     for entry in (normed, plain):
@@ -189,10 +192,10 @@ def test_scores_without_norms_are_products_of_q_and_k():
     ours, other = (entry.model.blocks[0].attention for entry in (plain, normed))
     assert torch.equal(ours.qkv_proj.weight, other.qkv_proj.weight)
     assert ours.temperature == 1 / 8
-    tokens = torch.randn(2, 20, 3 * 128)
-    found, expected = ours.heads(tokens, None, None), other.heads(tokens, None, None)
-    q, k, v = F.silu(tokens).unflatten(-1, (3, 2, 64)).unbind(2)  # the convolution passes the token through
-    torch.testing.assert_close(found[:3], (q, k, v))
+    x = torch.randn(2, 20, 128)
+    found, expected = (layer.given(x, None, None)[0].heads for layer in (ours, other))
+    q, k, v = F.silu(ours.qkv_proj(x)).unflatten(-1, (3, 2, 64)).unbind(2)  # the convolution passes the token through
+    torch.testing.assert_close(found[:3], (q, k, v), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(F.normalize(found.q, dim=-1), expected.q, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="block 0 has a memory, whose bound needs L2-normalised keys"):
         build("phase2/no-qk-norm", size)
