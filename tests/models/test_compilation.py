@@ -121,16 +121,23 @@ def test_one_code_serves_any_number_of_sequences():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+LIMITS = {
+    r"/cache.*TORCHINDUCTOR_CACHE_DIR, or leave out --compile": OSError(30, "Read-only file system", "/cache"),
+    r"compiled as often as .* call compile_steps\(\) again": torch._dynamo.exc.FailOnRecompileLimitHit("hard"),
+}
+
+
+@pytest.mark.parametrize("message", LIMITS)
 @torch.no_grad()
-def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
+def test_limits_of_the_compiler_name_the_remedy(message, monkeypatch):
     def fail(*_, **__):
-        raise OSError(30, "Read-only file system", "/cache")
+        raise LIMITS[message]
 
     model = PHASE2.model(n_layers=1)
     model.compile_steps()
     _, state = model.read(torch.zeros(1, 5, dtype=torch.int64))
     monkeypatch.setattr("resolvent.models.compilation.compiled", lambda _: fail)
-    with pytest.raises(ConfigError, match=r"/cache.*TORCHINDUCTOR_CACHE_DIR, or leave out --compile"):
+    with pytest.raises(ConfigError, match=message):
         TokenReader(model, state)(torch.zeros(1, dtype=torch.int64))
 
 

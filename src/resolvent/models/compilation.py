@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from ..errors import ConfigError
 
@@ -74,17 +74,22 @@ class CompiledSteps:
                 for x in torch.utils._pytree.tree_leaves((token, position, layers)):
                     if isinstance(x, Tensor):
                         torch._dynamo.maybe_mark_dynamic(x, 0)
-            with compiler_errors(_REMEDY), _cache_errors():
+            with compiler_errors(_REMEDY), _limits():
                 return code(program, token, position, layers)
 
         return run
 
 
 @contextmanager
-def _cache_errors() -> Iterator[None]:
-    """Raise an error of reading or writing compiled code within the `with` block as one that names the remedy."""
+def _limits() -> Iterator[None]:
+    """Raise an error of the number of compilations, or of their files, as one that names the remedy."""
     try:
         yield
+    except FailOnRecompileLimitHit as error:
+        raise ConfigError(
+            "the step was compiled as often as PyTorch allows, for several settings such as numbers of threads: keep "
+            "to some of them, or call compile_steps() again"
+        ) from error
     except OSError as error:
         raise ConfigError(
             f"PyTorch cannot keep compiled code on disk ({error}): name a folder that can be written in "
