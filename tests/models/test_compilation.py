@@ -117,6 +117,7 @@ def test_one_code_serves_any_number_of_sequences():
     for reader in plain:
         rows = len(reader.state)
         token = torch.randint(model.vocab_size, (rows,))
+        read_token(model, token, state[:rows])
         torch.testing.assert_close(TokenReader(model, state[:rows])(token), reader(token), atol=1e-5, rtol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 

@@ -100,13 +100,15 @@ def _limits() -> Iterator[None]:
 def _structure(model: nn.Module) -> tuple[Any, ...]:
     """Return what compiled code takes for granted: modules with their constants, and layouts of tensors.
 
-    Constants are numbers, texts and switches, such as that of an adapter.
+    Constants are numbers, texts and switches, such as that of an adapter. The model itself keeps notes of its calls in
+    such attributes, and has its constants in its parts.
     """
     first: dict[int, str] = {}  # a tensor with two names is read once
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     layouts = [(name, first.setdefault(id(x), name), x.dtype, x.shape, x.stride()) for name, x in tensors]
-    modules = ((name, type(module), *_constants(_attributes(module))) for name, module in model.named_modules())
-    return (*modules, *layouts)
+    _, *parts = model.named_modules()
+    modules = ((name, type(module), *_constants(_attributes(module))) for name, module in parts)
+    return (type(model), *modules, *layouts)
 
 
 def _attributes(module: nn.Module) -> dict[str, object]:
