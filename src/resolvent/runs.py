@@ -4,10 +4,12 @@ The module does not import `resolvent.training`. Heavy imports are inside the fu
 quick.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resolvent.errors import CheckpointError
+from resolvent.files import shown
 from resolvent.manifest import ADAPTER_WEIGHTS, CONFIG, INDEX, RUN_FILE, WEIGHTS, check_files, lists
 from resolvent.terminal import shell_word
 
@@ -59,12 +61,19 @@ def check_model(directory: Path) -> None:
     """
     if any((directory / name).exists() for name in (WEIGHTS, INDEX, ADAPTER_WEIGHTS)):
         return
+    inner = sorted(path.parent for depth in ("*", "checkpoints/*") for path in directory.glob(f"{depth}/{WEIGHTS}"))
+    if inner:
+        raise CheckpointError(f"{directory} holds no model, but folders in it do: name one, such as {inner[-1]}")
     if (directory / RUN_FILE).exists():
         raise CheckpointError(
             f"{directory} holds no model: its run was stopped before its first checkpoint. Begin it again with: "
             f"resolvent train --resume {shell_word(directory)}"
         )
+    if directory.is_file():
+        raise CheckpointError(f"{directory} holds no model, it is a file: name the folder of a run")
     missing = f"there is no {WEIGHTS} in it" if directory.exists() else "there is no such folder"
+    if directory.is_symlink() and not directory.exists():
+        missing = f"it is a link to {shown(os.readlink(directory))}, which does not exist"
     raise CheckpointError(
         f"{directory} holds no model: {missing}. `resolvent train` saves one with every checkpoint and at the end"
     )

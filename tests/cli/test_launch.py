@@ -89,7 +89,10 @@ MISSING = {
     "inspect no/run": "Error: no/run holds no model: there is no such folder",
     "evaluate no/run": "Error: no/run holds no model: there is no such folder",
     "evaluate needle no/run": "Error: no/run holds no model: there is no such folder",
-    "evaluate .": "Error: . holds no model: there is no model.safetensors in it",
+    "evaluate empty": "Error: empty holds no model: there is no model.safetensors in it",
+    "evaluate .": "Error: . holds no model, but folders in it do: name one, such as model",
+    "generate model/model.safetensors": "Error: model/model.safetensors holds no model, it is a file: name the folder",
+    "inspect link": "Error: link holds no model: it is a link to 'gone', which does not exist",
     "convert no/run out": "Error: no/run holds no model: there is no such folder",
     "inspect model --compare no/run": "Error: no/run holds no model: there is no such folder",
     "evaluate model --data no.txt": "Error: cannot read no.txt: No such file or directory",
@@ -102,11 +105,16 @@ MISSING = {
     "train --resume no/run": "Error: no/run holds no training run: there is no such folder",
     "train --resume model": "Error: model holds no training run: there is no training.json in it",
     "train --out model": "Error: the run folder model is not empty",
+    "train --out link": "Error: the run folder link is a link to nothing (gone): choose another one with --out",
+    "train --out model/config.json/x": "Error: the run folder model/config.json/x cannot be made, model/config.json is",
 }
 
 
 def test_missing_paths_are_named_before_heavy_imports(tmp_path: Path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("gone")
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "model" / name).touch()
     errors = assert_light([line.split() for line in MISSING], 1, tmp_path).splitlines()
     assert [error[: len(told)] for error, told in zip(errors, MISSING.values(), strict=True)] == list(MISSING.values())

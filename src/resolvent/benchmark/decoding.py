@@ -371,8 +371,8 @@ def _ring_speed(bench: Bench, gpt: GPT, cache: KVCache, sequences: int, count: i
     ring, token = gpt.new_ring(cache), torch.zeros(sequences, 1, dtype=torch.int64, device=bench.device)
     cache.keys = cache.values = cache.keys[:0]  # the ring has a copy
 
-    step = _RingStep(gpt, ring, token).step
-    run = compiled(step) if compiles else step
+    step = _RingStep(gpt, ring, token)
+    run = partial(compiled(_RingStep.step), step) if compiles else step.step
     if bench.device.type == "cuda":
         run = capture([run]).replay
     return _speed(run, count, bench.device)

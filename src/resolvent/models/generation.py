@@ -59,7 +59,8 @@ class Generation(nn.Module, Generic[State]):
         """Read single tokens with compiled code from now on, on a CPU: in ``generate``, chats and the server.
 
         The code is compiled when a step first runs, for one sequence, and again for several; PyTorch keeps it on disk.
-        Call this after ``prepare_weights``; later changes of modules and of small parameters have no effect on steps.
+        A stream or batch that begins later has the weights of that time. Call this after ``prepare_weights``: the code
+        is compiled anew when modules, dtypes or the layout of weights have changed.
 
         Raises:
             ConfigError: the model is not on a CPU or has no step of its own, or there is no C++ compiler.

@@ -53,7 +53,14 @@ class _Loader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Return an integer that is the same in YAML 1.1 and 1.2: in the former 010 is 8, and 1:30 is 90."""
+        if re.fullmatch(r"[-+]?0[0-7_]+|.*:.*", node.value):
+            raise yaml.MarkedYAMLError(problem=f"{node.value} is no decimal integer", problem_mark=node.start_mark)
+        return super().construct_yaml_int(node)
 
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 # To PyYAML, `1e-3` is a text.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+|\d*\.\d+|\d+\.)[eE][-+]?\d+"), list("-+.0123456789")
@@ -174,7 +181,8 @@ def _key_faults(key: yaml.Node, name: str | None, values: dict[str, Any]) -> Ite
     if name is None:
         near = difflib.get_close_matches(_key(key), _KEYS, n=1)
         remedy = f"did you mean {near[0]}?" if near else "`resolvent train --help` lists all; without the dashes"
-        yield f"unknown key {shown(key.value)}: {remedy}"
+        text = key.value if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+        yield f"unknown key {shown(text)}: {remedy}"
     elif name in values:
         yield f"{key.value} is given twice"
 

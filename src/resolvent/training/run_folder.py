@@ -1,6 +1,7 @@
 """Run folders: the configuration in training.json, the lock and the manifest."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -66,14 +67,19 @@ def check_new(run_dir: Path, *, overwrite: bool = False) -> None:
         overwrite: allow the folder of a run, which the new one replaces.
 
     Raises:
-        ConfigError: the folder is in use.
+        ConfigError: the folder is in use, or cannot be made.
     """
+    remedy = "choose another one with --out"
     if not run_dir.exists():
+        if run_dir.is_symlink():
+            raise ConfigError(f"the run folder {run_dir} is a link to nothing ({os.readlink(run_dir)}): {remedy}")
+        above = next(path for path in run_dir.parents if path.exists())
+        if not above.is_dir():
+            raise ConfigError(f"the run folder {run_dir} cannot be made, {above} is a file: {remedy}")
         return
     unfinished = partial_name(run_dir / MANIFEST).exists() and not (run_dir / MANIFEST).exists()
     if run_dir.is_dir() and (unfinished or not any(run_dir.iterdir())):
         return
-    remedy = "choose another one with --out"
     if not is_run(run_dir):
         raise ConfigError(f"the run folder {run_dir} is not empty, and what it holds is no run: {remedy}")
     if overwrite and run_dir.is_symlink():

@@ -15,8 +15,7 @@ from ...layers.linear import has_hook
 from ...ops.hebbian import memory_implementation
 from ...ops.memory_rotation import Rotation
 from ..base import IntegratedModel
-from ..compilation import compiled_step
-from ..inference import inference_view
+from ..compilation import CompiledSteps, check_compiler
 from ..trace import Trace
 from .block import Phase2Block, Phase2Record, blocks_of, stream_norm
 from .config import Phase2Config
@@ -44,7 +43,7 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
 
     state_type = Phase2State
     conversion_report: ConversionReport | None = None
-    _compiled: StepProgram | None = None
+    _compiled: CompiledSteps | None = None
 
     def _make_token_embedding(self, config: Phase2Config) -> nn.Module:
         if config.htt_rank is None:
@@ -86,7 +85,9 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
     def fused_step(self, state: Phase2State) -> Callable[[Tensor], Tensor] | None:
         if self._compiled is not None:
             self._check_for_compilation()
-            return PlainStep(self._compiled, state)
+            program = StepProgram(self)
+            program.run = self._compiled.step(program, self)
+            return PlainStep(program, state)
         hooked = self._hooked()
         if not (obstacle := hooked or TokenStep.obstacle(self, state)):
             return TokenStep(self, state)
@@ -97,9 +98,8 @@ class Phase2IntegratedModel(IntegratedModel[Phase2Config, Phase2Record, Phase2St
 
     def compile_steps(self) -> None:
         self._check_for_compilation()
-        program = StepProgram(inference_view(self))
-        program.run = compiled_step(program.compute)
-        self._compiled = program
+        check_compiler()
+        self._compiled = CompiledSteps(StepProgram.compute)
 
     def _check_for_compilation(self) -> None:
         """Raise a ConfigError if compiled steps cannot take the place of forward passes."""
