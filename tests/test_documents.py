@@ -115,8 +115,9 @@ def test_the_commands_of_a_page_can_be_followed(page, least, tmp_path, monkeypat
         "\n<|endoftext|>\n".join(f"The {n} old cats sat on {n} mats. " * 40 for n in range(30))
     )
     monkeypatch.setenv("RESOLVENT_CACHE", str(tmp_path / "cache"))
-    blocks = re.findall(r"^```(?:bash|console)?\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL)
-    found = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL)
+    shell = [block for language, block in blocks if language in ("", "bash", "console")]
+    found = [line.removeprefix("$ ") for block in shell for line in block.splitlines()]
     commands = [line for line in found if re.match(r"resolvent (train|generate|evaluate|inspect) ", line)]
     assert len(commands) >= least
     for command in commands:

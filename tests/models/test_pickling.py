@@ -67,7 +67,7 @@ def test_states_and_diagnostics_stay_what_they_are(small, again):
 
 
 def answer(model, ids, sender):
-    sender.send(model(ids))
+    sender.send(model(ids).numpy())  # as bytes: a tensor is shared memory, which is gone once this process ends
 
 
 @pytest.mark.slow
@@ -78,6 +78,6 @@ def test_model_goes_to_a_spawned_process():
     process = context.Process(target=answer, args=(model, ids, sender))
     process.start()
     assert receiver.poll(120), "the process answers"
-    assert torch.equal(receiver.recv(), model(ids))
+    assert torch.equal(torch.from_numpy(receiver.recv()), model(ids))
     process.join(10)
     assert process.exitcode == 0
