@@ -52,4 +52,4 @@ def readings(passes: float, text: str = "the text") -> str:
     """
     if passes < 0.995:
         return f"{passes:.2g} of {text}" if passes < 0.005 else f"{passes:.0%} of {text}"
-    return f"{text} once" if passes < 1.05 else f"{text} {passes:.2g} times"
+    return f"{text} once" if passes < 1.05 else f"{text} {passes:.{1 if passes < 9.95 else 0}f} times"

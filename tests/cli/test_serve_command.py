@@ -89,7 +89,7 @@ def test_missing_packages_are_named(resolvent: Resolvent, run_dir: Path, monkeyp
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
     outcome = resolvent("serve", run_dir)
     assert outcome.code == 1
-    assert "serving needs starlette" in outcome.err and "pip install 'resolvent[serve]'" in outcome.err
+    assert "serving needs starlette: pip install 'resolvent[serve]'" in outcome.err
 
 
 def test_states_on_disk_survive_a_restart(run_dir: Path, tmp_path: Path):

@@ -172,7 +172,7 @@ def test_data_shorter_than_a_window():
     stream = stream_of([3, 4])
     PackedBatches(stream, seq_len=9)
     with pytest.raises(
-        DataError, match=r"has 9 tokens to predict.*seq_len=10 needs 10; give more text or a seq_len of"
+        DataError, match=r"has 9 tokens to read.*seq_len=10 needs 10; give more text, or a seq_len \(--seq-len\) of"
     ):
         PackedBatches(stream, seq_len=10)
 

@@ -58,7 +58,9 @@ def serve(
         from resolvent.serving.api import Limits, Service
         from resolvent.serving.server import check_address, listen, read_keys, run
     except ModuleNotFoundError as error:
-        raise ConfigError(f"serving needs {error.name}: pip install 'resolvent[serve]'") from error
+        raise ConfigError(
+            f"serving needs {(error.name or '').partition('.')[0]}: pip install 'resolvent[serve]'"
+        ) from error
     from resolvent.data.chat_template import ChatTemplate
     from resolvent.serving.engine import BLOCK, Engine
     from resolvent.serving.state_files import StateFiles

@@ -117,8 +117,9 @@ class PackedBatches(_Batches):
         check_at_least(0, seed=seed)
         if stream.num_predictions < seq_len:
             raise DataError(
-                f"the data has {counted(stream.num_predictions, 'token')} to predict, and a window of "
-                f"seq_len={seq_len} needs {seq_len}; give more text or a seq_len of at most {stream.num_predictions}"
+                f"the data has {counted(stream.num_predictions, 'token')} to read, and a window of "
+                f"seq_len={seq_len} needs {seq_len}; give more text, or a seq_len (--seq-len) of at most "
+                f"{stream.num_predictions}"
             )
         super().__init__(seq_len, batch_size, seed)
         self.stream = stream

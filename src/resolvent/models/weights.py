@@ -47,9 +47,13 @@ def prepare_weights(model: Model, precision: Precision = "full") -> Model:
         return model
     wide = {name: layer for name, layer in matrices.items() if min(layer.weight.shape) >= _WIDE}
     if not wide:
-        raise ConfigError(f"int8 weights need matrices of at least {_WIDE} rows and columns: use precision 'full'")
+        raise ConfigError(
+            f"int8 weights need matrices of at least {_WIDE} rows and columns: take precision 'full' (--weights full)"
+        )
     if (device := next(iter(wide.values())).weight.device.type) != "cpu":
-        raise ConfigError(f"int8 weights are for the CPU, the model is on {device}: use precision 'full', or the CPU")
+        raise ConfigError(
+            f"int8 weights are for the CPU, the model is on {device}: take precision 'full' (--weights full) or the CPU"
+        )
     for name, layer in wide.items():
         model.set_submodule(name, Int8Linear.of(layer))
     return model
