@@ -183,7 +183,7 @@ def test_hybrids_of_peers_have_the_attention_of_ours():
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_scores_without_norms_are_products_of_q_and_k(joined: bool, monkeypatch: pytest.MonkeyPatch):
-    """Where launches cost, one product serves several layers: the norms are left out there, too."""
+    """With one product for each layer, and with one product for several layers."""
     monkeypatch.setattr("resolvent.layers.linear._launches_cost", lambda device: joined)
     size = dataclasses.replace(SMALL, parameters=2_000_000)
     normed, plain = build("phase2/attention", size), build("phase2/attention/no-qk-norm", size)

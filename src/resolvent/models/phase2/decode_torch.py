@@ -76,7 +76,7 @@ class StepProgram:
     def __init__(self, model: Phase2Model) -> None:
         self.model, self.interval = model, model.config.consolidation_interval
         self.blocks = [_BlockStep(block) for block in blocks_of(model)]
-        self.dtype = cast(Tensor, model.ln_f.weight).dtype
+        self.dtype = self.blocks[0].dtype
         self.norm = _norm(model.ln_f)
         self.run: Program = self.compute
 
